@@ -1,0 +1,95 @@
+"""What this machine can do, measured in the same run: matrix rate, copy bandwidth, and the fairness settings."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# glibc's mallopt parameters (malloc.h) with the values that keep big tensors on the heap: without them each large
+# tensor is mapped and unmapped anew, its pages faulted in inside the timing, and the side with the larger tensors
+# (the dense one) pays most.
+_HEAP_SETTINGS = {
+    "M_MMAP_THRESHOLD": (-3, 2**30),
+    "M_MMAP_MAX": (-4, 0),
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**28),
+}
+
+
+def keep_allocations_on_the_heap() -> str:
+    """Set glibc's allocator so that freed tensors are reused; returns the settings in words (or why there are none)."""
+    if platform.libc_ver()[0] != "glibc":
+        return "malloc as found (no glibc)"
+    mallopt = ctypes.CDLL(None).mallopt
+    refused = [name for name, (key, value) in _HEAP_SETTINGS.items() if mallopt(key, value) != 1]
+    words = " ".join(f"{name}={value}" for name, (_, value) in _HEAP_SETTINGS.items() if name not in refused)
+    return words + (f" (refused: {', '.join(refused)})" if refused else "")
+
+
+def median_seconds(call: Callable[[], object], rounds: int = 7) -> float:
+    """Median time of ``call`` in seconds, after one warm-up call."""
+    call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@functools.cache
+def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product in ``dtype``, with the threads that are set now."""
+    a = torch.randn(size, size).to(dtype)
+    return 2 * size**3 / median_seconds(lambda: a @ a)
+
+
+@functools.cache
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes/s read plus written by a copy that is larger than a core's own caches."""
+    source = torch.ones(megabytes * 2**20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source))
+
+
+def floor_seconds(flops: float, traffic: float, rate: float, bandwidth: float) -> float:
+    """The least time of a problem: FLOPs over the matrix rate or bytes over the bandwidth, whichever is larger.
+
+    >>> floor_seconds(flops=2e9, traffic=1e6, rate=1e11, bandwidth=1e10)
+    0.02
+    """
+    return max(flops / rate, traffic / bandwidth)
+
+
+def processor_name() -> str:
+    """The processor's name as the system gives it."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def machine_name(processor: str, cores: int) -> str:
+    """The name a results file is kept under.
+
+    >>> machine_name("Intel(R) Xeon(R) Processor @ 2.60GHz", 2)
+    'intel-xeon-processor-2.60ghz-2-cores'
+    """
+    words = re.sub(r"\((r|tm)\)", " ", processor.lower())
+    return "-".join(re.findall(r"[a-z0-9.]+", words)) + f"-{cores}-cores"
+
+
+def this_machine() -> str:
+    """``machine_name`` of the machine this runs on."""
+    return machine_name(processor_name(), os.cpu_count() or 1)

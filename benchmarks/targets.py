@@ -1,0 +1,92 @@
+"""The speed to reach on a CPU with 2 threads, as data: which row, which number, which bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Row = Mapping[str, Any]
+BFLOAT16_SLACK = 0.05  # realised fractions in bfloat16 may be this much lower
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the table."""
+
+    what: str
+    case: str
+    measure: Literal["realised", "overhead", "speed", "dense_share", "peak_share"]
+    bound: float
+    provider: str = "ours"
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether more is better."""
+        return self.measure in ("realised", "speed")
+
+    def measured(self, row: Row) -> float | None:
+        """The number out of a row; None where the row does not have it."""
+        if self.measure == "peak_share":
+            return row.get("peak_share")
+        provider = row.get("providers", {}).get(self.provider, {})
+        if self.measure == "speed":
+            share = provider.get("dense_share")
+            return None if not share else 1 / share
+        return provider.get(self.measure)
+
+    def is_met(self, value: float) -> bool:
+        """Whether ``value`` is on the right side of the bound."""
+        return value >= self.bound if self.is_lower_bound else value <= self.bound
+
+
+def _uniform_targets() -> list[Target]:
+    bounds = {("64x32x32", 32): 0.95, ("64x32x32", 128): 0.95, ("128x16x16", 32): 0.95, ("128x16x16", 128): 0.95}
+    bounds |= {("256x8x8", 32): 0.88, ("256x8x8", 128): 0.88, ("16x32x32", 256): 0.75, ("64x32x32", 8): 0.8}
+    found = []
+    for dtype, slack in (("float32", 0.0), ("bfloat16", BFLOAT16_SLACK)):
+        for (shape, batch), bound in bounds.items():
+            case = f"residual/{shape}/B{batch}/uniform/{dtype}"
+            what = f"block {_name(shape)}, B = {batch}, uniform, {dtype}"
+            found.append(Target(what, case, "realised", bound - slack))
+    return found
+
+
+def _overhead_targets() -> list[Target]:
+    return [
+        Target(
+            f"block {_name(shape)}, B = {batch}, uniform, float32, in place",
+            f"residual/{shape}/B{batch}/uniform/float32",
+            "overhead",
+            0.06,
+            "ours-inplace",
+        )
+        for batch in (32, 128)
+        for shape in ("64x32x32", "128x16x16", "256x8x8")
+    ]
+
+
+def _extreme_targets() -> list[Target]:
+    found = []
+    for batch in (32, 128):
+        for shape in ("64x32x32", "128x16x16", "256x8x8"):
+            what = f"block {_name(shape)}, B = {batch}, float32"
+            full, zero = (f"residual/{shape}/B{batch}/{mix}/float32" for mix in ("full", "zero"))
+            found.append(Target(f"{what}, all at the full level", full, "speed", 0.98))
+            found.append(Target(f"{what}, all at level 0, in place", zero, "dense_share", 0.02, "ours-inplace"))
+    return found
+
+
+def _name(shape: str) -> str:
+    channels, side, _ = shape.split("x")
+    return f"{channels}x{side}²"
+
+
+TARGETS: tuple[Target, ...] = (
+    *_uniform_targets(),
+    *_overhead_targets(),
+    *_extreme_targets(),
+    Target("WRN-32-4, B = 64, 1.9x fewer FLOPs, float32", "network/wrn32_4/B64/1.9x/float32", "realised", 0.9),
+    Target("WRN-32-4, B = 64, 1.9x fewer FLOPs, bfloat16", "network/wrn32_4/B64/1.9x/bfloat16", "realised", 0.85),
+    Target("WRN-32-4, B = 64, peak memory", "memory/wrn32_4/B64/1.9x/float32", "peak_share", 1.0),
+)

@@ -1,0 +1,100 @@
+// Inner loops of a direct convolution in AVX-512: nothing here is called but from a function compiled for it.
+//   by output channels   a vector holds 16 output channels of a pixel; input values are broadcast
+//   by pixels            a vector holds 16 pixels of an output channel; weights are broadcast
+#pragma once
+
+#include <cstdint>
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: __m512 __Y = __Y
+#include <immintrin.h>
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define KERNEL __attribute__((always_inline)) inline
+
+namespace den_kernels {
+
+constexpr int64_t prefetch_floats = 8 * 16;  // weights are asked for eight steps ahead: they stream from further out
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+
+// acc[q * 4 + p][v] += sum over k and taps of weight[v][k][tap] * input[q + tap, p, k]
+// Sixteen k at a time, a cache line of every pixel: it serves all taps before the weights push it out of the first level.
+template <int vectors, int quads, bool planar>
+KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (&input)[quads], int64_t pixel,
+                         int64_t channel, const int64_t* taps, int64_t tap_count, const float* weight,
+                         int64_t weight_vector, int64_t K) {
+  for (int64_t first = 0; first < K; first += 16, weight += tap_count * 256) {
+    const int64_t count = K - first < 16 ? K - first : 16;
+    for (int64_t t = 0; t < tap_count; ++t) {
+      const float* in[quads];
+      UNROLL for (int q = 0; q < quads; ++q) in[q] = input[q] + taps[t] + first * channel;
+      const float* w = weight + t * 256;
+      for (int64_t k = 0; k < count; ++k, w += 16) {
+        __m512 wv[vectors];
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          wv[v] = _mm512_loadu_ps(w + v * weight_vector);
+          _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
+        }
+        UNROLL for (int q = 0; q < quads; ++q) {
+          UNROLL for (int p = 0; p < 4; ++p) {
+            const __m512 value = _mm512_set1_ps(planar ? in[q][p] : in[q][p * pixel]);
+            UNROLL for (int v = 0; v < vectors; ++v)
+              acc[q * 4 + p][v] = _mm512_fmadd_ps(value, wv[v], acc[q * 4 + p][v]);
+          }
+          in[q] += planar ? channel : 1;
+        }
+      }
+    }
+  }
+}
+
+// acc[o][v] += sum over taps and k of weight[o][tap][k] * input[v + tap, k], v a vector of 16 pixels
+template <int outputs, int vectors>
+KERNEL void sum_pixels(__m512 (&acc)[outputs][vectors], const float* const (&input)[vectors], int64_t channel,
+                       const int64_t* taps, int64_t tap_count, const float* weight, int64_t K) {
+  for (int64_t t = 0; t < tap_count; ++t) {
+    const float* in[vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) in[v] = input[v] + taps[t];
+    const float* w = weight + t * K;
+    for (int64_t k = 0; k < K; ++k, ++w) {
+      __m512 values[vectors];
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        values[v] = _mm512_loadu_ps(in[v]);
+        in[v] += channel;
+      }
+      UNROLL for (int o = 0; o < outputs; ++o) {
+        const __m512 scalar = _mm512_set1_ps(w[o * tap_count * K]);
+        UNROLL for (int v = 0; v < vectors; ++v) acc[o][v] = _mm512_fmadd_ps(scalar, values[v], acc[o][v]);
+      }
+    }
+  }
+}
+
+// A 16 x 16 tile, one row a vector, transposed.
+KERNEL void transpose16(__m512 (&r)[16]) {
+  __m512 t[16], u[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) {
+    UNROLL for (int k = 0; k < 2; ++k) {
+      const __m512d low = _mm512_castps_pd(t[i + k]), high = _mm512_castps_pd(t[i + k + 2]);
+      u[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      u[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(u[i], u[4 + i], 0x44), b = _mm512_shuffle_f32x4(u[i], u[4 + i], 0xEE);
+    const __m512 c = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0x44), d = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0xEE);
+    r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[4 + i] = _mm512_shuffle_f32x4(a, c, 0xDD);
+    r[8 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[12 + i] = _mm512_shuffle_f32x4(b, d, 0xDD);
+  }
+}
+
+#pragma GCC pop_options
+
+}  // namespace den_kernels

@@ -1,0 +1,20 @@
+// Variants of an inner function for several instruction sets, chosen when the library is loaded.
+//
+// Use: the OpenMP loop stands outside, in a plain function; the inner function that it calls is marked. A marked
+// function must not hold an OpenMP region itself: the region is outlined into a function that is not cloned. Nor may it
+// call a helper that is not inlined into it: the helper would run in the default variant.
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
+#define DEN_KERNELS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define DEN_KERNELS_HAS_AVX512 __builtin_cpu_supports("x86-64-v4")
+#define DEN_KERNELS_HAS_AVX2 __builtin_cpu_supports("x86-64-v3")
+#else  // the level names came with GCC 12
+#define DEN_KERNELS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define DEN_KERNELS_HAS_AVX512 __builtin_cpu_supports("avx512f")
+#define DEN_KERNELS_HAS_AVX2 __builtin_cpu_supports("avx2")
+#endif
+#else
+#define DEN_KERNELS_CLONES
+#endif

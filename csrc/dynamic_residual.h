@@ -1,0 +1,44 @@
+// The residual block at inference on a CPU with AVX-512, float32: one pass over an instance, its hidden map in the cache.
+#pragma once
+
+#include <cstdint>
+
+#include <pybind11/pybind11.h>
+
+namespace den_kernels {
+
+// out[b] += branch(x[b]) for every instance b of a route made from levels; `out` may be `x`.
+//   a = relu(x * scale1 + shift1)      (scale1 null: a = x)
+//   h = relu(conv(a, conv1[:width], stride) + bias1[:width])
+//   branch = conv(h, conv2[:, :width]) + bias2
+// Maps are channels-last, kernels R x S odd with "same" zero padding. `packed` weights come from pack_weights.
+struct ResidualBlock {
+  int64_t B, H, W, C;        // input map
+  int64_t Ho, Wo, C_out;     // output map: Ho = ceil(H / stride)
+  int64_t M, R, S, stride;   // hidden channels, kernel, stride of conv1
+  int64_t G;                 // channel groups
+  const int64_t* widths;     // [G + 1]: hidden channels that a level keeps
+  const float* x;            // [B, H, W, C]
+  float* out;                // [B, Ho, Wo, C_out]
+  const int32_t* order;      // [B] sorted by level, descending
+  const int32_t* offsets;    // [G + 2] segment s holds level G - s
+  const float* scale1;       // [C] or null
+  const float* shift1;       // [C] or null
+  const float* conv1;        // [M, R, S, C]
+  const float* conv1_packed; // [ceil(M / 16), ceil(C / 16), R, S, 16, 16]
+  const float* bias1;        // [M]
+  const float* conv2_packed; // [C_out / 16, ceil(M / 16), R, S, 16, 16]
+  const float* bias2;        // [C_out] or null
+};
+
+// Needs AVX-512, and C and C_out divisible by 16.
+void dynamic_residual(const ResidualBlock& block);
+bool has_dynamic_residual();
+
+// weight [O, taps, I] -> packed [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O], zeros beyond O and I. A prefix of I is a prefix
+// of each of its O blocks, so one packing serves all levels.
+void pack_weights(const float* weight, float* packed, int64_t O, int64_t taps, int64_t I);
+
+void bind_dynamic_residual(pybind11::module_& m);
+
+}  // namespace den_kernels

@@ -1,0 +1,79 @@
+"""The elastic residual block: hidden channels that each instance uses as many of as it chose."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from den.fold_cache import FoldCache, may_fold, norm_tensors
+from den.levels import level_groups
+from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights, Route, dynamic_residual, dynamic_residual_
+
+
+class ElasticBlock(nn.Module):
+    """The block ``shortcut(x) + conv2(relu(bn2(conv1(relu(bn1(x))))))`` whose hidden channels are elastic.
+
+    Input [B, in_channels, H, W] -> output [B, channels, ceil(H / stride), ceil(W / stride)], channels-last in memory.
+    An instance at level ``l`` uses the first ``l`` groups of hidden channels and nothing else; at level 0 the block is
+    exactly its shortcut: 2x2 average pooling where ``stride`` is 2, and zeros for the channels that are new. While
+    training, bn1 takes its statistics from the instances above level 0 and bn2, channel by channel, from those that
+    use the channel.
+
+    In eval mode without gradients the block runs in one call on folded weights, which are kept until a parameter or
+    a running statistic changes.
+
+    Args:
+        first: the network's first block, whose input is activated already: no bn1, no ReLU before conv1.
+    """
+
+    def __init__(self, in_channels: int, channels: int, levels: int, *, stride: int = 1, first: bool = False) -> None:
+        super().__init__()
+        if stride not in (1, 2) or channels < in_channels:
+            raise ValueError(
+                "ElasticBlock: stride must be 1 or 2 and channels at least in_channels,"
+                f" got stride {stride}, channels {channels}, in_channels {in_channels}"
+            )
+        groups = level_groups(channels, levels)
+        self.stride = stride
+        self.new_channels = channels - in_channels
+        self.bn1 = None if first else DynamicBatchNorm2d(in_channels, groups=1)
+        self.conv1 = DynamicConv2d(in_channels, channels, 3, stride, padding=1, bias=False, out_groups=groups)
+        self.bn2 = DynamicBatchNorm2d(channels, groups=groups)
+        self.conv2 = DynamicConv2d(channels, channels, 3, padding=1, bias=False, in_groups=groups)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last)
+        self._folded: FoldCache[ResidualWeights] = FoldCache()
+
+    def forward(self, x: Tensor, route: Route | None = None, *, inplace: bool = False) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: [B, in_channels, H, W].
+            route: levels of the instances; None: all hidden channels for all.
+            inplace: the result may be written over ``x`` (only done for inference).
+        """
+        if route is not None and may_fold(self) and x.dtype == self.conv1.weight.dtype:
+            return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self.folded())
+        return self.shortcut(x) + self.residual(x, route)
+
+    def residual(self, x: Tensor, route: Route | None = None) -> Tensor:
+        """``conv2(relu(bn2(conv1(relu(bn1(x))))))`` over the selected channels; 0 for instances at level 0."""
+        if self.bn1 is not None:
+            x = self.bn1(x, None if route is None else route.active(), relu=True)
+        hidden = self.bn2(self.conv1(x, route), route, relu=True)
+        return self.conv2(hidden, route)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """The block without its convolutions. An odd map's last row and column are pooled from what there is."""
+        if self.stride == 2:
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else x
+
+    def folded(self) -> ResidualWeights:
+        """Weights with both batch norms folded (eval mode), from the cache while nothing they depend on changed."""
+        sources = (self.conv1.weight, self.conv2.weight, *norm_tensors(self.bn1), *norm_tensors(self.bn2))
+        return self._folded.get(sources, lambda: ResidualWeights.fold(self.conv1, self.bn1, self.conv2, self.bn2))
+
+    def train(self, mode: bool = True) -> "ElasticBlock":
+        self._folded.clear()
+        return super().train(mode)

@@ -1,0 +1,222 @@
+"""Typed settings of the command line, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    tasks: tuple[str, ...] = ("digits", "fashion")
+    """Image sets, one task each: digits, fashion, cifar100, cifar100-coarse."""
+    shares: tuple[float, ...] = ()
+    """Share of every batch that each task gets, in the order of tasks; empty: equal shares."""
+    root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
+    """Folder of the sets that do not come with the install (cifar100*)."""
+    batch_size: int = 128
+    """Images in a batch, all tasks together."""
+    validation: float = 0.05
+    """Share of every training set that is held out: epochs are measured on it and "best" is chosen by it.  0: train on
+    everything, measure epochs on the test set, and let "best" be the last."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network."""
+
+    backbone: str = "wrn14_1"
+    """Name of the backbone: wrn{l}_{r} or resnet{l}."""
+    stages: tuple[tuple[int, int], ...] = ()
+    """Channels and blocks of each stage, overriding the name's; empty: the name's."""
+    stem: int | None = None
+    """Channels of the stems; None: the name's."""
+    levels: int = 4
+    """Levels of every block, 2 to 5."""
+    trunk_size: int = 16
+    """Side in pixels of the maps that the first block sees."""
+    selector_channels: tuple[int, ...] = ()
+    """Channels of the selector's convolutions; empty: as wide as its share of the FLOPs allows."""
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase: training of one of the two networks while the other rests."""
+
+    steps: int
+    """Updates; with until="converge" the most there may be."""
+    rate: float
+    """Learning rate at the start of the phase."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """cosine: falls to 0 within the phase.  step: divided by 10 after 1/2 and 3/4 of the phase.  constant: stays."""
+    until: Literal["steps", "converge"] = "steps"
+    """converge: end when the mean training loss of an epoch has not fallen for `patience` epochs."""
+    patience: int = 3
+    """Epochs without a fall after which a phase has converged."""
+    tolerance: float = 0.005
+    """Relative fall of the loss that counts as one."""
+
+
+@dataclass(frozen=True)
+class EstimatorTraining:
+    """How the estimator is trained: SGD with Nesterov momentum."""
+
+    first: PhaseConfig = PhaseConfig(steps=1500, rate=0.1)
+    """Stage 1, on structures of equation 8."""
+    later: PhaseConfig = PhaseConfig(steps=500, rate=0.03)
+    """Stages 2 and on, on structures of the selector."""
+    finish: PhaseConfig = PhaseConfig(steps=0, rate=0.01)
+    """After the last stage, on structures of the selector (the authors' schedule ends so); steps=0: none."""
+    decay: float = 0.5
+    """The rate of `later` is multiplied by this after every stage (Algorithm 1, line 9)."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 1e-4
+    """Weight decay of the convolution and head weights."""
+    decay_all: bool = True
+    """Let weight decay act on biases and norm parameters too."""
+    tau: float = 0.75
+    """Equation 8: probability of the full structure; otherwise any structure, all alike."""
+    initial_share: float = 0.3
+    """Share of structures that `later` and `finish` still draw from equation 8, so that the other levels stay alive."""
+    structures: Literal["sample", "argmax"] = "sample"
+    """Structures that the selector gives for training the estimator: drawn from its distribution, or the likeliest."""
+
+
+@dataclass(frozen=True)
+class SelectorTraining:
+    """How the selector is trained: REINFORCE with Adam."""
+
+    phase: PhaseConfig = PhaseConfig(steps=500, rate=1e-3)
+    """Every stage's selector phase."""
+    decay: float = 0.5
+    """Its rate is multiplied by this after every stage (Algorithm 1, line 13)."""
+    rho: float = 0.3
+    """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
+    samples: int = 4
+    """|Z|: structures sampled for every image."""
+    baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
+    """What a sample's cost is compared with: the other samples of its image; a running mean of its task; nothing."""
+    entropy_bonus: float = 0.1
+    """Weight of the entropy that keeps the structures varied; falls linearly to 0 within every phase."""
+    exploration: float = 0.99
+    """A sample is drawn at random with probability exploration ** step."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on; written to config.json of its folder."""
+
+    out: Path = Path("runs/den")
+    """Run folder: settings, versions, metrics, TensorBoard events, checkpoints."""
+    mode: Literal["den", "dense"] = "den"
+    """den: Algorithm 1.  dense: the same estimator at its full structure only, for estimator.first."""
+    seed: int = 0
+    """Seed of initial weights, shuffling, augmentation and sampling."""
+    stages: int = 2
+    """S of Algorithm 1."""
+    epoch_steps: int | None = None
+    """Updates between measurements and checkpoints; None: one pass over the largest task."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    estimator: EstimatorTraining = field(default_factory=EstimatorTraining)
+    selector: SelectorTraining = field(default_factory=SelectorTraining)
+    progress: bool = True
+    """Show a progress bar per phase."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "stages": (self.stages, 1, None),
+            "epoch_steps": (self.epoch_steps, 1, None),
+            "data.validation": (self.data.validation, 0, 0.9),
+            "estimator.first.steps": (self.estimator.first.steps, 1, None),
+            "estimator.tau": (self.estimator.tau, 0, 1),
+            "estimator.initial_share": (self.estimator.initial_share, 0, 1),
+            "selector.rho": (self.selector.rho, 0, None),
+            "selector.exploration": (self.selector.exploration, 0, 1),
+            "selector.samples": (self.selector.samples, 2 if self.selector.baseline == "leave-one-out" else 1, None),
+        }
+        for name, (value, low, high) in limits.items():
+            if value is not None and not (low <= value and (high is None or value <= high)):
+                bound = f"at least {low}" if high is None else f"in {low}..{high}"
+                raise ValueError(f"config: {name} must be {bound}, got {value}")
+        if not self.data.tasks or len(set(self.data.tasks)) != len(self.data.tasks):
+            raise ValueError(f"config: data.tasks must be different image sets, got {list(self.data.tasks)}")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demonstration: trains a dense network and a Deep Elastic Network, and compares them."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the runs, the table and the figures."""
+    quick: bool = False
+    """A shorter schedule, for a check that everything works."""
+    seed: int = 0
+    """Seed of both runs."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The JSON form of a config: nested dicts, lists, strings and numbers."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
+    """A config of type `kind` from its JSON form; fields that are left out keep their defaults.
+
+    Raises ValueError that names an unknown key, a value of the wrong type, or a field that is missing.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: value must be an object, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"{where}: key must be one of {', '.join(fields)}, got {key!r}")
+    hints = typing.get_type_hints(kind)
+    given = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def read_config(kind: type[T], path: Path) -> T:
+    """`from_dict` of a JSON file; ValueError when it cannot be read."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"config: {path} must be a readable JSON file, got {error}") from error
+    return from_dict(kind, values, where=Path(path).name)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` of a JSON file as the type `hint` of a config field."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        rest = [a for a in arguments if a is not type(None)]
+        return None if value is None and len(rest) < len(arguments) else _convert(rest[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, where) for item in value)
+    if origin is Literal and value in arguments:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    wanted = f"one of {list(arguments)}" if origin is Literal else str(getattr(hint, "__name__", hint))
+    raise ValueError(f"{where}: value must be {wanted}, got {value!r}")

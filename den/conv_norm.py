@@ -1,0 +1,45 @@
+"""Convolution, batch norm and ReLU, run as one convolution for inference."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from den.fold_cache import FoldCache, may_fold, norm_tensors
+
+
+class ConvNormReLU(nn.Module):
+    """``relu(norm(conv(x)))``, x [B, C, H, W] -> [B, out, H', W'] channels-last in memory.
+
+    In eval mode without gradients the batch norm is folded into the convolution. An empty batch leaves the running
+    statistics as they are.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last)
+        self._folded: FoldCache[tuple[Tensor, Tensor]] = FoldCache()
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if may_fold(self):
+            weight, bias = self._folded.get((conv.weight, *norm_tensors(self.norm)), self._fold)
+            y = F.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
+        else:
+            y = F.relu(self.norm(conv(x)))
+        return y.contiguous(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> "ConvNormReLU":
+        self._folded.clear()
+        return super().train(mode)
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        """Weight [out, in, R, S] and bias [out] with the batch norm's scale and shift, computed in at least float32."""
+        norm, dtype = self.norm, self.conv.weight.dtype
+        precise = torch.promote_types(dtype, torch.float32)
+        gamma, beta, mean, var = (tensor.detach().to(precise) for tensor in norm_tensors(norm))
+        scale = gamma * torch.rsqrt(var + norm.eps)
+        weight = self.conv.weight.detach().to(precise) * scale[:, None, None, None]
+        return weight.to(dtype).contiguous(memory_format=torch.channels_last), (beta - mean * scale).to(dtype)

@@ -1,0 +1,88 @@
+"""Batches that hold every task: running statistics of shared blocks then see in training what they see in use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from den.data.images import ImageSet, apportion
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of every task, one entry per task."""
+
+    tasks: tuple[str, ...]
+    images: list[Tensor]  # task k: float32 [B_k, C_k, H_k, W_k], channels-last
+    labels: list[Tensor]  # task k: int64 [B_k]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.labels))
+
+
+class MixedTaskBatches:
+    """Endless augmented batches; every batch holds `counts[k]` images of set k.
+
+    Each set is walked through in a shuffled order, which is drawn anew whenever it has been used up: a small set is
+    cycled while a large one is passed once.  `epoch_steps` batches pass every image of every set at least once.
+    The whole position (orders, cursors, generator) is in `state_dict`.
+    """
+
+    def __init__(
+        self, sets: Sequence[ImageSet], batch_size: int, shares: Sequence[float] | None = None, seed: int = 0
+    ) -> None:
+        self.sets = tuple(sets)
+        self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))
+        self.epoch_steps = max(-(-len(s) // n) for s, n in zip(self.sets, self.counts, strict=True))
+        self.generator = torch.Generator().manual_seed(seed)
+        self._orders = [torch.empty(0, dtype=torch.int64) for _ in self.sets]
+        self._cursors = [0] * len(self.sets)
+
+    def next(self) -> Batch:
+        images, labels = [], []
+        for k, image_set in enumerate(self.sets):
+            index = self._draw(k)
+            images.append(image_set.augmented(index, self.generator))
+            labels.append(image_set.labels[index])
+        return Batch(tuple(s.name for s in self.sets), images, labels)
+
+    def _draw(self, k: int) -> Tensor:
+        """The next counts[k] positions of set k."""
+        parts, wanted = [], self.counts[k]
+        while wanted:
+            if self._cursors[k] == len(self._orders[k]):
+                self._orders[k] = torch.randperm(len(self.sets[k]), generator=self.generator)
+                self._cursors[k] = 0
+            part = self._orders[k][self._cursors[k] : self._cursors[k] + wanted]
+            self._cursors[k] += len(part)
+            wanted -= len(part)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that `load_state_dict` of the same sets continues from."""
+        orders = {f"order.{k}": order for k, order in enumerate(self._orders)}
+        return {**orders, "generator": self.generator.get_state(), "cursors": list(self._cursors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        orders = [state[f"order.{k}"] for k in range(len(self.sets))]
+        for image_set, order in zip(self.sets, orders, strict=True):
+            if len(order) not in (0, len(image_set)):
+                name, size = image_set.name, len(image_set)
+                raise ValueError(f"MixedTaskBatches: state of {name!r} must be of {size} images, got {len(order)}")
+        self._orders, self._cursors = orders, [int(c) for c in state["cursors"]]
+        self.generator.set_state(state["generator"])
+
+
+def split_batch(batch_size: int, shares: Sequence[float], tasks: int) -> tuple[int, ...]:
+    """Images of each task in a batch, in proportion to `shares`."""
+    if len(shares) != tasks or tasks == 0 or min(shares) <= 0:
+        raise ValueError(f"split_batch: shares must be {tasks} positive numbers, one per task, got {list(shares)}")
+    counts = tuple(apportion(batch_size, shares)) if batch_size > 0 else (0,) * tasks
+    if min(counts) == 0:
+        raise ValueError(f"split_batch: batch_size must give every task an image, got {batch_size} for {list(shares)}")
+    return counts

@@ -1,0 +1,124 @@
+"""A labelled image set in memory, and how its images become normalised (and augmented) network inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from den.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one task.  Raises ValueError when it is empty or a label lies outside 0..classes-1."""
+
+    name: str
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    classes: int
+    mean: tuple[float, ...]  # [C], of the training pixels divided by 255
+    std: tuple[float, ...]  # [C]
+    pad: int = 4  # augmentation: black border in pixels before the random crop
+    flip: bool = True  # augmentation: mirror half of the images
+    class_names: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images.shape)
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+            raise ValueError(f"ImageSet: images must be uint8 [N, C, H, W], got {self.images.dtype} {list(shape)}")
+        if shape[0] == 0:
+            raise ValueError(f"ImageSet: {self.name!r} must hold at least one image, got an empty data set")
+        if self.labels.shape != shape[:1] or self.labels.dtype != torch.int64:
+            raise ValueError(
+                f"ImageSet: labels must be int64 [{shape[0]}], got {self.labels.dtype} {list(self.labels.shape)}"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= self.classes:
+            raise ValueError(f"ImageSet: labels of {self.name!r} must lie in 0..{self.classes - 1}, got {low}..{high}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def task(self) -> Task:
+        return Task(self.name, self.classes, size=self.images.shape[-1], channels=self.images.shape[1])
+
+    def subset(self, index: Tensor) -> ImageSet:
+        """The images at `index` (int64 [n]), in that order."""
+        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
+
+    def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """Normalised images as they are: float32 [n, C, H, W], channels-last."""
+        return self._normalise(self.images[index].permute(0, 2, 3, 1))
+
+    def augmented(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Normalised images, padded, cropped at random and mirrored where `flip`: float32 [n, C, H, W], channels-last.
+
+        One gather for the whole batch: image b reads the rows top_b .. top_b + H - 1 and the columns left_b ..
+        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored.
+        """
+        height, width = self.images.shape[2:]
+        count = len(index)
+        top, left = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
+        rows, columns = top + torch.arange(height), left + torch.arange(width)  # [n, H], [n, W]
+        if self.flip:
+            mirrored = torch.rand(count, 1, generator=generator) < 0.5
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        return self._normalise(self._padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
+
+    @cached_property
+    def _padded(self) -> Tensor:  # uint8 [N, H + 2 pad, W + 2 pad, C]
+        bordered = torch.nn.functional.pad(self.images, (self.pad,) * 4)
+        return bordered.permute(0, 2, 3, 1).contiguous()
+
+    def _normalise(self, pixels: Tensor) -> Tensor:  # uint8 [n, H, W, C] -> float32 [n, C, H, W]
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        values = pixels.contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
+        return values.permute(0, 3, 1, 2)
+
+
+def pixel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel of uint8 [N, C, H, W], divided by 255, in double precision."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    share = counts / counts.sum(1, keepdim=True)  # [C, 256]
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ value
+    std = (share @ value.square() - mean.square()).clamp_min(1e-12).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to `total`, in proportion to `shares`, by largest remainder, earlier ones first.
+
+    >>> apportion(10, [1, 1, 2])
+    [3, 2, 5]
+    """
+    exact = [total * share / sum(shares) for share in shares]
+    counts = [int(e) for e in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - exact[k])
+    for k in by_remainder[: total - sum(counts)]:
+        counts[k] += 1
+    return counts
+
+
+def stratified_split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Seeded split of positions, class by class: (kept, held out), each sorted, int64.
+
+    The second part holds ceil(held_out * N) positions, the classes in proportion to their sizes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = labels.bincount().tolist()
+    counts = apportion(math.ceil(held_out * len(labels)), sizes)
+    kept, held = [], []
+    for label, count in enumerate(counts):
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        held.append(members[:count])
+        kept.append(members[count:])
+    return torch.cat(kept).sort().values, torch.cat(held).sort().values

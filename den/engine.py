@@ -1,0 +1,294 @@
+"""Everything that training needs and Algorithm 1 does not say: optimisers, phases, measurements, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from den.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    optimiser_tensors,
+    prefixed,
+    restore_optimiser,
+    save_checkpoint,
+    unprefixed,
+)
+from den.config import EstimatorTraining, NetworkConfig, TrainConfig
+from den.count import count_flops
+from den.data import Batch, ImageSet, MixedTaskBatches, load_set
+from den.data.images import stratified_split
+from den.evaluate import TaskReport, evaluate, full_flops
+from den.model import DeepElasticNetwork
+from den.model_config import ModelConfig
+from den.objective import Objective, RunningBaseline
+from den.phases import Phase, run_phases
+from den.run_folder import RunFolder
+from den.selector import SelectorConfig
+from den.tasks import Task
+
+
+@dataclass
+class Position:
+    """Where a run stands; all of it is in a checkpoint."""
+
+    phase: int = 0  # phases done
+    step: int = 0  # updates done in the phase at hand
+    total_steps: int = 0
+    selector_steps: int = 0
+    epoch: int = 0
+    lowest_loss: float = math.inf  # of an epoch of the phase at hand
+    stale_epochs: int = 0  # since then
+    best_score: float = math.inf  # of the checkpoint "best"
+
+
+class Engine:
+    """A run of `config`: created in its folder, or continued from the last checkpoint there.
+
+    Use it as a context manager: that closes the folder and, on any exit, leaves the last checkpoint as it is.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        self.config, self.phases = config, run_phases(config)
+        train_sets = [load_set(name, "train", config.data.root) for name in config.data.tasks]
+        train_sets, self.held_out = hold_out(train_sets, config)
+        self.model = new_model(config.network, [s.task for s in train_sets], config.seed)
+        self.batches = MixedTaskBatches(train_sets, config.data.batch_size, config.data.shares or None, config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed + 1)
+        self.baseline = RunningBaseline(config.data.tasks)
+        self.optimisers = {
+            "estimator": estimator_optimiser(self.model.estimator, config.estimator),
+            "selector": torch.optim.Adam(self.model.selector.parameters(), lr=config.selector.phase.rate),
+        }
+        self.position = Position()
+        self.meter = Meter()
+        self.folder = RunFolder(config, resume=resume)
+        self._full_flops = full_flops(self.model)
+        self._bar: tqdm | None = None
+        if resume:
+            self._restore()
+        else:
+            self._save(best=True)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self.folder.close()
+
+    @property
+    def progress(self) -> float:
+        """Share of the phase at hand that is done."""
+        return self.position.step / self.phases[self.position.phase].settings.steps
+
+    def flops_ratio(self, structures: Tensor | None) -> float:
+        """Mean FLOPs of structures [B, N] over those of the full one."""
+        return 1.0 if structures is None else count_flops(self.model, structures).mean().item() / self._full_flops
+
+    def phase(self, network: str, stage: int) -> Iterator[Batch]:
+        """Batches of a phase until it ends; none if it is done already, or no part of the run.
+
+        The network in question trains, the other rests in evaluation mode.  Every epoch is measured, logged and saved.
+        """
+        here = self.position
+        while here.phase < len(self.phases):
+            phase = self.phases[here.phase]
+            if (phase.network, phase.stage) != (network, stage):
+                return
+            self._enter(phase)
+            for group in self.optimisers[network].param_groups:
+                group["lr"] = phase.rate(here.step)
+            yield self.batches.next()
+            if here.step % self._epoch_steps() == 0 or here.step == phase.settings.steps:
+                self._end_epoch(phase)
+
+    def update(self, objective: Objective) -> None:
+        """One step of the optimiser of the phase at hand."""
+        here = self.position
+        phase = self.phases[here.phase]
+        if not math.isfinite(value := objective.loss.item()):
+            raise ValueError(f"train: loss must stay finite, got {value} at step {here.total_steps} (lower the rate)")
+        optimiser = self.optimisers[phase.network]
+        optimiser.zero_grad(set_to_none=True)
+        objective.loss.backward()
+        optimiser.step()
+        here.step += 1
+        here.total_steps += 1
+        here.selector_steps += phase.network == "selector"
+        self.meter.add(objective.measured)
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix_str(self.meter.text(), refresh=False)
+
+    def _epoch_steps(self) -> int:
+        return self.config.epoch_steps or self.batches.epoch_steps
+
+    def _enter(self, phase: Phase) -> None:
+        self.model.estimator.train(phase.network == "estimator")
+        self.model.selector.train(phase.network == "selector")
+        if self._bar is None and self.config.progress:
+            name = f"stage {phase.stage} {phase.network}"
+            self._bar = tqdm(total=phase.settings.steps, initial=self.position.step, desc=name, dynamic_ncols=True)
+
+    def _end_epoch(self, phase: Phase) -> None:
+        """Measure, log, decide whether the phase has ended, save."""
+        here, means = self.position, self.meter.means()
+        here.epoch += 1
+        learnt = phase.network == "selector" or phase.stage > 1
+        reports = evaluate(self.model, self.held_out, "selected" if learnt else "full")
+        where = {"epoch": here.epoch, "step": here.total_steps, "stage": phase.stage, "phase": phase.network}
+        rate = phase.rate(here.step - 1)
+        held_out = {name: report.summary() for name, report in reports.items()}
+        self.folder.log({**where, "rate": rate, "train": means, "held_out": held_out})
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self.meter.text()} | {_held_out_text(reports)}")
+        if here.step == phase.settings.steps or self._converged(phase, means["loss"]):
+            self._leave()
+        self.meter.clear()
+        self._save(best=self._is_best(phase, reports))
+
+    def _converged(self, phase: Phase, loss: float) -> bool:
+        here, settings = self.position, phase.settings
+        if loss < here.lowest_loss * (1 - settings.tolerance):
+            here.lowest_loss, here.stale_epochs = loss, 0
+        else:
+            here.stale_epochs += 1
+        return settings.until == "converge" and here.stale_epochs >= settings.patience
+
+    def _leave(self) -> None:
+        here = self.position
+        here.phase, here.step, here.lowest_loss, here.stale_epochs = here.phase + 1, 0, math.inf, 0
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _is_best(self, phase: Phase, reports: dict[str, TaskReport]) -> bool:
+        """Whether the mean over tasks of L + S is the lowest so far; until a selector is trained, always."""
+        rho = 0.0 if self.config.mode == "dense" else self.config.selector.rho
+        score = sum(r.loss + rho * r.penalty for r in reports.values()) / len(reports)
+        comparable = self.config.mode == "dense" or phase.network == "selector" or phase.stage > 1
+        if not comparable or self.config.data.validation == 0:
+            return True
+        if score >= self.position.best_score:
+            return False
+        self.position.best_score = score
+        return True
+
+    def _save(self, *, best: bool) -> None:
+        tensors = prefixed("model", self.model.state_dict())
+        for name, optimiser in self.optimisers.items():
+            tensors |= prefixed(f"optimiser.{name}", optimiser_tensors(optimiser))
+        batches = self.batches.state_dict()
+        tensors |= prefixed("batches", {k: v for k, v in batches.items() if isinstance(v, Tensor)})
+        tensors |= {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
+        kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (the state of code that is not ours)
+        record: dict[str, Any] = {
+            "model": self.model.config.to_dict(),
+            "position": dataclasses.asdict(self.position),
+            "cursors": batches["cursors"],
+            "baseline": self.baseline.means,
+            "python": random.getstate(),
+            "numpy": [kind, key.tolist(), *rest],
+        }
+        save_checkpoint(self.folder.last, tensors, record)
+        if best:
+            save_checkpoint(self.folder.best, tensors, record)
+
+    def _restore(self) -> None:
+        path = self.folder.last
+        tensors, record = load_checkpoint(path)
+        load_weights(self.model, tensors, path)
+        try:
+            for name, optimiser in self.optimisers.items():
+                restore_optimiser(optimiser, unprefixed(f"optimiser.{name}", tensors))
+            self.batches.load_state_dict({**unprefixed("batches", tensors), "cursors": record["cursors"]})
+            self.position = Position(**record["position"])
+            self.baseline.means = record["baseline"]
+            self.generator.set_state(tensors["generator"])
+            torch.set_rng_state(tensors["torch"])
+            version, state, following = record["python"]
+            random.setstate((version, tuple(state), following))
+            np.random.set_state(tuple(record["numpy"]))  # noqa: NPY002
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"load_checkpoint: {path} must be a training checkpoint, got one without {error}"
+            ) from error
+        self.folder.rewind(self.position.epoch)
+
+
+class Meter:
+    """Means of what the updates of an epoch measured."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, measured: dict[str, Tensor | float]) -> None:
+        self._count += 1
+        for name, value in measured.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self._count for name, total in self._sums.items()}
+
+    def text(self) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in self.means().items())
+
+    def clear(self) -> None:
+        self._sums, self._count = {}, 0
+
+
+def _held_out_text(reports: dict[str, TaskReport]) -> str:
+    parts = (f"{r.task} {r.accuracy:.1%} at {r.flops_ratio:.2f}, {r.structures} structures" for r in reports.values())
+    return "; ".join(parts)
+
+
+def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet], list[ImageSet]]:
+    """Training sets and the sets that epochs are measured on: a part of the former, or the test sets."""
+    if config.data.validation == 0:
+        return sets, [load_set(name, "test", config.data.root) for name in config.data.tasks]
+    splits = [stratified_split(s.labels, config.data.validation, config.seed) for s in sets]
+    kept = [s.subset(split[0]) for s, split in zip(sets, splits, strict=True)]
+    return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
+
+
+def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElasticNetwork:
+    """The network of `network` for `tasks`, its weights drawn with `seed`; the global generator is left as it was."""
+    selector = SelectorConfig(network.selector_channels) if network.selector_channels else None
+    config = ModelConfig(
+        tuple(tasks),
+        backbone=network.backbone,
+        stages=network.stages or None,
+        stem=network.stem,
+        levels=network.levels,
+        trunk_size=network.trunk_size,
+        selector=selector,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DeepElasticNetwork(config)
+
+
+def estimator_optimiser(estimator: nn.Module, settings: EstimatorTraining) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weight decay spares biases and norms unless `decay_all`."""
+    everything = list(estimator.parameters())
+    matrices = [p for p in everything if p.ndim > 1 or settings.decay_all]
+    vectors = [p for p in everything if p.ndim <= 1 and not settings.decay_all]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=settings.first.rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+    )

@@ -1,0 +1,213 @@
+"""What a network reaches: accuracy, FLOPs and variety of structures per task, static structures, measured time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from den.count import count_flops, parameter_fractions
+from den.data import ImageSet
+from den.model import DeepElasticNetwork
+from den.objective import entropy, sparsity_penalty
+
+Choice = Literal["selected", "full"] | Tensor
+BATCH = 500
+
+
+@dataclass(frozen=True, eq=False)
+class TaskReport:
+    """Results of one task at the structures that `evaluate` was asked for."""
+
+    task: str
+    images: int
+    accuracy: float  # 0..1
+    loss: float  # mean cross-entropy
+    penalty: float  # mean of S(z) at rho = 1
+    flops: float  # mean per image, block convolutions
+    flops_ratio: float  # flops / FLOPs of the full structure
+    structures: int  # different structures in use
+    entropy: float  # of the selector's distribution of one image, mean over images and blocks, nats
+    mean_entropy: float  # of the mean of these distributions, mean over blocks, nats
+    levels: Tensor  # int64 [images, N]: the structure of every image
+    probabilities: Tensor  # float32 [N, L]: mean of the selector's distributions
+
+    @property
+    def histogram(self) -> Tensor:
+        """How often each block ran at each level: int64 [N, L]."""
+        return F.one_hot(self.levels, self.probabilities.shape[1]).sum(0)
+
+    @property
+    def common(self) -> tuple[Tensor, Tensor]:
+        """Structures in use, most frequent first, and how many images use each: int64 [structures, N], [structures]."""
+        found, counts = self.levels.unique(dim=0, return_counts=True)
+        order = counts.argsort(descending=True, stable=True)
+        return found[order], counts[order]
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, for a line of metrics.jsonl."""
+        names = ("images", "accuracy", "loss", "penalty", "flops", "flops_ratio", "structures", "entropy")
+        return {**{n: getattr(self, n) for n in (*names, "mean_entropy")}, "histogram": self.histogram.tolist()}
+
+
+def evaluate(
+    model: DeepElasticNetwork, sets: Sequence[ImageSet], choice: Choice = "selected", batch_size: int = BATCH
+) -> dict[str, TaskReport]:
+    """Results of every set, by the name of its task.
+
+    choice: the selector's arg max, the full structure, or one structure (integer [N]) for all images.
+    The model is in evaluation mode meanwhile and as before afterwards.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return {image_set.name: _evaluate_task(model, image_set, choice, batch_size) for image_set in sets}
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choice, batch_size: int) -> TaskReport:
+    correct, loss, levels, chances = 0, 0.0, [], []
+    for images, labels in _input_batches(image_set, batch_size):
+        chance = model.selector_logits(images, image_set.name).log_softmax(-1)
+        structures = _structures(model, chance, choice)
+        logits = model.estimator(images, image_set.name, structures)
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += (logits.argmax(1) == labels).sum().item()
+        levels.append(structures)
+        chances.append(chance)
+    used, chance = torch.cat(levels), torch.cat(chances)
+    flops = count_flops(model, used).mean().item()
+    mean = chance.exp().mean(0)
+    return TaskReport(
+        task=image_set.name,
+        images=len(image_set),
+        accuracy=correct / len(image_set),
+        loss=loss / len(image_set),
+        penalty=sparsity_penalty(used, parameter_fractions(model), 1.0).mean().item(),
+        flops=flops,
+        flops_ratio=flops / full_flops(model),
+        structures=len(used.unique(dim=0)),
+        entropy=entropy(chance).mean().item(),
+        mean_entropy=entropy(mean.clamp_min(1e-30).log()).mean().item(),
+        levels=used,
+        probabilities=mean,
+    )
+
+
+def _input_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(image_set), batch_size):
+        part = slice(start, start + batch_size)
+        yield image_set.inputs(part), image_set.labels[part]
+
+
+def _structures(model: DeepElasticNetwork, log_probabilities: Tensor, choice: Choice) -> Tensor:  # int64 [B, N]
+    if isinstance(choice, Tensor):
+        return choice.long().expand(len(log_probabilities), -1)
+    if choice == "full":
+        return torch.full(log_probabilities.shape[:2], model.levels - 1)
+    return log_probabilities.argmax(-1)
+
+
+def full_flops(model: DeepElasticNetwork) -> float:
+    """FLOPs of one image at the full structure."""
+    return count_flops(model, torch.full((1, model.num_blocks), model.levels - 1)).item()
+
+
+@dataclass(frozen=True, eq=False)
+class StaticReport:
+    """The best single structure for all images of a task."""
+
+    structure: Tensor  # int64 [N]
+    candidates: int  # structures that were tried
+    report: TaskReport  # on the set asked for
+
+
+def best_static(
+    model: DeepElasticNetwork,
+    image_set: ImageSet,
+    budget: float,
+    *,
+    extra: Tensor | None = None,
+    choose_on: ImageSet | None = None,
+    candidates: int = 60,
+    tolerance: float = 0.03,
+    seed: int = 0,
+) -> StaticReport:
+    """The most accurate of many structures that cost about `budget` FLOPs, used for every image of `image_set`.
+
+    The candidates are `static_candidates` and those of `extra` (int64 [n, N], such as the structures that the selector
+    uses most) that cost at most (1 + tolerance) * budget.  The best is chosen on `choose_on`, held-out images.  Without
+    them it is chosen on `image_set` itself, which flatters the static structure: a network that beats it even so has
+    gained from choosing per image.
+    """
+    tried = static_candidates(model, budget, candidates, tolerance, seed)
+    if extra is not None:
+        affordable = extra[count_flops(model, extra) <= (1 + tolerance) * budget]
+        tried = torch.cat([tried, affordable]).unique(dim=0)
+    chosen_on = image_set if choose_on is None else choose_on
+    reports = [evaluate(model, [chosen_on], structure)[chosen_on.name] for structure in tried]
+    best = max(range(len(tried)), key=lambda i: (reports[i].accuracy, -reports[i].loss))
+    report = reports[best] if choose_on is None else evaluate(model, [image_set], tried[best])[image_set.name]
+    return StaticReport(tried[best], len(tried), report)
+
+
+def static_candidates(model: DeepElasticNetwork, budget: float, count: int, tolerance: float, seed: int) -> Tensor:
+    """Up to `count` random structures whose FLOPs lie within `tolerance` of `budget`: int64 [n, N].
+
+    Each is drawn with level probabilities of its own, so that every budget is met by structures of many shapes.  Where
+    none lies within the tolerance: the nearest one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws, blocks, levels = 20000, model.num_blocks, model.levels
+    weights = torch.empty(draws, levels).exponential_(generator=generator)
+    drawn = torch.multinomial(weights, blocks, replacement=True, generator=generator)
+    distance = (count_flops(model, drawn) / budget - 1).abs() if budget > 0 else drawn.sum(1).double()
+    near = (distance <= tolerance).nonzero().flatten()
+    if len(near) == 0:
+        near = distance.argmin().view(1)
+    unique = drawn[near].unique(dim=0)
+    return unique[torch.randperm(len(unique), generator=generator)[:count]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured seconds per image, medians."""
+
+    full: float  # the estimator at its full structure, no selector
+    selected: float  # selector and estimator
+    selector: float  # the selector alone
+
+    @property
+    def speedup(self) -> float:
+        return self.full / self.selected
+
+
+@torch.inference_mode()
+def time_per_image(model: DeepElasticNetwork, image_set: ImageSet, batch_size: int = 128, rounds: int = 15) -> Timing:
+    """Time of inference with and without choosing, on the first `batch_size` images; the model in evaluation mode.
+
+    Full, selected and selector take turns, so that a change in the machine's speed meets all three; two turns warm up.
+    """
+    model.eval()
+    images, name = image_set.inputs(slice(batch_size)), image_set.name
+    runs = {
+        "full": lambda: model.estimator(images, name),
+        "selected": lambda: model(images, name),
+        "selector": lambda: model.select(images, name),
+    }
+    seconds: dict[str, list[float]] = {kind: [] for kind in runs}
+    for _ in range(rounds + 2):
+        for kind, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[kind].append(time.perf_counter() - start)
+    return Timing(**{kind: statistics.median(values[2:]) / len(images) for kind, values in seconds.items()})

@@ -1,0 +1,78 @@
+"""Deep Elastic Networks: an estimator of many structures and a selector that chooses one for each image.
+
+Ahn, Kim, Oh: Deep Elastic Networks with Model Selection for Multi-Task Learning, ICCV 2019.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from den.estimator import Estimator
+from den.model_config import ModelConfig
+from den.selector import Selector, SelectorConfig
+from den.task_batch import Images, Tasks, task_batch
+from den.tasks import Task
+from den_kernels import RoutingPlan
+
+
+class DeepElasticNetwork(nn.Module):
+    """``f(x; z, t)`` with ``z = arg max g(x)``: every image runs through the blocks at the levels chosen for it.
+
+    ``images`` and ``task`` come in three forms, everywhere:
+
+    - one task: [B, C, S, S] and its name, position or :class:`Task`;
+    - a mixed batch: a list with one such tensor per task, of that task's size, and a list of the tasks; the stems and
+      heads run per task, the blocks once over all of them;
+    - tasks per instance: [B, C, S, S] and integer [B], where all the tasks share size and channels.
+
+    Levels [B, N] and selector logits [B, N, L] have one row per image, in the order given (for a list: one part after
+    the other).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tasks = config.tasks
+        self.levels = config.levels
+        self.estimator = Estimator(config.tasks, config.stages, config.stem, config.levels, config.trunk_size)
+        self.num_blocks = self.estimator.num_blocks
+        self.selector = Selector(config.tasks, config.selector, self.num_blocks, config.levels, config.trunk_size)
+
+    def forward(self, images: Images, task: Tasks, *, return_levels: bool = False):
+        """Logits of ``images`` at the levels that the selector chooses; with ``return_levels`` also these.
+
+        Returns:
+            [B, classes] of one task; a list of them for a list of images; for tasks per instance [B, most classes],
+            -inf in the classes that an instance's task does not have. With ``return_levels``: (logits, levels [B, N]).
+
+        Raises:
+            ValueError: images or task that do not fit.
+        """
+        batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
+        with torch.no_grad():
+            levels = self.selector.run(batch).argmax(-1)
+        logits = self.estimator.run(batch, RoutingPlan.from_levels(levels, groups=self.levels - 1))
+        return (logits, batch.restore(levels)) if return_levels else logits
+
+    def selector_logits(self, images: Images, task: Tasks) -> Tensor:
+        """Logits [B, N, L] of ``C_i(l; x)``, the distribution over the levels of every block (paper, eq. 2)."""
+        return self.selector(images, task)
+
+    def select(self, images: Images, task: Tasks) -> Tensor:
+        """The most probable structure of each image: int64 [B, N] in 0..L-1."""
+        with torch.no_grad():
+            return self.selector(images, task).argmax(-1)
+
+
+def create_model(
+    name: str, tasks: Sequence[Task], levels: int = 4, *, trunk_size: int = 32, selector: SelectorConfig | None = None
+) -> DeepElasticNetwork:
+    """A network of a named size: ``wrn32_4``, ``resnet42``, any ``wrn{l}_{r}`` or ``resnet{l}``.
+
+    Raises:
+        ValueError: a name, depth, task or number of levels that does not fit.
+    """
+    return DeepElasticNetwork(
+        ModelConfig(tuple(tasks), backbone=name, levels=levels, trunk_size=trunk_size, selector=selector)
+    )

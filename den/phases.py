@@ -1,0 +1,51 @@
+"""The phases of a run, and their learning rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from den.config import PhaseConfig, TrainConfig
+
+Network = Literal["estimator", "selector"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Training of one network in one stage (counted from 1; the estimator's finish is stage S + 1)."""
+
+    network: Network
+    stage: int
+    settings: PhaseConfig
+    factor: float  # of the learning rate, after the decays of the stages before
+
+    def rate(self, step: int) -> float:
+        """Learning rate of update `step` (from 0)."""
+        return self.settings.rate * self.factor * schedule_factor(self.settings.schedule, step / self.settings.steps)
+
+
+def schedule_factor(schedule: str, progress: float) -> float:
+    """Factor of the learning rate after the share `progress` (0..1) of a phase.
+
+    >>> [schedule_factor("step", p) for p in (0, 0.5, 0.75)]
+    [1.0, 0.1, 0.01]
+    """
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "step":
+        return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+    return 1.0
+
+
+def run_phases(config: TrainConfig) -> tuple[Phase, ...]:
+    """The phases in order; those without steps are left out.  A dense run is the estimator's first phase."""
+    estimator, selector = config.estimator, config.selector
+    phases = [Phase("estimator", 1, estimator.first, 1.0)]
+    if config.mode == "den":
+        for stage in range(1, config.stages + 1):
+            if stage > 1:
+                phases.append(Phase("estimator", stage, estimator.later, estimator.decay ** (stage - 2)))
+            phases.append(Phase("selector", stage, selector.phase, selector.decay ** (stage - 1)))
+        phases.append(Phase("estimator", config.stages + 1, estimator.finish, 1.0))
+    return tuple(phase for phase in phases if phase.settings.steps > 0)

@@ -1,0 +1,82 @@
+"""Algorithm 1 of the paper: estimator and selector trained in turn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from den.config import TrainConfig
+from den.data import Batch
+from den.engine import Engine
+from den.model import DeepElasticNetwork
+from den.objective import (
+    Objective,
+    entropy,
+    initial_structures,
+    instance_losses,
+    leave_one_out_advantage,
+    reinforce,
+    sample_structures,
+    selected_structures,
+    structure_costs,
+)
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
+    """Train a network as `config` says and return it, in evaluation mode; its run folder is `config.out`.
+
+    resume: continue the run in that folder from its last checkpoint, with the losses it would have had uninterrupted.
+
+    Raises ValueError for settings that do not fit, a folder that cannot be used, and a loss that is not finite.
+    """
+    with Engine(config, resume=resume) as engine:  # lines 1 and 2
+        for stage in range(1, config.stages + 2):  # line 4; the last round is the estimator's finish
+            for batch in engine.phase("estimator", stage):  # lines 5, 8 and 9
+                structures = derive_structures(engine, stage, batch)  # line 6, with p of lines 3 and 14
+                engine.update(estimator_loss(engine, batch, structures))  # line 7
+            for batch in engine.phase("selector", stage):  # lines 10, 12 and 13
+                engine.update(selector_loss(engine, batch))  # line 11
+        return engine.model.eval()
+
+
+def derive_structures(engine: Engine, stage: int, batch: Batch) -> Tensor | None:
+    """Structures [B, N] to train the estimator on: of equation 8 in stage 1, afterwards mostly of the selector.
+
+    None stands for the full structure of a dense run.
+    """
+    model, settings = engine.model, engine.config.estimator
+    if engine.config.mode == "dense":
+        return None
+    initial = initial_structures(len(batch), model.num_blocks, model.levels, settings.tau, engine.generator)
+    if stage == 1:
+        return initial
+    with torch.no_grad():
+        logits = model.selector_logits(batch.images, batch.tasks)
+    selected = selected_structures(logits, engine.generator if settings.structures == "sample" else None)
+    keeps_initial = torch.rand(len(batch), 1, generator=engine.generator) < settings.initial_share
+    return torch.where(keeps_initial, initial, selected)
+
+
+def estimator_loss(engine: Engine, batch: Batch, structures: Tensor | None) -> Objective:
+    """Mean cross-entropy of the batch at its structures (equation 4; S(z) does not depend on the estimator)."""
+    logits = engine.model.estimator(batch.images, batch.tasks, structures)
+    loss = instance_losses(logits, batch.labels).mean()
+    correct = torch.cat([p.argmax(1) == y for p, y in zip(logits, batch.labels, strict=True)]).float().mean()
+    return Objective(loss, {"loss": loss.detach(), "accuracy": correct, "flops_ratio": engine.flops_ratio(structures)})
+
+
+def selector_loss(engine: Engine, batch: Batch) -> Objective:
+    """The REINFORCE estimate of equation 7, less the entropy bonus; the measured loss is the mean cost R."""
+    settings, model = engine.config.selector, engine.model
+    log_probabilities = model.selector_logits(batch.images, batch.tasks).log_softmax(-1)  # [B, N, L]
+    epsilon = settings.exploration**engine.position.selector_steps
+    structures = sample_structures(log_probabilities, settings.samples, epsilon, engine.generator)  # [B, S, N]
+    costs = structure_costs(model, batch, structures, settings.rho)  # [B, S]
+    if settings.baseline == "leave-one-out":
+        advantage = leave_one_out_advantage(costs)
+    else:
+        advantage = engine.baseline.advantage(costs, batch) if settings.baseline == "running-mean" else costs
+    loss = reinforce(log_probabilities, structures, advantage, settings.entropy_bonus * (1 - engine.progress))
+    variety = entropy(log_probabilities.detach()).mean()
+    ratio = engine.flops_ratio(structures.flatten(0, 1))
+    return Objective(loss, {"loss": costs.mean(), "flops_ratio": ratio, "entropy": variety})

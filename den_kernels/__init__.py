@@ -1,0 +1,28 @@
+"""Convolutions over only the channel groups that each instance of a batch selected."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .dynamic_conv import dynamic_conv2d
+from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
+from .dynamic_residual import dynamic_residual, dynamic_residual_
+from .layers import DynamicConv2d
+from .plan import Route, RoutingPlan
+from .residual_weights import ResidualWeights
+
+try:
+    __version__ = version("den-kernels")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DynamicBatchNorm2d",
+    "DynamicConv2d",
+    "ResidualWeights",
+    "Route",
+    "RoutingPlan",
+    "__version__",
+    "dynamic_batch_norm",
+    "dynamic_conv2d",
+    "dynamic_residual",
+    "dynamic_residual_",
+]

@@ -1,0 +1,331 @@
+"""Dynamic convolution on a CPU: the instances of a segment together, through oneDNN, over the channels they selected.
+
+Per segment of the route: gather the selected input channels of its instances (`rows.py`), slice the weight, convolve,
+scatter the result. A level selects a prefix, so its weight is a view; only a mask with a hole concatenates the slices
+of its groups, once per distinct mask. A segment that is a run of neighbouring instances and reads every channel is a
+view of the batch, and one that holds the whole batch and writes every channel hands its result over without a copy.
+The backward pass walks the same segments in the same order, so it is deterministic.
+
+float16 is computed in float32. Weight and bias gradients are added up over the segments in float32, or in float64 if
+they are float64.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rows import gather_rows, scatter_rows_
+
+
+class Geometry(NamedTuple):
+    """What a convolution is, apart from its tensors; sizes are () on a side that is not elastic."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    out_sizes: Sequence[int]
+    in_sizes: Sequence[int]
+
+    def out_shape(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+        H, W = (
+            (size + 2 * pad - step * (side - 1) - 1) // stride + 1
+            for size, side, stride, pad, step in zip(
+                x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return x.shape[0], weight.shape[0], H, W
+
+
+class Run(NamedTuple):
+    """Consecutive channels."""
+
+    start: int
+    width: int
+
+
+class Part(NamedTuple):
+    """The part of a convolution that one selection computes; runs in ascending order.
+
+    `constant`: selected output channels none of whose inputs is selected, a convolution over nothing: the bias.
+    """
+
+    inputs: tuple[Run, ...]
+    outputs: tuple[Run, ...]
+    constant: tuple[Run, ...]
+    groups: int
+
+
+class Segment(NamedTuple):
+    order: Tensor  # int32 [n]: its instances
+    first: int  # their first index where they are neighbours in order, first .. first + n; else -1
+    part: Part
+
+
+def runs_of(sizes: Sequence[int], selected: Sequence[bool]) -> tuple[Run, ...]:
+    """The channels of the selected groups as maximal runs.
+
+    >>> runs_of((2, 3, 4, 1), (True, True, False, True))
+    (Run(start=0, width=5), Run(start=9, width=1))
+    """
+    runs: list[Run] = []
+    start = 0
+    for size, chosen in zip(sizes, selected, strict=True):
+        if chosen and runs and runs[-1].start + runs[-1].width == start:
+            runs[-1] = Run(runs[-1].start, runs[-1].width + size)
+        elif chosen:
+            runs.append(Run(start, size))
+        start += size
+    return tuple(runs)
+
+
+def _cardinality_used(sizes: Sequence[int], selected: Sequence[bool], channels: int, groups: int) -> list[bool]:
+    runs = runs_of(sizes, selected) if sizes else (Run(0, channels),)
+    starts = range(0, channels, channels // groups)
+    return [any(run.start <= start < run.start + run.width for run in runs) for start in starts]
+
+
+@lru_cache(maxsize=4096)
+def part_of(
+    selected: tuple[bool, ...],  # [G]
+    in_channels: int,
+    out_channels: int,
+    groups: int,
+    out_sizes: tuple[int, ...],
+    in_sizes: tuple[int, ...],
+) -> Part:
+    """The part of the convolution that a selection computes.
+
+    >>> part_of((True, False), 8, 6, 1, (2, 4), ())
+    Part(inputs=(Run(start=0, width=8),), outputs=(Run(start=0, width=2),), constant=(), groups=1)
+    """
+    if groups == 1:
+        inputs = runs_of(in_sizes, selected) if in_sizes else (Run(0, in_channels),)
+        outputs = runs_of(out_sizes, selected) if out_sizes else (Run(0, out_channels),)
+        return Part(inputs, outputs, (), 1) if inputs and outputs else Part((), (), outputs, 0)
+    reads = _cardinality_used(in_sizes, selected, in_channels, groups)
+    writes = _cardinality_used(out_sizes, selected, out_channels, groups)
+    both = [r and w for r, w in zip(reads, writes, strict=True)]
+    bare = [w and not r for r, w in zip(reads, writes, strict=True)]
+    in_each, out_each = (in_channels // groups,) * groups, (out_channels // groups,) * groups
+    return Part(runs_of(in_each, both), runs_of(out_each, both), runs_of(out_each, bare), sum(both))
+
+
+def segments_of(
+    order: Tensor, offsets: Tensor, mask: Tensor | None, geometry: Geometry, in_channels: int, out_channels: int
+) -> list[Segment]:
+    """The segments of the route that hold instances, in order."""
+    G = len(geometry.out_sizes) or len(geometry.in_sizes)
+    sizes = tuple(geometry.out_sizes), tuple(geometry.in_sizes)
+    bounds, indices = offsets.tolist(), order.tolist()
+    segments = []
+    for s, (start, stop) in enumerate(pairwise(bounds)):
+        if start == stop:
+            continue
+        members, first = indices[start:stop], indices[start]
+        selected = (True,) * (G - s) + (False,) * s if mask is None else tuple(mask[first].tolist())
+        part = part_of(selected, in_channels, out_channels, geometry.groups, *sizes)
+        neighbours = members == list(range(first, first + stop - start))
+        segments.append(Segment(order[start:stop], first if neighbours else -1, part))
+    return segments
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether torch takes x [B, C, H, W] for channels-last: its rule of strides, slices of wider tensors included."""
+    size, stride = x.shape, x.stride()
+    least = 0
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or stride[1] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * max(size[d], 1)
+    return True
+
+
+def memory_format_of(*tensors: Tensor) -> torch.memory_format:
+    """Channels-last if one of the tensors is, else contiguous: the rule of `nn.Conv2d` for its input and weight."""
+    return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format
+
+
+def _packed(x: Tensor) -> tuple[Tensor, int]:
+    """x as rows that `rows.py` takes, and the elements per channel there: 1 channels-last, H * W contiguous."""
+    if not (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
+        x = x.contiguous(memory_format=memory_format_of(x))
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x, 1
+    return x.view(x.shape[0], -1, 1, 1), x.shape[2] * x.shape[3]
+
+
+def gather(x: Tensor, segment: Segment, runs: Sequence[Run], dtype: torch.dtype) -> Tensor:
+    """The channels of `runs` of a segment's instances: [n, width, H, W], in x's memory format."""
+    n = segment.order.shape[0]
+    if segment.first >= 0 and runs[0].width == x.shape[1]:
+        return x.narrow(0, segment.first, n).to(dtype)
+    packed, unit = _packed(x)
+    taken = []
+    for start, width in runs:
+        rows = gather_rows(packed, segment.order, width * unit, dtype=dtype, start=start * unit)
+        taken.append(rows.reshape(n, width, *x.shape[2:]))
+    return taken[0] if len(taken) == 1 else torch.cat(taken, dim=1)
+
+
+def scatter_(out: Tensor, rows: Tensor, segment: Segment, runs: Sequence[Run]) -> None:
+    """Write the channels of `rows` into `runs` of a segment's instances in out, which is dense."""
+    n = segment.order.shape[0]
+    if segment.first >= 0 and runs[0].width == out.shape[1]:
+        out.narrow(0, segment.first, n).copy_(rows)
+        return
+    packed, unit = _packed(out)
+    format = torch.channels_last if unit == 1 else torch.contiguous_format
+    taken = 0
+    for start, width in runs:
+        block = rows.narrow(1, taken, width).contiguous(memory_format=format)
+        scatter_rows_(packed, block.view(n, -1, 1, 1) if unit > 1 else block, segment.order, start=start * unit)
+        taken += width
+
+
+def allocate(
+    shape: Sequence[int], dtype: torch.dtype, format: torch.memory_format, written: Iterable[Sequence[Run]]
+) -> Tensor:
+    """An empty tensor, zeroed where a segment does not write all of its channels: one pass over all of it is faster
+    than many over the pieces that stay empty."""
+    out = torch.empty(shape, dtype=dtype, memory_format=format)
+    if any(sum(run.width for run in runs) < shape[1] for runs in written):
+        out.zero_()
+    return out
+
+
+def fill_(out: Tensor, segment: Segment, runs: Sequence[Run], bias: Tensor | None) -> None:
+    """Write the bias (float [C]; None: zero) into the channels of `runs` of a segment's instances."""
+    for start, width in runs:
+        value = out.new_zeros(1) if bias is None else bias.narrow(0, start, width).to(out.dtype)
+        out.narrow(1, start, width)[segment.order.long()] = value.view(-1, 1, 1)
+
+
+def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
+    if runs[0].width == x.shape[dim]:
+        return x
+    slices = [x.narrow(dim, *run) for run in runs]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim)
+
+
+def _weight_of(weight: Tensor, part: Part, geometry: Geometry) -> Tensor:
+    taken = _take(weight, 0, part.outputs)
+    return taken if geometry.groups > 1 else _take(taken, 1, part.inputs)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, segment: Segment, geometry: Geometry
+) -> Tensor:  # [n, channels of part.outputs, H_out, W_out] in the dtype of weight
+    part = segment.part
+    return torch.convolution(
+        gather(x, segment, part.inputs, weight.dtype),
+        _weight_of(weight, part, geometry),
+        None if bias is None else _take(bias, 0, part.outputs),
+        geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), part.groups,
+    )  # fmt: skip
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, segments: Sequence[Segment], geometry: Geometry
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    """The segments one after the other. x is read where it is selected, and nowhere else."""
+    dtype, format = _compute_dtype(x), memory_format_of(x, weight)
+    if dtype != x.dtype:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    whole = len(segments) == 1 and segments[0].first == 0 and segments[0].part.outputs == (Run(0, weight.shape[0]),)
+    if whole:
+        return _convolve(x, weight, bias, segments[0], geometry).to(x.dtype).contiguous(memory_format=format)
+    written = (segment.part.outputs + segment.part.constant for segment in segments)
+    out = allocate(geometry.out_shape(x, weight), x.dtype, format, written)
+    for segment in segments:
+        if segment.part.outputs:
+            scatter_(out, _convolve(x, weight, bias, segment, geometry), segment, segment.part.outputs)
+        fill_(out, segment, segment.part.constant, bias)
+    return out
+
+
+class _Sums:
+    """The gradients of weight and bias, added up over the segments."""
+
+    def __init__(self, weight: Tensor, groups: int, output_mask: Sequence[bool]) -> None:
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.groups = groups
+        self.weight = self.bias = None
+        if output_mask[1]:
+            self.weight = torch.zeros_like(weight, dtype=self.dtype, memory_format=memory_format_of(weight))
+        if output_mask[2]:
+            self.bias = torch.zeros(weight.shape[0], dtype=self.dtype)
+
+    def add_weight(self, part: Part, dweight: Tensor) -> None:
+        assert self.weight is not None
+        columns = part.inputs if self.groups == 1 else (Run(0, dweight.shape[1]),)
+        for rows, out_taken in _with_offsets(part.outputs):
+            for run, in_taken in _with_offsets(columns):
+                block = dweight.narrow(0, out_taken, rows.width).narrow(1, in_taken, run.width)
+                self.weight.narrow(0, *rows).narrow(1, *run).add_(block)
+
+    def add_bias(self, runs: Sequence[Run], dbias: Tensor) -> None:
+        assert self.bias is not None
+        for run, taken in _with_offsets(runs):
+            self.bias.narrow(0, *run).add_(dbias.narrow(0, taken, run.width))
+
+
+def _with_offsets(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
+    taken = 0
+    for run in runs:
+        yield run, taken
+        taken += run.width
+
+
+def backward(
+    grad: Tensor,  # [B, C_out, H_out, W_out]
+    x: Tensor,
+    weight: Tensor,
+    segments: Sequence[Segment],
+    geometry: Geometry,
+    output_mask: Sequence[bool],  # which of the three gradients are wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias; None where `output_mask` does not ask for one."""
+    dtype = _compute_dtype(x)
+    sums, dx = _Sums(weight, geometry.groups, output_mask), None
+    if output_mask[0]:
+        dx = allocate(x.shape, x.dtype, memory_format_of(x), (segment.part.inputs for segment in segments))
+    weight_dtype, weight = weight.dtype, weight.to(dtype)
+    for segment in segments:
+        part = segment.part
+        if part.outputs:
+            gradients = _segment_backward(grad, x, weight, segment, geometry, output_mask)
+            if dx is not None:
+                scatter_(dx, gradients[0], segment, part.inputs)
+            if output_mask[1]:
+                sums.add_weight(part, gradients[1])
+            if output_mask[2]:
+                sums.add_bias(part.outputs, gradients[2])
+        if output_mask[2] and part.constant:
+            sums.add_bias(part.constant, gather(grad, segment, part.constant, sums.dtype).sum((0, 2, 3)))
+    dweight, dbias = (None if total is None else total.to(weight_dtype) for total in (sums.weight, sums.bias))
+    return dx, dweight, dbias
+
+
+def _segment_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, segment: Segment, geometry: Geometry, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    part, dtype = segment.part, weight.dtype
+    if output_mask[1]:
+        rows = gather(x, segment, part.inputs, dtype)
+    else:  # only its shape is looked at
+        shape = segment.order.shape[0], sum(run.width for run in part.inputs), *x.shape[2:]
+        rows = torch.empty(shape, dtype=dtype, memory_format=memory_format_of(x))
+    return torch.ops.aten.convolution_backward(
+        gather(grad, segment, part.outputs, dtype), rows, _weight_of(weight, part, geometry),
+        [sum(run.width for run in part.outputs)], geometry.stride, geometry.padding, geometry.dilation,
+        False, (0, 0), part.groups, output_mask,
+    )  # fmt: skip

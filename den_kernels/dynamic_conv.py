@@ -1,0 +1,361 @@
+"""Convolution over only the channel groups that each instance selected.
+
+Equivalent to, with `reads` [B, C_in] and `writes` [B, C_out] the channels that an instance's selection holds (all of
+them on a side that is not elastic),
+
+    where(writes, conv2d(where(reads, x, 0), weight, bias, ...), 0)
+
+but only the selected part is computed: input channels that are not read may hold anything, NaN included. The channel
+groups are those of Deep Elastic Networks (Ahn, Kim and Oh, ICCV 2019, section 3); a mask takes any subset of them.
+
+With `groups > 1` (cardinality) the boundaries of channel groups lie on those of the cardinality groups. The equation
+then says: elastic outputs alone read only the inputs of their own cardinality groups, and an output whose inputs are
+not selected (elastic inputs alone, or both sides with different sizes) is its bias.
+
+On a CPU the instances of a level run together (`_conv_cpu.py`); float64 runs the reference, its gradients excepted. On
+other devices the equation itself is computed, the whole convolution, without waiting for the device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _conv_cpu
+from ._conv_cpu import Geometry, memory_format_of
+from .plan import Route, as_route
+
+
+def dynamic_conv2d_reference(
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
+    selection: Route | Tensor,  # levels [B], mask [B, G] or route
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    out_groups: Sequence[int] = (),  # () or [G]
+    in_groups: Sequence[int] = (),  # () or [G]
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    """`dynamic_conv2d`, one instance and one cardinality group after the other, with sliced weights."""
+    (B, C_in), C_out = x.shape[:2], weight.shape[0]
+    selected = as_route(selection, len(out_groups) or len(in_groups), B).selection()
+    reads = _channels_of(selected, in_groups, C_in).tolist()
+    writes = _channels_of(selected, out_groups, C_out).tolist()
+    out = x.new_zeros(F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation, groups).shape)
+    ins, outs = C_in // groups, C_out // groups
+    for b in range(B):
+        for k in range(groups):
+            used = [c for c in range(ins) if reads[b][k * ins + c]]
+            made = [c for c in range(k * outs, (k + 1) * outs) if writes[b][c]]
+            if used and made:
+                x_used = x[b : b + 1, [k * ins + c for c in used]]
+                out[b, made] = F.conv2d(x_used, weight[made][:, used], None, stride, padding, dilation)[0]
+            if bias is not None and made:
+                out[b, made] = out[b, made] + bias[made, None, None]
+    return out
+
+
+def _channels_of(
+    selection: Tensor,  # bool [B, G]
+    sizes: Sequence[int],
+    channels: int,
+) -> Tensor:  # bool [B, channels]
+    """The channels that each instance selected: each group's column, as often as the group has channels."""
+    if not sizes:
+        return selection.new_ones((), dtype=torch.bool).expand(selection.shape[0], channels)
+    return torch.cat([selection[:, g : g + 1].expand(-1, size) for g, size in enumerate(sizes)], dim=1)
+
+
+def _selected_channels(
+    x: Tensor, weight: Tensor, levels: Tensor, mask: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor]:  # bool [B, C_in], bool [B, C_out]
+    G = len(geometry.out_sizes) or len(geometry.in_sizes)
+    selection = levels[:, None] > torch.arange(G, device=levels.device) if mask is None else mask
+    reads = _channels_of(selection, geometry.in_sizes, x.shape[1])
+    return reads, _channels_of(selection, geometry.out_sizes, weight.shape[0])
+
+
+def masked_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, mask: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The equation at the top of this file: every channel is computed. Waits for no device."""
+    reads, writes = _selected_channels(x, weight, levels, mask, geometry)
+    y = torch.convolution(
+        torch.where(reads[:, :, None, None], x, 0), weight, bias,
+        geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+    )  # fmt: skip
+    return torch.where(writes[:, :, None, None], y, 0).contiguous(memory_format=memory_format_of(x, weight))
+
+
+def masked_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    mask: Tensor | None,
+    geometry: Geometry,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `masked_forward`."""
+    reads, writes = _selected_channels(x, weight, levels, mask, geometry)
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        torch.where(writes[:, :, None, None], grad, 0), torch.where(reads[:, :, None, None], x, 0), weight,
+        [weight.shape[0]], geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        output_mask,
+    )  # fmt: skip
+    if output_mask[0]:
+        dx = torch.where(reads[:, :, None, None], dx, 0).contiguous(memory_format=memory_format_of(x))
+    if output_mask[1]:
+        dweight = dweight.contiguous(memory_format=memory_format_of(weight))
+    return dx, dweight, dbias
+
+
+@torch.library.custom_op("den_kernels::dynamic_conv2d", mutates_args=())
+def _dynamic_conv2d(
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
+    levels: Tensor,  # int32 [B]
+    order: Tensor,  # int32 [B]
+    offsets: Tensor,  # int32 [S + 1]
+    mask: Tensor | None,  # bool [B, G]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_sizes: Sequence[int],  # () or [G]
+    in_sizes: Sequence[int],  # () or [G]
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    geometry = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes)
+    if not x.is_cpu:
+        return masked_forward(x, weight, bias, levels, mask, geometry)
+    if x.dtype == torch.float64:
+        route = Route(levels, order, offsets, len(out_sizes) or len(in_sizes), mask)
+        out = dynamic_conv2d_reference(
+            x, weight, bias, route, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            out_groups=out_sizes, in_groups=in_sizes,
+        )  # fmt: skip
+        return out.contiguous(memory_format=memory_format_of(x, weight))
+    segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
+    return _conv_cpu.forward(x, weight, bias, segments, geometry)
+
+
+@_dynamic_conv2d.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, order: Tensor, offsets: Tensor,
+    mask: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    out_sizes: Sequence[int], in_sizes: Sequence[int],
+) -> Tensor:  # fmt: skip
+    shape = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes).out_shape(x, weight)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x, weight))
+
+
+@torch.library.custom_op("den_kernels::dynamic_conv2d_backward", mutates_args=())
+def _dynamic_conv2d_backward(
+    grad: Tensor,  # [B, C_out, H_out, W_out]
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_sizes: Sequence[int],
+    in_sizes: Sequence[int],
+    output_mask: Sequence[bool],  # which gradients are wanted; the others come back with no element
+) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
+    geometry = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes)
+    if x.is_cpu:
+        segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
+        gradients = _conv_cpu.backward(grad, x, weight, segments, geometry, output_mask)
+    else:
+        gradients = masked_backward(grad, x, weight, levels, mask, geometry, output_mask)
+    dx, dweight, dbias = (
+        gradient if wanted and gradient is not None else x.new_empty(0)
+        for gradient, wanted in zip(gradients, output_mask, strict=True)
+    )
+    return dx, dweight, dbias
+
+
+@_dynamic_conv2d_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, out_sizes: Sequence[int],
+    in_sizes: Sequence[int], output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    nothing = [x.new_empty(0) for _ in range(3)]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+    dweight = torch.empty(weight.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(weight))
+    made = dx, dweight, weight.new_empty(weight.shape[0])
+    first, second, third = (m if wanted else n for m, wanted, n in zip(made, output_mask, nothing, strict=True))
+    return first, second, third
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _, levels, order, offsets, mask, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, levels, order, offsets, mask)
+
+
+def _autograd(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = _dynamic_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
+    kept = [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
+    return *kept, *(None,) * (4 + len(ctx.geometry))
+
+
+_dynamic_conv2d.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def group_sizes(groups: int | Sequence[int] | None, channels: int, name: str, cardinality: int = 1) -> tuple[int, ...]:
+    """The sizes of channel groups: () for None, equal ones for an int, else the given ones.
+
+    >>> group_sizes(4, 64, "out_groups")
+    (16, 16, 16, 16)
+
+    Raises ValueError where they do not add up to `channels` or a boundary is not one of the `cardinality` groups, and
+    TypeError for anything but integers.
+    """
+    if groups is None:
+        return ()
+    if isinstance(groups, int) and not isinstance(groups, bool):
+        if groups < 1 or channels % groups:
+            raise ValueError(f"dynamic_conv2d: {name} must divide {channels} channels into equal groups, got {groups}")
+        sizes: tuple[int, ...] = (channels // groups,) * groups
+    elif isinstance(groups, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) for s in groups):
+        sizes = tuple(groups)
+    else:
+        raise TypeError(f"dynamic_conv2d: {name} must be None, an int or a sequence of ints, got {groups!r}")
+    if sum(sizes) != channels or any(size < 1 for size in sizes):
+        raise ValueError(f"dynamic_conv2d: {name} must be positive and add up to {channels} channels, got {sizes}")
+    step = channels // cardinality
+    if cardinality > 1 and any(size % step for size in sizes):
+        raise ValueError(
+            f"dynamic_conv2d: {name} must be multiples of {step}, the channels of one of {cardinality} cardinality "
+            f"groups, got {sizes}"
+        )
+    return sizes
+
+
+def _sides(
+    out_channels: int,
+    in_channels: int,
+    cardinality: int,
+    out_groups: int | Sequence[int] | None,
+    in_groups: int | Sequence[int] | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    out_sizes = group_sizes(out_groups, out_channels, "out_groups", cardinality)
+    in_sizes = group_sizes(in_groups, in_channels, "in_groups", cardinality)
+    if not out_sizes and not in_sizes:
+        raise ValueError("dynamic_conv2d: out_groups or in_groups must be set to use a selection, got None for both")
+    if out_sizes and in_sizes and len(out_sizes) != len(in_sizes):
+        raise ValueError(
+            f"dynamic_conv2d: in_groups must have {len(out_sizes)} groups as out_groups, got {len(in_sizes)}"
+        )
+    return out_sizes, in_sizes
+
+
+def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"dynamic_conv2d: {name} must be one or two integers of at least {least}, got {value!r}")
+    return pair
+
+
+def _pad(
+    x: Tensor, weight: Tensor, padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """x and the padding left for the convolution; "same" with an even reach pads the end of x by one more."""
+    if not isinstance(padding, str):
+        return x, _pair(padding, "padding", 0)
+    if padding == "valid":
+        return x, (0, 0)
+    if padding != "same" or stride != (1, 1):
+        raise ValueError(
+            f"dynamic_conv2d: padding must be integers, 'valid', or 'same' with stride 1, "
+            f"got {padding!r} with stride {stride}"
+        )
+    reach = [step * (side - 1) for step, side in zip(dilation, weight.shape[2:], strict=True)]
+    if reach[0] % 2 or reach[1] % 2:
+        x = F.pad(x, (0, reach[1] % 2, 0, reach[0] % 2))
+    return x, (reach[0] // 2, reach[1] // 2)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to the arguments of a convolution: all but float64 become its dtype."""
+    tensors = [x, *others]
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    eligible = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    if x.ndim != 4 or weight.ndim != 4:
+        raise ValueError(
+            f"dynamic_conv2d: x and weight must have four axes, got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"dynamic_conv2d: groups must divide {weight.shape[0]} output channels, got {groups}")
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(f"dynamic_conv2d: x must have {weight.shape[1] * groups} channels, got {x.shape[1]}")
+    if not x.is_floating_point():
+        raise TypeError(f"dynamic_conv2d: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"dynamic_conv2d: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"dynamic_conv2d: {name} must be {x.dtype} as x is, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"dynamic_conv2d: {name} must be on {x.device} as x is, got {tensor.device}")
+
+
+def dynamic_conv2d(
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None = None,  # [C_out]
+    selection: Route | Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    out_groups: int | Sequence[int] | None = None,
+    in_groups: int | Sequence[int] | None = None,
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    """Convolve each instance over the channel groups that it selected; `selection=None` is `F.conv2d`.
+
+    x, weight, bias: one dtype of float16 (computed in float32 on a CPU), bfloat16, float32, float64; any strides. The
+    result is channels-last in memory if x or weight is, else contiguous. Autocast and autograd work as for `F.conv2d`,
+    except that there is no second derivative.
+
+    selection: integer levels [B] in 0..G (the first `levels[b]` groups), a bool mask [B, G], or a Route of a plan.
+    out_groups, in_groups: the G channel groups of each side, as an int (equal groups) or their sizes; None: that side
+    is not elastic. With both, the same selection rules both. An instance that selects nothing gets zeros if its outputs
+    are elastic, else the bias.
+
+    Raises ValueError for shapes, devices, groups or selections that do not fit each other, TypeError for wrong dtypes.
+    """
+    if selection is None:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    _check(x, weight, bias, groups)
+    out_sizes, in_sizes = _sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
+    route = as_route(selection, len(out_sizes) or len(in_sizes), x.shape[0])
+    if route.order.device != x.device:
+        raise ValueError(f"dynamic_conv2d: selection must be on {x.device} as x is, got {route.order.device}")
+    strides, dilations = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    x, paddings = _pad(x, weight, padding, strides, dilations)
+    geometry = Geometry(strides, paddings, dilations, groups, out_sizes, in_sizes)
+    if min(geometry.out_shape(x, weight)[2:]) < 1:
+        raise ValueError(
+            f"dynamic_conv2d: the dilated kernel {list(weight.shape[2:])} must fit the padded map, got {list(x.shape)}"
+        )
+    return _dynamic_conv2d(x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)

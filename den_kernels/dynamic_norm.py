@@ -1,0 +1,398 @@
+"""Batch norm of a batch whose instances use different channels.
+
+Channel c of instance b is *used* when the route selects the group that c lies in. While training, with U(c) the
+instances that use c and n(c) = |U(c)| * H * W,
+
+    mean(c) = sum over U(c), H, W of x / n(c),    var(c) = sum over U(c), H, W of (x - mean(c))^2 / n(c)
+    y[b, c] = relu((x[b, c] - mean(c)) / sqrt(var(c) + eps) * weight(c) + bias(c))  where used, exactly 0 elsewhere.
+
+What x holds in channels that an instance does not use has no effect. With every group selected this is
+`torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015, algorithm 1), followed by ReLU if asked.
+
+On a CPU four C++ passes do the work: statistics and apply forward, reduce and gradient backward. Everywhere else, and
+where statistics are shared between processes, PyTorch operations do, without reading anything back from the device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ._conv_cpu import memory_format_of
+from ._extension import extension
+from .dynamic_conv import group_sizes
+from .plan import Route, as_route
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def dynamic_batch_norm_reference(
+    x: Tensor,  # [B, C, H, W]
+    route: Route | Tensor,
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    running_mean: Tensor | None,  # [C], updated in place
+    running_var: Tensor | None,  # [C], updated in place
+    *,
+    groups: Sequence[int],
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+) -> Tensor:  # [B, C, H, W]
+    """`dynamic_batch_norm`, one channel after the other."""
+    B, C = x.shape[:2]
+    used = as_route(route, len(groups), B).selection()
+    group_of = [group for group, size in enumerate(groups) for _ in range(size)]
+    y = x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)
+    for c in range(C):
+        users = [b for b in range(B) if used[b, group_of[c]]]
+        if not users:
+            continue
+        values = x[users, c]
+        if training or running_mean is None or running_var is None:
+            mean, var = values.mean(), values.var(correction=0)
+        else:
+            mean, var = running_mean[c], running_var[c]
+        if training and running_mean is not None and running_var is not None and values.numel() > 1:
+            with torch.no_grad():
+                running_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean
+                running_var[c] = (1 - momentum) * running_var[c] + momentum * values.var(correction=1)
+        out = (values - mean) / torch.sqrt(var + eps)
+        out = out * (1 if weight is None else weight[c]) + (0 if bias is None else bias[c])
+        y[users, c] = out.relu() if relu else out
+    return y
+
+
+# PyTorch operations: any device, any dtype, differentiable.
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """The sum over the processes of a group; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+        ctx.process_group = process_group
+        total = values.clone()
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllReduceSum.apply(grad, ctx.process_group), None
+
+
+def _all_reduce(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    return values if process_group is None else _AllReduceSum.apply(values, process_group)
+
+
+def _channels_used(selection: Tensor, groups: Sequence[int]) -> Tensor:
+    """selection bool [B, G] -> bool [B, C, 1, 1]."""
+    columns = [selection[:, group, None].expand(-1, size) for group, size in enumerate(groups)]
+    return torch.cat(columns, dim=1)[:, :, None, None]
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def _norm_torch(
+    x: Tensor,  # [B, C, H, W]
+    selection: Tensor,  # bool [B, G]
+    statistics: Tensor | None,  # [3, C] mean, variance, count; None: those of the batch
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: Sequence[int],
+    eps: float,
+    relu: bool,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, C, H, W], [3, C]
+    used = _channels_used(selection, groups)
+    values = torch.where(used, x.to(torch.promote_types(x.dtype, torch.float32)), 0)
+    if statistics is None:
+        count = (used.sum(0) * (x.shape[2] * x.shape[3])).flatten().to(values.dtype)
+        total, count = _all_reduce(torch.stack([values.sum((0, 2, 3)), count]), process_group)
+        n = count.clamp(min=1)
+        mean = total / n
+        centred = torch.where(used, values - _per_channel(mean), 0)
+        var = _all_reduce(centred.square().sum((0, 2, 3)), process_group) / n
+        statistics = torch.stack([mean, var, count])
+    else:
+        mean, var, _ = statistics
+        centred = torch.where(used, values - _per_channel(mean), 0)
+    scale = torch.rsqrt(var + eps)
+    y = centred * _per_channel(scale if weight is None else scale * weight)
+    if bias is not None:
+        y = y + _per_channel(bias)
+    return torch.where(used, y.relu() if relu else y, 0).to(x.dtype), statistics.detach()
+
+
+# C++ on a CPU: one op for each pass over the batch. All maps are channels-last in memory.
+
+
+def _float(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.to(torch.float32).contiguous()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_channels_last(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _batch(x: Tensor, selection: Tensor, groups: Sequence[int]) -> Any:
+    """The C++ description of a batch; it points into `selection`, which must outlive it."""
+    B, _, H, W = x.shape
+    return extension.NormBatch(B, H * W, x.element_size(), selection.data_ptr(), groups)
+
+
+def _affine(statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Any:
+    """The C++ description of the affine map; it points into its arguments, which must outlive it."""
+    weight_pointer, bias_pointer = (0 if values is None else values.data_ptr() for values in (weight, bias))
+    return extension.NormAffine(statistics.data_ptr(), weight_pointer, bias_pointer, eps, relu)
+
+
+@torch.library.custom_op("den_kernels::dynamic_norm", mutates_args=(), device_types="cpu")
+def _norm_forward(
+    x: Tensor,  # [B, C, H, W] float32 or bfloat16
+    selection: Tensor,  # bool [B, G]
+    statistics: Tensor | None,  # float32 [3, C] mean, biased variance, count; None: those of the batch
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    groups: Sequence[int],
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:  # channels-last, float32 [3, C]
+    x, selection, weight, bias = _channels_last(x), selection.contiguous(), _float(weight), _float(bias)
+    batch = _batch(x, selection, groups)
+    if statistics is None:
+        statistics = torch.empty(3, x.shape[1])
+        extension.norm_statistics(batch, x.data_ptr(), statistics.data_ptr())
+        _check_counts(statistics[2], x.shape)
+    else:
+        statistics = statistics.clone(memory_format=torch.contiguous_format)
+    y = torch.empty_like(x)
+    extension.norm_apply(batch, _affine(statistics, weight, bias, eps, relu), x.data_ptr(), y.data_ptr())
+    return y, statistics
+
+
+@_norm_forward.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_channels_last(x), x.new_empty(3, x.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("den_kernels::dynamic_norm_backward", mutates_args=(), device_types="cpu")
+def _norm_backward(
+    dy: Tensor,  # [B, C, H, W]
+    x: Tensor,  # [B, C, H, W]
+    selection: Tensor,  # bool [B, G]
+    statistics: Tensor,  # float32 [3, C]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    groups: Sequence[int],
+    eps: float,
+    relu: bool,
+    training: bool,  # the statistics are those of x, so that the gradient goes through them
+    need_dx: bool,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor]:  # dx channels-last, float32 [2, C] dbias and dweight; empty where not needed
+    dy, x, selection = _channels_last(dy), _channels_last(x), selection.contiguous()
+    weight, bias = _float(weight), _float(bias)
+    batch, affine = _batch(x, selection, groups), _affine(statistics, weight, bias, eps, relu)
+    sums, dx = torch.empty(2, x.shape[1]), torch.empty_like(x) if need_dx else x.new_empty(0)
+    if need_sums or training:
+        extension.norm_reduce(batch, affine, dy.data_ptr(), x.data_ptr(), sums.data_ptr())
+    if need_dx:
+        through = sums.data_ptr() if training else 0
+        extension.norm_gradient(batch, affine, dy.data_ptr(), x.data_ptr(), through, dx.data_ptr())
+    return dx, sums if need_sums else sums.new_empty(0)
+
+
+@_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    need_dx, need_sums = settings[-2:]
+    sums = x.new_empty((2, x.shape[1]) if need_sums else (0,), dtype=torch.float32)
+    return _empty_channels_last(x) if need_dx else x.new_empty(0), sums
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, selection, given, weight, bias, *ctx.settings = inputs
+    ctx.training = given is None
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, selection, output[1], weight, bias)
+
+
+def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, selection, statistics, weight, bias = ctx.saved_tensors
+    need_dx, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    need_sums = need_weight or need_bias
+    dx, sums = _norm_backward(
+        dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, need_dx, need_sums
+    )
+    dweight = sums[1].to(weight.dtype) if need_weight else None
+    dbias = sums[0].to(bias.dtype) if need_bias else None
+    return dx if need_dx else None, None, None, dweight, dbias, None, None, None
+
+
+_norm_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _check_counts(count: Tensor, shape: torch.Size) -> None:
+    if shape[2] * shape[3] == 1 and bool((single := count == 1).any()):
+        raise ValueError(
+            "dynamic_batch_norm: a channel in use must have more than one value while training, got one value of "
+            f"channel {int(single.nonzero()[0])} in x of shape {list(shape)}"
+        )
+
+
+def _check(x: Tensor, route: Route, groups: Sequence[int], **vectors: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"dynamic_batch_norm: x must be a floating point tensor, got {x.dtype}")
+    C = x.shape[1]
+    if sum(groups) != C or min(groups, default=0) < 0:
+        raise ValueError(f"dynamic_batch_norm: groups must add up to the {C} channels of x, got {list(groups)}")
+    if route.levels.device != x.device:
+        raise ValueError(f"dynamic_batch_norm: route must be on {x.device} like x, got {route.levels.device}")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (C,):
+            raise ValueError(f"dynamic_batch_norm: {name} must be [{C}], got shape {list(vector.shape)}")
+        if vector is not None and vector.device != x.device:
+            raise ValueError(f"dynamic_batch_norm: {name} must be on {x.device} like x, got {vector.device}")
+    if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
+        raise ValueError("dynamic_batch_norm: running_mean and running_var must be both tensors or both None")
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor,  # [C]
+    running_var: Tensor,  # [C]
+    statistics: Tensor,  # [3, C]
+    momentum: float | Tensor,
+) -> None:
+    """Move the running statistics of every channel of which the batch has at least two values."""
+    mean, var, count = statistics
+    weight, unbiased = (count > 1).to(mean.dtype) * momentum, var * (count / (count - 1).clamp(min=1))
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        running.copy_(running.to(batch.dtype).lerp(batch, weight))
+
+
+def dynamic_batch_norm(
+    x: Tensor,  # [B, C, H, W]
+    route: Route | Tensor,
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    running_mean: Tensor | None,  # [C], updated in place while training
+    running_var: Tensor | None,  # [C], updated in place while training
+    *,
+    groups: Sequence[int],
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:  # [B, C, H, W], dtype and memory format of x
+    """Batch norm, then ReLU if `relu`, of the channels that each instance uses; the others are exactly 0.
+
+    With every group selected equivalent to `F.batch_norm(x, running_mean, running_var, weight, bias, training,
+    momentum, eps)`. `route` is a Route, levels (integer [B]) or a mask (bool [B, G]); `groups` are the G sizes of the
+    channel groups. What x holds in channels that an instance does not use has no effect.
+
+    While training, or without running statistics, a channel's moments come from the instances that use it. Its running
+    mean and (unbiased) variance move by `momentum`, a number or a tensor without dimensions, if the batch has at least
+    two values of it. With `process_group`, sums and counts run over all processes of the group, also in the gradient.
+
+    Any floating point dtype; sums in float32, of float64 in float64. Raises ValueError on shapes, groups or devices
+    that do not fit, TypeError on dtypes that do not, and ValueError for a channel in use with a single value while
+    training, as `F.batch_norm` does, where that can be known without waiting for the device: on a CPU, without a
+    process group. Elsewhere such a channel gives its bias.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"dynamic_batch_norm: x must be [B, C, H, W], got shape {list(x.shape)}")
+    route = as_route(route, len(groups), x.shape[0])
+    _check(x, route, groups, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    statistics = None
+    if not training and running_mean is not None and running_var is not None:
+        running = torch.stack([running_mean, running_var, torch.ones_like(running_mean)])
+        statistics = running.to(torch.promote_types(x.dtype, torch.float32))
+    selection = route.selection()
+    if extension is not None and x.is_cpu and x.dtype in _NATIVE_DTYPES and process_group is None:
+        y, batch = _norm_forward(_channels_last(x), selection, statistics, weight, bias, list(groups), eps, relu)
+    else:
+        y, batch = _norm_torch(x, selection, statistics, weight, bias, groups, eps, relu, process_group)
+        if statistics is None and x.is_cpu and process_group is None and not torch.compiler.is_compiling():
+            _check_counts(batch[2], x.shape)
+    if training and running_mean is not None and running_var is not None:
+        _update_running(running_mean, running_var, batch, momentum)
+    return y.contiguous(memory_format=memory_format_of(x))
+
+
+class DynamicBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` of which each instance may use some channel groups only: see `dynamic_batch_norm`.
+
+    `groups`: the sizes of the channel groups, or a number of equal ones; None: one group of all channels. Parameters,
+    buffers and `state_dict` are those of `nn.BatchNorm2d`. With `momentum=None` running statistics are the cumulative
+    average over `num_batches_tracked` steps; a channel that a step does not use keeps its average, and the step counts.
+    `process_group`: the processes whose batches are normalised together while training; None: each its own. (In
+    `nn.SyncBatchNorm` None means all of them: here pass `torch.distributed.group.WORLD`.)
+
+        norm(x)                 # nn.BatchNorm2d
+        norm(x, levels)         # integer [B]: instance b uses the first levels[b] groups
+        norm(x, mask)           # bool [B, G]
+        norm(x, plan[i])        # a route of a RoutingPlan
+        norm(x, plan[i], relu=True)   # with the ReLU that follows, in the same pass
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        groups: int | Sequence[int] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.groups = group_sizes(groups, num_features, "groups") or (num_features,)
+        self.process_group = process_group
+
+    def forward(self, x: Tensor, selection: Route | Tensor | None = None, relu: bool = False) -> Tensor:
+        """x [B, C, H, W] -> the same shape. `selection`: Route, integer [B] or bool [B, G]; None: every channel."""
+        if selection is None and self.process_group is None:
+            y = super().forward(x)
+            return y.relu() if relu else y
+        self._check_input_dim(x)
+        if selection is None:
+            selection = torch.full((x.shape[0],), len(self.groups), dtype=torch.int32, device=x.device)
+        tracked = self.track_running_stats or not self.training
+        return dynamic_batch_norm(
+            x,
+            selection,
+            self.weight,
+            self.bias,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            groups=self.groups,
+            training=self.training,
+            momentum=self._advance(),
+            eps=self.eps,
+            relu=relu,
+            process_group=self.process_group,
+        )
+
+    def _advance(self) -> float | Tensor:
+        """Count a training step; the weight of its batch in the running statistics."""
+        if not (self.training and self.track_running_stats) or self.num_batches_tracked is None:
+            return 0.0
+        self.num_batches_tracked.add_(1)
+        return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, groups={self.groups}"

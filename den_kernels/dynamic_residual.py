@@ -1,0 +1,288 @@
+"""The pre-activation residual block at inference, over only the hidden channel groups that each instance selected.
+
+Equivalent, for an instance whose selected hidden channels are `s`, to
+
+    shortcut(x) + conv2[:, s](relu(bn2(conv1[s](relu(bn1(x))))))        and to shortcut(x) where s is empty
+
+(Ahn, Kim, Oh, ICCV 2019, section 3.1; batch norm with running statistics). The batch norms are folded once, when the
+weights are prepared: bn1 into an affine map that runs with ReLU while rows are gathered, bn2 into conv1.
+
+On a CPU an instance at level 0 is not touched, and the others go one of two ways:
+
+- float32 with AVX-512: a direct convolution in C++ (csrc/dynamic_residual.cpp) takes an instance through the whole
+  block while its maps stay in one core's cache. One packing of the weights serves all levels, and narrow levels (4 or 8
+  hidden channels) keep the vector units full, where oneDNN does not.
+- else: the instances of a segment go through two dense oneDNN convolutions in chunks that stay in the cache; a row is
+  read once (gather, bn1, ReLU) and added to once (scatter).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._extension import extension
+from .plan import Route, as_route
+from .residual_weights import ResidualWeights, widens
+from .rows import gather_rows, pool_rows, scatter_rows_
+
+_OP = "dynamic_residual"
+
+# Maps of a chunk that should stay in the private caches of the cores between its two convolutions, in bytes.
+_CHUNK_BYTES = 6 << 20
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, relu: bool, packed: bool) -> Tensor:
+    R, S = weight.shape[2:]
+    if packed:
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, [R // 2, S // 2], [stride] * 2, [1, 1], 1, "relu" if relu else "none", [], ""
+        )
+    y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2))
+    return y.relu_() if relu else y
+
+
+class Segment(NamedTuple):
+    """Instances order[start:end], which run together over one selection of hidden channels."""
+
+    start: int
+    end: int
+    groups: tuple[bool, ...]
+
+
+def segments(route: Route) -> list[Segment]:
+    """The segments of a route that have work to do, read on the host (CPU routes only)."""
+    offsets, G = route.offsets.tolist(), route.groups
+    if route.mask is None:
+        runs = [(offsets[s], offsets[s + 1], (True,) * (G - s) + (False,) * s) for s in range(G)]
+    else:
+        firsts = [route.order[start] if start < offsets[-1] else None for start in offsets[:-1]]
+        runs = [
+            (offsets[s], offsets[s + 1], tuple(route.mask[first].tolist()))
+            for s, first in enumerate(firsts)
+            if first is not None
+        ]
+    return [Segment(start, end, groups) for start, end, groups in runs if end > start and any(groups)]
+
+
+def chunk_size(instances: int, map_bytes: int) -> int:
+    """Instances per chunk: as many as keep the maps in the cache, at least 8 so that a call's cost is spread.
+
+    >>> chunk_size(128, 640 << 10)   # 64 channels, 32 x 32, float32
+    9
+    """
+    return min(instances, max(8, _CHUNK_BYTES // max(map_bytes, 1)))
+
+
+def _add_branch_direct(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
+    """out += branch(x) in C++; `out` may be `x`. Routes of levels only."""
+    assert weights.direct is not None
+    B, C, H, W = x.shape
+    C_out, M, R, S = weights.conv2.shape
+    widths = [sum(weights.groups[:g]) for g in range(len(weights.groups) + 1)]
+    address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, weights.bias2)]
+    extension.dynamic_residual(
+        x.data_ptr(), out.data_ptr(), route.order.data_ptr(), route.offsets.data_ptr(), [B, H, W, C], weights.stride,
+        [C_out, M, R, S], widths, address[0], address[1], weights.conv1.data_ptr(), weights.direct[0].data_ptr(),
+        weights.bias1.data_ptr(), weights.direct[1].data_ptr(), address[2],
+    )  # fmt: skip
+
+
+def _add_branch_onednn(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
+    """out += branch(x), segment by segment; `out` may be `x`, whose rows are read before they are added to."""
+    compute = torch.float32 if x.dtype == torch.float16 else x.dtype
+    P_in, P_out = x.shape[2] * x.shape[3], out.shape[2] * out.shape[3]
+    for start, end, groups in segments(route):
+        hidden = weights.levels[sum(groups) - 1] if weights.levels and route.mask is None else weights.hidden(groups)
+        width = hidden.bias1.shape[0]
+        map_bytes = compute.itemsize * (P_in * x.shape[1] + P_out * (width + out.shape[1]))
+        step = chunk_size(end - start, map_bytes)
+        for i in range(start, end, step):
+            rows = route.order[i : min(i + step, end)]
+            relu = weights.scale1 is not None
+            a = gather_rows(x, rows, x.shape[1], weights.scale1, weights.shift1, relu, compute)
+            h = _convolution(a, hidden.conv1, hidden.bias1, weights.stride, True, hidden.packed)
+            y = _convolution(h, hidden.conv2, weights.bias2, 1, False, hidden.packed)
+            scatter_rows_(out, y, rows, accumulate=True)
+
+
+def _add_branch_masked(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
+    """The same on any device without reading the route on the host: all channels computed, the others set to zero."""
+    R, S = weights.conv1.shape[2:]
+    selection = route.selection()
+    channels = selection[:, weights.group_of_channel][:, :, None, None]
+    used = selection.any(1)[:, None, None, None]
+    a = x
+    if weights.scale1 is not None and weights.shift1 is not None:
+        a = (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu_().to(x.dtype)
+    h = F.conv2d(a, weights.conv1, weights.bias1, weights.stride, (R // 2, S // 2))
+    h = torch.where(channels, h.relu_(), 0)
+    y = F.conv2d(h, weights.conv2, weights.bias2, 1, (weights.conv2.shape[2] // 2, weights.conv2.shape[3] // 2))
+    out.add_(torch.where(used, y, 0))
+
+
+def dynamic_residual_reference(x: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
+    """The definition: one instance after the other, its hidden channels selected by hand."""
+    out = pool_rows(x, weights.conv2.shape[0], weights.stride)
+    selection = route.selection()
+    for b in range(x.shape[0]):
+        groups = tuple(selection[b].tolist())
+        if any(groups):
+            conv1, bias1, conv2, _ = weights.hidden(groups)
+            a = x[b : b + 1].to(conv1.dtype)
+            if weights.scale1 is not None and weights.shift1 is not None:
+                a = (a * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu().to(conv1.dtype)
+            h = F.conv2d(a, conv1, bias1, weights.stride, (conv1.shape[2] // 2, conv1.shape[3] // 2)).relu()
+            out[b] += F.conv2d(h, conv2, weights.bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))[0].to(out.dtype)
+    return out
+
+
+def _branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
+    """Add the block's branch of `x` to `out` (which may be `x`), in the way of the device."""
+    if x.device.type != "cpu":
+        _add_branch_masked(x, out, route, weights)
+    elif weights.direct is not None and route.mask is None and x.dtype == torch.float32:
+        _add_branch_direct(x, out, route, weights)
+    else:
+        _add_branch_onednn(x, out, route, weights)
+    return out
+
+
+def _functional(x: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.dtype == torch.float64:
+        return dynamic_residual_reference(x, route, weights)
+    return _branch(x, pool_rows(x, weights.conv2.shape[0], weights.stride), route, weights)
+
+
+def _inplace(x: Tensor, route: Route, weights: ResidualWeights) -> None:
+    if x.dtype == torch.float64 or not x.is_contiguous(memory_format=torch.channels_last):
+        x.copy_(_functional(x, route, weights))
+    else:
+        _branch(x, x, route, weights)
+
+
+def _weights_of(operands: tuple, groups: list[int], direct: list[Tensor], stride: int) -> ResidualWeights:
+    scale1, shift1, conv1, bias1, conv2, bias2, group_of_channel = operands
+    pair = (direct[0], direct[1]) if direct else None
+    return ResidualWeights(
+        scale1, shift1, conv1, bias1, conv2, bias2, tuple(groups), group_of_channel, stride, direct=pair
+    )
+
+
+@torch.library.custom_op("den_kernels::dynamic_residual", mutates_args=())
+def _functional_op(
+    x: Tensor,
+    levels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    conv1: Tensor,
+    bias1: Tensor,
+    conv2: Tensor,
+    bias2: Tensor | None,
+    group_of_channel: Tensor,
+    groups: list[int],
+    direct: list[Tensor],
+    stride: int,
+) -> Tensor:
+    operands = (scale1, shift1, conv1, bias1, conv2, bias2, group_of_channel)
+    route = Route(levels, order, offsets, len(groups), mask)
+    return _functional(x, route, _weights_of(operands, groups, direct, stride))
+
+
+@_functional_op.register_fake
+def _(x: Tensor, *operands: Any) -> Tensor:
+    conv2, stride = operands[8], operands[13]
+    B, _, H, W = x.shape
+    out = x.new_empty(B, -(-H // stride), -(-W // stride), conv2.shape[0])
+    return out.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("den_kernels::dynamic_residual_", mutates_args=("x",))
+def _inplace_op(
+    x: Tensor,
+    levels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    conv1: Tensor,
+    bias1: Tensor,
+    conv2: Tensor,
+    bias2: Tensor | None,
+    group_of_channel: Tensor,
+    groups: list[int],
+    direct: list[Tensor],
+) -> None:
+    operands = (scale1, shift1, conv1, bias1, conv2, bias2, group_of_channel)
+    route = Route(levels, order, offsets, len(groups), mask)
+    _inplace(x, route, _weights_of(operands, groups, direct, 1))
+
+
+def _operands(route: Route, weights: ResidualWeights) -> tuple:
+    return (
+        *(route.levels, route.order, route.offsets, route.mask),
+        *(weights.scale1, weights.shift1, weights.conv1, weights.bias1, weights.conv2, weights.bias2),
+        weights.group_of_channel,
+        list(weights.groups),
+        list(weights.direct or ()),
+    )
+
+
+def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Route:
+    C = weights.conv1.shape[1]
+    if x.dim() != 4 or x.shape[1] != C:
+        raise ValueError(f"{_OP}: x must be [B, {C}, H, W], got {list(x.shape)}")
+    if x.device != weights.conv1.device:
+        raise ValueError(f"{_OP}: x must be on {weights.conv1.device} as the weights are, got {x.device}")
+    computed = torch.float32 if widens(x) else x.dtype
+    if computed != weights.conv1.dtype:
+        raise TypeError(f"{_OP}: x must have the weights' dtype {weights.conv1.dtype}, got {x.dtype}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            f"{_OP}: x must not require a gradient (the op is for inference), got requires_grad=True; "
+            "use torch.no_grad(), or DynamicConv2d and DynamicBatchNorm2d to train"
+        )
+    return as_route(selection, len(weights.groups), x.shape[0])
+
+
+def dynamic_residual(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Tensor:
+    """A pre-activation residual block at inference, over the hidden channel groups that each instance selected.
+
+    Args:
+        x: [B, C, H, W] float32, float16, bfloat16 (float64 runs the reference); channels-last in memory is fastest.
+        selection: a `Route` of a plan, levels (integer [B]) or a mask (bool [B, G]).
+        weights: the folded block, `ResidualWeights.fold(conv1, bn1, conv2, bn2)`.
+
+    Returns:
+        [B, C_out, ceil(H / stride), ceil(W / stride)] channels-last: the shortcut (average pooling by the stride, zero
+        channels added) plus the branch. An instance at level 0 gets exactly the shortcut.
+
+    Raises:
+        ValueError: x of another shape or device, a selection that does not fit, x requires a gradient.
+        TypeError: x of another dtype than the weights.
+    """
+    route = _checked(x, selection, weights)
+    if torch.compiler.is_compiling():
+        return _functional_op(x, *_operands(route, weights), weights.stride)
+    return _functional(x, route, weights)
+
+
+def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Tensor:
+    """:func:`dynamic_residual`, in place where the block keeps the shape of `x`; else the new map is returned.
+
+    In place, an instance at level 0 costs nothing: none of its bytes is read or written.
+    """
+    if weights.stride != 1 or weights.conv2.shape[0] != x.shape[1]:
+        return dynamic_residual(x, selection, weights)
+    route = _checked(x, selection, weights)
+    if torch.compiler.is_compiling():
+        _inplace_op(x, *_operands(route, weights))
+    else:
+        _inplace(x, route, weights)
+    return x

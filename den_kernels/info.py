@@ -1,0 +1,165 @@
+"""What this installation has, which implementations are active, what is missing and what that costs."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from . import __version__, _extension
+
+_OPS = ("routing plan", "dynamic convolution", "dynamic batch norm", "residual block, inference")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def describe() -> dict[str, Any]:
+    """Facts about this installation and machine; JSON-able. Asks the CUDA runtime for its devices."""
+    cuda = _cuda()
+    return {
+        "versions": {
+            "den_kernels": __version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in ("torch", "triton", "numpy")},
+        },
+        "cpu": _cpu(),
+        "cuda": cuda,
+        "extension": _describe_extension(),
+        "implementations": {"cpu": _on_cpu(), "cuda": _on_cuda()},
+        "missing": _missing(cuda),
+    }
+
+
+def format_report() -> str:
+    """`describe()` as text for a terminal."""
+    facts = describe()
+    cpu, cuda, extension = facts["cpu"], facts["cuda"], facts["extension"]
+    onednn = "with oneDNN" if cpu["onednn"] else "without oneDNN"
+    lines = ["Versions", *_rows(facts["versions"])]
+    lines += ["", "Devices", f"  cpu     {cpu['isa']}, {cpu['threads']} threads, torch {onednn}"]
+    lines += [f"  cuda:{i}  {_gpu_line(gpu)}" for i, gpu in enumerate(cuda["devices"])]
+    if not cuda["devices"]:
+        lines.append(f"  cuda    none: {cuda['reason']}")
+    lines += ["", "Extension", f"  {_extension_line(extension)}"]
+    for device, active in facts["implementations"].items():
+        lines += ["", f"Active on {device}", *_rows(active)]
+    lines += ["", "Missing, and what it costs", *[f"  - {text}" for text in facts["missing"] or ["nothing"]]]
+    return "\n".join(lines)
+
+
+def _rows(entries: dict[str, str]) -> list[str]:
+    width = max(map(len, entries))
+    return [f"  {name:<{width}}  {text}" for name, text in entries.items()]
+
+
+def _gpu_line(gpu: dict[str, Any]) -> str:
+    major, minor = gpu["compute_capability"]
+    return f"{gpu['name']}, sm_{major}{minor}, {gpu['multiprocessors']} SMs, {gpu['memory'] / 2**30:.0f} GiB"
+
+
+def _extension_line(extension: dict[str, Any]) -> str:
+    if not extension["loaded"]:
+        return f"not loaded: {extension['reason']}"
+    openmp = "torch's OpenMP" if extension["shares_openmp"] else "an OpenMP runtime of its own"
+    if not extension["with_cuda"]:
+        return f"C++ on {openmp}; built without CUDA"
+    toolkit = ".".join(map(str, extension["cuda_version"]))
+    archs = ", ".join(f"sm_{arch}" for arch in extension["cuda_archs"])
+    return f"C++ on {openmp}; CUDA {toolkit} for {archs}"
+
+
+def _cpu() -> dict[str, Any]:
+    extension = _extension.extension
+    return {
+        "isa": extension.cpu_isa() if extension else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "onednn": torch.backends.mkldnn.is_available(),
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    """The devices torch can use, and why there are none."""
+    devices: list[dict[str, Any]] = []
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        devices.append(
+            {
+                "name": found.name,
+                "compute_capability": (found.major, found.minor),
+                "multiprocessors": found.multi_processor_count,
+                "memory": found.total_memory,
+            }
+        )
+    if devices:
+        return {"devices": devices, "reason": ""}
+    if torch.version.cuda is None:
+        return {"devices": [], "reason": "this torch was built without CUDA"}
+    extension = _extension.extension
+    known = extension is not None and extension.with_cuda
+    return {"devices": [], "reason": extension.cuda_devices()[1] if known else "torch finds no CUDA device"}
+
+
+def _describe_extension() -> dict[str, Any]:
+    extension = _extension.extension
+    if extension is None:
+        return {"loaded": False, "reason": _extension.reason}
+    return {
+        "loaded": True,
+        "compiler": extension.compiler,
+        "shares_openmp": _shares_openmp(),
+        "with_cuda": extension.with_cuda,
+        "cuda_version": extension.cuda_version,
+        "cuda_archs": extension.cuda_archs,
+    }
+
+
+def _shares_openmp() -> bool:
+    """Whether a change of torch's thread count reaches the extension, which it does only in one OpenMP runtime."""
+    assert _extension.extension is not None
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        return bool(_extension.extension.omp_max_threads() == threads + 1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _on_cpu() -> dict[str, str]:
+    convolution = "oneDNN" if torch.backends.mkldnn.is_available() else "PyTorch's own convolution"
+    if _extension.extension is None:
+        texts = ("PyTorch", f"PyTorch rows + {convolution}", "PyTorch", f"PyTorch rows + {convolution}, in place")
+    else:
+        texts = ("C++", f"C++ rows + {convolution}", "C++", f"C++ rows + {convolution}, in place")
+    return dict(zip(_OPS, texts, strict=True))
+
+
+def _on_cuda() -> dict[str, str]:
+    composition = "PyTorch masked composition (Triton and CUDA kernels are not in this version)"
+    return dict(zip(_OPS, ("PyTorch, without host synchronisation", *[composition] * 3), strict=True))
+
+
+def _missing(cuda: dict[str, Any]) -> list[str]:
+    texts = []
+    extension = _extension.extension
+    if extension is None:
+        texts.append(
+            f"the compiled extension ({_extension.reason}): rows of instances are moved by PyTorch in separate passes, "
+            "so less of the saved arithmetic is saved time; install with a C++ compiler"
+        )
+    elif not extension.with_cuda:
+        texts.append("CUDA sources (no nvcc at build time): nothing on a CPU; a GPU runs PyTorch operations only")
+    if extension is not None and not _shares_openmp():
+        texts.append(
+            "a shared OpenMP runtime: the extension's threads and torch's spin against each other, which can slow both "
+            "several times; use a torch whose OpenMP is GNU's"
+        )
+    if not torch.backends.mkldnn.is_available():
+        texts.append("oneDNN in this torch: convolutions on a CPU are several times slower")
+    if cuda["devices"]:
+        texts.append("GPU kernels: every instance computes all groups and unused ones are zeroed; nothing is saved")
+    return texts

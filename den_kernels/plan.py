@@ -1,0 +1,351 @@
+"""Routing plans: for each block, the instances of a batch sorted by the channel groups that they use.
+
+A plan is made once, outside autograd, before the first block; all layers of a block share its route. It holds device
+tensors of fixed shapes, so building one on a GPU never waits for the device, and a captured CUDA graph follows new
+contents written by `RoutingPlan.update_`.
+
+    levels of a block, G = 2     [1, 0, 2, 1, 2]
+    order                        [2, 4, 0, 3, 1]     instances 2 and 4 use two groups, 0 and 3 one, 1 none
+    offsets                      [0, 2, 4, 5]        segment s is order[offsets[s]:offsets[s + 1]], of level G - s
+
+On a CPU the sort is C++ (csrc/plan.cpp); elsewhere, and without the extension, torch ops. The references below are the
+definition; all three agree exactly.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ._extension import extension
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def plan_levels_reference(
+    levels: Tensor,  # integer [B, N]
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # levels int32 [N, B], order int32 [N, B], offsets int32 [N, groups + 2]
+    """What `plan_levels` computes, as plain loops. Levels must be in 0..groups."""
+    B, N = levels.shape
+    orders, offsets = [], []
+    for column in levels.t().tolist():
+        order: list[int] = []
+        starts = [0]
+        for level in range(groups, -1, -1):
+            order += [b for b in range(B) if column[b] == level]
+            starts.append(len(order))
+        orders.append(order)
+        offsets.append(starts)
+    return levels.t().contiguous().int(), _int32(orders, N, B), _int32(offsets, N, groups + 2)
+
+
+def plan_masks_reference(
+    masks: Tensor,  # bool [B, N, G]
+) -> tuple[Tensor, Tensor, Tensor]:  # levels int32 [N, B], order int32 [N, B], offsets int32 [N, B + 1]
+    """What `plan_masks` computes, as plain loops."""
+    B, N, _ = masks.shape
+    orders, offsets = [], []
+    for n in range(N):
+        mask = masks[:, n].tolist()
+        keys = [(-sum(bits), [not bit for bit in bits]) for bits in mask]
+        order = sorted(range(B), key=keys.__getitem__)
+        starts = [i for i in range(B) if i == 0 or mask[order[i]] != mask[order[i - 1]]]
+        orders.append(order)
+        offsets.append(starts + [B] * (B + 1 - len(starts)))
+    return masks.sum(2).t().contiguous().int(), _int32(orders, N, B), _int32(offsets, N, B + 1)
+
+
+def _int32(rows: list[list[int]], *shape: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32).reshape(shape)
+
+
+def plan_levels_torch(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`plan_levels` in torch ops that never wait for the device. Levels are clamped to 0..groups."""
+    levels = levels if levels.dtype == torch.int64 else levels.int()
+    levels = levels.t().clamp(0, groups).int().contiguous()
+    segments, order = (groups - levels).sort(dim=1, stable=True)
+    return levels, order.int(), _offsets(segments, groups + 1)
+
+
+def plan_masks_torch(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`plan_masks` in torch ops that never wait for the device."""
+    masks = masks.transpose(0, 1)
+    levels = masks.sum(2, dtype=torch.int32).contiguous()
+    words = _mask_words(masks, levels)  # int64 [W, N, B]
+    order = torch.arange(levels.shape[1], device=masks.device).expand_as(levels)
+    for word in words.flip(0):  # least significant word first: the sort is stable
+        order = order.gather(1, word.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    words = words.gather(2, order.expand_as(words))
+    changes = (words[:, :, 1:] != words[:, :, :-1]).any(dim=0)
+    segments = torch.nn.functional.pad(changes.cumsum(1, dtype=torch.int32), (1, 0))[:, : levels.shape[1]]
+    return levels, order.int(), _offsets(segments, levels.shape[1])
+
+
+def _mask_words(
+    masks: Tensor,  # bool [N, B, G]
+    levels: Tensor,  # int32 [N, B]
+) -> Tensor:  # int64 [W, N, B]
+    """Sorting keys, most significant word first: the count, then the mask with its first group as the highest bit."""
+    N, B, G = masks.shape
+    head = 62 - G.bit_length()  # bits of the mask that fit beside the count
+    words = -(-max(G - head, 0) // 62)
+    bits = torch.nn.functional.pad(masks, (62 - head, head + 62 * words - G)).view(N, B, words + 1, 62)
+    places = 2 ** torch.arange(61, -1, -1, device=masks.device)
+    keys = (bits * places).sum(3).movedim(2, 0)
+    return torch.cat([keys[:1] + (levels.long() << head), keys[1:]])
+
+
+def _offsets(
+    segments: Tensor,  # integer [N, B], ascending: the segment of each place in the order
+    count: int,
+) -> Tensor:  # int32 [N, count + 1]
+    bounds = torch.arange(count + 1, dtype=segments.dtype, device=segments.device)
+    bounds = bounds.expand(segments.shape[0], -1).contiguous()
+    return torch.searchsorted(segments.contiguous(), bounds, out_int32=True)
+
+
+@torch.library.custom_op("den_kernels::plan_levels", mutates_args=())
+def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Plan N blocks from levels [B, N]: levels int32 [N, B], order int32 [N, B], offsets int32 [N, groups + 2].
+
+    On a CPU a level outside 0..groups is a ValueError; elsewhere it is clamped.
+    """
+    if not levels.is_cpu:
+        return plan_levels_torch(levels, groups)
+    if extension is None:
+        check_levels(levels, groups)
+        return plan_levels_torch(levels, groups)
+    levels = (levels if levels.dtype == torch.int64 else levels.int()).contiguous()
+    B, N = levels.shape
+    rows, order, offsets = _empty_plan(levels, B, N, groups + 1)
+    sort = extension.plan_levels_int64 if levels.dtype == torch.int64 else extension.plan_levels_int32
+    sort(levels.data_ptr(), B, N, groups, rows.data_ptr(), order.data_ptr(), offsets.data_ptr())
+    return rows, order, offsets
+
+
+@plan_levels.register_fake
+def _(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_plan(levels, levels.shape[0], levels.shape[1], groups + 1)
+
+
+@torch.library.custom_op("den_kernels::plan_masks", mutates_args=())
+def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Plan N blocks from masks [B, N, G]: levels int32 [N, B], order int32 [N, B], offsets int32 [N, B + 1]."""
+    if extension is None or not masks.is_cpu:
+        return plan_masks_torch(masks)
+    B, N, G = masks.shape
+    levels, order, offsets = _empty_plan(masks, B, N, B)
+    rows = masks.transpose(0, 1).contiguous()
+    extension.plan_masks(rows.data_ptr(), B, N, G, levels.data_ptr(), order.data_ptr(), offsets.data_ptr())
+    return levels, order, offsets
+
+
+@plan_masks.register_fake
+def _(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_plan(masks, masks.shape[0], masks.shape[1], masks.shape[0])
+
+
+def _empty_plan(like: Tensor, B: int, N: int, segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((N, B), (N, B), (N, segments + 1))
+    levels, order, offsets = (torch.empty(shape, dtype=torch.int32, device=like.device) for shape in shapes)
+    return levels, order, offsets
+
+
+def check_levels(levels: Tensor, groups: int) -> None:
+    """Raise ValueError for the first level [B, N] outside 0..groups. Waits for the device."""
+    outside = (levels < 0) | (levels > groups)
+    if bool(outside.any()):
+        b, n = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"plan_levels: levels must be in 0..{groups}, got {int(levels[b, n])} for instance {b}, block {n}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """The plan of one block: which instances use how many channel groups."""
+
+    levels: Tensor
+    """int32 [B]: groups in use (of a mask: how many are selected)."""
+    order: Tensor
+    """int32 [B]: instances sorted by level, descending and stable. Of masks: equal masks stand together (count
+    descending, then bits descending with the first group first, then instance)."""
+    offsets: Tensor
+    """int32 [S + 1]: segment s is order[offsets[s]:offsets[s + 1]]. Of levels: S = G + 1, and segment s holds level
+    G - s. Of masks: S = B, one segment for each distinct mask, trailing segments empty."""
+    groups: int
+    """G: channel groups of the block."""
+    mask: Tensor | None = None
+    """bool [B, G] of a route made from masks."""
+
+    def active(self) -> "Route":
+        """The same instances with one group: level 1 where any group is in use. Nothing is sorted again, so within
+        its segment the order is this route's."""
+        if self.mask is None:
+            offsets = torch.cat([self.offsets[:1], self.offsets[self.groups :]])
+        else:
+            used = (self.levels > 0).sum(0, keepdim=True, dtype=torch.int32)
+            offsets = torch.cat([self.offsets[:1], used, self.offsets[-1:]])
+        return Route(self.levels.clamp(max=1), self.order, offsets, 1)
+
+    def selection(self) -> Tensor:
+        """bool [B, G]: the groups that each instance uses."""
+        if self.mask is not None:
+            return self.mask
+        return self.levels[:, None] > torch.arange(self.groups, device=self.levels.device)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingPlan:
+    """The routes of all N blocks for one batch. `plan[i]` is the route of block i.
+
+    Build it with `from_levels` or `from_masks`. A plan shares no memory with what it was made from.
+    """
+
+    levels: Tensor
+    """int32 [B, N], each block's levels contiguous."""
+    order: Tensor
+    """int32 [N, B]"""
+    offsets: Tensor
+    """int32 [N, S + 1]"""
+    groups: int
+    """G: channel groups of every block."""
+    masks: Tensor | None = None
+    """bool [B, N, G], each block's masks contiguous."""
+
+    @classmethod
+    def from_levels(
+        cls,
+        levels: Tensor,  # integer [B, N], 0..groups: instance b uses the first levels[b, n] groups of block n
+        groups: int | None = None,
+        *,
+        check: bool = False,
+    ) -> Self:
+        """Plan from levels.
+
+        `groups=None` takes the highest level found (at least 1) on a CPU; elsewhere, and inside torch.compile, it is a
+        ValueError, because finding it would wait for the device. A level out of range is a ValueError on a CPU;
+        elsewhere it is clamped, unless `check=True` asks to wait for the device and check.
+        """
+        if not isinstance(levels, Tensor) or levels.dtype not in _INTEGERS:
+            raise TypeError(_not_levels("RoutingPlan.from_levels: levels", levels))
+        if levels.ndim != 2:
+            raise ValueError(f"RoutingPlan.from_levels: levels must be [B, N], got {list(levels.shape)}")
+        if groups is None:
+            groups = _highest_level(levels)
+        elif groups < 1:
+            raise ValueError(f"RoutingPlan.from_levels: groups must be at least 1, got {groups}")
+        if check and not levels.is_cpu:
+            check_levels(levels, groups)
+        rows, order, offsets = torch.ops.den_kernels.plan_levels(levels, groups)
+        return cls(rows.t(), order, offsets, groups)
+
+    @classmethod
+    def from_masks(
+        cls,
+        masks: Tensor,  # bool [B, N, G]: instance b uses group g of block n where masks[b, n, g]
+    ) -> Self:
+        """Plan from masks: any subset of the groups. TypeError for another dtype, ValueError for another rank."""
+        if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+            got = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+            raise TypeError(f"RoutingPlan.from_masks: masks must be a bool tensor, got {got}")
+        if masks.ndim != 3 or masks.shape[2] < 1:
+            raise ValueError(
+                f"RoutingPlan.from_masks: masks must be [B, N, G] with at least one group, got {list(masks.shape)}"
+            )
+        own = masks.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+        rows, order, offsets = torch.ops.den_kernels.plan_masks(own)
+        return cls(rows.t(), order, offsets, masks.shape[2], own)
+
+    def __len__(self) -> int:
+        return self.order.shape[0]
+
+    def __getitem__(self, i: int) -> Route:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"RoutingPlan: block must be in 0..{len(self) - 1}, got {i}")
+        mask = None if self.masks is None else self.masks[:, i]
+        return Route(self.levels[:, i], self.order[i], self.offsets[i], self.groups, mask)
+
+    @property
+    def batch_size(self) -> int:
+        return self.order.shape[1]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same plan on another device."""
+        masks = None if self.masks is None else self.masks.to(device)
+        return replace(
+            self,
+            levels=self.levels.to(device),
+            order=self.order.to(device),
+            offsets=self.offsets.to(device),
+            masks=masks,
+        )
+
+    def update_(self, levels_or_masks: Tensor) -> Self:
+        """Plan anew in the same memory, so that a captured CUDA graph sees it at its next replay.
+
+        Takes what the plan was made from, in the same shape and on the same device; else a ValueError.
+        """
+        old = self.levels if self.masks is None else self.masks
+        new = levels_or_masks
+        if isinstance(new, Tensor) and (new.shape != old.shape or new.device != old.device):
+            raise ValueError(
+                f"RoutingPlan.update_: argument must be {list(old.shape)} on {old.device}, "
+                f"got {list(new.shape)} on {new.device}"
+            )
+        made = self.from_levels(new, self.groups) if self.masks is None else self.from_masks(new)
+        self.levels.copy_(made.levels)
+        self.order.copy_(made.order)
+        self.offsets.copy_(made.offsets)
+        if self.masks is not None and made.masks is not None:
+            self.masks.copy_(made.masks)
+        return self
+
+
+def _not_levels(name: str, got: object) -> str:
+    kind = got.dtype if isinstance(got, Tensor) else type(got).__name__
+    hint = "; masks of groups go to from_masks" if kind == torch.bool else ""
+    return f"{name} must be an integer tensor, got {kind}{hint}"
+
+
+def _highest_level(levels: Tensor) -> int:
+    if not levels.is_cpu or torch.compiler.is_compiling():
+        where = levels.device if not levels.is_cpu else "levels inside torch.compile"
+        raise ValueError(
+            f"RoutingPlan.from_levels: groups must be given here (finding the highest level would wait for the data), "
+            f"got None for {where}"
+        )
+    return max(1, int(levels.max())) if levels.numel() else 1
+
+
+def as_route(
+    selection: Route | Tensor,
+    groups: int,
+    batch: int,
+) -> Route:
+    """The route that a layer's `selection` argument means.
+
+    A Route is checked and returned; integer levels [B] and a bool mask [B, G] are planned. Raises ValueError for a
+    wrong number of groups or instances or, on a CPU, a level out of 0..groups; TypeError for anything else.
+    """
+    if isinstance(selection, Route):
+        if selection.groups != groups:
+            raise ValueError(f"route: groups must be {groups}, got {selection.groups}")
+        if selection.order.shape[0] != batch:
+            raise ValueError(f"route: instances must be {batch}, got {selection.order.shape[0]}")
+        return selection
+    if isinstance(selection, Tensor) and selection.dtype == torch.bool:
+        if selection.shape != (batch, groups):
+            raise ValueError(f"route: a mask must be [{batch}, {groups}], got {list(selection.shape)}")
+        return RoutingPlan.from_masks(selection[:, None])[0]
+    if not isinstance(selection, Tensor) or selection.dtype not in _INTEGERS:
+        raise TypeError(_not_levels("route: selection (a Route, levels [B] or a bool mask [B, G])", selection))
+    if selection.shape != (batch,):
+        raise ValueError(f"route: levels must be [{batch}], got {list(selection.shape)}")
+    return RoutingPlan.from_levels(selection[:, None], groups)[0]
+
+
+torch.export.register_dataclass(Route, serialized_type_name="den_kernels.Route")
+torch.export.register_dataclass(RoutingPlan, serialized_type_name="den_kernels.RoutingPlan")

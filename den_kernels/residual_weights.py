@@ -1,0 +1,163 @@
+"""A residual block's parameters, folded and packed for :func:`den_kernels.dynamic_residual`."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._extension import extension
+
+_OP = "dynamic_residual"
+
+
+class HiddenWeights(NamedTuple):
+    """The weights of one selection of hidden channels, laid out for the convolution that reads them."""
+
+    conv1: Tensor  # [width, C, R, S]
+    bias1: Tensor  # [width]
+    conv2: Tensor  # [C_out, width, R, S]
+    packed: bool  # in oneDNN's own blocked layout
+
+
+@dataclass(frozen=True)
+class ResidualWeights:
+    """A residual block's parameters, folded for inference: made by :meth:`fold`, read by :func:`dynamic_residual`."""
+
+    scale1: Tensor | None  # float32 [C]: bn1 as an affine map; None where the block has no bn1 and ReLU
+    shift1: Tensor | None  # float32 [C]
+    conv1: Tensor  # [M, C, R, S] channels-last, bn2's scale folded in
+    bias1: Tensor  # [M], bn2's shift
+    conv2: Tensor  # [C_out, M, R, S] channels-last
+    bias2: Tensor | None  # [C_out]
+    groups: tuple[int, ...]  # sizes of the hidden channel groups, adding up to M
+    group_of_channel: Tensor  # int64 [M]: the group that a hidden channel belongs to
+    stride: int  # of conv1 and of the average-pooled shortcut
+    direct: tuple[Tensor, Tensor] | None = None  # conv1 and conv2 packed for the direct kernel, where that runs
+    levels: tuple[HiddenWeights, ...] = ()  # of levels 1..G packed for oneDNN, where the direct kernel does not run
+
+    @staticmethod
+    def fold(conv1: nn.Conv2d, bn1: nn.BatchNorm2d | None, conv2: nn.Conv2d, bn2: nn.BatchNorm2d) -> "ResidualWeights":
+        """Fold running statistics and affine parameters into the convolutions.
+
+        conv1: C to M channels, odd kernel, "same" padding, stride 1 or more; its `out_groups` (of a `DynamicConv2d`)
+        are the hidden channel groups, one group for an ordinary `nn.Conv2d`. conv2: M to C_out channels, stride 1.
+        Raises ValueError for convolutions of another kind and for batch norms without running statistics.
+        """
+        _check_convolution(conv1, "conv1", stride=None)
+        _check_convolution(conv2, "conv2", stride=1)
+        if conv2.in_channels != conv1.out_channels or conv2.out_channels < conv1.in_channels:
+            raise ValueError(
+                f"{_OP}: conv2 must take conv1's {conv1.out_channels} channels and give at least {conv1.in_channels}, "
+                f"got {conv2.in_channels} and {conv2.out_channels}"
+            )
+        with torch.no_grad():
+            scale1, shift1 = (None, None) if bn1 is None else _affine(bn1, "bn1")
+            scale2, shift2 = _affine(bn2, "bn2")
+            wide = torch.promote_types(conv1.weight.dtype, torch.float32)
+            dtype = torch.float32 if widens(conv1.weight) else conv1.weight.dtype
+            bias1 = shift2 if conv1.bias is None else conv1.bias.to(wide) * scale2 + shift2
+            groups = getattr(conv1, "out_groups", None) or (conv1.out_channels,)
+            group_of_channel = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
+            weights = ResidualWeights(
+                scale1,
+                shift1,
+                _channels_last(conv1.weight.to(wide) * scale2[:, None, None, None], dtype),
+                bias1.to(dtype),
+                _channels_last(conv2.weight.detach(), dtype),
+                None if conv2.bias is None else conv2.bias.detach().to(dtype),
+                groups,
+                group_of_channel.to(conv1.weight.device),
+                conv1.stride[0],
+            )
+            return weights._prepacked()
+
+    def hidden(self, groups: tuple[bool, ...]) -> HiddenWeights:
+        """The weights of any selection of groups, put together (masks have too many selections to prepare them all)."""
+        outputs, biases, inputs = (
+            [part for part, chosen in zip(tensor.split(self.groups, dim), groups, strict=True) if chosen]
+            for tensor, dim in ((self.conv1, 0), (self.bias1, 0), (self.conv2, 1))
+        )
+        return HiddenWeights(torch.cat(outputs), torch.cat(biases), _channels_last(torch.cat(inputs, 1)), False)
+
+    def _prepacked(self) -> "ResidualWeights":
+        """On a CPU: the weights in the layouts that its kernels read, so that no call copies or reorders a weight."""
+        if runs_direct(self.conv1.device, self.conv1.dtype, self.conv1.shape[1], self.conv2.shape[0]):
+            return replace(self, direct=(_pack_direct(self.conv1), _pack_direct(self.conv2)))
+        if not _onednn(self.conv1):
+            return self
+        ends = [sum(self.groups[: g + 1]) for g in range(len(self.groups))]
+        return replace(
+            self,
+            levels=tuple(
+                HiddenWeights(
+                    _pack_onednn(self.conv1[:width], self.stride),
+                    self.bias1[:width],
+                    _pack_onednn(_channels_last(self.conv2[:, :width]), 1),
+                    True,
+                )
+                for width in ends
+            ),
+        )
+
+
+def runs_direct(device: torch.device, dtype: torch.dtype, channels: int, out_channels: int) -> bool:
+    """Whether the direct kernel takes the block: float32 on a CPU with AVX-512, whole vectors of channels."""
+    if extension is None or device.type != "cpu" or dtype != torch.float32:
+        return False
+    return channels % 16 == 0 and out_channels % 16 == 0 and extension.has_dynamic_residual()
+
+
+def _check_convolution(conv: nn.Conv2d, name: str, stride: int | None) -> None:
+    padding = tuple(k // 2 for k in conv.kernel_size)
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    same = conv.padding == "same" or conv.padding == padding
+    if not plain or not same or any(k % 2 == 0 for k in conv.kernel_size) or conv.stride[0] != conv.stride[1]:
+        raise ValueError(
+            f"{_OP}: {name} must have an odd kernel, 'same' zero padding, dilation and groups 1, got {conv}"
+        )
+    if stride is not None and conv.stride[0] != stride:
+        raise ValueError(f"{_OP}: {name} must have stride {stride}, got {conv.stride[0]}")
+
+
+def _affine(bn: nn.BatchNorm2d, name: str) -> tuple[Tensor, Tensor]:
+    """Batch norm with running statistics as scale and shift, in float32 or wider."""
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(f"{_OP}: {name} must track running statistics, got {bn}")
+    wide = torch.promote_types(bn.running_mean.dtype, torch.float32)
+    scale = (bn.running_var.to(wide) + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(wide)
+    shift = -bn.running_mean.to(wide) * scale
+    return scale, shift if bn.bias is None else shift + bn.bias.to(wide)
+
+
+def widens(weight: Tensor) -> bool:
+    """float16 on a CPU is computed in float32: a float16 convolution there is ten times slower."""
+    return weight.dtype == torch.float16 and weight.device.type == "cpu"
+
+
+def _channels_last(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return weight.to(dtype or weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _onednn(weight: Tensor) -> bool:
+    """Whether oneDNN's packed convolution is there for this weight."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
+
+
+def _pack_direct(weight: Tensor) -> Tensor:
+    """[O, I, R, S] channels-last -> [ceil(O / 16), ceil(I / 16), R * S, 16, 16]: every prefix of I is contiguous."""
+    O, I, R, S = weight.shape
+    packed = torch.empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
+    extension.pack_weights(weight.data_ptr(), packed.data_ptr(), O, R * S, I)
+    return packed
+
+
+def _pack_onednn(weight: Tensor, stride: int) -> Tensor:
+    R, S = weight.shape[2:]
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, [R // 2, S // 2], [stride] * 2, [1, 1], 1)

@@ -1,0 +1,92 @@
+"""Rows of instances: gathered from a batch into the packed batch of one segment of a route, and scattered back.
+
+A row is one instance's map, channels-last in memory, so a segment of a route is a handful of contiguous runs. The C++
+pass applies an affine map and ReLU on the way and converts float16 to float32 and back (a float16 convolution on a CPU
+is ten times slower than a float32 one). Without the extension the same is done with `index_select` and `index_copy_`
+on a flat view: on a channels-last tensor those two run at memory speed only through that view.
+"""
+
+import torch
+from torch import Tensor
+
+from ._extension import extension
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _in_cpp(*dtypes: torch.dtype) -> bool:
+    if extension is None or any(dtype not in _CODES for dtype in dtypes):
+        return False
+    return dtypes[0] == dtypes[1] or torch.bfloat16 not in dtypes
+
+
+def gather_rows(
+    x: Tensor,  # [B, C, H, W] channels-last
+    order: Tensor,  # int32 [n] instance indices
+    width: int,
+    scale: Tensor | None = None,  # float32 [width]
+    shift: Tensor | None = None,  # float32 [width]
+    relu: bool = False,
+    dtype: torch.dtype | None = None,
+    start: int = 0,
+) -> Tensor:  # [n, width, H, W] channels-last
+    """Gather `width` channels from `start` of the instances in `order`.
+
+    Equivalent to `relu(x[order, start:start + width] * scale + shift).to(dtype)`.
+    """
+    _, C, H, W = x.shape
+    n, dtype = order.numel(), dtype or x.dtype
+    if not _in_cpp(x.dtype, dtype):
+        rows = x.permute(0, 2, 3, 1)[order.long(), :, :, start : start + width]
+        if scale is not None and shift is not None:
+            rows = rows.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift
+        return (rows.relu() if relu else rows).to(dtype).permute(0, 3, 1, 2)
+    out = torch.empty(n, H, W, width, dtype=dtype)
+    extension.gather_rows(
+        x.data_ptr() + start * x.element_size(), out.data_ptr(), order.data_ptr(), n, H * W, C, width,
+        _CODES[x.dtype], _CODES[dtype], 0 if scale is None else scale.data_ptr(),
+        0 if shift is None else shift.data_ptr(), relu,
+    )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
+
+
+def scatter_rows_(
+    dst: Tensor,  # [B, C, H, W] channels-last, written in place
+    src: Tensor,  # [n, width, H, W] channels-last
+    order: Tensor,  # int32 [n] instance indices, all different
+    start: int = 0,
+    accumulate: bool = False,
+) -> None:
+    """Write (or add) `src` into channels `start:start + width` of the instances in `order`.
+
+    Equivalent to `dst[order, start:start + width] = src` (or `+=`).
+    """
+    _, C, H, W = dst.shape
+    n, width = src.shape[0], src.shape[1]
+    if not _in_cpp(src.dtype, dst.dtype):
+        rows = dst.permute(0, 2, 3, 1)[:, :, :, start : start + width]
+        values = src.permute(0, 2, 3, 1).to(dst.dtype)
+        rows.index_put_((order.long(),), values, accumulate=accumulate)
+        return
+    extension.scatter_rows(
+        src.data_ptr(), dst.data_ptr() + start * dst.element_size(), order.data_ptr(), n, H * W, width, C,
+        _CODES[src.dtype], _CODES[dst.dtype], accumulate,
+    )  # fmt: skip
+
+
+def pool_rows(x: Tensor, out_channels: int, stride: int) -> Tensor:
+    """The parameter-free shortcut: average pooling over stride x stride windows, then channels of zeros.
+
+    Equivalent to `F.pad(F.avg_pool2d(x, stride, ceil_mode=True), (0, 0, 0, 0, 0, out_channels - C))`.
+    x: [B, C, H, W] channels-last; the result is [B, out_channels, ceil(H / stride), ceil(W / stride)] channels-last.
+    """
+    B, C, H, W = x.shape
+    if stride == 1 and out_channels == C:
+        return x.clone(memory_format=torch.channels_last)
+    if not x.is_cpu or not _in_cpp(x.dtype, x.dtype):
+        pooled = x if stride == 1 else torch.nn.functional.avg_pool2d(x, stride, ceil_mode=True)
+        padded = torch.nn.functional.pad(pooled, (0, 0, 0, 0, 0, out_channels - C))
+        return padded.clone(memory_format=torch.channels_last)
+    out = torch.empty(B, -(-H // stride), -(-W // stride), out_channels, dtype=x.dtype)
+    extension.pool_rows(x.data_ptr(), out.data_ptr(), B, H, W, C, out_channels, stride, _CODES[x.dtype])
+    return out.permute(0, 3, 1, 2)

@@ -1,0 +1,80 @@
+"""Build of den_kernels._C: C++ always, CUDA when an nvcc is found. No torch is needed.
+
+DEN_KERNELS_CUDA=0 leaves CUDA out, DEN_KERNELS_CUDA=1 makes its absence an error; the build alone reads it.
+"""
+
+import glob
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import setup
+
+ARCHS = ("80", "90a", "100a")
+WHEELS = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl"
+MISSING = f"den_kernels: no nvcc found, building without CUDA (set CUDA_HOME, or pip install {WHEELS})"
+
+
+def find_nvcc():
+    """CUDA_HOME or CUDA_PATH, PATH, /usr/local/cuda, then the PyPI toolkit in any site-packages within reach."""
+    candidates = [f"{os.environ[name]}/bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    # Build isolation hides the environment that runs pip from sys.path, but not from sysconfig, VIRTUAL_ENV or PATH.
+    prefixes = [os.environ.get("VIRTUAL_ENV", ""), *map(os.path.dirname, os.get_exec_path())]
+    sites = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    sites += [site for prefix in prefixes if prefix for site in glob.glob(f"{prefix}/lib/python3*/site-packages")]
+    candidates += [nvcc for site in sites for nvcc in sorted(glob.glob(f"{site}/nvidia/cu1*/bin/nvcc"), reverse=True)]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def toolkit_root(nvcc):
+    """Ask nvcc itself: the one on PATH may be a wrapper script that lies elsewhere."""
+    dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    return next(os.path.realpath(line.split("TOP=")[1].strip()) for line in dryrun.splitlines() if "TOP=" in line)
+
+
+class Build(build_ext):
+    """build_ext that compiles C++ in parallel, and the CUDA sources when there is a compiler for them."""
+
+    def build_extension(self, ext):
+        wanted = os.environ.get("DEN_KERNELS_CUDA")
+        nvcc = None if wanted == "0" else find_nvcc()
+        if nvcc:
+            self.compile_cuda(nvcc, ext)
+        elif wanted == "1":
+            raise SystemExit(MISSING.replace("building without CUDA", "but DEN_KERNELS_CUDA=1 asks for it"))
+        else:
+            print(MISSING if wanted != "0" else "den_kernels: building without CUDA (DEN_KERNELS_CUDA=0)", flush=True)
+        with ParallelCompile(default=max(2, os.cpu_count() or 2)):
+            super().build_extension(ext)
+
+    def compile_cuda(self, nvcc, ext):
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        archs = [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known]
+        flags = ["-O3", "-std=c++17", "-DDEN_KERNELS_WITH_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+        flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + ["-t", str(len(archs))]
+
+        def compile_one(source):
+            os.makedirs(self.build_temp, exist_ok=True)
+            target = os.path.join(self.build_temp, os.path.basename(source) + ".o")
+            print(shlex.join(command := [nvcc, "-c", source, "-o", target, *flags]), flush=True)
+            subprocess.check_call(command)
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = list(pool.map(compile_one, sorted(glob.glob("csrc/*.cu"))))
+        ext.define_macros += [("DEN_KERNELS_WITH_CUDA", None), ("DEN_KERNELS_CUDA_ARCHS", f'"{",".join(archs)}"')]
+        ext.library_dirs += [path for path in glob.glob(f"{toolkit_root(nvcc)}/lib*") if os.path.isdir(path)]
+        ext.libraries += ["cudart_static", "rt", "pthread", "dl"]
+
+
+if __name__ == "__main__":
+    extension = Pybind11Extension("den_kernels._C", sorted(glob.glob("csrc/*.cpp")), cxx_std=17)
+    extension.depends, extension.extra_link_args = glob.glob("csrc/*"), ["-fopenmp", "-Wl,--exclude-libs,ALL"]
+    extension.extra_compile_args += ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -1,0 +1,348 @@
+"""The residual block at inference: every way it can run against the plain loop in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from den_kernels import (
+    DynamicConv2d,
+    ResidualWeights,
+    RoutingPlan,
+    dynamic_residual,
+    dynamic_residual_,
+)
+from den_kernels.residual_weights import runs_direct
+from den_kernels.testing import assert_as_accurate, make_levels, make_mask
+
+
+class Block(nn.Module):
+    """A pre-activation block in plain PyTorch, masked after the activation: the oracle."""
+
+    def __init__(self, channels, groups, out_channels=None, stride=1, kernel=(3, 3), first=False, bias=False, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        M, out_channels = sum(groups), out_channels or channels
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        self.bn1 = None if first else nn.BatchNorm2d(channels)
+        self.conv1 = DynamicConv2d(channels, M, kernel, stride, padding, bias=bias, out_groups=groups)
+        self.bn2 = nn.BatchNorm2d(M)
+        self.conv2 = DynamicConv2d(M, out_channels, kernel, 1, padding, bias=bias, in_groups=groups)
+        self.groups = groups
+        for bn in (self.bn1, self.bn2):
+            if bn is not None:
+                bn.running_mean.normal_(0, 0.3)
+                bn.running_var.uniform_(0.5, 2)
+                nn.init.uniform_(bn.weight, 0.5, 1.5)
+                nn.init.normal_(bn.bias, 0, 0.3)
+        self.eval()
+
+    def shortcut(self, x):
+        y = nn.functional.avg_pool2d(x, self.conv1.stride, ceil_mode=True) if self.conv1.stride[0] > 1 else x
+        return nn.functional.pad(y, (0, 0, 0, 0, 0, self.conv2.out_channels - y.shape[1]))
+
+    @torch.no_grad()
+    def forward(self, x, selection):  # selection: bool [B, G]
+        channels = selection.repeat_interleave(torch.tensor(self.groups), 1)[:, :, None, None]
+        a = x if self.bn1 is None else self.bn1(x).relu()
+        h = nn.functional.conv2d(a, self.conv1.weight, self.conv1.bias, self.conv1.stride, self.conv1.padding)
+        h = self.bn2(h).relu().where(channels, 0)
+        y = nn.functional.conv2d(h, self.conv2.weight, self.conv2.bias, 1, self.conv2.padding)
+        return self.shortcut(x) + y.where(selection.any(1)[:, None, None, None], 0)
+
+    def fold(self):
+        return ResidualWeights.fold(self.conv1, self.bn1, self.conv2, self.bn2)
+
+
+def image(*shape, dtype=torch.float32, seed=1):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def chosen(levels, groups):
+    return levels[:, None] > torch.arange(groups)
+
+
+def check(block, x, selection):
+    """The op on x against the oracle in float64, as accurate as the oracle in x's dtype; returns the op's result."""
+    chosen_groups = selection if selection.dtype == torch.bool else chosen(selection, len(block.groups))
+    exact = block.double()(x.double(), chosen_groups)
+    block = block.to(x.dtype)
+    peer = block(x, chosen_groups)
+    got = dynamic_residual(x, selection, block.fold())
+    if x.dtype == torch.float64:
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+        return got
+    assert_as_accurate(got, peer, exact, factor=4 if x.dtype == torch.float32 else 2)
+    return got
+
+
+CASES = {
+    "wrn-stage1": ({"channels": 64, "groups": (16, 16, 32)}, (4, 64, 16, 16)),
+    "narrow, by pixels": ({"channels": 16, "groups": (4, 4, 8)}, (5, 16, 32, 32)),
+    "narrow, odd widths": ({"channels": 16, "groups": (1, 2, 3, 7)}, (6, 16, 16, 16)),
+    "narrow, small map": ({"channels": 32, "groups": (8, 8, 16)}, (5, 32, 7, 7)),
+    "wide, 4 x 4": ({"channels": 128, "groups": (32, 32, 64)}, (9, 128, 4, 4)),
+    "odd channels": ({"channels": 20, "groups": (5, 7)}, (5, 20, 9, 6)),
+    "one pixel": ({"channels": 16, "groups": (16,)}, (3, 16, 1, 1)),
+    "hidden wider than the stream": ({"channels": 16, "groups": (24, 40)}, (4, 16, 8, 8)),
+    "stride 2": ({"channels": 32, "groups": (16, 16, 32), "out_channels": 64, "stride": 2}, (5, 32, 16, 16)),
+    "stride 2, odd map": ({"channels": 16, "groups": (8, 8, 16), "out_channels": 32, "stride": 2}, (5, 16, 7, 7)),
+    "first block": ({"channels": 16, "groups": (16, 16, 32), "out_channels": 64, "first": True}, (5, 16, 12, 12)),
+    "biases": ({"channels": 32, "groups": (8, 24), "bias": True}, (4, 32, 6, 6)),
+    "kernel 5 x 1": ({"channels": 16, "groups": (16, 16), "kernel": (5, 1)}, (4, 16, 8, 8)),
+    "kernel 1 x 1": ({"channels": 16, "groups": (16, 16), "kernel": (1, 1)}, (4, 16, 8, 8)),
+    "63 hidden channels": ({"channels": 48, "groups": (21, 21, 21)}, (4, 48, 10, 10)),
+}
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zero", "top", "ascending", "no middle", "last only"])
+@pytest.mark.parametrize("case", CASES)
+def test_levels_against_the_oracle(case, kind):
+    make, shape = CASES[case]
+    block = Block(**make)
+    check(block, image(*shape), make_levels(kind, shape[0], len(block.groups)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["wrn-stage1", "narrow, by pixels", "odd channels", "stride 2", "first block"])
+def test_other_dtypes(case, dtype):
+    make, shape = CASES[case]
+    block = Block(**make)
+    got = check(block, image(*shape, dtype=dtype), make_levels("uniform", shape[0], len(block.groups)))
+    assert got.dtype == dtype
+
+
+@pytest.mark.parametrize("case", ["wrn-stage1", "odd channels", "stride 2, odd map", "first block", "biases"])
+def test_masks_against_the_oracle(case):
+    make, shape = CASES[case]
+    block = Block(**make)
+    check(block, image(*shape), make_mask(shape[0], len(block.groups)))
+
+
+@given(
+    batch=st.integers(0, 9),
+    channels=st.sampled_from([16, 32, 48]),
+    groups=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    size=st.tuples(st.integers(1, 18), st.integers(1, 18)),
+    stride=st.integers(1, 2),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=40)
+def test_any_shape(batch, channels, groups, size, stride, seed):
+    block = Block(channels, tuple(groups), stride=stride, seed=seed)
+    levels = torch.randint(0, len(groups) + 1, (batch,), generator=torch.Generator().manual_seed(seed))
+    check(block, image(batch, channels, *size, seed=seed), levels)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 17])
+def test_threads_share_without_changing_a_bit(batch, threads):
+    make, shape = CASES["narrow, by pixels"]
+    weights, x = Block(**make).fold(), image(batch, *shape[1:])
+    levels = make_levels("uniform", batch, 3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = dynamic_residual(x, levels, weights)
+        torch.set_num_threads(threads)
+        assert torch.equal(dynamic_residual(x, levels, weights), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", ["direct", "onednn", "torch"])
+def test_every_way_gives_the_same(way, monkeypatch):
+    from den_kernels import residual_weights, rows
+
+    block = Block(64, (16, 16, 32))
+    expected = block.fold()
+    if expected.direct is None:
+        pytest.skip("this CPU has no AVX-512, so the direct kernel does not run")
+    if way != "direct":
+        monkeypatch.setattr(residual_weights, "extension", None)
+    if way == "torch":
+        monkeypatch.setattr(rows, "extension", None)
+    x, levels = image(6, 64, 8, 8), make_levels("uniform", 6, 3)
+    assert (block.fold().direct is None) == (way != "direct")
+    torch.testing.assert_close(
+        dynamic_residual(x, levels, block.fold()), dynamic_residual(x, levels, expected), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_level_0_is_exactly_the_shortcut_and_in_place_touches_nothing(dtype):
+    block = Block(32, (8, 24)).to(dtype)
+    x = image(3, 32, 8, 8, dtype=dtype)
+    before = x.clone()
+    levels = torch.tensor([0, 2, 0])
+    out = dynamic_residual_(x, levels, block.fold())
+    assert out is x
+    assert torch.equal(x[[0, 2]], before[[0, 2]])
+    assert not torch.equal(x[1], before[1])
+
+
+def test_neighbours_do_not_matter():
+    weights, x = Block(32, (8, 8, 16)).fold(), image(5, 32, 9, 9)
+    levels = torch.tensor([3, 1, 0, 2, 1])
+    together = dynamic_residual(x, levels, weights)
+    for b in range(5):
+        torch.testing.assert_close(together[b], dynamic_residual(x[b : b + 1], levels[b : b + 1], weights)[0])
+
+
+def test_in_place_equals_functional_and_returns_a_new_map_where_the_shape_changes():
+    for case in ("wrn-stage1", "stride 2"):
+        make, shape = CASES[case]
+        weights, x = Block(**make).fold(), image(*shape)
+        levels, before = make_levels("uniform", shape[0], 3), x.clone()
+        expected = dynamic_residual(x, levels, weights)
+        assert torch.equal(x, before)
+        got = dynamic_residual_(x, levels, weights)
+        assert torch.equal(got, expected)
+        assert (got is x) == (case == "wrn-stage1")
+
+
+def test_inputs_in_any_memory_layout():
+    weights, x = Block(16, (8, 8)).fold(), image(4, 16, 6, 6)
+    levels = torch.tensor([2, 1, 0, 2])
+    expected = dynamic_residual(x, levels, weights)
+    for other in (x.contiguous(), image(8, 32, 6, 6)[::2, ::2].copy_(x)):
+        assert torch.equal(dynamic_residual(other, levels, weights), expected)
+        inplace = other.clone(memory_format=torch.preserve_format)
+        assert torch.equal(dynamic_residual_(inplace, levels, weights), expected)
+
+
+def test_nan_image_stays_alone():
+    weights, x = Block(16, (8, 8)).fold(), image(3, 16, 6, 6)
+    x[1, 0, 0, 0] = float("nan")
+    out = dynamic_residual(x, torch.tensor([2, 2, 1]), weights)
+    assert out[1].isnan().any()
+    assert not out[[0, 2]].isnan().any()
+
+
+def operands(block, x, selection):
+    from den_kernels.dynamic_residual import _operands
+    from den_kernels.plan import as_route
+
+    weights = block.fold()
+    return _operands(as_route(selection, len(block.groups), x.shape[0]), weights)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, masks):
+    block, x = Block(16, (8, 8)).to(dtype), image(3, 16, 6, 6, dtype=dtype)
+    selection = make_mask(3, 2) if masks else torch.tensor([2, 0, 1])
+    torch.library.opcheck(torch.ops.den_kernels.dynamic_residual, (x, *operands(block, x, selection), 1))
+    torch.library.opcheck(torch.ops.den_kernels.dynamic_residual_, (x, *operands(block, x, selection)))
+
+
+@pytest.mark.parametrize("case", ["wrn-stage1", "stride 2", "odd channels"])
+def test_compile_as_one_graph(case):
+    make, shape = CASES[case]
+    weights, x = Block(**make).fold(), image(*shape)
+    levels = make_levels("uniform", shape[0], len(weights.groups))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x, levels):
+        return dynamic_residual(x, levels, weights) * 2, dynamic_residual_(x + 0, levels, weights)
+
+    with torch.no_grad():
+        doubled, plain = run(x, levels)
+    expected = dynamic_residual(x, levels, weights)
+    assert torch.equal(doubled, expected * 2)
+    assert torch.equal(plain, expected)
+
+
+def test_routes_of_a_plan_are_shared():
+    weights, x = Block(32, (16, 16)).fold(), image(4, 32, 6, 6)
+    levels = torch.tensor([[2, 0], [1, 1], [0, 2], [2, 2]])
+    plan = RoutingPlan.from_levels(levels, 2)
+    for n in range(2):
+        assert torch.equal(dynamic_residual(x, plan[n], weights), dynamic_residual(x, levels[:, n], weights))
+
+
+def test_masked_composition_of_other_devices_agrees():
+    from importlib import import_module
+
+    from den_kernels.plan import as_route
+
+    module = import_module("den_kernels.dynamic_residual")
+    for case in ("wrn-stage1", "stride 2", "first block", "biases"):
+        make, shape = CASES[case]
+        weights, x = Block(**make).fold(), image(*shape)
+        for selection in (
+            make_levels("uniform", shape[0], len(weights.groups)),
+            make_mask(shape[0], len(weights.groups)),
+        ):
+            route = as_route(selection, len(weights.groups), shape[0])
+            out = module.pool_rows(x, weights.conv2.shape[0], weights.stride)
+            module._add_branch_masked(x, out, route, weights)
+            torch.testing.assert_close(out, dynamic_residual(x, selection, weights), rtol=1e-5, atol=1e-5)
+
+
+def test_segments_and_chunks_are_pure_functions_of_the_problem():
+    from den_kernels.dynamic_residual import chunk_size, segments
+
+    plan = RoutingPlan.from_levels(torch.tensor([[2], [0], [3], [2]]), 3)
+    assert segments(plan[0]) == [(0, 1, (True, True, True)), (1, 3, (True, True, False))]
+    masks = torch.tensor([[0, 1], [1, 0], [0, 0], [0, 1]]).bool()[:, None]
+    assert segments(RoutingPlan.from_masks(masks)[0]) == [(0, 1, (True, False)), (1, 3, (False, True))]
+    assert chunk_size(3, 1 << 30) == 3
+    assert chunk_size(100, 1 << 30) == 8
+    assert chunk_size(100, 1) == 100
+
+
+def test_the_direct_kernel_runs_where_its_rule_says():
+    cpu = torch.device("cpu")
+    assert not runs_direct(cpu, torch.bfloat16, 64, 64)
+    assert not runs_direct(cpu, torch.float32, 20, 64)
+    assert not runs_direct(torch.device("cuda"), torch.float32, 64, 64)
+
+
+def conv(*arguments, **keywords):
+    return nn.Conv2d(*arguments, **{"padding": 1, **keywords})
+
+
+BAD_WEIGHTS = {
+    "padding": (conv(16, 16, 3, padding=0), conv(16, 16, 3), "conv1 must have"),
+    "even kernel": (conv(16, 16, 2), conv(16, 16, 3), "conv1 must have"),
+    "dilation": (conv(16, 16, 3, dilation=2, padding=2), conv(16, 16, 3), "conv1 must have"),
+    "cardinality": (conv(16, 16, 3, groups=2), conv(16, 16, 3), "conv1 must have"),
+    "stride of conv2": (conv(16, 16, 3), conv(16, 16, 3, stride=2), "conv2 must have stride 1, got 2"),
+    "channels": (conv(16, 16, 3), conv(32, 16, 3), "conv2 must take conv1's 16 channels"),
+    "fewer channels out": (conv(16, 16, 3), conv(16, 8, 3), "give at least 16"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_blocks_that_cannot_be_folded(case):
+    conv1, conv2, message = BAD_WEIGHTS[case]
+    with pytest.raises(ValueError, match=message):
+        ResidualWeights.fold(conv1, None, conv2, nn.BatchNorm2d(conv1.out_channels))
+
+
+def test_batch_norm_without_running_statistics_cannot_be_folded():
+    with pytest.raises(ValueError, match="bn2 must track running statistics"):
+        ResidualWeights.fold(conv(16, 16, 3), None, conv(16, 16, 3), nn.BatchNorm2d(16, track_running_stats=False))
+
+
+BAD_INPUTS = {
+    "rank": (image(2, 16, 4, 4)[0], torch.tensor([1, 2]), ValueError, r"x must be \[B, 16, H, W\]"),
+    "channels": (image(2, 8, 4, 4), torch.tensor([1, 2]), ValueError, r"x must be \[B, 16, H, W\]"),
+    "dtype": (image(2, 16, 4, 4, dtype=torch.bfloat16), torch.tensor([1, 2]), TypeError, "weights' dtype"),
+    "device": (torch.empty(2, 16, 4, 4, device="meta"), torch.tensor([1, 2]), ValueError, "x must be on cpu"),
+    "level out of range": (image(2, 16, 4, 4), torch.tensor([1, 3]), ValueError, "levels must be in 0..2, got 3"),
+    "number of levels": (image(2, 16, 4, 4), torch.tensor([1]), ValueError, r"levels must be \[2\]"),
+    "floating levels": (image(2, 16, 4, 4), torch.tensor([1.0, 2.0]), TypeError, "integer"),
+    "mask width": (image(2, 16, 4, 4), torch.ones(2, 3).bool(), ValueError, r"mask must be \[2, 2\]"),
+    "gradient": (image(2, 16, 4, 4).requires_grad_(), torch.tensor([1, 2]), ValueError, "must not require a gradient"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input(case):
+    x, selection, error, message = BAD_INPUTS[case]
+    with pytest.raises(error, match=message):
+        dynamic_residual(x, selection, Block(16, (8, 8)).fold())

@@ -1,0 +1,84 @@
+"""The report of `den info`."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from den_kernels import _extension, info
+
+
+def test_facts_are_json():
+    facts = json.loads(json.dumps(info.describe()))
+    assert facts["versions"]["torch"] == torch.__version__ or facts["versions"]["torch"] in torch.__version__
+    assert facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+
+
+def test_report_names_what_is_active():
+    report = info.format_report()
+    for text in (
+        "den_kernels",
+        "C++ rows + oneDNN",
+        "Active on cpu",
+        "Active on cuda",
+        "residual block",
+        "torch's OpenMP",
+    ):
+        assert text in report
+
+
+def test_report_without_the_extension_says_why_and_what_it_costs(monkeypatch):
+    monkeypatch.setattr(_extension, "extension", None)
+    monkeypatch.setattr(_extension, "reason", "den_kernels._C was not built")
+    report = info.format_report()
+    assert "not loaded: den_kernels._C was not built" in report
+    assert "PyTorch rows + oneDNN" in report
+    assert "less of the saved arithmetic is saved time" in report
+    assert "C++ rows" not in report
+
+
+def test_report_without_cuda_sources(monkeypatch):
+    class WithoutCuda:
+        with_cuda, cuda_version, cuda_archs, compiler = False, None, (), "12"
+        cpu_isa, omp_max_threads = staticmethod(lambda: "AVX2"), staticmethod(torch.get_num_threads)
+        cuda_devices = staticmethod(lambda: ([], "this build has no CUDA sources"))
+
+    monkeypatch.setattr(_extension, "extension", WithoutCuda)
+    report = info.format_report()
+    assert "built without CUDA" in report
+    assert "no nvcc at build time" in report
+
+
+def test_a_private_openmp_runtime_is_reported(monkeypatch):
+    monkeypatch.setattr(info, "_shares_openmp", lambda: False)
+    report = info.format_report()
+    assert "an OpenMP runtime of its own" in report
+    assert "spin against each other" in report
+
+
+def test_a_gpu_is_described_with_what_this_version_lacks_there(monkeypatch):
+    class Properties:
+        name, major, minor, multi_processor_count, total_memory = "Some GPU", 9, 0, 132, 141 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
+    report = info.format_report()
+    assert "cuda:0  Some GPU, sm_90, 132 SMs, 141 GiB" in report
+    assert "GPU kernels: every instance computes all groups" in report
+
+
+def test_the_thread_count_is_left_alone():
+    before = torch.get_num_threads()
+    info.describe()
+    assert torch.get_num_threads() == before
+
+
+def test_devices_of_the_extension_come_with_a_reason_or_a_name():
+    if _extension.extension is None:
+        pytest.fail(_extension.reason)
+    devices, reason = _extension.extension.cuda_devices()
+    assert bool(devices) != bool(reason)
+    for device in devices:
+        assert set(device) == {"name", "compute_capability", "multiprocessors", "memory"}
