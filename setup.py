@@ -75,6 +75,7 @@ class Build(build_ext):
 
 if __name__ == "__main__":
     extension = Pybind11Extension("den_kernels._C", sorted(glob.glob("csrc/*.cpp")), cxx_std=17)
-    extension.depends, extension.extra_link_args = glob.glob("csrc/*"), ["-fopenmp", "-Wl,--exclude-libs,ALL"]
     extension.extra_compile_args += ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+    extension.extra_link_args += ["-fopenmp", "-Wl,--exclude-libs,ALL"]
+    always = {"build_ext": {"force": True}}  # a build without CUDA in build/ must not pass for one with it
+    setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options=always)

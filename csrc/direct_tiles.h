@@ -49,23 +49,27 @@ KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (
   }
 }
 
-// acc[o][v] += sum over taps and k of weight[o][tap][k] * input[v + tap, k], v a vector of 16 pixels
+// acc[o][v] += sum over k and taps of weight[o][k][tap] * input[v + tap, k], v a vector of 16 pixels. The packed weights of
+// neighbouring outputs are neighbours.
 template <int outputs, int vectors>
 KERNEL void sum_pixels(__m512 (&acc)[outputs][vectors], const float* const (&input)[vectors], int64_t channel,
                        const int64_t* taps, int64_t tap_count, const float* weight, int64_t K) {
-  for (int64_t t = 0; t < tap_count; ++t) {
-    const float* in[vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) in[v] = input[v] + taps[t];
-    const float* w = weight + t * K;
-    for (int64_t k = 0; k < K; ++k, ++w) {
-      __m512 values[vectors];
-      UNROLL for (int v = 0; v < vectors; ++v) {
-        values[v] = _mm512_loadu_ps(in[v]);
-        in[v] += channel;
-      }
-      UNROLL for (int o = 0; o < outputs; ++o) {
-        const __m512 scalar = _mm512_set1_ps(w[o * tap_count * K]);
-        UNROLL for (int v = 0; v < vectors; ++v) acc[o][v] = _mm512_fmadd_ps(scalar, values[v], acc[o][v]);
+  for (int64_t first = 0; first < K; first += 16, weight += tap_count * 256) {
+    const int64_t count = K - first < 16 ? K - first : 16;
+    for (int64_t t = 0; t < tap_count; ++t) {
+      const float* in[vectors];
+      UNROLL for (int v = 0; v < vectors; ++v) in[v] = input[v] + taps[t] + first * channel;
+      const float* w = weight + t * 256;
+      for (int64_t k = 0; k < count; ++k, w += 16) {
+        __m512 values[vectors];
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          values[v] = _mm512_loadu_ps(in[v]);
+          in[v] += channel;
+        }
+        UNROLL for (int o = 0; o < outputs; ++o) {
+          const __m512 scalar = _mm512_set1_ps(w[o]);
+          UNROLL for (int v = 0; v < vectors; ++v) acc[o][v] = _mm512_fmadd_ps(scalar, values[v], acc[o][v]);
+        }
       }
     }
   }

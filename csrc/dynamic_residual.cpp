@@ -23,11 +23,12 @@
 
 namespace den_kernels {
 
-void pack_weights(const float* weight, float* packed, int64_t O, int64_t taps, int64_t I) {
+void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I) {
   const int64_t O_blocks = (O + 15) / 16, I_blocks = (I + 15) / 16;
+#pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < O_blocks * I_blocks * taps * 256; ++n) {
     const int64_t o = n / (I_blocks * taps * 256) * 16 + n % 16, i = n / (taps * 256) % I_blocks * 16 + n / 16 % 16;
-    packed[n] = o < O && i < I ? weight[(o * taps + n / 256 % taps) * I + i] : 0.f;
+    packed[n] = o < O && i < I ? weight[(o * taps + n / 256 % taps) * I + i] * (scale ? scale[o] : 1.f) : 0.f;
   }
 }
 
@@ -107,7 +108,7 @@ void hidden_tile(const Chunk& c, int64_t j, int64_t block16, int64_t q0, const i
   }
   const int64_t weight_vector = round_up(b.C, 16) * tap_count * 16;
   sum_channels<vectors, quads, false>(acc, input, c.a.pixel() * b.stride, 1, taps, tap_count,
-                                      b.conv1_packed + block16 * weight_vector, weight_vector, b.C);
+                                      b.conv1 + block16 * weight_vector, weight_vector, b.C);
   UNROLL for (int q = 0; q < quads; ++q) {
     const Quad at = quad_at(b, q0 + q);
     float* h = c.h_of(j) + ((at.row + b.R / 2) * c.h.columns + at.column + b.S / 2) * c.h.pixel() + hidden;
@@ -131,7 +132,8 @@ void hidden_planes(const Chunk& c, int64_t j, int64_t hidden, int64_t v0, int64_
   }
   __m512 acc[outputs][4];
   UNROLL for (int o = 0; o < outputs; ++o) UNROLL for (int v = 0; v < 4; ++v) acc[o][v] = _mm512_set1_ps(b.bias1[hidden + o]);
-  sum_pixels<outputs, 4>(acc, input, c.a.channel(), taps, tap_count, b.conv1 + hidden * tap_count * b.C, b.C);
+  const float* weight = b.conv1 + hidden / 16 * round_up(b.C, 16) * tap_count * 16 + hidden % 16;
+  sum_pixels<outputs, 4>(acc, input, c.a.channel(), taps, tap_count, weight, b.C);
   UNROLL for (int v = 0; v < 4; ++v) {
     if (v >= live) break;
     const int64_t row = (v0 + v) / per_row + b.R / 2, column = (v0 + v) % per_row * 16 + b.S / 2;
@@ -160,7 +162,7 @@ void output_tile(const Chunk& c, int64_t j, int64_t block16, int64_t q0, const i
   }
   const int64_t weight_vector = round_up(b.M, 16) * tap_count * 16;
   sum_channels<vectors, quads, planar>(acc, input, c.h.pixel(), c.h.channel(), taps, tap_count,
-                                       b.conv2_packed + block16 * weight_vector, weight_vector, c.width);
+                                       b.conv2 + block16 * weight_vector, weight_vector, c.width);
   UNROLL for (int q = 0; q < quads; ++q) {
     const int64_t live = quad_at(b, q0 + q).live;
     UNROLL for (int p = 0; p < 4; ++p) {
@@ -370,14 +372,15 @@ void dynamic_residual(const ResidualBlock&) {
 void bind_dynamic_residual(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("has_dynamic_residual", &has_dynamic_residual);
-  m.def("pack_weights", [](uintptr_t weight, uintptr_t packed, int64_t O, int64_t taps, int64_t I) {
-    pack_weights(reinterpret_cast<const float*>(weight), reinterpret_cast<float*>(packed), O, taps, I);
-  });
+  m.def("pack_weights",
+        [](uintptr_t weight, uintptr_t scale, uintptr_t packed, int64_t O, int64_t taps, int64_t I) {
+          pack_weights(reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(scale),
+                       reinterpret_cast<float*>(packed), O, taps, I);
+        });
   m.def("dynamic_residual",
         [](uintptr_t x, uintptr_t out, uintptr_t order, uintptr_t offsets, const std::vector<int64_t>& input,
            int64_t stride, const std::vector<int64_t>& weights, const std::vector<int64_t>& widths, uintptr_t scale1,
-           uintptr_t shift1, uintptr_t conv1, uintptr_t conv1_packed, uintptr_t bias1, uintptr_t conv2_packed,
-           uintptr_t bias2) {
+           uintptr_t shift1, uintptr_t conv1, uintptr_t bias1, uintptr_t conv2, uintptr_t bias2) {
           const auto floats = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
           const auto ints = [](uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
           const int64_t H = input[1], W = input[2], Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
@@ -385,7 +388,7 @@ void bind_dynamic_residual(pybind11::module_& m) {
           dynamic_residual({input[0], H, W, input[3], Ho, Wo, weights[0], weights[1], weights[2], weights[3], stride,
                             static_cast<int64_t>(widths.size()) - 1, widths.data(), floats(x),
                             reinterpret_cast<float*>(out), ints(order), ints(offsets), floats(scale1), floats(shift1),
-                            floats(conv1), floats(conv1_packed), floats(bias1), floats(conv2_packed), floats(bias2)});
+                            floats(conv1), floats(bias1), floats(conv2), floats(bias2)});
         },
         "weights: [C_out, M, R, S]; input: [B, H, W, C]; widths: [G + 1]");
 }

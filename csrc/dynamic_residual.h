@@ -11,7 +11,7 @@ namespace den_kernels {
 //   a = relu(x * scale1 + shift1)      (scale1 null: a = x)
 //   h = relu(conv(a, conv1[:width], stride) + bias1[:width])
 //   branch = conv(h, conv2[:, :width]) + bias2
-// Maps are channels-last, kernels R x S odd with "same" zero padding. `packed` weights come from pack_weights.
+// Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights.
 struct ResidualBlock {
   int64_t B, H, W, C;        // input map
   int64_t Ho, Wo, C_out;     // output map: Ho = ceil(H / stride)
@@ -24,10 +24,9 @@ struct ResidualBlock {
   const int32_t* offsets;    // [G + 2] segment s holds level G - s
   const float* scale1;       // [C] or null
   const float* shift1;       // [C] or null
-  const float* conv1;        // [M, R, S, C]
-  const float* conv1_packed; // [ceil(M / 16), ceil(C / 16), R, S, 16, 16]
+  const float* conv1;        // packed [ceil(M / 16), ceil(C / 16), R * S, 16, 16]
   const float* bias1;        // [M]
-  const float* conv2_packed; // [C_out / 16, ceil(M / 16), R, S, 16, 16]
+  const float* conv2;        // packed [C_out / 16, ceil(M / 16), R * S, 16, 16]
   const float* bias2;        // [C_out] or null
 };
 
@@ -35,9 +34,9 @@ struct ResidualBlock {
 void dynamic_residual(const ResidualBlock& block);
 bool has_dynamic_residual();
 
-// weight [O, taps, I] -> packed [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O], zeros beyond O and I. A prefix of I is a prefix
-// of each of its O blocks, so one packing serves all levels.
-void pack_weights(const float* weight, float* packed, int64_t O, int64_t taps, int64_t I);
+// weight [O, taps, I], times scale [O] unless that is null -> packed [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
+// zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.
+void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I);
 
 void bind_dynamic_residual(pybind11::module_& m);
 

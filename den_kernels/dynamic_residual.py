@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._extension import extension
 from .plan import Route, as_route
-from .residual_weights import ResidualWeights, widens
+from .residual_weights import ResidualWeights
 from .rows import gather_rows, pool_rows, scatter_rows_
 
 _OP = "dynamic_residual"
@@ -84,26 +84,27 @@ def _add_branch_direct(x: Tensor, out: Tensor, route: Route, weights: ResidualWe
     address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, weights.bias2)]
     extension.dynamic_residual(
         x.data_ptr(), out.data_ptr(), route.order.data_ptr(), route.offsets.data_ptr(), [B, H, W, C], weights.stride,
-        [C_out, M, R, S], widths, address[0], address[1], weights.conv1.data_ptr(), weights.direct[0].data_ptr(),
-        weights.bias1.data_ptr(), weights.direct[1].data_ptr(), address[2],
+        [C_out, M, R, S], widths, address[0], address[1], weights.direct[0].data_ptr(), weights.bias1.data_ptr(),
+        weights.direct[1].data_ptr(), address[2],
     )  # fmt: skip
 
 
 def _add_branch_onednn(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
     """out += branch(x), segment by segment; `out` may be `x`, whose rows are read before they are added to."""
-    compute = torch.float32 if x.dtype == torch.float16 else x.dtype
-    P_in, P_out = x.shape[2] * x.shape[3], out.shape[2] * out.shape[3]
+    compute, P_in, P_out = weights.dtype, x.shape[2] * x.shape[3], out.shape[2] * out.shape[3]
+    packed = weights.levels if route.mask is None else ()
+    whole = None if packed else weights.all_hidden()
+    bias2 = None if weights.bias2 is None else weights.bias2.to(compute)
     for start, end, groups in segments(route):
-        hidden = weights.levels[sum(groups) - 1] if weights.levels and route.mask is None else weights.hidden(groups)
-        width = hidden.bias1.shape[0]
-        map_bytes = compute.itemsize * (P_in * x.shape[1] + P_out * (width + out.shape[1]))
+        hidden = weights.hidden(groups, whole) if whole else packed[sum(groups) - 1]
+        map_bytes = compute.itemsize * (P_in * x.shape[1] + P_out * (hidden.bias1.shape[0] + out.shape[1]))
         step = chunk_size(end - start, map_bytes)
         for i in range(start, end, step):
             rows = route.order[i : min(i + step, end)]
             relu = weights.scale1 is not None
             a = gather_rows(x, rows, x.shape[1], weights.scale1, weights.shift1, relu, compute)
             h = _convolution(a, hidden.conv1, hidden.bias1, weights.stride, True, hidden.packed)
-            y = _convolution(h, hidden.conv2, weights.bias2, 1, False, hidden.packed)
+            y = _convolution(h, hidden.conv2, bias2, 1, False, hidden.packed)
             scatter_rows_(out, y, rows, accumulate=True)
 
 
@@ -116,25 +117,27 @@ def _add_branch_masked(x: Tensor, out: Tensor, route: Route, weights: ResidualWe
     a = x
     if weights.scale1 is not None and weights.shift1 is not None:
         a = (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu_().to(x.dtype)
-    h = F.conv2d(a, weights.conv1, weights.bias1, weights.stride, (R // 2, S // 2))
+    conv1, bias1, conv2, _ = weights.all_hidden()
+    h = F.conv2d(a, conv1, bias1, weights.stride, (R // 2, S // 2))
     h = torch.where(channels, h.relu_(), 0)
-    y = F.conv2d(h, weights.conv2, weights.bias2, 1, (weights.conv2.shape[2] // 2, weights.conv2.shape[3] // 2))
+    y = F.conv2d(h, conv2, weights.bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))
     out.add_(torch.where(used, y, 0))
 
 
 def dynamic_residual_reference(x: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
     """The definition: one instance after the other, its hidden channels selected by hand."""
     out = pool_rows(x, weights.conv2.shape[0], weights.stride)
-    selection = route.selection()
+    selection, whole = route.selection(), weights.all_hidden()
     for b in range(x.shape[0]):
         groups = tuple(selection[b].tolist())
         if any(groups):
-            conv1, bias1, conv2, _ = weights.hidden(groups)
+            conv1, bias1, conv2, _ = weights.hidden(groups, whole)
             a = x[b : b + 1].to(conv1.dtype)
             if weights.scale1 is not None and weights.shift1 is not None:
                 a = (a * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu().to(conv1.dtype)
             h = F.conv2d(a, conv1, bias1, weights.stride, (conv1.shape[2] // 2, conv1.shape[3] // 2)).relu()
-            out[b] += F.conv2d(h, conv2, weights.bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))[0].to(out.dtype)
+            bias2 = None if weights.bias2 is None else weights.bias2.to(h.dtype)
+            out[b] += F.conv2d(h, conv2, bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))[0].to(out.dtype)
     return out
 
 
@@ -164,10 +167,11 @@ def _inplace(x: Tensor, route: Route, weights: ResidualWeights) -> None:
 
 
 def _weights_of(operands: tuple, groups: list[int], direct: list[Tensor], stride: int) -> ResidualWeights:
-    scale1, shift1, conv1, bias1, conv2, bias2, group_of_channel = operands
+    scale1, shift1, conv1, scale2, bias1, conv2, bias2, group_of_channel = operands
     pair = (direct[0], direct[1]) if direct else None
+    sizes = tuple(groups)
     return ResidualWeights(
-        scale1, shift1, conv1, bias1, conv2, bias2, tuple(groups), group_of_channel, stride, direct=pair
+        scale1, shift1, conv1, scale2, bias1, conv2, bias2, sizes, group_of_channel, stride, direct=pair
     )
 
 
@@ -181,6 +185,7 @@ def _functional_op(
     scale1: Tensor | None,
     shift1: Tensor | None,
     conv1: Tensor,
+    scale2: Tensor,
     bias1: Tensor,
     conv2: Tensor,
     bias2: Tensor | None,
@@ -189,14 +194,14 @@ def _functional_op(
     direct: list[Tensor],
     stride: int,
 ) -> Tensor:
-    operands = (scale1, shift1, conv1, bias1, conv2, bias2, group_of_channel)
+    operands = (scale1, shift1, conv1, scale2, bias1, conv2, bias2, group_of_channel)
     route = Route(levels, order, offsets, len(groups), mask)
     return _functional(x, route, _weights_of(operands, groups, direct, stride))
 
 
 @_functional_op.register_fake
 def _(x: Tensor, *operands: Any) -> Tensor:
-    conv2, stride = operands[8], operands[13]
+    conv2, stride = operands[9], operands[-1]
     B, _, H, W = x.shape
     out = x.new_empty(B, -(-H // stride), -(-W // stride), conv2.shape[0])
     return out.permute(0, 3, 1, 2)
@@ -212,6 +217,7 @@ def _inplace_op(
     scale1: Tensor | None,
     shift1: Tensor | None,
     conv1: Tensor,
+    scale2: Tensor,
     bias1: Tensor,
     conv2: Tensor,
     bias2: Tensor | None,
@@ -219,7 +225,7 @@ def _inplace_op(
     groups: list[int],
     direct: list[Tensor],
 ) -> None:
-    operands = (scale1, shift1, conv1, bias1, conv2, bias2, group_of_channel)
+    operands = (scale1, shift1, conv1, scale2, bias1, conv2, bias2, group_of_channel)
     route = Route(levels, order, offsets, len(groups), mask)
     _inplace(x, route, _weights_of(operands, groups, direct, 1))
 
@@ -227,7 +233,7 @@ def _inplace_op(
 def _operands(route: Route, weights: ResidualWeights) -> tuple:
     return (
         *(route.levels, route.order, route.offsets, route.mask),
-        *(weights.scale1, weights.shift1, weights.conv1, weights.bias1, weights.conv2, weights.bias2),
+        *(weights.scale1, weights.shift1, weights.conv1, weights.scale2, weights.bias1, weights.conv2, weights.bias2),
         weights.group_of_channel,
         list(weights.groups),
         list(weights.direct or ()),
@@ -240,8 +246,7 @@ def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> 
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W], got {list(x.shape)}")
     if x.device != weights.conv1.device:
         raise ValueError(f"{_OP}: x must be on {weights.conv1.device} as the weights are, got {x.device}")
-    computed = torch.float32 if widens(x) else x.dtype
-    if computed != weights.conv1.dtype:
+    if x.dtype != weights.conv1.dtype:
         raise TypeError(f"{_OP}: x must have the weights' dtype {weights.conv1.dtype}, got {x.dtype}")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError(

@@ -236,6 +236,8 @@ def test_opcheck(dtype, masks):
     selection = make_mask(3, 2) if masks else torch.tensor([2, 0, 1])
     torch.library.opcheck(torch.ops.den_kernels.dynamic_residual, (x, *operands(block, x, selection), 1))
     torch.library.opcheck(torch.ops.den_kernels.dynamic_residual_, (x, *operands(block, x, selection)))
+    halving = Block(16, (8, 16), out_channels=32, stride=2).to(dtype)
+    torch.library.opcheck(torch.ops.den_kernels.dynamic_residual, (x, *operands(halving, x, selection), 2))
 
 
 @pytest.mark.parametrize("case", ["wrn-stage1", "stride 2", "odd channels"])
