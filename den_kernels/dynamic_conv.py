@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import _conv_cpu
 from ._conv_cpu import Geometry, memory_format_of
+from ._eager import runs_eagerly
 from .plan import Route, as_route
 
 
@@ -114,8 +115,7 @@ def masked_backward(
     return dx, dweight, dbias
 
 
-@torch.library.custom_op("den_kernels::dynamic_conv2d", mutates_args=())
-def _dynamic_conv2d(
+def _forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
@@ -142,6 +142,9 @@ def _dynamic_conv2d(
         return out.contiguous(memory_format=memory_format_of(x, weight))
     segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
     return _conv_cpu.forward(x, weight, bias, segments, geometry)
+
+
+_dynamic_conv2d = torch.library.custom_op("den_kernels::dynamic_conv2d", _forward, mutates_args=())
 
 
 @_dynamic_conv2d.register_fake
@@ -358,4 +361,5 @@ def dynamic_conv2d(
         raise ValueError(
             f"dynamic_conv2d: the dilated kernel {list(weight.shape[2:])} must fit the padded map, got {list(x.shape)}"
         )
-    return _dynamic_conv2d(x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)
+    run = _forward if runs_eagerly(x, weight, bias) else _dynamic_conv2d
+    return run(x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._eager import runs_eagerly
 from ._extension import extension
 from .plan import Route, as_route
 from .residual_weights import ResidualWeights
@@ -273,9 +274,9 @@ def dynamic_residual(x: Tensor, selection: Route | Tensor, weights: ResidualWeig
         TypeError: x of another dtype than the weights.
     """
     route = _checked(x, selection, weights)
-    if torch.compiler.is_compiling():
-        return _functional_op(x, *_operands(route, weights), weights.stride)
-    return _functional(x, route, weights)
+    if runs_eagerly(x):
+        return _functional(x, route, weights)
+    return _functional_op(x, *_operands(route, weights), weights.stride)
 
 
 def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Tensor:
@@ -286,8 +287,8 @@ def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWei
     if weights.stride != 1 or weights.conv2.shape[0] != x.shape[1]:
         return dynamic_residual(x, selection, weights)
     route = _checked(x, selection, weights)
-    if torch.compiler.is_compiling():
-        _inplace_op(x, *_operands(route, weights))
-    else:
+    if runs_eagerly(x):
         _inplace(x, route, weights)
+    else:
+        _inplace_op(x, *_operands(route, weights))
     return x

@@ -18,6 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ._eager import runs_eagerly
 from ._extension import extension
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -106,7 +107,6 @@ def _offsets(
     return torch.searchsorted(segments.contiguous(), bounds, out_int32=True)
 
 
-@torch.library.custom_op("den_kernels::plan_levels", mutates_args=())
 def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Plan N blocks from levels [B, N]: levels int32 [N, B], order int32 [N, B], offsets int32 [N, groups + 2].
 
@@ -125,12 +125,14 @@ def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows, order, offsets
 
 
-@plan_levels.register_fake
+_plan_levels = torch.library.custom_op("den_kernels::plan_levels", plan_levels, mutates_args=())
+
+
+@_plan_levels.register_fake
 def _(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_plan(levels, levels.shape[0], levels.shape[1], groups + 1)
 
 
-@torch.library.custom_op("den_kernels::plan_masks", mutates_args=())
 def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Plan N blocks from masks [B, N, G]: levels int32 [N, B], order int32 [N, B], offsets int32 [N, B + 1]."""
     if extension is None or not masks.is_cpu:
@@ -142,7 +144,10 @@ def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return levels, order, offsets
 
 
-@plan_masks.register_fake
+_plan_masks = torch.library.custom_op("den_kernels::plan_masks", plan_masks, mutates_args=())
+
+
+@_plan_masks.register_fake
 def _(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_plan(masks, masks.shape[0], masks.shape[1], masks.shape[0])
 
@@ -239,7 +244,7 @@ class RoutingPlan:
             raise ValueError(f"RoutingPlan.from_levels: groups must be at least 1, got {groups}")
         if check and not levels.is_cpu:
             check_levels(levels, groups)
-        rows, order, offsets = torch.ops.den_kernels.plan_levels(levels, groups)
+        rows, order, offsets = (plan_levels if runs_eagerly(levels) else _plan_levels)(levels, groups)
         return cls(rows.t(), order, offsets, groups)
 
     @classmethod
@@ -256,7 +261,7 @@ class RoutingPlan:
                 f"RoutingPlan.from_masks: masks must be [B, N, G] with at least one group, got {list(masks.shape)}"
             )
         own = masks.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        rows, order, offsets = torch.ops.den_kernels.plan_masks(own)
+        rows, order, offsets = (plan_masks if runs_eagerly(own) else _plan_masks)(own)
         return cls(rows.t(), order, offsets, masks.shape[2], own)
 
     def __len__(self) -> int:
