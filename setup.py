@@ -5,7 +5,6 @@ DEN_KERNELS_CUDA=0 leaves CUDA out, DEN_KERNELS_CUDA=1 makes its absence an erro
 
 import glob
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -62,8 +61,7 @@ class Build(build_ext):
         def compile_one(source):
             os.makedirs(self.build_temp, exist_ok=True)
             target = os.path.join(self.build_temp, os.path.basename(source) + ".o")
-            print(shlex.join(command := [nvcc, "-c", source, "-o", target, *flags]), flush=True)
-            subprocess.check_call(command)
+            self.spawn([nvcc, "-c", source, "-o", target, *flags])  # prints the command
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -77,5 +75,5 @@ if __name__ == "__main__":
     extension = Pybind11Extension("den_kernels._C", sorted(glob.glob("csrc/*.cpp")), cxx_std=17)
     extension.extra_compile_args += ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
     extension.extra_link_args += ["-fopenmp", "-Wl,--exclude-libs,ALL"]
-    always = {"build_ext": {"force": True}}  # a build without CUDA in build/ must not pass for one with it
-    setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options=always)
+    # Always anew: a build without CUDA that lies in build/ must not pass for one with it.
+    setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"build_ext": {"force": True}})
