@@ -11,7 +11,7 @@ from den.blocks import ElasticBlock
 from den.fold_cache import may_fold
 from den.levels import level_widths
 from den.stem import Stem
-from den.task_batch import Images, TaskBatch, Tasks, task_batch
+from den.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
 from den.tasks import Task
 from den_kernels import RoutingPlan
 
@@ -70,13 +70,35 @@ class Estimator(nn.Module):
 
     def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
         """Logits of a checked batch; ``plan`` is in the batch's own order (None: plain full blocks)."""
+        return batch.restore_logits(
+            self.classify(batch.tasks, batch.sizes, self.trunk(self.stem(batch), plan)),
+            max(task.classes for task in self.tasks),
+        )
+
+    def sampled(self, images: Sequence[Tensor], tasks: Sequence[TaskName], structures: Tensor) -> list[Tensor]:
+        """Logits [B_k * S, classes] of each part under S structures of every image; stems run once per image.
+
+        structures: integer [B, S, N], B images one part after the other. The S rows of an image follow one another.
+        """
+        batch, samples = task_batch(images, tasks, self.tasks, like=self.heads[0].weight), structures.shape[1]
+        plan = RoutingPlan.from_levels(structures.flatten(0, 1), groups=self.levels - 1)
+        pooled = self.trunk(self.stem(batch).repeat_interleave(samples, 0), plan)
+        return self.classify(batch.tasks, [size * samples for size in batch.sizes], pooled)
+
+    def stem(self, batch: TaskBatch) -> Tensor:
+        """Feature maps [B, stem, H, W] of the images, in the batch's own order."""
         x = [self.stems[k](images) for k, images in zip(batch.tasks, batch.images, strict=True)]
-        x = x[0] if len(x) == 1 else torch.cat(x)
+        return x[0] if len(x) == 1 else torch.cat(x)
+
+    def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:
+        """All blocks, the last norm and pooling: [B, features]. May write over ``x``."""
         for index, block in enumerate(self.blocks):
             x = block(x, None if plan is None else plan[index], inplace=True)
-        x = F.relu(self.norm(x)).mean((2, 3))
-        logits = [self.heads[k](part) for k, part in zip(batch.tasks, x.split(batch.sizes), strict=True)]
-        return batch.restore_logits(logits, max(task.classes for task in self.tasks))
+        return F.relu(self.norm(x)).mean((2, 3))
+
+    def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
+        """Logits [B_k, classes] of each part by its task's head."""
+        return [self.heads[k](part) for k, part in zip(tasks, pooled.split(sizes), strict=True)]
 
     def plan(self, batch: TaskBatch, levels: Tensor | RoutingPlan | None) -> RoutingPlan | None:
         """The routing plan of all blocks, in the batch's order; None for the full structure while training."""

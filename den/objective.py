@@ -77,13 +77,12 @@ def instance_losses(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
 def structure_costs(model: DeepElasticNetwork, batch: Batch, structures: Tensor, rho: float) -> Tensor:
     """R(z; x, y, t) = L(f(x; z, t), y) + S(z) (equation 6) of structures [B, S, N]: [B, S].
 
-    All samples of all images run through the estimator as one batch of B * S instances; the estimator must be in
+    All samples of all images run through the blocks as one batch of B * S instances; the estimator must be in
     evaluation mode.
     """
     samples = structures.shape[1]
-    images = [part.repeat_interleave(samples, 0) for part in batch.images]
     labels = [part.repeat_interleave(samples, 0) for part in batch.labels]
-    losses = instance_losses(model.estimator(images, batch.tasks, structures.flatten(0, 1)), labels)
+    losses = instance_losses(model.estimator.sampled(batch.images, batch.tasks, structures), labels)
     penalty = sparsity_penalty(structures, parameter_fractions(model), rho)
     return losses.view(-1, samples) + penalty
 

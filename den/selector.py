@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.backbones import BlockShape
@@ -59,9 +60,11 @@ def default_selector(tasks: Sequence[Task], shapes: Sequence[BlockShape]) -> Sel
 
 
 class Selector(nn.Module):
-    """Stem per task, shared stride-2 convolutions, global average pool, head per task -> logits [B, N, L].
+    """Stem per task, shared stride-2 convolutions, global average pool, norm and head per task -> logits [B, N, L].
 
-    The heads start near zero, so that the first distributions are near uniform.
+    The heads start near zero, so that the first distributions are near uniform. The norm before them takes out what all
+    images of a task have in common (pooled activations share a large mean): without it the head's weights learn one
+    structure for the whole task long before they learn how images differ, and the selector's variety collapses.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Selector(nn.Module):
         self.convs = nn.Sequential(
             *(ConvNormReLU(before, after, 3, 2, 1) for before, after in itertools.pairwise(config.channels))
         )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(config.channels[-1], affine=False) for _ in tasks)
         self.heads = nn.ModuleList(nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks)
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
@@ -95,8 +99,17 @@ class Selector(nn.Module):
         """Logits [B, N, L] of a checked batch, in the batch's own order."""
         x = [self.stems[k](images) for k, images in zip(batch.tasks, batch.images, strict=True)]
         x = self.convs(x[0] if len(x) == 1 else torch.cat(x)).mean((2, 3))
-        logits = torch.cat([self.heads[k](part) for k, part in zip(batch.tasks, x.split(batch.sizes), strict=True)])
+        logits = torch.cat([self._head(k, part) for k, part in zip(batch.tasks, x.split(batch.sizes), strict=True)])
         return logits.view(-1, self.num_blocks, self.levels)
+
+    def _head(self, task: int, pooled: Tensor) -> Tensor:
+        """Logits of one task's pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
+        norm = self.norms[task]
+        if len(pooled) < 2 and norm.training:
+            pooled = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
+        else:
+            pooled = norm(pooled)
+        return self.heads[task](pooled)
 
     def flops(self, task: int) -> int:
         """Twice the multiply-adds, convolutions and head, for one image of the task at position ``task``."""
