@@ -120,7 +120,7 @@ def peer_providers(problem: Problem) -> list[Provider]:
     ]
     if peers.can_pack():
         packed = peers.packed_convolution(conv, x.shape, "none")
-        found.append(Provider("dense-packed", "dense", lambda: packed(x), plain))
+        found.append(Provider("dense-packed", "tuned", lambda: packed(x), plain))
         found.append(Provider("bare-packed", "floor", peers.BareConv(elastic, x, packed=True), bare))
     return found
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import memory, peers
 from .elastic_network import ElasticNetwork
-from .harness import Case, Provider, Settings, describe, expect, run
+from .harness import Case, Provider, Settings, dense_role, describe, expect, run
 
 # Folding rounds the weights once more in each of 15 blocks: bn2 folded in bfloat16 was seen at 2.03 times the error.
 FACTOR = 3.0
@@ -43,7 +43,7 @@ def dense_providers(network: ElasticNetwork, settings: Settings) -> list[Provide
         if function is not None:
             found["dense-compiled"] = function
     expected = expect(lambda dtype: network.dense(dtype)(images.to(dtype)), network.dtype, FACTOR)
-    return [Provider(name, "dense", functools.partial(call, images), expected) for name, call in found.items()]
+    return [Provider(name, dense_role(name), functools.partial(call, images), expected) for name, call in found.items()]
 
 
 def elastic_providers(network: ElasticNetwork) -> list[Provider]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import den_kernels
 
 from . import peers
-from .harness import DTYPES, Case, Expected, Provider, Settings, Work, expect, mix_levels, run
+from .harness import DTYPES, Case, Expected, Provider, Settings, Work, dense_role, expect, mix_levels, run
 
 SHAPES = [
     *[(channels, side, batch) for batch in (32, 128) for channels, side in ((64, 32), (128, 16), (256, 8))],
@@ -138,7 +138,7 @@ def dense_providers(case: Case, problem: Problem, expected: Expected, settings: 
         function = peers.compiled(copy.deepcopy(block), x)
         if function is not None:
             blocks["dense-compiled"] = function
-    return [Provider(name, "dense", functools.partial(call, x), expected) for name, call in blocks.items()]
+    return [Provider(name, dense_role(name), functools.partial(call, x), expected) for name, call in blocks.items()]
 
 
 def other_providers(case: Case, problem: Problem, expected: Expected) -> list[Provider]:

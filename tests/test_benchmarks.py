@@ -202,12 +202,21 @@ def test_target_lines_say_whether_they_are_met(measure, bound, row, verdict):
     assert report.target_line(target, {})[-2:] == ["-", "not measured"]
 
 
+def test_prepacked_dense_networks_count_in_a_column_of_their_own():
+    roles, times = ROLES | {"dense-packed": harness.dense_role("dense-packed")}, TIMES | {"dense-packed": 0.8}
+    row = harness.account(roles, times, Work(1, 2, 0), floor=0.1)
+    assert row["best_dense"] == "dense-folded"
+    assert row["best_tuned"] == "dense-packed"
+    assert row["providers"]["ours"]["realised"] == pytest.approx(1.0)
+    assert row["providers"]["ours"]["realised_tuned"] == pytest.approx(0.8)
+
+
 def test_tables_are_markdown_with_every_case():
     lines = report.cases_table([make_row("a"), make_row("b"), {"case": "memory", "peak_share": 1.0}]).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells == ["a", "500", "1000 (folded)", "1300", "-", "400", "2.00", "2.00", "1.00", "25.0 %", "50 %"]
+    assert cells == ["a", "500", "1000 (folded)", "1300", "-", "400", "2.00", "2.00", "1.00", "1.00", "25.0 %", "50 %"]
 
 
 def test_memory_table_is_in_mebibytes():
