@@ -3,31 +3,10 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "numbers.h"
 
 namespace den_kernels {
 namespace {
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
-struct bf16 {
-  uint16_t bits;
-};
-
-ALWAYS_INLINE float widen(float v) { return v; }
-ALWAYS_INLINE float widen(bf16 v) {
-  const uint32_t u = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &u, sizeof f);
-  return f;
-}
-
-ALWAYS_INLINE void narrow(float f, float& out) { out = f; }
-ALWAYS_INLINE void narrow(float f, bf16& out) {  // to nearest even; a NaN keeps a set mantissa bit
-  uint32_t u;
-  std::memcpy(&u, &f, sizeof u);
-  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  out.bits = static_cast<uint16_t>((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
 
 constexpr int64_t tile_lanes = 64;
 

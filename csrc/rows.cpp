@@ -1,41 +1,14 @@
 #include "rows.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "dispatch.h"
+#include "numbers.h"
 
 namespace den_kernels {
 namespace {
-
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  _Float16 value;
-};
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
-ALWAYS_INLINE float widen(float v) { return v; }
-ALWAYS_INLINE float widen(fp16 v) { return static_cast<float>(v.value); }
-ALWAYS_INLINE float widen(bf16 v) {
-  const uint32_t u = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &u, sizeof f);
-  return f;
-}
-
-ALWAYS_INLINE void narrow(float f, float& out) { out = f; }
-ALWAYS_INLINE void narrow(float f, fp16& out) { out.value = static_cast<_Float16>(f); }
-ALWAYS_INLINE void narrow(float f, bf16& out) {  // to nearest even; a NaN keeps a set mantissa bit
-  uint32_t u;
-  std::memcpy(&u, &f, sizeof u);
-  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  out.bits = static_cast<uint16_t>((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
 
 // ReLU that lets NaN through, as torch.relu does.
 ALWAYS_INLINE float relu_of(float v) { return v < 0.f ? 0.f : v; }
