@@ -8,8 +8,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: __m512 __Y = __Y
 #include <immintrin.h>
 
-#define UNROLL _Pragma("GCC unroll 16")
-#define KERNEL __attribute__((always_inline)) inline
+#include "dispatch.h"
 
 namespace den_kernels {
 

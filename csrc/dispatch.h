@@ -18,3 +18,6 @@
 #else
 #define DEN_KERNELS_CLONES
 #endif
+
+#define KERNEL __attribute__((always_inline)) inline  // a helper that becomes part of the function that calls it
+#define UNROLL _Pragma("GCC unroll 16")

@@ -6,15 +6,12 @@
 // wide or more. Maps are [pixel][channel] for the first and [channel][pixel] for the second; conv2 reads either.
 #include "dynamic_residual.h"
 
-#include <cstdlib>
-#include <memory>
+#include <algorithm>
 #include <vector>
-
-#include <omp.h>
 
 #include <pybind11/stl.h>
 
-#include "check.h"
+#include "direct_chunks.h"
 #include "dispatch.h"
 
 #ifdef DEN_KERNELS_HAS_AVX512
@@ -25,21 +22,24 @@ namespace den_kernels {
 
 void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I) {
   const int64_t O_blocks = (O + 15) / 16, I_blocks = (I + 15) / 16;
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < O_blocks * I_blocks * taps * 256; ++n) {
-    const int64_t o = n / (I_blocks * taps * 256) * 16 + n % 16, i = n / (taps * 256) % I_blocks * 16 + n / 16 % 16;
-    packed[n] = o < O && i < I ? weight[(o * taps + n / 256 % taps) * I + i] * (scale ? scale[o] : 1.f) : 0.f;
-  }
+#pragma omp parallel for collapse(2) schedule(static) if (O * taps * I > 16384)
+  for (int64_t o = 0; o < O_blocks; ++o)
+    for (int64_t i = 0; i < I_blocks; ++i) {
+      const int64_t outputs = std::min<int64_t>(16, O - o * 16), inputs = std::min<int64_t>(16, I - i * 16);
+      for (int64_t t = 0; t < taps; ++t) {
+        float* to = packed + ((o * I_blocks + i) * taps + t) * 256;
+        const float* from = weight + (o * 16 * taps + t) * I + i * 16;
+        std::fill_n(to, 256, 0.f);
+        for (int64_t q = 0; q < outputs; ++q)
+          for (int64_t k = 0; k < inputs; ++k) to[k * 16 + q] = from[q * taps * I + k] * (scale ? scale[o * 16 + q] : 1.f);
+      }
+    }
 }
 
 #ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
-constexpr int64_t max_taps = 49;
-constexpr int64_t scratch_floats = 1 << 18;  // maps of a chunk: 1 MB, half of a core's second-level cache
 constexpr int quads_per_tile = 3;            // of four pixels: with two vectors of channels, 24 of 32 registers sum
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A zero-padded map in scratch memory, wide enough for whole quads of the convolution that reads it.
 struct PaddedMap {
@@ -58,15 +58,18 @@ PaddedMap padded_map(int64_t H, int64_t W, int64_t channels, bool planar, int64_
 
 // What the two convolutions of one chunk share.
 struct Chunk {
-  const ResidualBlock& block;
+  const ResidualBlock<float>& block;
   int64_t start, count, width;
   PaddedMap a, h;
   float* scratch;
   float* a_of(int64_t j) const { return scratch + j * (a.size() + h.size()); }
   float* h_of(int64_t j) const { return a_of(j) + a.size(); }
+  int64_t bytes() const { return count * (a.size() + h.size()) * 4; }
   int64_t quads() const { return block.Ho * ((block.Wo + 3) / 4); }
   int64_t tiles() const { return (quads() + quads_per_tile - 1) / quads_per_tile; }
   int64_t hidden_blocks() const { return h.planar ? (width + 3) / 4 : (width + 31) / 32; }
+  int64_t hidden_count() const { return hidden_blocks() * count * (h.planar ? vector_rows() : tiles()); }
+  int64_t output_count() const { return (block.C_out / 16 + 1) / 2 * count * tiles(); }
   int64_t vector_rows() const { return (block.Ho * block.Wo / 16 + 3) / 4; }  // tiles of four vectors of 16 pixels
 };
 
@@ -74,7 +77,7 @@ struct Chunk {
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 
 // Where tap (r, s) lies from tap (0, 0) in a map.
-KERNEL int64_t tap_offsets(const ResidualBlock& b, const PaddedMap& map, int64_t* taps) {
+KERNEL int64_t tap_offsets(const ResidualBlock<float>& b, const PaddedMap& map, int64_t* taps) {
   for (int64_t r = 0; r < b.R; ++r)
     for (int64_t s = 0; s < b.S; ++s) taps[r * b.S + s] = (r * map.columns + s) * map.pixel();
   return b.R * b.S;
@@ -84,7 +87,7 @@ KERNEL int64_t tap_offsets(const ResidualBlock& b, const PaddedMap& map, int64_t
 struct Quad {
   int64_t row, column, live;
 };
-KERNEL Quad quad_at(const ResidualBlock& b, int64_t q) {
+KERNEL Quad quad_at(const ResidualBlock<float>& b, int64_t q) {
   const int64_t per_row = (b.Wo + 3) / 4, column = q % per_row * 4;
   return {q / per_row, column, b.Wo - column < 4 ? b.Wo - column : 4};
 }
@@ -92,7 +95,7 @@ KERNEL Quad quad_at(const ResidualBlock& b, int64_t q) {
 // One tile of conv1: relu(sum + bias) into the hidden map, [pixel][channel].
 template <int vectors, int quads>
 void hidden_tile(const Chunk& c, int64_t j, int64_t block16, int64_t q0, const int64_t* taps) {
-  const ResidualBlock& b = c.block;
+  const ResidualBlock<float>& b = c.block;
   const int64_t tap_count = b.R * b.S, hidden = block16 * 16;
   const float* input[quads];
   UNROLL for (int q = 0; q < quads; ++q) {
@@ -123,7 +126,7 @@ void hidden_tile(const Chunk& c, int64_t j, int64_t block16, int64_t q0, const i
 // One tile of conv1 by pixels: `outputs` hidden channels, four vectors of 16 pixels, into the planar hidden map.
 template <int outputs>
 void hidden_planes(const Chunk& c, int64_t j, int64_t hidden, int64_t v0, int64_t live, const int64_t* taps) {
-  const ResidualBlock& b = c.block;
+  const ResidualBlock<float>& b = c.block;
   const int64_t tap_count = b.R * b.S, per_row = b.Wo / 16;
   const float* input[4];
   UNROLL for (int v = 0; v < 4; ++v) {
@@ -146,7 +149,7 @@ void hidden_planes(const Chunk& c, int64_t j, int64_t hidden, int64_t v0, int64_
 // One tile of conv2: sums added into the residual stream.
 template <int vectors, int quads, bool planar>
 void output_tile(const Chunk& c, int64_t j, int64_t block16, int64_t q0, const int64_t* taps) {
-  const ResidualBlock& b = c.block;
+  const ResidualBlock<float>& b = c.block;
   const int64_t tap_count = b.R * b.S, channel = block16 * 16;
   const float* input[quads];
   float* out[quads];
@@ -175,7 +178,7 @@ void output_tile(const Chunk& c, int64_t j, int64_t block16, int64_t q0, const i
   }
 }
 
-KERNEL __m512 activate(const ResidualBlock& b, const float* x, int64_t channel) {
+KERNEL __m512 activate(const ResidualBlock<float>& b, const float* x, int64_t channel) {
   const __m512 value = _mm512_loadu_ps(x + channel);
   if (!b.scale1) return value;
   const __m512 scale = _mm512_loadu_ps(b.scale1 + channel), shift = _mm512_loadu_ps(b.shift1 + channel);
@@ -184,7 +187,7 @@ KERNEL __m512 activate(const ResidualBlock& b, const float* x, int64_t channel) 
 
 // One row of the input map, activated, into scratch.
 void activate_row(const Chunk& c, int64_t j, int64_t row) {
-  const ResidualBlock& b = c.block;
+  const ResidualBlock<float>& b = c.block;
   const float* x = b.x + (b.order[c.start + j] * b.H + row) * b.W * b.C;
   float* a = c.a_of(j) + ((row + b.R / 2) * c.a.columns + b.S / 2) * c.a.pixel();
   if (!c.a.planar) {
@@ -212,6 +215,13 @@ void clear_border(const PaddedMap& m, float* data, int64_t top, int64_t left) {
       for (int64_t i = 0; i < (inside ? left : m.columns) * run; ++i) row[i] = 0.f;
       for (int64_t i = (left + m.W) * run; inside && i < m.columns * run; ++i) row[i] = 0.f;
     }
+  }
+}
+
+void clear_maps(const Chunk& c, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; ++j) {
+    clear_border(c.a, c.a_of(j), c.block.R / 2, c.block.S / 2);
+    clear_border(c.h, c.h_of(j), c.block.R / 2, c.block.S / 2);
   }
 }
 
@@ -263,24 +273,7 @@ void output_items(const Chunk& c, int64_t begin, int64_t end) {
 #undef TILE
 #pragma GCC pop_options
 
-// Scratch memory of a thread, kept between calls: fresh pages would cost more than the smallest blocks.
-float* scratch_of_thread(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t held = 0;
-  if (floats > held) {
-    memory.reset();
-    held = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64)))));
-    if (!memory) throw std::bad_alloc();
-    held = floats;
-  }
-  return memory.get();
-}
-
-Chunk make_chunk(const ResidualBlock& b, int64_t start, int64_t count, int64_t width) {
+Chunk make_chunk(const ResidualBlock<float>& b, int64_t start, int64_t count, int64_t width) {
   // By pixels where blocks of 4 hidden channels waste less than blocks of 16.
   const bool planar = b.stride == 1 && b.W % 16 == 0 && round_up(width, 4) < round_up(width, 16);
   const int64_t hidden = planar ? width : round_up(width, 16);
@@ -288,109 +281,65 @@ Chunk make_chunk(const ResidualBlock& b, int64_t start, int64_t count, int64_t w
           padded_map(b.Ho, b.Wo, hidden, planar, b.R, b.S, 1), nullptr};
 }
 
-int64_t floats_of(const Chunk& c) { return c.count * (c.a.size() + c.h.size()); }
-
-// A thread's share of items 0..count, `threads` threads sharing.
-void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin, int64_t& end) {
-  begin = count * thread / threads;
-  end = count * (thread + 1) / threads;
-}
-
-// One chunk by `threads` threads together; `wait` holds them until all have come.
-template <class Wait>
-void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
-  const ResidualBlock& b = c.block;
-  int64_t begin, end;
-  share(c.count, thread, threads, begin, end);
-  for (int64_t j = begin; j < end; ++j) {
-    clear_border(c.a, c.a_of(j), b.R / 2, b.S / 2);
-    clear_border(c.h, c.h_of(j), b.R / 2, b.S / 2);
-  }
-  share(c.count * b.H, thread, threads, begin, end);
-  for (int64_t i = begin; i < end; ++i) activate_row(c, i / b.H, i % b.H);
-  wait();
-  share(c.hidden_blocks() * c.count * (c.h.planar ? c.vector_rows() : c.tiles()), thread, threads, begin, end);
-  hidden_items(c, begin, end);
-  wait();
-  share((b.C_out / 16 + 1) / 2 * c.count * c.tiles(), thread, threads, begin, end);
-  output_items(c, begin, end);
-}
-
-// The chunks of a route, heavy first. Few instances of large weights go together, so that weights are read once.
-std::vector<Chunk> make_chunks(const ResidualBlock& b, int64_t threads) {
-  std::vector<Chunk> chunks;
-  const int64_t active = b.offsets[b.G], fair = std::max<int64_t>(1, active / (4 * threads));
-  for (int64_t s = 0; s < b.G; ++s) {
-    const int64_t width = b.widths[b.G - s], last = b.offsets[s + 1];
-    const int64_t fits = std::max<int64_t>(1, scratch_floats / floats_of(make_chunk(b, 0, 1, width)));
-    const int64_t step = std::min(fits, fair);
-    for (int64_t i = b.offsets[s]; i < last && width; i += step)
-      chunks.push_back(make_chunk(b, i, std::min(step, last - i), width));
-  }
-  return chunks;
-}
-
 }  // namespace
 
 bool has_dynamic_residual() { return DEN_KERNELS_HAS_AVX512; }
 
-void dynamic_residual(const ResidualBlock& b) {
-  check(b.C % 16 == 0 && b.C_out % 16 == 0, "dynamic_residual", "channels", "divisible by 16",
-        b.C % 16 ? b.C : b.C_out);
-  check(b.R % 2 && b.S % 2 && b.R * b.S <= max_taps, "dynamic_residual", "kernel", "odd and at most 7 x 7", b.R * b.S);
+void dynamic_residual(const ResidualBlock<float>& b) {
+  check_block(b);
   const int64_t threads = omp_get_max_threads();
-  std::vector<Chunk> chunks = make_chunks(b, threads);
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  if (count >= 2 * threads || threads == 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count; ++i) {
-      Chunk chunk = chunks[i];
-      chunk.scratch = scratch_of_thread(floats_of(chunk));
-      run_chunk(chunk, 0, 1, [] {});
-    }
-    return;
-  }
-  for (Chunk& chunk : chunks) {
-    chunk.scratch = scratch_of_thread(floats_of(chunk));
-#pragma omp parallel num_threads(threads)
-    run_chunk(chunk, omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-    });
-  }
+  const auto make = [&b](int64_t start, int64_t count, int64_t width) { return make_chunk(b, start, count, width); };
+  run_chunks(make_chunks(b, threads, 1, make), threads);
 }
 
 #else
 
 bool has_dynamic_residual() { return false; }
 
-void dynamic_residual(const ResidualBlock&) {
+void dynamic_residual(const ResidualBlock<float>&) {
   throw std::runtime_error("dynamic_residual: this build has no AVX-512 variant");
 }
 
 #endif
 
+namespace {
+
+template <class T>
+void call(uintptr_t x, uintptr_t out, uintptr_t order, uintptr_t offsets, const std::vector<int64_t>& input,
+          int64_t stride, const std::vector<int64_t>& weights, const std::vector<int64_t>& widths, uintptr_t scale1,
+          uintptr_t shift1, uintptr_t conv1, uintptr_t bias1, uintptr_t conv2, uintptr_t bias2) {
+  const auto values = [](uintptr_t p) { return reinterpret_cast<const T*>(p); };
+  const auto floats = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
+  const auto ints = [](uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
+  const int64_t H = input[1], W = input[2], Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
+  pybind11::gil_scoped_release unlocked;
+  dynamic_residual(ResidualBlock<T>{
+      input[0], H, W, input[3], Ho, Wo, weights[0], weights[1], weights[2], weights[3], stride,
+      static_cast<int64_t>(widths.size()) - 1, widths.data(), values(x), reinterpret_cast<T*>(out), ints(order),
+      ints(offsets), floats(scale1), floats(shift1), values(conv1), floats(bias1), values(conv2), floats(bias2)});
+}
+
+constexpr char weights_and_sizes[] = "weights: [C_out, M, R, S]; input: [B, H, W, C]; widths: [G + 1]";
+
+}  // namespace
+
 void bind_dynamic_residual(pybind11::module_& m) {
-  namespace py = pybind11;
   m.def("has_dynamic_residual", &has_dynamic_residual);
+  m.def("has_dynamic_residual_bf16", &has_dynamic_residual_bf16);
+  m.def("packed_size_bf16", &packed_size_bf16);
+  m.def("pack_weights_bf16",
+        [](uintptr_t weight, uintptr_t scale, uintptr_t packed, int64_t O, int64_t R, int64_t S,
+           const std::vector<int64_t>& widths) {
+          pack_weights_bf16(reinterpret_cast<const bf16*>(weight), reinterpret_cast<const float*>(scale),
+                            reinterpret_cast<bf16*>(packed), O, R, S, widths);
+        });
   m.def("pack_weights",
         [](uintptr_t weight, uintptr_t scale, uintptr_t packed, int64_t O, int64_t taps, int64_t I) {
           pack_weights(reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(scale),
                        reinterpret_cast<float*>(packed), O, taps, I);
         });
-  m.def("dynamic_residual",
-        [](uintptr_t x, uintptr_t out, uintptr_t order, uintptr_t offsets, const std::vector<int64_t>& input,
-           int64_t stride, const std::vector<int64_t>& weights, const std::vector<int64_t>& widths, uintptr_t scale1,
-           uintptr_t shift1, uintptr_t conv1, uintptr_t bias1, uintptr_t conv2, uintptr_t bias2) {
-          const auto floats = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
-          const auto ints = [](uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
-          const int64_t H = input[1], W = input[2], Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
-          py::gil_scoped_release unlocked;
-          dynamic_residual({input[0], H, W, input[3], Ho, Wo, weights[0], weights[1], weights[2], weights[3], stride,
-                            static_cast<int64_t>(widths.size()) - 1, widths.data(), floats(x),
-                            reinterpret_cast<float*>(out), ints(order), ints(offsets), floats(scale1), floats(shift1),
-                            floats(conv1), floats(bias1), floats(conv2), floats(bias2)});
-        },
-        "weights: [C_out, M, R, S]; input: [B, H, W, C]; widths: [G + 1]");
+  m.def("dynamic_residual", &call<float>, weights_and_sizes);
+  m.def("dynamic_residual_bf16", &call<bf16>, weights_and_sizes);
 }
 
 }  // namespace den_kernels

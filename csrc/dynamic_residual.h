@@ -1,9 +1,13 @@
-// The residual block at inference on a CPU with AVX-512, float32: one pass over an instance, its hidden map in the cache.
+// The residual block at inference on a CPU, one pass over an instance, its hidden map in the cache: float32 with
+// AVX-512, bfloat16 with AMX.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include <pybind11/pybind11.h>
+
+#include "numbers.h"
 
 namespace den_kernels {
 
@@ -11,32 +15,42 @@ namespace den_kernels {
 //   a = relu(x * scale1 + shift1)      (scale1 null: a = x)
 //   h = relu(conv(a, conv1[:width], stride) + bias1[:width])
 //   branch = conv(h, conv2[:, :width]) + bias2
-// Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights.
+// Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights
+// or pack_weights_bf16.
+template <class T>
 struct ResidualBlock {
   int64_t B, H, W, C;        // input map
   int64_t Ho, Wo, C_out;     // output map: Ho = ceil(H / stride)
   int64_t M, R, S, stride;   // hidden channels, kernel, stride of conv1
   int64_t G;                 // channel groups
   const int64_t* widths;     // [G + 1]: hidden channels that a level keeps
-  const float* x;            // [B, H, W, C]
-  float* out;                // [B, Ho, Wo, C_out]
+  const T* x;                // [B, H, W, C]
+  T* out;                    // [B, Ho, Wo, C_out]
   const int32_t* order;      // [B] sorted by level, descending
   const int32_t* offsets;    // [G + 2] segment s holds level G - s
   const float* scale1;       // [C] or null
   const float* shift1;       // [C] or null
-  const float* conv1;        // packed [ceil(M / 16), ceil(C / 16), R * S, 16, 16]
+  const T* conv1;            // packed; float32: [ceil(M / 16), ceil(C / 16), R * S, 16, 16]
   const float* bias1;        // [M]
-  const float* conv2;        // packed [C_out / 16, ceil(M / 16), R * S, 16, 16]
+  const T* conv2;            // packed; float32: [C_out / 16, ceil(M / 16), R * S, 16, 16]
   const float* bias2;        // [C_out] or null
 };
 
-// Needs AVX-512, and C and C_out divisible by 16.
-void dynamic_residual(const ResidualBlock& block);
-bool has_dynamic_residual();
+// C and C_out must be divisible by 16.
+void dynamic_residual(const ResidualBlock<float>& block);
+void dynamic_residual(const ResidualBlock<bf16>& block);
+bool has_dynamic_residual();       // whether this CPU runs the first
+bool has_dynamic_residual_bf16();  // and the second
 
-// weight [O, taps, I], times scale [O] unless that is null -> packed [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
+// weight [O, taps, I], times scale [O] unless that is null -> [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
 // zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.
 void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I);
+
+// The same for bfloat16, weight [O, R, S, I] with I = widths[G], in `packed_size_bf16` values: levels of fewer than 32
+// channels have a section each, all others share one. See dynamic_residual_bf16.cpp.
+void pack_weights_bf16(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
+                       const std::vector<int64_t>& widths);
+int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);
 
 void bind_dynamic_residual(pybind11::module_& m);
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "device.h"
+#include "dynamic_conv.h"
 #include "dynamic_residual.h"
 #include "norm.h"
 #include "plan.h"
@@ -13,5 +14,6 @@ PYBIND11_MODULE(_C, m) {
   den_kernels::bind_plan(m);
   den_kernels::bind_rows(m);
   den_kernels::bind_norm(m);
+  den_kernels::bind_dynamic_conv(m);
   den_kernels::bind_dynamic_residual(m);
 }

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.fold_cache import FoldCache, may_fold, norm_tensors
+from den.folding import may_fold, norm_tensors
 from den.levels import level_groups
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights, Route, dynamic_residual, dynamic_residual_
+from den_kernels.fold_cache import FoldCache
 
 
 class ElasticBlock(nn.Module):

@@ -143,9 +143,9 @@ def _evaluate(command: Evaluate) -> None:
         if command.time:
             timing = time_per_image(model, image_set)
             print(
-                f"{report.task}: {1e6 * timing.full:.1f} us per image at the full structure,"
+                f"{report.task}: {1e6 * timing.dense:.1f} us per image at the full structure,"
                 f" {1e6 * timing.selected:.1f} us selected ({1e6 * timing.selector:.1f} us of it the selector):"
-                f" {timing.speedup:.2f} times as fast"
+                f" {timing.speedup:.2f} times as fast at {timing.flops_ratio:.3f} of the FLOPs"
             )
 
 

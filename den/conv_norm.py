@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.fold_cache import FoldCache, may_fold, norm_tensors
+from den.folding import may_fold, norm_tensors
+from den_kernels.fold_cache import FoldCache
 
 
 class ConvNormReLU(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from den.backbones import Stages, block_shapes
 from den.blocks import ElasticBlock
-from den.fold_cache import may_fold
+from den.folding import may_fold
 from den.levels import level_widths
 from den.stem import Stem
 from den.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch

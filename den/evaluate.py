@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from den.count import count_flops, parameter_fractions
 from den.data import ImageSet
 from den.model import DeepElasticNetwork
 from den.objective import entropy, sparsity_penalty
+from den.plain import PlainNetwork
 
 Choice = Literal["selected", "full"] | Tensor
 BATCH = 500
@@ -180,34 +182,56 @@ def static_candidates(model: DeepElasticNetwork, budget: float, count: int, tole
 
 @dataclass(frozen=True)
 class Timing:
-    """Measured seconds per image, medians."""
+    """Measured seconds per image, medians, and the FLOPs of the images that were timed."""
 
+    plain: float  # the full structure in ordinary convolutions (`PlainNetwork`), no selector
     full: float  # the estimator at its full structure, no selector
     selected: float  # selector and estimator
     selector: float  # the selector alone
+    flops_ratio: float  # FLOPs of the selected structures / FLOPs of the full one
+
+    @property
+    def dense(self) -> float:
+        """The faster way of running the full structure."""
+        return min(self.plain, self.full)
 
     @property
     def speedup(self) -> float:
-        return self.full / self.selected
+        return self.dense / self.selected
+
+    @property
+    def realised(self) -> float:
+        """Share of the saving in FLOPs that is a saving in time: 1 where twice fewer FLOPs take half the time."""
+        return self.speedup * self.flops_ratio
 
 
 @torch.inference_mode()
-def time_per_image(model: DeepElasticNetwork, image_set: ImageSet, batch_size: int = 128, rounds: int = 15) -> Timing:
-    """Time of inference with and without choosing, on the first `batch_size` images; the model in evaluation mode.
+def time_per_image(
+    model: DeepElasticNetwork, image_set: ImageSet, batch_size: int = 128, rounds: int = 15, batches: int = 4
+) -> Timing:
+    """Time of inference with and without choosing, on the first batches of a set; the model in evaluation mode.
 
-    Full, selected and selector take turns, so that a change in the machine's speed meets all three; two turns warm up.
+    The four ways take turns batch by batch, so that a change in the machine's speed meets them all; a first round warms
+    up.  Per way: the median over the rounds of every batch, added up.  Batches are full where the set has that many.
     """
     model.eval()
-    images, name = image_set.inputs(slice(batch_size)), image_set.name
+    name, plain = image_set.name, PlainNetwork(model, image_set.name)
+    parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size), batches)]
+    parts = [images for images in parts if len(images) == batch_size] or parts
     runs = {
-        "full": lambda: model.estimator(images, name),
-        "selected": lambda: model(images, name),
-        "selector": lambda: model.select(images, name),
+        "plain": plain,
+        "full": lambda images: model.estimator(images, name),
+        "selected": lambda images: model(images, name),
+        "selector": lambda images: model.select(images, name),
     }
-    seconds: dict[str, list[float]] = {kind: [] for kind in runs}
-    for _ in range(rounds + 2):
-        for kind, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[kind].append(time.perf_counter() - start)
-    return Timing(**{kind: statistics.median(values[2:]) / len(images) for kind, values in seconds.items()})
+    seconds: dict[str, list[list[float]]] = {kind: [[] for _ in parts] for kind in runs}
+    for _ in range(rounds + 1):
+        for i, images in enumerate(parts):
+            for kind, run in runs.items():
+                start = time.perf_counter()
+                run(images)
+                seconds[kind][i].append(time.perf_counter() - start)
+    count = sum(map(len, parts))
+    medians = {k: sum(statistics.median(values[1:]) for values in each) / count for k, each in seconds.items()}
+    levels = torch.cat([model.select(images, name) for images in parts])
+    return Timing(**medians, flops_ratio=count_flops(model, levels).mean().item() / full_flops(model))

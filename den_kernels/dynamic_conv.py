@@ -12,11 +12,12 @@ With `groups > 1` (cardinality) the boundaries of channel groups lie on those of
 then says: elastic outputs alone read only the inputs of their own cardinality groups, and an output whose inputs are
 not selected (elastic inputs alone, or both sides with different sizes) is its bias.
 
-On a CPU the instances of a level run together (`_conv_cpu.py`); float64 runs the reference, its gradients excepted. On
-other devices the equation itself is computed, the whole convolution, without waiting for the device.
+On a CPU the instances of a level run together, or all instances through one direct convolution (`_conv_cpu.py`);
+float64 runs the reference, its gradients excepted. On other devices the equation itself is computed, the whole
+convolution, without waiting for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,31 @@ def masked_backward(
     return dx, dweight, dbias
 
 
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    route: Route,
+    geometry: Geometry,
+    packed: Callable[[], Tensor] | None = None,  # gives the weight packed for the direct convolution
+) -> Tensor:
+    if not x.is_cpu:
+        return masked_forward(x, weight, bias, route.levels, route.mask, geometry)
+    if x.dtype == torch.float64:
+        out = dynamic_conv2d_reference(
+            x, weight, bias, route, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
+            groups=geometry.groups, out_groups=geometry.out_sizes, in_groups=geometry.in_sizes,
+        )  # fmt: skip
+        return out.contiguous(memory_format=memory_format_of(x, weight))
+    order, offsets, mask = route.order, route.offsets, route.mask
+    segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
+    if _conv_cpu.is_plain(segments, weight.shape[0]) or not _conv_cpu.runs_direct(x, weight, mask, geometry):
+        return _conv_cpu.forward(x, weight, bias, segments, geometry)
+    own = packed() if packed else _conv_cpu.pack(weight)
+    shape = geometry.out_shape(x, weight)
+    return _conv_cpu.forward_direct(x, own, weight.shape[2:], bias, order, offsets, shape, geometry)
+
+
 def _forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
@@ -131,17 +157,7 @@ def _forward(
     in_sizes: Sequence[int],  # () or [G]
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     geometry = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes)
-    if not x.is_cpu:
-        return masked_forward(x, weight, bias, levels, mask, geometry)
-    if x.dtype == torch.float64:
-        route = Route(levels, order, offsets, len(out_sizes) or len(in_sizes), mask)
-        out = dynamic_conv2d_reference(
-            x, weight, bias, route, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            out_groups=out_sizes, in_groups=in_sizes,
-        )  # fmt: skip
-        return out.contiguous(memory_format=memory_format_of(x, weight))
-    segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
-    return _conv_cpu.forward(x, weight, bias, segments, geometry)
+    return _compute(x, weight, bias, Route(levels, order, offsets, len(out_sizes) or len(in_sizes), mask), geometry)
 
 
 _dynamic_conv2d = torch.library.custom_op("den_kernels::dynamic_conv2d", _forward, mutates_args=())
@@ -348,6 +364,23 @@ def dynamic_conv2d(
     """
     if selection is None:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return convolve(x, weight, bias, selection, stride, padding, dilation, groups, out_groups, in_groups)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selection: Route | Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    out_groups: int | Sequence[int] | None,
+    in_groups: int | Sequence[int] | None,
+    packed: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """`dynamic_conv2d` for layers that keep their packed weight: `packed` gives it when it is needed."""
     x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
     _check(x, weight, bias, groups)
     out_sizes, in_sizes = _sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
@@ -361,5 +394,6 @@ def dynamic_conv2d(
         raise ValueError(
             f"dynamic_conv2d: the dilated kernel {list(weight.shape[2:])} must fit the padded map, got {list(x.shape)}"
         )
-    run = _forward if runs_eagerly(x, weight, bias) else _dynamic_conv2d
-    return run(x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)
+    if runs_eagerly(x, weight, bias):
+        return _compute(x, weight, bias, route, geometry, packed)
+    return _dynamic_conv2d(x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)

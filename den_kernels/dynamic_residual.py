@@ -9,9 +9,10 @@ weights are prepared: bn1 into an affine map that runs with ReLU while rows are 
 
 On a CPU an instance at level 0 is not touched, and the others go one of two ways:
 
-- float32 with AVX-512: a direct convolution in C++ (csrc/dynamic_residual.cpp) takes an instance through the whole
-  block while its maps stay in one core's cache. One packing of the weights serves all levels, and narrow levels (4 or 8
-  hidden channels) keep the vector units full, where oneDNN does not.
+- float32 with AVX-512, bfloat16 with AMX: a direct convolution in C++ (csrc/dynamic_residual.cpp and
+  dynamic_residual_bf16.cpp) takes an instance through the whole block while its maps stay in one core's cache. One
+  packing of the weights serves all levels, and narrow levels (4 or 8 hidden channels) cost what they hold, which they
+  do not with oneDNN.
 - else: the instances of a segment go through two dense oneDNN convolutions in chunks that stay in the cache; a row is
   read once (gather, bn1, ReLU) and added to once (scatter).
 """
@@ -82,8 +83,10 @@ def _add_branch_direct(x: Tensor, out: Tensor, route: Route, weights: ResidualWe
     B, C, H, W = x.shape
     C_out, M, R, S = weights.conv2.shape
     widths = [sum(weights.groups[:g]) for g in range(len(weights.groups) + 1)]
-    address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, weights.bias2)]
-    extension.dynamic_residual(
+    bias2 = None if weights.bias2 is None else weights.bias2.float()
+    address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, bias2)]
+    run = extension.dynamic_residual_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_residual
+    run(
         x.data_ptr(), out.data_ptr(), route.order.data_ptr(), route.offsets.data_ptr(), [B, H, W, C], weights.stride,
         [C_out, M, R, S], widths, address[0], address[1], weights.direct[0].data_ptr(), weights.bias1.data_ptr(),
         weights.direct[1].data_ptr(), address[2],
@@ -146,7 +149,7 @@ def _branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> T
     """Add the block's branch of `x` to `out` (which may be `x`), in the way of the device."""
     if x.device.type != "cpu":
         _add_branch_masked(x, out, route, weights)
-    elif weights.direct is not None and route.mask is None and x.dtype == torch.float32:
+    elif weights.direct is not None and route.mask is None:
         _add_branch_direct(x, out, route, weights)
     else:
         _add_branch_onednn(x, out, route, weights)

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dynamic_conv import dynamic_conv2d, group_sizes
+from ._conv_cpu import pack
+from .dynamic_conv import convolve, group_sizes
+from .fold_cache import FoldCache
 from .plan import Route
 
 _ARGUMENTS = (
@@ -54,6 +56,7 @@ class DynamicConv2d(nn.Conv2d):
                 f"got {len(self.in_groups)}"
             )
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        self._packed: FoldCache[Tensor] = FoldCache()  # the weight as the direct convolution reads it
 
     @classmethod
     def from_conv(
@@ -91,10 +94,17 @@ class DynamicConv2d(nn.Conv2d):
         padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
-        return dynamic_conv2d(
-            x, self.weight, self.bias, selection, stride=self.stride, padding=padding, dilation=self.dilation,
-            groups=self.groups, out_groups=self.out_groups or None, in_groups=self.in_groups or None,
+        return convolve(
+            x, self.weight, self.bias, selection, self.stride, padding, self.dilation, self.groups,
+            self.out_groups or None, self.in_groups or None, self._packed_weight,
         )  # fmt: skip
+
+    def _packed_weight(self) -> Tensor:
+        return self._packed.get((self.weight,), lambda: pack(self.weight.detach()))
+
+    def train(self, mode: bool = True) -> Self:
+        self._packed.clear()
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         sides = (f", {name}={sizes}" for name in ("out_groups", "in_groups") if (sizes := getattr(self, name)))

@@ -1,5 +1,6 @@
 """A residual block's parameters, folded and packed for :func:`den_kernels.dynamic_residual`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from ._extension import extension
 
 _OP = "dynamic_residual"
+
+_HAS_DIRECT = {torch.float32: "has_dynamic_residual", torch.bfloat16: "has_dynamic_residual_bf16"}
 
 
 class HiddenWeights(NamedTuple):
@@ -34,8 +37,8 @@ class ResidualWeights:
     groups: tuple[int, ...]  # sizes of the hidden channel groups, adding up to M
     group_of_channel: Tensor  # int64 [M]: the group that a hidden channel belongs to
     stride: int  # of conv1 and of the average-pooled shortcut
-    direct: tuple[Tensor, Tensor] | None = None  # conv1 and conv2 packed for the direct kernel, where that runs
-    levels: tuple[HiddenWeights, ...] = ()  # of levels 1..G packed for oneDNN, where the direct kernel does not run
+    direct: tuple[Tensor, Tensor] | None = None  # conv1 and conv2 packed for a direct kernel, where one runs
+    levels: tuple[HiddenWeights, ...] = ()  # of levels 1..G packed for oneDNN, where no direct kernel runs
 
     @staticmethod
     def fold(conv1: nn.Conv2d, bn1: nn.BatchNorm2d | None, conv2: nn.Conv2d, bn2: nn.BatchNorm2d) -> "ResidualWeights":
@@ -93,11 +96,13 @@ class ResidualWeights:
 
     def _prepacked(self) -> "ResidualWeights":
         """On a CPU: the weights in the layouts that its kernels read, so that no call copies or reorders a weight."""
-        if runs_direct(self.conv1.device, self.conv1.dtype, self.conv1.shape[1], self.conv2.shape[0]):
-            return replace(self, direct=(_pack_direct(self.conv1, self.scale2), _pack_direct(self.conv2, None)))
+        ends = [sum(self.groups[: g + 1]) for g in range(len(self.groups))]
+        if runs_direct(self.conv1.device, self.conv1.dtype, self.conv1.shape, self.conv2.shape):
+            conv1 = _pack_direct(self.conv1, self.scale2, [self.conv1.shape[1]])
+            return replace(self, direct=(conv1, _pack_direct(self.conv2, None, ends)))
         if not _onednn(self.conv1.device, self.dtype):
             return self
-        whole, ends = self.all_hidden(), [sum(self.groups[: g + 1]) for g in range(len(self.groups))]
+        whole = self.all_hidden()
         levels = tuple(
             HiddenWeights(
                 _pack_onednn(whole.conv1[:width], self.stride),
@@ -110,11 +115,16 @@ class ResidualWeights:
         return replace(self, levels=levels)
 
 
-def runs_direct(device: torch.device, dtype: torch.dtype, channels: int, out_channels: int) -> bool:
-    """Whether the direct kernel takes the block: float32 on a CPU with AVX-512, whole vectors of channels."""
-    if extension is None or device.type != "cpu" or dtype != torch.float32:
+def runs_direct(device: torch.device, dtype: torch.dtype, conv1: Sequence[int], conv2: Sequence[int]) -> bool:
+    """Whether a direct kernel takes the block with weights of these shapes, [M, C, R, S] and [C_out, M, R, S].
+
+    float32 on a CPU with AVX-512, bfloat16 on one with AMX; whole vectors of channels, one kernel size up to 7 x 7.
+    """
+    if extension is None or device.type != "cpu" or tuple(conv1[2:]) != tuple(conv2[2:]) or conv1[2] * conv1[3] > 49:
         return False
-    return channels % 16 == 0 and out_channels % 16 == 0 and extension.has_dynamic_residual()
+    if dtype not in _HAS_DIRECT or conv1[1] % 16 or conv2[0] % 16:
+        return False
+    return getattr(extension, _HAS_DIRECT[dtype])()
 
 
 def _check_convolution(conv: nn.Conv2d, name: str, stride: int | None) -> None:
@@ -159,12 +169,16 @@ def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def _pack_direct(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """[O, I, R, S] -> [ceil(O / 16), ceil(I / 16), R * S, 16, 16], times scale [O]: every prefix of I is contiguous."""
+def _pack_direct(weight: Tensor, scale: Tensor | None, widths: list[int]) -> Tensor:
+    """[O, I, R, S], times scale [O], in the layout of the direct kernel, which reads the first `widths` of I."""
     O, I, R, S = weight.shape
-    rows, packed = _channels_last(weight), torch.empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
-    address = 0 if scale is None else scale.data_ptr()
-    extension.pack_weights(rows.data_ptr(), address, packed.data_ptr(), O, R * S, I)
+    rows, address = _channels_last(weight), 0 if scale is None else scale.data_ptr()
+    if weight.dtype == torch.bfloat16:
+        packed = torch.empty(extension.packed_size_bf16(O, R, S, [0, *widths]), dtype=torch.bfloat16)
+        extension.pack_weights_bf16(rows.data_ptr(), address, packed.data_ptr(), O, R, S, [0, *widths])
+    else:  # every prefix of I is contiguous
+        packed = torch.empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
+        extension.pack_weights(rows.data_ptr(), address, packed.data_ptr(), O, R * S, I)
     return packed
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from den.blocks import ElasticBlock
 from den.conv_norm import ConvNormReLU
-from den.fold_cache import FoldCache
 from den.reference import reference_block
 from den.stem import Stem, stem_geometry
 from den.tasks import Task
 from den_kernels import RoutingPlan
+from den_kernels.fold_cache import FoldCache
 
 L = 4
 KINDS = {

@@ -1,5 +1,7 @@
 """The residual block at inference: every way it can run against the plain loop in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,19 +95,27 @@ CASES = {
     "biases": ({"channels": 32, "groups": (8, 24), "bias": True}, (4, 32, 6, 6)),
     "kernel 5 x 1": ({"channels": 16, "groups": (16, 16), "kernel": (5, 1)}, (4, 16, 8, 8)),
     "kernel 1 x 1": ({"channels": 16, "groups": (16, 16), "kernel": (1, 1)}, (4, 16, 8, 8)),
+    "one kernel 7 x 7": ({"channels": 16, "groups": (8, 40), "kernel": (7, 7)}, (3, 16, 9, 20)),
+    "rows of several instances": ({"channels": 64, "groups": (16, 16, 32)}, (23, 64, 8, 8)),
+    "rows wider than a tile": ({"channels": 48, "groups": (24, 24)}, (4, 48, 3, 37)),
+    "stride 3": ({"channels": 80, "groups": (33, 47), "stride": 3}, (7, 80, 11, 10)),
     "63 hidden channels": ({"channels": 48, "groups": (21, 21, 21)}, (4, 48, 10, 10)),
 }
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # each has a direct kernel
+
+
+@DTYPES
 @pytest.mark.parametrize("kind", ["uniform", "zero", "top", "ascending", "no middle", "last only"])
 @pytest.mark.parametrize("case", CASES)
-def test_levels_against_the_oracle(case, kind):
+def test_levels_against_the_oracle(case, kind, dtype):
     make, shape = CASES[case]
     block = Block(**make)
-    check(block, image(*shape), make_levels(kind, shape[0], len(block.groups)))
+    check(block, image(*shape, dtype=dtype), make_levels(kind, shape[0], len(block.groups)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", ["wrn-stage1", "narrow, by pixels", "odd channels", "stride 2", "first block"])
 def test_other_dtypes(case, dtype):
     make, shape = CASES[case]
@@ -122,6 +132,7 @@ def test_masks_against_the_oracle(case):
 
 
 @given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     batch=st.integers(0, 9),
     channels=st.sampled_from([16, 32, 48]),
     groups=st.lists(st.integers(1, 20), min_size=1, max_size=4),
@@ -130,17 +141,19 @@ def test_masks_against_the_oracle(case):
     seed=st.integers(0, 999),
 )
 @settings(max_examples=40)
-def test_any_shape(batch, channels, groups, size, stride, seed):
+def test_any_shape(dtype, batch, channels, groups, size, stride, seed):
     block = Block(channels, tuple(groups), stride=stride, seed=seed)
     levels = torch.randint(0, len(groups) + 1, (batch,), generator=torch.Generator().manual_seed(seed))
-    check(block, image(batch, channels, *size, seed=seed), levels)
+    check(block, image(batch, channels, *size, dtype=dtype, seed=seed), levels)
 
 
+@DTYPES
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 3, 17])
-def test_threads_share_without_changing_a_bit(batch, threads):
-    make, shape = CASES["narrow, by pixels"]
-    weights, x = Block(**make).fold(), image(batch, *shape[1:])
+@pytest.mark.parametrize("case", ["narrow, by pixels", "rows of several instances"])
+def test_threads_share_without_changing_a_bit(case, batch, threads, dtype):
+    make, shape = CASES[case]
+    weights, x = Block(**make).to(dtype).fold(), image(batch, *shape[1:], dtype=dtype)
     levels = make_levels("uniform", batch, 3)
     before = torch.get_num_threads()
     try:
@@ -152,22 +165,24 @@ def test_threads_share_without_changing_a_bit(batch, threads):
         torch.set_num_threads(before)
 
 
+@DTYPES
 @pytest.mark.parametrize("way", ["direct", "onednn", "torch"])
-def test_every_way_gives_the_same(way, monkeypatch):
+def test_every_way_gives_the_same(way, dtype, monkeypatch):
     from den_kernels import residual_weights, rows
 
-    block = Block(64, (16, 16, 32))
+    block = Block(64, (16, 16, 32)).to(dtype)
     expected = block.fold()
     if expected.direct is None:
-        pytest.skip("this CPU has no AVX-512, so the direct kernel does not run")
+        pytest.skip("this CPU has no AVX-512 (float32) or no AMX (bfloat16), so the direct kernel does not run")
     if way != "direct":
         monkeypatch.setattr(residual_weights, "extension", None)
     if way == "torch":
         monkeypatch.setattr(rows, "extension", None)
-    x, levels = image(6, 64, 8, 8), make_levels("uniform", 6, 3)
+    x, levels = image(6, 64, 8, 8, dtype=dtype), make_levels("uniform", 6, 3)
     assert (block.fold().direct is None) == (way != "direct")
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(
-        dynamic_residual(x, levels, block.fold()), dynamic_residual(x, levels, expected), rtol=1e-5, atol=1e-5
+        dynamic_residual(x, levels, block.fold()), dynamic_residual(x, levels, expected), rtol=tolerance, atol=tolerance
     )
 
 
@@ -191,10 +206,11 @@ def test_neighbours_do_not_matter():
         torch.testing.assert_close(together[b], dynamic_residual(x[b : b + 1], levels[b : b + 1], weights)[0])
 
 
-def test_in_place_equals_functional_and_returns_a_new_map_where_the_shape_changes():
+@DTYPES
+def test_in_place_equals_functional_and_returns_a_new_map_where_the_shape_changes(dtype):
     for case in ("wrn-stage1", "stride 2"):
         make, shape = CASES[case]
-        weights, x = Block(**make).fold(), image(*shape)
+        weights, x = Block(**make).to(dtype).fold(), image(*shape, dtype=dtype)
         levels, before = make_levels("uniform", shape[0], 3), x.clone()
         expected = dynamic_residual(x, levels, weights)
         assert torch.equal(x, before)
@@ -213,12 +229,26 @@ def test_inputs_in_any_memory_layout():
         assert torch.equal(dynamic_residual_(inplace, levels, weights), expected)
 
 
-def test_nan_image_stays_alone():
-    weights, x = Block(16, (8, 8)).fold(), image(3, 16, 6, 6)
-    x[1, 0, 0, 0] = float("nan")
-    out = dynamic_residual(x, torch.tensor([2, 2, 1]), weights)
-    assert out[1].isnan().any()
-    assert not out[[0, 2]].isnan().any()
+@DTYPES
+@pytest.mark.parametrize("channels", [16, 64])
+def test_nan_image_stays_alone(channels, dtype):
+    weights = Block(channels, (8, 8, 32)).to(dtype).fold()
+    levels = torch.tensor([2, 2, 1, 3, 3, 3])
+    clean = image(6, channels, 6, 6, dtype=dtype)
+    expected, x = dynamic_residual(clean, levels, weights), clean.clone()
+    for sick, pixel in ((1, 0), (4, 5)):
+        x[sick, 0, pixel, pixel] = float("nan")
+    out = dynamic_residual(x, levels, weights)
+    assert out[[1, 4]].isnan().any((1, 2, 3)).all()
+    assert torch.equal(out[[0, 2, 3, 5]], expected[[0, 2, 3, 5]])
+    assert torch.equal(dynamic_residual(clean, levels, weights), expected)  # nothing of it is left in scratch memory
+
+
+@DTYPES
+def test_convolutions_with_different_kernels(dtype):
+    block = Block(16, (16, 16))
+    block.conv2 = DynamicConv2d(32, 16, 1, bias=False, in_groups=(16, 16))
+    check(block.eval(), image(4, 16, 6, 6, dtype=dtype), torch.tensor([2, 0, 1, 2]))
 
 
 def operands(block, x, selection):
@@ -296,11 +326,32 @@ def test_segments_and_chunks_are_pure_functions_of_the_problem():
     assert chunk_size(100, 1) == 100
 
 
-def test_the_direct_kernel_runs_where_its_rule_says():
-    cpu = torch.device("cpu")
-    assert not runs_direct(cpu, torch.bfloat16, 64, 64)
-    assert not runs_direct(cpu, torch.float32, 20, 64)
-    assert not runs_direct(torch.device("cuda"), torch.float32, 64, 64)
+BLOCK = [32, 64, 3, 3], [64, 32, 3, 3]
+RULE = {
+    "float32": ("cpu", torch.float32, BLOCK, True),
+    "bfloat16": ("cpu", torch.bfloat16, BLOCK, True),
+    "float16": ("cpu", torch.float16, BLOCK, False),
+    "float64": ("cpu", torch.float64, BLOCK, False),
+    "another device": ("cuda", torch.float32, BLOCK, False),
+    "odd channels in": ("cpu", torch.bfloat16, ([32, 20, 3, 3], [64, 32, 3, 3]), False),
+    "odd channels out": ("cpu", torch.float32, ([32, 16, 3, 3], [20, 32, 3, 3]), False),
+    "odd hidden channels": ("cpu", torch.bfloat16, ([13, 16, 3, 3], [16, 13, 3, 3]), True),
+    "kernel too large": ("cpu", torch.float32, ([32, 16, 9, 9], [16, 32, 9, 9]), False),
+    "different kernels": ("cpu", torch.float32, ([32, 16, 3, 3], [16, 32, 1, 1]), False),
+}
+
+
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("case", RULE)
+def test_the_direct_kernel_runs_where_its_rule_says(case, able, monkeypatch):
+    from den_kernels import residual_weights
+
+    device, dtype, shapes, expected = RULE[case]
+    has = dict.fromkeys(("has_dynamic_residual", "has_dynamic_residual_bf16"), lambda: able)
+    monkeypatch.setattr(residual_weights, "extension", SimpleNamespace(**has))
+    assert runs_direct(torch.device(device), dtype, *shapes) == (expected and able)
+    monkeypatch.setattr(residual_weights, "extension", None)
+    assert not runs_direct(torch.device(device), dtype, *shapes)
 
 
 def conv(*arguments, **keywords):

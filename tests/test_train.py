@@ -297,7 +297,10 @@ def test_timing_is_positive_and_per_image():
     model = create_model("wrn8_1", [load_set("digits", "test").task], trunk_size=8)
     timing = time_per_image(model, load_set("digits", "test"), batch_size=16, rounds=3)
     assert 0 < timing.selector < timing.selected < 0.1
-    assert timing.speedup == timing.full / timing.selected
+    assert 0 < timing.plain < 0.1
+    assert 0 < timing.flops_ratio <= 1
+    assert timing.speedup == min(timing.plain, timing.full) / timing.selected
+    assert timing.realised == timing.speedup * timing.flops_ratio
 
 
 def test_sets_with_one_class_missing_still_train(tmp_path, monkeypatch):

@@ -1,10 +1,9 @@
-"""A value derived from a module's parameters and buffers, kept until one of them changes."""
+"""A value derived from tensors, kept until one of them changes."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -41,13 +40,3 @@ class FoldCache(Generic[Value]):
 
     def __reduce__(self) -> tuple:
         return type(self), ()
-
-
-def may_fold(module: nn.Module) -> bool:
-    """Whether ``module`` may run on folded weights: in eval mode, without gradients, not being traced."""
-    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-
-def norm_tensors(norm: nn.BatchNorm2d | None) -> tuple[Tensor, ...]:
-    """The tensors of a batch norm that its eval mode depends on."""
-    return () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)

@@ -1,0 +1,113 @@
+// What the direct residual blocks share: how instances become chunks, and chunks the work of threads.
+//
+// A kernel brings a Chunk (start, count, width, scratch, block; bytes(); hidden_count(), output_count() of work items)
+// and the stages  clear_maps(chunk, begin, end)  for instances,  activate_row(chunk, instance, row),
+// hidden_items(chunk, begin, end)  and  output_items(chunk, begin, end).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <omp.h>
+
+#include "check.h"
+
+namespace den_kernels {
+
+constexpr int64_t max_taps = 49;
+constexpr int64_t scratch_bytes = 1 << 20;  // maps of a chunk: half of a core's second-level cache
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Scratch memory of a thread, kept between calls: fresh pages would cost more than the smallest blocks.
+inline void* scratch_of_thread(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t held = 0;
+  if (bytes > held) {
+    memory.reset();
+    held = 0;
+    memory.reset(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))));
+    if (!memory) throw std::bad_alloc();
+    held = bytes;
+  }
+  return memory.get();
+}
+
+// A thread's share of items 0..count, `threads` threads sharing.
+inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin, int64_t& end) {
+  begin = count * thread / threads;
+  end = count * (thread + 1) / threads;
+}
+
+// The chunks of a route, heavy first. Few instances of large weights go together, so that weights are read once; counts
+// are below `multiple` or divisible by it. make(start, count, width) gives a chunk.
+template <class Block, class Make>
+auto make_chunks(const Block& b, int64_t threads, int64_t multiple, Make make) {
+  std::vector<decltype(make(0, 1, 1))> chunks;
+  const int64_t active = b.offsets[b.G], fair = round_up(std::max<int64_t>(1, active / (4 * threads)), multiple);
+  for (int64_t s = 0; s < b.G; ++s) {
+    const int64_t width = b.widths[b.G - s], last = b.offsets[s + 1];
+    const int64_t fits = scratch_bytes / make(0, multiple, width).bytes() * multiple;
+    const int64_t step = std::min(std::max(fits, multiple), fair);
+    for (int64_t i = b.offsets[s]; i < last && width;) {
+      const int64_t left = std::min(step, last - i), count = left > multiple ? left / multiple * multiple : left;
+      chunks.push_back(make(i, count, width));
+      i += count;
+    }
+  }
+  return chunks;
+}
+
+// One chunk by `threads` threads together; `wait` holds them until all have come.
+template <class Chunk, class Wait>
+void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
+  int64_t begin, end;
+  share(c.count, thread, threads, begin, end);
+  clear_maps(c, begin, end);
+  share(c.count * c.block.H, thread, threads, begin, end);
+  for (int64_t i = begin; i < end; ++i) activate_row(c, i / c.block.H, i % c.block.H);
+  wait();
+  share(c.hidden_count(), thread, threads, begin, end);
+  hidden_items(c, begin, end);
+  wait();
+  share(c.output_count(), thread, threads, begin, end);
+  output_items(c, begin, end);
+}
+
+// All chunks: shared out among the threads where there are enough of them, else one after the other by all together.
+template <class Chunk>
+void run_chunks(std::vector<Chunk> chunks, int64_t threads) {
+  using Scratch = decltype(Chunk::scratch);
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  if (count >= 2 * threads || threads == 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count; ++i) {
+      chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes()));
+      run_chunk(chunks[i], 0, 1, [] {});
+    }
+    return;
+  }
+  for (Chunk& chunk : chunks) {
+    chunk.scratch = static_cast<Scratch>(scratch_of_thread(chunk.bytes()));
+#pragma omp parallel num_threads(threads)
+    run_chunk(chunk, omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+    });
+  }
+}
+
+template <class Block>
+void check_block(const Block& b) {
+  check(b.C % 16 == 0 && b.C_out % 16 == 0, "dynamic_residual", "channels", "divisible by 16",
+        b.C % 16 ? b.C : b.C_out);
+  check(b.R % 2 && b.S % 2 && b.R * b.S <= max_taps, "dynamic_residual", "kernel", "odd and at most 7 x 7", b.R * b.S);
+}
+
+}  // namespace den_kernels

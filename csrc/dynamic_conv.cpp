@@ -1,0 +1,202 @@
+// The work is cut into bands of output rows of one instance, or of a few instances where their maps are small, all
+// independent of each other. A band copies the input rows that it reads, padded, into scratch memory that stays in the
+// core's cache, convolves (direct_tiles.h) and writes its output rows whole, zeros included.
+#include "dynamic_conv.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include <omp.h>
+#include <pybind11/stl.h>
+
+#include "check.h"
+#include "dispatch.h"
+#ifdef DEN_KERNELS_HAS_AVX512
+#include "direct_tiles.h"
+#endif
+#include "direct_chunks.h"
+
+namespace den_kernels {
+#ifdef DEN_KERNELS_HAS_AVX512
+namespace {
+
+constexpr int quads_per_tile = 3;  // of four pixels: with two vectors of channels, 24 of 32 registers sum
+
+// Output rows first_row .. first_row + rows of instances order[start : start + count], all of one level.
+struct Band {
+  int64_t start, count, inputs, outputs, first_row, rows;
+};
+
+// The padded input rows that a band reads.
+struct BandMap {
+  int64_t rows, columns, pixel;
+  BandMap(const ConvProblem& p, const Band& band)
+      : rows((band.rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1),
+        columns(std::max(p.W + p.padding[1],
+                         (round_up(p.Wo, 4) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
+        pixel(band.inputs) {}
+  int64_t size() const { return rows * columns * pixel; }
+};
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+
+// Instance j's input rows, zeros around them, only the channels in use.
+void copy_rows(const ConvProblem& p, const Band& band, const BandMap& map, int64_t j, float* scratch) {
+  const float* x = p.x + p.order[band.start + j] * p.H * p.W * p.C;
+  for (int64_t r = 0; r < map.rows; ++r) {
+    const int64_t row = band.first_row * p.stride[0] - p.padding[0] + r;
+    float* to = scratch + r * map.columns * map.pixel;
+    if (row < 0 || row >= p.H) {
+      std::memset(to, 0, map.columns * map.pixel * sizeof(float));
+      continue;
+    }
+    const int64_t right = p.padding[1] + p.W;
+    std::memset(to, 0, p.padding[1] * map.pixel * sizeof(float));
+    std::memset(to + right * map.pixel, 0, (map.columns - right) * map.pixel * sizeof(float));
+    const float* from = x + row * p.W * p.C;
+    to += p.padding[1] * map.pixel;
+    if (map.pixel == p.C) {
+      std::memcpy(to, from, p.W * p.C * sizeof(float));
+      continue;
+    }
+    for (int64_t c = 0; c < p.W; ++c)
+      for (int64_t k = 0; k < map.pixel; ++k) to[c * map.pixel + k] = from[c * p.C + k];
+  }
+}
+
+struct Quad {
+  int64_t row, column, live;
+};
+KERNEL Quad quad_at(const ConvProblem& p, int64_t q) {
+  const int64_t per_row = (p.Wo + 3) / 4, column = q % per_row * 4;
+  return {q / per_row, column, p.Wo - column < 4 ? p.Wo - column : 4};
+}
+
+KERNEL __mmask16 lanes(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
+
+template <int vectors, int quads>
+void conv_tile(const ConvProblem& p, const Band& band, const BandMap& map, const float* scratch, float* out,
+               int64_t channel, int64_t q0, const int64_t* taps) {
+  const float* input[quads];
+  UNROLL for (int q = 0; q < quads; ++q) {
+    const Quad at = quad_at(p, q0 + q);
+    input[q] = scratch + (at.row * p.stride[0] * map.columns + at.column * p.stride[1]) * map.pixel;
+  }
+  __m512 acc[quads * 4][vectors];
+  UNROLL for (int v = 0; v < vectors; ++v) {
+    const __mmask16 mask = lanes(band.outputs - channel - v * 16);
+    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + channel + v * 16) : _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < quads * 4; ++i) acc[i][v] = bias;
+  }
+  const int64_t weight_vector = round_up(p.C, 16) * p.R * p.S * 16;
+  sum_channels<vectors, quads, false>(acc, input, map.pixel * p.stride[1], 1, taps, p.R * p.S,
+                                      p.weight + channel / 16 * weight_vector, weight_vector, band.inputs);
+  UNROLL for (int q = 0; q < quads; ++q) {
+    const Quad at = quad_at(p, q0 + q);
+    float* to = out + (at.row * p.Wo + at.column) * p.C_out + channel;
+    UNROLL for (int i = 0; i < 4; ++i) {
+      if (i >= at.live) break;
+      UNROLL for (int v = 0; v < vectors; ++v)
+        _mm512_mask_storeu_ps(to + i * p.C_out + v * 16, lanes(band.outputs - channel - v * 16), acc[q * 4 + i][v]);
+    }
+  }
+}
+
+void run_band(const ConvProblem& p, const Band& band, float* scratch) {
+  const BandMap map(p, band);
+  int64_t taps[max_taps];
+  for (int64_t r = 0; r < p.R; ++r)
+    for (int64_t s = 0; s < p.S; ++s)
+      taps[r * p.S + s] = (r * p.dilation[0] * map.columns + s * p.dilation[1]) * map.pixel;
+  for (int64_t j = 0; j < band.count && map.pixel; ++j) copy_rows(p, band, map, j, scratch + j * map.size());
+
+  const auto out_of = [&](int64_t j) {
+    return p.out + (p.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out;
+  };
+  const int64_t quads = band.rows * ((p.Wo + 3) / 4);
+  for (int64_t channel = 0; channel < band.outputs; channel += 32) {
+    const bool two = band.outputs > channel + 16;
+    for (int64_t j = 0; j < band.count; ++j)
+      for (int64_t q = 0; q < quads; q += quads_per_tile) {
+        const auto run = quads - q >= 3   ? (two ? conv_tile<2, 3> : conv_tile<1, 3>)
+                         : quads - q == 2 ? (two ? conv_tile<2, 2> : conv_tile<1, 2>)
+                                          : (two ? conv_tile<2, 1> : conv_tile<1, 1>);
+        run(p, band, map, scratch + j * map.size(), out_of(j), channel, q, taps);
+      }
+  }
+  if (band.outputs == p.C_out) return;
+  for (int64_t j = 0; j < band.count; ++j) {
+    float* out = out_of(j);
+    for (int64_t i = 0; i < band.rows * p.Wo; ++i)
+      std::memset(out + i * p.C_out + band.outputs, 0, (p.C_out - band.outputs) * sizeof(float));
+  }
+}
+
+#pragma GCC pop_options
+
+// The bands of a batch, heavy levels first. Small maps: a few instances together, so that the weights are read once.
+std::vector<Band> make_bands(const ConvProblem& p, int64_t threads) {
+  std::vector<Band> bands;
+  constexpr int64_t scratch_floats = scratch_bytes / 4 / 2;
+  const int64_t fair = std::max<int64_t>(1, p.B / (4 * threads));
+  for (int64_t s = 0; s <= p.G; ++s) {
+    const int64_t level = p.G - s, last = p.offsets[s + 1];
+    Band whole{0, 1, p.in_widths[level], p.out_widths[level], 0, p.Ho};
+    if (!whole.outputs) whole.inputs = 0;
+    const int64_t floats = std::max<int64_t>(1, BandMap(p, whole).size());
+    const int64_t together = std::clamp<int64_t>(scratch_floats / floats, 1, fair);
+    // Halves of a map where there are fewer instances than threads can share, and bands that fit the scratch memory.
+    const int64_t least = std::min(p.Ho, std::max((floats + scratch_floats - 1) / scratch_floats,
+                                                  p.B < 2 * threads ? 2 * threads / std::max<int64_t>(p.B, 1) : 1));
+    const int64_t rows = (p.Ho + least - 1) / std::max<int64_t>(least, 1);
+    for (int64_t i = p.offsets[s]; i < last; i += together)
+      for (int64_t row = 0; row < p.Ho; row += rows) {
+        Band band = whole;
+        band.start = i, band.count = std::min(together, last - i);
+        band.first_row = row, band.rows = std::min(rows, p.Ho - row);
+        bands.push_back(band);
+      }
+  }
+  return bands;
+}
+
+}  // namespace
+
+void dynamic_conv(const ConvProblem& p) {
+  check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);
+  const int64_t threads = omp_get_max_threads();
+  const std::vector<Band> bands = make_bands(p, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t i = 0; i < static_cast<int64_t>(bands.size()); ++i) {
+    const int64_t floats = bands[i].count * BandMap(p, bands[i]).size();
+    run_band(p, bands[i], static_cast<float*>(scratch_of_thread(std::max<int64_t>(floats, 1) * 4)));
+  }
+}
+
+#else
+
+void dynamic_conv(const ConvProblem&) { throw std::runtime_error("dynamic_conv: this build has no AVX-512 variant"); }
+
+#endif
+
+void bind_dynamic_conv(pybind11::module_& m) {
+  namespace py = pybind11;
+  using Ints = std::vector<int64_t>;
+  m.def("dynamic_conv", [](uintptr_t x, uintptr_t out, uintptr_t order, uintptr_t offsets, const Ints& input,
+                           const Ints& output, const Ints& kernel, const Ints& stride, const Ints& padding,
+                           const Ints& dilation, const Ints& in_widths, const Ints& out_widths, uintptr_t weight,
+                           uintptr_t bias) {
+    ConvProblem p{input[0], input[1], input[2], input[3], output[1], output[2], output[3], kernel[0], kernel[1],
+                  {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]},
+                  static_cast<int64_t>(in_widths.size()) - 1, in_widths.data(), out_widths.data(),
+                  reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out),
+                  reinterpret_cast<const int32_t*>(order), reinterpret_cast<const int32_t*>(offsets),
+                  reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias)};
+    py::gil_scoped_release unlocked;
+    dynamic_conv(p);
+  });
+}
+
+}  // namespace den_kernels
