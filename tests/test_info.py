@@ -39,8 +39,9 @@ def test_report_without_the_extension_says_why_and_what_it_costs(monkeypatch):
     assert "C++ rows" not in report
 
 
-def test_report_without_cuda_sources(monkeypatch):
+def test_report_without_cuda_sources_and_avx512(monkeypatch):
     class WithoutCuda:
+        has_dynamic_residual = has_dynamic_residual_bf16 = staticmethod(lambda: False)
         with_cuda, cuda_version, cuda_archs, compiler = False, None, (), "12"
         cpu_isa, omp_max_threads = staticmethod(lambda: "AVX2"), staticmethod(torch.get_num_threads)
         cuda_devices = staticmethod(lambda: ([], "this build has no CUDA sources"))
@@ -49,6 +50,17 @@ def test_report_without_cuda_sources(monkeypatch):
     report = info.format_report()
     assert "built without CUDA" in report
     assert "no nvcc at build time" in report
+    assert "direct kernels do not run" in report
+    assert "C++ rows + oneDNN" in report
+    assert "direct (" not in report
+
+
+def test_the_direct_kernels_are_named_where_they_run():
+    from den_kernels._extension import extension
+
+    active = info.describe()["implementations"]["cpu"]
+    assert ("AVX-512 in float32" in active["dynamic convolution"]) == extension.has_dynamic_residual()
+    assert ("AMX in bfloat16" in active["residual block, inference"]) == extension.has_dynamic_residual_bf16()
 
 
 def test_a_private_openmp_runtime_is_reported(monkeypatch):
