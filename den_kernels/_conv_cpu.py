@@ -258,6 +258,14 @@ def forward_direct(
     return out.permute(0, 3, 1, 2)
 
 
+def transposed(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry) -> Geometry | None:
+    """The direct convolution that makes dx out of the gradient: sides swapped, kernel turned; None where none does."""
+    padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, weight.shape[2:], geometry.padding, strict=True)]
+    if tuple(geometry.stride) != (1, 1) or min(padding) < 0 or not runs_direct(x, weight, mask, geometry):
+        return None
+    return Geometry((1, 1), padding, geometry.dilation, 1, geometry.in_sizes, geometry.out_sizes)
+
+
 def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
     if runs[0].width == x.shape[dim]:
         return x
@@ -350,7 +358,7 @@ def backward(
     geometry: Geometry,
     output_mask: Sequence[bool],  # which of the three gradients are wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias; None where `output_mask` does not ask for one."""
+    """The gradients of x, weight and bias, segment by segment; None where `output_mask` does not ask for one."""
     dtype = _compute_dtype(x)
     sums, dx = _Sums(weight, geometry.groups, output_mask), None
     if output_mask[0]:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from . import _conv_cpu
 from ._conv_cpu import Geometry, memory_format_of
+from ._conv_masked import masked_backward, masked_forward
 from ._eager import runs_eagerly
-from .plan import Route, as_route
+from .plan import Route, as_route, channels_of
 
 
 def dynamic_conv2d_reference(
@@ -45,8 +46,8 @@ def dynamic_conv2d_reference(
     """`dynamic_conv2d`, one instance and one cardinality group after the other, with sliced weights."""
     (B, C_in), C_out = x.shape[:2], weight.shape[0]
     selected = as_route(selection, len(out_groups) or len(in_groups), B).selection()
-    reads = _channels_of(selected, in_groups, C_in).tolist()
-    writes = _channels_of(selected, out_groups, C_out).tolist()
+    reads = channels_of(selected, in_groups, C_in).tolist()
+    writes = channels_of(selected, out_groups, C_out).tolist()
     out = x.new_zeros(F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation, groups).shape)
     ins, outs = C_in // groups, C_out // groups
     for b in range(B):
@@ -59,61 +60,6 @@ def dynamic_conv2d_reference(
             if bias is not None and made:
                 out[b, made] = out[b, made] + bias[made, None, None]
     return out
-
-
-def _channels_of(
-    selection: Tensor,  # bool [B, G]
-    sizes: Sequence[int],
-    channels: int,
-) -> Tensor:  # bool [B, channels]
-    """The channels that each instance selected: each group's column, as often as the group has channels."""
-    if not sizes:
-        return selection.new_ones((), dtype=torch.bool).expand(selection.shape[0], channels)
-    return torch.cat([selection[:, g : g + 1].expand(-1, size) for g, size in enumerate(sizes)], dim=1)
-
-
-def _selected_channels(
-    x: Tensor, weight: Tensor, levels: Tensor, mask: Tensor | None, geometry: Geometry
-) -> tuple[Tensor, Tensor]:  # bool [B, C_in], bool [B, C_out]
-    G = len(geometry.out_sizes) or len(geometry.in_sizes)
-    selection = levels[:, None] > torch.arange(G, device=levels.device) if mask is None else mask
-    reads = _channels_of(selection, geometry.in_sizes, x.shape[1])
-    return reads, _channels_of(selection, geometry.out_sizes, weight.shape[0])
-
-
-def masked_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, mask: Tensor | None, geometry: Geometry
-) -> Tensor:
-    """The equation at the top of this file: every channel is computed. Waits for no device."""
-    reads, writes = _selected_channels(x, weight, levels, mask, geometry)
-    y = torch.convolution(
-        torch.where(reads[:, :, None, None], x, 0), weight, bias,
-        geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
-    )  # fmt: skip
-    return torch.where(writes[:, :, None, None], y, 0).contiguous(memory_format=memory_format_of(x, weight))
-
-
-def masked_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    levels: Tensor,
-    mask: Tensor | None,
-    geometry: Geometry,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of `masked_forward`."""
-    reads, writes = _selected_channels(x, weight, levels, mask, geometry)
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        torch.where(writes[:, :, None, None], grad, 0), torch.where(reads[:, :, None, None], x, 0), weight,
-        [weight.shape[0]], geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
-        output_mask,
-    )  # fmt: skip
-    if output_mask[0]:
-        dx = torch.where(reads[:, :, None, None], dx, 0).contiguous(memory_format=memory_format_of(x))
-    if output_mask[1]:
-        dweight = dweight.contiguous(memory_format=memory_format_of(weight))
-    return dx, dweight, dbias
 
 
 def _compute(
@@ -173,6 +119,27 @@ def _(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x, weight))
 
 
+def _backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    geometry: Geometry,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
+    turned = _conv_cpu.transposed(x, weight, mask, geometry) if output_mask[0] else None
+    if turned is None:
+        return _conv_cpu.backward(grad, x, weight, segments, geometry, output_mask)
+    packed = _conv_cpu.pack(weight.flip(2, 3).transpose(0, 1))
+    dx = _conv_cpu.forward_direct(grad, packed, weight.shape[2:], None, order, offsets, x.shape, turned)
+    dx = dx.contiguous(memory_format=memory_format_of(x))
+    rest = (False, *output_mask[1:])
+    return dx, *(_conv_cpu.backward(grad, x, weight, segments, geometry, rest)[1:] if any(rest) else (None, None))
+
+
 @torch.library.custom_op("den_kernels::dynamic_conv2d_backward", mutates_args=())
 def _dynamic_conv2d_backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
@@ -192,8 +159,7 @@ def _dynamic_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
     geometry = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes)
     if x.is_cpu:
-        segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
-        gradients = _conv_cpu.backward(grad, x, weight, segments, geometry, output_mask)
+        gradients = _backward_cpu(grad, x, weight, order, offsets, mask, geometry, output_mask)
     else:
         gradients = masked_backward(grad, x, weight, levels, mask, geometry, output_mask)
     dx, dweight, dbias = (

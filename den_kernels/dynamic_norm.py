@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ._conv_cpu import memory_format_of
 from ._extension import extension
 from .dynamic_conv import group_sizes
-from .plan import Route, as_route
+from .plan import Route, as_route, channels_of
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -88,12 +88,6 @@ def _all_reduce(values: Tensor, process_group: dist.ProcessGroup | None) -> Tens
     return values if process_group is None else _AllReduceSum.apply(values, process_group)
 
 
-def _channels_used(selection: Tensor, groups: Sequence[int]) -> Tensor:
-    """selection bool [B, G] -> bool [B, C, 1, 1]."""
-    columns = [selection[:, group, None].expand(-1, size) for group, size in enumerate(groups)]
-    return torch.cat(columns, dim=1)[:, :, None, None]
-
-
 def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
@@ -109,7 +103,7 @@ def _norm_torch(
     relu: bool,
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, C, H, W], [3, C]
-    used = _channels_used(selection, groups)
+    used = channels_of(selection, groups)[:, :, None, None]
     values = torch.where(used, x.to(torch.promote_types(x.dtype, torch.float32)), 0)
     if statistics is None:
         count = (used.sum(0) * (x.shape[2] * x.shape[3])).flatten().to(values.dtype)

@@ -162,7 +162,8 @@ def _missing(cuda: dict[str, Any]) -> list[str]:
         )
     elif not extension.has_dynamic_residual():
         texts.append(
-            "AVX-512 on this CPU: the direct kernels do not run, oneDNN with gather and scatter, seen 1.1 to 1.5 times slower"
+            "AVX-512 on this CPU: the direct kernels do not run, and oneDNN with gather and scatter "
+            "was seen 1.1 to 1.5 times slower"
         )
     if extension is not None and not extension.with_cuda:
         texts.append("CUDA sources (no nvcc at build time): nothing on a CPU; a GPU runs PyTorch operations only")

@@ -12,6 +12,7 @@ On a CPU the sort is C++ (csrc/plan.cpp); elsewhere, and without the extension, 
 definition; all three agree exactly.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -350,6 +351,18 @@ def as_route(
     if selection.shape != (batch,):
         raise ValueError(f"route: levels must be [{batch}], got {list(selection.shape)}")
     return RoutingPlan.from_levels(selection[:, None], groups)[0]
+
+
+def channels_of(
+    selection: Tensor,  # bool [B, G]
+    sizes: Sequence[int],  # of the G channel groups; () where all channels belong to all instances
+    channels: int | None = None,  # needed without sizes
+) -> Tensor:  # bool [B, C]
+    """The channels that each instance selected: each group's column, as often as the group has channels."""
+    if not sizes:
+        assert channels is not None
+        return selection.new_ones((), dtype=torch.bool).expand(selection.shape[0], channels)
+    return torch.cat([selection[:, g : g + 1].expand(-1, size) for g, size in enumerate(sizes)], dim=1)
 
 
 torch.export.register_dataclass(Route, serialized_type_name="den_kernels.Route")
