@@ -51,12 +51,15 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
 template <class Block, class Make>
 auto make_chunks(const Block& b, int64_t threads, int64_t multiple, Make make) {
   std::vector<decltype(make(0, 1, 1))> chunks;
-  const int64_t active = b.offsets[b.G], fair = round_up(std::max<int64_t>(1, active / (4 * threads)), multiple);
+  int64_t work = 0;  // in instances times width; a chunk takes at most a thread's twelfth of it, so that they end together
+  for (int64_t s = 0; s < b.G; ++s) work += (b.offsets[s + 1] - b.offsets[s]) * b.widths[b.G - s];
   for (int64_t s = 0; s < b.G; ++s) {
     const int64_t width = b.widths[b.G - s], last = b.offsets[s + 1];
+    if (!width) continue;
     const int64_t fits = scratch_bytes / make(0, multiple, width).bytes() * multiple;
+    const int64_t fair = round_up(std::max<int64_t>(1, work / (12 * threads * width)), multiple);
     const int64_t step = std::min(std::max(fits, multiple), fair);
-    for (int64_t i = b.offsets[s]; i < last && width;) {
+    for (int64_t i = b.offsets[s]; i < last;) {
       const int64_t left = std::min(step, last - i), count = left > multiple ? left / multiple * multiple : left;
       chunks.push_back(make(i, count, width));
       i += count;

@@ -140,7 +140,7 @@ void run_band(const ConvProblem& p, const Band& band, float* scratch) {
 std::vector<Band> make_bands(const ConvProblem& p, int64_t threads) {
   std::vector<Band> bands;
   constexpr int64_t scratch_floats = scratch_bytes / 4 / 2;
-  const int64_t fair = std::max<int64_t>(1, p.B / (4 * threads));
+  const int64_t fair = std::max<int64_t>(1, p.B / (12 * threads));
   for (int64_t s = 0; s <= p.G; ++s) {
     const int64_t level = p.G - s, last = p.offsets[s + 1];
     Band whole{0, 1, p.in_widths[level], p.out_widths[level], 0, p.Ho};
