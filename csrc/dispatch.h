@@ -10,6 +10,7 @@
 #define DEN_KERNELS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define DEN_KERNELS_HAS_AVX512 __builtin_cpu_supports("x86-64-v4")
 #define DEN_KERNELS_HAS_AVX2 __builtin_cpu_supports("x86-64-v3")
+#define DEN_KERNELS_AMX
 #else  // the level names came with GCC 12
 #define DEN_KERNELS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #define DEN_KERNELS_HAS_AVX512 __builtin_cpu_supports("avx512f")

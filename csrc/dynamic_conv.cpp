@@ -1,21 +1,18 @@
-// The work is cut into bands of output rows of one instance, or of a few instances where their maps are small, all
-// independent of each other. A band copies the input rows that it reads, padded, into scratch memory that stays in the
-// core's cache, convolves (direct_tiles.h) and writes its output rows whole, zeros included.
+// float32: a band (conv_bands.h) copies the input rows that it reads, padded, into scratch memory that stays in the core's
+// cache, convolves (direct_tiles.h) and writes its output rows whole, zeros included.
 #include "dynamic_conv.h"
 
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
-#include <omp.h>
 #include <pybind11/stl.h>
 
-#include "check.h"
+#include "conv_bands.h"
 #include "dispatch.h"
 #ifdef DEN_KERNELS_HAS_AVX512
 #include "direct_tiles.h"
 #endif
-#include "direct_chunks.h"
 
 namespace den_kernels {
 #ifdef DEN_KERNELS_HAS_AVX512
@@ -23,15 +20,12 @@ namespace {
 
 constexpr int quads_per_tile = 3;  // of four pixels: with two vectors of channels, 24 of 32 registers sum
 
-// Output rows first_row .. first_row + rows of instances order[start : start + count], all of one level.
-struct Band {
-  int64_t start, count, inputs, outputs, first_row, rows;
-};
+using Problem = ConvProblem<float>;
 
 // The padded input rows that a band reads.
 struct BandMap {
   int64_t rows, columns, pixel;
-  BandMap(const ConvProblem& p, const Band& band)
+  BandMap(const Problem& p, const Band& band)
       : rows((band.rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1),
         columns(std::max(p.W + p.padding[1],
                          (round_up(p.Wo, 4) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
@@ -43,7 +37,7 @@ struct BandMap {
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 
 // Instance j's input rows, zeros around them, only the channels in use.
-void copy_rows(const ConvProblem& p, const Band& band, const BandMap& map, int64_t j, float* scratch) {
+void copy_rows(const Problem& p, const Band& band, const BandMap& map, int64_t j, float* scratch) {
   const float* x = p.x + p.order[band.start + j] * p.H * p.W * p.C;
   for (int64_t r = 0; r < map.rows; ++r) {
     const int64_t row = band.first_row * p.stride[0] - p.padding[0] + r;
@@ -69,7 +63,7 @@ void copy_rows(const ConvProblem& p, const Band& band, const BandMap& map, int64
 struct Quad {
   int64_t row, column, live;
 };
-KERNEL Quad quad_at(const ConvProblem& p, int64_t q) {
+KERNEL Quad quad_at(const Problem& p, int64_t q) {
   const int64_t per_row = (p.Wo + 3) / 4, column = q % per_row * 4;
   return {q / per_row, column, p.Wo - column < 4 ? p.Wo - column : 4};
 }
@@ -77,7 +71,7 @@ KERNEL Quad quad_at(const ConvProblem& p, int64_t q) {
 KERNEL __mmask16 lanes(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
 
 template <int vectors, int quads>
-void conv_tile(const ConvProblem& p, const Band& band, const BandMap& map, const float* scratch, float* out,
+void conv_tile(const Problem& p, const Band& band, const BandMap& map, const float* scratch, float* out,
                int64_t channel, int64_t q0, const int64_t* taps) {
   const float* input[quads];
   UNROLL for (int q = 0; q < quads; ++q) {
@@ -104,7 +98,7 @@ void conv_tile(const ConvProblem& p, const Band& band, const BandMap& map, const
   }
 }
 
-void run_band(const ConvProblem& p, const Band& band, float* scratch) {
+void run_band(const Problem& p, const Band& band, float* scratch) {
   const BandMap map(p, band);
   int64_t taps[max_taps];
   for (int64_t r = 0; r < p.R; ++r)
@@ -136,67 +130,45 @@ void run_band(const ConvProblem& p, const Band& band, float* scratch) {
 
 #pragma GCC pop_options
 
-// The bands of a batch, heavy levels first. Small maps: a few instances together, so that the weights are read once.
-std::vector<Band> make_bands(const ConvProblem& p, int64_t threads) {
-  std::vector<Band> bands;
-  constexpr int64_t scratch_floats = scratch_bytes / 4 / 2;
-  const int64_t fair = std::max<int64_t>(1, p.B / (12 * threads));
-  for (int64_t s = 0; s <= p.G; ++s) {
-    const int64_t level = p.G - s, last = p.offsets[s + 1];
-    Band whole{0, 1, p.in_widths[level], p.out_widths[level], 0, p.Ho};
-    if (!whole.outputs) whole.inputs = 0;
-    const int64_t floats = std::max<int64_t>(1, BandMap(p, whole).size());
-    const int64_t together = std::clamp<int64_t>(scratch_floats / floats, 1, fair);
-    // Halves of a map where there are fewer instances than threads can share, and bands that fit the scratch memory.
-    const int64_t least = std::min(p.Ho, std::max((floats + scratch_floats - 1) / scratch_floats,
-                                                  p.B < 2 * threads ? 2 * threads / std::max<int64_t>(p.B, 1) : 1));
-    const int64_t rows = (p.Ho + least - 1) / std::max<int64_t>(least, 1);
-    for (int64_t i = p.offsets[s]; i < last; i += together)
-      for (int64_t row = 0; row < p.Ho; row += rows) {
-        Band band = whole;
-        band.start = i, band.count = std::min(together, last - i);
-        band.first_row = row, band.rows = std::min(rows, p.Ho - row);
-        bands.push_back(band);
-      }
-  }
-  return bands;
-}
-
 }  // namespace
 
-void dynamic_conv(const ConvProblem& p) {
-  check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);
-  const int64_t threads = omp_get_max_threads();
-  const std::vector<Band> bands = make_bands(p, threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < static_cast<int64_t>(bands.size()); ++i) {
-    const int64_t floats = bands[i].count * BandMap(p, bands[i]).size();
-    run_band(p, bands[i], static_cast<float*>(scratch_of_thread(std::max<int64_t>(floats, 1) * 4)));
-  }
+void dynamic_conv(const Problem& p) {
+  const auto bytes_of = [&p](const Band& band) { return band.count * BandMap(p, band).size() * 4; };
+  run_bands(p, 1, bytes_of,
+            [&p](const Band& band, void* scratch) { run_band(p, band, static_cast<float*>(scratch)); });
 }
 
 #else
 
-void dynamic_conv(const ConvProblem&) { throw std::runtime_error("dynamic_conv: this build has no AVX-512 variant"); }
+void dynamic_conv(const ConvProblem<float>&) {
+  throw std::runtime_error("dynamic_conv: this build has no AVX-512 variant");
+}
 
 #endif
 
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+template <class T>
+void call(uintptr_t x, uintptr_t out, uintptr_t order, uintptr_t offsets, const Ints& input, const Ints& output,
+          const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation, const Ints& in_widths,
+          const Ints& out_widths, uintptr_t weight, uintptr_t bias) {
+  const auto values = [](uintptr_t p) { return reinterpret_cast<const T*>(p); };
+  const auto ints = [](uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
+  pybind11::gil_scoped_release unlocked;
+  dynamic_conv(ConvProblem<T>{
+      input[0], input[1], input[2], input[3], output[1], output[2], output[3], kernel[0], kernel[1],
+      {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]},
+      static_cast<int64_t>(in_widths.size()) - 1, in_widths.data(), out_widths.data(), values(x),
+      reinterpret_cast<T*>(out), ints(order), ints(offsets), values(weight), values(bias)});
+}
+
+}  // namespace
+
 void bind_dynamic_conv(pybind11::module_& m) {
-  namespace py = pybind11;
-  using Ints = std::vector<int64_t>;
-  m.def("dynamic_conv", [](uintptr_t x, uintptr_t out, uintptr_t order, uintptr_t offsets, const Ints& input,
-                           const Ints& output, const Ints& kernel, const Ints& stride, const Ints& padding,
-                           const Ints& dilation, const Ints& in_widths, const Ints& out_widths, uintptr_t weight,
-                           uintptr_t bias) {
-    ConvProblem p{input[0], input[1], input[2], input[3], output[1], output[2], output[3], kernel[0], kernel[1],
-                  {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]},
-                  static_cast<int64_t>(in_widths.size()) - 1, in_widths.data(), out_widths.data(),
-                  reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out),
-                  reinterpret_cast<const int32_t*>(order), reinterpret_cast<const int32_t*>(offsets),
-                  reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias)};
-    py::gil_scoped_release unlocked;
-    dynamic_conv(p);
-  });
+  m.def("dynamic_conv", &call<float>);
+  m.def("dynamic_conv_bf16", &call<bf16>);
 }
 
 }  // namespace den_kernels

@@ -11,6 +11,7 @@
 
 #include <pybind11/stl.h>
 
+#include "amx_pack.h"
 #include "direct_chunks.h"
 #include "dispatch.h"
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include <pybind11/pybind11.h>
 
@@ -16,7 +15,7 @@ namespace den_kernels {
 //   h = relu(conv(a, conv1[:width], stride) + bias1[:width])
 //   branch = conv(h, conv2[:, :width]) + bias2
 // Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights
-// or pack_weights_bf16.
+// or pack_weights_bf16 (amx_pack.h).
 template <class T>
 struct ResidualBlock {
   int64_t B, H, W, C;        // input map
@@ -45,12 +44,6 @@ bool has_dynamic_residual_bf16();  // and the second
 // weight [O, taps, I], times scale [O] unless that is null -> [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
 // zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.
 void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I);
-
-// The same for bfloat16, weight [O, R, S, I] with I = widths[G], in `packed_size_bf16` values: levels of fewer than 32
-// channels have a section each, all others share one. See dynamic_residual_bf16.cpp.
-void pack_weights_bf16(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
-                       const std::vector<int64_t>& widths);
-int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);
 
 void bind_dynamic_residual(pybind11::module_& m);
 

@@ -6,8 +6,7 @@ of its groups, once per distinct mask. A segment that is a run of neighbouring i
 view of the batch, and one that holds the whole batch and writes every channel hands its result over without a copy.
 The backward pass walks the same segments in the same order, so it is deterministic.
 
-float32 by levels has a way of its own on a CPU with AVX-512, the direct convolution of csrc/dynamic_conv.cpp: one call
-for all instances, no gather, no scatter. Weights are packed for it, once where a layer keeps them.
+Levels have a faster way on many a CPU, the direct convolution of `_conv_direct.py`.
 
 float16 is computed in float32. Weight and bias gradients are added up over the segments in float32, or in float64 if
 they are float64.
@@ -15,13 +14,12 @@ they are float64.
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._extension import extension
 from .rows import gather_rows, scatter_rows_
 
 
@@ -207,63 +205,6 @@ def fill_(out: Tensor, segment: Segment, runs: Sequence[Run], bias: Tensor | Non
     for start, width in runs:
         value = out.new_zeros(1) if bias is None else bias.narrow(0, start, width).to(out.dtype)
         out.narrow(1, start, width)[segment.order.long()] = value.view(-1, 1, 1)
-
-
-def runs_direct(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry) -> bool:
-    """Whether the direct convolution takes the call: a function of what the tensors are, not of what they hold."""
-    if extension is None or mask is not None or x.dtype != torch.float32 or geometry.groups != 1:
-        return False
-    if memory_format_of(x, weight) != torch.channels_last or weight.shape[2] * weight.shape[3] > 49:
-        return False
-    return extension.has_dynamic_residual()
-
-
-def pack(weight: Tensor) -> Tensor:
-    """float32 [O, I, R, S] -> [ceil(O / 16), ceil(I / 16), R * S, 16, 16]: every prefix of I is contiguous."""
-    O, I, R, S = weight.shape
-    rows, packed = (
-        weight.contiguous(memory_format=torch.channels_last),
-        weight.new_empty(-(-O // 16), -(-I // 16), R * S, 16, 16),
-    )
-    extension.pack_weights(rows.data_ptr(), 0, packed.data_ptr(), O, R * S, I)
-    return packed
-
-
-def _widths(sizes: Sequence[int], channels: int, groups: int) -> list[int]:
-    """The channels that each level 0..G keeps."""
-    return [0, *accumulate(sizes)] if sizes else [channels] * (groups + 1)
-
-
-def forward_direct(
-    x: Tensor,
-    packed: Tensor,
-    kernel: Sequence[int],
-    bias: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    shape: Sequence[int],
-    geometry: Geometry,
-) -> Tensor:  # [B, C_out, H_out, W_out] channels-last
-    """All instances in one call; `packed` is of the whole weight, `shape` the output's."""
-    B, C, H, W = x.shape
-    _, C_out, H_out, W_out = shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    G = len(geometry.out_sizes) or len(geometry.in_sizes)
-    out = x.new_empty(B, H_out, W_out, C_out)
-    extension.dynamic_conv(
-        x.data_ptr(), out.data_ptr(), order.data_ptr(), offsets.data_ptr(), (B, H, W, C), (B, H_out, W_out, C_out),
-        kernel, geometry.stride, geometry.padding, geometry.dilation, _widths(geometry.in_sizes, C, G),
-        _widths(geometry.out_sizes, C_out, G), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
-    )  # fmt: skip
-    return out.permute(0, 3, 1, 2)
-
-
-def transposed(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry) -> Geometry | None:
-    """The direct convolution that makes dx out of the gradient: sides swapped, kernel turned; None where none does."""
-    padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, weight.shape[2:], geometry.padding, strict=True)]
-    if tuple(geometry.stride) != (1, 1) or min(padding) < 0 or not runs_direct(x, weight, mask, geometry):
-        return None
-    return Geometry((1, 1), padding, geometry.dilation, 1, geometry.in_sizes, geometry.out_sizes)
 
 
 def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:

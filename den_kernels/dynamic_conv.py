@@ -12,7 +12,8 @@ With `groups > 1` (cardinality) the boundaries of channel groups lie on those of
 then says: elastic outputs alone read only the inputs of their own cardinality groups, and an output whose inputs are
 not selected (elastic inputs alone, or both sides with different sizes) is its bias.
 
-On a CPU the instances of a level run together, or all instances through one direct convolution (`_conv_cpu.py`);
+On a CPU the instances of a level run together, or all instances through one direct convolution
+(`_conv_cpu.py`, `_conv_direct.py`);
 float64 runs the reference, its gradients excepted. On other devices the equation itself is computed, the whole
 convolution, without waiting for the device.
 """
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _conv_cpu
+from . import _conv_cpu, _conv_direct
 from ._conv_cpu import Geometry, memory_format_of
 from ._conv_masked import masked_backward, masked_forward
 from ._eager import runs_eagerly
@@ -68,7 +69,7 @@ def _compute(
     bias: Tensor | None,
     route: Route,
     geometry: Geometry,
-    packed: Callable[[], Tensor] | None = None,  # gives the weight packed for the direct convolution
+    packed: Callable[[torch.dtype], Tensor] | None = None,  # gives the weight packed for the direct convolution
 ) -> Tensor:
     if not x.is_cpu:
         return masked_forward(x, weight, bias, route.levels, route.mask, geometry)
@@ -80,11 +81,11 @@ def _compute(
         return out.contiguous(memory_format=memory_format_of(x, weight))
     order, offsets, mask = route.order, route.offsets, route.mask
     segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
-    if _conv_cpu.is_plain(segments, weight.shape[0]) or not _conv_cpu.runs_direct(x, weight, mask, geometry):
+    if _conv_cpu.is_plain(segments, weight.shape[0]) or not _conv_direct.runs_direct(x, weight, mask, geometry):
         return _conv_cpu.forward(x, weight, bias, segments, geometry)
-    own = packed() if packed else _conv_cpu.pack(weight)
+    own = packed(x.dtype) if packed else _conv_direct.pack(weight, geometry.in_sizes)
     shape = geometry.out_shape(x, weight)
-    return _conv_cpu.forward_direct(x, own, weight.shape[2:], bias, order, offsets, shape, geometry)
+    return _conv_direct.forward(x, own, weight.shape[2:], bias, order, offsets, shape, geometry)
 
 
 def _forward(
@@ -130,11 +131,11 @@ def _backward_cpu(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
-    turned = _conv_cpu.transposed(x, weight, mask, geometry) if output_mask[0] else None
+    turned = _conv_direct.transposed(x, weight, mask, geometry) if output_mask[0] else None
     if turned is None:
         return _conv_cpu.backward(grad, x, weight, segments, geometry, output_mask)
-    packed = _conv_cpu.pack(weight.flip(2, 3).transpose(0, 1))
-    dx = _conv_cpu.forward_direct(grad, packed, weight.shape[2:], None, order, offsets, x.shape, turned)
+    packed = _conv_direct.pack(weight.flip(2, 3).transpose(0, 1), turned.in_sizes)
+    dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, order, offsets, x.shape, turned)
     dx = dx.contiguous(memory_format=memory_format_of(x))
     rest = (False, *output_mask[1:])
     return dx, *(_conv_cpu.backward(grad, x, weight, segments, geometry, rest)[1:] if any(rest) else (None, None))
@@ -344,9 +345,9 @@ def convolve(
     groups: int,
     out_groups: int | Sequence[int] | None,
     in_groups: int | Sequence[int] | None,
-    packed: Callable[[], Tensor] | None = None,
+    packed: Callable[[torch.dtype], Tensor] | None = None,
 ) -> Tensor:
-    """`dynamic_conv2d` for layers that keep their packed weight: `packed` gives it when it is needed."""
+    """`dynamic_conv2d` for layers that keep their packed weight: `packed` gives it in a dtype when it is needed."""
     x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
     _check(x, weight, bias, groups)
     out_sizes, in_sizes = _sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)

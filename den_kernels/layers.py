@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._conv_cpu import pack
+from ._conv_direct import pack
 from .dynamic_conv import convolve, group_sizes
 from .fold_cache import FoldCache
 from .plan import Route
@@ -56,7 +56,8 @@ class DynamicConv2d(nn.Conv2d):
                 f"got {len(self.in_groups)}"
             )
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
-        self._packed: FoldCache[Tensor] = FoldCache()  # the weight as the direct convolution reads it
+        # The weight as the direct convolution reads it, by dtype: autocast computes in another than the weight's.
+        self._packed: dict[torch.dtype, FoldCache[Tensor]] = {}
 
     @classmethod
     def from_conv(
@@ -99,11 +100,13 @@ class DynamicConv2d(nn.Conv2d):
             self.out_groups or None, self.in_groups or None, self._packed_weight,
         )  # fmt: skip
 
-    def _packed_weight(self) -> Tensor:
-        return self._packed.get((self.weight,), lambda: pack(self.weight.detach()))
+    def _packed_weight(self, dtype: torch.dtype) -> Tensor:
+        cache = self._packed.setdefault(dtype, FoldCache())
+        return cache.get((self.weight,), lambda: pack(self.weight.detach().to(dtype), self.in_groups))
 
     def train(self, mode: bool = True) -> Self:
-        self._packed.clear()
+        for cache in self._packed.values():
+            cache.clear()
         return super().train(mode)
 
     def extra_repr(self) -> str:

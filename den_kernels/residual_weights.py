@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ._conv_direct import pack
 from ._extension import extension
 
 _OP = "dynamic_residual"
@@ -96,10 +98,8 @@ class ResidualWeights:
 
     def _prepacked(self) -> "ResidualWeights":
         """On a CPU: the weights in the layouts that its kernels read, so that no call copies or reorders a weight."""
-        ends = [sum(self.groups[: g + 1]) for g in range(len(self.groups))]
         if runs_direct(self.conv1.device, self.conv1.dtype, self.conv1.shape, self.conv2.shape):
-            conv1 = _pack_direct(self.conv1, self.scale2, [self.conv1.shape[1]])
-            return replace(self, direct=(conv1, _pack_direct(self.conv2, None, ends)))
+            return replace(self, direct=(pack(self.conv1, (), self.scale2), pack(self.conv2, self.groups)))
         if not _onednn(self.conv1.device, self.dtype):
             return self
         whole = self.all_hidden()
@@ -110,7 +110,7 @@ class ResidualWeights:
                 _pack_onednn(_channels_last(whole.conv2[:, :width]), 1),
                 True,
             )
-            for width in ends
+            for width in accumulate(self.groups)
         )
         return replace(self, levels=levels)
 
@@ -167,19 +167,6 @@ def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32
-
-
-def _pack_direct(weight: Tensor, scale: Tensor | None, widths: list[int]) -> Tensor:
-    """[O, I, R, S], times scale [O], in the layout of the direct kernel, which reads the first `widths` of I."""
-    O, I, R, S = weight.shape
-    rows, address = _channels_last(weight), 0 if scale is None else scale.data_ptr()
-    if weight.dtype == torch.bfloat16:
-        packed = torch.empty(extension.packed_size_bf16(O, R, S, [0, *widths]), dtype=torch.bfloat16)
-        extension.pack_weights_bf16(rows.data_ptr(), address, packed.data_ptr(), O, R, S, [0, *widths])
-    else:  # every prefix of I is contiguous
-        packed = torch.empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
-        extension.pack_weights(rows.data_ptr(), address, packed.data_ptr(), O, R * S, I)
-    return packed
 
 
 def _pack_onednn(weight: Tensor, stride: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from den_kernels import _conv_cpu
+from den_kernels import _conv_cpu, _conv_direct
 from den_kernels._conv_cpu import Geometry, Part, Run, memory_format_of, part_of, runs_of
 from den_kernels._conv_masked import masked_forward
 from den_kernels._extension import extension
@@ -163,7 +163,7 @@ def test_levels_and_routes_give_the_same_bits_and_masks_the_same_numbers():
 
 
 def without_direct(monkeypatch):
-    monkeypatch.setattr(_conv_cpu, "runs_direct", lambda *_: False)
+    monkeypatch.setattr(_conv_direct, "runs_direct", lambda *_: False)
 
 
 @given(
@@ -216,21 +216,21 @@ def test_the_direct_convolution_runs_where_its_rule_says():
         _conv_cpu.Geometry((1, 1), (1, 1), (1, 1), 1, (6, 6), ()),
     )
     has = extension is not None and extension.has_dynamic_residual()
-    assert _conv_cpu.runs_direct(x, weight, None, geometry) == has
-    assert not _conv_cpu.runs_direct(x.bfloat16(), weight.bfloat16(), None, geometry)
-    assert not _conv_cpu.runs_direct(x, weight, torch.ones(5, 2).bool(), geometry)
-    assert not _conv_cpu.runs_direct(x, weight, None, geometry._replace(groups=2))
-    assert not _conv_cpu.runs_direct(x.contiguous(), weight.contiguous(), None, geometry)
+    assert _conv_direct.runs_direct(x, weight, None, geometry) == has
+    assert not _conv_direct.runs_direct(x.bfloat16(), weight.bfloat16(), None, geometry)
+    assert not _conv_direct.runs_direct(x, weight, torch.ones(5, 2).bool(), geometry)
+    assert not _conv_direct.runs_direct(x, weight, None, geometry._replace(groups=2))
+    assert not _conv_direct.runs_direct(x.contiguous(), weight.contiguous(), None, geometry)
 
 
 def test_a_layer_packs_its_weight_once_and_again_when_it_changes(monkeypatch):
     from den_kernels import DynamicConv2d, layers
 
     packed = []
-    monkeypatch.setattr(layers, "pack", lambda weight: packed.append(1) or _conv_cpu.pack(weight))
+    monkeypatch.setattr(layers, "pack", lambda *arguments: packed.append(1) or _conv_direct.pack(*arguments))
     conv = DynamicConv2d(16, 32, 3, padding=1, out_groups=2).eval()
     x, levels = torch.randn(3, 16, 8, 8).contiguous(memory_format=torch.channels_last), torch.tensor([1, 0, 2])
-    if not _conv_cpu.runs_direct(x, conv.weight, None, _conv_cpu.Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())):
+    if not _conv_direct.runs_direct(x, conv.weight, None, _conv_cpu.Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())):
         pytest.skip("this CPU has no AVX-512, so the direct convolution does not run")
     with torch.no_grad():
         first = conv(x, levels)

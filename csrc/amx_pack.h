@@ -1,0 +1,34 @@
+// Weights as the AMX kernels read them: steps of 32 inputs x 16 output channels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "numbers.h"
+
+namespace den_kernels {
+
+// Fewer channels than a step of inputs holds: the S pixels under a row of the kernel are one run of S * width inputs.
+inline bool is_narrow(int64_t width) { return width < 32; }
+
+// Steps of 32 inputs that a convolution over `width` channels takes.
+inline int64_t steps_of(int64_t width, int64_t R, int64_t S) {
+  return is_narrow(width) ? R * ((S * width + 31) / 32) : (width + 31) / 32 * R * S;
+}
+
+// Where the weights over `width` input channels begin in a packing, and the steps from one tile of outputs to the next.
+struct Section {
+  int64_t begin, steps;
+};
+
+// width: 0 or one of widths[1..G].
+Section section_of(const int64_t* widths, int64_t G, int64_t width, int64_t O, int64_t R, int64_t S);
+
+// weight [O, R, S, I], times scale [O] unless that is null, with I = widths[G] -> [narrow levels, then all wide ones]
+// [ceil(O / 16)][step][16][16][2] in `packed_size_bf16` values: a wide level reads the first steps of the widest, a
+// narrow one's steps are its own.
+void pack_weights_bf16(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
+                       const std::vector<int64_t>& widths);
+int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);
+
+}  // namespace den_kernels
