@@ -39,16 +39,25 @@ ALWAYS_INLINE void scatter_pixels(const Src* src, Dst* dst, int64_t pixels, int6
   }
 }
 
-// One output pixel of the shortcut, summed over its window.
+// One output pixel of the shortcut: the mean over its window. The windows that occur in numbers have loops of their own,
+// over channels alone.
 template <class T>
-ALWAYS_INLINE void pool_pixel(const T* src, T* __restrict dst, int64_t rows, int64_t columns, int64_t W, int64_t C,
-                              int64_t C_out) {
-  const float share = 1.f / static_cast<float>(rows * columns);
-  for (int64_t c = 0; c < C; ++c) {
-    float sum = 0.f;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) sum += widen(src[(i * W + j) * C + c]);
-    narrow(sum * share, dst[c]);
+ALWAYS_INLINE void pool_pixel(const T* __restrict src, T* __restrict dst, int64_t rows, int64_t columns, int64_t W,
+                              int64_t C, int64_t C_out) {
+  const T* __restrict below = src + W * C;
+  if (rows == 1 && columns == 1) {
+    for (int64_t c = 0; c < C; ++c) dst[c] = src[c];
+  } else if (rows == 2 && columns == 2) {
+    for (int64_t c = 0; c < C; ++c)
+      narrow((widen(src[c]) + widen(src[C + c]) + widen(below[c]) + widen(below[C + c])) * 0.25f, dst[c]);
+  } else {
+    const float share = 1.f / static_cast<float>(rows * columns);
+    for (int64_t c = 0; c < C; ++c) {
+      float sum = 0.f;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) sum += widen(src[(i * W + j) * C + c]);
+      narrow(sum * share, dst[c]);
+    }
   }
   for (int64_t c = C; c < C_out; ++c) narrow(0.f, dst[c]);
 }
