@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.count import count_flops, parameter_fractions
+from den.count import count_flops, image_flops, parameter_fractions
 from den.data import ImageSet
 from den.model import DeepElasticNetwork
 from den.objective import entropy, sparsity_penalty
@@ -188,7 +188,7 @@ class Timing:
     full: float  # the estimator at its full structure, no selector
     selected: float  # selector and estimator
     selector: float  # the selector alone
-    flops_ratio: float  # FLOPs of the selected structures / FLOPs of the full one
+    flops_ratio: float  # FLOPs with choosing / FLOPs without: stem, blocks and head, and the selector where it runs
 
     @property
     def dense(self) -> float:
@@ -207,12 +207,13 @@ class Timing:
 
 @torch.inference_mode()
 def time_per_image(
-    model: DeepElasticNetwork, image_set: ImageSet, batch_size: int = 128, rounds: int = 15, batches: int = 4
+    model: DeepElasticNetwork, image_set: ImageSet, batch_size: int = 256, rounds: int = 15, batches: int = 4
 ) -> Timing:
     """Time of inference with and without choosing, on the first batches of a set; the model in evaluation mode.
 
-    The four ways take turns batch by batch, so that a change in the machine's speed meets them all; a first round warms
-    up.  Per way: the median over the rounds of every batch, added up.  Batches are full where the set has that many.
+    The four ways take turns, so that a change in the machine's speed meets them all.  In its turn each runs all the
+    batches one after the other, as in use, after an untimed one that brings its weights back into the caches.  Per way:
+    the median over the rounds of every batch, added up.  Batches are full where the set has that many.
     """
     model.eval()
     name, plain = image_set.name, PlainNetwork(model, image_set.name)
@@ -225,13 +226,17 @@ def time_per_image(
         "selector": lambda images: model.select(images, name),
     }
     seconds: dict[str, list[list[float]]] = {kind: [[] for _ in parts] for kind in runs}
-    for _ in range(rounds + 1):
-        for i, images in enumerate(parts):
-            for kind, run in runs.items():
+    for _ in range(rounds):
+        for kind, run in runs.items():
+            run(parts[-1])
+            for i, images in enumerate(parts):
                 start = time.perf_counter()
                 run(images)
                 seconds[kind][i].append(time.perf_counter() - start)
     count = sum(map(len, parts))
-    medians = {k: sum(statistics.median(values[1:]) for values in each) / count for k, each in seconds.items()}
+    medians = {k: sum(map(statistics.median, each)) / count for k, each in seconds.items()}
     levels = torch.cat([model.select(images, name) for images in parts])
-    return Timing(**medians, flops_ratio=count_flops(model, levels).mean().item() / full_flops(model))
+    image = image_flops(model, name)
+    ends = image.stem + image.head
+    chosen = count_flops(model, levels).mean().item() + image.selector
+    return Timing(**medians, flops_ratio=(ends + chosen) / (ends + image.blocks))

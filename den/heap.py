@@ -3,8 +3,8 @@
 import ctypes
 import platform
 
-# Parameters of glibc's mallopt (malloc.h).  As found, malloc maps every large tensor anew and faults in its pages, which
-# slows the network with the larger tensors most: the dense one.
+# Parameters of glibc's mallopt (malloc.h).  As found, malloc maps every large tensor anew and faults in its pages,
+# which slows the network with the larger tensors most: the dense one.
 _SETTINGS = {-3: 2**30, -4: 0, -1: 2**31 - 1, -2: 2**28}  # M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
@@ -13,4 +13,5 @@ def keep_allocations_on_the_heap() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(key, value) == 1 for key, value in _SETTINGS.items()])
+    refused = [key for key, value in _SETTINGS.items() if mallopt(key, value) != 1]
+    return not refused

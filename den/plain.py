@@ -14,8 +14,8 @@ class PlainNetwork(nn.Module):
     """One task's estimator at its full structure, for inference: ordinary convolutions, channels-last, without levels.
 
     Equivalent to ``model.estimator(images, task)`` in eval mode.  The second batch norm of every block is folded into
-    the convolution before it; the first stands before a ReLU and cannot be.  Block weights are copied, stem and head are
-    the model's own.
+    the convolution before it; the first stands before a ReLU and cannot be.  Block weights are copied; stem and head
+    are the model's own.
     """
 
     def __init__(self, model: DeepElasticNetwork, task: str) -> None:
