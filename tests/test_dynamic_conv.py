@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from den_kernels import _conv_cpu, _conv_direct
+from den_kernels import _conv_cpu
 from den_kernels._conv_cpu import Geometry, Part, Run, memory_format_of, part_of, runs_of
 from den_kernels._conv_masked import masked_forward
-from den_kernels._extension import extension
 from den_kernels.dynamic_conv import dynamic_conv2d, dynamic_conv2d_reference, group_sizes
 from den_kernels.plan import RoutingPlan, as_route
 from den_kernels.testing import (
@@ -160,86 +159,6 @@ def test_levels_and_routes_give_the_same_bits_and_masks_the_same_numbers():
     assert torch.equal(call(RoutingPlan.from_levels(levels[:, None].repeat(1, 2), 3)[1]), expected)
     assert torch.equal(call(levels.to(torch.uint8)), expected)
     torch.testing.assert_close(call(levels[:, None] > torch.arange(3)), expected, rtol=1e-5, atol=1e-5)
-
-
-def without_direct(monkeypatch):
-    monkeypatch.setattr(_conv_direct, "runs_direct", lambda *_: False)
-
-
-@given(
-    batch=st.integers(1, 5),
-    channels=st.tuples(st.sampled_from([1, 3, 16, 33, 64]), st.sampled_from([2, 5, 16, 40])),
-    size=st.tuples(st.integers(7, 30), st.integers(7, 30)),
-    kernel=st.sampled_from([(1, 1), (3, 3), (5, 3), (2, 4), (7, 7)]),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
-    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    sides=st.sampled_from(["out", "in", "both"]),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=60)
-def test_the_direct_convolution_agrees_with_onednn(batch, channels, size, kernel, stride, padding, sides, seed):
-    torch.manual_seed(seed)
-    C_in, C_out = channels
-    x, weight, bias = torch.randn(batch, C_in, *size), torch.randn(C_out, C_in, *kernel), torch.randn(C_out)
-    x = x.contiguous(memory_format=torch.channels_last)
-    halves = [(c // 2, c - c // 2) if c > 1 else (1,) for c in channels]
-    both_sides = len(halves[0]) == len(halves[1])
-    groups = {"in_groups": halves[0]} if sides == "in" or not both_sides else {"out_groups": halves[1]}
-    if sides == "both" and both_sides:
-        groups = {"in_groups": halves[0], "out_groups": halves[1]}
-    levels = torch.randint(0, len(next(iter(groups.values()))) + 1, (batch,))
-    call = lambda: dynamic_conv2d(x, weight, bias, levels, stride=stride, padding=padding, **groups)  # noqa: E731
-    got = call()
-    with pytest.MonkeyPatch.context() as patch:
-        without_direct(patch)
-        expected = call()
-    scale = float(expected.abs().max()) + 1
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5 * scale)
-    assert got.stride() == expected.stride() or got.numel() == 0 or 1 in got.shape
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 120, 100), (1, 40, 64, 64), (40, 64, 4, 4)], ids=str)
-def test_the_direct_convolution_in_bands_and_in_groups_of_instances(shape):
-    """Maps that do not fit the scratch memory, one instance shared by all threads, many small maps together."""
-    torch.manual_seed(0)
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    weight, levels = torch.randn(32, shape[1], 3, 3), torch.arange(shape[0]) % 3 + (shape[0] == 1)
-    got = dynamic_conv2d(x, weight, None, levels, padding=1, out_groups=(8, 24))
-    exact = dynamic_conv2d(x.double(), weight.double(), None, levels, padding=1, out_groups=(8, 24))
-    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
-
-
-def test_the_direct_convolution_runs_where_its_rule_says():
-    x, weight, *_ = ConvProblem().tensors(torch.float32)
-    x, geometry = (
-        x.contiguous(memory_format=torch.channels_last),
-        _conv_cpu.Geometry((1, 1), (1, 1), (1, 1), 1, (6, 6), ()),
-    )
-    has = extension is not None and extension.has_dynamic_residual()
-    assert _conv_direct.runs_direct(x, weight, None, geometry) == has
-    assert not _conv_direct.runs_direct(x.bfloat16(), weight.bfloat16(), None, geometry)
-    assert not _conv_direct.runs_direct(x, weight, torch.ones(5, 2).bool(), geometry)
-    assert not _conv_direct.runs_direct(x, weight, None, geometry._replace(groups=2))
-    assert not _conv_direct.runs_direct(x.contiguous(), weight.contiguous(), None, geometry)
-
-
-def test_a_layer_packs_its_weight_once_and_again_when_it_changes(monkeypatch):
-    from den_kernels import DynamicConv2d, layers
-
-    packed = []
-    monkeypatch.setattr(layers, "pack", lambda *arguments: packed.append(1) or _conv_direct.pack(*arguments))
-    conv = DynamicConv2d(16, 32, 3, padding=1, out_groups=2).eval()
-    x, levels = torch.randn(3, 16, 8, 8).contiguous(memory_format=torch.channels_last), torch.tensor([1, 0, 2])
-    if not _conv_direct.runs_direct(x, conv.weight, None, _conv_cpu.Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())):
-        pytest.skip("this CPU has no AVX-512, so the direct convolution does not run")
-    with torch.no_grad():
-        first = conv(x, levels)
-        assert torch.equal(conv(x, levels), first)
-        assert len(packed) == 1
-        conv.weight.mul_(2)
-        conv.bias.mul_(2)
-        assert torch.equal(conv(x, levels), first * 2)
-    assert len(packed) == 2
 
 
 def test_active_route_selects_whole_instances():
