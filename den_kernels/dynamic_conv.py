@@ -14,8 +14,9 @@ not selected (elastic inputs alone, or both sides with different sizes) is its b
 
 On a CPU the instances of a level run together, or all instances through one direct convolution
 (`_conv_cpu.py`, `_conv_direct.py`);
-float64 runs the reference, its gradients excepted. On other devices the equation itself is computed, the whole
-convolution, without waiting for the device.
+float64 runs the reference, its gradients excepted. On a GPU one launch of a Triton kernel computes the selected part
+(`_triton/`), without waiting for the device; inputs that are not channels-last are converted first. Where that kernel
+does not run (float64, no triton, before compute capability 8.0) the equation itself is computed, the whole convolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _conv_cpu, _conv_direct
+from . import _conv_cpu, _conv_direct, _triton
 from ._conv_cpu import Geometry, memory_format_of
 from ._conv_masked import masked_backward, masked_forward
 from ._eager import runs_eagerly
@@ -63,6 +64,10 @@ def dynamic_conv2d_reference(
     return out
 
 
+def _in_triton(x: Tensor) -> bool:
+    return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
+
+
 def _compute(
     x: Tensor,
     weight: Tensor,
@@ -72,6 +77,10 @@ def _compute(
     packed: Callable[[torch.dtype], Tensor] | None = None,  # gives the weight packed for the direct convolution
 ) -> Tensor:
     if not x.is_cpu:
+        if _in_triton(x):
+            from ._triton import dynamic_conv as kernels
+
+            return kernels.forward(x, weight, bias, route, geometry)
         return masked_forward(x, weight, bias, route.levels, route.mask, geometry)
     if x.dtype == torch.float64:
         out = dynamic_conv2d_reference(
@@ -159,8 +168,14 @@ def _dynamic_conv2d_backward(
     output_mask: Sequence[bool],  # which gradients are wanted; the others come back with no element
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
     geometry = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes)
+    gradients: Sequence[Tensor | None]
     if x.is_cpu:
         gradients = _backward_cpu(grad, x, weight, order, offsets, mask, geometry, output_mask)
+    elif _in_triton(x):
+        from ._triton import dynamic_conv as kernels
+
+        route = Route(levels, order, offsets, len(out_sizes) or len(in_sizes), mask)
+        gradients = kernels.backward(grad, x, weight, route, geometry, output_mask)
     else:
         gradients = masked_backward(grad, x, weight, levels, mask, geometry, output_mask)
     dx, dweight, dbias = (

@@ -15,6 +15,8 @@ On a CPU an instance at level 0 is not touched, and the others go one of two way
   do not with oneDNN.
 - else: the instances of a segment go through two dense oneDNN convolutions in chunks that stay in the cache; a row is
   read once (gather, bn1, ReLU) and added to once (scatter).
+
+On a GPU the block is two launches of the Triton convolution (`_triton/residual.py`).
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _triton
 from ._eager import runs_eagerly
 from ._extension import extension
 from .plan import Route, as_route
@@ -148,7 +151,12 @@ def dynamic_residual_reference(x: Tensor, route: Route, weights: ResidualWeights
 def _branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
     """Add the block's branch of `x` to `out` (which may be `x`), in the way of the device."""
     if x.device.type != "cpu":
-        _add_branch_masked(x, out, route, weights)
+        if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
+            from ._triton.residual import add_branch
+
+            add_branch(x, out, route, weights)
+        else:
+            _add_branch_masked(x, out, route, weights)
     elif weights.direct is not None and route.mask is None:
         _add_branch_direct(x, out, route, weights)
     else:

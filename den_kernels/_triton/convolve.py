@@ -1,0 +1,167 @@
+"""The convolution kernel on tensors: forward and data gradient."""
+
+from functools import lru_cache
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._conv_cpu import Geometry
+from ..plan import Route, channels_of
+from . import choice
+from .choice import Shape, Side, Tile
+from .conv_kernel import convolve_kernel
+
+
+class Epilogue(NamedTuple):
+    """What happens to the sums before they are written: `relu(sum * scale + bias)`, each part where there is one."""
+
+    bias: Tensor | None = None  # [channels written]
+    scale: Tensor | None = None  # float32 [channels written]
+    relu: bool = False
+    add: bool = False  # to what is there
+
+
+PLAIN = Epilogue()
+
+
+class Prologue(NamedTuple):
+    """`relu(source * scale + shift)` on the way in; the padding stays zero."""
+
+    scale: Tensor  # float32 [channels read]
+    shift: Tensor
+
+
+class Selected(NamedTuple):
+    """The channels that each instance selected on one side of the GEMM, for a mask."""
+
+    units: Tensor  # int32 [B, channels / unit]: the selected ones first
+    counts: Tensor  # int32 [B]
+    bits: Tensor  # uint8 [B, channels]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x [B, C, H, W] with neighbouring channels next to each other; a copy where they are not."""
+    return x if x.stride(1) == 1 and x.stride(3) >= x.shape[1] else x.contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> tuple[int, int]:
+    """Compute capability (90 for 9.0) and multiprocessors of a device; those of a small one for the interpreter."""
+    if device.type != "cuda":
+        return 80, 2
+    found = torch.cuda.get_device_properties(device)
+    return found.major * 10 + found.minor, found.multi_processor_count
+
+
+def _select(mask: Tensor, side: Side, unit: int) -> Selected:
+    """Without waiting for the device. `mask` is bool [B, G]."""
+    bits = channels_of(mask, side.sizes, side.channels)
+    chosen = bits[:, ::unit]
+    units = chosen.logical_not().to(torch.int8).argsort(dim=1, stable=True).int()
+    return Selected(units.contiguous(), chosen.sum(1, dtype=torch.int32), bits.to(torch.uint8).contiguous())
+
+
+def _gemm(route: Route, n: Side, k: Side, cardinality: int, skip_empty: bool, tile: Tile) -> tuple[dict, Shape]:
+    """What the kernel must know of the selection."""
+    nothing = route.order
+    if route.mask is None:
+        shape = choice.shape_of_levels(n, k, route.groups, cardinality, skip_empty, tile)
+        n_mask = k_mask = choice.ALL
+        sides = {f"{name}_{s}": nothing for s in "nk" for name in ("units", "counts", "bits")}
+    else:
+        shape, n_mask, k_mask = choice.shape_of_masks(n, k, cardinality, tile)
+        sides = {}
+        for name, side, unit in (("n", n, shape.bns[0]), ("k", k, shape.bks[0])):
+            chosen = _select(route.mask, side, unit) if side.sizes else Selected(nothing, nothing, nothing)
+            sides |= {f"units_{name}": chosen.units, f"counts_{name}": chosen.counts, f"bits_{name}": chosen.bits}
+    constants = {"MASKED": route.mask is not None, "N_MASK": n_mask, "K_MASK": k_mask}
+    return sides | constants, shape
+
+
+def _tiles_at_most(shape: Shape, instances: int, pixels: int, classes: int, rows: int, masked: bool) -> int:
+    """No route has more tiles than this."""
+    per_row = classes * max(shape.columns, default=0)
+    if masked:
+        return instances * -(-pixels // rows) * per_row
+    return (-(-instances * pixels // rows) + len(shape.columns)) * per_row
+
+
+def precision(dtype: torch.dtype) -> str:
+    """TF32 where torch's flag for convolutions allows it."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+class Launch(NamedTuple):
+    """A kernel launch: `kernel[(programs,)](**arguments)`."""
+
+    programs: int
+    arguments: dict[str, Any]
+
+
+def convolution_launch(
+    source: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    route: Route,
+    geometry: Geometry,
+    transposed: bool,
+    skip_empty: bool,
+    prologue: Prologue | None,
+    epilogue: Epilogue,
+    arch: int,
+    multiprocessors: int,
+) -> Launch:
+    """What `convolve` launches on a device of this architecture."""
+    (B, KC, H, W), (_, NC, OH, OW) = source.shape, out.shape
+    sizes = (tuple(geometry.out_sizes), tuple(geometry.in_sizes))
+    n, k = (Side(c, s) for c, s in zip((NC, KC), sizes[::-1] if transposed else sizes, strict=True))
+    tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, prologue is not None)
+    selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile)
+    stride, classes = geometry.stride, geometry.stride[0] * geometry.stride[1] if transposed else 1
+    pixels = -(-OH // (stride[0] if transposed else 1)) * -(-OW // (stride[1] if transposed else 1))
+    most = _tiles_at_most(shape, B, pixels, classes, tile.rows, route.mask is not None)
+    skip = [s // gcd(s, d) if transposed else 1 for s, d in zip(stride, geometry.dilation, strict=True)]
+    pointers: dict[str, Any] = {
+        "bias": epilogue.bias, "scale_out": epilogue.scale,
+        "scale_in": prologue and prologue.scale, "shift_in": prologue and prologue.shift,
+    }  # fmt: skip
+    arguments = dict(
+        source=source, weight=weight, out=out, levels=route.levels, order=route.order, offsets=route.offsets,
+        B=B, H=H, W=W, OH=OH, OW=OW,
+        source_b=source.stride(0), source_h=source.stride(2), source_w=source.stride(3),
+        out_b=out.stride(0), out_h=out.stride(2), out_w=out.stride(3),
+        NC=NC, KC=KC, CARDINALITY=geometry.groups, R=weight.shape[2], S=weight.shape[3],
+        STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=geometry.padding[0], PAD_W=geometry.padding[1],
+        DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1], SKIP_H=skip[0], SKIP_W=skip[1], TRANSPOSED=transposed,
+        N_WIDTHS=shape.n_widths, K_WIDTHS=shape.k_widths, COLUMNS=shape.columns, RUNG=shape.rung,
+        BNS=shape.bns, BKS=shape.bks, EVENS=shape.evens,
+        PROLOGUE=prologue is not None, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
+        RELU=epilogue.relu, ADD=epilogue.add, SKIP_EMPTY=skip_empty, PRECISION=precision(source.dtype), BM=tile.rows,
+        num_warps=tile.warps, num_stages=tile.stages,
+        **{name: source if tensor is None else tensor for name, tensor in pointers.items()}, **selection,
+    )  # fmt: skip
+    return Launch(min(most, tile.programs * multiprocessors), arguments)
+
+
+def convolve(
+    source: Tensor,  # [B, KC, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    out: Tensor,  # [B, NC, OH, OW] channels-last, written where the route selects
+    route: Route,
+    geometry: Geometry,
+    *,
+    transposed: bool = False,  # source is the gradient of the output, out that of the input
+    skip_empty: bool = False,  # leave instances at level 0 alone where out is not elastic
+    prologue: Prologue | None = None,
+    epilogue: Epilogue = PLAIN,
+) -> None:
+    """Convolve each instance over the channel groups that it selected, in one launch; the host waits for nothing."""
+    if source.shape[0] == 0 or out.numel() == 0:
+        return
+    launch = convolution_launch(
+        channels_last(source), channels_last(weight), out, route, geometry, transposed, skip_empty, prologue, epilogue,
+        *architecture(source.device),
+    )  # fmt: skip
+    convolve_kernel[(launch.programs,)](**launch.arguments)

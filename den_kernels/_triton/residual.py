@@ -1,0 +1,35 @@
+"""The pre-activation residual block on a GPU as two launches of the convolution kernel.
+
+The first reads the stream through bn1 and ReLU and writes the selected hidden channels through bn2 and ReLU; the second
+reads those and adds to the stream. Neither touches an instance at level 0, and no hidden channel is cleared.
+"""
+
+import torch
+from torch import Tensor
+
+from .._conv_cpu import Geometry
+from ..plan import Route
+from ..residual_weights import ResidualWeights
+from .convolve import Epilogue, Prologue, convolve
+
+
+def add_branch(
+    x: Tensor,  # [B, C, H, W] channels-last
+    out: Tensor,  # [B, C_out, H_out, W_out] channels-last; may be x
+    route: Route,
+    weights: ResidualWeights,
+) -> None:
+    """out += branch(x) for every instance that selected a group."""
+    R, S = weights.conv1.shape[2:]
+    first = Geometry((weights.stride,) * 2, (R // 2, S // 2), (1, 1), 1, weights.groups, ())
+    second = Geometry((1, 1), tuple(side // 2 for side in weights.conv2.shape[2:]), (1, 1), 1, (), weights.groups)
+    prologue = None
+    if weights.scale1 is not None and weights.shift1 is not None:
+        prologue = Prologue(weights.scale1, weights.shift1)
+    shape = first.out_shape(x, weights.conv1)
+    hidden = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    convolve(
+        x, weights.conv1, hidden, route, first, prologue=prologue,
+        epilogue=Epilogue(weights.bias1, weights.scale2, relu=True),
+    )  # fmt: skip
+    convolve(hidden, weights.conv2, out, route, second, skip_empty=True, epilogue=Epilogue(weights.bias2, add=True))

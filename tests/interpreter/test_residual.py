@@ -1,0 +1,76 @@
+"""The residual block as two launches, against its reference: values, and what must stay untouched."""
+
+import pytest
+import torch
+from torch import nn
+
+from den_kernels import DynamicConv2d
+from den_kernels._triton.residual import add_branch
+from den_kernels.dynamic_residual import dynamic_residual_reference
+from den_kernels.plan import as_route
+from den_kernels.residual_weights import ResidualWeights
+from den_kernels.rows import pool_rows
+from den_kernels.testing import make_levels, make_mask
+
+
+def random_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels).eval()
+    for values, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -1, 1), (norm.running_var, 0.5, 2)):
+        nn.init.uniform_(values, low, high)
+    nn.init.normal_(norm.running_mean)
+    return norm
+
+
+def random_block(C: int, M: int, C_out: int, groups: tuple[int, ...], stride: int, bias: bool = True) -> tuple:
+    conv1 = DynamicConv2d(C, M, 3, stride, 1, bias=bias, out_groups=groups)
+    return conv1, random_norm(C), nn.Conv2d(M, C_out, 3, 1, 1, bias=bias), random_norm(M)
+
+
+def fold(block: tuple, dtype: torch.dtype) -> ResidualWeights:
+    conv1, norm1, conv2, norm2 = block
+    return ResidualWeights.fold(conv1.to(dtype), norm1, conv2.to(dtype), norm2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("selection", ["levels", "mask"])
+@pytest.mark.parametrize(
+    ("C", "M", "C_out", "groups", "stride"),
+    [(16, 64, 16, (16, 16, 32), 1), (16, 32, 32, (16, 16), 2), (20, 24, 24, (5, 11, 8), 1)],
+)
+def test_block_adds_the_reference_branch(C, M, C_out, groups, stride, selection, dtype):
+    block = random_block(C, M, C_out, groups, stride)
+    chosen = make_mask(4, len(groups)) if selection == "mask" else torch.tensor([len(groups), 0, 1, 2])
+    chosen[1] = 0
+    route = as_route(chosen, len(groups), 4)
+    x = torch.randn(4, C, 6, 5).bfloat16().to(dtype).contiguous(memory_format=torch.channels_last)
+    weights = fold(block, dtype)
+    out = pool_rows(x, C_out, stride)
+    shortcut = out.clone()
+    add_branch(x, out, route, weights)
+    exact = dynamic_residual_reference(x.double(), route, fold(block, torch.float64))
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    assert (out.double() - exact).norm() <= tolerance * exact.norm()
+    idle = route.levels == 0
+    assert idle.any()
+    assert torch.equal(out[idle], shortcut[idle])
+
+
+def test_block_in_place_without_bias_and_first_norm():
+    block = random_block(16, 32, 16, (16, 16), 1, bias=False)
+    block = (block[0], None, *block[2:])
+    route = as_route(make_levels("uniform", 5, 2), 2, 5)
+    x = torch.randn(5, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    exact = dynamic_residual_reference(x.double(), route, fold(block, torch.float64))
+    weights = fold(block, torch.float32)
+    add_branch(x, x, route, weights)
+    torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_instance_at_level_0_is_neither_read_nor_written():
+    block = random_block(16, 32, 16, (16, 16), 1)
+    route = as_route(torch.tensor([0, 2, 0]), 2, 3)
+    x = torch.randn(3, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    x[0] = x[2] = float("nan")
+    add_branch(x, x, route, fold(block, torch.float32))
+    assert x[[0, 2]].isnan().all()
+    assert not x[1].isnan().any()

@@ -1,0 +1,114 @@
+"""How the GPU kernels are launched: a table, read without a GPU."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from den_kernels._triton import choice
+from den_kernels._triton.choice import ALL, BITS, UNITS, Side, Tile
+
+HALF, FULL = torch.bfloat16, torch.float32
+SIZES = (64, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "dtype", "arch", "prologue", "tile"),
+    [
+        (256, 256, HALF, 90, False, (128, 128, 64, 8, 3)),
+        (256, 256, HALF, 80, False, (128, 128, 32, 8, 4)),
+        (64, 64, HALF, 90, False, (128, 64, 64, 4, 3)),
+        (64, 64, HALF, 90, True, (128, 64, 32, 4, 3)),  # a step passes through registers
+        (256, 256, FULL, 90, False, (128, 128, 32, 8, 3)),
+        (64, 64, FULL, 80, True, (64, 64, 32, 4, 3)),
+        (10, 3, HALF, 90, False, (128, 16, 16, 4, 3)),  # an instruction has 16 columns and steps of 16
+    ],
+)
+def test_tile_of_a_convolution(n, k, dtype, arch, prologue, tile):
+    assert choice.choose_tile(n, k, dtype, arch, prologue)[:5] == tile
+
+
+def test_every_level_runs_on_a_tile_that_fits_its_width():
+    tile = Tile(128, 64, 64, 4, 3, 2)
+    shape = choice.shape_of_levels(Side(64, (16, 16, 32)), Side(64, ()), 3, 1, False, tile)
+    assert shape.n_widths == (64, 32, 16)
+    assert [shape.bns[r] for r in shape.rung] == [64, 32, 16]
+    assert shape.columns == (1, 1, 1)
+    assert shape.evens == (True, True, True)
+
+
+def test_levels_wider_than_the_tile_share_a_rung():
+    shape = choice.shape_of_levels(Side(256, SIZES), Side(256, ()), 3, 1, False, Tile(128, 64, 64, 4, 3, 2))
+    assert (shape.rung, shape.bns, shape.columns) == ((0, 0, 0), (64,), (4, 2, 1))
+
+
+def test_at_most_three_rungs():
+    sizes = (8,) * 32
+    shape = choice.shape_of_levels(Side(256, sizes), Side(64, ()), 32, 1, False, Tile(128, 128, 64, 8, 3, 2))
+    assert shape.bns == (128, 64, 32)
+    assert len(shape.rung) == 32
+    assert set(shape.rung) == {0, 1, 2}
+
+
+def test_level_0_has_a_segment_only_where_it_writes():
+    n, k, tile = Side(32, ()), Side(64, (32, 32)), Tile(128, 32, 64, 4, 3, 2)
+    assert choice.shape_of_levels(n, k, 2, 1, False, tile).k_widths == (64, 32, 0)
+    assert choice.shape_of_levels(n, k, 2, 1, True, tile).k_widths == (64, 32)
+    assert choice.shape_of_levels(k, n, 2, 1, False, tile).n_widths == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "cardinality", "masks", "tiles"),
+    [
+        (Side(256, SIZES), Side(256, ()), 1, (UNITS, ALL), (64, 64)),
+        (Side(256, ()), Side(256, SIZES), 1, (ALL, UNITS), (128, 64)),
+        (Side(40, (13, 27)), Side(40, (13, 27)), 1, (BITS, BITS), (64, 64)),
+        (Side(256, SIZES), Side(256, SIZES), 4, (UNITS, BITS), (64, 64)),
+    ],
+)
+def test_how_sides_follow_a_mask(n, k, cardinality, masks, tiles):
+    shape, *found = choice.shape_of_masks(n, k, cardinality, choice.choose_tile(n.channels, k.channels, HALF, 90))
+    assert tuple(found) == masks
+    assert (shape.bns[0], shape.bks[0]) == tiles
+
+
+@given(st.lists(st.integers(1, 96), min_size=1, max_size=5), st.lists(st.integers(1, 96), min_size=1, max_size=5))
+def test_tiles_of_any_groups_cover_every_width(out_sizes, in_sizes):
+    groups = min(len(out_sizes), len(in_sizes))
+    n, k = (Side(sum(sizes[:groups]), tuple(sizes[:groups])) for sizes in (out_sizes, in_sizes))
+    tile = choice.choose_tile(n.channels, k.channels, HALF, 90)
+    shape = choice.shape_of_levels(n, k, groups, 1, False, tile)
+    for width, columns, rung in zip(shape.n_widths, shape.columns, shape.rung, strict=True):
+        assert (columns - 1) * shape.bns[rung] < width <= columns * shape.bns[rung]
+    for r, (bk, even) in enumerate(zip(shape.bks, shape.evens, strict=True)):
+        widths = [width for width, rung in zip(shape.k_widths, shape.rung, strict=True) if rung == r]
+        assert even == all(width % bk == 0 for width in [*widths, k.channels])
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "masked", "columns", "depth"),
+    [
+        (Side(64, (16, 16, 32)), Side(64, ()), False, 64, 64),
+        (Side(512, (128, 128, 256)), Side(512, ()), False, 128, 128),
+        (Side(256, SIZES), Side(256, SIZES), False, 64, 64),
+        (Side(64, (16, 16, 32)), Side(64, ()), True, 16, 64),
+        (Side(40, (13, 27)), Side(3, ()), True, 16, 16),
+    ],
+)
+def test_tile_of_a_weight_gradient(n, k, masked, columns, depth):
+    assert choice.choose_weight_tile(n, k, HALF, 90, masked)[1:3] == (columns, depth)
+
+
+@pytest.mark.parametrize(
+    ("channels", "cardinality", "columns", "depth", "tiles"),
+    [((64, 64), 1, 64, 32, 2), ((256, 256), 32, 64, 64, 1), ((128, 256), 2, 64, 64, 2), ((40, 40), 40, 16, 16, 1)],
+)
+def test_input_tiles_that_an_output_tile_meets(channels, cardinality, columns, depth, tiles):
+    assert choice.k_tiles(*channels, cardinality, Tile(64, columns, depth, 4, 3, 2)) == tiles
+
+
+def test_pixels_are_split_until_the_machine_is_busy():
+    tile = Tile(64, 64, 64, 4, 5, 2)
+    assert choice.choose_splits(9, 256 * 1024, tile, 132) == 59
+    assert choice.choose_splits(1000, 256 * 1024, tile, 132) == 1
+    assert choice.choose_splits(9, 64, tile, 132) == 1  # fewer pixels than a share is worth

@@ -1,0 +1,140 @@
+"""The machine code of the GPU kernels, compiled ahead of time: no GPU is needed.
+
+Asserted for every shipped launch: tensor core instructions of the architecture, asynchronous 128-bit copies, shared
+memory that fits, no spilled register.
+"""
+
+import re
+import subprocess
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from den_kernels._conv_cpu import Geometry
+from den_kernels.plan import Route
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from den_kernels._triton.conv_kernel import convolve_kernel  # noqa: E402
+from den_kernels._triton.convolve import Epilogue, Prologue, convolution_launch  # noqa: E402
+from den_kernels._triton.weight_gradient import weight_gradient_launch  # noqa: E402
+from den_kernels._triton.weight_gradient_kernel import weight_gradient_kernel  # noqa: E402
+
+pytestmark = pytest.mark.slow
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+BATCH = 256
+
+
+class Code(NamedTuple):
+    registers: int
+    stack: int  # bytes: spilled registers and local arrays
+    shared: int  # bytes
+    instructions: Counter
+
+
+def compile_launch(kernel, arguments: dict, arch: int) -> Code:
+    """Compile what `kernel[grid](**arguments)` would run on an architecture, and take the result apart."""
+    arguments = dict(arguments)
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+            continue
+        signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return disassemble(compiled)
+
+
+def disassemble(compiled) -> Code:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        usage = run(str(TOOLS / "cuobjdump"), "-res-usage", str(cubin))
+        listing = run(str(TOOLS / "nvdisasm"), "-c", str(cubin))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    instructions = Counter(re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE))
+    return Code(registers, stack, compiled.metadata.shared, instructions)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.empty(*shape, dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def a_launch(kind: str, width: int, dtype: torch.dtype, arch: int, stride: int = 1, cardinality: int = 1):
+    """A launch of a residual block of `width` channels, as WRN-32-4 (64, 128, 256) has them; meta tensors."""
+    size = max(4, 2048 // width) if width >= 64 else 32
+    groups = (width // 4, width // 4, width // 2)
+    indices = lambda n: torch.empty(n, dtype=torch.int32, device="meta")  # noqa: E731
+    route = Route(indices(BATCH), indices(BATCH), indices(5), 3)
+    pair, first = (stride, stride), kind.startswith("conv1")
+    out_groups, in_groups = (groups, ()) if first else ((), groups)
+    if cardinality > 1:
+        out_groups = in_groups = groups
+    geometry = Geometry(pair, (1, 1), (1, 1), cardinality, out_groups, in_groups)
+    x = empty(BATCH, width, size, size, dtype=dtype)
+    y = empty(BATCH, width, -(-size // stride), -(-size // stride), dtype=dtype)
+    weight = empty(width, width // cardinality, 3, 3, dtype=dtype)
+    vector = empty(width, dtype=torch.float32)
+    if kind.endswith("weight"):
+        return weight_gradient_kernel, weight_gradient_launch(y, x, (3, 3), route, geometry, arch, 132)
+    prologue, epilogue, inference = None, Epilogue(), not kind.endswith("data")
+    if kind == "conv1 block":
+        prologue, epilogue = Prologue(vector, vector), Epilogue(vector, vector, relu=True)
+    elif kind == "conv2 block":
+        epilogue = Epilogue(add=True)
+    elif kind.endswith("data"):
+        x, y = y, x
+    block = kind.endswith("block")
+    launch = convolution_launch(
+        x, weight, y, route, geometry, not inference, block, prologue, epilogue, arch, 132
+    )  # fmt: skip
+    return convolve_kernel, launch
+
+
+KINDS = ("conv1 block", "conv2 block", "conv1 data", "conv2 data", "conv1 weight", "conv2 weight")
+HALF, FULL = torch.bfloat16, torch.float32
+CASES = [
+    *product(KINDS, (16, 32, 64, 128, 256, 512), (HALF,), (90,)),
+    *product(KINDS, (64, 256), (HALF,), (80, 100)),
+    *product(KINDS, (64,), (FULL,), (80, 90)),
+    *product(("conv1 block", "conv2 block"), (256,), (FULL, torch.float16), (90,)),
+]
+
+
+def check(code: Code, kind: str, width: int, dtype: torch.dtype, arch: int) -> None:
+    names = " ".join(code.instructions)
+    assert code.stack == 0, f"{code.stack} bytes spilled at {code.registers} registers"
+    assert not re.search(r"\b(LDL|STL)", names)
+    assert code.shared <= SHARED[arch]
+    # A warp group multiplies 64 rows at a time; tiles of fewer take the instruction of a warp.
+    narrow = kind.endswith("weight") and width < 64
+    assert re.search(rf"\b{'HMMA' if narrow else TENSOR_CORES[arch]}\b", names), names
+    # Loads end at a group: one of fewer than 16 bytes gives narrower ones. And wgmma takes TF32 only with neighbouring
+    # elements of the reduction next to each other, which are pixels here: such copies are one element wide.
+    turned = kind.endswith("weight") and dtype == torch.float32 and arch >= 90 and not narrow
+    wide = width // 4 * dtype.itemsize >= 16 and not turned
+    assert not wide or re.search(r"\bLDGSTS\.\S*128", names), names
+
+
+@pytest.mark.parametrize(("kind", "width", "dtype", "arch"), CASES, ids=lambda value: str(value).replace(" ", "-"))
+def test_shipped_launches(kind, width, dtype, arch):
+    kernel, launch = a_launch(kind, width, dtype, arch)
+    check(compile_launch(kernel, launch.arguments, arch), kind, width, dtype, arch)
