@@ -117,8 +117,9 @@ def test_one_build_for_every_torch():
     """The extension links nothing of torch, nor a CUDA library that a machine without a driver lacks."""
     assert _extension.extension is not None
     linked = subprocess.run(["ldd", _extension.extension.__file__], capture_output=True, text=True, check=True).stdout
-    assert "libc.so" in linked
-    assert not [name for name in ("torch", "c10", "libcuda", "cudart") if name in linked]
+    libraries = [Path(line.split()[0]).name for line in linked.splitlines()]  # the addresses behind them may spell c10
+    assert any(name.startswith("libc.so") for name in libraries)
+    assert not [name for name in libraries if any(foreign in name for foreign in ("torch", "c10", "cuda"))]
 
 
 def test_poisoned_memory_is_on():
