@@ -2,6 +2,7 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -148,8 +149,13 @@ def _on_cpu() -> dict[str, str]:
 
 
 def _on_cuda() -> dict[str, str]:
-    composition = "PyTorch masked composition (Triton and CUDA kernels are not in this version)"
-    return dict(zip(_OPS, ("PyTorch, without host synchronisation", *[composition] * 3), strict=True))
+    extension = _extension.extension
+    in_cuda = extension is not None and extension.with_cuda
+    plan = "CUDA, one launch for all blocks" if in_cuda else "PyTorch, without host synchronisation"
+    if find_spec("triton") is None:
+        return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 3), strict=True))
+    texts = (plan, "Triton, one launch", "Triton, active instances only", "Triton, two launches, in place")
+    return dict(zip(_OPS, texts, strict=True))
 
 
 def _missing(cuda: dict[str, Any]) -> list[str]:
@@ -166,7 +172,7 @@ def _missing(cuda: dict[str, Any]) -> list[str]:
             "was seen 1.1 to 1.5 times slower"
         )
     if extension is not None and not extension.with_cuda:
-        texts.append("CUDA sources (no nvcc at build time): nothing on a CPU; a GPU runs PyTorch operations only")
+        texts.append("CUDA sources (no nvcc at build time): nothing on a CPU; on a GPU the plan takes several launches instead of one")
     if extension is not None and not _shares_openmp():
         texts.append(
             "a shared OpenMP runtime: the extension's threads and torch's spin against each other, which can slow both "
@@ -174,6 +180,12 @@ def _missing(cuda: dict[str, Any]) -> list[str]:
         )
     if not torch.backends.mkldnn.is_available():
         texts.append("oneDNN in this torch: convolutions on a CPU are several times slower")
-    if cuda["devices"]:
-        texts.append("GPU kernels: every instance computes all groups and unused ones are zeroed; nothing is saved")
+    if find_spec("triton") is None:
+        texts.append(
+            "triton: nothing on a CPU; on a GPU every instance computes all groups and unused ones are zeroed, so nothing "
+            "is saved; torch's CUDA builds bring it, else pip install triton"
+        )
+    for i, gpu in enumerate(cuda["devices"]):
+        if tuple(gpu["compute_capability"]) < (8, 0):
+            texts.append(f"compute capability 8.0 on cuda:{i}: the GPU kernels do not run there, and nothing is saved")
     return texts

@@ -70,15 +70,28 @@ def test_a_private_openmp_runtime_is_reported(monkeypatch):
     assert "spin against each other" in report
 
 
-def test_a_gpu_is_described_with_what_this_version_lacks_there(monkeypatch):
+@pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
+def test_a_gpu_is_described_with_what_it_lacks(monkeypatch, capability):
     class Properties:
-        name, major, minor, multi_processor_count, total_memory = "Some GPU", 9, 0, 132, 141 * 2**30
+        name, multi_processor_count, total_memory = "Some GPU", 132, 141 * 2**30
+        major, minor = capability
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
     report = info.format_report()
-    assert "cuda:0  Some GPU, sm_90, 132 SMs, 141 GiB" in report
-    assert "GPU kernels: every instance computes all groups" in report
+    assert f"cuda:0  Some GPU, sm_{capability[0]}{capability[1]}, 132 SMs, 141 GiB" in report
+    assert ("compute capability 8.0 on cuda:0" in report) == (capability < (8, 0))
+
+
+def test_what_runs_on_a_gpu_depends_on_triton(monkeypatch):
+    monkeypatch.setattr(info, "find_spec", lambda name: None)
+    report = info.format_report()
+    assert "all groups computed and masked" in report
+    assert "pip install triton" in report
+    monkeypatch.setattr(info, "find_spec", lambda name: object())
+    report = info.format_report()
+    assert "Triton, one launch" in report
+    assert "pip install triton" not in report
 
 
 def test_the_thread_count_is_left_alone():

@@ -1,6 +1,7 @@
 """How the kernels are launched: pure functions of the problem, the dtype and the architecture."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from math import gcd
 from typing import NamedTuple
@@ -62,11 +63,20 @@ def ceil_power(width: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << max(width - 1, 0).bit_length()))
 
 
+def _tuned(kind: str, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile | None:
+    found = table.tiles(arch).get(table.key(kind, ceil_power(n, 16, 512), ceil_power(k, 16, 512), dtype))
+    return Tile(*found) if found else None
+
+
 def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, prologue: bool = False) -> Tile:
     """The tile of a convolution that writes up to n channels from up to k; `arch` is 80 for compute capability 8.0.
 
-    With a prologue, or before Hopper with many columns, a step passes through registers, so that it is smaller.
+    A tuned one where the table of the architecture has it (table.py), else by rule. With a prologue, or before Hopper
+    with many columns, a step passes through registers, so that it is smaller.
     """
+    tuned = _tuned("prologue" if prologue else "convolve", n, k, dtype, arch)
+    if tuned:
+        return tuned
     columns = ceil_power(n, 16, 128)
     rows, depth = (64 if prologue or columns < 128 else 128, 32) if dtype == torch.float32 else (128, 64)
     if dtype != torch.float32 and (prologue or (arch < 90 and columns == 128)):
@@ -85,6 +95,7 @@ def unit_of(sizes: Sequence[int], most: int) -> int:
     return min(most, common & -common)
 
 
+@lru_cache(maxsize=1024)
 def shape_of_levels(n: Side, k: Side, groups: int, cardinality: int, skip_empty: bool, tile: Tile) -> Shape:
     """The segments of a route of levels. `skip_empty`: instances at level 0 are left alone."""
     n_widths, k_widths = n.widths(groups), k.widths(groups)
@@ -108,6 +119,7 @@ def shape_of_levels(n: Side, k: Side, groups: int, cardinality: int, skip_empty:
     )
 
 
+@lru_cache(maxsize=1024)
 def shape_of_masks(n: Side, k: Side, cardinality: int, tile: Tile) -> tuple[Shape, int, int]:
     """One segment for all instances, and how each side follows the mask."""
     bn, bk = ceil_power(n.channels, 16, tile.columns), ceil_power(k.channels, 16, tile.depth)

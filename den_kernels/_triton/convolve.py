@@ -46,6 +46,13 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(3) >= x.shape[1] else x.contiguous(memory_format=torch.channels_last)
 
 
+def check_pixels(*maps: Tensor) -> None:
+    """Elements are counted in 64 bits, pixels of a batch in 32."""
+    for x in maps:
+        if x.shape[0] * x.shape[2] * x.shape[3] >= 1 << 31:
+            raise ValueError(f"dynamic_conv2d: a batch must have fewer than 2**31 pixels, got {list(x.shape)}")
+
+
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> tuple[int, int]:
     """Compute capability (90 for 9.0) and multiprocessors of a device; those of a small one for the interpreter."""
@@ -160,6 +167,7 @@ def convolve(
     """Convolve each instance over the channel groups that it selected, in one launch; the host waits for nothing."""
     if source.shape[0] == 0 or out.numel() == 0:
         return
+    check_pixels(source, out)
     launch = convolution_launch(
         channels_last(source), channels_last(weight), out, route, geometry, transposed, skip_empty, prologue, epilogue,
         *architecture(source.device),

@@ -9,7 +9,7 @@ from .._conv_cpu import Geometry
 from ..plan import Route, channels_of
 from . import choice
 from .choice import Side, Tile
-from .convolve import Launch, architecture, channels_last, precision
+from .convolve import Launch, architecture, channels_last, check_pixels, precision
 from .weight_gradient_kernel import weight_gradient_kernel
 
 
@@ -91,6 +91,7 @@ def weight_gradient(
     """The gradient of the weight, each element over the instances that used it; deterministic, without waiting."""
     if grad.numel() == 0 or source.numel() == 0:
         return torch.zeros_like(weight, memory_format=torch.channels_last)
+    check_pixels(grad, source)
     R, S = weight.shape[2:]
     launch = weight_gradient_launch(
         channels_last(grad), channels_last(source), (R, S), route, geometry, *architecture(grad.device)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from den_kernels._conv_cpu import Geometry
 from den_kernels._triton import dynamic_conv as kernels
+from den_kernels._triton.convolve import convolve
 from den_kernels.dynamic_conv import dynamic_conv2d_reference
 from den_kernels.plan import as_route
 from den_kernels.testing import LAYOUTS, LEVEL_KINDS, ConvProblem, assert_as_accurate, masked_conv2d
@@ -133,3 +134,32 @@ def test_gradients_of_outputs_out_of_use_are_not_read():
     with_nan = kernels.backward(torch.where(unread, float("nan"), grad), x, weight, route, geometry, (True,) * 3)
     for got, clean in zip(with_nan, kernels.backward(grad, x, weight, route, geometry, (True,) * 3), strict=True):
         assert torch.equal(got, clean)
+
+
+def test_elements_are_counted_in_64_bits():
+    """Instances 2**30 elements apart, so that the third begins at 2**31; of the memory between nothing is touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    buffer = torch.empty(2**31 + 512, dtype=torch.bfloat16)
+    x = buffer.as_strided((3, 16, 4, 4), (2**30, 1, 64, 16)).normal_()
+    weight = torch.randn(32, 16, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last)
+    route, geometry = as_route(torch.tensor([1, 2, 2]), 2, 3), Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())
+    near = x.clone(memory_format=torch.channels_last)
+    assert torch.equal(
+        kernels.forward(x, weight, None, route, geometry), kernels.forward(near, weight, None, route, geometry)
+    )
+    grad = torch.randn(3, 32, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
+    far, close = (
+        kernels.backward(grad, source, weight, route, geometry, (False, True, False))[1] for source in (x, near)
+    )
+    assert torch.equal(far, close)
+
+
+def test_more_pixels_than_32_bits_count_are_refused():
+    x = torch.empty(1, 1, 1, 1).expand(2**11, 16, 2**10, 2**10)
+    out = torch.empty(1, 1, 1, 1).expand(2**11, 16, 2**10, 2**10)
+    route, geometry = (
+        as_route(torch.ones(2**11, dtype=torch.int32), 1, 2**11),
+        Geometry((1, 1), (0, 0), (1, 1), 1, (16,), ()),
+    )
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 pixels, got \[2048, 16, 1024, 1024\]"):
+        convolve(x, torch.empty(16, 16, 1, 1), out, route, geometry)
