@@ -104,6 +104,9 @@ class SelectorTraining:
     """Its rate is multiplied by this after every stage (Algorithm 1, line 13)."""
     rho: float = 0.3
     """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
+    budget: float | None = None
+    """Share of the full structure's FLOPs that the likeliest structures of every task are to cost: rho is made larger
+    for a task that costs more, smaller for one that costs less.  None: rho stays, and the tasks cost what they cost."""
     samples: int = 4
     """|Z|: structures sampled for every image."""
     baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
@@ -124,6 +127,10 @@ class TrainConfig:
     """den: Algorithm 1.  dense: the same estimator at its full structure only, for estimator.first."""
     seed: int = 0
     """Seed of initial weights, shuffling, augmentation and sampling."""
+    device: str = "auto"
+    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: training computes in it where autocast does; weights stay float32."""
     stages: int = 2
     """S of Algorithm 1."""
     epoch_steps: int | None = None
@@ -144,6 +151,7 @@ class TrainConfig:
             "estimator.tau": (self.estimator.tau, 0, 1),
             "estimator.initial_share": (self.estimator.initial_share, 0, 1),
             "selector.rho": (self.selector.rho, 0, None),
+            "selector.budget": (self.selector.budget, 0.01, 1),
             "selector.exploration": (self.selector.exploration, 0, 1),
             "selector.samples": (self.selector.samples, 2 if self.selector.baseline == "leave-one-out" else 1, None),
         }

@@ -67,10 +67,10 @@ def count_flops(model: DeepElasticNetwork, levels: Tensor) -> Tensor:
     """FLOPs of each image's structure: twice the multiply-adds of the block convolutions.
 
     Args:
-        levels: integer [B, N] in 0..L-1, on the model's device.
+        levels: integer [B, N] in 0..L-1.
 
     Returns:
-        float64 [B] (whole numbers, exact).
+        float64 [B] on the model's device (whole numbers, exact).
 
     Raises:
         ValueError: levels of another shape or dtype.
@@ -102,7 +102,7 @@ def _chosen(table: Tensor, levels: Tensor) -> Tensor:
         raise ValueError(
             f"count_flops: levels must be integer [B, N] with N = {len(table)}, got {levels.dtype} {list(levels.shape)}"
         )
-    return table.expand(len(levels), -1, -1).gather(2, levels.long().unsqueeze(2)).squeeze(2)
+    return table.expand(len(levels), -1, -1).gather(2, levels.to(table.device, torch.int64).unsqueeze(2)).squeeze(2)
 
 
 def _numbers(module: nn.Module) -> int:

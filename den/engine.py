@@ -27,6 +27,7 @@ from den.config import EstimatorTraining, NetworkConfig, TrainConfig
 from den.count import count_flops
 from den.data import Batch, ImageSet, MixedTaskBatches, load_set
 from den.data.images import stratified_split
+from den.device import choose_device
 from den.evaluate import TaskReport, evaluate, full_flops
 from den.model import DeepElasticNetwork
 from den.model_config import ModelConfig
@@ -59,9 +60,11 @@ class Engine:
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         self.config, self.phases = config, run_phases(config)
+        self.device = choose_device(config.device)
         train_sets = [load_set(name, "train", config.data.root) for name in config.data.tasks]
-        train_sets, self.held_out = hold_out(train_sets, config)
-        self.model = new_model(config.network, [s.task for s in train_sets], config.seed)
+        train_sets, held_out = hold_out(train_sets, config)
+        train_sets, self.held_out = ([s.to(self.device) for s in sets] for sets in (train_sets, held_out))
+        self.model = new_model(config.network, [s.task for s in train_sets], config.seed).to(self.device)
         self.batches = MixedTaskBatches(train_sets, config.data.batch_size, config.data.shares or None, config.seed)
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self.baseline = RunningBaseline(config.data.tasks)
@@ -92,9 +95,13 @@ class Engine:
         """Share of the phase at hand that is done."""
         return self.position.step / self.phases[self.position.phase].settings.steps
 
-    def flops_ratio(self, structures: Tensor | None) -> float:
+    def flops_ratio(self, structures: Tensor | None) -> Tensor | float:
         """Mean FLOPs of structures [B, N] over those of the full one."""
-        return 1.0 if structures is None else count_flops(self.model, structures).mean().item() / self._full_flops
+        return 1.0 if structures is None else count_flops(self.model, structures).mean() / self._full_flops
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the settings ask for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def phase(self, network: str, stage: int) -> Iterator[Batch]:
         """Batches of a phase until it ends; none if it is done already, or no part of the run.
@@ -117,8 +124,8 @@ class Engine:
         """One step of the optimiser of the phase at hand."""
         here = self.position
         phase = self.phases[here.phase]
-        if not math.isfinite(value := objective.loss.item()):
-            raise ValueError(f"train: loss must stay finite, got {value} at step {here.total_steps} (lower the rate)")
+        if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
+            self._check_finite(objective.loss.item())
         optimiser = self.optimisers[phase.network]
         optimiser.zero_grad(set_to_none=True)
         objective.loss.backward()
@@ -129,7 +136,13 @@ class Engine:
         self.meter.add(objective.measured)
         if self._bar is not None:
             self._bar.update()
-            self._bar.set_postfix_str(self.meter.text(), refresh=False)
+            if self.device.type == "cpu" or here.step % 50 == 0:
+                self._bar.set_postfix_str(self.meter.text(), refresh=False)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            step = self.position.total_steps
+            raise ValueError(f"train: loss must stay finite, got {loss} at step {step} (lower the rate)")
 
     def _epoch_steps(self) -> int:
         return self.config.epoch_steps or self.batches.epoch_steps
@@ -144,6 +157,7 @@ class Engine:
     def _end_epoch(self, phase: Phase) -> None:
         """Measure, log, decide whether the phase has ended, save."""
         here, means = self.position, self.meter.means()
+        self._check_finite(means["loss"])
         here.epoch += 1
         learnt = phase.network == "selector" or phase.stage > 1
         reports = evaluate(self.model, self.held_out, "selected" if learnt else "full")
@@ -231,16 +245,17 @@ class Meter:
     """Means of what the updates of an epoch measured."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._count = 0
 
     def add(self, measured: dict[str, Tensor | float]) -> None:
         self._count += 1
         for name, value in measured.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            on_device = isinstance(value, Tensor) and value.device.type != "cpu"
+            self._sums[name] = self._sums.get(name, 0.0) + (value.double() if on_device else float(value))
 
     def means(self) -> dict[str, float]:
-        return {name: total / self._count for name, total in self._sums.items()}
+        return {name: float(total) / self._count for name, total in self._sums.items()}
 
     def text(self) -> str:
         return ", ".join(f"{name} {value:.3f}" for name, value in self.means().items())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from den.count import count_flops, image_flops, parameter_fractions
 from den.data import ImageSet
+from den.device import wait_for
 from den.model import DeepElasticNetwork
 from den.objective import entropy, sparsity_penalty
 from den.plain import PlainNetwork
@@ -78,7 +79,7 @@ def evaluate(
 
 def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choice, batch_size: int) -> TaskReport:
     correct, loss, levels, chances = 0, 0.0, [], []
-    for images, labels in _input_batches(image_set, batch_size):
+    for images, labels in _input_batches(image_set, batch_size, _device(model)):
         chance = model.selector_logits(images, image_set.name).log_softmax(-1)
         structures = _structures(model, chance, choice)
         logits = model.estimator(images, image_set.name, structures)
@@ -86,7 +87,7 @@ def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choic
         correct += (logits.argmax(1) == labels).sum().item()
         levels.append(structures)
         chances.append(chance)
-    used, chance = torch.cat(levels), torch.cat(chances)
+    used, chance = torch.cat(levels).cpu(), torch.cat(chances).cpu()
     flops = count_flops(model, used).mean().item()
     mean = chance.exp().mean(0)
     return TaskReport(
@@ -94,7 +95,7 @@ def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choic
         images=len(image_set),
         accuracy=correct / len(image_set),
         loss=loss / len(image_set),
-        penalty=sparsity_penalty(used, parameter_fractions(model), 1.0).mean().item(),
+        penalty=sparsity_penalty(used, parameter_fractions(model).cpu(), 1.0).mean().item(),
         flops=flops,
         flops_ratio=flops / full_flops(model),
         structures=len(used.unique(dim=0)),
@@ -105,17 +106,21 @@ def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choic
     )
 
 
-def _input_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _device(model: DeepElasticNetwork) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _input_batches(image_set: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(image_set), batch_size):
         part = slice(start, start + batch_size)
-        yield image_set.inputs(part), image_set.labels[part]
+        yield image_set.inputs(part).to(device), image_set.labels[part].to(device)
 
 
 def _structures(model: DeepElasticNetwork, log_probabilities: Tensor, choice: Choice) -> Tensor:  # int64 [B, N]
     if isinstance(choice, Tensor):
-        return choice.long().expand(len(log_probabilities), -1)
+        return choice.to(log_probabilities.device, torch.int64).expand(len(log_probabilities), -1)
     if choice == "full":
-        return torch.full(log_probabilities.shape[:2], model.levels - 1)
+        return torch.full(log_probabilities.shape[:2], model.levels - 1, device=log_probabilities.device)
     return log_probabilities.argmax(-1)
 
 
@@ -153,7 +158,7 @@ def best_static(
     """
     tried = static_candidates(model, budget, candidates, tolerance, seed)
     if extra is not None:
-        affordable = extra[count_flops(model, extra) <= (1 + tolerance) * budget]
+        affordable = extra[count_flops(model, extra).cpu() <= (1 + tolerance) * budget]
         tried = torch.cat([tried, affordable]).unique(dim=0)
     chosen_on = image_set if choose_on is None else choose_on
     reports = [evaluate(model, [chosen_on], structure)[chosen_on.name] for structure in tried]
@@ -172,7 +177,7 @@ def static_candidates(model: DeepElasticNetwork, budget: float, count: int, tole
     draws, blocks, levels = 20000, model.num_blocks, model.levels
     weights = torch.empty(draws, levels).exponential_(generator=generator)
     drawn = torch.multinomial(weights, blocks, replacement=True, generator=generator)
-    distance = (count_flops(model, drawn) / budget - 1).abs() if budget > 0 else drawn.sum(1).double()
+    distance = (count_flops(model, drawn).cpu() / budget - 1).abs() if budget > 0 else drawn.sum(1).double()
     near = (distance <= tolerance).nonzero().flatten()
     if len(near) == 0:
         near = distance.argmin().view(1)
@@ -216,8 +221,9 @@ def time_per_image(
     the median over the rounds of every batch, added up.  Batches are full where the set has that many.
     """
     model.eval()
+    device = _device(model)
     name, plain = image_set.name, PlainNetwork(model, image_set.name)
-    parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size), batches)]
+    parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size, device), batches)]
     parts = [images for images in parts if len(images) == batch_size] or parts
     runs = {
         "plain": plain,
@@ -230,8 +236,10 @@ def time_per_image(
         for kind, run in runs.items():
             run(parts[-1])
             for i, images in enumerate(parts):
+                wait_for(device)
                 start = time.perf_counter()
                 run(images)
+                wait_for(device)
                 seconds[kind][i].append(time.perf_counter() - start)
     count = sum(map(len, parts))
     medians = {k: sum(map(statistics.median, each)) / count for k, each in seconds.items()}

@@ -15,6 +15,8 @@ from den.count import parameter_fractions
 from den.data import Batch
 from den.model import DeepElasticNetwork
 
+STEERING = 32.0  # most that `steered_rho` multiplies or divides by
+
 
 def initial_structures(count: int, blocks: int, levels: int, tau: float, generator: torch.Generator) -> Tensor:
     """`count` structures of the initial distribution (equation 8): int64 [count, blocks].
@@ -39,12 +41,12 @@ def sample_structures(log_probabilities: Tensor, samples: int, epsilon: float, g
     Each is, with probability epsilon, uniform over all structures instead (epsilon-greedy exploration).
     """
     count, blocks, levels = log_probabilities.shape
-    flat = log_probabilities.detach().exp().view(-1, levels)
+    flat = log_probabilities.detach().float().exp().view(-1, levels).to(generator.device)
     drawn = torch.multinomial(flat, samples, replacement=True, generator=generator)  # [B * N, samples]
     drawn = drawn.view(count, blocks, samples).transpose(1, 2)
     anything = torch.randint(levels, (count, samples, blocks), generator=generator)
     explores = torch.rand(count, samples, 1, generator=generator) < epsilon
-    return torch.where(explores, anything, drawn)
+    return torch.where(explores, anything, drawn).to(log_probabilities.device)
 
 
 def structure_log_probability(log_probabilities: Tensor, structures: Tensor) -> Tensor:
@@ -55,12 +57,25 @@ def structure_log_probability(log_probabilities: Tensor, structures: Tensor) -> 
     return log_probabilities.gather(2, structures.transpose(1, 2)).sum(1)
 
 
-def sparsity_penalty(structures: Tensor, fractions: Tensor, rho: float) -> Tensor:
+def steered_rho(rho: float, cost: float, budget: float) -> float:
+    """rho for a task that costs `cost` and is to cost `budget`: from rho / 32, 10 % below it, to 32 rho, 10 % above.
+
+    It depends on the present cost alone: a weight that adds up past misses is still wrong when the cost is right.
+
+    >>> [steered_rho(1.0, cost, 0.5) for cost in (0.1, 0.45, 0.5, 0.55, 1.0)]
+    [0.03125, 0.03125, 1.0, 32.0, 32.0]
+    """
+    return rho * STEERING ** min(max(10 * (cost - budget) / budget, -1.0), 1.0)
+
+
+def sparsity_penalty(structures: Tensor, fractions: Tensor, rho: float | Tensor) -> Tensor:
     """S(z) = rho * (mean over blocks of d_i(l_i))^2 (equation 5) of structures [..., N]: [...].
 
+    rho: one number, or [...].
     fractions: [N, L], d_i(l), the share of block i's parameters that level l uses (`den.count.parameter_fractions`).
     """
-    return rho * fractions[torch.arange(len(fractions)), structures].mean(-1).square()
+    blocks = torch.arange(len(fractions), device=structures.device)
+    return rho * fractions[blocks, structures].mean(-1).square()
 
 
 def entropy(log_probabilities: Tensor) -> Tensor:
@@ -70,12 +85,12 @@ def entropy(log_probabilities: Tensor) -> Tensor:
 
 def instance_losses(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
     """Cross-entropy of every instance of a mixed-task batch, in the order of the batch: [B]."""
-    return torch.cat([F.cross_entropy(p, y, reduction="none") for p, y in zip(logits, labels, strict=True)])
+    return torch.cat([F.cross_entropy(p.float(), y, reduction="none") for p, y in zip(logits, labels, strict=True)])
 
 
 @torch.no_grad()
-def structure_costs(model: DeepElasticNetwork, batch: Batch, structures: Tensor, rho: float) -> Tensor:
-    """R(z; x, y, t) = L(f(x; z, t), y) + S(z) (equation 6) of structures [B, S, N]: [B, S].
+def structure_costs(model: DeepElasticNetwork, batch: Batch, structures: Tensor, rho: float | Tensor) -> Tensor:
+    """R(z; x, y, t) = L(f(x; z, t), y) + S(z) (equation 6) of structures [B, S, N], rho a number or [B, 1]: [B, S].
 
     All samples of all images run through the blocks as one batch of B * S instances; the estimator must be in
     evaluation mode.

@@ -18,6 +18,7 @@ from den.objective import (
     reinforce,
     sample_structures,
     selected_structures,
+    steered_rho,
     structure_costs,
 )
 
@@ -33,9 +34,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
         for stage in range(1, config.stages + 2):  # line 4; the last round is the estimator's finish
             for batch in engine.phase("estimator", stage):  # lines 5, 8 and 9
                 structures = derive_structures(engine, stage, batch)  # line 6, with p of lines 3 and 14
-                engine.update(estimator_loss(engine, batch, structures))  # line 7
+                with engine.autocast():
+                    objective = estimator_loss(engine, batch, structures)
+                engine.update(objective)  # line 7
             for batch in engine.phase("selector", stage):  # lines 10, 12 and 13
-                engine.update(selector_loss(engine, batch))  # line 11
+                with engine.autocast():
+                    objective = selector_loss(engine, batch)
+                engine.update(objective)  # line 11
         return engine.model.eval()
 
 
@@ -48,13 +53,14 @@ def derive_structures(engine: Engine, stage: int, batch: Batch) -> Tensor | None
     if engine.config.mode == "dense":
         return None
     initial = initial_structures(len(batch), model.num_blocks, model.levels, settings.tau, engine.generator)
+    initial = initial.to(engine.device)
     if stage == 1:
         return initial
     with torch.no_grad():
         logits = model.selector_logits(batch.images, batch.tasks)
     selected = selected_structures(logits, engine.generator if settings.structures == "sample" else None)
     keeps_initial = torch.rand(len(batch), 1, generator=engine.generator) < settings.initial_share
-    return torch.where(keeps_initial, initial, selected)
+    return torch.where(keeps_initial.to(engine.device), initial, selected)
 
 
 def estimator_loss(engine: Engine, batch: Batch, structures: Tensor | None) -> Objective:
@@ -71,7 +77,7 @@ def selector_loss(engine: Engine, batch: Batch) -> Objective:
     log_probabilities = model.selector_logits(batch.images, batch.tasks).log_softmax(-1)  # [B, N, L]
     epsilon = settings.exploration**engine.position.selector_steps
     structures = sample_structures(log_probabilities, settings.samples, epsilon, engine.generator)  # [B, S, N]
-    costs = structure_costs(model, batch, structures, settings.rho)  # [B, S]
+    costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch, log_probabilities))  # [B, S]
     if settings.baseline == "leave-one-out":
         advantage = leave_one_out_advantage(costs)
     else:
@@ -80,3 +86,14 @@ def selector_loss(engine: Engine, batch: Batch) -> Objective:
     variety = entropy(log_probabilities.detach()).mean()
     ratio = engine.flops_ratio(structures.flatten(0, 1))
     return Objective(loss, {"loss": costs.mean(), "flops_ratio": ratio, "entropy": variety})
+
+
+def sparsity_weights(engine: Engine, batch: Batch, log_probabilities: Tensor) -> float | Tensor:
+    """rho of the batch: the setting, or with a budget what steers each task to it, [B, 1]."""
+    settings = engine.config.selector
+    if settings.budget is None:
+        return settings.rho
+    sizes = [len(labels) for labels in batch.labels]
+    costs = [float(engine.flops_ratio(likeliest)) for likeliest in log_probabilities.argmax(-1).split(sizes)]
+    weights = torch.tensor([steered_rho(settings.rho, cost, settings.budget) for cost in costs])
+    return weights.repeat_interleave(torch.tensor(sizes)).unsqueeze(1).to(engine.device)

@@ -9,8 +9,9 @@ instances that use c and n(c) = |U(c)| * H * W,
 What x holds in channels that an instance does not use has no effect. With every group selected this is
 `torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015, algorithm 1), followed by ReLU if asked.
 
-On a CPU four C++ passes do the work: statistics and apply forward, reduce and gradient backward. Everywhere else, and
-where statistics are shared between processes, PyTorch operations do, without reading anything back from the device.
+Four passes do the work, statistics and apply forward, reduce and gradient backward: in C++ on a CPU, in Triton
+(`_triton/norm.py`) on a GPU. Where neither runs, and where statistics are shared between processes, PyTorch operations
+do. On a GPU nothing is read back from the device.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import _triton
 from ._conv_cpu import memory_format_of
 from ._extension import extension
 from .dynamic_conv import group_sizes
@@ -123,7 +125,7 @@ def _norm_torch(
     return torch.where(used, y.relu() if relu else y, 0).to(x.dtype), statistics.detach()
 
 
-# C++ on a CPU: one op for each pass over the batch. All maps are channels-last in memory.
+# The four passes, two in each op: C++ on a CPU, Triton on a GPU. All maps are channels-last in memory.
 
 
 def _float(values: Tensor | None) -> Tensor | None:
@@ -152,7 +154,7 @@ def _affine(statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
 
 @torch.library.custom_op("den_kernels::dynamic_norm", mutates_args=(), device_types="cpu")
 def _norm_forward(
-    x: Tensor,  # [B, C, H, W] float32 or bfloat16
+    x: Tensor,  # [B, C, H, W] float32 or bfloat16; on a GPU also float16
     selection: Tensor,  # bool [B, G]
     statistics: Tensor | None,  # float32 [3, C] mean, biased variance, count; None: those of the batch
     weight: Tensor | None,  # [C]
@@ -213,6 +215,16 @@ def _(dy: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     return _empty_channels_last(x) if need_dx else x.new_empty(0), sums
 
 
+def _kernels() -> Any:
+    from ._triton import norm
+
+    return norm
+
+
+_norm_forward.register_kernel("cuda", lambda *arguments: _kernels().forward(*arguments))
+_norm_backward.register_kernel("cuda", lambda *arguments: _kernels().backward(*arguments))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, selection, given, weight, bias, *ctx.settings = inputs
     ctx.training = given is None
@@ -233,6 +245,12 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _norm_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    if x.is_cpu:
+        return extension is not None and x.dtype in _NATIVE_DTYPES
+    return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
 
 def _check_counts(count: Tensor, shape: torch.Size) -> None:
@@ -261,13 +279,8 @@ def _check(x: Tensor, route: Route, groups: Sequence[int], **vectors: Tensor | N
 
 
 @torch.no_grad()
-def _update_running(
-    running_mean: Tensor,  # [C]
-    running_var: Tensor,  # [C]
-    statistics: Tensor,  # [3, C]
-    momentum: float | Tensor,
-) -> None:
-    """Move the running statistics of every channel of which the batch has at least two values."""
+def _update_running(running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float | Tensor) -> None:
+    """Move the running statistics [C] of every channel of which the batch, of statistics [3, C], has two values."""
     mean, var, count = statistics
     weight, unbiased = (count > 1).to(mean.dtype) * momentum, var * (count / (count - 1).clamp(min=1))
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
@@ -313,7 +326,7 @@ def dynamic_batch_norm(
         running = torch.stack([running_mean, running_var, torch.ones_like(running_mean)])
         statistics = running.to(torch.promote_types(x.dtype, torch.float32))
     selection = route.selection()
-    if extension is not None and x.is_cpu and x.dtype in _NATIVE_DTYPES and process_group is None:
+    if process_group is None and _has_kernels(x):
         y, batch = _norm_forward(_channels_last(x), selection, statistics, weight, bias, list(groups), eps, relu)
     else:
         y, batch = _norm_torch(x, selection, statistics, weight, bias, groups, eps, relu, process_group)
@@ -367,19 +380,11 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
             selection = torch.full((x.shape[0],), len(self.groups), dtype=torch.int32, device=x.device)
         tracked = self.track_running_stats or not self.training
         return dynamic_batch_norm(
-            x,
-            selection,
-            self.weight,
-            self.bias,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            groups=self.groups,
-            training=self.training,
-            momentum=self._advance(),
-            eps=self.eps,
-            relu=relu,
+            x, selection, self.weight, self.bias,
+            self.running_mean if tracked else None, self.running_var if tracked else None,
+            groups=self.groups, training=self.training, momentum=self._advance(), eps=self.eps, relu=relu,
             process_group=self.process_group,
-        )
+        )  # fmt: skip
 
     def _advance(self) -> float | Tensor:
         """Count a training step; the weight of its batch in the running statistics."""

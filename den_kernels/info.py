@@ -172,7 +172,9 @@ def _missing(cuda: dict[str, Any]) -> list[str]:
             "was seen 1.1 to 1.5 times slower"
         )
     if extension is not None and not extension.with_cuda:
-        texts.append("CUDA sources (no nvcc at build time): nothing on a CPU; on a GPU the plan takes several launches instead of one")
+        texts.append(
+            "CUDA sources (no nvcc at build time): nothing on a CPU; on a GPU the plan takes several launches, not one"
+        )
     if extension is not None and not _shares_openmp():
         texts.append(
             "a shared OpenMP runtime: the extension's threads and torch's spin against each other, which can slow both "
@@ -182,8 +184,8 @@ def _missing(cuda: dict[str, Any]) -> list[str]:
         texts.append("oneDNN in this torch: convolutions on a CPU are several times slower")
     if find_spec("triton") is None:
         texts.append(
-            "triton: nothing on a CPU; on a GPU every instance computes all groups and unused ones are zeroed, so nothing "
-            "is saved; torch's CUDA builds bring it, else pip install triton"
+            "triton: nothing on a CPU; on a GPU every instance computes all groups and unused ones are zeroed, so that "
+            "nothing is saved; torch's CUDA builds bring it, else pip install triton"
         )
     for i, gpu in enumerate(cuda["devices"]):
         if tuple(gpu["compute_capability"]) < (8, 0):

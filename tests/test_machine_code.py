@@ -22,14 +22,15 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from den_kernels._triton.conv_kernel import convolve_kernel  # noqa: E402
+from den_kernels._triton import norm  # noqa: E402
 from den_kernels._triton.convolve import Epilogue, Prologue, convolution_launch  # noqa: E402
+from den_kernels._triton.launch import Launch  # noqa: E402
 from den_kernels._triton.weight_gradient import weight_gradient_launch  # noqa: E402
-from den_kernels._triton.weight_gradient_kernel import weight_gradient_kernel  # noqa: E402
 
 pytestmark = pytest.mark.slow
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+POINTERS |= {torch.uint8: "*u8"}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 BATCH = 256
@@ -42,12 +43,12 @@ class Code(NamedTuple):
     instructions: Counter
 
 
-def compile_launch(kernel, arguments: dict, arch: int) -> Code:
-    """Compile what `kernel[grid](**arguments)` would run on an architecture, and take the result apart."""
-    arguments = dict(arguments)
+def compile_launch(launch: Launch, arch: int) -> Code:
+    """Compile what a launch would run on an architecture, and take the result apart."""
+    arguments = {"num_stages": 1} | launch.arguments
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
     signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
+    for i, parameter in enumerate(launch.kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
@@ -55,7 +56,7 @@ def compile_launch(kernel, arguments: dict, arch: int) -> Code:
         signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if isinstance(value, torch.Tensor) or value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return disassemble(compiled)
 
@@ -77,7 +78,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
-def a_launch(kind: str, width: int, dtype: torch.dtype, arch: int, stride: int = 1, cardinality: int = 1):
+def a_launch(kind: str, width: int, dtype: torch.dtype, arch: int, stride: int = 1, cardinality: int = 1) -> Launch:
     """A launch of a residual block of `width` channels, as WRN-32-4 (64, 128, 256) has them; meta tensors."""
     size = max(4, 2048 // width) if width >= 64 else 32
     groups = (width // 4, width // 4, width // 2)
@@ -93,7 +94,7 @@ def a_launch(kind: str, width: int, dtype: torch.dtype, arch: int, stride: int =
     weight = empty(width, width // cardinality, 3, 3, dtype=dtype)
     vector = empty(width, dtype=torch.float32)
     if kind.endswith("weight"):
-        return weight_gradient_kernel, weight_gradient_launch(y, x, (3, 3), route, geometry, arch, 132)
+        return weight_gradient_launch(y, x, (3, 3), route, geometry, arch, 132)
     prologue, epilogue, inference = None, Epilogue(), not kind.endswith("data")
     if kind == "conv1 block":
         prologue, epilogue = Prologue(vector, vector), Epilogue(vector, vector, relu=True)
@@ -102,10 +103,7 @@ def a_launch(kind: str, width: int, dtype: torch.dtype, arch: int, stride: int =
     elif kind.endswith("data"):
         x, y = y, x
     block = kind.endswith("block")
-    launch = convolution_launch(
-        x, weight, y, route, geometry, not inference, block, prologue, epilogue, arch, 132
-    )  # fmt: skip
-    return convolve_kernel, launch
+    return convolution_launch(x, weight, y, route, geometry, not inference, block, prologue, epilogue, arch, 132)
 
 
 KINDS = ("conv1 block", "conv2 block", "conv1 data", "conv2 data", "conv1 weight", "conv2 weight")
@@ -137,5 +135,29 @@ def check(code: Code, kind: str, width: int, dtype: torch.dtype, arch: int) -> N
 
 @pytest.mark.parametrize(("kind", "width", "dtype", "arch"), CASES, ids=lambda value: str(value).replace(" ", "-"))
 def test_shipped_launches(kind, width, dtype, arch):
-    kernel, launch = a_launch(kind, width, dtype, arch)
-    check(compile_launch(kernel, launch.arguments, arch), kind, width, dtype, arch)
+    check(compile_launch(a_launch(kind, width, dtype, arch), arch), kind, width, dtype, arch)
+
+
+def norm_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
+    size, groups = max(4, 2048 // width), (width // 4, width // 4, width // 2)
+    x, selection = empty(BATCH, width, size, size, dtype=dtype), empty(BATCH, 3, dtype=torch.bool)
+    vector, statistics = empty(width, dtype=torch.float32), empty(3, width, dtype=torch.float32)
+    affine = norm.Affine(statistics, vector, vector, 1e-5, True)
+    first = norm.statistics_launch(x, selection, groups, 132)
+    return {
+        "statistics": first,
+        "fold": norm.fold_launch(first.arguments["partial"], statistics),
+        "apply": norm.apply_launch(x, x, selection, affine, groups, 132),
+        "reduce": norm.reduce_launch(x, x, selection, affine, groups, 132),
+        "gradient": norm.gradient_launch(x, x, x, selection, affine, empty(2, width, dtype=torch.float32), groups, 132),
+    }
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(("width", "dtype"), [(64, HALF), (256, HALF), (64, FULL)], ids=str)
+def test_passes_of_the_batch_norm_read_128_bits_and_spill_nothing(width, dtype, arch):
+    for name, launch in norm_launches(width, dtype).items():
+        code = compile_launch(launch, arch)
+        assert code.stack == 0, name
+        assert not re.search(r"\b(LDL|STL)", " ".join(code.instructions)), name
+        assert name == "fold" or code.instructions["LDG.E.128"], (name, code.instructions)

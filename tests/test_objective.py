@@ -10,6 +10,7 @@ from den.count import parameter_fractions
 from den.data import Batch
 from den.model import create_model
 from den.objective import (
+    STEERING,
     RunningBaseline,
     entropy,
     initial_structures,
@@ -19,6 +20,7 @@ from den.objective import (
     sample_structures,
     selected_structures,
     sparsity_penalty,
+    steered_rho,
     structure_costs,
     structure_log_probability,
 )
@@ -104,6 +106,20 @@ def test_penalty_of_a_real_network_is_rho_at_full_structure_and_0_at_none():
     model = create_model("wrn8_1", [Task("a", 3, 8)], trunk_size=8)
     structures = torch.tensor([[3] * 3, [0] * 3, [2] * 3])
     assert sparsity_penalty(structures, parameter_fractions(model), 0.7).tolist() == pytest.approx([0.7, 0.0, 0.175])
+
+
+def test_penalty_takes_a_rho_for_every_image():
+    structures = torch.tensor([[[2, 2], [1, 0]], [[2, 0], [1, 1]]])  # [B, S, N]
+    fractions = torch.tensor([[0.0, 0.5, 1.0]] * 2)
+    found = sparsity_penalty(structures, fractions, torch.tensor([[0.5], [2.0]]))
+    expected = [sparsity_penalty(part, fractions, rho) for part, rho in zip(structures, (0.5, 2.0), strict=True)]
+    assert torch.equal(found, torch.stack(expected))
+
+
+def test_steered_rho_rises_steeply_with_the_cost_between_bounds():
+    found = [steered_rho(0.1, cost, 0.4) for cost in (0.0, 0.36, 0.38, 0.4, 0.42, 0.44, 1.0)]
+    root = STEERING**0.5
+    assert found == pytest.approx([0.1 / root**2, 0.1 / root**2, 0.1 / root, 0.1, 0.1 * root, 3.2, 3.2])
 
 
 def test_entropy_of_known_distributions():

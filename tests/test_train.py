@@ -12,9 +12,10 @@ from den.data import ImageSet, load_set
 from den.engine import Engine, estimator_optimiser, hold_out
 from den.evaluate import best_static, evaluate, full_flops, static_candidates, time_per_image
 from den.model import create_model
+from den.objective import STEERING
 from den.phases import run_phases, schedule_factor
 from den.run_folder import read_metrics, stored_config
-from den.train import derive_structures, train
+from den.train import derive_structures, sparsity_weights, train
 
 
 def tiny(out, **changes):
@@ -196,6 +197,37 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, small_sets):
     estimator = EstimatorTraining(first=PhaseConfig(steps=50, rate=1e30, schedule="constant"))
     with pytest.raises(ValueError, match=r"loss must stay finite, got (nan|inf) at step \d+ \(lower the rate\)"):
         train(tiny(tmp_path / "run", estimator=estimator))
+
+
+@pytest.mark.parametrize("budget", [0.15, 0.25])
+def test_budget_steers_every_task_to_its_flops(tmp_path, budget):
+    """From a rho that alone would save next to nothing; the estimator is left untrained."""
+    torch.set_num_threads(1)
+    config = tiny(
+        tmp_path / "run",
+        stages=1,
+        epoch_steps=150,
+        data=DataConfig(batch_size=32),
+        estimator=EstimatorTraining(first=PhaseConfig(steps=1, rate=0.0)),
+        selector=SelectorTraining(phase=PhaseConfig(steps=150, rate=1e-2), rho=0.01, budget=budget),
+    )
+    for report in evaluate(train(config), [load_set(name, "test") for name in config.data.tasks]).values():
+        assert report.flops_ratio == pytest.approx(budget, rel=0.3)
+
+
+def test_weights_of_the_sparsity_term_are_of_their_task(tmp_path, small_sets):
+    selector = SelectorTraining(rho=0.1, budget=0.5)
+    with Engine(tiny(tmp_path / "run", selector=selector)) as engine:
+        batch = engine.batches.next()
+        likeliest = torch.tensor([3] * len(batch.labels[0]) + [0] * len(batch.labels[1]))
+        logits = torch.nn.functional.one_hot(likeliest[:, None].expand(-1, engine.model.num_blocks), 4).float()
+        weights = sparsity_weights(engine, batch, logits.log_softmax(-1))
+        assert weights.shape == (len(batch), 1)
+        assert weights.flatten().tolist() == pytest.approx(
+            [0.1 * STEERING] * len(batch.labels[0]) + [0.1 / STEERING] * len(batch.labels[1])
+        )
+    with Engine(tiny(tmp_path / "steady")) as engine:
+        assert sparsity_weights(engine, batch, logits.log_softmax(-1)) == engine.config.selector.rho
 
 
 def test_second_run_in_a_folder_is_refused(tmp_path, small_sets):

@@ -47,7 +47,7 @@ class MixedTaskBatches:
         for k, image_set in enumerate(self.sets):
             index = self._draw(k)
             images.append(image_set.augmented(index, self.generator))
-            labels.append(image_set.labels[index])
+            labels.append(image_set.labels[index.to(image_set.labels.device)])
         return Batch(tuple(s.name for s in self.sets), images, labels)
 
     def _draw(self, k: int) -> Tensor:

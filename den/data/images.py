@@ -49,6 +49,10 @@ class ImageSet:
     def task(self) -> Task:
         return Task(self.name, self.classes, size=self.images.shape[-1], channels=self.images.shape[1])
 
+    def to(self, device: torch.device) -> ImageSet:
+        """The same images in the memory of a device."""
+        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
     def subset(self, index: Tensor) -> ImageSet:
         """The images at `index` (int64 [n]), in that order."""
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
@@ -64,12 +68,13 @@ class ImageSet:
         left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored.
         """
         height, width = self.images.shape[2:]
-        count = len(index)
+        count, device = len(index), self.images.device
         top, left = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
         rows, columns = top + torch.arange(height), left + torch.arange(width)  # [n, H], [n, W]
         if self.flip:
             mirrored = torch.rand(count, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
+        index, rows, columns = (places.to(device) for places in (index, rows, columns))
         return self._normalise(self._padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
 
     @cached_property
@@ -78,7 +83,7 @@ class ImageSet:
         return bordered.permute(0, 2, 3, 1).contiguous()
 
     def _normalise(self, pixels: Tensor) -> Tensor:  # uint8 [n, H, W, C] -> float32 [n, C, H, W]
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
         values = pixels.contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
         return values.permute(0, 3, 1, 2)
 

@@ -1,6 +1,5 @@
 """The convolution kernel on tensors: forward and data gradient."""
 
-from functools import lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from ..plan import Route, channels_of
 from . import choice
 from .choice import Shape, Side, Tile
 from .conv_kernel import convolve_kernel
+from .launch import Launch, architecture
 
 
 class Epilogue(NamedTuple):
@@ -53,15 +53,6 @@ def check_pixels(*maps: Tensor) -> None:
             raise ValueError(f"dynamic_conv2d: a batch must have fewer than 2**31 pixels, got {list(x.shape)}")
 
 
-@lru_cache(maxsize=64)
-def architecture(device: torch.device) -> tuple[int, int]:
-    """Compute capability (90 for 9.0) and multiprocessors of a device; those of a small one for the interpreter."""
-    if device.type != "cuda":
-        return 80, 2
-    found = torch.cuda.get_device_properties(device)
-    return found.major * 10 + found.minor, found.multi_processor_count
-
-
 def _select(mask: Tensor, side: Side, unit: int) -> Selected:
     """Without waiting for the device. `mask` is bool [B, G]."""
     bits = channels_of(mask, side.sizes, side.channels)
@@ -98,13 +89,6 @@ def _tiles_at_most(shape: Shape, instances: int, pixels: int, classes: int, rows
 def precision(dtype: torch.dtype) -> str:
     """TF32 where torch's flag for convolutions allows it."""
     return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
-
-
-class Launch(NamedTuple):
-    """A kernel launch: `kernel[(programs,)](**arguments)`."""
-
-    programs: int
-    arguments: dict[str, Any]
 
 
 def convolution_launch(
@@ -149,7 +133,7 @@ def convolution_launch(
         num_warps=tile.warps, num_stages=tile.stages,
         **{name: source if tensor is None else tensor for name, tensor in pointers.items()}, **selection,
     )  # fmt: skip
-    return Launch(min(most, tile.programs * multiprocessors), arguments)
+    return Launch(convolve_kernel, min(most, tile.programs * multiprocessors), arguments)
 
 
 def convolve(
@@ -172,4 +156,4 @@ def convolve(
         channels_last(source), channels_last(weight), out, route, geometry, transposed, skip_empty, prologue, epilogue,
         *architecture(source.device),
     )  # fmt: skip
-    convolve_kernel[(launch.programs,)](**launch.arguments)
+    launch.run(source)

@@ -9,7 +9,8 @@ from .._conv_cpu import Geometry
 from ..plan import Route, channels_of
 from . import choice
 from .choice import Side, Tile
-from .convolve import Launch, architecture, channels_last, check_pixels, precision
+from .convolve import channels_last, check_pixels, precision
+from .launch import Launch, architecture
 from .weight_gradient_kernel import weight_gradient_kernel
 
 
@@ -78,7 +79,7 @@ def weight_gradient_launch(
         K_TILES=k_tiles, WHOLE=OH * OW % tile.rows == 0, PRECISION=precision(grad.dtype), SPLITS=splits,
         BN=tile.columns, BK=tile.depth, BP=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **users,
     )  # fmt: skip
-    return Launch(min(tiles * splits, tile.programs * multiprocessors), arguments)
+    return Launch(weight_gradient_kernel, min(tiles * splits, tile.programs * multiprocessors), arguments)
 
 
 def weight_gradient(
@@ -96,5 +97,4 @@ def weight_gradient(
     launch = weight_gradient_launch(
         channels_last(grad), channels_last(source), (R, S), route, geometry, *architecture(grad.device)
     )
-    weight_gradient_kernel[(launch.programs,)](**launch.arguments)
-    return launch.arguments["partial"].sum(0).to(weight.dtype).permute(0, 3, 1, 2)
+    return launch.run(grad)["partial"].sum(0).to(weight.dtype).permute(0, 3, 1, 2)

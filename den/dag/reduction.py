@@ -1,0 +1,153 @@
+"""Flow-based reduction: which edges, read-ins and read-outs of the graph a task keeps.
+
+The idea, to delete the least important edges by the flow through them, is that of Choi and Im (CVPR 2023); the
+algorithm in its details is this library's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from den.dag.graph import KINDS, Graph, Item, SubGraph
+
+Ranking = Literal["flow", "gates", "random"]
+ROUNDING = 1e-9  # so that a share of 0.3 of 10 is 3, not 2.9999
+
+
+@dataclass(frozen=True)
+class TaskGates:
+    """The gates of one task, each in 0..1: sigmoids of its logits."""
+
+    read_in: Sequence[float]  # [N]
+    read_out: Sequence[float]  # [N]
+    edges: Sequence[float]  # [E]
+
+    def of(self, item: Item) -> float:
+        return {"edge": self.edges, "read-in": self.read_in, "read-out": self.read_out}[item.kind][item.index]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One unit of mass on its way from the source to the sink."""
+
+    read_in: tuple[float, ...]  # [N]: from the source into each state; adds up to 1
+    edges: tuple[float, ...]  # [E]: along each edge
+    read_out: tuple[float, ...]  # [N]: from each state to the sink; adds up to 1
+
+    def of(self, item: Item) -> float:
+        return {"edge": self.edges, "read-in": self.read_in, "read-out": self.read_out}[item.kind][item.index]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a task keeps, and what it was to keep."""
+
+    kept: SubGraph
+    targets: dict[str, int]  # by kind of item
+
+    @property
+    def missed(self) -> dict[str, int]:
+        """Items kept beyond the target (negative: fewer), by kind, of the kinds that missed theirs."""
+        found = {kind: self.kept.count(kind) - self.targets[kind] for kind in KINDS}
+        return {kind: excess for kind, excess in found.items() if excess}
+
+    def explain(self) -> str:
+        """One sentence on targets that were missed; empty where none was."""
+        parts = [
+            f"{self.kept.count(kind)} of {kind} where {self.targets[kind]} were wanted" for kind in self.missed
+        ]  # fmt: skip
+        if not parts:
+            return ""
+        reason = "removing more would cut the last path or take more than wanted of another kind"
+        return f"the reduction kept {', '.join(parts)}: " + (reason if self.kept.has_path() else "no path is left")
+
+
+def flow(graph: Graph, gates: TaskGates) -> Flow:
+    """How a unit of mass divides over the whole graph, in proportion to the gates.
+
+    Into state j goes ``a_j / sum(a)`` from the source; what arrives in a state leaves over its edges and its read-out in
+    proportion to their gates.
+
+    Raises ValueError for gates of another number, outside 0..1, or a state whose gates out are all 0.
+    """
+    _check(graph, gates)
+    total = sum(gates.read_in)
+    read_in = tuple(a / total for a in gates.read_in)
+    edges, read_out = [0.0] * len(graph.edges), [0.0] * graph.states
+    for j in range(graph.states):
+        mass = read_in[j] + sum(edges[e] for e in graph.incoming[j])
+        leaving = gates.read_out[j] + sum(gates.edges[e] for e in graph.outgoing[j])
+        if not leaving > 0:
+            raise ValueError(f"flow: a state must have a gate above 0 to leave by, got none for state {j}")
+        for e in graph.outgoing[j]:
+            edges[e] = mass * gates.edges[e] / leaving
+        read_out[j] = mass * gates.read_out[j] / leaving
+    return Flow(read_in, tuple(edges), tuple(read_out))
+
+
+def targets(graph: Graph, ratio: float) -> dict[str, int]:
+    """Items of each kind to be kept when the share `ratio` of each is removed.
+
+    >>> targets(Graph(8, 3), 0.5)
+    {'edge': 9, 'read-in': 4, 'read-out': 4}
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"reduce: ratio must be in 0..1, got {ratio}")
+    sizes = {"edge": len(graph.edges), "read-in": graph.states, "read-out": graph.states}
+    return {kind: size - math.floor(ratio * size + ROUNDING) for kind, size in sizes.items()}
+
+
+def reduce(
+    graph: Graph, gates: TaskGates, ratio: float, *, ranking: Ranking = "flow", guard: bool = True, seed: int = 0
+) -> Reduction:
+    """Remove the least important items until the share `ratio` of each kind is gone.
+
+    Items go in ascending order of their importance (ties: longer span first, then larger head); after each, everything
+    on no path from the source to the sink goes too.
+
+    Args:
+        ranking: importance is the flow through an item; its gate; or a random number of `seed`.
+        guard: take a step back wherever it would leave no path, or fewer of any kind than its target.  Without it whole
+            branches die, more is removed than asked for, and no path may be left.
+
+    Raises ValueError for gates or a ratio that do not fit.
+    """
+    wanted = targets(graph, ratio)
+    kept = graph.whole()
+    for item in ranked(graph, gates, ranking, seed):
+        if not kept.keeps(item) or kept.count(item.kind) <= wanted[item.kind]:
+            continue
+        trial = kept.without(item).clean()
+        enough = all(trial.count(kind) >= wanted[kind] for kind in KINDS)
+        if not guard or (enough and trial.has_path()):
+            kept = trial
+    return Reduction(kept, wanted)
+
+
+def ranked(graph: Graph, gates: TaskGates, ranking: Ranking, seed: int = 0) -> list[Item]:
+    """All items, the least important first."""
+    items = graph.whole().items()
+    if ranking == "random":
+        generator = random.Random(seed)
+        return generator.sample(items, len(items))
+    if ranking == "gates":
+        _check(graph, gates)
+        importance = gates.of
+    elif ranking == "flow":
+        importance = flow(graph, gates).of
+    else:
+        raise ValueError(f"reduce: ranking must be flow, gates or random, got {ranking!r}")
+    return sorted(items, key=lambda item: (importance(item), -item.span, -item.head))
+
+
+def _check(graph: Graph, gates: TaskGates) -> None:
+    for name, size in (("read_in", graph.states), ("read_out", graph.states), ("edges", len(graph.edges))):
+        values = getattr(gates, name)
+        if len(values) != size or not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"flow: {name} must be {size} gates in 0..1, got {list(values)}")
+    if not sum(gates.read_in) > 0:
+        raise ValueError("flow: read_in must hold a gate above 0, got none")

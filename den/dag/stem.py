@@ -1,0 +1,40 @@
+"""The stem of a task: its images, whatever their size, as the map that the states share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from den.conv_norm import ConvNormReLU
+from den.stem import enlarge
+from den.tasks import Task
+
+
+def stem_geometry(size: int, out_size: int) -> tuple[int, int, int]:
+    """Kernel, stride and padding of the convolution that takes a map of side ``size >= out_size`` to ``out_size``.
+
+    The kernel is 3, or as wide as the stride where that is more, so that no pixel is left out.
+    ``stem_geometry(28, 14) == (3, 2, 1)``, ``stem_geometry(16, 16) == (3, 1, 1)``.
+    """
+    stride = -(-size // out_size)
+    kernel = max(3, stride)
+    total = (out_size - 1) * stride + kernel - size
+    return kernel, stride, max(0, -(-total // 2))
+
+
+class DagStem(nn.Module):
+    """Images [B, C_k, S_k, S_k] of one task -> [B, channels, trunk_size, trunk_size], channels-last in memory.
+
+    Convolution, batch norm of the task's own, ReLU; images smaller than the trunk are first enlarged (bilinear).
+    """
+
+    def __init__(self, task: Task, channels: int, trunk_size: int) -> None:
+        super().__init__()
+        self.in_size, self.out_size = max(task.size, trunk_size), trunk_size
+        self.conv = ConvNormReLU(task.channels, channels, *stem_geometry(self.in_size, trunk_size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(enlarge(images, self.in_size) if images.shape[-1] < self.in_size else images)
+
+    def flops(self) -> int:
+        """Twice the multiply-adds of the convolution for one image."""
+        return 2 * self.conv.conv.weight.numel() * self.out_size**2
