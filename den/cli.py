@@ -40,6 +40,8 @@ class Evaluate:
     """Compare with the best of this many single structures of the same cost, chosen on the test images themselves."""
     time: bool = False
     """Measure the time per image, with the full structure and with the selected ones."""
+    device: str = "auto"
+    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,12 @@ def _evaluate(command: Evaluate) -> None:
     """Print a line of results per task, and those of the comparisons asked for."""
     from den.checkpoint import load_model
     from den.data import load_set
+    from den.device import choose_device
     from den.evaluate import best_static, evaluate, time_per_image
     from den.run_folder import stored_config
 
     config = stored_config(command.run)
-    model = load_model(command.run / f"{command.checkpoint}.safetensors")
+    model = load_model(command.run / f"{command.checkpoint}.safetensors").to(choose_device(command.device))
     sets = [load_set(name, "test", command.data_root or config.data.root) for name in config.data.tasks]
     for image_set in sets:
         choice = "full" if config.mode == "dense" else "selected"
