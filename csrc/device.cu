@@ -1,20 +1,8 @@
 #include "device.h"
 
-#include <stdexcept>
-
-#include <cuda_runtime.h>
+#include "launch.cuh"
 
 namespace den_kernels {
-namespace {
-
-void check_cuda(cudaError_t code, const char* call) {
-  if (code == cudaSuccess) return;
-  cudaGetLastError();  // an error that is reported here must not surface again in somebody else's call
-  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(code) + " (CUDA error " +
-                           std::to_string(static_cast<int>(code)) + ")");
-}
-
-}  // namespace
 
 CudaDevices cuda_devices() {
   CudaDevices found;

@@ -1,6 +1,7 @@
 // den_kernels._C: a table of contents. Each op binds itself; its header says what it takes.
 #include <pybind11/pybind11.h>
 
+#include "cuda_ops.h"
 #include "device.h"
 #include "dynamic_conv.h"
 #include "dynamic_residual.h"
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_C, m) {
   den_kernels::bind_norm(m);
   den_kernels::bind_dynamic_conv(m);
   den_kernels::bind_dynamic_residual(m);
+  den_kernels::bind_cuda_ops(m);
 }

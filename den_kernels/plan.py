@@ -8,8 +8,8 @@ contents written by `RoutingPlan.update_`.
     order                        [2, 4, 0, 3, 1]     instances 2 and 4 use two groups, 0 and 3 one, 1 none
     offsets                      [0, 2, 4, 5]        segment s is order[offsets[s]:offsets[s + 1]], of level G - s
 
-On a CPU the sort is C++ (csrc/plan.cpp); elsewhere, and without the extension, torch ops. The references below are the
-definition; all three agree exactly.
+On a CPU the sort is C++ (csrc/plan.cpp), on a CUDA device one kernel for all blocks (csrc/plan.cu); elsewhere, and
+without the extension, torch ops. The references below are the definition; all agree exactly.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from . import _cuda
 from ._eager import runs_eagerly
 from ._extension import extension
 
@@ -114,7 +115,11 @@ def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     On a CPU a level outside 0..groups is a ValueError; elsewhere it is clamped.
     """
     if not levels.is_cpu:
-        return plan_levels_torch(levels, groups)
+        if not _cuda.plans_levels(levels.device, groups):
+            return plan_levels_torch(levels, groups)
+        plan = _empty_plan(levels, levels.shape[0], levels.shape[1], groups + 1)
+        _cuda.plan_levels(levels, groups, *plan)
+        return plan
     if extension is None:
         check_levels(levels, groups)
         return plan_levels_torch(levels, groups)
@@ -136,10 +141,14 @@ def _(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Plan N blocks from masks [B, N, G]: levels int32 [N, B], order int32 [N, B], offsets int32 [N, B + 1]."""
-    if extension is None or not masks.is_cpu:
-        return plan_masks_torch(masks)
     B, N, G = masks.shape
+    on_cuda = _cuda.plans_masks(masks.device, G)
+    if not on_cuda and (extension is None or not masks.is_cpu):
+        return plan_masks_torch(masks)
     levels, order, offsets = _empty_plan(masks, B, N, B)
+    if on_cuda:
+        _cuda.plan_masks(masks, levels, order, offsets)
+        return levels, order, offsets
     rows = masks.transpose(0, 1).contiguous()
     extension.plan_masks(rows.data_ptr(), B, N, G, levels.data_ptr(), order.data_ptr(), offsets.data_ptr())
     return levels, order, offsets

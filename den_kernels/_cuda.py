@@ -1,0 +1,121 @@
+"""The CUDA C++ kernels of the extension: whether they take a problem, and their launchers."""
+
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._cuda_layout import FusedLayout, FusedProblem, fused_layout
+from ._extension import extension
+
+if TYPE_CHECKING:
+    from .plan import Route
+    from .residual_weights import ResidualWeights
+
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_layout = lru_cache(maxsize=1024)(fused_layout)
+
+
+@lru_cache(maxsize=64)
+def _capable(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the extension has kernels for this device: compiled with CUDA, compute capability 8.0 or more."""
+    return device.type == "cuda" and extension is not None and extension.with_cuda and _capable(device)
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def plans_levels(device: torch.device, groups: int) -> bool:
+    """Whether `plan_levels` runs there: a counter for each warp and level must fit in shared memory."""
+    return runs_on(device) and groups <= extension.plan_groups_cuda
+
+
+def plans_masks(device: torch.device, groups: int) -> bool:
+    """Whether `plan_masks` runs there: it holds a mask in one word."""
+    return runs_on(device) and groups <= extension.plan_mask_groups_cuda
+
+
+def plan_levels(levels: Tensor, groups: int, rows: Tensor, order: Tensor, offsets: Tensor) -> None:
+    """Plan from levels [B, N] (csrc/plan.cu) into rows, order [N, B] and offsets [N, groups + 2]."""
+    levels = levels if levels.dtype == torch.int64 else levels.int()
+    (B, N), (stride_b, stride_n) = levels.shape, levels.stride()
+    run = extension.plan_levels_int64_cuda if levels.dtype == torch.int64 else extension.plan_levels_int32_cuda
+    outputs = rows.data_ptr(), order.data_ptr(), offsets.data_ptr()
+    with torch.cuda.device(levels.device):
+        run(levels.data_ptr(), stride_b, stride_n, B, N, groups, *outputs, _stream(levels))
+
+
+def plan_masks(masks: Tensor, levels: Tensor, order: Tensor, offsets: Tensor) -> None:
+    """Plan from masks [B, N, G] (csrc/plan.cu) into levels, order [N, B] and offsets [N, B + 1]."""
+    B, N, G = masks.shape
+    rows = masks.transpose(0, 1).contiguous()
+    outputs = levels.data_ptr(), order.data_ptr(), offsets.data_ptr()
+    with torch.cuda.device(masks.device):
+        extension.plan_masks_cuda(rows.data_ptr(), B, N, G, *outputs, _stream(masks))
+
+
+def choose_fused(
+    x: Tensor,  # [B, C, H, W]
+    route: "Route",
+    weights: "ResidualWeights",
+) -> FusedLayout | None:
+    """The layout of the fused residual block, None where it does not take the problem.
+
+    It takes routes of levels, 3 x 3 kernels, channels-last maps and weights; float32 where TF32 is allowed.
+    """
+    if not runs_on(x.device) or x.dtype not in _TYPES or route.mask is not None:
+        return None
+    if x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return None
+    convolutions = weights.conv1, weights.conv2
+    if any(tuple(conv.shape[2:]) != (3, 3) for conv in convolutions):
+        return None
+    if not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, *convolutions)):
+        return None
+    if any(t.data_ptr() % 16 for t in (x, *convolutions)):
+        return None
+    device: Any = torch.cuda.get_device_properties(x.device)
+    widths = tuple(accumulate(weights.groups))
+    B, C, H, W = x.shape
+    chip = device.multi_processor_count, device.shared_memory_per_block_optin
+    return _layout(FusedProblem(B, H, W, C, weights.conv2.shape[0], widths, weights.stride, x.itemsize, *chip))
+
+
+def fused_residual(
+    x: Tensor,  # [B, C, H, W] channels-last
+    out: Tensor,  # [B, C_out, Ho, Wo] channels-last
+    route: "Route",
+    weights: "ResidualWeights",
+    layout: FusedLayout,
+    *,
+    holds_shortcut: bool,
+    scale3: Tensor | None = None,  # float32 [C_out]
+    relu: bool = False,
+) -> None:
+    """out = shortcut(x) + branch(x) in one launch (csrc/dynamic_residual.cu).
+
+    holds_shortcut: `out` holds the shortcut already (it may be `x`), and instances at level 0 are not touched; else the
+    kernel writes the averaged, zero-padded shortcut. scale3, relu: a post-activation block, whose second batch norm
+    stands behind conv2 (its shift is bias2) and whose ReLU comes after the sum.
+    """
+    B, C, H, W = x.shape
+    C_out, Ho, Wo = out.shape[1:]
+    bias2 = None if weights.bias2 is None else weights.bias2.float()
+    tensors = (
+        *(x, out, route.order, route.offsets, weights.scale1, weights.shift1, weights.conv1, weights.scale2),
+        *(weights.bias1, weights.conv2, scale3, bias2),
+    )
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    sizes = [B, H, W, C, Ho, Wo, C_out, weights.conv1.shape[0], weights.stride]
+    widths = [0, *accumulate(weights.groups)]
+    with torch.cuda.device(x.device):
+        extension.fused_residual_cuda(
+            _TYPES[x.dtype], sizes, widths, addresses, holds_shortcut, relu, list(layout), _stream(x)
+        )
