@@ -1,10 +1,11 @@
-// Convolutions with AMX over maps in scratch memory: their layout, how they are cut into tiles, and the loop over tiles.
+// Convolutions with AMX over maps in scratch memory: their layout, how they are cut into tiles, and the loop over
+// tiles.
 //
-// A map is [block of 32 channels][row][column][instance][32]: a tile's pixels lie 64 bytes apart, and where a row has at
-// most 8 of them, rows of several instances lie together and fill the tile. Rows are padded on the left alone: the next
-// row's left border is this row's right one. A map of fewer than 32 channels ("narrow") is [row][column][channel]: the S
-// pixels under a row of the kernel are then one run of S * channels inputs, which is cut into steps of 32 whatever pixel
-// they belong to.
+// A map is [block of 32 channels][row][column][instance][32]: a tile's pixels lie 64 bytes apart, and where a row has
+// at most 8 of them, rows of several instances lie together and fill the tile. Rows are padded on the left alone: the
+// next row's left border is this row's right one. A map of fewer than 32 channels ("narrow") is [row][column][channel]:
+// the S pixels under a row of the kernel are then one run of S * channels inputs, which is cut into steps of 32
+// whatever pixel they belong to.
 #pragma once
 
 #include <algorithm>
@@ -46,15 +47,15 @@ inline Tiling tiling_of(int64_t Ho, int64_t Wo) {
 // How many instances fill a tile together. A narrow or strided map is read from one at a time.
 inline int64_t together_of(int64_t Wo, int64_t count) { return std::max<int64_t>(1, std::min(16 / Wo, count)); }
 
-inline Map make_map(const Window& w, int64_t channels, int64_t count) {
-  const int64_t together = is_narrow(channels) || w.stride[1] > 1 ? 1 : together_of(w.Wo, count);
-  const int64_t unit = is_narrow(channels) ? channels : 32, columns = w.W + w.left, rows = w.H + 2 * w.top;
+inline Map make_map(const Window& w, const Channels& channels, int64_t count) {
+  const int64_t together = is_narrow(channels.end) || w.stride[1] > 1 ? 1 : together_of(w.Wo, count);
+  const int64_t unit = is_narrow(channels.end) ? channels.end : 32, columns = w.W + w.left, rows = w.H + 2 * w.top;
   const Tiling tiling = tiling_of(w.Ho, w.Wo);
   const int64_t last_row = (w.Ho - 1) * w.stride[0] + w.R - 1;
   const int64_t read = last_row * columns + (tiling.per_row * tiling.span - 1) * w.stride[1] + w.S;
   const int64_t pixels = std::max(rows * columns + w.left, read);
   const int64_t plane = round_up(pixels * together * unit + 32, 32);
-  return {w.H, w.W, w.top, w.left, columns, together, unit, (channels + 31) / 32, plane};
+  return {w.H, w.W, w.top, w.left, columns, together, unit, static_cast<int64_t>(channels.blocks.size()), plane};
 }
 
 KERNEL void clear(bf16* from, int64_t count) { std::memset(from, 0, static_cast<size_t>(count) * 2); }
@@ -80,8 +81,8 @@ KERNEL Pair relu(const Pair& v) {
 
 // count runs of up to 32 values, one every `from_step` and `to_step` elements, activated.
 template <bool affine>
-KERNEL void activate_runs(const bf16* from, int64_t from_step, bf16* to, int64_t to_step, int64_t count,
-                          __mmask32 read, __mmask32 written, const Pair& scale, const Pair& shift) {
+KERNEL void activate_runs(const bf16* from, int64_t from_step, bf16* to, int64_t to_step, int64_t count, __mmask32 read,
+                          __mmask32 written, const Pair& scale, const Pair& shift) {
   for (int64_t i = 0; i < count; ++i, from += from_step, to += to_step) {
     __m512i v = _mm512_maskz_loadu_epi16(read, from);
     if constexpr (affine) {
@@ -93,17 +94,18 @@ KERNEL void activate_runs(const bf16* from, int64_t from_step, bf16* to, int64_t
   }
 }
 
-// A convolution of `groups` maps, one after the other from `maps`, over `inputs` channels to `channels`.
+// A convolution of `groups` maps, one after the other from `maps`, over the blocks of `inputs` to those of `outputs`.
 struct Convolution {
   const Map& map;
   const bf16* maps;
   int64_t groups, Wo, R, S, row_stride, column_stride;
   Tiling tiling;
-  int64_t inputs, channels;
-  const bf16* weights;  // of the first tile of outputs
+  const Channels &inputs, &outputs;
+  const bf16* weights;  // of the first tile of all outputs
   int64_t steps;        // from one tile of outputs to the next
   int64_t tiles() const { return groups * tiling.count; }
   int64_t quads() const { return (tiles() + 3) / 4; }
+  int64_t items() const { return static_cast<int64_t>(outputs.blocks.size()) * quads(); }
 };
 
 // Where a tile of sums lies on the output map.
@@ -111,14 +113,14 @@ struct Place {
   int64_t group, row, column, live;
 };
 
-// Four tiles, or what is left of them: `outputs` tiles of channels from `channel`.
+// Four tiles, or what is left of them: `outputs` tiles of channels of the block of outputs at `slot`.
 template <int outputs, class Finish>
-void four_tiles(const Convolution& c, int64_t tile, int64_t channel, const int64_t* taps, int64_t tap_count,
+void four_tiles(const Convolution& c, int64_t tile, int64_t slot, const int64_t* taps, int64_t tap_count,
                 const Finish& finish) {
   constexpr int at_once = 4 / outputs;
   const Map& m = c.map;
   const Tiling& cut = c.tiling;
-  const bf16* weight = c.weights + channel / 16 * c.steps * 512;
+  const bf16* weight = c.weights + c.outputs.blocks[slot].index * 2 * c.steps * 512;
   alignas(64) float sums[4 * 256];
   for (int64_t last = std::min(tile + 4, c.tiles()); tile < last; tile += at_once) {
     Place places[at_once];
@@ -129,27 +131,27 @@ void four_tiles(const Convolution& c, int64_t tile, int64_t channel, const int64
       places[i] = {n / cut.count, in_group / cut.per_row, column, std::min(c.Wo - column, cut.span)};
       pixels[i] = c.maps + places[i].group * m.group() + m.at(places[i].row * c.row_stride, column * c.column_stride);
     }
-    sum_tiles<outputs>(sums, pixels, m.unit * c.column_stride * 2, m.blocks, m.plane, taps, tap_count, weight,
+    sum_tiles<outputs>(sums, pixels, m.unit * c.column_stride * 2, c.inputs.blocks, m.plane, taps, tap_count, weight,
                        c.steps * 512);
     for (int i = 0; i < at_once && tile + i < last; ++i)
-      finish.template run<outputs>(places[i], channel, sums + i * outputs * 256);
+      finish.template run<outputs>(places[i], slot, sums + i * outputs * 256);
   }
 }
 
-// Items begin..end of a convolution: for each 32 output channels, four tiles at a time. finish.run<outputs>(place,
-// channel, sums) takes the sums of a tile, [pixel][instance][outputs * 16].
+// Items begin..end of a convolution: for each block of outputs, four tiles at a time. finish.run<outputs>(place,
+// slot, sums) takes the sums of a tile, [pixel][instance][outputs * 16].
 template <class Finish>
 void convolve(const Convolution& c, int64_t begin, int64_t end, const Finish& finish) {
   int64_t taps[max_taps], tap_count = 0;
-  const bool narrow = is_narrow(c.inputs);
-  const int64_t per_row = narrow ? (c.S * c.inputs + 31) / 32 : c.S;
+  const bool narrow = is_narrow(c.inputs.end);
+  const int64_t per_row = narrow ? (c.S * c.inputs.end + 31) / 32 : c.S;
   for (int64_t r = 0; r < c.R; ++r)
     for (int64_t s = 0; s < per_row; ++s) taps[tap_count++] = c.map.at(r, 0) + s * (narrow ? 32 : c.map.pixel());
   configure_tiles(c.tiling.span * c.map.together);
   for (int64_t i = begin, quads = c.quads(); i < end; ++i) {
-    const int64_t channel = i / quads * 32, tile = i % quads * 4;
-    const auto run = c.channels - channel > 16 ? four_tiles<2, Finish> : four_tiles<1, Finish>;
-    run(c, tile, channel, taps, tap_count, finish);
+    const int64_t slot = i / quads, tile = i % quads * 4;
+    const auto run = c.outputs.blocks[slot].lanes > 0xFFFF ? four_tiles<2, Finish> : four_tiles<1, Finish>;
+    run(c, tile, slot, taps, tap_count, finish);
   }
   _tile_release();
 }

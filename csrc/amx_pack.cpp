@@ -32,10 +32,11 @@ void pack_step(const bf16* weight, const float* scale, bf16* packed, int64_t O, 
 
 }  // namespace
 
-Section section_of(const int64_t* widths, int64_t G, int64_t width, int64_t O, int64_t R, int64_t S) {
+Section section_of(const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R, int64_t S) {
+  const int64_t G = static_cast<int64_t>(widths.size()) - 1;
   int64_t g = 1;
   while (g < G && widths[g] != width) ++g;
-  return {begin_of(widths, g, O, R, S), steps_of(is_narrow(width) ? width : widths[G], R, S)};
+  return {begin_of(widths.data(), g, O, R, S), steps_of(is_narrow(width) ? width : widths[G], R, S)};
 }
 
 int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths) {

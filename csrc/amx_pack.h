@@ -21,8 +21,8 @@ struct Section {
   int64_t begin, steps;
 };
 
-// width: 0 or one of widths[1..G].
-Section section_of(const int64_t* widths, int64_t G, int64_t width, int64_t O, int64_t R, int64_t S);
+// widths: [G + 1], of the levels; width: one of them.
+Section section_of(const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R, int64_t S);
 
 // weight [O, R, S, I], times scale [O] unless that is null, with I = widths[G] -> [narrow levels, then all wide ones]
 // [ceil(O / 16)][step][16][16][2] in `packed_size_bf16` values: a wide level reads the first steps of the widest, a

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: __m512 __Y = __Y
 #include <immintrin.h>
 
+#include "direct_channels.h"
 #include "dispatch.h"
 #include "numbers.h"
 
@@ -33,15 +35,17 @@ KERNEL void configure_tiles(int64_t rows) {
 // sums[i][row][o] = sum over blocks and taps of pixels[i][block][tap][row] * weight[o / 16][block][tap], where i is one
 // of 4 / outputs tiles of pixels and o one of `outputs` * 16 channels. pixel: bytes from a tile's row to the next.
 template <int outputs>
-KERNEL void sum_tiles(float* sums, const bf16* const (&pixels)[4], int64_t pixel, int64_t blocks, int64_t plane,
-                      const int64_t* taps, int64_t tap_count, const bf16* weight, int64_t weight_tile) {
+KERNEL void sum_tiles(float* sums, const bf16* const (&pixels)[4], int64_t pixel, const std::vector<Block>& blocks,
+                      int64_t plane, const int64_t* taps, int64_t tap_count, const bf16* weights, int64_t weight_tile) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t block = 0; block < blocks; ++block) {
+  int64_t place = 0;
+  for (const Block& block : blocks) {
+    const bf16* weight = weights + block.index * tap_count * 512;
     for (int64_t t = 0; t < tap_count; ++t, weight += 512) {
-      const int64_t at = block * plane + taps[t];
+      const int64_t at = place + taps[t];
       _tile_loadd(6, weight, 64);
       if constexpr (outputs == 2) {
         _tile_loadd(4, pixels[0] + at, pixel);
@@ -62,6 +66,7 @@ KERNEL void sum_tiles(float* sums, const bf16* const (&pixels)[4], int64_t pixel
         _tile_dpbf16ps(3, 5, 6);
       }
     }
+    place += plane;
   }
   if constexpr (outputs == 2) {
     _tile_stored(0, sums, 128);

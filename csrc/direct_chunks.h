@@ -1,6 +1,6 @@
 // What the direct residual blocks share: how instances become chunks, and chunks the work of threads.
 //
-// A kernel brings a Chunk (start, count, width, scratch, block; bytes(); hidden_count(), output_count() of work items)
+// A kernel brings a Chunk (start, count, hidden, scratch, block; bytes(); hidden_count(), output_count() of work items)
 // and the stages  clear_maps(chunk, begin, end)  for instances,  activate_row(chunk, instance, row),
 // hidden_items(chunk, begin, end)  and  output_items(chunk, begin, end).
 #pragma once
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
@@ -15,6 +16,7 @@
 #include <omp.h>
 
 #include "check.h"
+#include "direct_channels.h"
 
 namespace den_kernels {
 
@@ -46,22 +48,26 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
   end = count * (thread + 1) / threads;
 }
 
+// How much of the `rest` a piece of work may be: half of what would be a thread's share, so that pieces are large while
+// much is left and threads end together.
+inline int64_t fair_share(int64_t rest, int64_t threads) { return std::max<int64_t>(1, rest / (2 * threads)); }
+
 // The chunks of a route, heavy first. Few instances of large weights go together, so that weights are read once; counts
-// are below `multiple` or divisible by it. make(start, count, width) gives a chunk.
-template <class Block, class Make>
-auto make_chunks(const Block& b, int64_t threads, int64_t multiple, Make make) {
-  std::vector<decltype(make(0, 1, 1))> chunks;
-  int64_t work = 0;  // in instances times width; a chunk takes at most a thread's twelfth of it, so that they end together
-  for (int64_t s = 0; s < b.G; ++s) work += (b.offsets[s + 1] - b.offsets[s]) * b.widths[b.G - s];
-  for (int64_t s = 0; s < b.G; ++s) {
-    const int64_t width = b.widths[b.G - s], last = b.offsets[s + 1];
-    if (!width) continue;
-    const int64_t fits = scratch_bytes / make(0, multiple, width).bytes() * multiple;
-    const int64_t fair = round_up(std::max<int64_t>(1, work / (12 * threads * width)), multiple);
-    const int64_t step = std::min(std::max(fits, multiple), fair);
-    for (int64_t i = b.offsets[s]; i < last;) {
-      const int64_t left = std::min(step, last - i), count = left > multiple ? left / multiple * multiple : left;
-      chunks.push_back(make(i, count, width));
+// are below `multiple` or divisible by it. make(start, count, hidden[s]) gives a chunk.
+template <class Problem, class Make>
+auto make_chunks(const Problem& b, const std::vector<Channels>& hidden, int64_t threads, int64_t multiple, Make make) {
+  std::vector<decltype(make(0, 1, hidden[0]))> chunks;
+  int64_t rest = 0;  // instances times width
+  for (int64_t s = 0; s < b.route.S; ++s) rest += b.route.count(s) * hidden[s].count;
+  for (int64_t s = 0; s < b.route.S; ++s) {
+    if (!hidden[s].count) continue;
+    const int64_t last = b.route.offsets[s + 1], fits = scratch_bytes / make(0, multiple, hidden[s]).bytes() * multiple;
+    for (int64_t i = b.route.offsets[s]; i < last;) {
+      const int64_t fair = round_up(fair_share(rest / hidden[s].count, threads), multiple);
+      const int64_t left = std::min({std::max(fits, multiple), fair, last - i});
+      const int64_t count = left > multiple ? left / multiple * multiple : left;
+      chunks.push_back(make(i, count, hidden[s]));
+      rest -= count * hidden[s].count;
       i += count;
     }
   }
@@ -106,11 +112,34 @@ void run_chunks(std::vector<Chunk> chunks, int64_t threads) {
   }
 }
 
-template <class Block>
-void check_block(const Block& b) {
+template <class Problem>
+void check_block(const Problem& b) {
   check(b.C % 16 == 0 && b.C_out % 16 == 0, "dynamic_residual", "channels", "divisible by 16",
         b.C % 16 ? b.C : b.C_out);
   check(b.R % 2 && b.S % 2 && b.R * b.S <= max_taps, "dynamic_residual", "kernel", "odd and at most 7 x 7", b.R * b.S);
+}
+
+// The shortcut of the instances that have no branch.
+template <class Problem>
+void copy_shortcut(const Problem& b, const std::vector<Channels>& hidden, int64_t threads) {
+  if (b.shortcut == b.out) return;
+  const int64_t size = b.Ho * b.Wo * b.C_out;
+  for (int64_t s = 0; s < b.route.S; ++s) {
+    if (hidden[s].count) continue;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = b.route.offsets[s]; i < b.route.offsets[s + 1]; ++i)
+      std::memcpy(b.out + b.route.order[i] * size, b.shortcut + b.route.order[i] * size, size * sizeof(*b.out));
+  }
+}
+
+// The whole block. block: the channels that the kernel takes together; make as for make_chunks.
+template <class Problem, class Make>
+void run_block(const Problem& b, int64_t block, int64_t multiple, Make make) {
+  check_block(b);
+  const int64_t threads = omp_get_max_threads();
+  const std::vector<Channels> hidden = channels_of(b.route, b.sizes, b.M, block);
+  copy_shortcut(b, hidden, threads);
+  run_chunks(make_chunks(b, hidden, threads, multiple, make), threads);
 }
 
 }  // namespace den_kernels

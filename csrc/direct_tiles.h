@@ -4,10 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: __m512 __Y = __Y
 #include <immintrin.h>
 
+#include "direct_channels.h"
 #include "dispatch.h"
 
 namespace den_kernels {
@@ -17,19 +19,24 @@ constexpr int64_t prefetch_floats = 8 * 16;  // weights are asked for eight step
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 
-// acc[q * 4 + p][v] += sum over k and taps of weight[v][k][tap] * input[q + tap, p, k]
-// Sixteen k at a time, a cache line of every pixel: it serves all taps before the weights push it out of the first level.
+// Weights are packed by pack_weights; of a tap, input channels lie 16 outputs apart.
+KERNEL const float* weights_of(const float* weight, const Piece& piece, int64_t tap_count) {
+  return weight + (piece.first / 16 * tap_count * 16 + piece.first % 16) * 16;
+}
+
+// acc[q * 4 + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
+// A piece is a cache line of every pixel: it serves all taps before the weights push it out of the first level.
 template <int vectors, int quads, bool planar>
 KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (&input)[quads], int64_t pixel,
                          int64_t channel, const int64_t* taps, int64_t tap_count, const float* weight,
-                         int64_t weight_vector, int64_t K) {
-  for (int64_t first = 0; first < K; first += 16, weight += tap_count * 256) {
-    const int64_t count = K - first < 16 ? K - first : 16;
+                         int64_t weight_vector, const std::vector<Piece>& pieces) {
+  for (const Piece& piece : pieces) {
+    const float* of_piece = weights_of(weight, piece, tap_count);
     for (int64_t t = 0; t < tap_count; ++t) {
       const float* in[quads];
-      UNROLL for (int q = 0; q < quads; ++q) in[q] = input[q] + taps[t] + first * channel;
-      const float* w = weight + t * 256;
-      for (int64_t k = 0; k < count; ++k, w += 16) {
+      UNROLL for (int q = 0; q < quads; ++q) in[q] = input[q] + taps[t] + piece.place * channel;
+      const float* w = of_piece + t * 256;
+      for (const float* end = w + piece.width * 16; w != end; w += 16) {
         __m512 wv[vectors];
         UNROLL for (int v = 0; v < vectors; ++v) {
           wv[v] = _mm512_loadu_ps(w + v * weight_vector);
@@ -38,8 +45,9 @@ KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (
         UNROLL for (int q = 0; q < quads; ++q) {
           UNROLL for (int p = 0; p < 4; ++p) {
             const __m512 value = _mm512_set1_ps(planar ? in[q][p] : in[q][p * pixel]);
-            UNROLL for (int v = 0; v < vectors; ++v)
+            UNROLL for (int v = 0; v < vectors; ++v) {
               acc[q * 4 + p][v] = _mm512_fmadd_ps(value, wv[v], acc[q * 4 + p][v]);
+            }
           }
           in[q] += planar ? channel : 1;
         }
@@ -48,18 +56,18 @@ KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (
   }
 }
 
-// acc[o][v] += sum over k and taps of weight[o][k][tap] * input[v + tap, k], v a vector of 16 pixels. The packed weights of
-// neighbouring outputs are neighbours.
+// acc[o][v] += sum over the channels k of pieces and taps of weight[o][k][tap] * input[v + tap, k], v a vector of 16
+// pixels. The packed weights of neighbouring outputs are neighbours.
 template <int outputs, int vectors>
 KERNEL void sum_pixels(__m512 (&acc)[outputs][vectors], const float* const (&input)[vectors], int64_t channel,
-                       const int64_t* taps, int64_t tap_count, const float* weight, int64_t K) {
-  for (int64_t first = 0; first < K; first += 16, weight += tap_count * 256) {
-    const int64_t count = K - first < 16 ? K - first : 16;
+                       const int64_t* taps, int64_t tap_count, const float* weight, const std::vector<Piece>& pieces) {
+  for (const Piece& piece : pieces) {
+    const float* of_piece = weights_of(weight, piece, tap_count);
     for (int64_t t = 0; t < tap_count; ++t) {
       const float* in[vectors];
-      UNROLL for (int v = 0; v < vectors; ++v) in[v] = input[v] + taps[t] + first * channel;
-      const float* w = weight + t * 256;
-      for (int64_t k = 0; k < count; ++k, w += 16) {
+      UNROLL for (int v = 0; v < vectors; ++v) in[v] = input[v] + taps[t] + piece.place * channel;
+      const float* w = of_piece + t * 256;
+      for (const float* end = w + piece.width * 16; w != end; w += 16) {
         __m512 values[vectors];
         UNROLL for (int v = 0; v < vectors; ++v) {
           values[v] = _mm512_loadu_ps(in[v]);
@@ -90,7 +98,8 @@ KERNEL void transpose16(__m512 (&r)[16]) {
   }
   UNROLL for (int i = 0; i < 4; ++i) {
     const __m512 a = _mm512_shuffle_f32x4(u[i], u[4 + i], 0x44), b = _mm512_shuffle_f32x4(u[i], u[4 + i], 0xEE);
-    const __m512 c = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0x44), d = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0xEE);
+    const __m512 c = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0x44),
+                 d = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0xEE);
     r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
     r[4 + i] = _mm512_shuffle_f32x4(a, c, 0xDD);
     r[8 + i] = _mm512_shuffle_f32x4(b, d, 0x88);

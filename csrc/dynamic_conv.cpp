@@ -1,5 +1,5 @@
-// float32: a band (conv_bands.h) copies the input rows that it reads, padded, into scratch memory that stays in the core's
-// cache, convolves (direct_tiles.h) and writes its output rows whole, zeros included.
+// float32: a band (conv_bands.h) copies the input rows that it reads, padded, into scratch memory that stays in the
+// core's cache, convolves (direct_tiles.h) and writes its output rows whole, zeros included.
 #include "dynamic_conv.h"
 
 #include <cstring>
@@ -27,9 +27,8 @@ struct BandMap {
   int64_t rows, columns, pixel;
   BandMap(const Problem& p, const Band& band)
       : rows((band.rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1),
-        columns(std::max(p.W + p.padding[1],
-                         (round_up(p.Wo, 4) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
-        pixel(band.inputs) {}
+        columns(std::max(p.W + p.padding[1], (round_up(p.Wo, 4) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
+        pixel(band.inputs.count) {}
   int64_t size() const { return rows * columns * pixel; }
 };
 
@@ -38,7 +37,7 @@ struct BandMap {
 
 // Instance j's input rows, zeros around them, only the channels in use.
 void copy_rows(const Problem& p, const Band& band, const BandMap& map, int64_t j, float* scratch) {
-  const float* x = p.x + p.order[band.start + j] * p.H * p.W * p.C;
+  const float* x = p.x + p.route.order[band.start + j] * p.H * p.W * p.C;
   for (int64_t r = 0; r < map.rows; ++r) {
     const int64_t row = band.first_row * p.stride[0] - p.padding[0] + r;
     float* to = scratch + r * map.columns * map.pixel;
@@ -55,8 +54,11 @@ void copy_rows(const Problem& p, const Band& band, const BandMap& map, int64_t j
       std::memcpy(to, from, p.W * p.C * sizeof(float));
       continue;
     }
-    for (int64_t c = 0; c < p.W; ++c)
-      for (int64_t k = 0; k < map.pixel; ++k) to[c * map.pixel + k] = from[c * p.C + k];
+    for (const Run& run : band.inputs.runs) {
+      for (int64_t c = 0; c < p.W; ++c)
+        for (int64_t k = 0; k < run.width; ++k) to[c * map.pixel + k] = from[c * p.C + run.first + k];
+      to += run.width;
+    }
   }
 }
 
@@ -70,9 +72,10 @@ KERNEL Quad quad_at(const Problem& p, int64_t q) {
 
 KERNEL __mmask16 lanes(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
 
+// The blocks of output channels block[0 .. vectors - 1] of quads from q0: the sums, and zeros in lanes not selected.
 template <int vectors, int quads>
 void conv_tile(const Problem& p, const Band& band, const BandMap& map, const float* scratch, float* out,
-               int64_t channel, int64_t q0, const int64_t* taps) {
+               const Block* block, int64_t q0, const int64_t* taps) {
   const float* input[quads];
   UNROLL for (int q = 0; q < quads; ++q) {
     const Quad at = quad_at(p, q0 + q);
@@ -80,20 +83,23 @@ void conv_tile(const Problem& p, const Band& band, const BandMap& map, const flo
   }
   __m512 acc[quads * 4][vectors];
   UNROLL for (int v = 0; v < vectors; ++v) {
-    const __mmask16 mask = lanes(band.outputs - channel - v * 16);
-    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + channel + v * 16) : _mm512_setzero_ps();
+    const __mmask16 live = static_cast<__mmask16>(block[v].lanes);
+    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(live, p.bias + block[v].index * 16) : _mm512_setzero_ps();
     UNROLL for (int i = 0; i < quads * 4; ++i) acc[i][v] = bias;
   }
   const int64_t weight_vector = round_up(p.C, 16) * p.R * p.S * 16;
   sum_channels<vectors, quads, false>(acc, input, map.pixel * p.stride[1], 1, taps, p.R * p.S,
-                                      p.weight + channel / 16 * weight_vector, weight_vector, band.inputs);
+                                      p.weight + block[0].index * weight_vector,
+                                      (block[vectors - 1].index - block[0].index) * weight_vector, band.inputs.pieces);
   UNROLL for (int q = 0; q < quads; ++q) {
     const Quad at = quad_at(p, q0 + q);
-    float* to = out + (at.row * p.Wo + at.column) * p.C_out + channel;
+    float* to = out + (at.row * p.Wo + at.column) * p.C_out;
     UNROLL for (int i = 0; i < 4; ++i) {
       if (i >= at.live) break;
-      UNROLL for (int v = 0; v < vectors; ++v)
-        _mm512_mask_storeu_ps(to + i * p.C_out + v * 16, lanes(band.outputs - channel - v * 16), acc[q * 4 + i][v]);
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        const __m512 sum = _mm512_maskz_mov_ps(static_cast<__mmask16>(block[v].lanes), acc[q * 4 + i][v]);
+        _mm512_mask_storeu_ps(to + i * p.C_out + block[v].index * 16, lanes(p.C_out - block[v].index * 16), sum);
+      }
     }
   }
 }
@@ -107,25 +113,25 @@ void run_band(const Problem& p, const Band& band, float* scratch) {
   for (int64_t j = 0; j < band.count && map.pixel; ++j) copy_rows(p, band, map, j, scratch + j * map.size());
 
   const auto out_of = [&](int64_t j) {
-    return p.out + (p.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out;
+    return p.out + (p.route.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out;
   };
+  const std::vector<Block>& blocks = band.outputs.blocks;
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
   const int64_t quads = band.rows * ((p.Wo + 3) / 4);
-  for (int64_t channel = 0; channel < band.outputs; channel += 32) {
-    const bool two = band.outputs > channel + 16;
+  for (int64_t i = 0; i < block_count; i += 2) {
+    const bool two = i + 1 < block_count;
     for (int64_t j = 0; j < band.count; ++j)
       for (int64_t q = 0; q < quads; q += quads_per_tile) {
         const auto run = quads - q >= 3   ? (two ? conv_tile<2, 3> : conv_tile<1, 3>)
                          : quads - q == 2 ? (two ? conv_tile<2, 2> : conv_tile<1, 2>)
                                           : (two ? conv_tile<2, 1> : conv_tile<1, 1>);
-        run(p, band, map, scratch + j * map.size(), out_of(j), channel, q, taps);
+        run(p, band, map, scratch + j * map.size(), out_of(j), &blocks[i], q, taps);
       }
   }
-  if (band.outputs == p.C_out) return;
-  for (int64_t j = 0; j < band.count; ++j) {
-    float* out = out_of(j);
-    for (int64_t i = 0; i < band.rows * p.Wo; ++i)
-      std::memset(out + i * p.C_out + band.outputs, 0, (p.C_out - band.outputs) * sizeof(float));
-  }
+  for (const Run& gap : band.outputs.gaps)
+    for (int64_t j = 0; j < band.count; ++j)
+      for (int64_t i = 0; i < band.rows * p.Wo; ++i)
+        std::memset(out_of(j) + i * p.C_out + gap.first, 0, gap.width * sizeof(float));
 }
 
 #pragma GCC pop_options
@@ -134,7 +140,7 @@ void run_band(const Problem& p, const Band& band, float* scratch) {
 
 void dynamic_conv(const Problem& p) {
   const auto bytes_of = [&p](const Band& band) { return band.count * BandMap(p, band).size() * 4; };
-  run_bands(p, 1, bytes_of,
+  run_bands(p, 16, 1, bytes_of,
             [&p](const Band& band, void* scratch) { run_band(p, band, static_cast<float*>(scratch)); });
 }
 
@@ -151,17 +157,30 @@ namespace {
 using Ints = std::vector<int64_t>;
 
 template <class T>
-void call(uintptr_t x, uintptr_t out, uintptr_t order, uintptr_t offsets, const Ints& input, const Ints& output,
-          const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation, const Ints& in_widths,
-          const Ints& out_widths, uintptr_t weight, uintptr_t bias) {
+void call(uintptr_t x, uintptr_t out, const Route& route, const Ints& input, const Ints& output, const Ints& kernel,
+          const Ints& stride, const Ints& padding, const Ints& dilation, const Ints& in_sizes, const Ints& out_sizes,
+          uintptr_t weight, uintptr_t bias) {
   const auto values = [](uintptr_t p) { return reinterpret_cast<const T*>(p); };
-  const auto ints = [](uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
   pybind11::gil_scoped_release unlocked;
-  dynamic_conv(ConvProblem<T>{
-      input[0], input[1], input[2], input[3], output[1], output[2], output[3], kernel[0], kernel[1],
-      {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]},
-      static_cast<int64_t>(in_widths.size()) - 1, in_widths.data(), out_widths.data(), values(x),
-      reinterpret_cast<T*>(out), ints(order), ints(offsets), values(weight), values(bias)});
+  dynamic_conv(ConvProblem<T>{input[0],
+                              input[1],
+                              input[2],
+                              input[3],
+                              output[1],
+                              output[2],
+                              output[3],
+                              kernel[0],
+                              kernel[1],
+                              {stride[0], stride[1]},
+                              {padding[0], padding[1]},
+                              {dilation[0], dilation[1]},
+                              selections_of(route),
+                              in_sizes,
+                              out_sizes,
+                              values(x),
+                              reinterpret_cast<T*>(out),
+                              values(weight),
+                              values(bias)});
 }
 
 }  // namespace

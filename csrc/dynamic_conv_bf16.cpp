@@ -1,5 +1,5 @@
-// bfloat16: a band (conv_bands.h) copies the input rows that it reads into maps in scratch memory, convolves them tile by
-// tile (amx_maps.h) and writes its output rows whole, zeros included.
+// bfloat16: a band (conv_bands.h) copies the input rows that it reads into maps in scratch memory, convolves them tile
+// by tile (amx_maps.h) and writes its output rows whole, zeros included.
 #include "dynamic_conv.h"
 
 #include <cstring>
@@ -31,7 +31,8 @@ Map map_of(const Problem& p, const Band& band) {
 KERNEL void clear_runs(bf16* to, int64_t step, int64_t count, int64_t width) {
   if (width == step) return clear(to, count * width);
   for (int64_t i = 0; i < count; ++i, to += step)
-    for (int64_t k = 0; k < width; k += 32) _mm512_mask_storeu_epi16(to + k, lanes_of(width - k), _mm512_setzero_si512());
+    for (int64_t k = 0; k < width; k += 32)
+      _mm512_mask_storeu_epi16(to + k, lanes_of(width - k), _mm512_setzero_si512());
 }
 
 // Row r of the map of instance j: the channels in use.
@@ -40,32 +41,35 @@ void copy_row(const Problem& p, const Band& band, const Map& map, int64_t j, int
   bf16* to = maps + map.instance(j) + map.at(r, map.left);
   const __mmask32 written = lanes_of(map.unit);
   if (row < 0 || row >= p.H) {
-    for (int64_t k = 0; k < band.inputs; k += 32, to += map.plane) clear_runs(to, map.pixel(), p.W, map.unit);
+    for (int64_t k = 0; k < map.blocks; ++k, to += map.plane) clear_runs(to, map.pixel(), p.W, map.unit);
     return;
   }
-  const bf16* from = p.x + (p.order[band.start + j] * p.H + row) * p.W * p.C;
-  if (map.unit == p.C && map.together == 1) {
+  const bf16* from = p.x + (p.route.order[band.start + j] * p.H + row) * p.W * p.C;
+  if (map.unit == p.C && map.together == 1 && band.inputs.count == p.C) {
     std::memcpy(to, from, static_cast<size_t>(p.W * p.C) * 2);
     return;
   }
-  for (int64_t k = 0; k < band.inputs; k += 32, from += 32, to += map.plane)
-    activate_runs<false>(from, p.C, to, map.pixel(), p.W, lanes_of(band.inputs - k), written, Pair{}, Pair{});
+  for (const Block& block : band.inputs.blocks) {
+    activate_runs<false>(from + block.index * 32, p.C, to, map.pixel(), p.W, block.lanes, written, Pair{}, Pair{});
+    to += map.plane;
+  }
 }
 
-// A tile of sums with the bias added, rounded; zeros in the channels of its vectors that the level leaves out.
+// A tile of sums with the bias added, rounded; zeros in the channels of its block that are not selected.
 struct WriteOutput {
   const Problem& problem;
   const Band& band;
   int64_t together;
 
   template <int outputs>
-  KERNEL void run(const Place& at, int64_t channel, const float* sums) const {
+  KERNEL void run(const Place& at, int64_t slot, const float* sums) const {
     const Problem& p = problem;
     const int64_t step = p.C_out, sums_step = together * outputs * 16;
-    const __mmask32 live = lanes_of(band.outputs - channel), written = lanes_of(p.C_out - channel);
+    const int64_t channel = band.outputs.blocks[slot].index * 32;
+    const __mmask32 live = band.outputs.blocks[slot].lanes, written = lanes_of(p.C_out - channel);
     const Pair bias = p.bias ? widen(_mm512_maskz_loadu_epi16(live, p.bias + channel)) : Pair{};
     for (int64_t f = 0; f < together; ++f) {
-      const int64_t instance = p.order[band.start + at.group * together + f];
+      const int64_t instance = p.route.order[band.start + at.group * together + f];
       bf16* out = p.out + ((instance * p.Ho + band.first_row + at.row) * p.Wo + at.column) * step + channel;
       const float *s = sums + f * outputs * 16, *end = s + at.live * sums_step;
       for (; s != end; out += step, s += sums_step) {
@@ -78,23 +82,22 @@ struct WriteOutput {
 
 void run_band(const Problem& p, const Band& band, bf16* maps) {
   const Map map = map_of(p, band);
-  for (int64_t j = 0; j < band.count && band.inputs; ++j) {
+  for (int64_t j = 0; j < band.count && band.inputs.count; ++j) {
     if (j % map.together == 0) clear_border(map, maps + map.instance(j));
     for (int64_t r = 0; r < map.H; ++r) copy_row(p, band, map, j, r, maps);
   }
-  const Section section = section_of(p.in_widths, p.G, band.inputs, p.C_out, p.R, p.S);
-  const Convolution conv{map,         maps,         band.count / map.together,
-                         p.Wo,        p.R,          p.S,
-                         p.stride[0], p.stride[1],  tiling_of(band.rows, p.Wo),
-                         band.inputs, band.outputs, p.weight + section.begin,
-                         section.steps};
-  convolve(conv, 0, (band.outputs + 31) / 32 * conv.quads(), WriteOutput{p, band, map.together});
+  const Section section = section_of(widths_of(p.in_sizes, p.C), band.inputs.end, p.C_out, p.R, p.S);
+  const Convolution conv{
+      map,          maps,        band.count / map.together,  p.Wo,        p.R,          p.S,
+      p.stride[0],  p.stride[1], tiling_of(band.rows, p.Wo), band.inputs, band.outputs, p.weight + section.begin,
+      section.steps};
+  convolve(conv, 0, conv.items(), WriteOutput{p, band, map.together});
 
-  const int64_t written = std::min(round_up(band.outputs, 32), p.C_out);
-  for (int64_t j = 0; j < band.count && written < p.C_out; ++j) {
-    bf16* out = p.out + (p.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out + written;
-    clear_runs(out, p.C_out, band.rows * p.Wo, p.C_out - written);
-  }
+  for (const Run& gap : band.outputs.gaps)
+    for (int64_t j = 0; j < band.count; ++j) {
+      bf16* out = p.out + (p.route.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out + gap.first;
+      clear_runs(out, p.C_out, band.rows * p.Wo, gap.width);
+    }
 }
 
 #pragma GCC pop_options
@@ -108,7 +111,7 @@ void dynamic_conv(const Problem& p) {
     const Map map = map_of(p, band);
     return band.count / map.together * map.group() * 2;
   };
-  run_bands(p, together_of(p.Wo, 16), bytes_of,
+  run_bands(p, 32, together_of(p.Wo, 16), bytes_of,
             [&p](const Band& band, void* scratch) { run_band(p, band, static_cast<bf16*>(scratch)); });
 }
 

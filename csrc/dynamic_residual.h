@@ -3,36 +3,38 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include <pybind11/pybind11.h>
 
+#include "direct_channels.h"
 #include "numbers.h"
 
 namespace den_kernels {
 
-// out[b] += branch(x[b]) for every instance b of a route made from levels; `out` may be `x`.
+// out[b] = shortcut[b] + branch(x[b]) for every instance b, the branch over the hidden channels S that it selected:
 //   a = relu(x * scale1 + shift1)      (scale1 null: a = x)
-//   h = relu(conv(a, conv1[:width], stride) + bias1[:width])
-//   branch = conv(h, conv2[:, :width]) + bias2
+//   h = relu(conv(a, conv1[S], stride) + bias1[S])
+//   branch = conv(h, conv2[:, S]) + bias2, 0 where S is empty
+// `out` may be `shortcut`, then an instance without a branch is not touched; `shortcut` may be `x`.
 // Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights
 // or pack_weights_bf16 (amx_pack.h).
 template <class T>
 struct ResidualBlock {
-  int64_t B, H, W, C;        // input map
-  int64_t Ho, Wo, C_out;     // output map: Ho = ceil(H / stride)
-  int64_t M, R, S, stride;   // hidden channels, kernel, stride of conv1
-  int64_t G;                 // channel groups
-  const int64_t* widths;     // [G + 1]: hidden channels that a level keeps
-  const T* x;                // [B, H, W, C]
-  T* out;                    // [B, Ho, Wo, C_out]
-  const int32_t* order;      // [B] sorted by level, descending
-  const int32_t* offsets;    // [G + 2] segment s holds level G - s
-  const float* scale1;       // [C] or null
-  const float* shift1;       // [C] or null
-  const T* conv1;            // packed; float32: [ceil(M / 16), ceil(C / 16), R * S, 16, 16]
-  const float* bias1;        // [M]
-  const T* conv2;            // packed; float32: [C_out / 16, ceil(M / 16), R * S, 16, 16]
-  const float* bias2;        // [C_out] or null
+  int64_t B, H, W, C;       // input map
+  int64_t Ho, Wo, C_out;    // output map: Ho = ceil(H / stride)
+  int64_t M, R, S, stride;  // hidden channels, kernel, stride of conv1
+  Selections route;
+  std::vector<int64_t> sizes;  // [G] hidden channels of the groups
+  const T* x;                  // [B, H, W, C]
+  const T* shortcut;           // [B, Ho, Wo, C_out]
+  T* out;                      // [B, Ho, Wo, C_out]
+  const float* scale1;         // [C] or null
+  const float* shift1;         // [C] or null
+  const T* conv1;              // packed; float32: [ceil(M / 16), ceil(C / 16), R * S, 16, 16]
+  const float* bias1;          // [M]
+  const T* conv2;              // packed; float32: [C_out / 16, ceil(M / 16), R * S, 16, 16]
+  const float* bias2;          // [C_out] or null
 };
 
 // C and C_out must be divisible by 16.

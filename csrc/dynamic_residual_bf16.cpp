@@ -22,7 +22,8 @@ namespace {
 // What the two convolutions of one chunk share.
 struct Chunk {
   const ResidualBlock<bf16>& block;
-  int64_t start, count, width;
+  int64_t start, count;
+  const Channels &stream, &hidden, &outputs;
   Tiling tiling;
   Map a, h;
   bf16* scratch;
@@ -30,14 +31,23 @@ struct Chunk {
   bf16* h_of(int64_t j) const { return scratch + count / a.together * a.group() + h.instance(j); }
   int64_t bytes() const { return 2 * (count / a.together * a.group() + count / h.together * h.group()); }
   int64_t quads(const Map& m) const { return (count / m.together * tiling.count + 3) / 4; }
-  int64_t hidden_count() const { return (width + 31) / 32 * quads(a); }
+  int64_t hidden_count() const { return static_cast<int64_t>(hidden.blocks.size()) * quads(a); }
   int64_t output_count() const { return (block.C_out + 31) / 32 * quads(h); }
 };
 
-Chunk make_chunk(const ResidualBlock<bf16>& b, int64_t start, int64_t count, int64_t width) {
+Chunk make_chunk(const ResidualBlock<bf16>& b, const Channels& stream, const Channels& hidden, const Channels& outputs,
+                 int64_t start, int64_t count) {
   const Window input{b.H, b.W, b.R / 2, b.S / 2, b.Ho, b.Wo, b.R, b.S, {b.stride, b.stride}};
-  const Window hidden{b.Ho, b.Wo, b.R / 2, b.S / 2, b.Ho, b.Wo, b.R, b.S, {1, 1}};
-  return {b, start, count, width, tiling_of(b.Ho, b.Wo), make_map(input, b.C, count), make_map(hidden, width, count),
+  const Window between{b.Ho, b.Wo, b.R / 2, b.S / 2, b.Ho, b.Wo, b.R, b.S, {1, 1}};
+  return {b,
+          start,
+          count,
+          stream,
+          hidden,
+          outputs,
+          tiling_of(b.Ho, b.Wo),
+          make_map(input, stream, count),
+          make_map(between, hidden, count),
           nullptr};
 }
 
@@ -80,21 +90,24 @@ KERNEL void activate_row(const Chunk& c, const bf16* x, bf16* a) {
 
 void activate_row(const Chunk& c, int64_t j, int64_t row) {
   const ResidualBlock<bf16>& b = c.block;
-  const bf16* x = b.x + (b.order[c.start + j] * b.H + row) * b.W * b.C;
+  const bf16* x = b.x + (b.route.order[c.start + j] * b.H + row) * b.W * b.C;
   bf16* a = c.a_of(j) + c.a.at(row + c.a.top, c.a.left);
-  if (b.scale1) activate_row<true>(c, x, a);
-  else activate_row<false>(c, x, a);
+  if (b.scale1)
+    activate_row<true>(c, x, a);
+  else
+    activate_row<false>(c, x, a);
 }
 
-// relu(sum + bias) into the hidden map. Channels beyond the width become zeros.
+// relu(sum + bias) into the hidden map. Channels of the block that are not selected become zeros.
 template <int outputs>
-KERNEL void finish_hidden(const Chunk& c, const Place& at, int64_t channel, const float* sums) {
+KERNEL void finish_hidden(const Chunk& c, const Place& at, int64_t slot, const float* sums) {
   const ResidualBlock<bf16>& b = c.block;
   const int64_t together = c.a.together, step = c.h.pixel(), sums_step = together * outputs * 16;
+  const int64_t channel = c.hidden.blocks[slot].index * 32;
   const Pair bias = load_pair(b.bias1 + channel, b.M - channel);
-  const __mmask32 live = lanes_of(c.width - channel), written = lanes_of(c.h.unit);
+  const __mmask32 live = c.hidden.blocks[slot].lanes, written = lanes_of(c.h.unit);
   for (int64_t f = 0; f < together; ++f) {
-    bf16* h = c.h_of(at.group * together + f) + channel / 32 * c.h.plane;
+    bf16* h = c.h_of(at.group * together + f) + slot * c.h.plane;
     h += c.h.at(at.row + c.h.top, at.column + c.h.left);
     const float *s = sums + f * outputs * 16, *end = s + at.live * sums_step;
     for (; s != end; h += step, s += sums_step) {
@@ -104,23 +117,25 @@ KERNEL void finish_hidden(const Chunk& c, const Place& at, int64_t channel, cons
   }
 }
 
-// Sums added into the residual stream, rounded once.
+// Sums added to the shortcut, rounded once.
 template <int outputs>
-KERNEL void finish_output(const Chunk& c, const Place& at, int64_t channel, const float* sums) {
+KERNEL void finish_output(const Chunk& c, const Place& at, int64_t slot, const float* sums) {
   const ResidualBlock<bf16>& b = c.block;
-  const int64_t together = c.h.together, step = b.C_out, sums_step = together * outputs * 16;
+  const int64_t together = c.h.together, step = b.C_out, sums_step = together * outputs * 16, channel = slot * 32;
   const Pair bias = b.bias2 ? load_pair(b.bias2 + channel, outputs * 16) : Pair{};
   for (int64_t f = 0; f < together; ++f) {
-    const int64_t instance = b.order[c.start + at.group * together + f];
-    bf16* out = b.out + ((instance * b.Ho + at.row) * b.Wo + at.column) * b.C_out + channel;
+    const int64_t instance = b.route.order[c.start + at.group * together + f];
+    const int64_t first = ((instance * b.Ho + at.row) * b.Wo + at.column) * b.C_out + channel;
+    const bf16* shortcut = b.shortcut + first;
+    bf16* out = b.out + first;
     const float *s = sums + f * outputs * 16, *end = s + at.live * sums_step;
-    for (; s != end; out += step, s += sums_step) {
+    for (; s != end; shortcut += step, out += step, s += sums_step) {
       if constexpr (outputs == 2) {
         const Pair sum = add({_mm512_load_ps(s), _mm512_load_ps(s + 16)}, bias);
-        _mm512_storeu_si512(out, rounded(add(sum, widen(_mm512_loadu_si512(out)))));
+        _mm512_storeu_si512(out, rounded(add(sum, widen(_mm512_loadu_si512(shortcut)))));
       } else {  // half a vector: a masked store would stall the next pixel's load
         const __m512 sum = _mm512_add_ps(_mm512_load_ps(s), bias.low);
-        const __m512 x = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(out)));
+        const __m512 x = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(shortcut)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), rounded(_mm512_add_ps(sum, x)));
       }
     }
@@ -130,32 +145,32 @@ KERNEL void finish_output(const Chunk& c, const Place& at, int64_t channel, cons
 struct FinishHidden {
   const Chunk& chunk;
   template <int outputs>
-  KERNEL void run(const Place& at, int64_t channel, const float* sums) const {
-    finish_hidden<outputs>(chunk, at, channel, sums);
+  KERNEL void run(const Place& at, int64_t slot, const float* sums) const {
+    finish_hidden<outputs>(chunk, at, slot, sums);
   }
 };
 
 struct FinishOutput {
   const Chunk& chunk;
   template <int outputs>
-  KERNEL void run(const Place& at, int64_t channel, const float* sums) const {
-    finish_output<outputs>(chunk, at, channel, sums);
+  KERNEL void run(const Place& at, int64_t slot, const float* sums) const {
+    finish_output<outputs>(chunk, at, slot, sums);
   }
 };
 
 void hidden_items(const Chunk& c, int64_t begin, int64_t end) {
   const ResidualBlock<bf16>& b = c.block;
-  const Convolution conv{c.a,      c.a_of(0), c.count / c.a.together, b.Wo,    b.R,     b.S,
-                         b.stride, b.stride,  c.tiling,               b.C,     c.width, b.conv1,
-                         steps_of(b.C, b.R, b.S)};
+  const Convolution conv{
+      c.a,      c.a_of(0), c.count / c.a.together, b.Wo, b.R, b.S, b.stride, b.stride, c.tiling, c.stream,
+      c.hidden, b.conv1,   steps_of(b.C, b.R, b.S)};
   convolve(conv, begin, end, FinishHidden{c});
 }
 
 void output_items(const Chunk& c, int64_t begin, int64_t end) {
   const ResidualBlock<bf16>& b = c.block;
-  const Section section = section_of(b.widths, b.G, c.width, b.C_out, b.R, b.S);
-  const Convolution conv{c.h, c.h_of(0), c.count / c.h.together, b.Wo,    b.R,      b.S, 1,
-                         1,   c.tiling,  c.width,                b.C_out, b.conv2 + section.begin, section.steps};
+  const Section section = section_of(widths_of(b.sizes, b.M), c.hidden.end, b.C_out, b.R, b.S);
+  const Convolution conv{c.h,      c.h_of(0), c.count / c.h.together,  b.Wo,         b.R, b.S, 1, 1, c.tiling,
+                         c.hidden, c.outputs, b.conv2 + section.begin, section.steps};
   convolve(conv, begin, end, FinishOutput{c});
 }
 
@@ -175,10 +190,10 @@ bool has_dynamic_residual_bf16() {
 }
 
 void dynamic_residual(const ResidualBlock<bf16>& b) {
-  check_block(b);
-  const int64_t threads = omp_get_max_threads();
-  const auto make = [&b](int64_t start, int64_t count, int64_t width) { return make_chunk(b, start, count, width); };
-  run_chunks(make_chunks(b, threads, together_of(b.Wo, 16), make), threads);
+  const Channels stream = channels_of({{0, b.C}}, b.C, 32), outputs = channels_of({{0, b.C_out}}, b.C_out, 32);
+  run_block(b, 32, together_of(b.Wo, 16), [&](int64_t start, int64_t count, const Channels& hidden) {
+    return make_chunk(b, stream, hidden, outputs, start, count);
+  });
 }
 
 #else

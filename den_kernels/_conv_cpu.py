@@ -6,7 +6,7 @@ of its groups, once per distinct mask. A segment that is a run of neighbouring i
 view of the batch, and one that holds the whole batch and writes every channel hands its result over without a copy.
 The backward pass walks the same segments in the same order, so it is deterministic.
 
-Levels have a faster way on many a CPU, the direct convolution of `_conv_direct.py`.
+Many a CPU has a faster way, the direct convolution of `_conv_direct.py`.
 
 float16 is computed in float32. Weight and bias gradients are added up over the segments in float32, or in float64 if
 they are float64.

@@ -1,7 +1,7 @@
-"""Dynamic convolution on a CPU, direct: all instances in one call, by levels, with no gather and no scatter.
+"""Dynamic convolution on a CPU, direct: all instances in one call, with no gather and no scatter.
 
 float32 with AVX-512 (csrc/dynamic_conv.cpp) and bfloat16 with AMX (csrc/dynamic_conv_bf16.cpp). Weights are packed for
-it, once where a layer keeps them.
+it, once where a layer keeps them; one packing serves all levels and masks.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ._conv_cpu import Geometry, memory_format_of
 from ._extension import extension
+from .plan import Route
 
 
-def runs_direct(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry) -> bool:
+def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the direct convolution takes the call: a function of what the tensors are, not of what they hold.
 
-    Levels, channels-last, no cardinality, at most 49 taps; in bfloat16 also dilation 1 and channels divisible by 16.
+    Channels-last, no cardinality, at most 49 taps; in bfloat16 also dilation 1 and channels divisible by 16.
     """
-    if extension is None or mask is not None or geometry.groups != 1:
+    if extension is None or geometry.groups != 1:
         return False
     if memory_format_of(x, weight) != torch.channels_last or weight.shape[2] * weight.shape[3] > 49:
         return False
@@ -29,9 +30,12 @@ def runs_direct(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geomet
     return x.dtype == torch.float32 and extension.has_dynamic_residual()
 
 
-def _widths(sizes: Sequence[int], channels: int, groups: int) -> list[int]:
-    """The channels that each level 0..G keeps."""
-    return [0, *accumulate(sizes)] if sizes else [channels] * (groups + 1)
+def selections(route: Route) -> tuple[int, int, int, int, int]:
+    """A route as the direct kernels take it (csrc/direct_channels.h); it holds addresses of the route's tensors."""
+    order, offsets, mask = route.order, route.offsets, route.mask
+    assert mask is None or mask.is_contiguous()
+    address = 0 if mask is None else mask.data_ptr()
+    return offsets.shape[0] - 1, route.groups, order.data_ptr(), offsets.data_ptr(), address
 
 
 def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -> Tensor:
@@ -43,7 +47,7 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -
     O, I, R, S = weight.shape
     rows, address = weight.contiguous(memory_format=torch.channels_last), 0 if scale is None else scale.data_ptr()
     if weight.dtype == torch.bfloat16:
-        widths = _widths(in_sizes or (I,), I, 1)
+        widths = [0, *accumulate(in_sizes or (I,))]
         packed = weight.new_empty(extension.packed_size_bf16(O, R, S, widths))
         extension.pack_weights_bf16(rows.data_ptr(), address, packed.data_ptr(), O, R, S, widths)
     else:
@@ -57,8 +61,7 @@ def forward(
     packed: Tensor,
     kernel: Sequence[int],
     bias: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
+    route: Route,
     shape: Sequence[int],
     geometry: Geometry,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last
@@ -67,20 +70,19 @@ def forward(
     _, C_out, H_out, W_out = shape
     x = x.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
-    G = len(geometry.out_sizes) or len(geometry.in_sizes)
     out = x.new_empty(B, H_out, W_out, C_out)
     run = extension.dynamic_conv_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_conv
     run(
-        x.data_ptr(), out.data_ptr(), order.data_ptr(), offsets.data_ptr(), (B, H, W, C), (B, H_out, W_out, C_out),
-        kernel, geometry.stride, geometry.padding, geometry.dilation, _widths(geometry.in_sizes, C, G),
-        _widths(geometry.out_sizes, C_out, G), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        x.data_ptr(), out.data_ptr(), selections(route), (B, H, W, C), (B, H_out, W_out, C_out), kernel,
+        geometry.stride, geometry.padding, geometry.dilation, geometry.in_sizes, geometry.out_sizes,
+        packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
 
-def transposed(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry) -> Geometry | None:
+def transposed(x: Tensor, weight: Tensor, geometry: Geometry) -> Geometry | None:
     """The direct convolution that makes dx out of the gradient: sides swapped, kernel turned; None where none does."""
     padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, weight.shape[2:], geometry.padding, strict=True)]
-    if tuple(geometry.stride) != (1, 1) or min(padding) < 0 or not runs_direct(x, weight, mask, geometry):
+    if tuple(geometry.stride) != (1, 1) or min(padding) < 0 or not runs_direct(x, weight, geometry):
         return None
     return Geometry((1, 1), padding, geometry.dilation, 1, geometry.in_sizes, geometry.out_sizes)

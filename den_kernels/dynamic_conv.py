@@ -89,12 +89,14 @@ def _compute(
         )  # fmt: skip
         return out.contiguous(memory_format=memory_format_of(x, weight))
     order, offsets, mask = route.order, route.offsets, route.mask
-    segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
-    if _conv_cpu.is_plain(segments, weight.shape[0]) or not _conv_direct.runs_direct(x, weight, mask, geometry):
-        return _conv_cpu.forward(x, weight, bias, segments, geometry)
+    direct = _conv_direct.runs_direct(x, weight, geometry)
+    if mask is None or not direct:
+        segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
+        if not direct or _conv_cpu.is_plain(segments, weight.shape[0]):
+            return _conv_cpu.forward(x, weight, bias, segments, geometry)
     own = packed(x.dtype) if packed else _conv_direct.pack(weight, geometry.in_sizes)
     shape = geometry.out_shape(x, weight)
-    return _conv_direct.forward(x, own, weight.shape[2:], bias, order, offsets, shape, geometry)
+    return _conv_direct.forward(x, own, weight.shape[2:], bias, route, shape, geometry)
 
 
 def _forward(
@@ -133,18 +135,17 @@ def _backward_cpu(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    mask: Tensor | None,
+    route: Route,
     geometry: Geometry,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
-    turned = _conv_direct.transposed(x, weight, mask, geometry) if output_mask[0] else None
+    channels = x.shape[1], weight.shape[0]
+    segments = _conv_cpu.segments_of(route.order, route.offsets, route.mask, geometry, *channels)
+    turned = _conv_direct.transposed(x, weight, geometry) if output_mask[0] else None
     if turned is None:
         return _conv_cpu.backward(grad, x, weight, segments, geometry, output_mask)
     packed = _conv_direct.pack(weight.flip(2, 3).transpose(0, 1), turned.in_sizes)
-    dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, order, offsets, x.shape, turned)
+    dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, route, x.shape, turned)
     dx = dx.contiguous(memory_format=memory_format_of(x))
     rest = (False, *output_mask[1:])
     return dx, *(_conv_cpu.backward(grad, x, weight, segments, geometry, rest)[1:] if any(rest) else (None, None))
@@ -168,13 +169,13 @@ def _dynamic_conv2d_backward(
     output_mask: Sequence[bool],  # which gradients are wanted; the others come back with no element
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
     geometry = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes)
+    route = Route(levels, order, offsets, len(out_sizes) or len(in_sizes), mask)
     gradients: Sequence[Tensor | None]
     if x.is_cpu:
-        gradients = _backward_cpu(grad, x, weight, order, offsets, mask, geometry, output_mask)
+        gradients = _backward_cpu(grad, x, weight, route, geometry, output_mask)
     elif _in_triton(x):
         from ._triton import dynamic_conv as kernels
 
-        route = Route(levels, order, offsets, len(out_sizes) or len(in_sizes), mask)
         gradients = kernels.backward(grad, x, weight, route, geometry, output_mask)
     else:
         gradients = masked_backward(grad, x, weight, levels, mask, geometry, output_mask)
@@ -291,9 +292,10 @@ def _pad(
 def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of a convolution: all but float64 become its dtype."""
     tensors = [x, *others]
-    if not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float32, torch.float16, torch.bfloat16)
     return [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
 

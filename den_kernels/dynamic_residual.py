@@ -11,12 +11,13 @@ On a CPU an instance at level 0 is not touched, and the others go one of two way
 
 - float32 with AVX-512, bfloat16 with AMX: a direct convolution in C++ (csrc/dynamic_residual.cpp and
   dynamic_residual_bf16.cpp) takes an instance through the whole block while its maps stay in one core's cache. One
-  packing of the weights serves all levels, and narrow levels (4 or 8 hidden channels) cost what they hold, which they
-  do not with oneDNN.
+  packing of the weights serves all levels and masks, and narrow levels (4 or 8 hidden channels) cost what they hold,
+  which they do not with oneDNN.
 - else: the instances of a segment go through two dense oneDNN convolutions in chunks that stay in the cache; a row is
   read once (gather, bn1, ReLU) and added to once (scatter).
 
-On a GPU the block is two launches of the Triton convolution (`_triton/residual.py`).
+On a GPU the block is one CUDA kernel (csrc/dynamic_residual.cu) whose hidden map never leaves the chip, where
+`_cuda.choose_fused` has a layout for it, else two launches of the Triton convolution (`_triton/residual.py`).
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _triton
+from . import _cuda, _triton
+from ._conv_direct import selections
 from ._eager import runs_eagerly
 from ._extension import extension
 from .plan import Route, as_route
@@ -80,19 +82,18 @@ def chunk_size(instances: int, map_bytes: int) -> int:
     return min(instances, max(8, _CHUNK_BYTES // max(map_bytes, 1)))
 
 
-def _add_branch_direct(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
-    """out += branch(x) in C++; `out` may be `x`. Routes of levels only."""
+def _add_branch_direct(x: Tensor, shortcut: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
+    """out = shortcut + branch(x) in C++; `out` may be `shortcut`, and `shortcut` may be `x`."""
     assert weights.direct is not None
     B, C, H, W = x.shape
     C_out, M, R, S = weights.conv2.shape
-    widths = [sum(weights.groups[:g]) for g in range(len(weights.groups) + 1)]
     bias2 = None if weights.bias2 is None else weights.bias2.float()
     address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, bias2)]
     run = extension.dynamic_residual_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_residual
     run(
-        x.data_ptr(), out.data_ptr(), route.order.data_ptr(), route.offsets.data_ptr(), [B, H, W, C], weights.stride,
-        [C_out, M, R, S], widths, address[0], address[1], weights.direct[0].data_ptr(), weights.bias1.data_ptr(),
-        weights.direct[1].data_ptr(), address[2],
+        x.data_ptr(), shortcut.data_ptr(), out.data_ptr(), selections(route), [B, H, W, C], weights.stride,
+        [C_out, M, R, S], weights.groups, address[0], address[1], weights.direct[0].data_ptr(),
+        weights.bias1.data_ptr(), weights.direct[1].data_ptr(), address[2],
     )  # fmt: skip
 
 
@@ -150,15 +151,18 @@ def dynamic_residual_reference(x: Tensor, route: Route, weights: ResidualWeights
 
 def _branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
     """Add the block's branch of `x` to `out` (which may be `x`), in the way of the device."""
-    if x.device.type != "cpu":
+    layout = _cuda.choose_fused(x, route, weights)  # None on a CPU
+    if layout is not None:
+        _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=True)
+    elif x.device.type != "cpu":
         if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
             from ._triton.residual import add_branch
 
             add_branch(x, out, route, weights)
         else:
             _add_branch_masked(x, out, route, weights)
-    elif weights.direct is not None and route.mask is None:
-        _add_branch_direct(x, out, route, weights)
+    elif weights.direct is not None:
+        _add_branch_direct(x, out, out, route, weights)
     else:
         _add_branch_onednn(x, out, route, weights)
     return out
@@ -168,6 +172,17 @@ def _functional(x: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     if x.dtype == torch.float64:
         return dynamic_residual_reference(x, route, weights)
+    if weights.direct is not None and weights.stride == 1 and weights.conv2.shape[0] == x.shape[1]:
+        out = torch.empty_like(x)
+        _add_branch_direct(x, x, out, route, weights)
+        return out
+    layout = _cuda.choose_fused(x, route, weights)
+    if layout is not None:
+        B, _, H, W = x.shape
+        shape = B, -(-H // weights.stride), -(-W // weights.stride), weights.conv2.shape[0]
+        out = x.new_empty(shape).permute(0, 3, 1, 2)
+        _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=False)
+        return out
     return _branch(x, pool_rows(x, weights.conv2.shape[0], weights.stride), route, weights)
 
 

@@ -154,7 +154,8 @@ def _on_cuda() -> dict[str, str]:
     plan = "CUDA, one launch for all blocks" if in_cuda else "PyTorch, without host synchronisation"
     if find_spec("triton") is None:
         return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 3), strict=True))
-    texts = (plan, "Triton, one launch", "Triton, active instances only", "Triton, two launches, in place")
+    block = "CUDA C++, one launch, where the map fits; else Triton, two launches" if in_cuda else "Triton, two launches"
+    texts = (plan, "Triton, one launch", "Triton, active instances only", block)
     return dict(zip(_OPS, texts, strict=True))
 
 

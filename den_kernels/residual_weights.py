@@ -97,7 +97,9 @@ class ResidualWeights:
         return HiddenWeights(torch.cat(outputs), torch.cat(biases), _channels_last(torch.cat(inputs, 1)), False)
 
     def _prepacked(self) -> "ResidualWeights":
-        """On a CPU: the weights in the layouts that its kernels read, so that no call copies or reorders a weight."""
+        """The weights in the layouts that the device's kernels read, so that no call copies or reorders a weight."""
+        if self.conv1.device.type == "cuda":
+            return replace(self, conv1=_channels_last(self.conv1), conv2=_channels_last(self.conv2))
         if runs_direct(self.conv1.device, self.conv1.dtype, self.conv1.shape, self.conv2.shape):
             return replace(self, direct=(pack(self.conv1, (), self.scale2), pack(self.conv2, self.groups)))
         if not _onednn(self.conv1.device, self.dtype):

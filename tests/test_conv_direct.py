@@ -1,4 +1,4 @@
-"""The direct dynamic convolution, float32 with AVX-512 and bfloat16 with AMX: against oneDNN, its rule, its threads."""
+"""The direct dynamic convolution, float32 with AVX-512 and bfloat16 with AMX: its accuracy, its rule, its threads."""
 
 from types import SimpleNamespace
 
@@ -11,8 +11,9 @@ from den_kernels import DynamicConv2d, _conv_direct, layers
 from den_kernels._conv_cpu import Geometry
 from den_kernels._extension import extension
 from den_kernels.dynamic_conv import dynamic_conv2d
-from den_kernels.testing import make_levels, poison_unread
+from den_kernels.testing import assert_as_accurate, make_levels, make_mask, masked_conv2d, poison_unread
 
+FACTOR = 4.0  # of oneDNN's error: in float32 the order of the sums decides, and ours is one after the other
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -20,16 +21,26 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def close(got, expected):
-    """Equal but for the order of sums: in bfloat16 two roundings of the largest magnitude apart at most."""
-    rtol, atol = (1e-5, 2e-5) if got.dtype == torch.float32 else (2**-7, 2**-8)
-    scale = float(expected.abs().max()) + 1 if expected.numel() else 1.0
-    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol * scale)
+def by_onednn(call):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_conv_direct, "runs_direct", lambda *_: False)
+        return call()
+
+
+def parts(channels, cut):
+    """Sizes of three groups of the channels, the first up to `cut` wide."""
+    first = min(cut, channels - 2)
+    second = (channels - first) // 2
+    return first, second, channels - first - second
+
+
+def select(kind, batch, groups, seed=0):
+    return make_mask(batch, groups, seed) if kind == "mask" else make_levels("uniform", batch, groups, seed)
 
 
 def runs(dtype, C_in, C_out):
     x, weight = torch.zeros(1, C_in, 9, 9, dtype=dtype), torch.zeros(C_out, C_in, 1, 1, dtype=dtype)
-    return _conv_direct.runs_direct(channels_last(x), weight, None, GEOMETRY)
+    return _conv_direct.runs_direct(channels_last(x), weight, GEOMETRY)
 
 
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())
@@ -37,7 +48,7 @@ GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())
 
 @given(
     case=st.one_of(
-        st.tuples(st.just(torch.float32), st.sampled_from([1, 3, 16, 33, 64]), st.sampled_from([2, 5, 16, 40])),
+        st.tuples(st.just(torch.float32), st.sampled_from([1, 3, 16, 33, 64]), st.sampled_from([3, 5, 16, 40])),
         st.tuples(st.just(torch.bfloat16), st.sampled_from([16, 32, 48, 64]), st.sampled_from([16, 32, 48, 96])),
     ),
     batch=st.sampled_from([1, 2, 5, 17]),
@@ -46,35 +57,35 @@ GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())
     stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     sides=st.sampled_from(["out", "in", "both"]),
-    cut=st.integers(1, 15),
+    kind=st.sampled_from(["levels", "mask"]),
+    cut=st.integers(1, 40),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=120, deadline=None)
-def test_it_agrees_with_onednn(case, batch, size, kernel, stride, padding, sides, cut, seed):
+@settings(max_examples=80, deadline=None)
+def test_it_is_as_accurate_as_onednn(case, batch, size, kernel, stride, padding, sides, kind, cut, seed):
     dtype, *channels = case
     W_out = (size[1] + 2 * padding[1] - kernel[1]) // stride[1] + 1
     # oneDNN 3.12's own bfloat16 convolution is wrong at stride 2 where one column of several rows comes out.
     assume(dtype == torch.float32 or stride[1] == 1 or W_out > 1)
     torch.manual_seed(seed)
     x, weight = torch.randn(batch, channels[0], *size).to(dtype), torch.randn(*channels[::-1], *kernel).to(dtype)
-    bias, parts = torch.randn(channels[1]).to(dtype), [(min(cut, c - 1), c - min(cut, c - 1)) for c in channels]
+    bias, selection = torch.randn(channels[1]).to(dtype), select(kind, batch, 3, seed)
     if channels[0] == 1:
         sides = "out"
-    groups = {f"{side}_groups": parts[side == "out"] for side in ("in", "out") if sides in (side, "both")}
-    levels = torch.randint(0, 3, (batch,))
-    if "in_groups" in groups:
-        x = poison_unread(x, levels, parts[0])
+    keywords = {f"{side}_groups": parts(c, cut) for side, c in zip(("in", "out"), channels, strict=True)}
+    keywords = {name: sizes for name, sizes in keywords.items() if sides in (name.removesuffix("_groups"), "both")}
+    keywords |= {"stride": stride, "padding": padding}
+    exact, scale = (
+        masked_conv2d(*(f(t.double()) for t in (x, weight, bias)), selection, **keywords)
+        for f in (torch.clone, torch.abs)
+    )
+    if "in_groups" in keywords:
+        x = poison_unread(x, selection, keywords["in_groups"])
     x = channels_last(x)
-    call = lambda: dynamic_conv2d(x, weight, bias, levels, stride=stride, padding=padding, **groups)  # noqa: E731
-    got = call()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_conv_direct, "runs_direct", lambda *_: False)
-        expected = call()
-    close(got, expected)
-    if "out_groups" in groups:
-        unused = levels[:, None] < torch.tensor([1, 2]).repeat_interleave(torch.tensor(parts[1]))
-        assert not got[unused].any()
-    assert got.stride() == expected.stride() or got.numel() == 0 or 1 in got.shape
+    call = lambda: dynamic_conv2d(x, weight, bias, selection, **keywords)  # noqa: E731
+    got, peer = call(), by_onednn(call)
+    assert_as_accurate(got, peer, exact, scale, FACTOR)
+    assert got.stride() == peer.stride() or got.numel() == 0 or 1 in got.shape
 
 
 @DTYPES
@@ -91,30 +102,36 @@ def test_bands_and_groups_of_instances(shape, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("kind", ["levels", "mask"])
 @pytest.mark.parametrize("elastic", [("out_groups",), ("in_groups",), ("out_groups", "in_groups")], ids="-".join)
-def test_data_gradients_agree_with_onednn(elastic, dtype, monkeypatch):
+def test_data_gradients_are_as_accurate_as_onednn(elastic, kind, dtype):
     torch.manual_seed(0)
     x, grad = (channels_last(torch.randn(6, c, 9, 9)).to(dtype) for c in (32, 48))
-    weight, sizes = torch.randn(48, 32, 3, 3).to(dtype), {"out_groups": (5, 43), "in_groups": (20, 12)}
-    x, groups = x.requires_grad_(), {side: sizes[side] for side in elastic}
+    weight, sizes = torch.randn(48, 32, 3, 3).to(dtype), {"out_groups": (5, 12, 31), "in_groups": (20, 7, 5)}
+    keywords = {"padding": 1} | {side: sizes[side] for side in elastic}
+    selection = select(kind, 6, 3)
 
-    def gradient():
-        y = dynamic_conv2d(x, weight, None, torch.arange(6) % 3, padding=1, **groups)
-        return torch.autograd.grad(y, x, grad)[0]
+    def gradient(convolve, *tensors):
+        x, weight, grad = tensors
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(convolve(x, weight, None, selection, **keywords), x, grad)[0]
 
-    direct = gradient()
-    monkeypatch.setattr(_conv_direct, "runs_direct", lambda *_: False)
-    close(direct, gradient())
+    exact, scale = (
+        gradient(masked_conv2d, *(f(t.double()) for t in (x, weight, grad))) for f in (torch.clone, torch.abs)
+    )
+    peer = by_onednn(lambda: gradient(dynamic_conv2d, x, weight, grad))
+    assert_as_accurate(gradient(dynamic_conv2d, x, weight, grad), peer, exact, scale, FACTOR)
 
 
 @DTYPES
+@pytest.mark.parametrize("kind", ["levels", "mask"])
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("shape", [(1, 16, 32, 32), (3, 64, 8, 8), (17, 64, 8, 8)], ids=str)
-def test_threads_share_without_changing_a_bit(shape, threads, dtype):
+def test_threads_share_without_changing_a_bit(shape, threads, kind, dtype):
     torch.manual_seed(0)
     x, weight = channels_last(torch.randn(shape)).to(dtype), torch.randn(64, shape[1], 3, 3).to(dtype)
-    levels = make_levels("uniform", shape[0], 2).clamp_min(1 - shape[0] // 3)
-    call = lambda: dynamic_conv2d(x, weight, None, levels, padding=1, out_groups=(16, 48))  # noqa: E731
+    selection = select(kind, shape[0], 3, seed=1)
+    call = lambda: dynamic_conv2d(x, weight, None, selection, padding=1, out_groups=(16, 8, 40))  # noqa: E731
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -149,11 +166,10 @@ def test_it_runs_where_its_rule_says(case, able, monkeypatch):
     monkeypatch.setattr(_conv_direct, "extension", SimpleNamespace(**has))
     geometry, weight = GEOMETRY._replace(**changes), torch.zeros(shape, dtype=dtype)
     x = channels_last(torch.zeros(2, shape[1] * geometry.groups, 9, 9, dtype=dtype))
-    assert _conv_direct.runs_direct(x, weight, None, geometry) == (expected and able)
-    assert not _conv_direct.runs_direct(x, weight, torch.ones(2, 2).bool(), geometry)
-    assert not _conv_direct.runs_direct(x.contiguous(), weight, None, geometry)
+    assert _conv_direct.runs_direct(x, weight, geometry) == (expected and able)
+    assert not _conv_direct.runs_direct(x.contiguous(), weight, geometry)
     monkeypatch.setattr(_conv_direct, "extension", None)
-    assert not _conv_direct.runs_direct(x, weight, None, geometry)
+    assert not _conv_direct.runs_direct(x, weight, geometry)
 
 
 def test_each_dtype_needs_its_own_instructions(monkeypatch):

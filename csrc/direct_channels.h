@@ -1,0 +1,119 @@
+// Which channels the instances of a route use, cut into what the direct kernels take at a time. A level is the
+// selection of a prefix of the groups; a mask is any other.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace den_kernels {
+
+// The channel groups that the segments of a route select: segment s is order[offsets[s] : offsets[s + 1]].
+struct Selections {
+  int64_t S, G;
+  const int32_t* order;    // [B] instances; the segments with most groups first
+  const int32_t* offsets;  // [S + 1]
+  const bool* mask;  // [B, G] of a route of masks; null: levels, S = G + 1, segment s selects the first G - s groups
+  int64_t count(int64_t s) const { return offsets[s + 1] - offsets[s]; }
+  bool has(int64_t s, int64_t group) const { return mask ? mask[order[offsets[s]] * G + group] : group < G - s; }
+};
+
+// The same as Python gives it: S, G and the addresses of order, offsets and mask (0: levels).
+using Route = std::array<uintptr_t, 5>;
+
+inline Selections selections_of(const Route& r) {
+  return {static_cast<int64_t>(r[0]), static_cast<int64_t>(r[1]), reinterpret_cast<const int32_t*>(r[2]),
+          reinterpret_cast<const int32_t*>(r[3]), reinterpret_cast<const bool*>(r[4])};
+}
+
+struct Run {
+  int64_t first, width;
+};
+
+// Consecutive channels of one block of 16, and where they lie on a map that holds the selected channels alone.
+struct Piece {
+  int64_t first, width, place;
+};
+
+// A block of 16 or 32 channels, which of them are selected, and the place of the first of these.
+struct Block {
+  int64_t index;
+  uint32_t lanes;
+  int64_t place;
+};
+
+// The channels of one selection, all ascending.
+struct Channels {
+  int64_t count = 0, end = 0;  // how many, and the channel after the last
+  std::vector<Run> runs;       // maximal
+  std::vector<Piece> pieces;
+  std::vector<Block> blocks;  // that hold any
+  std::vector<Run> gaps;      // the channels of the other blocks
+};
+
+// Pieces of at most `most` channels.
+inline std::vector<Piece> cut(const std::vector<Run>& runs, int64_t most) {
+  std::vector<Piece> pieces;
+  int64_t place = 0;
+  for (const Run& run : runs)
+    for (int64_t first = run.first, end = run.first + run.width; first < end;) {
+      const int64_t width = std::min({most, end - first, 16 - first % 16});
+      pieces.push_back({first, width, place});
+      first += width;
+      place += width;
+    }
+  return pieces;
+}
+
+// Runs of a side of `channels`, seen in blocks of `block` channels.
+inline Channels channels_of(const std::vector<Run>& runs, int64_t channels, int64_t block) {
+  Channels made;
+  made.runs = runs;
+  made.pieces = cut(runs, 16);
+  int64_t dead = 0;  // where the blocks end that were seen
+  const auto close = [&](int64_t until) {
+    if (until > dead) made.gaps.push_back({dead, until - dead});
+  };
+  for (const Piece& piece : made.pieces) {
+    const int64_t index = piece.first / block;
+    if (made.blocks.empty() || made.blocks.back().index != index) {
+      close(index * block);
+      dead = std::min((index + 1) * block, channels);
+      made.blocks.push_back({index, 0, piece.place});
+    }
+    made.blocks.back().lanes |= ((1u << piece.width) - 1) << piece.first % block;
+    made.count += piece.width;
+    made.end = piece.first + piece.width;
+  }
+  close(channels);
+  return made;
+}
+
+// Those of each segment that holds instances. sizes: of the channel groups; empty where the side is not elastic.
+inline std::vector<Channels> channels_of(const Selections& route, const std::vector<int64_t>& sizes, int64_t channels,
+                                         int64_t block) {
+  std::vector<Channels> made(route.S);
+  for (int64_t s = 0; s < route.S; ++s) {
+    if (!route.count(s)) continue;
+    std::vector<Run> runs;
+    if (sizes.empty()) runs.push_back({0, channels});
+    for (int64_t g = 0, first = 0; g < static_cast<int64_t>(sizes.size()); first += sizes[g++]) {
+      if (!route.has(s, g)) continue;
+      if (runs.empty() || runs.back().first + runs.back().width < first) runs.push_back({first, 0});
+      runs.back().width += sizes[g];
+    }
+    made[s] = channels_of(runs, channels, block);
+  }
+  return made;
+}
+
+// The channels that each level 0..G keeps.
+inline std::vector<int64_t> widths_of(const std::vector<int64_t>& sizes, int64_t channels) {
+  std::vector<int64_t> widths{0};
+  for (const int64_t size : sizes) widths.push_back(widths.back() + size);
+  if (sizes.empty()) widths.push_back(channels);
+  return widths;
+}
+
+}  // namespace den_kernels
