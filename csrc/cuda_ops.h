@@ -5,10 +5,6 @@
 
 #include "plan.h"
 
-namespace pybind11 {
-class module_;
-}
-
 namespace den_kernels {
 
 constexpr int64_t kPlanGroups = 255;     // channel groups that plan_levels_cuda takes
@@ -64,7 +60,5 @@ enum class FusedType { bfloat16, float16, tf32 };  // tf32: float32 in memory
 
 int64_t fused_residual_shared(const FusedResidual& block, FusedType type);  // bytes of shared memory
 void fused_residual_cuda(const FusedResidual& block, FusedType type, void* stream);
-
-void bind_cuda_ops(pybind11::module_& m);  // nothing in a build without CUDA
 
 }  // namespace den_kernels

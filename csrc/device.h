@@ -5,10 +5,6 @@
 #include <string>
 #include <vector>
 
-namespace pybind11 {
-class module_;
-}
-
 namespace den_kernels {
 
 struct CudaDevice {
@@ -27,7 +23,5 @@ struct CudaDevices {
 CudaDevices cuda_devices();  // device.cu
 int cuda_version();          // of the toolkit that compiled the library: 13000 is 13.0
 #endif
-
-void bind_device(pybind11::module_& m);
 
 }  // namespace den_kernels

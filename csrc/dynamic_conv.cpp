@@ -6,8 +6,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include <pybind11/stl.h>
-
 #include "conv_bands.h"
 #include "dispatch.h"
 #ifdef DEN_KERNELS_HAS_AVX512
@@ -151,43 +149,5 @@ void dynamic_conv(const ConvProblem<float>&) {
 }
 
 #endif
-
-namespace {
-
-using Ints = std::vector<int64_t>;
-
-template <class T>
-void call(uintptr_t x, uintptr_t out, const Route& route, const Ints& input, const Ints& output, const Ints& kernel,
-          const Ints& stride, const Ints& padding, const Ints& dilation, const Ints& in_sizes, const Ints& out_sizes,
-          uintptr_t weight, uintptr_t bias) {
-  const auto values = [](uintptr_t p) { return reinterpret_cast<const T*>(p); };
-  pybind11::gil_scoped_release unlocked;
-  dynamic_conv(ConvProblem<T>{input[0],
-                              input[1],
-                              input[2],
-                              input[3],
-                              output[1],
-                              output[2],
-                              output[3],
-                              kernel[0],
-                              kernel[1],
-                              {stride[0], stride[1]},
-                              {padding[0], padding[1]},
-                              {dilation[0], dilation[1]},
-                              selections_of(route),
-                              in_sizes,
-                              out_sizes,
-                              values(x),
-                              reinterpret_cast<T*>(out),
-                              values(weight),
-                              values(bias)});
-}
-
-}  // namespace
-
-void bind_dynamic_conv(pybind11::module_& m) {
-  m.def("dynamic_conv", &call<float>);
-  m.def("dynamic_conv_bf16", &call<bf16>);
-}
 
 }  // namespace den_kernels

@@ -5,8 +5,6 @@
 #include <cstdint>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-
 #include "direct_channels.h"
 #include "numbers.h"
 
@@ -35,7 +33,5 @@ void dynamic_conv(const ConvProblem<float>& problem);
 // Needs AMX (has_dynamic_residual_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible by 16, and
 // weights packed by pack_weights_bf16 for the prefixes of in_sizes.
 void dynamic_conv(const ConvProblem<bf16>& problem);
-
-void bind_dynamic_conv(pybind11::module_& m);
 
 }  // namespace den_kernels

@@ -11,8 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include <pybind11/stl.h>
-
 #include "amx_pack.h"
 #include "direct_chunks.h"
 #include "dispatch.h"
@@ -325,60 +323,5 @@ void dynamic_residual(const ResidualBlock<float>&) {
 }
 
 #endif
-
-namespace {
-
-template <class T>
-void call(uintptr_t x, uintptr_t shortcut, uintptr_t out, const Route& route, const std::vector<int64_t>& input,
-          int64_t stride, const std::vector<int64_t>& weights, const std::vector<int64_t>& sizes, uintptr_t scale1,
-          uintptr_t shift1, uintptr_t conv1, uintptr_t bias1, uintptr_t conv2, uintptr_t bias2) {
-  const auto values = [](uintptr_t p) { return reinterpret_cast<const T*>(p); };
-  const auto floats = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
-  const int64_t H = input[1], W = input[2], Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
-  pybind11::gil_scoped_release unlocked;
-  dynamic_residual(ResidualBlock<T>{input[0],
-                                    H,
-                                    W,
-                                    input[3],
-                                    Ho,
-                                    Wo,
-                                    weights[0],
-                                    weights[1],
-                                    weights[2],
-                                    weights[3],
-                                    stride,
-                                    selections_of(route),
-                                    sizes,
-                                    values(x),
-                                    values(shortcut),
-                                    reinterpret_cast<T*>(out),
-                                    floats(scale1),
-                                    floats(shift1),
-                                    values(conv1),
-                                    floats(bias1),
-                                    values(conv2),
-                                    floats(bias2)});
-}
-
-constexpr char weights_and_sizes[] = "weights: [C_out, M, R, S]; input: [B, H, W, C]; sizes: [G]";
-
-}  // namespace
-
-void bind_dynamic_residual(pybind11::module_& m) {
-  m.def("has_dynamic_residual", &has_dynamic_residual);
-  m.def("has_dynamic_residual_bf16", &has_dynamic_residual_bf16);
-  m.def("packed_size_bf16", &packed_size_bf16);
-  m.def("pack_weights_bf16", [](uintptr_t weight, uintptr_t scale, uintptr_t packed, int64_t O, int64_t R, int64_t S,
-                                const std::vector<int64_t>& widths) {
-    pack_weights_bf16(reinterpret_cast<const bf16*>(weight), reinterpret_cast<const float*>(scale),
-                      reinterpret_cast<bf16*>(packed), O, R, S, widths);
-  });
-  m.def("pack_weights", [](uintptr_t weight, uintptr_t scale, uintptr_t packed, int64_t O, int64_t taps, int64_t I) {
-    pack_weights(reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(scale),
-                 reinterpret_cast<float*>(packed), O, taps, I);
-  });
-  m.def("dynamic_residual", &call<float>, weights_and_sizes);
-  m.def("dynamic_residual_bf16", &call<bf16>, weights_and_sizes);
-}
 
 }  // namespace den_kernels

@@ -5,8 +5,6 @@
 #include <cstdint>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-
 #include "direct_channels.h"
 #include "numbers.h"
 
@@ -46,7 +44,5 @@ bool has_dynamic_residual_bf16();  // and the second
 // weight [O, taps, I], times scale [O] unless that is null -> [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
 // zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.
 void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I);
-
-void bind_dynamic_residual(pybind11::module_& m);
 
 }  // namespace den_kernels

@@ -1,7 +1,5 @@
 #include "norm.h"
 
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -220,59 +218,6 @@ void norm_gradient(const NormBatch& batch, const NormAffine& affine, const void*
     run(dy, x, dx, s, table.at(s, keep));
   };
   in_parallel(batch, used, [&](const Span& s) { zero(batch, dx, s); });
-}
-
-namespace {
-
-template <class T = float>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-NormBatch make_batch(int64_t B, int64_t P, int64_t element_bytes, uintptr_t selection,
-                     const std::vector<int64_t>& groups) {
-  NormBatch batch{B, P, 0, 1, element_bytes, pointer<const uint8_t>(selection), {}};
-  for (const int64_t size : groups) batch.ends.push_back(batch.C += size);
-  while (2 * batch.fold * batch.C <= folded_lanes && P % (2 * batch.fold) == 0 && P > 0) batch.fold *= 2;
-  return batch;
-}
-
-}  // namespace
-
-void bind_norm(pybind11::module_& m) {
-  namespace py = pybind11;
-  using Batch = const NormBatch&;
-  using Affine = const NormAffine&;
-  const py::call_guard<py::gil_scoped_release> unlocked;
-  py::class_<NormBatch>(m, "NormBatch").def(py::init(&make_batch));
-  py::class_<NormAffine>(m, "NormAffine")
-      .def(py::init([](uintptr_t statistics, uintptr_t weight, uintptr_t bias, float eps, bool relu) {
-        return NormAffine{pointer(statistics), pointer(weight), pointer(bias), eps, relu};
-      }));
-  m.def(
-      "norm_statistics",
-      [](Batch batch, uintptr_t x, uintptr_t statistics) {
-        norm_statistics(batch, pointer<void>(x), pointer(statistics));
-      },
-      unlocked);
-  m.def(
-      "norm_apply",
-      [](Batch batch, Affine affine, uintptr_t x, uintptr_t y) {
-        norm_apply(batch, affine, pointer<void>(x), pointer<void>(y));
-      },
-      unlocked);
-  m.def(
-      "norm_reduce",
-      [](Batch batch, Affine affine, uintptr_t dy, uintptr_t x, uintptr_t sums) {
-        norm_reduce(batch, affine, pointer<void>(dy), pointer<void>(x), pointer(sums));
-      },
-      unlocked);
-  m.def(
-      "norm_gradient",
-      [](Batch batch, Affine affine, uintptr_t dy, uintptr_t x, uintptr_t sums, uintptr_t dx) {
-        norm_gradient(batch, affine, pointer<void>(dy), pointer<void>(x), pointer(sums), pointer<void>(dx));
-      },
-      unlocked);
 }
 
 }  // namespace den_kernels

@@ -1,8 +1,6 @@
 // Batch norm whose channels take their statistics only from the instances that use them.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <vector>
 
@@ -38,7 +36,5 @@ void norm_reduce(const NormBatch& batch, const NormAffine& affine, const void* d
 // dx [B, P, C]: 0 where not used. `sums` of norm_reduce carry the gradient through the statistics; null: constants.
 void norm_gradient(const NormBatch& batch, const NormAffine& affine, const void* dy, const void* x, const float* sums,
                    void* dx);
-
-void bind_norm(pybind11::module_& m);
 
 }  // namespace den_kernels

@@ -1,7 +1,5 @@
 #include "plan.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <atomic>
 #include <numeric>
@@ -9,8 +7,6 @@
 #include <vector>
 
 #include "check.h"
-
-namespace py = pybind11;
 
 namespace den_kernels {
 namespace {
@@ -73,27 +69,6 @@ void sort_masks(const uint8_t* masks, int64_t B, int64_t G, int32_t* levels, int
   std::fill(offsets + s, offsets + B + 1, static_cast<int32_t>(B));
 }
 
-template <class T>
-void bind_levels(py::module_& m, const char* name) {
-  m.def(
-      name,
-      [](uintptr_t levels, int64_t B, int64_t N, int64_t G, uintptr_t out, uintptr_t order, uintptr_t offsets) {
-        const T* in = reinterpret_cast<const T*>(levels);
-        const Plan plan = {reinterpret_cast<int32_t*>(out), reinterpret_cast<int32_t*>(order),
-                           reinterpret_cast<int32_t*>(offsets)};
-        const int64_t bad = [&] {
-          py::gil_scoped_release release;
-          return plan_levels(in, B, N, G, plan);
-        }();
-        if (bad < 0) return;
-        const std::string got =
-            std::to_string(in[bad]) + " for instance " + std::to_string(bad / N) + ", block " + std::to_string(bad % N);
-        check(false, "plan_levels", "levels", ("in 0.." + std::to_string(G)).c_str(), got);
-      },
-      py::arg("levels"), py::arg("B"), py::arg("N"), py::arg("G"), py::arg("out_levels"), py::arg("order"),
-      py::arg("offsets"));
-}
-
 }  // namespace
 
 template <class T>
@@ -123,19 +98,7 @@ void plan_masks(const uint8_t* masks, int64_t B, int64_t N, int64_t G, Plan plan
   }
 }
 
-void bind_plan(py::module_& m) {
-  bind_levels<int32_t>(m, "plan_levels_int32");
-  bind_levels<int64_t>(m, "plan_levels_int64");
-  m.def(
-      "plan_masks",
-      [](uintptr_t masks, int64_t B, int64_t N, int64_t G, uintptr_t levels, uintptr_t order, uintptr_t offsets) {
-        py::gil_scoped_release release;
-        plan_masks(reinterpret_cast<const uint8_t*>(masks), B, N, G,
-                   {reinterpret_cast<int32_t*>(levels), reinterpret_cast<int32_t*>(order),
-                    reinterpret_cast<int32_t*>(offsets)});
-      },
-      py::arg("masks"), py::arg("B"), py::arg("N"), py::arg("G"), py::arg("levels"), py::arg("order"),
-      py::arg("offsets"));
-}
+template int64_t plan_levels(const int32_t*, int64_t, int64_t, int64_t, Plan);
+template int64_t plan_levels(const int64_t*, int64_t, int64_t, int64_t, Plan);
 
 }  // namespace den_kernels

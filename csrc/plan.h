@@ -3,10 +3,6 @@
 
 #include <cstdint>
 
-namespace pybind11 {
-class module_;
-}
-
 namespace den_kernels {
 
 // What a plan writes, one row per block. With levels segment s of a block holds its instances of level G - s (S = G +
@@ -26,7 +22,5 @@ int64_t plan_levels(const T* levels, int64_t B, int64_t N, int64_t G, Plan plan)
 // masks [N, B, G] bytes 0 or 1. Within a level, masks in lexicographic order with set bits first, equal masks by
 // instance.
 void plan_masks(const uint8_t* masks, int64_t B, int64_t N, int64_t G, Plan plan);
-
-void bind_plan(pybind11::module_& m);
 
 }  // namespace den_kernels

@@ -39,8 +39,8 @@ ALWAYS_INLINE void scatter_pixels(const Src* src, Dst* dst, int64_t pixels, int6
   }
 }
 
-// One output pixel of the shortcut: the mean over its window. The windows that occur in numbers have loops of their own,
-// over channels alone.
+// One output pixel of the shortcut: the mean over its window. The windows that occur in numbers have loops of their
+// own, over channels alone.
 template <class T>
 ALWAYS_INLINE void pool_pixel(const T* __restrict src, T* __restrict dst, int64_t rows, int64_t columns, int64_t W,
                               int64_t C, int64_t C_out) {
@@ -63,28 +63,28 @@ ALWAYS_INLINE void pool_pixel(const T* __restrict src, T* __restrict dst, int64_
 }
 
 // target_clones does not reach templates, so each pair of types gets a plain function around the inlined body.
-#define DEFINE_ROWS(NAME, SRC, DST)                                                                                  \
-  DEN_KERNELS_CLONES void gather_##NAME(const void* src, void* dst, int64_t pixels, int64_t src_stride,              \
-                                        int64_t width, const float* scale, const float* shift, bool relu) {          \
-    auto s = static_cast<const SRC*>(src);                                                                           \
-    auto d = static_cast<DST*>(dst);                                                                                 \
-    if (scale && relu) return gather_pixels<SRC, DST, true, true>(s, d, pixels, src_stride, width, scale, shift);    \
-    if (scale) return gather_pixels<SRC, DST, true, false>(s, d, pixels, src_stride, width, scale, shift);           \
-    if (relu) return gather_pixels<SRC, DST, false, true>(s, d, pixels, src_stride, width, scale, shift);            \
-    gather_pixels<SRC, DST, false, false>(s, d, pixels, src_stride, width, scale, shift);                            \
-  }                                                                                                                  \
-  DEN_KERNELS_CLONES void scatter_##NAME(const void* src, void* dst, int64_t pixels, int64_t width,                  \
-                                         int64_t dst_stride, bool accumulate) {                                      \
-    auto s = static_cast<const SRC*>(src);                                                                           \
-    auto d = static_cast<DST*>(dst);                                                                                 \
-    if (accumulate) return scatter_pixels<SRC, DST, true>(s, d, pixels, width, dst_stride);                          \
-    scatter_pixels<SRC, DST, false>(s, d, pixels, width, dst_stride);                                                \
+#define DEFINE_ROWS(NAME, SRC, DST)                                                                                    \
+  DEN_KERNELS_CLONES void gather_##NAME(const void* src, void* dst, int64_t pixels, int64_t src_stride, int64_t width, \
+                                        const float* scale, const float* shift, bool relu) {                           \
+    auto s = static_cast<const SRC*>(src);                                                                             \
+    auto d = static_cast<DST*>(dst);                                                                                   \
+    if (scale && relu) return gather_pixels<SRC, DST, true, true>(s, d, pixels, src_stride, width, scale, shift);      \
+    if (scale) return gather_pixels<SRC, DST, true, false>(s, d, pixels, src_stride, width, scale, shift);             \
+    if (relu) return gather_pixels<SRC, DST, false, true>(s, d, pixels, src_stride, width, scale, shift);              \
+    gather_pixels<SRC, DST, false, false>(s, d, pixels, src_stride, width, scale, shift);                              \
+  }                                                                                                                    \
+  DEN_KERNELS_CLONES void scatter_##NAME(const void* src, void* dst, int64_t pixels, int64_t width,                    \
+                                         int64_t dst_stride, bool accumulate) {                                        \
+    auto s = static_cast<const SRC*>(src);                                                                             \
+    auto d = static_cast<DST*>(dst);                                                                                   \
+    if (accumulate) return scatter_pixels<SRC, DST, true>(s, d, pixels, width, dst_stride);                            \
+    scatter_pixels<SRC, DST, false>(s, d, pixels, width, dst_stride);                                                  \
   }
 
-#define DEFINE_POOL(NAME, T)                                                                                         \
-  DEN_KERNELS_CLONES void pool_##NAME(const void* src, void* dst, int64_t rows, int64_t columns, int64_t W,          \
-                                      int64_t C, int64_t C_out) {                                                    \
-    pool_pixel(static_cast<const T*>(src), static_cast<T*>(dst), rows, columns, W, C, C_out);                        \
+#define DEFINE_POOL(NAME, T)                                                                                           \
+  DEN_KERNELS_CLONES void pool_##NAME(const void* src, void* dst, int64_t rows, int64_t columns, int64_t W, int64_t C, \
+                                      int64_t C_out) {                                                                 \
+    pool_pixel(static_cast<const T*>(src), static_cast<T*>(dst), rows, columns, W, C, C_out);                          \
   }
 
 DEFINE_ROWS(f32_f32, float, float)
@@ -183,34 +183,6 @@ void pool_rows(const void* src, void* dst, int64_t B, int64_t H, int64_t W, int6
           static_cast<char*>(dst) + (i * Wo + j) * C_out * bytes, rows, std::min(stride, W - w), W, C, C_out);
     }
   }
-}
-
-void bind_rows(pybind11::module_& m) {
-  namespace py = pybind11;
-  m.def("gather_rows",
-        [](uintptr_t src, uintptr_t dst, uintptr_t order, int64_t n, int64_t P, int64_t src_stride, int64_t width,
-           int src_dtype, int dst_dtype, uintptr_t scale, uintptr_t shift, bool relu) {
-          py::gil_scoped_release unlocked;
-          gather_rows(reinterpret_cast<const void*>(src), reinterpret_cast<void*>(dst),
-                      reinterpret_cast<const int32_t*>(order), n, P, src_stride, width, static_cast<Dtype>(src_dtype),
-                      static_cast<Dtype>(dst_dtype), reinterpret_cast<const float*>(scale),
-                      reinterpret_cast<const float*>(shift), relu);
-        });
-  m.def("scatter_rows",
-        [](uintptr_t src, uintptr_t dst, uintptr_t order, int64_t n, int64_t P, int64_t width, int64_t dst_stride,
-           int src_dtype, int dst_dtype, bool accumulate) {
-          py::gil_scoped_release unlocked;
-          scatter_rows(reinterpret_cast<const void*>(src), reinterpret_cast<void*>(dst),
-                       reinterpret_cast<const int32_t*>(order), n, P, width, dst_stride, static_cast<Dtype>(src_dtype),
-                       static_cast<Dtype>(dst_dtype), accumulate);
-        });
-  m.def("pool_rows",
-        [](uintptr_t src, uintptr_t dst, int64_t B, int64_t H, int64_t W, int64_t C, int64_t C_out, int64_t stride,
-           int dtype) {
-          py::gil_scoped_release unlocked;
-          pool_rows(reinterpret_cast<const void*>(src), reinterpret_cast<void*>(dst), B, H, W, C, C_out, stride,
-                    static_cast<Dtype>(dtype));
-        });
 }
 
 }  // namespace den_kernels

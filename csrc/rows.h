@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include <pybind11/pybind11.h>
-
 namespace den_kernels {
 
 // Codes of the element types that the row kernels take; the same in Python (den_kernels/rows.py).
@@ -23,7 +21,5 @@ void scatter_rows(const void* src, void* dst, const int32_t* order, int64_t n, i
 // src [B, H, W, C], dst [B, ceil(H / stride), ceil(W / stride), C_out]
 void pool_rows(const void* src, void* dst, int64_t B, int64_t H, int64_t W, int64_t C, int64_t C_out, int64_t stride,
                Dtype dtype);
-
-void bind_rows(pybind11::module_& m);
 
 }  // namespace den_kernels

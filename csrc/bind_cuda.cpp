@@ -1,6 +1,6 @@
-#include "cuda_ops.h"
+// The CUDA ops in Python: addresses, sizes and the stream.
+#include "bind.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda_ops.h"
 
 namespace py = pybind11;
 

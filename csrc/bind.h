@@ -1,0 +1,17 @@
+// What each group of ops adds to the Python module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace den_kernels {
+
+// bind_cpu.cpp
+void bind_plan(pybind11::module_& m);
+void bind_rows(pybind11::module_& m);
+void bind_norm(pybind11::module_& m);
+void bind_dynamic_conv(pybind11::module_& m);
+void bind_dynamic_residual(pybind11::module_& m);
+
+void bind_cuda_ops(pybind11::module_& m);  // bind_cuda.cpp; nothing in a build without CUDA
+
+}  // namespace den_kernels
