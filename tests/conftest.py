@@ -13,6 +13,10 @@ from hypothesis import settings
 
 import den_kernels
 
+# Workers side by side (pytest -n) share the cores: torch's threads would otherwise spin against each other.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
 
