@@ -1,4 +1,4 @@
-"""The command line: den train, den evaluate, den demo, den info."""
+"""The command line: den train, den evaluate, den demo, den info, den dag."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from den.config import DemoConfig, TrainConfig, read_config
 
-HELP = "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
+HELP = (
+    "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
+    " den dag --help: networks over one graph, a topology for each task."
+)
+Settings = TypeVar("Settings", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"den {__version__}")
         return 0
     try:
+        if arguments[:1] == ["dag"]:
+            from den.dag.cli import main as dag
+
+            dag(arguments[1:])
+            return 0
         return _run(_parse(arguments))
     except (ValueError, OSError) as error:
         print(f"den: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("den: interrupted; continue a training run with den train --resume --out FOLDER", file=sys.stderr)
+        print("den: interrupted; continue a training run with its command and --resume --out FOLDER", file=sys.stderr)
         return 130
 
 
 def _parse(arguments: list[str]) -> Train | Evaluate | DemoConfig | Info:
-    train = Train(settings=_base_settings(arguments)) if arguments[:1] == ["train"] else Train()
+    train = Train(settings=base_settings(TrainConfig, arguments)) if arguments[:1] == ["train"] else Train()
     command = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -78,13 +87,13 @@ def _parse(arguments: list[str]) -> Train | Evaluate | DemoConfig | Info:
     return tyro.cli(command, args=arguments, prog="den", description=HELP)  # type: ignore[call-overload]
 
 
-def _base_settings(arguments: list[str]) -> TrainConfig:
-    """The settings that the options of `den train` change: of --config, of the run to be resumed, or the defaults."""
+def base_settings(kind: type[Settings], arguments: list[str]) -> Settings:
+    """The settings that the options of `train` change: of --config, of the run to be resumed, or the defaults."""
     if path := _option(arguments, "--config"):
-        return read_config(TrainConfig, Path(path))
+        return read_config(kind, Path(path))
     if "--resume" in arguments:
-        return read_config(TrainConfig, Path(_option(arguments, "--out") or TrainConfig().out) / "config.json")
-    return TrainConfig()
+        return read_config(kind, Path(_option(arguments, "--out") or kind().out) / "config.json")
+    return kind()
 
 
 def _option(arguments: list[str], name: str) -> str | None:

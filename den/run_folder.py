@@ -43,7 +43,8 @@ class RunFolder:
     def _check_same(self, config: TrainConfig) -> None:
         if not self.last.exists():
             raise ValueError(f"train: out must hold {self.last.name} to be continued, got {self.path}")
-        stored, given = _flat(to_dict(stored_config(self.path))), _flat(to_dict(config))
+        stored = _flat(to_dict(read_config(type(config), self.path / "config.json")))
+        given = _flat(to_dict(config))
         for key in stored:
             if key not in NOT_COMPARED and stored[key] != given[key]:
                 raise ValueError(f"train: {key} must stay {stored[key]} to continue {self.path}, got {given[key]}")

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from den.folding import may_fold, norm_tensors
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
 from den_kernels.fold_cache import FoldCache
+from den_kernels.rows import gather_rows
 
 
 class Edge(nn.Module):
     """``relu(norm(conv(x)))`` of the instances that the route lets through, in their channel groups; 0 elsewhere.
+    Without a route: of all.
 
     x [B, C, H, W] -> the same shape, channels-last.  Nothing is computed for an instance at level 0, and what it holds
     does not enter the batch norm's statistics.  For inference the batch norm is folded into the convolution.
@@ -25,28 +27,42 @@ class Edge(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         self._folded: FoldCache[DynamicConv2d] = FoldCache()
 
-    def forward(self, x: Tensor, route: Route) -> Tensor:
+    def forward(self, x: Tensor, route: Route | None) -> Tensor:
+        if route is None:
+            return self.norm(self.conv(x), relu=True)
         if may_fold(self):
             return self._folded.get((self.conv.weight, *norm_tensors(self.norm)), self._fold)(x, route).relu_()
         return self.norm(self.conv(x, route), route, relu=True)
+
+    def compact(self, x: Tensor, route: Route, count: int) -> Tensor:
+        """For inference on a CPU: only the rows of the `count` instances that run the edge, in their order.
+
+        Equivalent to ``edge(x, route)[route.levels > 0]`` with one channel group.  What follows adds these rows to
+        their instances, so nothing is written for the others.
+        """
+        conv = self._folded.get((self.conv.weight, *norm_tensors(self.norm)), self._fold)
+        rows = x if count == len(x) else gather_rows(x, route.order[:count], x.shape[1])
+        return F.conv2d(rows, conv.weight, conv.bias, padding=1).relu_()
 
     def train(self, mode: bool = True) -> Edge:
         self._folded.clear()
         return super().train(mode)
 
+    @torch.inference_mode(False)  # an inference tensor has no version, by which the convolution keeps its packed weight
     def _fold(self) -> DynamicConv2d:
-        """The convolution with the batch norm's scale and shift, computed in at least float32."""
+        """The convolution with the batch norm's scale and shift."""
         weight, bias = folded(self.conv.weight, self.norm)
-        with torch.device(weight.device):
-            conv = DynamicConv2d(
-                weight.shape[1], weight.shape[0], 3, padding=1, out_groups=self.conv.out_groups, dtype=weight.dtype
-            )
+        sizes = self.conv.out_groups
+        conv = DynamicConv2d(*weight.shape[1::-1], 3, padding=1, device="meta", dtype=weight.dtype, out_groups=sizes)
         conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
         return conv.eval().requires_grad_(False)
 
 
 def folded(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight [O, I, R, S], channels-last, and bias [O] that do what the convolution and the batch norm after it do."""
+    """Weight [O, I, R, S], channels-last, and bias [O] that do what the convolution and the batch norm after it do.
+
+    Computed in at least float32.
+    """
     precise = torch.promote_types(weight.dtype, torch.float32)
     gain, shift, mean, var = (tensor.detach().to(precise) for tensor in norm_tensors(norm))
     scale = gain * torch.rsqrt(var + norm.eps)

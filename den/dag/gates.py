@@ -37,18 +37,18 @@ class Gates(nn.Module):
         self.register_buffer("kept_in", torch.ones(tasks, graph.states, dtype=torch.bool))
         self.register_buffer("kept_out", torch.ones(tasks, graph.states, dtype=torch.bool))
 
-    def values(self, bare: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def values(self, bare: bool = False) -> tuple[Tensor, ...]:
         """Gates of what is kept, 0 elsewhere: read-in [K, N], edges [K, E], read-out [K, N]; bare: 1 where kept."""
         kept = self.kept_in, self.edge_levels > 0, self.kept_out
         if bare:
-            return tuple(mask.to(self.gamma.dtype) for mask in kept)  # type: ignore[return-value]
+            return tuple(mask.to(self.gamma.dtype) for mask in kept)
         logits = self.alpha, self.gamma, self.beta
-        return tuple(torch.where(mask, x.sigmoid(), 0) for mask, x in zip(kept, logits, strict=True))  # type: ignore[return-value]
+        return tuple(torch.where(mask, x.sigmoid(), 0) for mask, x in zip(kept, logits, strict=True))
 
     def of_task(self, task: int) -> TaskGates:
-        """The gates of one task, of all items, kept or not."""
-        rows = (x[task].detach().sigmoid().tolist() for x in (self.alpha, self.beta, self.gamma))
-        return TaskGates(*rows)
+        """The gates of one task, 0 where it does not keep the item."""
+        read_in, edges, read_out = (rows[task].detach().tolist() for rows in self.values())
+        return TaskGates(read_in, read_out, edges)
 
     def structure(self, task: int) -> SubGraph:
         """What a task keeps."""

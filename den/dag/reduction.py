@@ -69,8 +69,8 @@ class Reduction:
 def flow(graph: Graph, gates: TaskGates) -> Flow:
     """How a unit of mass divides over the whole graph, in proportion to the gates.
 
-    Into state j goes ``a_j / sum(a)`` from the source; what arrives in a state leaves over its edges and its read-out in
-    proportion to their gates.
+    Into state j goes ``a_j / sum(a)`` from the source; what arrives in a state leaves over its edges and its read-out
+    in proportion to their gates.
 
     Raises ValueError for gates of another number, outside 0..1, or a state whose gates out are all 0.
     """
@@ -89,20 +89,26 @@ def flow(graph: Graph, gates: TaskGates) -> Flow:
     return Flow(read_in, tuple(edges), tuple(read_out))
 
 
-def targets(graph: Graph, ratio: float) -> dict[str, int]:
+def targets(start: SubGraph, ratio: float) -> dict[str, int]:
     """Items of each kind to be kept when the share `ratio` of each is removed.
 
-    >>> targets(Graph(8, 3), 0.5)
+    >>> targets(Graph(8, 3).whole(), 0.5)
     {'edge': 9, 'read-in': 4, 'read-out': 4}
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"reduce: ratio must be in 0..1, got {ratio}")
-    sizes = {"edge": len(graph.edges), "read-in": graph.states, "read-out": graph.states}
+    sizes = {kind: start.count(kind) for kind in KINDS}
     return {kind: size - math.floor(ratio * size + ROUNDING) for kind, size in sizes.items()}
 
 
 def reduce(
-    graph: Graph, gates: TaskGates, ratio: float, *, ranking: Ranking = "flow", guard: bool = True, seed: int = 0
+    start: Graph | SubGraph,
+    gates: TaskGates,
+    ratio: float,
+    *,
+    ranking: Ranking = "flow",
+    guard: bool = True,
+    seed: int = 0,
 ) -> Reduction:
     """Remove the least important items until the share `ratio` of each kind is gone.
 
@@ -110,15 +116,16 @@ def reduce(
     on no path from the source to the sink goes too.
 
     Args:
+        start: the graph, or what is left of it; the gates of what is not must be 0 for the flow to pass it by.
         ranking: importance is the flow through an item; its gate; or a random number of `seed`.
         guard: take a step back wherever it would leave no path, or fewer of any kind than its target.  Without it whole
             branches die, more is removed than asked for, and no path may be left.
 
     Raises ValueError for gates or a ratio that do not fit.
     """
-    wanted = targets(graph, ratio)
-    kept = graph.whole()
-    for item in ranked(graph, gates, ranking, seed):
+    kept = start.whole() if isinstance(start, Graph) else start.clean()
+    wanted = targets(kept, ratio)
+    for item in ranked(kept.graph, gates, ranking, seed):
         if not kept.keeps(item) or kept.count(item.kind) <= wanted[item.kind]:
             continue
         trial = kept.without(item).clean()

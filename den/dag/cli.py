@@ -1,0 +1,53 @@
+"""den dag train, den dag report: networks over one graph, a topology per task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from den.dag.config import DagReportConfig, DagTrainConfig
+
+HELP = "Networks over one shared graph: a topology for each task, found by training."
+
+
+@dataclass(frozen=True)
+class DagTrain:
+    """Search a topology for every task, reduce, fine-tune."""
+
+    config: Path | None = None
+    """JSON file of settings, such as a run's config.json; options given here come before it."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, with the settings that it was started with."""
+    settings: Annotated[DagTrainConfig, tyro.conf.arg(name="")] = field(default_factory=DagTrainConfig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `den dag` with `arguments`; ValueError and OSError for wrong input."""
+    command = parse(list(arguments))
+    if isinstance(command, DagReportConfig):
+        from den.dag.report import report
+
+        print(report(command), end="")
+        return
+    from den.dag.search import train
+
+    train(command.settings, resume=command.resume)
+    print(f"den: finished; measure it with: den dag report {command.settings.out}")
+
+
+def parse(arguments: list[str]) -> DagTrain | DagReportConfig:
+    """The command; the options of `train` change the settings of --config, or of the run to be resumed."""
+    from den.cli import base_settings
+
+    default = DagTrain()
+    if arguments[:1] == ["train"]:
+        default = DagTrain(settings=base_settings(DagTrainConfig, arguments))
+    command = (
+        Annotated[DagTrain, tyro.conf.subcommand("train", default=default)]
+        | Annotated[DagReportConfig, tyro.conf.subcommand("report")]
+    )
+    return tyro.cli(command, args=arguments, prog="den dag", description=HELP)  # type: ignore[call-overload]

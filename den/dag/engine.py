@@ -1,0 +1,263 @@
+"""Everything that a search needs and `den.dag.search` does not say: stages, batches, measurements, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from den.checkpoint import (
+    load_checkpoint,
+    optimiser_tensors,
+    prefixed,
+    restore_optimiser,
+    save_checkpoint,
+    unprefixed,
+)
+from den.dag.config import DagTrainConfig
+from den.dag.evaluate import evaluate_tasks
+from den.dag.graph import SubGraph
+from den.dag.model_config import DagConfig
+from den.dag.network import DagNetwork
+from den.dag.scenarios import load_tasks
+from den.data import Batch, ImageSet, MixedTaskBatches
+from den.data.images import stratified_split
+from den.engine import Meter
+from den.phases import schedule_factor
+from den.run_folder import RunFolder
+
+STAGES = ("warm-up", "search", "fine-tuning")
+SEARCHED = "searched.safetensors"
+
+
+@dataclass
+class Position:
+    """Where a run stands; all of it is in a checkpoint."""
+
+    stage: int = 0  # stages done
+    step: int = 0  # updates done in the stage at hand
+    total_steps: int = 0
+    epoch: int = 0
+    reduced: bool = False
+
+
+class DagEngine:
+    """A run of `config`: created in its folder, or continued from the last checkpoint there.  A context manager."""
+
+    def __init__(self, config: DagTrainConfig, *, resume: bool = False) -> None:
+        self.config, self.position, self.meter = config, Position(), Meter()
+        sets, self.held_out = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
+        self.model = new_network(config, sets)
+        self.steps = stage_steps(config)
+        self.batches = make_batches(sets, config)
+        weights = [p for name, p in self.model.named_parameters() if not name.startswith("gates.")]
+        training = config.training
+        self.optimisers = {
+            "weights": torch.optim.SGD(
+                weights, training.rate, training.momentum, weight_decay=training.weight_decay,
+                nesterov=training.momentum > 0,
+            ),
+            "gates": torch.optim.Adam(self.model.gates.parameters(), training.gate_rate),
+        }  # fmt: skip
+        self.folder = RunFolder(config, resume=resume)  # type: ignore[arg-type]
+        self._bar: tqdm | None = None
+        if resume:
+            self._restore()
+        else:
+            if config.start is not None:
+                self._take_over(Path(config.start) / SEARCHED)
+            self._save()
+
+    def __enter__(self) -> DagEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_bar()
+        self.folder.close()
+
+    def stage(self, name: str, batches: str = "all") -> Iterator[Batch]:
+        """Batches of a stage, from where it stands to its end; none if it is done.  Every epoch is logged and saved."""
+        here = self.position
+        if STAGES[here.stage :][:1] != (name,):
+            return
+        total = self.steps[here.stage]
+        self.model.gates.requires_grad_(name == "search")
+        if self.config.progress and total:
+            self._bar = tqdm(total=total, initial=here.step, desc=name, dynamic_ncols=True)
+        while here.step < total:
+            self.model.train()
+            self.optimisers["weights"].param_groups[0]["lr"] = self.rate()
+            yield self.batches[batches].next()
+            here.step += 1
+            here.total_steps += 1
+            if self._bar is not None:
+                self._bar.update()
+                self._bar.set_postfix_str(self.meter.text(), refresh=False)
+            if here.step == total or here.step % self._epoch_steps() == 0:
+                self._end_epoch(name)
+        here.stage, here.step = here.stage + 1, 0
+        self._close_bar()
+        if name == "search":
+            self._save(self.folder.path / SEARCHED)
+        self._save()
+
+    def rate(self) -> float:
+        """Learning rate of the weights at the update at hand."""
+        here, training = self.position, self.config.training
+        if STAGES[here.stage] == "fine-tuning":
+            return training.fine_rate * schedule_factor("cosine", here.step / self.steps[2])
+        done = here.step + sum(self.steps[: here.stage])
+        return training.rate * schedule_factor("cosine", done / sum(self.steps[:2]))
+
+    def learn(self, loss: Tensor, measured: dict[str, Tensor | float] | None, *optimisers: str) -> None:
+        """One step of each of the optimisers on a loss; the others' parameters are left as they are.
+
+        measured: what the update's line in the metrics is averaged from; None: another call of the same update says it.
+        """
+        if not math.isfinite(value := loss.item()):
+            raise ValueError(f"train: loss must stay finite, got {value} at step {self.position.total_steps}")
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        for name in optimisers:
+            self.optimisers[name].step()
+        if measured is not None:
+            self.meter.add(measured)
+
+    def mark_reduced(self) -> None:
+        """Remember, on disk too, that the reduction is done."""
+        self.position.reduced = True
+        self._save()
+
+    def _epoch_steps(self) -> int:
+        return self.config.epoch_steps or self.batches["all"].epoch_steps
+
+    def _end_epoch(self, stage: str) -> None:
+        here, gates = self.position, self.model.gates
+        here.epoch += 1
+        held_out = {name: dataclasses.asdict(r) for name, r in evaluate_tasks(self.model, self.held_out).items()}
+        edges = gates.gamma.detach().sigmoid().sum(1)
+        self.folder.log({
+            "epoch": here.epoch, "step": here.total_steps, "stage": stage, "train": self.meter.means(),
+            "held_out": held_out,
+            "gates": {"mean_edges": edges.mean().item(), "edges": edges.tolist(), "spread": gates.spread().tolist()},
+        })  # fmt: skip
+        self.meter.clear()
+        if here.step < self.steps[here.stage]:
+            self._save()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _save(self, path: Path | None = None) -> None:
+        tensors = prefixed("model", self.model.state_dict())
+        for name, optimiser in self.optimisers.items():
+            tensors |= prefixed(f"optimiser.{name}", optimiser_tensors(optimiser))
+        cursors = {}
+        for name, batches in self.batches.items():
+            state = batches.state_dict()
+            cursors[name] = state.pop("cursors")
+            tensors |= prefixed(f"batches.{name}", state)
+        record = {"dag": self.model.config.to_dict(), "position": dataclasses.asdict(self.position), "cursors": cursors}
+        save_checkpoint(path or self.folder.last, tensors, record)
+
+    def _restore(self) -> None:
+        path = self.folder.last
+        tensors, record = load_checkpoint(path)
+        load_weights(self.model, tensors, path)
+        for name, optimiser in self.optimisers.items():
+            restore_optimiser(optimiser, unprefixed(f"optimiser.{name}", tensors))
+        for name, batches in self.batches.items():
+            batches.load_state_dict({**unprefixed(f"batches.{name}", tensors), "cursors": record["cursors"][name]})
+        self.position = Position(**record["position"])
+        self.folder.rewind(self.position.epoch)
+
+    def _take_over(self, path: Path) -> None:
+        """The searched network of another run, ready to be reduced."""
+        tensors, _ = load_checkpoint(path)
+        load_weights(self.model, tensors, path)
+        self.position = Position(stage=2, total_steps=sum(self.steps[:2]))
+
+
+def load_weights(model: DagNetwork, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the weights of a checkpoint into `model`; ValueError when they are another network's."""
+    try:
+        model.load_state_dict(unprefixed("model", tensors))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"load_checkpoint: {path} must hold the weights of this network, got {reason}") from error
+
+
+def load_network(path: Path) -> DagNetwork:
+    """The network of a checkpoint, in evaluation mode; ValueError when it holds none."""
+    tensors, record = load_checkpoint(path)
+    if "dag" not in record:
+        raise ValueError(f"load_checkpoint: {path} must hold a network of den dag train, got another")
+    model = DagNetwork(DagConfig.from_dict(record["dag"]))
+    load_weights(model, tensors, path)
+    return model.eval()
+
+
+def new_network(config: DagTrainConfig, sets: list[ImageSet]) -> DagNetwork:
+    """The central network of `config`; its weights are drawn with the seed, the global generator is left as it was."""
+    network = config.network
+    shape: dict[str, Any] = {
+        name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates")
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = DagNetwork(DagConfig(tuple(s.task for s in sets), **shape))
+    whole, states = model.graph.whole(), model.graph.states
+    first = tuple(network.read_in or j == 0 for j in range(states))
+    last = tuple(network.read_out or j == states - 1 for j in range(states))
+    for k in range(len(sets)):
+        model.keep(k, SubGraph(model.graph, whole.edges, first, last))
+    return model
+
+
+def stage_steps(config: DagTrainConfig) -> tuple[int, int, int]:
+    """Updates of each stage; hard sharing has fine-tuning only.
+
+    Warns where the squeeze loss can never act, because the gates begin below kappa.
+    """
+    training = config.training
+    if config.mode == "hard":
+        return 0, 0, training.steps
+    if training.squeeze and training.kappa > 0.5:
+        warnings.warn(
+            f"training.kappa is {training.kappa} of the edges, but all gates begin at 1/2: the squeeze loss acts only"
+            " where they grow; set it below 0.5",
+            stacklevel=2,
+        )
+    first, second = (round(share * training.steps) for share in training.shares[:2])
+    return first, second, training.steps - first - second
+
+
+def hold_out(sets: list[ImageSet], share: float, seed: int) -> tuple[list[ImageSet], list[ImageSet]]:
+    """Training sets, and the part of them that is held out."""
+    if share == 0:
+        return sets, []
+    splits = [stratified_split(s.labels, share, seed) for s in sets]
+    kept = [s.subset(split[0]) for s, split in zip(sets, splits, strict=True)]
+    return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
+
+
+def make_batches(sets: list[ImageSet], config: DagTrainConfig) -> dict[str, MixedTaskBatches]:
+    """Batches of all training images, and of the two halves that weights and gates learn from in turn."""
+    weights, gates = hold_out(sets, 0.5, config.seed)
+    parts = {"all": sets, "weights": weights, "gates": gates}
+    shares = [float(len(image_set)) for image_set in sets]
+    return {
+        name: MixedTaskBatches(part, config.data.batch_size, shares, config.seed + offset)
+        for offset, (name, part) in enumerate(parts.items())
+    }

@@ -1,0 +1,189 @@
+"""The central network: states in a restricted DAG, edges that all tasks share, and for each task its gates over them.
+
+    v_j = a_j x + (1 / In_j) sum over edges (i, j) of g_ij e_ij(v_i)
+    logits = head(mean over the map of sum_j b_j v_j)
+
+x is the task's stem, a, g, b are its gates, In_j is the in-degree of state j in the restricted graph, whatever was
+removed from it.  After W. Choi and S. Im, Dynamic neural network for multi-task learning searching across diverse
+network topologies, CVPR 2023; of its details only the abstract was at hand, the formulas above are this library's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from den.dag.edge import Edge
+from den.dag.gates import Gates
+from den.dag.graph import SubGraph
+from den.dag.head import ClassHead
+from den.dag.model_config import DagConfig
+from den.dag.stem import DagStem
+from den.folding import may_fold
+from den.task_batch import Images, TaskBatch, Tasks, task_batch
+from den_kernels import RoutingPlan
+from den_kernels.fold_cache import FoldCache
+
+
+@dataclass(frozen=True, eq=False)
+class BatchGates:
+    """The gates of every instance of a batch, and which edges it runs."""
+
+    read_in: Tensor  # [B, N]
+    edges: Tensor  # [B, E], divided by the in-degree of the state that the edge leads to
+    read_out: Tensor  # [B, N]
+    plan: RoutingPlan | None  # a block per edge; None: every instance runs every edge whole
+    runs: tuple[tuple[tuple[int, int], ...], ...]  # of each edge: the instances that run it, as [start, stop) ranges
+    ends: tuple[tuple[tuple[int, int], ...], ...]  # of each state: the instances that read it out, in the same way
+
+
+class DagNetwork(nn.Module):
+    """One network, one topology per task: see the module.  ``images`` and ``task`` are those of `DeepElasticNetwork`.
+
+    A batch of several tasks runs every edge once, over the instances whose task keeps it.
+    """
+
+    def __init__(self, config: DagConfig) -> None:
+        super().__init__()
+        self.config, self.tasks, self.graph = config, config.tasks, config.graph
+        self.stems = nn.ModuleList(DagStem(task, config.channels, config.trunk_size) for task in config.tasks)
+        self.edges = nn.ModuleList(Edge(config.channels, config.groups) for _ in self.graph.edges)
+        self.heads = nn.ModuleList(ClassHead(config.channels, task.classes) for task in config.tasks)
+        self.gates = Gates(self.graph, len(config.tasks), config.groups)
+        degrees = [len(self.graph.incoming[j]) for _, j in self.graph.edges]
+        self.register_buffer("in_degrees", torch.tensor(degrees, dtype=torch.float32), persistent=False)
+        self._host: FoldCache[tuple[list[list[int]], list[list[bool]]]] = FoldCache()
+        self._routed: FoldCache[dict[tuple, BatchGates]] = FoldCache()
+
+    def forward(self, images: Images, task: Tasks) -> Tensor | list[Tensor]:
+        """Logits: [B, classes] of one task; a list of them for a list of images; for tasks per instance [B, most
+        classes], -inf in the classes that an instance's task does not have.
+
+        Raises ValueError for images or task that do not fit.
+        """
+        batch = task_batch(images, task, self.tasks, like=self.heads[0].linear.weight)
+        parts = [self.stems[k](part) for k, part in zip(batch.tasks, batch.images, strict=True)]
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        pooled = self.trunk(x.contiguous(memory_format=torch.channels_last), self.route(batch)).mean((2, 3))
+        logits = [self.heads[k](rows) for k, rows in zip(batch.tasks, pooled.split(batch.sizes), strict=True)]
+        return batch.restore_logits(logits, max(known.classes for known in self.tasks))
+
+    def trunk(self, x: Tensor, gates: BatchGates) -> Tensor:
+        """The gated sum of all states, [B, C, H, W], of the stems' maps x."""
+        if may_fold(self):
+            return self._infer(x, gates)
+        states: list[Tensor] = []
+        out = torch.zeros_like(x)
+        for j in range(self.graph.states):
+            v = x * _column(gates.read_in, j)
+            for e in self.graph.incoming[j]:
+                if gates.runs[e]:
+                    v = torch.addcmul(v, self._edge(e, states, gates), _column(gates.edges, e))
+            states.append(v)
+            out = torch.addcmul(out, v, _column(gates.read_out, j))
+        return out
+
+    def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
+        """`trunk` in place, adding only where an edge ran."""
+        states: list[Tensor] = []
+        out = torch.zeros_like(x)
+        for j in range(self.graph.states):
+            v = x * _column(gates.read_in, j)
+            for e in self.graph.incoming[j]:
+                if gates.runs[e]:
+                    self._add_edge(v, e, states, gates)
+            states.append(v)
+            for start, stop in gates.ends[j]:
+                out[start:stop].addcmul_(v[start:stop], _column(gates.read_out, j)[start:stop])
+        return out
+
+    def _add_edge(self, v: Tensor, e: int, states: list[Tensor], gates: BatchGates) -> None:
+        """Add what an edge makes to the instances that run it."""
+        x, gate = states[self.graph.edges[e][0]], _column(gates.edges, e)
+        if not x.is_cpu or self.config.groups > 1:
+            y = self.edges[e](x, gates.plan[e])
+            for start, stop in gates.runs[e]:
+                v[start:stop].addcmul_(y[start:stop], gate[start:stop])
+            return
+        counts = [stop - start for start, stop in gates.runs[e]]
+        y = self.edges[e].compact(x, gates.plan[e], sum(counts))
+        for (start, stop), rows in zip(gates.runs[e], y.split(counts), strict=True):
+            v[start:stop].addcmul_(rows, gate[start:stop])
+
+    def _edge(self, e: int, states: list[Tensor], gates: BatchGates) -> Tensor:
+        return self.edges[e](states[self.graph.edges[e][0]], None if gates.plan is None else gates.plan[e])
+
+    def route(self, batch: TaskBatch) -> BatchGates:
+        """Gates and plan of a batch.  For inference they are kept for the next batch of the same make-up."""
+        if not may_fold(self):
+            return self._route(batch)
+        gates = self.gates
+        sources = gates.alpha, gates.beta, gates.gamma, gates.edge_levels, gates.kept_in, gates.kept_out
+        made, key = self._routed.get(sources, dict), (batch.tasks, *batch.sizes)
+        if key not in made:
+            made.clear()
+            made[key] = self._route(batch)
+        return made[key]
+
+    def _route(self, batch: TaskBatch) -> BatchGates:
+        device = self.gates.gamma.device
+        tasks = torch.tensor([k for k, n in zip(batch.tasks, batch.sizes, strict=True) for _ in range(n)])
+        tasks = tasks.to(device).long()
+        a, g, b = (rows.index_select(0, tasks) for rows in self.gates.values(self.config.gates == "bare"))
+        used, ends = (
+            [rows[k] for k in batch.tasks]
+            for rows in self._host.get(
+                (self.gates.edge_levels, self.gates.kept_out),
+                lambda: (self.gates.edge_levels.tolist(), self.gates.kept_out.tolist()),
+            )
+        )
+        plan, groups = None, self.config.groups
+        if may_fold(self) or any(level < groups for row in used for level in row):
+            plan = RoutingPlan.from_levels(self.gates.edge_levels.index_select(0, tasks), groups)
+        runs = tuple(_runs([row[e] > 0 for row in used], batch.sizes) for e in range(len(self.edges)))
+        out_runs = tuple(_runs([row[j] for row in ends], batch.sizes) for j in range(self.graph.states))
+        return BatchGates(a, g / self.in_degrees, b, plan, runs, out_runs)
+
+    def keep(self, task: int, kept: SubGraph) -> None:
+        """Let a task keep only `kept` of the graph."""
+        self.gates.keep(task, kept)
+
+    def structure(self, task: int) -> SubGraph:
+        """What a task keeps, less what no path of it passes through."""
+        return self.gates.structure(task).clean()
+
+    def used_edges(self) -> tuple[int, ...]:
+        """The edges that at least one task keeps; the weights of the others can go."""
+        kept = [self.structure(k).edges for k in range(len(self.tasks))]
+        return tuple(e for e in range(len(self.edges)) if any(edges[e] for edges in kept))
+
+    def train(self, mode: bool = True) -> DagNetwork:
+        self._routed.clear()
+        self._host.clear()
+        return super().train(mode)
+
+
+def _column(rows: Tensor, index: int) -> Tensor:  # [B, n] -> [B, 1, 1, 1]
+    return rows[:, index, None, None, None]
+
+
+def _runs(used: list[bool], sizes: list[int]) -> tuple[tuple[int, int], ...]:
+    """Neighbouring parts in use, as ranges of instances.
+
+    >>> _runs([True, True, False, True], [2, 3, 4, 5])
+    ((0, 5), (9, 14))
+    """
+    bounds = [0]
+    for size in sizes:
+        bounds.append(bounds[-1] + size)
+    found: list[tuple[int, int]] = []
+    for flag, (start, stop) in zip(used, pairwise(bounds), strict=True):
+        if flag and start < stop:
+            if found and found[-1][1] == start:
+                found[-1] = (found[-1][0], stop)
+            else:
+                found.append((start, stop))
+    return tuple(found)

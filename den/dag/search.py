@@ -1,0 +1,108 @@
+"""The three stages: warm-up, search, and after the reduction fine-tuning (Choi and Im, CVPR 2023).
+
+The order of the stages, the squeeze loss and the reduction by flow are the paper's.  How the search alternates, how
+long a stage takes, and the reduction in its details are this library's.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from den.dag.config import DagTrainConfig
+from den.dag.engine import DagEngine
+from den.dag.gates import SPREAD_WARNING, squeeze_loss
+from den.dag.network import DagNetwork
+from den.dag.reduction import reduce
+from den.data import Batch, MixedTaskBatches
+
+
+def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
+    """Train a network as `config` says and return it, in evaluation mode; its run folder is `config.out`.
+
+    resume: continue the run in that folder from its last checkpoint, with the losses it would have had uninterrupted.
+
+    Raises ValueError for settings that do not fit, a folder that cannot be used, and a loss that is not finite.
+    """
+    with DagEngine(config, resume=resume) as engine:
+        for batch in engine.stage("warm-up"):  # all gates at 1/2
+            engine.learn(*task_loss(engine.model, batch), "weights")
+        for batch in engine.stage("search", "weights" if config.training.search == "alternating" else "all"):
+            search_step(engine, batch)
+        if config.mode == "dag" and not engine.position.reduced:
+            reduce_tasks(engine)
+            reestimate_norms(engine.model, engine.batches["all"], config.reduction.norm_batches)
+            engine.mark_reduced()
+        for batch in engine.stage("fine-tuning"):  # gates rest
+            engine.learn(*task_loss(engine.model, batch), "weights")
+        return engine.model.eval()
+
+
+def task_loss(model: DagNetwork, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """Sum over tasks of their mean cross-entropies, and what to report of it: their mean, and the accuracy."""
+    logits = model(batch.images, batch.tasks)
+    losses = [F.cross_entropy(rows, labels) for rows, labels in zip(logits, batch.labels, strict=True)]
+    loss = torch.stack(losses).sum()
+    hits = torch.cat([rows.argmax(1) == labels for rows, labels in zip(logits, batch.labels, strict=True)])
+    return loss, {"loss": loss.item() / len(losses), "accuracy": hits.float().mean().item()}
+
+
+def search_step(engine: DagEngine, batch: Batch) -> None:
+    """One update of the weights and one of the gates, as the variant has it."""
+    training, model = engine.config.training, engine.model
+    edges = len(model.graph.edges)
+    weights: dict[str, Tensor | float] = {}
+    if training.search == "alternating":
+        loss, weights = task_loss(model, batch)
+        engine.learn(loss, None, "weights")
+        batch = engine.batches["gates"].next()
+    elif training.search == "frozen":
+        model.edges.requires_grad_(False)
+    loss, measured = task_loss(model, batch)
+    squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
+    measured = {**measured, **weights, "gate_loss": measured["loss"], "squeeze": squeeze.item()}
+    updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
+    engine.learn(loss + training.squeeze * squeeze, measured, *updated)
+    model.edges.requires_grad_(True)
+
+
+def reduce_tasks(engine: DagEngine) -> None:
+    """Let every task keep what the reduction leaves it.  Warns of missed targets and of gates that hardly differ."""
+    model, settings = engine.model, engine.config.reduction
+    spread = model.gates.spread().tolist()
+    for k, task in enumerate(model.tasks):
+        seed = engine.config.seed * len(model.tasks) + k
+        found = reduce(
+            model.structure(k), model.gates.of_task(k), settings.ratio,
+            ranking=settings.ranking, guard=settings.guard, seed=seed,
+        )  # fmt: skip
+        if reason := found.explain():
+            warnings.warn(f"{task.name}: {reason}", stacklevel=2)
+        model.keep(k, found.kept)
+    if settings.ranking == "flow" and min(spread) < SPREAD_WARNING:
+        warnings.warn(
+            f"the gates of some tasks differ little (standard deviation {min(spread):.3f} to {max(spread):.3f}, below"
+            f" {SPREAD_WARNING}): their flow follows the position in the graph; search longer",
+            stacklevel=2,
+        )
+
+
+@torch.no_grad()
+def reestimate_norms(model: DagNetwork, batches: MixedTaskBatches, count: int) -> None:
+    """Take the running statistics of all batch norms anew, as plain means over `count` batches."""
+    if count == 0:
+        return
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    for _ in range(count):
+        batch = batches.next()
+        model(batch.images, batch.tasks)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
