@@ -95,7 +95,7 @@ class ElasticNetwork:
 
     def _traffic(self) -> float:
         """Each block reads and writes the maps of the instances that do not skip it, and reads its weights, once."""
-        sizes = self.dense(self.dtype).block_input_sizes(self.images)
+        sizes = self.dense(self.dtype).block_input_sizes(self.images[:1])
         total = 0.0
         for i, block in enumerate(self.model.estimator.blocks):
             _, channels, height, width = sizes[i]

@@ -174,8 +174,8 @@ def provenance(rows: Sequence[Row]) -> str:
 
 
 def results_files() -> list[Path]:
-    """The kept results, a file a machine."""
-    return sorted(RESULTS.glob("*.json"))
+    """The kept results of pytest-benchmark, a file a machine; those of gpu_check have another form."""
+    return [path for path in sorted(RESULTS.glob("*.json")) if "rows" in json.loads(path.read_text())]
 
 
 def markdown(paths: Sequence[Path]) -> str:

@@ -1,0 +1,79 @@
+"""What the checks of values share: ways to compute, poisoned memory, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .gpu_worker import Context
+
+# Names of the ways to compute: the dtype, and whether float32 may be rounded to TF32 (as torch's flag says).
+DTYPES = {
+    "float32": (torch.float32, False), "tf32": (torch.float32, True),
+    "bfloat16": (torch.bfloat16, False), "float16": (torch.float16, False),
+}  # fmt: skip
+TF32 = 2.0**-10  # a factor cut to 10 bits of mantissa
+
+
+def ways(context: Context) -> tuple[str, ...]:
+    """Those of a size budget."""
+    return ("float32", "bfloat16") if context.tiny else tuple(DTYPES)
+
+
+@contextlib.contextmanager
+def numerics(tf32: bool) -> Iterator[None]:
+    """TF32 or not, and uninitialised memory full of NaN, so that an element that nobody wrote is seen."""
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    strict, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        for flag in flags:
+            flag.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of the error over that of the exact values, NaN where there is one."""
+    got, exact = got.detach().double().cpu(), exact.detach().double().cpu()
+    norm = exact.norm()
+    return ((got - exact).norm() / norm).item() if norm else got.norm().item()
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device with the strides and the offset that it has in its buffer, which goes along."""
+    if x.numel() == 0 or x.device == device:
+        return x.to(device)
+    offset = x.storage_offset()
+    end = offset + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    buffer = x.as_strided((end,), (1,), 0).to(device)
+    return buffer.as_strided(x.shape, x.stride(), offset)
+
+
+def close_by_instance(got: Tensor, exact: Tensor, tolerance: float) -> float:
+    """Assert a tolerance for every instance and every element; the largest relative error of an instance.
+
+    Relative to the root mean square of an instance no element may err by more than eight tolerances.
+    """
+    got, exact = got.detach().double().cpu().flatten(1), exact.double().flatten(1)
+    assert torch.isfinite(got).all(), "a value is NaN or infinite"
+    error, size = got - exact, exact.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    whole = (error.square().mean(1, keepdim=True).sqrt() / size).flatten()
+    worst = int(whole.argmax())
+    assert whole[worst] <= tolerance, f"instance {worst} errs by {whole[worst]:.3g}, allowed are {tolerance:.3g}"
+    single = (error.abs() / size).max().item()
+    assert single <= 8 * tolerance, f"an element errs by {single:.3g} of its instance, allowed are {8 * tolerance:.3g}"
+    return float(whole[worst])

@@ -1,0 +1,151 @@
+"""The problems that `den_kernels.tune` tries tiles on: made, and checked against float64."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._conv_cpu import Geometry
+from ..plan import Route, RoutingPlan
+from ..testing import channel_mask, masked_conv2d
+from . import choice, table
+from .convolve import Epilogue, Prologue, convolution_launch, convolve
+from .launch import Launch, architecture
+from .weight_gradient import weight_gradient, weight_gradient_launch
+
+
+class Problem(NamedTuple):
+    """One entry of the table to be: square convolutions of a residual block."""
+
+    kind: str  # of table.KINDS
+    channels: int
+    size: int  # of the map
+    batch: int
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> table.Key:
+        width = choice.ceil_power(self.channels, 16, 512)
+        return table.key(self.kind, width, width, self.dtype)
+
+    @property
+    def groups(self) -> tuple[int, int, int]:
+        """Channel groups of a quarter, a quarter and a half."""
+        return self.channels // 4, self.channels // 4, self.channels - 2 * (self.channels // 4)
+
+
+def problems(kinds: Sequence[str], channels: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Problem]:
+    """Those of residual networks on 32 x 32 maps that halve while channels double from 64."""
+    return [Problem(k, c, max(4, min(32, 2048 // c)), 256, d) for d, k, c in product(dtypes, kinds, channels)]
+
+
+class Run:
+    """A problem with tensors: one side elastic under one mix of levels."""
+
+    def __init__(self, problem: Problem, side: str, levels: Tensor, device: torch.device) -> None:
+        B, C, P, dtype = problem.batch, problem.channels, problem.size, problem.dtype
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, like: torch.dtype = dtype) -> Tensor:
+            made = torch.randn(shape, generator=generator, device=device).to(like)
+            return made.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else made
+
+        self.problem, self.levels = problem, levels.to(device)
+        self.route: Route = RoutingPlan.from_levels(self.levels[:, None], 3)[0]
+        self.out_groups: tuple[int, ...] = problem.groups if side == "out" else ()
+        self.in_groups: tuple[int, ...] = problem.groups if side == "in" else ()
+        self.geometry = Geometry((1, 1), (1, 1), (1, 1), 1, self.out_groups, self.in_groups)
+        self.x, self.weight, self.grad = normal(B, C, P, P), normal(C, C, 3, 3), normal(B, C, P, P)
+        self.scale, self.shift, self.bias = (normal(C, like=torch.float32) for _ in range(3))
+        self.out = torch.empty_like(self.x)
+        self.exact = self._exact()
+
+    def _exact(self) -> Tensor:
+        """float64, 0 where nothing is written."""
+        x, weight, grad = self.x.double(), self.weight.double(), self.grad.double()
+        sides = {"out_groups": self.out_groups or None, "in_groups": self.in_groups or None}
+
+        def convolved(x: Tensor, weight: Tensor) -> Tensor:
+            return masked_conv2d(x, weight, None, self.levels, **sides, padding=1)
+
+        if self.problem.kind == "weight":
+            with torch.enable_grad():
+                leaf = weight.requires_grad_()
+                return torch.autograd.grad(convolved(x, leaf), leaf, grad)[0]
+        if self.problem.kind == "convolve":
+            return convolved(x, weight)
+        per_channel = [values.double()[:, None, None] for values in (self.scale, self.shift, self.bias)]
+        a = (x * per_channel[0] + per_channel[1]).relu()
+        y = (convolved(a, weight) * per_channel[0] + per_channel[2]).relu()
+        return torch.where(self._written(), y, 0)
+
+    def _written(self) -> Tensor:
+        """bool, broadcast against the result."""
+        if self.problem.kind == "weight" or not self.out_groups:
+            return torch.ones((), dtype=torch.bool, device=self.x.device)
+        return channel_mask(self.levels, self.out_groups)[:, :, None, None]
+
+    def call(self) -> Tensor:
+        """Launch with the tile that the table gives now; the result, of which some may not be written."""
+        if self.problem.kind == "weight":
+            return weight_gradient(self.grad, self.x, self.weight, self.route, self.geometry)
+        convolve(self.x, self.weight, self.out, self.route, self.geometry, **self._around())
+        return self.out
+
+    def _around(self) -> dict[str, Any]:
+        if self.problem.kind == "convolve":
+            return {}
+        epilogue = Epilogue(self.bias, self.scale, relu=True)
+        return {"prologue": Prologue(self.scale, self.shift), "epilogue": epilogue}
+
+    def launch(self) -> Launch:
+        """What `call` launches."""
+        where = architecture(self.x.device)
+        if self.problem.kind == "weight":
+            return weight_gradient_launch(self.grad, self.x, (3, 3), self.route, self.geometry, *where)
+        around = {"prologue": None, "epilogue": Epilogue()} | self._around()
+        return convolution_launch(
+            self.x, self.weight, self.out, self.route, self.geometry, False, False,
+            around["prologue"], around["epilogue"], *where,
+        )  # fmt: skip
+
+    def bits(self) -> Tensor:
+        """A fresh copy of the result, 0 where nothing is written."""
+        self.out.zero_()
+        return self.call().clone()
+
+    def error(self) -> float:
+        """The largest error against float64 over what this dtype may err: right up to 1, inf where a NaN is.
+
+        Elements err by up to their rounding, and the largest are some six times the root mean square.
+        """
+        self.out.fill_(float("nan"))
+        got = torch.where(self._written(), self.call(), 0).double()
+        eps = 2**-10 if self.problem.dtype == torch.float32 else torch.finfo(self.problem.dtype).eps
+        rms = self.exact.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+        worst = ((got - self.exact).abs().max() / (8 * eps * rms)).item()
+        return float("inf") if worst != worst else worst
+
+
+def even_mix(batch: int) -> Tensor:
+    """Levels 0..3, as many of each, shuffled."""
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
+    return (torch.arange(batch) % 4)[order]
+
+
+def runs(problem: Problem, device: torch.device) -> list[Run]:
+    """What is checked and timed; their times count alike."""
+    full, mixed = torch.full((problem.batch,), 3), even_mix(problem.batch)
+    pairs = [("out", mixed), ("out", full)]
+    if problem.kind != "prologue":
+        pairs.append(("in", mixed))
+    return [Run(problem, side, levels, device) for side, levels in pairs]
+
+
+def ragged(problem: Problem, device: torch.device) -> Run:
+    """An odd batch of odd maps, where one level stands alone."""
+    small = problem._replace(batch=min(problem.batch, 37), size=problem.size - 1)
+    levels = torch.where(torch.arange(small.batch) == 2, 3, 1)
+    return Run(small, "out", levels, device)
