@@ -99,6 +99,10 @@ def _compute(
     return _conv_direct.forward(x, own, weight.shape[2:], bias, route, shape, geometry)
 
 
+def _route(levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, geometry: Geometry) -> Route:
+    return Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
+
+
 def _forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
@@ -111,11 +115,11 @@ def _forward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    out_sizes: Sequence[int],  # () or [G]
-    in_sizes: Sequence[int],  # () or [G]
+    out_sizes: Sequence[int] | None,  # [G]; () or None: not elastic (AOTInductor makes None of empty lists)
+    in_sizes: Sequence[int] | None,  # the same
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    geometry = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes)
-    return _compute(x, weight, bias, Route(levels, order, offsets, len(out_sizes) or len(in_sizes), mask), geometry)
+    geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
+    return _compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
 
 
 _dynamic_conv2d = torch.library.custom_op("den_kernels::dynamic_conv2d", _forward, mutates_args=())
@@ -125,9 +129,9 @@ _dynamic_conv2d = torch.library.custom_op("den_kernels::dynamic_conv2d", _forwar
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, order: Tensor, offsets: Tensor,
     mask: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-    out_sizes: Sequence[int], in_sizes: Sequence[int],
+    out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None,
 ) -> Tensor:  # fmt: skip
-    shape = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes).out_shape(x, weight)
+    shape = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ()).out_shape(x, weight)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x, weight))
 
 
@@ -164,12 +168,12 @@ def _dynamic_conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    out_sizes: Sequence[int],
-    in_sizes: Sequence[int],
+    out_sizes: Sequence[int] | None,
+    in_sizes: Sequence[int] | None,
     output_mask: Sequence[bool],  # which gradients are wanted; the others come back with no element
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
-    geometry = Geometry(stride, padding, dilation, groups, out_sizes, in_sizes)
-    route = Route(levels, order, offsets, len(out_sizes) or len(in_sizes), mask)
+    geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
+    route = _route(levels, order, offsets, mask, geometry)
     gradients: Sequence[Tensor | None]
     if x.is_cpu:
         gradients = _backward_cpu(grad, x, weight, route, geometry, output_mask)
@@ -189,8 +193,8 @@ def _dynamic_conv2d_backward(
 @_dynamic_conv2d_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, out_sizes: Sequence[int],
-    in_sizes: Sequence[int], output_mask: Sequence[bool],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None, output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     nothing = [x.new_empty(0) for _ in range(3)]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))

@@ -138,6 +138,13 @@ def test_shipped_launches(kind, width, dtype, arch):
     check(compile_launch(a_launch(kind, width, dtype, arch), arch), kind, width, dtype, arch)
 
 
+@pytest.mark.parametrize(("cardinality", "width", "arch"), [(8, 512, 90), (4, 256, 80), (2, 128, 100)])
+def test_cardinality_as_resnext_29_has_it(cardinality, width, arch):
+    """Groups of 64 channels, elastic on both sides."""
+    for kind in ("conv1", "conv1 data", "conv1 weight"):
+        check(compile_launch(a_launch(kind, width, HALF, arch, cardinality=cardinality), arch), kind, width, HALF, arch)
+
+
 def norm_launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
     size, groups = max(4, 2048 // width), (width // 4, width // 4, width // 2)
     x, selection = empty(BATCH, width, size, size, dtype=dtype), empty(BATCH, 3, dtype=torch.bool)
