@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__" and not __package__:  # run as a file: its folder is on the path, the packages are not
-    sys.path[0] = str(ROOT)
+if __name__ == "__main__" and not __package__:  # run as a file: its folder is on the path, the packages may not be
+    sys.path = [path for path in sys.path if Path(path).resolve() != ROOT / "benchmarks"] + [str(ROOT)]
     __package__ = "benchmarks"
 
 import torch  # noqa: E402
