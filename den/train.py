@@ -22,6 +22,8 @@ from den.objective import (
     structure_costs,
 )
 
+PROBES = 128
+
 
 def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
     """Train a network as `config` says and return it, in evaluation mode; its run folder is `config.out`.
@@ -77,7 +79,7 @@ def selector_loss(engine: Engine, batch: Batch) -> Objective:
     log_probabilities = model.selector_logits(batch.images, batch.tasks).log_softmax(-1)  # [B, N, L]
     epsilon = settings.exploration**engine.position.selector_steps
     structures = sample_structures(log_probabilities, settings.samples, epsilon, engine.generator)  # [B, S, N]
-    costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch, log_probabilities))  # [B, S]
+    costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch))  # [B, S]
     if settings.baseline == "leave-one-out":
         advantage = leave_one_out_advantage(costs)
     else:
@@ -88,12 +90,27 @@ def selector_loss(engine: Engine, batch: Batch) -> Objective:
     return Objective(loss, {"loss": costs.mean(), "flops_ratio": ratio, "entropy": variety})
 
 
-def sparsity_weights(engine: Engine, batch: Batch, log_probabilities: Tensor) -> float | Tensor:
+def sparsity_weights(engine: Engine, batch: Batch) -> float | Tensor:
     """rho of the batch: the setting, or with a budget what steers each task to it, [B, 1]."""
     settings = engine.config.selector
     if settings.budget is None:
         return settings.rho
-    sizes = [len(labels) for labels in batch.labels]
-    costs = [float(engine.flops_ratio(likeliest)) for likeliest in log_probabilities.argmax(-1).split(sizes)]
-    weights = torch.tensor([steered_rho(settings.rho, cost, settings.budget) for cost in costs])
-    return weights.repeat_interleave(torch.tensor(sizes)).unsqueeze(1).to(engine.device)
+    weights = torch.tensor([steered_rho(settings.rho, cost, settings.budget) for cost in task_costs(engine)])
+    sizes = torch.tensor([len(labels) for labels in batch.labels])
+    return weights.repeat_interleave(sizes).unsqueeze(1).to(engine.device)
+
+
+@torch.no_grad()
+def task_costs(engine: Engine) -> list[float]:
+    """Share of the full FLOPs that each task's likeliest structures cost in use.
+
+    Measured on `PROBES` training images of each, without the augmentation (which changes what digits cost by a tenth)
+    and with the selector in evaluation mode.
+    """
+    selector, costs = engine.model.selector.eval(), []
+    for image_set in engine.batches.sets:
+        index = torch.randint(len(image_set), (PROBES,), generator=engine.generator).to(engine.device)
+        likeliest = selector(image_set.inputs(index), image_set.name).argmax(-1)
+        costs.append(float(engine.flops_ratio(likeliest)))
+    selector.train()
+    return costs

@@ -120,7 +120,7 @@ def run_interrupted(config, monkeypatch, at):
 )
 def test_continued_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, small_sets, monkeypatch, at, baseline):
     """Interrupted before update `at`: before any epoch, within one, at the border of one, in each kind of phase."""
-    selector = dataclasses.replace(tiny(tmp_path).selector, baseline=baseline)
+    selector = dataclasses.replace(tiny(tmp_path).selector, baseline=baseline, budget=0.5)
     whole = tiny(tmp_path / "whole", selector=selector)
     broken = tiny(tmp_path / "broken", selector=selector)
     expected = train(whole)
@@ -216,18 +216,22 @@ def test_budget_steers_every_task_to_its_flops(tmp_path, budget):
 
 
 def test_weights_of_the_sparsity_term_are_of_their_task(tmp_path, small_sets):
-    selector = SelectorTraining(rho=0.1, budget=0.5)
-    with Engine(tiny(tmp_path / "run", selector=selector)) as engine:
+    """The first task at its full structure, the second at none; measuring them leaves the selector as it was."""
+    with Engine(tiny(tmp_path / "run", selector=SelectorTraining(rho=0.1, budget=0.5))) as engine:
+        with torch.no_grad():
+            for head, level in zip(engine.model.selector.heads, (3, 0), strict=True):
+                head.bias.view(-1, 4)[:, level] = 100.0
+        before = {name: t.clone() for name, t in engine.model.selector.state_dict().items()}
         batch = engine.batches.next()
-        likeliest = torch.tensor([3] * len(batch.labels[0]) + [0] * len(batch.labels[1]))
-        logits = torch.nn.functional.one_hot(likeliest[:, None].expand(-1, engine.model.num_blocks), 4).float()
-        weights = sparsity_weights(engine, batch, logits.log_softmax(-1))
+        weights = sparsity_weights(engine, batch)
         assert weights.shape == (len(batch), 1)
         assert weights.flatten().tolist() == pytest.approx(
             [0.1 * STEERING] * len(batch.labels[0]) + [0.1 / STEERING] * len(batch.labels[1])
         )
+        assert engine.model.selector.training
+        assert all(torch.equal(t, before[name]) for name, t in engine.model.selector.state_dict().items())
     with Engine(tiny(tmp_path / "steady")) as engine:
-        assert sparsity_weights(engine, batch, logits.log_softmax(-1)) == engine.config.selector.rho
+        assert sparsity_weights(engine, batch) == engine.config.selector.rho
 
 
 def test_second_run_in_a_folder_is_refused(tmp_path, small_sets):
