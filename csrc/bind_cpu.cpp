@@ -137,31 +137,52 @@ void bind_norm(py::module_& m) {
 
 namespace {
 
+// A convolution without its tensors. input: [B, H, W, C]; output: [B, Ho, Wo, C_out]; the others: [2], or [G].
+template <class T>
+ConvProblem<T> conv_problem(const Route& route, const Ints& input, const Ints& output, const Ints& kernel,
+                            const Ints& stride, const Ints& padding, const Ints& dilation, const Ints& in_sizes,
+                            const Ints& out_sizes) {
+  return {input[0],
+          input[1],
+          input[2],
+          input[3],
+          output[1],
+          output[2],
+          output[3],
+          kernel[0],
+          kernel[1],
+          {stride[0], stride[1]},
+          {padding[0], padding[1]},
+          {dilation[0], dilation[1]},
+          selections_of(route),
+          in_sizes,
+          out_sizes,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
+}
+
 template <class T>
 void run_conv(uintptr_t x, uintptr_t out, const Route& route, const Ints& input, const Ints& output, const Ints& kernel,
               const Ints& stride, const Ints& padding, const Ints& dilation, const Ints& in_sizes,
               const Ints& out_sizes, uintptr_t weight, uintptr_t bias) {
-  const auto values = [](uintptr_t p) { return pointer<const T>(p); };
+  auto problem = conv_problem<T>(route, input, output, kernel, stride, padding, dilation, in_sizes, out_sizes);
+  problem.x = pointer<const T>(x);
+  problem.out = pointer<T>(out);
+  problem.weight = pointer<const T>(weight);
+  problem.bias = pointer<const T>(bias);
   py::gil_scoped_release unlocked;
-  dynamic_conv(ConvProblem<T>{input[0],
-                              input[1],
-                              input[2],
-                              input[3],
-                              output[1],
-                              output[2],
-                              output[3],
-                              kernel[0],
-                              kernel[1],
-                              {stride[0], stride[1]},
-                              {padding[0], padding[1]},
-                              {dilation[0], dilation[1]},
-                              selections_of(route),
-                              in_sizes,
-                              out_sizes,
-                              values(x),
-                              pointer<T>(out),
-                              values(weight),
-                              values(bias)});
+  dynamic_conv(problem);
+}
+
+void run_weight_gradient(uintptr_t x, uintptr_t grad, uintptr_t dweight, const Route& route, const Ints& input,
+                         const Ints& output, const Ints& kernel, const Ints& stride, const Ints& padding,
+                         const Ints& dilation, const Ints& in_sizes, const Ints& out_sizes) {
+  auto problem = conv_problem<float>(route, input, output, kernel, stride, padding, dilation, in_sizes, out_sizes);
+  problem.x = pointer<const float>(x);
+  py::gil_scoped_release unlocked;
+  dynamic_conv_weight_gradient(problem, pointer<const float>(grad), pointer(dweight));
 }
 
 }  // namespace
@@ -169,6 +190,7 @@ void run_conv(uintptr_t x, uintptr_t out, const Route& route, const Ints& input,
 void bind_dynamic_conv(py::module_& m) {
   m.def("dynamic_conv", &run_conv<float>);
   m.def("dynamic_conv_bf16", &run_conv<bf16>);
+  m.def("dynamic_conv_weight_gradient", &run_weight_gradient);
 }
 
 namespace {

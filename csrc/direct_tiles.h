@@ -3,6 +3,7 @@
 //   by pixels            a vector holds 16 pixels of an output channel; weights are broadcast
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -24,18 +25,33 @@ KERNEL const float* weights_of(const float* weight, const Piece& piece, int64_t 
   return weight + (piece.first / 16 * tap_count * 16 + piece.first % 16) * 16;
 }
 
+// The weights that the next tiles will read, where the present ones leave them out of the second level: rows first ..
+// first + count of every 16, `distance` floats from the present ones. Each tile asks for its share.
+struct Ahead {
+  int64_t first, count, distance;
+};
+KERNEL Ahead ahead_of(int64_t tile, int64_t tiles) {
+  const int64_t count = (16 + tiles - 1) / tiles, first = std::min<int64_t>(16, tile * count);
+  return {first, std::min<int64_t>(count, 16 - first), 0};
+}
+
 // acc[q * 4 + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
 // A piece is a cache line of every pixel: it serves all taps before the weights push it out of the first level.
 template <int vectors, int quads, bool planar>
 KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (&input)[quads], int64_t pixel,
                          int64_t channel, const int64_t* taps, int64_t tap_count, const float* weight,
-                         int64_t weight_vector, const std::vector<Piece>& pieces) {
+                         int64_t weight_vector, const std::vector<Piece>& pieces, const Ahead& ahead) {
   for (const Piece& piece : pieces) {
     const float* of_piece = weights_of(weight, piece, tap_count);
     for (int64_t t = 0; t < tap_count; ++t) {
       const float* in[quads];
       UNROLL for (int q = 0; q < quads; ++q) in[q] = input[q] + taps[t] + piece.place * channel;
       const float* w = of_piece + t * 256;
+      for (int64_t row = ahead.first; row < ahead.first + ahead.count; ++row) {
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          _mm_prefetch(reinterpret_cast<const char*>(w + ahead.distance + row * 16 + v * weight_vector), _MM_HINT_T1);
+        }
+      }
       for (const float* end = w + piece.width * 16; w != end; w += 16) {
         __m512 wv[vectors];
         UNROLL for (int v = 0; v < vectors; ++v) {

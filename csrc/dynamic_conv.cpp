@@ -6,9 +6,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "conv_bands.h"
 #include "dispatch.h"
 #ifdef DEN_KERNELS_HAS_AVX512
+#include "band_map.h"
 #include "direct_tiles.h"
 #endif
 
@@ -18,47 +18,8 @@ namespace {
 
 constexpr int quads_per_tile = 3;  // of four pixels: with two vectors of channels, 24 of 32 registers sum
 
-using Problem = ConvProblem<float>;
-
-// The padded input rows that a band reads.
-struct BandMap {
-  int64_t rows, columns, pixel;
-  BandMap(const Problem& p, const Band& band)
-      : rows((band.rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1),
-        columns(std::max(p.W + p.padding[1], (round_up(p.Wo, 4) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
-        pixel(band.inputs.count) {}
-  int64_t size() const { return rows * columns * pixel; }
-};
-
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-
-// Instance j's input rows, zeros around them, only the channels in use.
-void copy_rows(const Problem& p, const Band& band, const BandMap& map, int64_t j, float* scratch) {
-  const float* x = p.x + p.route.order[band.start + j] * p.H * p.W * p.C;
-  for (int64_t r = 0; r < map.rows; ++r) {
-    const int64_t row = band.first_row * p.stride[0] - p.padding[0] + r;
-    float* to = scratch + r * map.columns * map.pixel;
-    if (row < 0 || row >= p.H) {
-      std::memset(to, 0, map.columns * map.pixel * sizeof(float));
-      continue;
-    }
-    const int64_t right = p.padding[1] + p.W;
-    std::memset(to, 0, p.padding[1] * map.pixel * sizeof(float));
-    std::memset(to + right * map.pixel, 0, (map.columns - right) * map.pixel * sizeof(float));
-    const float* from = x + row * p.W * p.C;
-    to += p.padding[1] * map.pixel;
-    if (map.pixel == p.C) {
-      std::memcpy(to, from, p.W * p.C * sizeof(float));
-      continue;
-    }
-    for (const Run& run : band.inputs.runs) {
-      for (int64_t c = 0; c < p.W; ++c)
-        for (int64_t k = 0; k < run.width; ++k) to[c * map.pixel + k] = from[c * p.C + run.first + k];
-      to += run.width;
-    }
-  }
-}
 
 struct Quad {
   int64_t row, column, live;
@@ -73,7 +34,7 @@ KERNEL __mmask16 lanes(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<
 // The blocks of output channels block[0 .. vectors - 1] of quads from q0: the sums, and zeros in lanes not selected.
 template <int vectors, int quads>
 void conv_tile(const Problem& p, const Band& band, const BandMap& map, const float* scratch, float* out,
-               const Block* block, int64_t q0, const int64_t* taps) {
+               const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
   const float* input[quads];
   UNROLL for (int q = 0; q < quads; ++q) {
     const Quad at = quad_at(p, q0 + q);
@@ -86,9 +47,10 @@ void conv_tile(const Problem& p, const Band& band, const BandMap& map, const flo
     UNROLL for (int i = 0; i < quads * 4; ++i) acc[i][v] = bias;
   }
   const int64_t weight_vector = round_up(p.C, 16) * p.R * p.S * 16;
-  sum_channels<vectors, quads, false>(acc, input, map.pixel * p.stride[1], 1, taps, p.R * p.S,
-                                      p.weight + block[0].index * weight_vector,
-                                      (block[vectors - 1].index - block[0].index) * weight_vector, band.inputs.pieces);
+  if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
+  sum_channels<vectors, quads, false>(
+      acc, input, map.pixel * p.stride[1], 1, taps, p.R * p.S, p.weight + block[0].index * weight_vector,
+      (block[vectors - 1].index - block[0].index) * weight_vector, band.inputs.pieces, ahead);
   UNROLL for (int q = 0; q < quads; ++q) {
     const Quad at = quad_at(p, q0 + q);
     float* to = out + (at.row * p.Wo + at.column) * p.C_out;
@@ -105,9 +67,7 @@ void conv_tile(const Problem& p, const Band& band, const BandMap& map, const flo
 void run_band(const Problem& p, const Band& band, float* scratch) {
   const BandMap map(p, band);
   int64_t taps[max_taps];
-  for (int64_t r = 0; r < p.R; ++r)
-    for (int64_t s = 0; s < p.S; ++s)
-      taps[r * p.S + s] = (r * p.dilation[0] * map.columns + s * p.dilation[1]) * map.pixel;
+  map.tap_offsets(p, taps);
   for (int64_t j = 0; j < band.count && map.pixel; ++j) copy_rows(p, band, map, j, scratch + j * map.size());
 
   const auto out_of = [&](int64_t j) {
@@ -115,7 +75,7 @@ void run_band(const Problem& p, const Band& band, float* scratch) {
   };
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
-  const int64_t quads = band.rows * ((p.Wo + 3) / 4);
+  const int64_t quads = band.rows * ((p.Wo + 3) / 4), tiles = (quads + quads_per_tile - 1) / quads_per_tile;
   for (int64_t i = 0; i < block_count; i += 2) {
     const bool two = i + 1 < block_count;
     for (int64_t j = 0; j < band.count; ++j)
@@ -123,7 +83,9 @@ void run_band(const Problem& p, const Band& band, float* scratch) {
         const auto run = quads - q >= 3   ? (two ? conv_tile<2, 3> : conv_tile<1, 3>)
                          : quads - q == 2 ? (two ? conv_tile<2, 2> : conv_tile<1, 2>)
                                           : (two ? conv_tile<2, 1> : conv_tile<1, 1>);
-        run(p, band, map, scratch + j * map.size(), out_of(j), &blocks[i], q, taps);
+        const int64_t tile = j * tiles + q / quads_per_tile;
+        const Ahead ahead = i + 2 < block_count ? ahead_of(tile, band.count * tiles) : Ahead{};
+        run(p, band, map, scratch + j * map.size(), out_of(j), &blocks[i], q, taps, ahead);
       }
   }
   for (const Run& gap : band.outputs.gaps)

@@ -100,7 +100,7 @@ KERNEL Quad quad_at(const ResidualBlock<float>& b, int64_t q) {
 
 // One tile of conv1, blocks slot and on of the hidden channels: relu(sum + bias) into the hidden map, [pixel][channel].
 template <int vectors, int quads>
-void hidden_tile(const Chunk& c, int64_t slot, int64_t q0, const int64_t* taps) {
+void hidden_tile(const Chunk& c, int64_t slot, int64_t q0, const int64_t* taps, Ahead ahead) {
   const ResidualBlock<float>& b = c.block;
   const Block* block = &c.hidden.blocks[slot];
   const int64_t tap_count = b.R * b.S;
@@ -115,9 +115,10 @@ void hidden_tile(const Chunk& c, int64_t slot, int64_t q0, const int64_t* taps) 
     UNROLL for (int p = 0; p < quads * 4; ++p) acc[p][v] = bias;
   }
   const int64_t weight_vector = round_up(b.C, 16) * tap_count * 16;
-  sum_channels<vectors, quads, false>(acc, input, c.a.pixel() * b.stride, 1, taps, tap_count,
-                                      b.conv1 + block[0].index * weight_vector,
-                                      (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces);
+  if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
+  sum_channels<vectors, quads, false>(
+      acc, input, c.a.pixel() * b.stride, 1, taps, tap_count, b.conv1 + block[0].index * weight_vector,
+      (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
   UNROLL for (int q = 0; q < quads; ++q) {
     const Quad at = quad_at(b, q0 + q);
     float* h = c.h_of(at.instance) + ((at.row + b.R / 2) * c.h.columns + at.column + b.S / 2) * c.h.pixel();
@@ -160,7 +161,7 @@ void hidden_planes(const Chunk& c, int64_t j, const Piece& piece, int64_t v0, in
 
 // One tile of conv2: sums added to the shortcut.
 template <int vectors, int quads, bool planar>
-void output_tile(const Chunk& c, int64_t block16, int64_t q0, const int64_t* taps) {
+void output_tile(const Chunk& c, int64_t block16, int64_t q0, const int64_t* taps, Ahead ahead) {
   const ResidualBlock<float>& b = c.block;
   const int64_t tap_count = b.R * b.S, channel = block16 * 16;
   const float* input[quads];
@@ -179,8 +180,9 @@ void output_tile(const Chunk& c, int64_t block16, int64_t q0, const int64_t* tap
     UNROLL for (int p = 0; p < quads * 4; ++p) acc[p][v] = bias;
   }
   const int64_t weight_vector = round_up(b.M, 16) * tap_count * 16;
+  ahead.distance = vectors * weight_vector;
   sum_channels<vectors, quads, planar>(acc, input, c.h.pixel(), c.h.channel(), taps, tap_count,
-                                       b.conv2 + block16 * weight_vector, weight_vector, c.hidden.pieces);
+                                       b.conv2 + block16 * weight_vector, weight_vector, c.hidden.pieces, ahead);
   UNROLL for (int q = 0; q < quads; ++q) {
     const int64_t live = quad_at(b, q0 + q).live;
     UNROLL for (int p = 0; p < 4; ++p) {
@@ -241,7 +243,7 @@ void clear_maps(const Chunk& c, int64_t begin, int64_t end) {
 }
 
 using Planes = void (*)(const Chunk&, int64_t j, const Piece&, int64_t v0, int64_t live, const int64_t* taps);
-using Tile = void (*)(const Chunk&, int64_t block16, int64_t q0, const int64_t* taps);
+using Tile = void (*)(const Chunk&, int64_t block16, int64_t q0, const int64_t* taps, Ahead);
 
 constexpr Planes hidden_planes_of[4] = {hidden_planes<1>, hidden_planes<2>, hidden_planes<3>, hidden_planes<4>};
 
@@ -260,7 +262,8 @@ void tile_items(const Chunk& c, const Tile (&tiles)[2][3], int64_t blocks, int64
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block16 = i / count * 2, q0 = i % count * quads_per_tile;
     const int64_t vectors = std::min<int64_t>(2, blocks - block16);
-    tiles[vectors - 1][std::min<int64_t>(quads_per_tile, c.quads() - q0) - 1](c, block16, q0, taps);
+    const Ahead ahead = block16 + 2 < blocks ? ahead_of(i % count, count) : Ahead{};
+    tiles[vectors - 1][std::min<int64_t>(quads_per_tile, c.quads() - q0) - 1](c, block16, q0, taps, ahead);
   }
 }
 

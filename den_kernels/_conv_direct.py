@@ -80,6 +80,22 @@ def forward(
     return out.permute(0, 3, 1, 2)
 
 
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, route: Route, geometry: Geometry) -> Tensor | None:
+    """The gradient of weight, channels-last, all instances in one call; None where no direct convolution runs."""
+    if x.dtype != torch.float32 or not runs_direct(x, weight, geometry):
+        return None
+    B, C, H, W = x.shape
+    C_out, (R, S) = weight.shape[0], weight.shape[2:]
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    dweight = weight.new_empty(C_out, R, S, C)
+    extension.dynamic_conv_weight_gradient(
+        x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), selections(route), (B, H, W, C),
+        (B, *grad.shape[2:], C_out), (R, S), geometry.stride, geometry.padding, geometry.dilation,
+        geometry.in_sizes, geometry.out_sizes,
+    )  # fmt: skip
+    return dweight.permute(0, 3, 1, 2)
+
+
 def transposed(x: Tensor, weight: Tensor, geometry: Geometry) -> Geometry | None:
     """The direct convolution that makes dx out of the gradient: sides swapped, kernel turned; None where none does."""
     padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, weight.shape[2:], geometry.padding, strict=True)]

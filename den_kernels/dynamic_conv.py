@@ -143,16 +143,20 @@ def _backward_cpu(
     geometry: Geometry,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    channels = x.shape[1], weight.shape[0]
-    segments = _conv_cpu.segments_of(route.order, route.offsets, route.mask, geometry, *channels)
-    turned = _conv_direct.transposed(x, weight, geometry) if output_mask[0] else None
-    if turned is None:
-        return _conv_cpu.backward(grad, x, weight, segments, geometry, output_mask)
-    packed = _conv_direct.pack(weight.flip(2, 3).transpose(0, 1), turned.in_sizes)
-    dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, route, x.shape, turned)
-    dx = dx.contiguous(memory_format=memory_format_of(x))
-    rest = (False, *output_mask[1:])
-    return dx, *(_conv_cpu.backward(grad, x, weight, segments, geometry, rest)[1:] if any(rest) else (None, None))
+    dx = dweight = None
+    rest = list(output_mask)  # what the direct convolution does not do
+    if output_mask[0] and (turned := _conv_direct.transposed(x, weight, geometry)):
+        packed = _conv_direct.pack(weight.flip(2, 3).transpose(0, 1), turned.in_sizes)
+        dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, route, x.shape, turned)
+        dx, rest[0] = dx.contiguous(memory_format=memory_format_of(x)), False
+    if output_mask[1]:
+        dweight = _conv_direct.weight_gradient(grad, x, weight, route, geometry)
+        rest[1] = dweight is None
+    if not any(rest):
+        return dx, dweight, None
+    segments = _conv_cpu.segments_of(route.order, route.offsets, route.mask, geometry, x.shape[1], weight.shape[0])
+    others = _conv_cpu.backward(grad, x, weight, segments, geometry, rest)
+    return dx if others[0] is None else others[0], dweight if others[1] is None else others[1], others[2]
 
 
 @torch.library.custom_op("den_kernels::dynamic_conv2d_backward", mutates_args=())

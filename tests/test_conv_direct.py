@@ -102,25 +102,49 @@ def test_bands_and_groups_of_instances(shape, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", ["levels", "mask"])
 @pytest.mark.parametrize("elastic", [("out_groups",), ("in_groups",), ("out_groups", "in_groups")], ids="-".join)
-def test_data_gradients_are_as_accurate_as_onednn(elastic, kind, dtype):
+def test_gradients_are_as_accurate_as_onednn(elastic, kind, stride, dtype):
     torch.manual_seed(0)
-    x, grad = (channels_last(torch.randn(6, c, 9, 9)).to(dtype) for c in (32, 48))
-    weight, sizes = torch.randn(48, 32, 3, 3).to(dtype), {"out_groups": (5, 12, 31), "in_groups": (20, 7, 5)}
-    keywords = {"padding": 1} | {side: sizes[side] for side in elastic}
+    x, weight = channels_last(torch.randn(6, 32, 9, 9)).to(dtype), torch.randn(48, 32, 3, 3).to(dtype)
+    grad = channels_last(torch.randn(6, 48, -(-9 // stride), -(-9 // stride))).to(dtype)
+    sizes = {"out_groups": (5, 12, 31), "in_groups": (20, 7, 5)}
+    keywords = {"padding": 1, "stride": stride} | {side: sizes[side] for side in elastic}
     selection = select(kind, 6, 3)
 
-    def gradient(convolve, *tensors):
-        x, weight, grad = tensors
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(convolve(x, weight, None, selection, **keywords), x, grad)[0]
+    def gradients(convolve, *tensors):
+        x, weight, grad = (tensor.detach().requires_grad_() for tensor in tensors)
+        return torch.autograd.grad(convolve(x, weight, None, selection, **keywords), (x, weight), grad)
 
     exact, scale = (
-        gradient(masked_conv2d, *(f(t.double()) for t in (x, weight, grad))) for f in (torch.clone, torch.abs)
+        gradients(masked_conv2d, *(f(t.double()) for t in (x, weight, grad))) for f in (torch.clone, torch.abs)
     )
-    peer = by_onednn(lambda: gradient(dynamic_conv2d, x, weight, grad))
-    assert_as_accurate(gradient(dynamic_conv2d, x, weight, grad), peer, exact, scale, FACTOR)
+    peers = by_onednn(lambda: gradients(dynamic_conv2d, x, weight, grad))
+    for got, *others in zip(gradients(dynamic_conv2d, x, weight, grad), peers, exact, scale, strict=True):
+        assert_as_accurate(got, *others, FACTOR)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 16, 40, 50), (40, 20, 3, 5), (5, 33, 14, 14)], ids=str)
+def test_weight_gradients_of_bands_and_groups_of_instances(shape, threads):
+    """Maps of more pixels than a tile sums at once, one instance for all threads, many small maps together."""
+    torch.manual_seed(0)
+    x, grad = channels_last(torch.randn(shape)), channels_last(torch.randn(shape[0], 24, *shape[2:]))
+    weight, levels = torch.zeros(24, shape[1], 3, 3), torch.arange(shape[0]) % 3 + (shape[0] == 1)
+
+    def gradient(x, weight, grad):
+        y = dynamic_conv2d(x, weight.requires_grad_(), None, levels, padding=1, out_groups=(7, 17))
+        return torch.autograd.grad(y, weight, grad)[0]
+
+    exact, before = gradient(x.double(), weight.double(), grad.double()), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = gradient(x, weight, grad)
+        assert torch.equal(gradient(x, weight, grad), got)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
 @DTYPES

@@ -1,0 +1,157 @@
+// The weight gradient in float32. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap, summed over the
+// pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. A thread adds the
+// tiles of its bands up in memory of its own, and the threads' sums are added in the threads' order, so that a number of
+// threads gives the same sums every time.
+#include "dynamic_conv.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "dispatch.h"
+#ifdef DEN_KERNELS_HAS_AVX512
+#include "band_map.h"
+#include "direct_tiles.h"
+#endif
+
+namespace den_kernels {
+#ifdef DEN_KERNELS_HAS_AVX512
+namespace {
+
+constexpr int64_t pixels_at_once = 128;  // their gradients of 32 outputs and inputs of one piece stay in the first level
+
+// Where some pixels of a band lie: gradients from the batch's first, inputs from the scratch memory's first.
+struct Pixels {
+  int64_t count, grad[pixels_at_once], input[pixels_at_once];
+};
+
+Pixels pixels_of(const Problem& p, const Band& band, const BandMap& map, int64_t first) {
+  const int64_t per_instance = band.rows * p.Wo;
+  Pixels made{std::min(pixels_at_once, band.count * per_instance - first), {}, {}};
+  for (int64_t i = 0; i < made.count; ++i) {
+    const int64_t j = (first + i) / per_instance, at = (first + i) % per_instance, row = at / p.Wo, column = at % p.Wo;
+    made.grad[i] = ((p.route.order[band.start + j] * p.Ho + band.first_row + row) * p.Wo + column) * p.C_out;
+    made.input[i] = j * map.size() + (row * p.stride[0] * map.columns + column * p.stride[1]) * map.pixel;
+  }
+  return made;
+}
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+
+// sums[v][k] += sum over pixels of grad[block v] * x[k]; sums[v]: [inputs][16], `step` floats from block 0's to block 1's.
+template <int vectors, int inputs>
+void gradient_tile(const Pixels& pixels, const float* grad, const Block* block, const float* x, float* sums,
+                   int64_t step) {
+  __m512 acc[inputs][vectors];
+  UNROLL for (int k = 0; k < inputs; ++k) {
+    UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_loadu_ps(sums + v * step + k * 16);
+  }
+  for (int64_t i = 0; i < pixels.count; ++i) {
+    const float *g = grad + pixels.grad[i], *in = x + pixels.input[i];
+    __m512 gv[vectors];
+    UNROLL for (int v = 0; v < vectors; ++v)
+      gv[v] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(block[v].lanes), g + block[v].index * 16);
+    UNROLL for (int k = 0; k < inputs; ++k) {
+      const __m512 value = _mm512_set1_ps(in[k]);
+      UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_fmadd_ps(value, gv[v], acc[k][v]);
+    }
+  }
+  UNROLL for (int k = 0; k < inputs; ++k) {
+    UNROLL for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(sums + v * step + k * 16, acc[k][v]);
+  }
+}
+
+using Tile = void (*)(const Pixels&, const float*, const Block*, const float*, float*, int64_t);
+
+template <int vectors>
+constexpr Tile tiles_of[8] = {gradient_tile<vectors, 1>, gradient_tile<vectors, 2>, gradient_tile<vectors, 3>,
+                              gradient_tile<vectors, 4>, gradient_tile<vectors, 5>, gradient_tile<vectors, 6>,
+                              gradient_tile<vectors, 7>, gradient_tile<vectors, 8>};
+
+// The sums of a thread: [ceil(C_out / 16)][tap][C rounded up to 16][16].
+int64_t sums_size(const Problem& p) { return (p.C_out + 15) / 16 * p.R * p.S * round_up(p.C, 16) * 16; }
+
+void add_band(const Problem& p, const float* grad, const Band& band, float* scratch, float* sums) {
+  const BandMap map(p, band);
+  const int64_t tap_count = p.R * p.S, inputs = round_up(p.C, 16);
+  int64_t taps[max_taps];
+  map.tap_offsets(p, taps);
+  for (int64_t j = 0; j < band.count; ++j) copy_rows(p, band, map, j, scratch + j * map.size());
+  const std::vector<Piece> pieces = cut(band.inputs.runs, 8);
+  const std::vector<Block>& blocks = band.outputs.blocks;
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
+  for (int64_t first = 0; first < band.count * band.rows * p.Wo; first += pixels_at_once) {
+    const Pixels pixels = pixels_of(p, band, map, first);
+    for (int64_t n = 0; n < block_count; n += 2) {
+      const bool two = n + 1 < block_count;
+      const Block* block = &blocks[n];
+      const int64_t step = two ? (block[1].index - block[0].index) * tap_count * inputs * 16 : 0;
+      for (const Piece& piece : pieces)
+        for (int64_t t = 0; t < tap_count; ++t) {
+          float* to = sums + ((block->index * tap_count + t) * inputs + piece.first) * 16;
+          const Tile run = two ? tiles_of<2>[piece.width - 1] : tiles_of<1>[piece.width - 1];
+          run(pixels, grad, block, scratch + taps[t] + piece.place, to, step);
+        }
+    }
+  }
+}
+
+KERNEL __mmask16 lanes(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
+
+// One tap of 16 outputs of dweight [C_out][tap][C]: the threads' sums, added and turned.
+void finish(const Problem& p, const std::vector<const float*>& sums, int64_t block, int64_t tap, float* dweight) {
+  const int64_t tap_count = p.R * p.S, inputs = round_up(p.C, 16), outputs = std::min<int64_t>(16, p.C_out - block * 16);
+  for (int64_t i = 0; i < inputs; i += 16) {
+    const int64_t from = ((block * tap_count + tap) * inputs + i) * 16;
+    __m512 tile[16];
+    UNROLL for (int k = 0; k < 16; ++k) tile[k] = _mm512_loadu_ps(sums[0] + from + k * 16);
+    for (size_t n = 1; n < sums.size(); ++n) {
+      UNROLL for (int k = 0; k < 16; ++k)
+        tile[k] = _mm512_add_ps(tile[k], _mm512_loadu_ps(sums[n] + from + k * 16));
+    }
+    transpose16(tile);
+    for (int64_t o = 0; o < outputs; ++o)
+      _mm512_mask_storeu_ps(dweight + ((block * 16 + o) * tap_count + tap) * p.C + i, lanes(p.C - i), tile[o]);
+  }
+}
+
+#pragma GCC pop_options
+
+}  // namespace
+
+void dynamic_conv_weight_gradient(const Problem& p, const float* grad, float* dweight) {
+  check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);
+  const Sides sides{channels_of(p.route, p.in_sizes, p.C, 16), channels_of(p.route, p.out_sizes, p.C_out, 16)};
+  const auto floats_of = [&p](const Band& band) { return band.count * BandMap(p, band).size(); };
+  const int64_t wanted = omp_get_max_threads(), taps = p.R * p.S, items = (p.C_out + 15) / 16 * taps;
+  const std::vector<Band> bands = make_bands(p, sides, wanted, 1, [&](const Band& b) { return floats_of(b) * 4; });
+  int64_t most = 0;
+  for (const Band& band : bands) most = std::max(most, floats_of(band));
+  std::vector<const float*> sums(wanted, nullptr);
+#pragma omp parallel num_threads(wanted)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#pragma omp single
+    sums.resize(threads);
+    float* own = static_cast<float*>(scratch_of_thread((sums_size(p) + most) * 4));
+    std::memset(own, 0, sums_size(p) * sizeof(float));
+    sums[thread] = own;
+    for (int64_t i = thread; i < static_cast<int64_t>(bands.size()); i += threads)
+      if (bands[i].inputs.count) add_band(p, grad, bands[i], own + sums_size(p), own);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < items; ++i) finish(p, sums, i / taps, i % taps, dweight);
+  }
+}
+
+#else
+
+void dynamic_conv_weight_gradient(const ConvProblem<float>&, const float*, float*) {
+  throw std::runtime_error("dynamic_conv: this build has no AVX-512 variant");
+}
+
+#endif
+
+}  // namespace den_kernels
