@@ -39,12 +39,12 @@ Section section_of(const std::vector<int64_t>& widths, int64_t width, int64_t O,
   return {begin_of(widths.data(), g, O, R, S), steps_of(is_narrow(width) ? width : widths[G], R, S)};
 }
 
-int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths) {
+int64_t amx_packed_size(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths) {
   const int64_t G = static_cast<int64_t>(widths.size()) - 1;
   return begin_of(widths.data(), G, O, R, S) + (O + 15) / 16 * 512 * steps_of(widths[G], R, S);
 }
 
-void pack_weights_bf16(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
+void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
                        const std::vector<int64_t>& widths) {
   const int64_t G = static_cast<int64_t>(widths.size()) - 1, I = widths[G], tiles = (O + 15) / 16;
   for (int64_t g = 1; g <= G; ++g) {

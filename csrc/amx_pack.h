@@ -25,10 +25,10 @@ struct Section {
 Section section_of(const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R, int64_t S);
 
 // weight [O, R, S, I], times scale [O] unless that is null, with I = widths[G] -> [narrow levels, then all wide ones]
-// [ceil(O / 16)][step][16][16][2] in `packed_size_bf16` values: a wide level reads the first steps of the widest, a
+// [ceil(O / 16)][step][16][16][2] in `amx_packed_size` values: a wide level reads the first steps of the widest, a
 // narrow one's steps are its own.
-void pack_weights_bf16(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
+void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
                        const std::vector<int64_t>& widths);
-int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);
+int64_t amx_packed_size(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);
 
 }  // namespace den_kernels

@@ -1,34 +1,53 @@
-// The padded input rows that a band (conv_bands.h) reads, in scratch memory that stays in the core's cache; float32,
-// nothing here is called but from a function compiled for AVX-512.
+// The padded input rows that a band (conv_bands.h) reads, in scratch memory that stays in the core's cache, in words
+// (direct_words.h). Nothing here is called but from a function compiled for AVX-512.
 #pragma once
 
 #include <cstring>
 
 #include "conv_bands.h"
+#include "direct_words.h"
 
 namespace den_kernels {
+namespace {
 
-using Problem = ConvProblem<float>;
-
+template <class T>
 struct BandMap {
   int64_t rows, columns, pixel;
-  BandMap(const Problem& p, const Band& band)
+  BandMap(const ConvProblem<T>& p, const Band& band, int64_t words)
       : rows((band.rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1),
         columns(std::max(p.W + p.padding[1], (round_up(p.Wo, 4) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
-        pixel(band.inputs.count) {}
+        pixel(words) {}
   int64_t size() const { return rows * columns * pixel; }
-  void tap_offsets(const Problem& p, int64_t* taps) const {
+  void tap_offsets(const ConvProblem<T>& p, int64_t* taps) const {
     for (int64_t r = 0; r < p.R; ++r)
       for (int64_t s = 0; s < p.S; ++s) taps[r * p.S + s] = (r * p.dilation[0] * columns + s * p.dilation[1]) * pixel;
   }
 };
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+DEN_KERNELS_TARGET
+
+// The channels of one pixel: the words that hold selected ones, what else they hold set to zero.
+template <class T>
+KERNEL void copy_pixel(const T* from, const Channels& inputs, const Channels& words, float* to) {
+  if constexpr (per_word<T> == 1) {
+    for (const Run& run : inputs.runs)
+      for (int64_t k = 0; k < run.width; ++k) *to++ = from[run.first + k];
+  } else {
+    for (size_t i = 0; i < inputs.blocks.size(); ++i) {
+      const Block& block = inputs.blocks[i];
+      const __m512 value = load16(from + block.index * 16, static_cast<__mmask16>(block.lanes));
+      store_words<T>(to + words.blocks[i].place, value, block.lanes, words.blocks[i].lanes);
+    }
+  }
+}
 
 // Instance j's input rows, zeros around them, only the channels in use.
-inline void copy_rows(const Problem& p, const Band& band, const BandMap& map, int64_t j, float* scratch) {
-  const float* x = p.x + p.route.order[band.start + j] * p.H * p.W * p.C;
+template <class T>
+void copy_rows(const ConvProblem<T>& p, const Band& band, const Channels& words, const BandMap<T>& map, int64_t j,
+               float* scratch) {
+  const T* x = p.x + p.route.order[band.start + j] * p.H * p.W * p.C;
+  const bool whole = band.inputs.count == p.C;
   for (int64_t r = 0; r < map.rows; ++r) {
     const int64_t row = band.first_row * p.stride[0] - p.padding[0] + r;
     float* to = scratch + r * map.columns * map.pixel;
@@ -39,20 +58,16 @@ inline void copy_rows(const Problem& p, const Band& band, const BandMap& map, in
     const int64_t right = p.padding[1] + p.W;
     std::memset(to, 0, p.padding[1] * map.pixel * sizeof(float));
     std::memset(to + right * map.pixel, 0, (map.columns - right) * map.pixel * sizeof(float));
-    const float* from = x + row * p.W * p.C;
+    const T* from = x + row * p.W * p.C;
     to += p.padding[1] * map.pixel;
-    if (map.pixel == p.C) {
-      std::memcpy(to, from, p.W * p.C * sizeof(float));
-      continue;
-    }
-    for (const Run& run : band.inputs.runs) {
-      for (int64_t c = 0; c < p.W; ++c)
-        for (int64_t k = 0; k < run.width; ++k) to[c * map.pixel + k] = from[c * p.C + run.first + k];
-      to += run.width;
-    }
+    if (whole)
+      std::memcpy(to, from, p.W * p.C * sizeof(T));
+    else
+      for (int64_t c = 0; c < p.W; ++c) copy_pixel(from + c * p.C, band.inputs, words, to + c * map.pixel);
   }
 }
 
 #pragma GCC pop_options
 
+}  // namespace
 }  // namespace den_kernels

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "amx_pack.h"
 #include "check.h"
+#include "dynamic_bf16.h"
 #include "dynamic_conv.h"
 #include "dynamic_residual.h"
 #include "norm.h"
@@ -234,6 +234,7 @@ constexpr char weights_and_sizes[] = "weights: [C_out, M, R, S]; input: [B, H, W
 void bind_dynamic_residual(py::module_& m) {
   m.def("has_dynamic_residual", &has_dynamic_residual);
   m.def("has_dynamic_residual_bf16", &has_dynamic_residual_bf16);
+  m.def("bf16_isa", &bf16_isa, "The instructions that bfloat16 runs with here, or an empty string.");
   m.def("packed_size_bf16", &packed_size_bf16);
   m.def("pack_weights_bf16", [](uintptr_t weight, uintptr_t scale, uintptr_t packed, int64_t O, int64_t R, int64_t S,
                                 const Ints& widths) {

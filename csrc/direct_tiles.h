@@ -1,4 +1,5 @@
-// Inner loops of a direct convolution in AVX-512: nothing here is called but from a function compiled for it.
+// Inner loops of a direct convolution in AVX-512: nothing here is called but from a function compiled for it. Where an
+// element is narrower than a word (direct_words.h), its channels go by words: a sum takes the products of a whole word.
 //   by output channels   a vector holds 16 output channels of a pixel; input values are broadcast
 //   by pixels            a vector holds 16 pixels of an output channel; weights are broadcast
 #pragma once
@@ -7,18 +8,14 @@
 #include <cstdint>
 #include <vector>
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: __m512 __Y = __Y
-#include <immintrin.h>
-
-#include "direct_channels.h"
-#include "dispatch.h"
+#include "direct_words.h"
 
 namespace den_kernels {
 
 constexpr int64_t prefetch_floats = 8 * 16;  // weights are asked for eight steps ahead: they stream from further out
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+DEN_KERNELS_TARGET
 
 // Weights are packed by pack_weights; of a tap, input channels lie 16 outputs apart.
 KERNEL const float* weights_of(const float* weight, const Piece& piece, int64_t tap_count) {
@@ -37,7 +34,7 @@ KERNEL Ahead ahead_of(int64_t tile, int64_t tiles) {
 
 // acc[q * 4 + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
 // A piece is a cache line of every pixel: it serves all taps before the weights push it out of the first level.
-template <int vectors, int quads, bool planar>
+template <class T, int vectors, int quads, bool planar>
 KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (&input)[quads], int64_t pixel,
                          int64_t channel, const int64_t* taps, int64_t tap_count, const float* weight,
                          int64_t weight_vector, const std::vector<Piece>& pieces, const Ahead& ahead) {
@@ -62,7 +59,7 @@ KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (
           UNROLL for (int p = 0; p < 4; ++p) {
             const __m512 value = _mm512_set1_ps(planar ? in[q][p] : in[q][p * pixel]);
             UNROLL for (int v = 0; v < vectors; ++v) {
-              acc[q * 4 + p][v] = _mm512_fmadd_ps(value, wv[v], acc[q * 4 + p][v]);
+              acc[q * 4 + p][v] = multiply_add<T>(value, wv[v], acc[q * 4 + p][v]);
             }
           }
           in[q] += planar ? channel : 1;

@@ -5,6 +5,8 @@
 // call a helper that is not inlined into it: the helper would run in the default variant.
 #pragma once
 
+#include <cstdint>  // any header of the C library defines __GLIBC__
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define DEN_KERNELS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

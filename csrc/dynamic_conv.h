@@ -1,5 +1,5 @@
 // Dynamic convolution on a CPU: one direct convolution over the whole batch, each instance with the channels that it
-// selected. float32 with AVX-512, bfloat16 with AMX.
+// selected. float32 with AVX-512, bfloat16 with AMX or AVX-512 BF16.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ void dynamic_conv(const ConvProblem<float>& problem);
 // and bias are not looked at. Needs what dynamic_conv needs.
 void dynamic_conv_weight_gradient(const ConvProblem<float>& problem, const float* grad, float* dweight);
 
-// Needs AMX (has_dynamic_residual_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible by 16, and
+// Needs AMX or AVX-512 BF16 (has_dynamic_residual_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible by 16, and
 // weights packed by pack_weights_bf16 for the prefixes of in_sizes.
 void dynamic_conv(const ConvProblem<bf16>& problem);
 

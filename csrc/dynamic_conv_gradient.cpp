@@ -19,6 +19,9 @@ namespace den_kernels {
 #ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
+using Problem = ConvProblem<float>;
+using Map = BandMap<float>;
+
 constexpr int64_t pixels_at_once = 128;  // their gradients of 32 outputs and inputs of one piece stay in the first level
 
 // Where some pixels of a band lie: gradients from the batch's first, inputs from the scratch memory's first.
@@ -26,7 +29,7 @@ struct Pixels {
   int64_t count, grad[pixels_at_once], input[pixels_at_once];
 };
 
-Pixels pixels_of(const Problem& p, const Band& band, const BandMap& map, int64_t first) {
+Pixels pixels_of(const Problem& p, const Band& band, const Map& map, int64_t first) {
   const int64_t per_instance = band.rows * p.Wo;
   Pixels made{std::min(pixels_at_once, band.count * per_instance - first), {}, {}};
   for (int64_t i = 0; i < made.count; ++i) {
@@ -38,7 +41,7 @@ Pixels pixels_of(const Problem& p, const Band& band, const BandMap& map, int64_t
 }
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+DEN_KERNELS_TARGET
 
 // sums[v][k] += sum over pixels of grad[block v] * x[k]; sums[v]: [inputs][16], `step` floats from block 0's to block 1's.
 template <int vectors, int inputs>
@@ -74,11 +77,11 @@ constexpr Tile tiles_of[8] = {gradient_tile<vectors, 1>, gradient_tile<vectors, 
 int64_t sums_size(const Problem& p) { return (p.C_out + 15) / 16 * p.R * p.S * round_up(p.C, 16) * 16; }
 
 void add_band(const Problem& p, const float* grad, const Band& band, float* scratch, float* sums) {
-  const BandMap map(p, band);
+  const Map map(p, band, band.inputs.count);
   const int64_t tap_count = p.R * p.S, inputs = round_up(p.C, 16);
   int64_t taps[max_taps];
   map.tap_offsets(p, taps);
-  for (int64_t j = 0; j < band.count; ++j) copy_rows(p, band, map, j, scratch + j * map.size());
+  for (int64_t j = 0; j < band.count; ++j) copy_rows(p, band, band.inputs, map, j, scratch + j * map.size());
   const std::vector<Piece> pieces = cut(band.inputs.runs, 8);
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
@@ -98,8 +101,6 @@ void add_band(const Problem& p, const float* grad, const Band& band, float* scra
   }
 }
 
-KERNEL __mmask16 lanes(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
-
 // One tap of 16 outputs of dweight [C_out][tap][C]: the threads' sums, added and turned.
 void finish(const Problem& p, const std::vector<const float*>& sums, int64_t block, int64_t tap, float* dweight) {
   const int64_t tap_count = p.R * p.S, inputs = round_up(p.C, 16), outputs = std::min<int64_t>(16, p.C_out - block * 16);
@@ -113,7 +114,7 @@ void finish(const Problem& p, const std::vector<const float*>& sums, int64_t blo
     }
     transpose16(tile);
     for (int64_t o = 0; o < outputs; ++o)
-      _mm512_mask_storeu_ps(dweight + ((block * 16 + o) * tap_count + tap) * p.C + i, lanes(p.C - i), tile[o]);
+      _mm512_mask_storeu_ps(dweight + ((block * 16 + o) * tap_count + tap) * p.C + i, lanes_of(p.C - i), tile[o]);
   }
 }
 
@@ -124,7 +125,7 @@ void finish(const Problem& p, const std::vector<const float*>& sums, int64_t blo
 void dynamic_conv_weight_gradient(const Problem& p, const float* grad, float* dweight) {
   check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);
   const Sides sides{channels_of(p.route, p.in_sizes, p.C, 16), channels_of(p.route, p.out_sizes, p.C_out, 16)};
-  const auto floats_of = [&p](const Band& band) { return band.count * BandMap(p, band).size(); };
+  const auto floats_of = [&p](const Band& band) { return band.count * Map(p, band, band.inputs.count).size(); };
   const int64_t wanted = omp_get_max_threads(), taps = p.R * p.S, items = (p.C_out + 15) / 16 * taps;
   const std::vector<Band> bands = make_bands(p, sides, wanted, 1, [&](const Band& b) { return floats_of(b) * 4; });
   int64_t most = 0;

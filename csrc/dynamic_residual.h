@@ -1,5 +1,5 @@
 // The residual block at inference on a CPU, one pass over an instance, its hidden map in the cache: float32 with
-// AVX-512, bfloat16 with AMX.
+// AVX-512, bfloat16 with AMX or AVX-512 BF16.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace den_kernels {
 //   branch = conv(h, conv2[:, S]) + bias2, 0 where S is empty
 // `out` may be `shortcut`, then an instance without a branch is not touched; `shortcut` may be `x`.
 // Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights
-// or pack_weights_bf16 (amx_pack.h).
+// or pack_weights_bf16 (dynamic_bf16.h).
 template <class T>
 struct ResidualBlock {
   int64_t B, H, W, C;       // input map

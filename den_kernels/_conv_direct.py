@@ -1,7 +1,6 @@
 """Dynamic convolution on a CPU, direct: all instances in one call, with no gather and no scatter.
 
-float32 with AVX-512 (csrc/dynamic_conv.cpp) and bfloat16 with AMX (csrc/dynamic_conv_bf16.cpp). Weights are packed for
-it, once where a layer keeps them; one packing serves all levels and masks.
+float32 with AVX-512 (csrc/dynamic_conv.cpp), bfloat16 with AMX or AVX-512 BF16 (csrc/dynamic_bf16.h). Weights are packed for it, once where a layer keeps them; one packing serves all levels and masks.
 """
 
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ def selections(route: Route) -> tuple[int, int, int, int, int]:
 def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -> Tensor:
     """[O, I, R, S], times scale (float32 [O]), as the direct kernels read it.
 
-    float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/amx_pack.h, for
+    float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/dynamic_bf16.h, for
     convolutions over the prefixes of I that `in_sizes` add up to (() is all of I).
     """
     O, I, R, S = weight.shape

@@ -9,8 +9,8 @@ weights are prepared: bn1 into an affine map that runs with ReLU while rows are 
 
 On a CPU an instance at level 0 is not touched, and the others go one of two ways:
 
-- float32 with AVX-512, bfloat16 with AMX: a direct convolution in C++ (csrc/dynamic_residual.cpp and
-  dynamic_residual_bf16.cpp) takes an instance through the whole block while its maps stay in one core's cache. One
+- float32 with AVX-512, bfloat16 with AMX or AVX-512 BF16: a direct convolution in C++ (csrc/dynamic_residual.cpp and
+  dynamic_bf16.h) takes an instance through the whole block while its maps stay in one core's cache. One
   packing of the weights serves all levels and masks, and narrow levels (4 or 8 hidden channels) cost what they hold,
   which they do not with oneDNN.
 - else: the instances of a segment go through two dense oneDNN convolutions in chunks that stay in the cache; a row is

@@ -138,7 +138,7 @@ def _on_cpu() -> dict[str, str]:
     else:
         rows = f"C++ rows + {convolution}"
         direct = ["AVX-512 in float32"] if extension.has_dynamic_residual() else []
-        whole = [*direct, "AMX in bfloat16"] if extension.has_dynamic_residual_bf16() else direct
+        whole = [*direct, f"{isa} in bfloat16"] if (isa := extension.bf16_isa()) else direct
         texts = (
             "C++",
             f"C++ direct ({direct[0]}), else {rows}" if direct else rows,

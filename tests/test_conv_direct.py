@@ -1,4 +1,4 @@
-"""The direct dynamic convolution, float32 with AVX-512 and bfloat16 with AMX: its accuracy, its rule, its threads."""
+"""The direct dynamic convolution, float32 and bfloat16: its accuracy, its rule, its threads."""
 
 from types import SimpleNamespace
 
@@ -210,7 +210,9 @@ def test_a_layer_packs_its_weight_once_and_again_when_it_changes(dtype, monkeypa
     conv = DynamicConv2d(16, 32, 3, padding=1, out_groups=2).eval().to(dtype)
     x, levels = channels_last(torch.randn(3, 16, 8, 8)).to(dtype), torch.tensor([1, 0, 2])
     if not runs(dtype, 16, 32):
-        pytest.skip("this CPU has no AVX-512 (float32) or no AMX (bfloat16), so the direct convolution does not run")
+        pytest.skip(
+            "this CPU has no AVX-512 (float32) or no AMX or AVX-512 BF16 (bfloat16), so the direct convolution does not run"
+        )
     with torch.no_grad():
         first = conv(x, levels)
         assert torch.equal(conv(x, levels), first)
@@ -223,7 +225,7 @@ def test_a_layer_packs_its_weight_once_and_again_when_it_changes(dtype, monkeypa
 
 def test_a_float32_layer_under_autocast_keeps_a_packing_for_each_dtype(monkeypatch):
     if extension is None or not runs(torch.bfloat16, 16, 32):
-        pytest.skip("this CPU has no AMX, so the direct convolution does not run")
+        pytest.skip("this CPU has no AMX and no AVX-512 BF16, so the direct convolution does not run")
     packed = []
     monkeypatch.setattr(layers, "pack", lambda w, *rest: packed.append(w.dtype) or _conv_direct.pack(w, *rest))
     conv = DynamicConv2d(16, 32, 3, padding=1, out_groups=2).eval()

@@ -1,9 +1,8 @@
 // bfloat16: a band (conv_bands.h) copies the input rows that it reads into maps in scratch memory, convolves them tile
 // by tile (amx_maps.h) and writes its output rows whole, zeros included.
-#include "dynamic_conv.h"
+#include "dynamic_bf16.h"
 
 #include <cstring>
-#include <stdexcept>
 
 #include "conv_bands.h"
 #include "dispatch.h"
@@ -104,9 +103,7 @@ void run_band(const Problem& p, const Band& band, bf16* maps) {
 
 }  // namespace
 
-void dynamic_conv(const Problem& p) {
-  check(p.C % 16 == 0 && p.C_out % 16 == 0, "dynamic_conv", "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
-  check(p.dilation[0] == 1 && p.dilation[1] == 1, "dynamic_conv", "dilation", "1", p.dilation[0]);
+void dynamic_conv_amx(const Problem& p) {
   const auto bytes_of = [&p](const Band& band) {
     const Map map = map_of(p, band);
     return band.count / map.together * map.group() * 2;
@@ -114,10 +111,6 @@ void dynamic_conv(const Problem& p) {
   run_bands(p, 32, together_of(p.Wo, 16), bytes_of,
             [&p](const Band& band, void* scratch) { run_band(p, band, static_cast<bf16*>(scratch)); });
 }
-
-#else
-
-void dynamic_conv(const ConvProblem<bf16>&) { throw std::runtime_error("dynamic_conv: this build has no AMX variant"); }
 
 #endif
 

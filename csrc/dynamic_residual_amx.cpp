@@ -1,6 +1,6 @@
 // The residual block in bfloat16 with AMX. As in float32 (dynamic_residual.cpp) a chunk of instances of one level goes
 // through the whole block in scratch memory; its maps and the loop over tiles are those of amx_maps.h.
-#include "dynamic_residual.h"
+#include "dynamic_bf16.h"
 
 #include "dispatch.h"
 
@@ -183,25 +183,17 @@ bool permitted() {  // the kernel saves tile registers only for a process that a
 
 }  // namespace
 
-bool has_dynamic_residual_bf16() {
+bool has_amx() {
   static const bool has = DEN_KERNELS_HAS_AVX512 && __builtin_cpu_supports("avx512bf16") &&
                           __builtin_cpu_supports("amx-bf16") && permitted();
   return has;
 }
 
-void dynamic_residual(const ResidualBlock<bf16>& b) {
+void dynamic_residual_amx(const ResidualBlock<bf16>& b) {
   const Channels stream = channels_of({{0, b.C}}, b.C, 32), outputs = channels_of({{0, b.C_out}}, b.C_out, 32);
   run_block(b, 32, together_of(b.Wo, 16), [&](int64_t start, int64_t count, const Channels& hidden) {
     return make_chunk(b, stream, hidden, outputs, start, count);
   });
-}
-
-#else
-
-bool has_dynamic_residual_bf16() { return false; }
-
-void dynamic_residual(const ResidualBlock<bf16>&) {
-  throw std::runtime_error("dynamic_residual: this build has no AMX variant");
 }
 
 #endif

@@ -1,0 +1,336 @@
+// How it goes: a chunk of instances of one level is taken by a thread (or, when there are fewer instances than threads
+// can share, by all threads together). bn1 and ReLU write the padded input map into scratch memory, conv1 writes the
+// padded hidden map beside it, conv2 adds its sums into the residual stream. Both maps stay in the core's cache; of
+// main memory only the residual stream is touched, once. Of the two inner loops (direct_tiles.h) the one by output
+// channels is the rule; conv1 goes by pixels for widths that would leave its lanes empty (4, 8 hidden channels), on
+// maps 16 pixels wide or more. Maps are [pixel][channel] for the first and [channel][pixel] for the second; conv2 reads
+// either.
+//
+// In bfloat16 all of it goes by pairs of channels, 32 bits as a float is: maps hold pairs, and an odd selection's last
+// pair has a zero.
+#pragma once
+
+#include <algorithm>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "direct_chunks.h"
+#include "direct_tiles.h"
+#include "dynamic_residual.h"
+
+namespace den_kernels {
+namespace {
+
+constexpr int quads_per_tile = 3;  // of four pixels: with two vectors of channels, 24 of 32 registers sum
+
+// A zero-padded map in scratch memory, wide enough for whole quads of the convolution that reads it.
+struct PaddedMap {
+  int64_t H, W, rows, columns, channels;
+  bool planar;  // [channel][pixel] instead of [pixel][channel]
+  int64_t pixel() const { return planar ? 1 : channels; }
+  int64_t channel() const { return planar ? rows * columns : 1; }
+  int64_t size() const { return rows * columns * channels; }
+};
+
+PaddedMap padded_map(int64_t H, int64_t W, int64_t channels, bool planar, int64_t R, int64_t S, int64_t stride) {
+  const int64_t Wo = (W + stride - 1) / stride;
+  const int64_t read = (round_up(Wo, 4) - 1) * stride + S, padded = W + S - 1;
+  return {H, W, H + R - 1, read > padded ? read : padded, channels, planar};
+}
+
+// The channels of a selection, and the same in words.
+struct Selected {
+  const Channels &channels, &words;
+};
+
+// What the two convolutions of one chunk share.
+template <class T>
+struct Chunk {
+  const ResidualBlock<T>& block;
+  int64_t start, count;
+  const Channels& stream;  // in words
+  Selected hidden;
+  std::vector<Piece> fours;  // of the hidden channels, for planar maps
+  PaddedMap a, h;
+  float* scratch;
+  float* a_of(int64_t j) const { return scratch + j * (a.size() + h.size()); }
+  float* h_of(int64_t j) const { return a_of(j) + a.size(); }
+  int64_t bytes() const { return count * (a.size() + h.size()) * 4; }
+  int64_t quads() const { return count * block.Ho * ((block.Wo + 3) / 4); }
+  int64_t tiles() const { return (quads() + quads_per_tile - 1) / quads_per_tile; }
+  int64_t hidden_blocks() const {
+    return static_cast<int64_t>(h.planar ? fours.size() : (hidden.channels.blocks.size() + 1) / 2);
+  }
+  int64_t hidden_count() const { return hidden_blocks() * (h.planar ? count * vector_rows() : tiles()); }
+  int64_t output_count() const { return (block.C_out / 16 + 1) / 2 * tiles(); }
+  int64_t vector_rows() const { return (block.Ho * block.Wo / 16 + 3) / 4; }  // tiles of four vectors of 16 pixels
+};
+
+#pragma GCC push_options
+DEN_KERNELS_TARGET
+
+// Where tap (r, s) lies from tap (0, 0) in a map.
+template <class T>
+KERNEL int64_t tap_offsets(const ResidualBlock<T>& b, const PaddedMap& map, int64_t* taps) {
+  for (int64_t r = 0; r < b.R; ++r)
+    for (int64_t s = 0; s < b.S; ++s) taps[r * b.S + s] = (r * map.columns + s) * map.pixel();
+  return b.R * b.S;
+}
+
+// Output pixels of quad q of a chunk: instance, row, first column, and how many of the four lie on the map.
+struct Quad {
+  int64_t instance, row, column, live;
+};
+template <class T>
+KERNEL Quad quad_at(const ResidualBlock<T>& b, int64_t q) {
+  const int64_t per_row = (b.Wo + 3) / 4, row = q / per_row, column = (q - row * per_row) * 4, instance = row / b.Ho;
+  return {instance, row - instance * b.Ho, column, b.Wo - column < 4 ? b.Wo - column : 4};
+}
+
+// One tile of conv1, blocks slot and on of the hidden channels: relu(sum + bias) into the hidden map, [pixel][channel].
+template <class T, int vectors, int quads>
+void hidden_tile(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* taps, Ahead ahead) {
+  const ResidualBlock<T>& b = c.block;
+  const Block *block = &c.hidden.channels.blocks[slot], *words = &c.hidden.words.blocks[slot];
+  const int64_t tap_count = b.R * b.S;
+  const float* input[quads];
+  UNROLL for (int q = 0; q < quads; ++q) {
+    const Quad at = quad_at(b, q0 + q);
+    input[q] = c.a_of(at.instance) + (at.row * b.stride * c.a.columns + at.column * b.stride) * c.a.pixel();
+  }
+  __m512 acc[quads * 4][vectors];
+  UNROLL for (int v = 0; v < vectors; ++v) {
+    const __m512 bias = _mm512_maskz_loadu_ps(static_cast<__mmask16>(block[v].lanes), b.bias1 + block[v].index * 16);
+    UNROLL for (int p = 0; p < quads * 4; ++p) acc[p][v] = bias;
+  }
+  const int64_t weight_vector = weight_words<T>(b.C, tap_count);
+  if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
+  sum_channels<T, vectors, quads, false>(
+      acc, input, c.a.pixel() * b.stride, 1, taps, tap_count, words_of(b.conv1) + block[0].index * weight_vector,
+      (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
+  UNROLL for (int q = 0; q < quads; ++q) {
+    const Quad at = quad_at(b, q0 + q);
+    float* h = c.h_of(at.instance) + ((at.row + b.R / 2) * c.h.columns + at.column + b.S / 2) * c.h.pixel();
+    UNROLL for (int p = 0; p < 4; ++p) {
+      if (p >= at.live) break;
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        const __m512 value = _mm512_max_ps(_mm512_setzero_ps(), acc[q * 4 + p][v]);
+        store_words<T>(h + p * c.h.pixel() + words[v].place, value, block[v].lanes, words[v].lanes);
+      }
+    }
+  }
+}
+
+// One tile of conv1 by pixels: the hidden channels of a piece, four vectors of 16 pixels, into the planar hidden map.
+template <int outputs>
+void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t v0, int64_t live, const int64_t* taps) {
+  const ResidualBlock<float>& b = c.block;
+  const int64_t tap_count = b.R * b.S, per_row = b.Wo / 16;
+  const float* input[4];
+  UNROLL for (int v = 0; v < 4; ++v) {
+    const int64_t at = v0 + (v < live ? v : 0);
+    input[v] = c.a_of(j) + at / per_row * c.a.columns + at % per_row * 16;
+  }
+  __m512 acc[outputs][4];
+  UNROLL for (int o = 0; o < outputs; ++o) {
+    UNROLL for (int v = 0; v < 4; ++v) acc[o][v] = _mm512_set1_ps(b.bias1[piece.first + o]);
+  }
+  const float* weight = b.conv1 + piece.first / 16 * round_up(b.C, 16) * tap_count * 16 + piece.first % 16;
+  sum_pixels<outputs, 4>(acc, input, c.a.channel(), taps, tap_count, weight, c.stream.pieces);
+  UNROLL for (int v = 0; v < 4; ++v) {
+    if (v >= live) break;
+    const int64_t row = (v0 + v) / per_row + b.R / 2, column = (v0 + v) % per_row * 16 + b.S / 2;
+    UNROLL for (int o = 0; o < outputs; ++o)
+        _mm512_storeu_ps(c.h_of(j) + (piece.place + o) * c.h.channel() + row * c.h.columns + column,
+                         _mm512_max_ps(_mm512_setzero_ps(), acc[o][v]));
+  }
+}
+
+// One tile of conv2: sums added to the shortcut.
+template <class T, int vectors, int quads, bool planar>
+void output_tile(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* taps, Ahead ahead) {
+  const ResidualBlock<T>& b = c.block;
+  const int64_t tap_count = b.R * b.S, channel = block16 * 16;
+  const float* input[quads];
+  const T* shortcut[quads];
+  T* out[quads];
+  UNROLL for (int q = 0; q < quads; ++q) {
+    const Quad at = quad_at(b, q0 + q);
+    input[q] = c.h_of(at.instance) + (at.row * c.h.columns + at.column) * c.h.pixel();
+    const int64_t pixel = (b.route.order[c.start + at.instance] * b.Ho + at.row) * b.Wo + at.column;
+    shortcut[q] = b.shortcut + pixel * b.C_out + channel;
+    out[q] = b.out + pixel * b.C_out + channel;
+  }
+  __m512 acc[quads * 4][vectors];
+  UNROLL for (int v = 0; v < vectors; ++v) {
+    const __m512 bias = b.bias2 ? _mm512_loadu_ps(b.bias2 + channel + v * 16) : _mm512_setzero_ps();
+    UNROLL for (int p = 0; p < quads * 4; ++p) acc[p][v] = bias;
+  }
+  const int64_t weight_vector = weight_words<T>(b.M, tap_count);
+  ahead.distance = vectors * weight_vector;
+  sum_channels<T, vectors, quads, planar>(acc, input, c.h.pixel(), c.h.channel(), taps, tap_count,
+                                          words_of(b.conv2) + block16 * weight_vector, weight_vector,
+                                          c.hidden.words.pieces, ahead);
+  UNROLL for (int q = 0; q < quads; ++q) {
+    const int64_t live = quad_at(b, q0 + q).live;
+    UNROLL for (int p = 0; p < 4; ++p) {
+      if (p >= live) break;
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        const int64_t at = p * b.C_out + v * 16;
+        store16(out[q] + at, _mm512_add_ps(load16(shortcut[q] + at), acc[q * 4 + p][v]));
+      }
+    }
+  }
+}
+
+template <class T>
+KERNEL __m512 activate(const ResidualBlock<T>& b, const T* x, int64_t channel) {
+  const __m512 value = load16(x + channel);
+  if (!b.scale1) return value;
+  const __m512 scale = _mm512_loadu_ps(b.scale1 + channel), shift = _mm512_loadu_ps(b.shift1 + channel);
+  return _mm512_max_ps(_mm512_setzero_ps(), _mm512_fmadd_ps(value, scale, shift));
+}
+
+// One row of the input map, activated, into scratch.
+template <class T>
+void activate_row(const Chunk<T>& c, int64_t j, int64_t row) {
+  const ResidualBlock<T>& b = c.block;
+  const T* x = b.x + (b.route.order[c.start + j] * b.H + row) * b.W * b.C;
+  float* a = c.a_of(j) + ((row + b.R / 2) * c.a.columns + b.S / 2) * c.a.pixel();
+  if (!c.a.planar) {
+    for (int64_t p = 0; p < b.W; ++p)
+      for (int64_t k = 0; k < b.C; k += 16)
+        store_words<T>(a + p * c.a.pixel() + k / per_word<T>, activate(b, x + p * b.C, k), 0xFFFF, 0xFFFF);
+    return;
+  }
+  if constexpr (per_word<T> == 1) {
+    for (int64_t p = 0; p < b.W; p += 16)
+      for (int64_t k = 0; k < b.C; k += 16) {
+        __m512 tile[16];
+        UNROLL for (int i = 0; i < 16; ++i) tile[i] = activate(b, x + (p + i) * b.C, k);
+        transpose16(tile);
+        UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_ps(a + (k + i) * c.a.channel() + p, tile[i]);
+      }
+  }
+}
+
+// Zeros around a map.
+void clear_border(const PaddedMap& m, float* data, int64_t top, int64_t left) {
+  const int64_t planes = m.planar ? m.channels : 1, run = m.pixel();
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    float* map = data + plane * m.rows * m.columns;
+    for (int64_t r = 0; r < m.rows; ++r) {
+      float* row = map + r * m.columns * run;
+      const bool inside = r >= top && r < top + m.H;
+      for (int64_t i = 0; i < (inside ? left : m.columns) * run; ++i) row[i] = 0.f;
+      for (int64_t i = (left + m.W) * run; inside && i < m.columns * run; ++i) row[i] = 0.f;
+    }
+  }
+}
+
+template <class T>
+void clear_maps(const Chunk<T>& c, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; ++j) {
+    clear_border(c.a, c.a_of(j), c.block.R / 2, c.block.S / 2);
+    clear_border(c.h, c.h_of(j), c.block.R / 2, c.block.S / 2);
+  }
+}
+
+using Planes = void (*)(const Chunk<float>&, int64_t j, const Piece&, int64_t v0, int64_t live, const int64_t* taps);
+template <class T>
+using Tile = void (*)(const Chunk<T>&, int64_t block16, int64_t q0, const int64_t* taps, Ahead);
+
+constexpr Planes hidden_planes_of[4] = {hidden_planes<1>, hidden_planes<2>, hidden_planes<3>, hidden_planes<4>};
+
+// By how many vectors and quads they take, from one.
+template <class T>
+constexpr Tile<T> hidden_tiles[2][3] = {{hidden_tile<T, 1, 1>, hidden_tile<T, 1, 2>, hidden_tile<T, 1, 3>},
+                                        {hidden_tile<T, 2, 1>, hidden_tile<T, 2, 2>, hidden_tile<T, 2, 3>}};
+
+template <class T, bool planar>
+constexpr Tile<T> output_tiles[2][3] = {
+    {output_tile<T, 1, 1, planar>, output_tile<T, 1, 2, planar>, output_tile<T, 1, 3, planar>},
+    {output_tile<T, 2, 1, planar>, output_tile<T, 2, 2, planar>, output_tile<T, 2, 3, planar>}};
+
+// Items begin..end of a convolution to `blocks` blocks of channels: for each two of these, each tile.
+template <class T>
+void tile_items(const Chunk<T>& c, const Tile<T> (&tiles)[2][3], int64_t blocks, int64_t begin, int64_t end,
+                const int64_t* taps) {
+  const int64_t count = c.tiles();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t block16 = i / count * 2, q0 = i % count * quads_per_tile;
+    const int64_t vectors = std::min<int64_t>(2, blocks - block16);
+    const Ahead ahead = block16 + 2 < blocks ? ahead_of(i % count, count) : Ahead{};
+    tiles[vectors - 1][std::min<int64_t>(quads_per_tile, c.quads() - q0) - 1](c, block16, q0, taps, ahead);
+  }
+}
+
+inline void plane_items(const Chunk<float>& c, int64_t begin, int64_t end, const int64_t* taps) {
+  const int64_t count = c.vector_rows(), vectors = c.block.Ho * c.block.Wo / 16;
+  for (int64_t i = begin; i < end; ++i) {
+    const Piece& piece = c.fours[i / (count * c.count)];
+    const int64_t v0 = i % count * 4, live = std::min<int64_t>(4, vectors - v0);
+    hidden_planes_of[piece.width - 1](c, i / count % c.count, piece, v0, live, taps);
+  }
+}
+
+template <class T>
+void hidden_items(const Chunk<T>& c, int64_t begin, int64_t end) {
+  int64_t taps[max_taps];
+  tap_offsets(c.block, c.a, taps);
+  if constexpr (per_word<T> == 1) {
+    if (c.h.planar) {
+      plane_items(c, begin, end, taps);
+      return;
+    }
+  }
+  tile_items(c, hidden_tiles<T>, static_cast<int64_t>(c.hidden.channels.blocks.size()), begin, end, taps);
+}
+
+template <class T>
+void output_items(const Chunk<T>& c, int64_t begin, int64_t end) {
+  int64_t taps[max_taps];
+  tap_offsets(c.block, c.h, taps);
+  if constexpr (per_word<T> == 1) {
+    if (c.h.planar) {
+      tile_items(c, output_tiles<T, true>, c.block.C_out / 16, begin, end, taps);
+      return;
+    }
+  }
+  tile_items(c, output_tiles<T, false>, c.block.C_out / 16, begin, end, taps);
+}
+
+#pragma GCC pop_options
+
+template <class T>
+Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Selected& hidden, int64_t start,
+                    int64_t count) {
+  std::vector<Piece> fours = cut(hidden.channels.runs, 4);
+  // By pixels where pieces of 4 hidden channels waste less than blocks of 16.
+  const bool planar =
+      per_word<T> == 1 && b.stride == 1 && b.W % 16 == 0 && fours.size() < 4 * hidden.channels.blocks.size();
+  return {b,
+          start,
+          count,
+          stream,
+          hidden,
+          std::move(fours),
+          padded_map(b.H, b.W, b.C / per_word<T>, planar, b.R, b.S, b.stride),
+          padded_map(b.Ho, b.Wo, hidden.words.count, planar, b.R, b.S, 1),
+          nullptr};
+}
+
+template <class T>
+void run_direct(const ResidualBlock<T>& b) {
+  const Channels stream = in_words<T>(channels_of({{0, b.C}}, b.C, 16));
+  std::map<const Channels*, Channels> words;  // of a segment's selection
+  run_block(b, 16, 1, [&](int64_t start, int64_t count, const Channels& hidden) {
+    const auto found = words.find(&hidden);
+    const Channels& of_hidden = found == words.end() ? words[&hidden] = in_words<T>(hidden) : found->second;
+    return make_chunk<T>(b, stream, {hidden, of_hidden}, start, count);
+  });
+}
+
+}  // namespace
+}  // namespace den_kernels

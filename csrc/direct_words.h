@@ -1,0 +1,113 @@
+// The element types of the direct kernels, as they see them: in words of 32 bits, a float or a pair of bfloat16s, and in
+// vectors of 16 channels, which are float32. The bfloat16 half is there for a file that defines DEN_KERNELS_DOT_BF16.
+#pragma once
+
+#include <cstdint>
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: __m512 __Y = __Y
+#include <immintrin.h>
+
+#include "direct_channels.h"
+#include "dispatch.h"
+#include "numbers.h"
+
+#define DEN_KERNELS_PRAGMA(text) _Pragma(#text)
+#ifdef DEN_KERNELS_DOT_BF16
+#define DEN_KERNELS_TARGET DEN_KERNELS_PRAGMA(GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512"))
+#else
+#define DEN_KERNELS_TARGET DEN_KERNELS_PRAGMA(GCC target("arch=x86-64-v4,prefer-vector-width=512"))
+#endif
+
+namespace den_kernels {
+
+template <class T>
+constexpr int64_t per_word = 4 / sizeof(T);
+
+// Words of the packed weights of 16 outputs over I inputs.
+template <class T>
+int64_t weight_words(int64_t I, int64_t taps) {
+  return ((I + per_word<T> - 1) / per_word<T> + 15) / 16 * taps * 256;
+}
+
+template <class T>
+const float* words_of(const T* data) {
+  return reinterpret_cast<const float*>(data);
+}
+
+#pragma GCC push_options
+DEN_KERNELS_TARGET
+
+KERNEL __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
+KERNEL __m512 load16(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
+KERNEL void store16(float* to, __m512 v) { _mm512_storeu_ps(to, v); }
+KERNEL void store16(float* to, __m512 v, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, v); }
+
+// The lanes of a vector that lie on a map of which `left` channels are left.
+KERNEL __mmask16 lanes_of(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
+
+// sum + value * weights, of a word each.
+template <class T>
+__m512 multiply_add(__m512 value, __m512 weights, __m512 sum);
+template <>
+KERNEL __m512 multiply_add<float>(__m512 value, __m512 weights, __m512 sum) {
+  return _mm512_fmadd_ps(value, weights, sum);
+}
+
+// The selected ones of 16 channels, without gaps. words: the words that hold any; what else these hold becomes zero.
+template <class T>
+void store_words(float* to, __m512 v, uint32_t lanes, uint32_t words);
+template <>
+KERNEL void store_words<float>(float* to, __m512 v, uint32_t lanes, uint32_t) {
+  const __mmask16 chosen = static_cast<__mmask16>(lanes);
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(_pext_u32(lanes, lanes)), _mm512_maskz_compress_ps(chosen, v));
+}
+
+#ifdef DEN_KERNELS_DOT_BF16
+KERNEL __m512 widen16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+KERNEL __m256i rounded(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+KERNEL __m512 load16(const bf16* from) { return widen16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+KERNEL __m512 load16(const bf16* from, __mmask16 lanes) { return widen16(_mm256_maskz_loadu_epi16(lanes, from)); }
+KERNEL void store16(bf16* to, __m512 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(v)); }
+KERNEL void store16(bf16* to, __m512 v, __mmask16 lanes) { _mm256_mask_storeu_epi16(to, lanes, rounded(v)); }
+
+template <>
+KERNEL __m512 multiply_add<bf16>(__m512 value, __m512 weights, __m512 sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)value, (__m512bh)weights);
+}
+
+template <>
+KERNEL void store_words<bf16>(float* to, __m512 v, uint32_t lanes, uint32_t words) {
+  const __m256i value = rounded(_mm512_maskz_mov_ps(static_cast<__mmask16>(lanes), v));
+  if ((words & 0xFF) == 0xFF) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
+    return;
+  }
+  const __mmask8 chosen = static_cast<__mmask8>(words);
+  _mm256_mask_storeu_epi32(to, static_cast<__mmask8>(_pext_u32(words, words)),
+                           _mm256_maskz_compress_epi32(chosen, value));
+}
+#endif
+
+#pragma GCC pop_options
+
+// A selection in words: pieces of at most 16 of them, and of each block of 16 channels the words that hold any.
+template <class T>
+Channels in_words(const Channels& channels) {
+  if constexpr (per_word<T> == 1) return channels;
+  Channels made;
+  for (const Block& block : channels.blocks) {
+    made.blocks.push_back({block.index, 0, made.count});
+    for (int64_t i = 0; i < 8; ++i) {
+      if (!(block.lanes >> 2 * i & 3)) continue;
+      const int64_t word = block.index * 8 + i;
+      made.blocks.back().lanes |= 1u << i;
+      if (made.runs.empty() || made.runs.back().first + made.runs.back().width < word) made.runs.push_back({word, 0});
+      made.runs.back().width++;
+      made.count++;
+    }
+  }
+  made.pieces = cut(made.runs, 16);
+  return made;
+}
+
+}  // namespace den_kernels
