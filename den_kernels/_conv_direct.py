@@ -1,6 +1,7 @@
 """Dynamic convolution on a CPU, direct: all instances in one call, with no gather and no scatter.
 
-float32 with AVX-512 (csrc/dynamic_conv.cpp), bfloat16 with AMX or AVX-512 BF16 (csrc/dynamic_bf16.h). Weights are packed for it, once where a layer keeps them; one packing serves all levels and masks.
+float32 with AVX-512 (csrc/dynamic_conv.cpp), bfloat16 with AMX or AVX-512 BF16 (csrc/dynamic_bf16.h). Weights are
+packed for it, once where a layer keeps them; one packing serves all levels and masks.
 """
 
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ def selections(route: Route) -> tuple[int, int, int, int, int]:
 def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -> Tensor:
     """[O, I, R, S], times scale (float32 [O]), as the direct kernels read it.
 
-    float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/dynamic_bf16.h, for
-    convolutions over the prefixes of I that `in_sizes` add up to (() is all of I).
+    float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/dynamic_bf16.h,
+    for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I).
     """
     O, I, R, S = weight.shape
     rows, address = weight.contiguous(memory_format=torch.channels_last), 0 if scale is None else scale.data_ptr()

@@ -211,7 +211,7 @@ def test_a_layer_packs_its_weight_once_and_again_when_it_changes(dtype, monkeypa
     x, levels = channels_last(torch.randn(3, 16, 8, 8)).to(dtype), torch.tensor([1, 0, 2])
     if not runs(dtype, 16, 32):
         pytest.skip(
-            "this CPU has no AVX-512 (float32) or no AMX or AVX-512 BF16 (bfloat16), so the direct convolution does not run"
+            "this CPU lacks AVX-512 (float32), or AMX and AVX-512 BF16 (bfloat16): the direct convolution does not run"
         )
     with torch.no_grad():
         first = conv(x, levels)

@@ -42,6 +42,7 @@ def test_report_without_the_extension_says_why_and_what_it_costs(monkeypatch):
 def test_report_without_cuda_sources_and_avx512(monkeypatch):
     class WithoutCuda:
         has_dynamic_residual = has_dynamic_residual_bf16 = staticmethod(lambda: False)
+        bf16_isa = staticmethod(lambda: "")
         with_cuda, cuda_version, cuda_archs, compiler = False, None, (), "12"
         cpu_isa, omp_max_threads = staticmethod(lambda: "AVX2"), staticmethod(torch.get_num_threads)
         cuda_devices = staticmethod(lambda: ([], "this build has no CUDA sources"))
