@@ -93,7 +93,7 @@ class ModelConfig:
 
     @property
     def level_fractions(self) -> tuple[float, ...]:
-        """Share of a block's hidden channels that each level keeps (of cardinality groups, rounded down apart)."""
+        """Share of a block's hidden channels that each level keeps, before rounding down to channels or groups."""
         return level_fractions(self.levels, self.shapes[0].lowest)
 
     @property

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from den import DeepElasticNetwork
-from den_kernels import RoutingPlan
 from tests.simulated_gpu import simulated
 from tests.test_backbones import CONFIGS, NAMES, PARTS, structures
 

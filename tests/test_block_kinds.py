@@ -66,12 +66,11 @@ residuals = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("side", [8, 7])
 @pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
 @kinds
-def test_inference_equals_the_reference(shape, levels, side):
+def test_inference_equals_the_reference(shape, levels):
     block = make(shape).eval()
-    x, levels, route = data(shape, levels, side=side)
+    x, levels, route = data(shape, levels, side=7)
     expected = reference_block(block, x, levels, L).detach()
     close(block(x, route).detach(), expected)
     with torch.no_grad():
@@ -80,10 +79,16 @@ def test_inference_equals_the_reference(shape, levels, side):
     assert fast.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("levels", [LEVELS[name] for name in ("mixed", "all at level 0")], ids=str)
-@pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
-@kinds
-def test_training_equals_the_reference_with_gradients_and_statistics(shape, first, levels):
+@pytest.mark.parametrize(
+    ("shape", "levels", "first"),
+    [
+        *((shape, LEVELS["mixed"], False) for shape in KINDS.values()),
+        *((shape, LEVELS["all at level 0"], False) for shape in (KINDS["cardinality"], KINDS["pair"])),
+        (KINDS["bottleneck grows"], LEVELS["mixed"], True),
+    ],
+    ids=[*KINDS, "cardinality, all at level 0", "pair, all at level 0", "first"],
+)
+def test_training_equals_the_reference_with_gradients_and_statistics(shape, levels, first):
     block = make(shape, torch.float64, first).train()
     oracle = copy.deepcopy(block)
     x, levels, route = data(shape, levels, torch.float64)
@@ -230,8 +235,11 @@ def test_folded_weights_follow_the_parameters(shape):
     assert not torch.allclose(after, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@kinds
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.bfloat16) for shape in KINDS.values()), (KINDS["cardinality"], torch.float16)],
+    ids=[*KINDS, "float16"],
+)
 def test_half_precision_is_as_near_as_pytorch_itself(shape, dtype):
     """At most four times the error that the masked network in plain PyTorch makes in the same dtype."""
     exact, block = make(shape, torch.float64).eval(), make(shape, dtype).eval()
@@ -242,6 +250,13 @@ def test_half_precision_is_as_near_as_pytorch_itself(shape, dtype):
         got = block(x, route)
     assert got.dtype == dtype
     assert (got.double() - expected).abs().max() <= 4 * own
+
+
+def test_initial_weights_keep_the_size_of_what_flows_back():
+    """He's fan-out: the outputs that an input reaches, of its own cardinality group alone, times 9 taps."""
+    block = BottleneckShape(64, 256, 64, 8, stride=1, cardinality=8).build(L)
+    for conv, fan_out in ((block.conv1, 256), (block.conv2, 32 * 9), (block.conv3, 64)):
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
 
 
 BAD = {
