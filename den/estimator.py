@@ -58,7 +58,7 @@ class Estimator(nn.Module):
         Args:
             images, task: one task, a list per task, or tasks per instance: see :func:`den.task_batch.task_batch`.
             levels: integer [B, N] in 0..L-1, in the order of the images (of a list: one part after the other); or
-                the :class:`RoutingPlan` of such levels; None: the full structure.
+                the :class:`RoutingPlan` of such levels, as :meth:`level_plan` makes it; None: the full structure.
 
         Returns:
             [B, classes] of one task; a list of them for a list of images; for tasks per instance [B, most classes],

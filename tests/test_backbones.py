@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ from den.objective import initial_structures, structure_costs
 from den.plain import PlainNetwork
 from den.reference import reference_estimator
 from den_kernels import RoutingPlan
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from tests.oracle import assert_trained_alike, unlike_new
 
 TASKS = (Task("digits", 10, 8), Task("photos", 5, 20))
 CONFIGS = {
@@ -42,15 +47,7 @@ NAMES = [task.name for task in TASKS]
 def model(request):
     """A network whose statistics are no longer those of a new one."""
     torch.manual_seed(0)
-    model = DeepElasticNetwork(request.param)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.3, 0.3)
-                module.running_mean.uniform_(-0.3, 0.3)
-                module.running_var.uniform_(0.5, 1.5)
-    return model.eval()
+    return unlike_new(DeepElasticNetwork(request.param), bias=0.3).eval()
 
 
 two_kinds = pytest.mark.parametrize(
@@ -65,10 +62,6 @@ def images(task, count, seed=1):
 
 def structures(model, count, seed=2):
     return torch.randint(0, model.levels, (count, model.num_blocks), generator=torch.Generator().manual_seed(seed))
-
-
-def named(name):
-    return lambda text: f"{name}: {text}"
 
 
 def close(got, expected, tolerance=1e-4):
@@ -99,11 +92,7 @@ def test_training_equals_the_reference_with_statistics_and_gradients(model):
         losses.append(sum(F.cross_entropy(part, torch.arange(len(part))) for part in logits))
         losses[-1].backward()
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-9)
-    for (name, mine), its in zip(model.estimator.named_parameters(), oracle.estimator.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-6, atol=1e-9, msg=named(name))
-    for (name, mine), its in zip(model.estimator.named_buffers(), oracle.estimator.buffers(), strict=True):
-        if "running" in name:
-            torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9, msg=named(name))
+    assert_trained_alike(model.estimator, oracle.estimator, rtol=1e-6, atol=1e-9)
 
 
 @torch.no_grad()

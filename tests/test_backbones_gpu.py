@@ -1,9 +1,14 @@
 """Networks of every kind of block on a simulated GPU: nothing waits for it, and a captured graph serves every route."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from den import DeepElasticNetwork
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tests.simulated_gpu import simulated
 from tests.test_backbones import CONFIGS, NAMES, PARTS, structures
 
