@@ -1,6 +1,6 @@
 """Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."""
 
-from den.backbones import BACKBONES, Backbone, named_backbone, resnet, wide_resnet
+from den.backbones import BACKBONES, Backbone, named_backbone, resnet, resnext, vgg, wide_resnet
 from den.count import ImageFlops, ParameterCounts, count_flops, count_parameters, image_flops, parameter_fractions
 from den.estimator import Estimator
 from den.levels import level_fractions, level_groups, level_widths
@@ -32,5 +32,7 @@ __all__ = [
     "named_backbone",
     "parameter_fractions",
     "resnet",
+    "resnext",
+    "vgg",
     "wide_resnet",
 ]

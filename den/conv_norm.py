@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.folding import may_fold, norm_tensors
+from den.folding import folded_weight, may_fold, norm_tensors
 from den_kernels.fold_cache import FoldCache
 
 
@@ -26,7 +26,9 @@ class ConvNormReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         if may_fold(self):
-            weight, bias = self._folded.get((conv.weight, *norm_tensors(self.norm)), self._fold)
+            weight, bias = self._folded.get(
+                (conv.weight, *norm_tensors(self.norm)), lambda: folded_weight(conv, self.norm)
+            )
             y = F.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
         else:
             y = F.relu(self.norm(conv(x)))
@@ -35,12 +37,3 @@ class ConvNormReLU(nn.Module):
     def train(self, mode: bool = True) -> "ConvNormReLU":
         self._folded.clear()
         return super().train(mode)
-
-    def _fold(self) -> tuple[Tensor, Tensor]:
-        """Weight [out, in, R, S] and bias [out] with the batch norm's scale and shift, computed in at least float32."""
-        norm, dtype = self.norm, self.conv.weight.dtype
-        precise = torch.promote_types(dtype, torch.float32)
-        gamma, beta, mean, var = (tensor.detach().to(precise) for tensor in norm_tensors(norm))
-        scale = gamma * torch.rsqrt(var + norm.eps)
-        weight = self.conv.weight.detach().to(precise) * scale[:, None, None, None]
-        return weight.to(dtype).contiguous(memory_format=torch.channels_last), (beta - mean * scale).to(dtype)

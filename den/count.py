@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from den.model import DeepElasticNetwork
+from den.tail import linear_flops
 from den.task_batch import TaskName
 from den.tasks import find_task
 
@@ -19,7 +20,7 @@ class ParameterCounts:
             (WRN-32-4: 7,345,152; ResNet-42: 29,786,112).
         norms: weights and biases of the batch norms of the blocks and after them.
         stems: convolutions and batch norms of the estimator's stems, all tasks.
-        heads: weights and biases of the estimator's heads, all tasks.
+        heads: weights and biases of the estimator's heads, all tasks, and of the fully connected layers before them.
         selector: the whole selector, all tasks.
     """
 
@@ -42,7 +43,12 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class ImageFlops:
-    """Twice the multiply-adds that one image of a task costs at the full structure, by place."""
+    """Twice the multiply-adds that one image of a task costs at the full structure, by place.
+
+    ``head`` counts the fully connected layers before the head, too. The Deep Elastic Networks paper counts in this way
+    for WRN-32-4 (2.13G) and ResNet-42 (2.91G), but multiply-adds once for SimpleConvNet: its 27.4M at 84 x 84 are half
+    of our blocks and head.
+    """
 
     stem: int
     blocks: int
@@ -53,12 +59,12 @@ class ImageFlops:
 def count_parameters(model: DeepElasticNetwork) -> ParameterCounts:
     """Learned numbers of ``model``, by place; their ``total`` is all of them."""
     estimator = model.estimator
-    blocks = sum(block.conv1.weight.numel() + block.conv2.weight.numel() for block in estimator.blocks)
+    blocks = sum(conv.weight.numel() for block in estimator.blocks for conv, _ in block.layers())
     return ParameterCounts(
         blocks=blocks,
-        norms=_numbers(estimator.blocks) - blocks + _numbers(estimator.norm),
+        norms=_numbers(estimator.blocks) - blocks + (0 if estimator.norm is None else _numbers(estimator.norm)),
         stems=_numbers(estimator.stems),
-        heads=_numbers(estimator.heads),
+        heads=_numbers(estimator.heads) + _numbers(estimator.shared),
         selector=_numbers(model.selector),
     )
 
@@ -84,8 +90,8 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
     estimator = model.estimator
     return ImageFlops(
         stem=estimator.stems[position].flops(),
-        blocks=sum(shape.flops(shape.channels) for shape in model.config.shapes),
-        head=2 * estimator.heads[position].weight.numel(),
+        blocks=sum(shape.flops(shape.hidden) for shape in model.config.shapes),
+        head=linear_flops([*estimator.shared, estimator.heads[position]]),
         selector=model.selector.flops(position),
     )
 

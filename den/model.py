@@ -13,7 +13,6 @@ from den.model_config import ModelConfig
 from den.selector import Selector, SelectorConfig
 from den.task_batch import Images, Tasks, task_batch
 from den.tasks import Task
-from den_kernels import RoutingPlan
 
 
 class DeepElasticNetwork(nn.Module):
@@ -35,9 +34,9 @@ class DeepElasticNetwork(nn.Module):
         self.config = config
         self.tasks = config.tasks
         self.levels = config.levels
-        self.estimator = Estimator(config.tasks, config.stages, config.stem, config.levels, config.trunk_size)
+        self.estimator = Estimator(config)
         self.num_blocks = self.estimator.num_blocks
-        self.selector = Selector(config.tasks, config.selector, self.num_blocks, config.levels, config.trunk_size)
+        self.selector = Selector(config.tasks, config.selector, self.num_blocks, config.levels, config.selector_size)
 
     def forward(self, images: Images, task: Tasks, *, return_levels: bool = False):
         """Logits of ``images`` at the levels that the selector chooses; with ``return_levels`` also these.
@@ -52,7 +51,7 @@ class DeepElasticNetwork(nn.Module):
         batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
         with torch.no_grad():
             levels = self.selector.run(batch).argmax(-1)
-        logits = self.estimator.run(batch, RoutingPlan.from_levels(levels, groups=self.levels - 1))
+        logits = self.estimator.run(batch, self.estimator.level_plan(levels))
         return (logits, batch.restore(levels)) if return_levels else logits
 
     def selector_logits(self, images: Images, task: Tasks) -> Tensor:
@@ -66,12 +65,20 @@ class DeepElasticNetwork(nn.Module):
 
 
 def create_model(
-    name: str, tasks: Sequence[Task], levels: int = 4, *, trunk_size: int = 32, selector: SelectorConfig | None = None
+    name: str,
+    tasks: Sequence[Task],
+    levels: int = 4,
+    *,
+    trunk_size: int | None = None,
+    selector: SelectorConfig | None = None,
 ) -> DeepElasticNetwork:
-    """A network of a named size: ``wrn32_4``, ``resnet42``, any ``wrn{l}_{r}`` or ``resnet{l}``.
+    """A network of a named size: one of :data:`den.backbones.BACKBONES`, such as ``wrn32_4``, ``resnet42``, ``vgg16``,
+    ``resnext29_8x64d``, ``simpleconvnet``; any ``wrn{l}_{r}``, ``resnet{l}`` or ``resnext{l}_{c}x{d}d``.
+
+    The arguments are :class:`ModelConfig`'s.
 
     Raises:
-        ValueError: a name, depth, task or number of levels that does not fit.
+        ValueError: a name, depth, task, size or number of levels that does not fit.
     """
     return DeepElasticNetwork(
         ModelConfig(tuple(tasks), backbone=name, levels=levels, trunk_size=trunk_size, selector=selector)

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-from den.backbones import DEFAULT_STEM, BlockShape, Stages, block_shapes, named_backbone
-from den.levels import level_groups
+from den.backbones import FAMILIES, Backbone, Stages, named_backbone
+from den.blocks import BlockShape
+from den.levels import level_fractions
 from den.selector import SelectorConfig, default_selector
+from den.stem import KERNEL
 from den.tasks import Task
 
 Config = TypeVar("Config")
@@ -18,12 +20,15 @@ class ModelConfig:
 
     Args:
         tasks: at least one; names are unique.
-        backbone: a name such as ``wrn32_4`` or ``resnet42``, which gives the stages and the stem; or a family,
-            ``wrn`` or ``resnet``, where ``stages`` are given.
-        stages: (channels, blocks) of each stage, overriding the name's; channels never shrink.
-        stem: channels of the stems; None: the name's (16 for wrn, 64 for resnet).
-        levels: L, at least 2; level 0 is the shortcut.
-        trunk_size: side of the map that the stems hand to the first block.
+        backbone: a name such as ``wrn32_4``, ``resnext29_8x64d`` or ``vgg16``, which gives the stages, the stem and
+            the kind of block (:func:`den.backbones.named_backbone`); or a family, ``wrn`` or ``resnet``, where
+            ``stages`` are given.
+        stages: (channels, blocks) of each stage, overriding the name's; those of residual networks never shrink.
+        stem: channels of the stems; None: the name's (16 for wrn, 64 for resnet). 0, of vgg19 and simpleconvnet: the
+            blocks read the images, which all tasks then have in the same number of channels.
+        levels: L, at least 2; what level 0 keeps is in :mod:`den.levels`.
+        trunk_size: side of the map that the stems hand to the first block; None: 32, or the side of the largest images
+            where these are larger and the blocks read them.
         selector: None: :func:`den.selector.default_selector`.
 
     Raises:
@@ -35,7 +40,7 @@ class ModelConfig:
     stages: Stages | None = None
     stem: int | None = None
     levels: int = 4
-    trunk_size: int = 32
+    trunk_size: int | None = None
     selector: SelectorConfig | None = None
 
     def __post_init__(self) -> None:
@@ -43,38 +48,59 @@ class ModelConfig:
         names = [task.name for task in tasks]
         if not tasks or len(set(names)) != len(names):
             raise ValueError(f"ModelConfig: tasks must be at least one, of unique names, got {names}")
-        stages, stem = self.stages, self.stem
-        if stages is None or self.backbone not in DEFAULT_STEM:
-            if self.backbone in DEFAULT_STEM:
-                raise ValueError(f"ModelConfig: backbone {self.backbone!r} needs stages, or a size, such as wrn32_4")
-            named = named_backbone(self.backbone)
-            stages, stem = stages or named.stages, stem or named.stem
+        layout = self.layout
+        stages = layout.stages if self.stages is None else self.stages
+        if not stages:
+            raise ValueError(f"ModelConfig: backbone {self.backbone!r} needs stages, or a size, such as wrn32_4")
+        stem = layout.stem if self.stem is None else self.stem
+        largest = 0 if stem else max(task.size for task in tasks)
         for name, value in {
             "tasks": tasks,
             "stages": tuple((channels, blocks) for channels, blocks in stages),
-            "stem": stem or DEFAULT_STEM[self.backbone],
+            "stem": stem,
+            "trunk_size": max(32, largest) if self.trunk_size is None else self.trunk_size,
         }.items():
             object.__setattr__(self, name, value)
         self._check()
         if self.selector is None:
-            object.__setattr__(self, "selector", default_selector(tasks, self.shapes))
+            object.__setattr__(self, "selector", default_selector(tasks, self.shapes, self.selector_size))
 
     def _check(self) -> None:
-        if self.trunk_size < 1 or self.stem < 1 or not self.stages or min(blocks for _, blocks in self.stages) < 1:
+        least_stem = 0 if self.layout.fully_connected is not None else 1
+        if self.trunk_size < 1 or self.stem < least_stem or min(blocks for _, blocks in self.stages) < 1:
             raise ValueError(
-                "ModelConfig: trunk_size, stem and the blocks of every stage must be at least 1,"
-                f" got {self.trunk_size}, {self.stem}, {self.stages}"
+                f"ModelConfig: trunk_size and the blocks of every stage must be at least 1, stem at least {least_stem},"
+                f" got {self.trunk_size}, {self.stages}, {self.stem}"
             )
-        widths = [self.stem, *(channels for channels, _ in self.stages)]
-        if sorted(widths) != widths:
-            raise ValueError(f"ModelConfig: channels must not shrink from the stem through the stages, got {widths}")
-        for channels, _ in self.stages:
-            level_groups(channels, self.levels)
+        channels = {task.channels for task in self.tasks}
+        if not self.stem and len(channels) > 1:
+            raise ValueError(
+                f"ModelConfig: tasks must have images of as many channels as each other for {self.backbone},"
+                f" whose blocks read them, got {sorted(channels)}"
+            )
+        for shape in self.shapes:
+            shape.groups(self.levels)
+
+    @property
+    def layout(self) -> Backbone:
+        """What the name stands for."""
+        return FAMILIES.get(self.backbone) or named_backbone(self.backbone)
 
     @property
     def shapes(self) -> tuple[BlockShape, ...]:
         """The blocks, in order."""
-        return block_shapes(self.stages, self.stem, self.trunk_size)
+        return self.layout.shapes(self.stages, self.stem or self.tasks[0].channels, self.trunk_size)
+
+    @property
+    def level_fractions(self) -> tuple[float, ...]:
+        """Share of a block's hidden channels that each level keeps, before rounding down to channels or groups."""
+        return level_fractions(self.levels, self.shapes[0].lowest)
+
+    @property
+    def selector_size(self) -> int:
+        """Side of the map that the selector's first convolution halves: the trunk's. Where blocks read the images, it
+        is 32, or more as far as a 7x7 window needs to leave out no pixel of the images."""
+        return self.trunk_size if self.stem else min(self.trunk_size, max(32, -(-2 * self.trunk_size // KERNEL)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""

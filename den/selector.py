@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.backbones import BlockShape
+from den.blocks import BlockShape
 from den.conv_norm import ConvNormReLU
 from den.stem import KERNEL, Stem
 from den.task_batch import Images, TaskBatch, Tasks, task_batch
@@ -45,14 +45,17 @@ class SelectorConfig:
         return total
 
 
-def default_selector(tasks: Sequence[Task], shapes: Sequence[BlockShape]) -> SelectorConfig:
+def default_selector(
+    tasks: Sequence[Task], shapes: Sequence[BlockShape], trunk_size: int | None = None
+) -> SelectorConfig:
     """A selector for an estimator: few and wide convolutions, as wide as its blocks, within 4 % of their FLOPs.
 
     Starts from (C, 2C, 2C), C being the channels of the first block, and narrows C in steps of 8 until it fits (C = 8
-    at the least). WRN-32-4 gets (64, 128, 128): 0.9 % of its FLOPs; the paper's selector has 5 %.
+    at the least). WRN-32-4 gets (64, 128, 128): 0.9 % of its FLOPs; the paper's selector has 5 %. ``trunk_size`` is the
+    side of the map that its first convolution halves; None: what the first block reads.
     """
-    budget = BUDGET * sum(shape.flops(shape.channels) for shape in shapes)
-    image_channels, trunk_size = max(task.channels for task in tasks), shapes[0].size
+    budget = BUDGET * sum(shape.flops(shape.hidden) for shape in shapes)
+    image_channels, trunk_size = max(task.channels for task in tasks), trunk_size or shapes[0].in_size
     width = max(8, shapes[0].channels)
     while width > 8 and SelectorConfig((width, 2 * width, 2 * width)).flops(image_channels, trunk_size) > budget:
         width = max(8, width - 8)

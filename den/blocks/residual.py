@@ -1,13 +1,34 @@
 """The elastic residual block: hidden channels that each instance uses as many of as it chose."""
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from den.blocks.shape import BlockShape
+from den.blocks.shortcut import Shortcut
 from den.folding import may_fold, norm_tensors
+from den.initial import initialise
 from den.levels import level_groups
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights, Route, dynamic_residual, dynamic_residual_
 from den_kernels.fold_cache import FoldCache
+
+
+@dataclass(frozen=True)
+class ResidualShape(BlockShape):
+    """Two 3x3 convolutions, ``in_channels -> width -> channels``, the first with the stride."""
+
+    stride: int
+
+    @property
+    def size(self) -> int:
+        return -(-self.in_size // self.stride)
+
+    def convolutions(self, width: int) -> tuple[tuple[int, int], ...]:
+        return (9 * self.in_channels * width, self.size), (9 * width * self.channels, self.size)
+
+    def build(self, levels: int, first: bool = False) -> "ElasticBlock":
+        return ElasticBlock(self.in_channels, self.channels, levels, stride=self.stride, first=first)
 
 
 class ElasticBlock(nn.Module):
@@ -28,22 +49,21 @@ class ElasticBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, levels: int, *, stride: int = 1, first: bool = False) -> None:
         super().__init__()
-        if stride not in (1, 2) or channels < in_channels:
-            raise ValueError(
-                "ElasticBlock: stride must be 1 or 2 and channels at least in_channels,"
-                f" got stride {stride}, channels {channels}, in_channels {in_channels}"
-            )
+        self.shortcut = Shortcut(in_channels, channels, stride, "ElasticBlock")
         groups = level_groups(channels, levels)
         self.stride = stride
-        self.new_channels = channels - in_channels
         self.bn1 = None if first else DynamicBatchNorm2d(in_channels, groups=1)
         self.conv1 = DynamicConv2d(in_channels, channels, 3, stride, padding=1, bias=False, out_groups=groups)
         self.bn2 = DynamicBatchNorm2d(channels, groups=groups)
         self.conv2 = DynamicConv2d(channels, channels, 3, padding=1, bias=False, in_groups=groups)
         for conv in (self.conv1, self.conv2):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            initialise(conv)
         self.to(memory_format=torch.channels_last)
         self._folded: FoldCache[ResidualWeights] = FoldCache()
+
+    def layers(self) -> tuple[tuple[DynamicConv2d, DynamicBatchNorm2d | None], ...]:
+        """The convolutions in order, each with the batch norm (and ReLU) that follows it."""
+        return (self.conv1, self.bn2), (self.conv2, None)
 
     def forward(self, x: Tensor, route: Route | None = None, *, inplace: bool = False) -> Tensor:
         """Run the block.
@@ -63,12 +83,6 @@ class ElasticBlock(nn.Module):
             x = self.bn1(x, None if route is None else route.active(), relu=True)
         hidden = self.bn2(self.conv1(x, route), route, relu=True)
         return self.conv2(hidden, route)
-
-    def shortcut(self, x: Tensor) -> Tensor:
-        """The block without its convolutions. An odd map's last row and column are pooled from what there is."""
-        if self.stride == 2:
-            x = F.avg_pool2d(x, 2, ceil_mode=True)
-        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else x
 
     def folded(self) -> ResidualWeights:
         """Weights with both batch norms folded (eval mode), from the cache while nothing they depend on changed."""

@@ -1,0 +1,28 @@
+"""What tests against the strict reference share."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def unlike_new(module: nn.Module, bias: float = 0.5) -> nn.Module:
+    """The module with a weight, bias and statistics of its own for every batch norm."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-bias, bias)
+            norm.running_mean.uniform_(-bias, bias)
+            norm.running_var.uniform_(0.5, 1.5)
+    return module
+
+
+def assert_trained_alike(module: nn.Module, oracle: nn.Module, rtol: float = 1e-8, atol: float = 1e-8) -> None:
+    """Gradients (none is zero) and running statistics, float64, are the oracle's."""
+    for (name, parameter), other in zip(module.named_parameters(), oracle.parameters(), strict=True):
+        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(got, other.grad, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, buffer), other in zip(module.named_buffers(), oracle.buffers(), strict=True):
+        if "running" in name:
+            torch.testing.assert_close(
+                buffer, other, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            )
