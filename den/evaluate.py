@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 from den.count import count_flops, image_flops, parameter_fractions
 from den.data import ImageSet
 from den.device import wait_for
+from den.estimator import Estimator
 from den.model import DeepElasticNetwork
 from den.objective import entropy, sparsity_penalty
 from den.plain import PlainNetwork
@@ -236,7 +238,8 @@ def time_per_image(
 ) -> Timing:
     """Time of inference with and without choosing, on the first batches of a set; the model in evaluation mode.
 
-    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector.
+    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector.  An
+    estimator of another kind than `Estimator` has no plain form and is timed against its full structure alone.
 
     The four ways take turns, so that a change in the machine's speed meets them all.  In its turn each runs all the
     batches one after the other, as in use, after an untimed one that brings its weights back into the caches.  Per way:
@@ -244,7 +247,7 @@ def time_per_image(
     """
     model.eval()
     device = _device(model)
-    name, plain = image_set.name, PlainNetwork(model, image_set.name)
+    name, full = image_set.name, functools.partial(model.estimator, task=image_set.name)
     choose = structures or model.select
 
     def selected(images: Tensor) -> Tensor:
@@ -253,8 +256,8 @@ def time_per_image(
     parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size, device), batches)]
     parts = [images for images in parts if len(images) == batch_size] or parts
     runs = {
-        "plain": plain,
-        "full": lambda images: model.estimator(images, name),
+        "plain": PlainNetwork(model, name) if isinstance(model.estimator, Estimator) else full,
+        "full": full,
         "selected": selected,
         "selector": lambda images: choose(images, name),
     }

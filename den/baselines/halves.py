@@ -23,18 +23,18 @@ class HalvedBatches:
         shares = data.shares or None
         self.streams = {n: MixedTaskBatches(part, data.batch_size, shares, seed) for n, part in parts.items()}
         self.sets = self.streams["all"].sets
-        self._used = "all"
+        self.used = "all"
 
     @property
     def epoch_steps(self) -> int:
-        return self.streams[self._used].epoch_steps
+        return self.streams[self.used].epoch_steps
 
     def use(self, stream: str) -> None:
         """Take the batches from `stream` from now on."""
-        self._used = stream
+        self.used = stream
 
     def next(self) -> Batch:
-        return self.streams[self._used].next()
+        return self.streams[self.used].next()
 
     def state_dict(self) -> dict[str, Any]:
         """As that of `MixedTaskBatches`, with the name of the stream before every key but "cursors"."""
