@@ -7,16 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from den.checkpoint import load_model
 from den.config import TrainConfig
+from den.evaluate import Choice, Structures
 from den.model import DeepElasticNetwork
 from den.run_folder import stored_config
-from den.task_batch import Images, Tasks
-
-Structures = Callable[[Images, Tasks], Tensor | None]
-"""Images and task -> levels int64 [B, N] in 0..L-1 on the images' device; None: the full structure for all of them."""
 
 Opener = Callable[[Path, TrainConfig], tuple[DeepElasticNetwork, Structures]]
 """Checkpoint and settings -> the network in evaluation mode and its rule; ValueError where the file does not fit."""
@@ -31,6 +26,11 @@ class Run:
     config: TrainConfig
     model: DeepElasticNetwork  # in evaluation mode
     structures: Structures
+
+    @property
+    def choice(self) -> Choice:
+        """What `evaluate` is to use: the selector where there is one, for its distributions; else the rule."""
+        return "selected" if self.config.mode == "den" else self.structures
 
 
 def open_run(folder: Path, checkpoint: Literal["last", "best"] = "last") -> Run:
