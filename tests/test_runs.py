@@ -1,37 +1,17 @@
 """Runs opened for inference."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from den import create_model, runs
-from den.checkpoint import prefixed, save_checkpoint
-from den.config import DataConfig, NetworkConfig, TrainConfig, to_dict
+from den import runs
 from den.data import load_set
 from den.runs import open_run
 
 
-def stored_run(folder: Path, mode: str = "den", seed: int = 0) -> TrainConfig:
-    """A run folder of an untrained network for digits, as `den train` leaves it."""
-    folder.mkdir(parents=True)
-    config = TrainConfig(
-        out=folder, mode=mode, seed=seed, data=DataConfig(tasks=("digits",)), network=NetworkConfig("wrn8_1")
-    )
-    torch.manual_seed(seed)
-    model = create_model("wrn8_1", [load_set("digits", "test").task], trunk_size=8)
-    torch.nn.init.normal_(model.selector.heads[0].weight)
-    (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    for name in ("last", "best"):
-        record = {"model": model.config.to_dict(), "position": {"total_steps": 5}}
-        save_checkpoint(folder / f"{name}.safetensors", prefixed("model", model.state_dict()), record)
-    return config
-
-
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
-def test_a_den_run_gives_its_selectors_structures(tmp_path, checkpoint):
+def test_a_den_run_gives_its_selectors_structures(tmp_path, stored_run, checkpoint):
     config = stored_run(tmp_path / "run")
     run = open_run(tmp_path / "run", checkpoint)
     assert (run.config, run.checkpoint.stem, run.model.training) == (config, checkpoint, False)
@@ -41,7 +21,7 @@ def test_a_den_run_gives_its_selectors_structures(tmp_path, checkpoint):
     assert len(levels.unique(dim=0)) > 1
 
 
-def test_a_dense_run_gives_the_full_structure(tmp_path):
+def test_a_dense_run_gives_the_full_structure(tmp_path, stored_run):
     stored_run(tmp_path / "run", "dense")
     run = open_run(tmp_path / "run")
     images = load_set("digits", "test").inputs(slice(0, 4))
@@ -49,7 +29,7 @@ def test_a_dense_run_gives_the_full_structure(tmp_path):
     assert run.model.estimator(images, "digits", run.structures(images, "digits")).shape == (4, 10)
 
 
-def test_a_method_that_adds_itself_is_opened(tmp_path, monkeypatch):
+def test_a_method_that_adds_itself_is_opened(tmp_path, stored_run, monkeypatch):
     stored_run(tmp_path / "run")
 
     def lowest(path, config):
@@ -61,7 +41,7 @@ def test_a_method_that_adds_itself_is_opened(tmp_path, monkeypatch):
     assert open_run(tmp_path / "run").structures(images, "digits").sum() == 0
 
 
-def test_unfit_folders_are_explained(tmp_path, monkeypatch):
+def test_unfit_folders_are_explained(tmp_path, stored_run, monkeypatch):
     config = stored_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"config\.json must be a readable JSON file"):
         open_run(tmp_path / "absent")
