@@ -97,7 +97,8 @@ class StitchedEstimator(nn.Module):
         self.blocks = nn.ModuleList(block for copy in copies for block in copy.blocks)
         for copy in copies:
             copy.stems, copy.heads, copy.blocks = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        self.tails = nn.ModuleList(copies)  # what follows the blocks
+        self.tails = nn.ModuleList(copies)  # what follows the blocks, up to the heads
+        self.shared = nn.ModuleList()  # layers of all copies together: none
         widths = [channels for channels, _ in thinner(config).stages]
         self.stitches = nn.ModuleList(Stitch(len(copies), channels, share) for channels in widths)
         for name in ("level_parameters", "level_flops"):
