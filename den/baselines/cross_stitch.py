@@ -1,4 +1,7 @@
-"""Cross-stitch networks (Misra et al., CVPR 2016): a thin copy of the network for each task, mixed after each stage."""
+"""Cross-stitch networks (Misra et al., CVPR 2016): a thin copy of the network for each task, mixed after each stage.
+
+A stage is a run of blocks that write maps of one shape.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,10 @@ class StitchedEstimator(nn.Module):
         super().__init__()
         copies = [DeepElasticNetwork(thinner(config)).estimator for _ in config.tasks]
         self.tasks, self.levels, self.num_blocks = config.tasks, config.levels, copies[0].num_blocks
-        self.ends = [blocks for _, blocks in config.stages]
+        stages = [
+            list(s) for _, s in itertools.groupby(thinner(config).shapes, lambda shape: (shape.channels, shape.size))
+        ]
+        self.ends = tuple(itertools.accumulate(map(len, stages)))  # the block after each stage
         self.stems = nn.ModuleList(TaskStems(copy.stems[k] for copy in copies) for k in range(len(copies)))
         self.heads = nn.ModuleList(copy.heads[k] for k, copy in enumerate(copies))
         self.blocks = nn.ModuleList(block for copy in copies for block in copy.blocks)
@@ -99,8 +105,7 @@ class StitchedEstimator(nn.Module):
             copy.stems, copy.heads, copy.blocks = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.tails = nn.ModuleList(copies)  # what follows the blocks, up to the heads
         self.shared = nn.ModuleList()  # layers of all copies together: none
-        widths = [channels for channels, _ in thinner(config).stages]
-        self.stitches = nn.ModuleList(Stitch(len(copies), channels, share) for channels in widths)
+        self.stitches = nn.ModuleList(Stitch(len(copies), stage[0].channels, share) for stage in stages)
         for name in ("level_parameters", "level_flops"):
             self.register_buffer(name, len(copies) * getattr(copies[0], name), persistent=False)
 
@@ -119,8 +124,7 @@ class StitchedEstimator(nn.Module):
         copies = range(len(self.tails))
         parts = [[stem(images) for stem in self.stems[k]] for k, images in zip(batch.tasks, batch.images, strict=True)]
         maps = [torch.cat([part[s] for part in parts]) for s in copies]
-        stages = list(itertools.pairwise((0, *itertools.accumulate(self.ends))))
-        for (begin, end), stitch in zip(stages, self.stitches, strict=True):
+        for (begin, end), stitch in zip(itertools.pairwise((0, *self.ends)), self.stitches, strict=True):
             for s in copies:
                 for i in range(begin, end):
                     route = None if plan is None else plan[i]
