@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,10 +56,6 @@ class Method:
     def prepare(self, engine: Engine, phase: Phase) -> None:
         """Called before every batch, with the networks in the modes of the phase."""
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
-        """What an update of a phase minimises (Algorithm 1 of the DEN paper has its own, in `den.train`)."""
-        raise NotImplementedError
-
     def choice(self, phase: Phase) -> Choice:
         """The structures that held-out images are measured at after an epoch of a phase."""
         return "full" if phase.network == "estimator" and phase.stage == 1 else "selected"
@@ -76,8 +73,12 @@ class Method:
         self.state.load_state_dict(tensors)
 
 
-class ComparedMethod(Method):
+class ComparedMethod(Method, ABC):
     """What the compared methods have in common: the estimator's first phase, measured as it is used."""
+
+    @abstractmethod
+    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+        """What an update of a phase minimises."""
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("estimator", 1, self.config.estimator.first, 1.0),)

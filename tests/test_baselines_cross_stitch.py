@@ -1,5 +1,8 @@
 """Cross-stitch networks: plain copies when nothing is mixed, the mixture by hand, counts."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +18,8 @@ from den.evaluate import full_flops, time_per_image
 from den.model import DeepElasticNetwork
 from den.model_config import ModelConfig
 from den.tasks import Task
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end: what is installed stays what is tested
 from tests.small_runs import small_config
 
 TASKS = (Task("a", 3, 8, 1), Task("b", 4, 12), Task("c", 5, 8, 1))

@@ -1,6 +1,9 @@
 """The compared methods from end to end: phases, exact continuation, checkpoints, evaluation."""
 
 import dataclasses
+import sys
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from den.config import (
     DataConfig,
     EstimatorTraining,
     MethodConfig,
+    Mode,
     NetworkConfig,
     PhaseConfig,
     SelectorTraining,
@@ -25,6 +29,8 @@ from den.run_folder import read_metrics
 from den.runs import open_run
 from den.tasks import Task
 from den.train import train
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end: what is installed stays what is tested
 from tests.small_runs import cut_sets, small_config, train_interrupted
 
 INTERRUPTED_AT = {
@@ -55,6 +61,7 @@ def finished(tmp_path_factory):
 
 def test_every_method_is_tried():
     assert INTERRUPTED_AT.keys() == METHODS.keys()
+    assert set(get_args(Mode)) == {"den", "dense", *METHODS}
 
 
 @pytest.mark.parametrize(("mode", "at"), CASES)

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from den.data import Batch
 from den.engine import Engine
 from den.model import create_model
 from den.tasks import Task
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end: what is installed stays what is tested
 from tests.small_runs import cut_sets, small_config
 
 TASKS = [Task("a", 3, 8, 1), Task("b", 4, 12)]
