@@ -194,7 +194,7 @@ def test_settings_that_are_wrong(values, message):
         from_dict(TrainConfig, values)
 
 
-@pytest.mark.parametrize("mode", ["nestednet", "packnet", "routing", "cross-stitch"])
+@pytest.mark.parametrize("mode", ["nestednet", "packnet", "routing"])
 def test_training_on_real_images_learns(tmp_path, monkeypatch, mode):
     """Static structures, 8x8 digits: a network of three blocks in a few seconds."""
     torch.set_num_threads(1)
