@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +40,31 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, An
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (in the memory format that they had) and record; ValueError when `path` is no complete checkpoint."""
+    with _opened(path) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    for name in json.loads(metadata["channels_last"]):
+        tensors[name] = tensors[name].to(memory_format=torch.channels_last)
+    return tensors, json.loads(metadata["record"])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record alone, without reading the tensors; ValueError as `load_checkpoint`."""
+    with _opened(path) as (_, metadata):
+        return json.loads(metadata["record"])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A checkpoint's file and its header."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 found = metadata.get("format", "another program's safetensors file")
                 raise ValueError(f"load_checkpoint: {path} must be a checkpoint of this library, got {found}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file, metadata
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"load_checkpoint: {path} must be a complete checkpoint, got {error}") from error
-    for name in json.loads(metadata["channels_last"]):
-        tensors[name] = tensors[name].to(memory_format=torch.channels_last)
-    return tensors, json.loads(metadata["record"])
 
 
 def load_model(path: Path) -> DeepElasticNetwork:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from den.config import DemoConfig, TrainConfig, read_config
+from den.measure import Evaluate
 
 HELP = (
     "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
@@ -28,24 +29,6 @@ class Train:
     resume: bool = False
     """Continue the run in --out from its last checkpoint, with the settings that it was started with."""
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Measure a trained run on its test sets."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which of its checkpoints: the last one, or the best on held-out images."""
-    data_root: Path | None = None
-    """Folder of the sets that do not come with the install; None: where the run had them."""
-    static: int = 0
-    """Compare with the best of this many single structures of the same cost, chosen on the test images themselves."""
-    time: bool = False
-    """Measure the time per image, with the full structure and with the selected ones."""
-    device: str = "auto"
-    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +96,9 @@ def _run(command: Train | Evaluate | DemoConfig | Info) -> int:
         train(command.settings, resume=command.resume)
         print(f"den: finished; measure it with: den evaluate {command.settings.out}")
     elif isinstance(command, Evaluate):
-        _evaluate(command)
+        from den.measure import main as measure
+
+        measure(command)
     elif isinstance(command, DemoConfig):
         from den.demo import main as demo
 
@@ -123,42 +108,6 @@ def _run(command: Train | Evaluate | DemoConfig | Info) -> int:
 
         print(format_report())
     return 0
-
-
-def _evaluate(command: Evaluate) -> None:
-    """Print a line of results per task, and those of the comparisons asked for."""
-    from den.checkpoint import load_model
-    from den.data import load_set
-    from den.device import choose_device
-    from den.evaluate import best_static, evaluate, time_per_image
-    from den.run_folder import stored_config
-
-    config = stored_config(command.run)
-    model = load_model(command.run / f"{command.checkpoint}.safetensors").to(choose_device(command.device))
-    sets = [load_set(name, "test", command.data_root or config.data.root) for name in config.data.tasks]
-    for image_set in sets:
-        choice = "full" if config.mode == "dense" else "selected"
-        report = evaluate(model, [image_set], choice)[image_set.name]
-        print(
-            f"{report.task}: {report.images} images, accuracy {100 * report.accuracy:.2f} %,"
-            f" {report.flops / 1e6:.2f} MFLOP per image ({report.flops_ratio:.3f} of the full structure),"
-            f" {report.structures} structures in use, entropy {report.entropy:.3f} nats,"
-            f" of the mean distribution {report.mean_entropy:.3f}"
-        )
-        if command.static:
-            found = best_static(model, image_set, report.flops, extra=report.common[0], candidates=command.static)
-            print(
-                f"{report.task}: best of {found.candidates} single structures of that cost:"
-                f" accuracy {100 * found.report.accuracy:.2f} % at {found.report.flops_ratio:.3f},"
-                f" levels {''.join(map(str, found.structure.tolist()))}"
-            )
-        if command.time:
-            timing = time_per_image(model, image_set)
-            print(
-                f"{report.task}: {1e6 * timing.dense:.1f} us per image at the full structure,"
-                f" {1e6 * timing.selected:.1f} us selected ({1e6 * timing.selector:.1f} us of it the selector):"
-                f" {timing.speedup:.2f} times as fast at {timing.flops_ratio:.3f} of the FLOPs"
-            )
 
 
 if __name__ == "__main__":

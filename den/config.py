@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 T = TypeVar("T")
+Mode = Literal[
+    "den", "dense", "random", "nestednet", "packnet", "routing", "cross-stitch", "blockdrop", "adashare"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,52 @@ class SelectorTraining:
 
 
 @dataclass(frozen=True)
+class MethodConfig:
+    """Numbers of the compared methods, which have no part in the others."""
+
+    levels: tuple[int, ...] = ()
+    """NestedNet, PackNet*: the level of each task, in the order of tasks, no two alike.  Empty: the last task gets the
+    highest, the one before it the next lower, and so on."""
+    random_flops: float | None = None
+    """Random selector: share of the full structure's FLOPs that its structures cost in the mean.  None: what uniform
+    structures cost."""
+    routing_rate: float = 0.02
+    """Routing: learning rate of the policy tables."""
+    routing_memory: float = 0.05
+    """Routing: weight of the newest batch in the running mean of the returns."""
+    stitch: float = 0.1
+    """Cross-stitch: initial weight of the other tasks' copies together; a copy's own has the rest."""
+    stitch_factor: float = 10.0
+    """Cross-stitch: learning rate of the stitches over that of the other weights."""
+    drop_bound: float = 0.8
+    """BlockDrop: alpha of the bounded sampling, alpha s + (1 - alpha) (1 - s)."""
+    drop_penalty: float = 1.0
+    """BlockDrop: gamma, what a wrong answer costs while the policy alone trains."""
+    drop_penalty_joint: float = 5.0
+    """BlockDrop: gamma while policy and network train together (estimator.finish)."""
+    drop_curriculum: float = 0.5
+    """BlockDrop: share of the policy's phase after which all blocks may be dropped; before, only the last ones."""
+    share_rounds: int = 10
+    """AdaShare: rounds of the search (selector.phase); each trains the weights and then the policy."""
+    share_temperature: float = 5.0
+    """AdaShare: temperature of the Gumbel-softmax in the first round."""
+    share_cooling: float = 0.965
+    """AdaShare: what every round multiplies it by."""
+    share_sparsity: float = 0.02
+    """AdaShare: weight of the sparsity loss."""
+    share_sharing: float = 0.02
+    """AdaShare: weight of the sharing loss."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run depends on; written to config.json of its folder."""
 
     out: Path = Path("runs/den")
     """Run folder: settings, versions, metrics, TensorBoard events, checkpoints."""
-    mode: Literal["den", "dense"] = "den"
-    """den: Algorithm 1.  dense: the same estimator at its full structure only, for estimator.first."""
+    mode: Mode = "den"
+    """den: Algorithm 1.  dense: the same estimator at its full structure only, for estimator.first.  The others are the
+    methods that it is compared with (`den.baselines`), on the same network, data and seed."""
     seed: int = 0
     """Seed of initial weights, shuffling, augmentation and sampling."""
     device: str = "auto"
@@ -139,6 +181,7 @@ class TrainConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     estimator: EstimatorTraining = field(default_factory=EstimatorTraining)
     selector: SelectorTraining = field(default_factory=SelectorTraining)
+    methods: MethodConfig = field(default_factory=MethodConfig)
     progress: bool = True
     """Show a progress bar per phase."""
 
@@ -153,6 +196,15 @@ class TrainConfig:
             "selector.rho": (self.selector.rho, 0, None),
             "selector.budget": (self.selector.budget, 0.01, 1),
             "selector.exploration": (self.selector.exploration, 0, 1),
+            "methods.random_flops": (self.methods.random_flops, 0, 1),
+            "methods.routing_rate": (self.methods.routing_rate, 0, None),
+            "methods.routing_memory": (self.methods.routing_memory, 0, 1),
+            "methods.stitch": (self.methods.stitch, 0, 1),
+            "methods.drop_bound": (self.methods.drop_bound, 0.5, 1),
+            "methods.drop_curriculum": (self.methods.drop_curriculum, 0, 1),
+            "methods.share_rounds": (self.methods.share_rounds, 1, None),
+            "methods.share_temperature": (self.methods.share_temperature, 0.01, None),
+            "methods.share_cooling": (self.methods.share_cooling, 0.01, 1),
             "selector.samples": (self.selector.samples, 2 if self.selector.baseline == "leave-one-out" else 1, None),
         }
         for name, (value, low, high) in limits.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from den.baselines import method_of
 from den.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -25,14 +26,14 @@ from den.checkpoint import (
 )
 from den.config import EstimatorTraining, NetworkConfig, TrainConfig
 from den.count import count_flops
-from den.data import Batch, ImageSet, MixedTaskBatches, load_set
+from den.data import Batch, ImageSet, load_set
 from den.data.images import stratified_split
 from den.device import choose_device
 from den.evaluate import TaskReport, evaluate, full_flops
 from den.model import DeepElasticNetwork
 from den.model_config import ModelConfig
 from den.objective import Objective, RunningBaseline
-from den.phases import Phase, run_phases
+from den.phases import Phase
 from den.run_folder import RunFolder
 from den.selector import SelectorConfig
 from den.tasks import Task
@@ -59,18 +60,20 @@ class Engine:
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
-        self.config, self.phases = config, run_phases(config)
+        self.config = config
         self.device = choose_device(config.device)
         train_sets = [load_set(name, "train", config.data.root) for name in config.data.tasks]
         train_sets, held_out = hold_out(train_sets, config)
         train_sets, self.held_out = ([s.to(self.device) for s in sets] for sets in (train_sets, held_out))
         self.model = new_model(config.network, [s.task for s in train_sets], config.seed).to(self.device)
-        self.batches = MixedTaskBatches(train_sets, config.data.batch_size, config.data.shares or None, config.seed)
+        self.method = method_of(self.model, config)
+        self.phases = self.method.phases()
+        self.batches = self.method.batches(train_sets)
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self.baseline = RunningBaseline(config.data.tasks)
         self.optimisers = {
-            "estimator": estimator_optimiser(self.model.estimator, config.estimator),
-            "selector": torch.optim.Adam(self.model.selector.parameters(), lr=config.selector.phase.rate),
+            "estimator": estimator_optimiser(self.model.estimator, config.estimator, **self.method.faster()),
+            "selector": torch.optim.Adam(self.method.policy_parameters(), lr=config.selector.phase.rate),
         }
         self.position = Position()
         self.meter = Meter()
@@ -114,8 +117,9 @@ class Engine:
             if (phase.network, phase.stage) != (network, stage):
                 return
             self._enter(phase)
-            for group in self.optimisers[network].param_groups:
-                group["lr"] = phase.rate(here.step)
+            for name, rate in phase.trained.items():
+                for group in self.optimisers[name].param_groups:
+                    group["lr"] = rate * phase.scale(here.step) * group.get("factor", 1.0)
             yield self.batches.next()
             if here.step % self._epoch_steps() == 0 or here.step == phase.settings.steps:
                 self._end_epoch(phase)
@@ -126,13 +130,15 @@ class Engine:
         phase = self.phases[here.phase]
         if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
             self._check_finite(objective.loss.item())
-        optimiser = self.optimisers[phase.network]
-        optimiser.zero_grad(set_to_none=True)
+        optimisers = [self.optimisers[name] for name in phase.trained]
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
         objective.loss.backward()
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         here.step += 1
         here.total_steps += 1
-        here.selector_steps += phase.network == "selector"
+        here.selector_steps += "selector" in phase.trained
         self.meter.add(objective.measured)
         if self._bar is not None:
             self._bar.update()
@@ -148,8 +154,9 @@ class Engine:
         return self.config.epoch_steps or self.batches.epoch_steps
 
     def _enter(self, phase: Phase) -> None:
-        self.model.estimator.train(phase.network == "estimator")
-        self.model.selector.train(phase.network == "selector")
+        self.model.estimator.train("estimator" in phase.trained)
+        self.model.selector.train("selector" in phase.trained)
+        self.method.prepare(self, phase)
         if self._bar is None and self.config.progress:
             name = f"stage {phase.stage} {phase.network}"
             self._bar = tqdm(total=phase.settings.steps, initial=self.position.step, desc=name, dynamic_ncols=True)
@@ -159,8 +166,7 @@ class Engine:
         here, means = self.position, self.meter.means()
         self._check_finite(means["loss"])
         here.epoch += 1
-        learnt = phase.network == "selector" or phase.stage > 1
-        reports = evaluate(self.model, self.held_out, "selected" if learnt else "full")
+        reports = evaluate(self.model, self.held_out, self.method.choice(phase))
         where = {"epoch": here.epoch, "step": here.total_steps, "stage": phase.stage, "phase": phase.network}
         rate = phase.rate(here.step - 1)
         held_out = {name: report.summary() for name, report in reports.items()}
@@ -188,11 +194,10 @@ class Engine:
             self._bar = None
 
     def _is_best(self, phase: Phase, reports: dict[str, TaskReport]) -> bool:
-        """Whether the mean over tasks of L + S is the lowest so far; until a selector is trained, always."""
-        rho = 0.0 if self.config.mode == "dense" else self.config.selector.rho
+        """Whether the mean over tasks of L + S is the lowest so far; until epochs can be compared, always."""
+        rho = self.config.selector.rho
         score = sum(r.loss + rho * r.penalty for r in reports.values()) / len(reports)
-        comparable = self.config.mode == "dense" or phase.network == "selector" or phase.stage > 1
-        if not comparable or self.config.data.validation == 0:
+        if not self.method.comparable(phase) or self.config.data.validation == 0:
             return True
         if score >= self.position.best_score:
             return False
@@ -295,12 +300,22 @@ def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElast
         return DeepElasticNetwork(config)
 
 
-def estimator_optimiser(estimator: nn.Module, settings: EstimatorTraining) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay spares biases and norms unless `decay_all`."""
-    everything = list(estimator.parameters())
+def estimator_optimiser(
+    estimator: nn.Module, settings: EstimatorTraining, faster: Sequence[nn.Parameter] = (), factor: float = 1.0
+) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weight decay spares biases and norms unless `decay_all`.
+
+    The parameters `faster` learn at `factor` times the rate of the others, without weight decay.
+    """
+    apart = {id(p) for p in faster}
+    everything = [p for p in estimator.parameters() if id(p) not in apart]
     matrices = [p for p in everything if p.ndim > 1 or settings.decay_all]
     vectors = [p for p in everything if p.ndim <= 1 and not settings.decay_all]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": list(faster), "weight_decay": 0.0, "factor": factor},
+    ]
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=settings.first.rate,

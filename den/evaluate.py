@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +17,16 @@ from torch import Tensor
 from den.count import count_flops, image_flops, parameter_fractions
 from den.data import ImageSet
 from den.device import wait_for
+from den.estimator import Estimator
 from den.model import DeepElasticNetwork
 from den.objective import entropy, sparsity_penalty
 from den.plain import PlainNetwork
+from den.task_batch import Images, Tasks
 
-Choice = Literal["selected", "full"] | Tensor
+Structures = Callable[[Images, Tasks], Tensor | None]
+"""A rule: images and task -> levels int64 [B, N] in 0..L-1 on the images' device; None: the full structure for all."""
+
+Choice = Literal["selected", "full"] | Tensor | Structures
 BATCH = 500
 
 
@@ -53,6 +59,12 @@ class TaskReport:
         order = counts.argsort(descending=True, stable=True)
         return found[order], counts[order]
 
+    @property
+    def variety(self) -> float:
+        """Entropy in nats of the structures in use."""
+        share = self.common[1].double() / self.images
+        return -(share * share.log()).sum().item()
+
     def summary(self) -> dict[str, Any]:
         """The numbers, for a line of metrics.jsonl."""
         names = ("images", "accuracy", "loss", "penalty", "flops", "flops_ratio", "structures", "entropy")
@@ -64,7 +76,8 @@ def evaluate(
 ) -> dict[str, TaskReport]:
     """Results of every set, by the name of its task.
 
-    choice: the selector's arg max, the full structure, or one structure (integer [N]) for all images.
+    choice: the selector's arg max, the full structure, one structure (integer [N]) for all images, or a rule, whose
+    distributions count as certain of what it gives.
     The model is in evaluation mode meanwhile and as before afterwards.
     """
     training = [module for module in model.modules() if module.training]
@@ -80,8 +93,7 @@ def evaluate(
 def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choice, batch_size: int) -> TaskReport:
     correct, loss, levels, chances = 0, 0.0, [], []
     for images, labels in _input_batches(image_set, batch_size, _device(model)):
-        chance = model.selector_logits(images, image_set.name).log_softmax(-1)
-        structures = _structures(model, chance, choice)
+        structures, chance = _decide(model, images, image_set.name, choice)
         logits = model.estimator(images, image_set.name, structures)
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         correct += (logits.argmax(1) == labels).sum().item()
@@ -116,12 +128,17 @@ def _input_batches(image_set: ImageSet, batch_size: int, device: torch.device) -
         yield image_set.inputs(part).to(device), image_set.labels[part].to(device)
 
 
-def _structures(model: DeepElasticNetwork, log_probabilities: Tensor, choice: Choice) -> Tensor:  # int64 [B, N]
+def _decide(model: DeepElasticNetwork, images: Tensor, task: str, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Structures int64 [B, N], and log-probabilities [B, N, L]: the selector's, or those of a rule."""
+    full = torch.full((len(images), model.num_blocks), model.levels - 1, device=images.device)
+    if callable(choice) and not isinstance(choice, Tensor):
+        given = choice(images, task)
+        structures = full if given is None else given
+        return structures, F.one_hot(structures, model.levels).float().clamp_min(1e-30).log()
+    chance = model.selector_logits(images, task).log_softmax(-1)
     if isinstance(choice, Tensor):
-        return choice.to(log_probabilities.device, torch.int64).expand(len(log_probabilities), -1)
-    if choice == "full":
-        return torch.full(log_probabilities.shape[:2], model.levels - 1, device=log_probabilities.device)
-    return log_probabilities.argmax(-1)
+        return choice.to(full).expand_as(full), chance
+    return (full if choice == "full" else chance.argmax(-1)), chance
 
 
 def full_flops(model: DeepElasticNetwork) -> float:
@@ -212,9 +229,17 @@ class Timing:
 
 @torch.inference_mode()
 def time_per_image(
-    model: DeepElasticNetwork, image_set: ImageSet, batch_size: int = 256, rounds: int = 15, batches: int = 4
+    model: DeepElasticNetwork,
+    image_set: ImageSet,
+    batch_size: int = 256,
+    rounds: int = 15,
+    batches: int = 4,
+    structures: Structures | None = None,
 ) -> Timing:
     """Time of inference with and without choosing, on the first batches of a set; the model in evaluation mode.
+
+    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector.  An
+    estimator of another kind than `Estimator` has no plain form and is timed against its full structure alone.
 
     The four ways take turns, so that a change in the machine's speed meets them all.  In its turn each runs all the
     batches one after the other, as in use, after an untimed one that brings its weights back into the caches.  Per way:
@@ -222,14 +247,19 @@ def time_per_image(
     """
     model.eval()
     device = _device(model)
-    name, plain = image_set.name, PlainNetwork(model, image_set.name)
+    name, full = image_set.name, functools.partial(model.estimator, task=image_set.name)
+    choose = structures or model.select
+
+    def selected(images: Tensor) -> Tensor:
+        return model(images, name) if structures is None else model.estimator(images, name, structures(images, name))
+
     parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size, device), batches)]
     parts = [images for images in parts if len(images) == batch_size] or parts
     runs = {
-        "plain": plain,
-        "full": lambda images: model.estimator(images, name),
-        "selected": lambda images: model(images, name),
-        "selector": lambda images: model.select(images, name),
+        "plain": PlainNetwork(model, name) if isinstance(model.estimator, Estimator) else full,
+        "full": full,
+        "selected": selected,
+        "selector": lambda images: choose(images, name),
     }
     seconds: dict[str, list[list[float]]] = {kind: [[] for _ in parts] for kind in runs}
     for _ in range(rounds):
@@ -243,8 +273,8 @@ def time_per_image(
                 seconds[kind][i].append(time.perf_counter() - start)
     count = sum(map(len, parts))
     medians = {k: sum(map(statistics.median, each)) / count for k, each in seconds.items()}
-    levels = torch.cat([model.select(images, name) for images in parts])
+    levels = torch.cat([_decide(model, images, name, structures or "selected")[0] for images in parts])
     image = image_flops(model, name)
     ends = image.stem + image.head
-    chosen = count_flops(model, levels).mean().item() + image.selector
+    chosen = count_flops(model, levels).mean().item() + (image.selector if structures is None else 0)
     return Timing(**medians, flops_ratio=(ends + chosen) / (ends + image.blocks))

@@ -8,21 +8,33 @@ from typing import Literal
 
 from den.config import PhaseConfig, TrainConfig
 
-Network = Literal["estimator", "selector"]
+Network = Literal["estimator", "selector", "both"]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Training of one network in one stage (counted from 1; the estimator's finish is stage S + 1)."""
+    """Training of one network, or both, in one stage (counted from 1; the estimator's finish is stage S + 1)."""
 
     network: Network
     stage: int
     settings: PhaseConfig
     factor: float  # of the learning rate, after the decays of the stages before
+    selector_rate: float = 0.0  # the selector's learning rate at the start of a phase that trains both
+
+    @property
+    def trained(self) -> dict[str, float]:
+        """The networks that train, by name, and their learning rates at the start."""
+        if self.network == "both":
+            return {"estimator": self.settings.rate, "selector": self.selector_rate}
+        return {self.network: self.settings.rate}
+
+    def scale(self, step: int) -> float:
+        """What the learning rates are multiplied by in update `step` (from 0)."""
+        return self.factor * schedule_factor(self.settings.schedule, step / self.settings.steps)
 
     def rate(self, step: int) -> float:
-        """Learning rate of update `step` (from 0)."""
-        return self.settings.rate * self.factor * schedule_factor(self.settings.schedule, step / self.settings.steps)
+        """Learning rate of update `step` (from 0); of the estimator, where both train."""
+        return self.settings.rate * self.scale(step)
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
@@ -39,7 +51,10 @@ def schedule_factor(schedule: str, progress: float) -> float:
 
 
 def run_phases(config: TrainConfig) -> tuple[Phase, ...]:
-    """The phases in order; those without steps are left out.  A dense run is the estimator's first phase."""
+    """The phases of Algorithm 1 in order; those without steps are left out.  A dense run is the estimator's first.
+
+    The compared methods have phases of their own (`den.baselines`).
+    """
     estimator, selector = config.estimator, config.selector
     phases = [Phase("estimator", 1, estimator.first, 1.0)]
     if config.mode == "den":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from den.baselines import METHODS
 from den.config import TrainConfig
 from den.data import Batch
 from den.engine import Engine
+from den.method import estimator_loss
 from den.model import DeepElasticNetwork
 from den.objective import (
     Objective,
     entropy,
     initial_structures,
-    instance_losses,
     leave_one_out_advantage,
     reinforce,
     sample_structures,
@@ -32,6 +33,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
 
     Raises ValueError for settings that do not fit, a folder that cannot be used, and a loss that is not finite.
     """
+    if config.mode in METHODS:
+        return train_method(config, resume)
     with Engine(config, resume=resume) as engine:  # lines 1 and 2
         for stage in range(1, config.stages + 2):  # line 4; the last round is the estimator's finish
             for batch in engine.phase("estimator", stage):  # lines 5, 8 and 9
@@ -43,6 +46,17 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
                 with engine.autocast():
                     objective = selector_loss(engine, batch)
                 engine.update(objective)  # line 11
+        return engine.model.eval()
+
+
+def train_method(config: TrainConfig, resume: bool) -> DeepElasticNetwork:
+    """The loop of every compared method: its phases, its objective."""
+    with Engine(config, resume=resume) as engine:
+        for phase in engine.phases:
+            for batch in engine.phase(phase.network, phase.stage):
+                with engine.autocast():
+                    objective = engine.method.objective(engine, phase, batch)
+                engine.update(objective)
         return engine.model.eval()
 
 
@@ -63,14 +77,6 @@ def derive_structures(engine: Engine, stage: int, batch: Batch) -> Tensor | None
     selected = selected_structures(logits, engine.generator if settings.structures == "sample" else None)
     keeps_initial = torch.rand(len(batch), 1, generator=engine.generator) < settings.initial_share
     return torch.where(keeps_initial.to(engine.device), initial, selected)
-
-
-def estimator_loss(engine: Engine, batch: Batch, structures: Tensor | None) -> Objective:
-    """Mean cross-entropy of the batch at its structures (equation 4; S(z) does not depend on the estimator)."""
-    logits = engine.model.estimator(batch.images, batch.tasks, structures)
-    loss = instance_losses(logits, batch.labels).mean()
-    correct = torch.cat([p.argmax(1) == y for p, y in zip(logits, batch.labels, strict=True)]).float().mean()
-    return Objective(loss, {"loss": loss.detach(), "accuracy": correct, "flops_ratio": engine.flops_ratio(structures)})
 
 
 def selector_loss(engine: Engine, batch: Batch) -> Objective:

@@ -1,9 +1,10 @@
 """Every test is seeded, sees poisoned uninitialised memory, and starts Python processes that import what it imports."""
 
+import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ import torch
 from hypothesis import settings
 
 import den_kernels
+from den import create_model
+from den.checkpoint import prefixed, save_checkpoint
+from den.config import DataConfig, NetworkConfig, TrainConfig, to_dict
+from den.data import load_set
 
 # Workers side by side (pytest -n) share the cores: torch's threads would otherwise spin against each other.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -57,3 +62,24 @@ def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("den_kernels.") and getattr(module, "extension", None) is not None:
             monkeypatch.setattr(module, "extension", None)
+
+
+@pytest.fixture
+def stored_run() -> Callable[..., TrainConfig]:
+    """stored_run(folder, mode, seed, **settings): a run folder as `den train` leaves it, of an untrained network for
+    digits whose selector tells images apart."""
+
+    def store(folder: Path, mode: str = "den", seed: int = 0, **settings: object) -> TrainConfig:
+        folder.mkdir(parents=True)
+        data, network = DataConfig(tasks=("digits",)), NetworkConfig("wrn8_1", trunk_size=8)
+        config = TrainConfig(out=folder, mode=mode, seed=seed, data=data, network=network, progress=False, **settings)
+        torch.manual_seed(seed)
+        model = create_model("wrn8_1", [load_set("digits", "test").task], trunk_size=8)
+        torch.nn.init.normal_(model.selector.heads[0].weight)
+        record = {"model": model.config.to_dict(), "position": {"total_steps": 5}}
+        for name in ("last", "best"):
+            save_checkpoint(folder / f"{name}.safetensors", prefixed("model", model.state_dict()), record)
+        (folder / "config.json").write_text(json.dumps(to_dict(config)))
+        return config
+
+    return store

@@ -1,0 +1,50 @@
+"""Runs of a second: two tasks, three blocks, a few images."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from den.config import DataConfig, EstimatorTraining, MethodConfig, NetworkConfig, PhaseConfig, SelectorTraining
+from den.config import TrainConfig as Config
+from den.data import load_set
+from den.engine import Engine
+from den.train import train
+
+
+def small_config(out, mode, **changes) -> Config:
+    config = Config(
+        out=out,
+        mode=mode,
+        epoch_steps=3,
+        progress=False,
+        data=DataConfig(tasks=("fashion", "digits"), batch_size=10),
+        network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
+        estimator=EstimatorTraining(first=PhaseConfig(steps=5, rate=0.05), finish=PhaseConfig(steps=3, rate=0.01)),
+        selector=SelectorTraining(phase=PhaseConfig(steps=6, rate=1e-2)),
+        methods=MethodConfig(share_rounds=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def cut_sets(monkeypatch, images=60):
+    """The packaged sets cut to a few images, so that a run costs its steps only."""
+    whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
+    monkeypatch.setattr(
+        "den.engine.load_set", lambda name, split, root: whole[name, split].subset(torch.arange(images))
+    )
+
+
+def train_interrupted(config, monkeypatch, at):
+    """Train until update `at` (from 0), which does not happen."""
+    plain = Engine.update
+
+    def update(self, objective):
+        if self.position.total_steps == at:
+            raise KeyboardInterrupt
+        plain(self, objective)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
