@@ -154,7 +154,7 @@ def test_damaged_piece_is_named(tmp_path):
         (("mnist", "train"), "name must be one of digits, fashion"),
         (("digits", "valid"), "split must be 'train' or 'test', got 'valid'"),
         (("cifar100", "train"), "--data-root"),
-        (("cifar100", "train", "/nowhere"), r"must hold cifar100-train\*\.npz, got /nowhere"),
+        (("cifar100", "train", "/nowhere"), "data root of 'cifar100' must be a folder, got /nowhere"),
     ],
 )
 def test_sets_that_cannot_be_had_are_explained(arguments, message):
