@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Found:
 def stored(found: Found, root: Path, name: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Images uint8 [N, 3, H, W], channels-last in memory, and labels int64 [N] of each kind.
 
-    The first time they are decoded into ROOT/den-cache (where the root cannot be written, into the user's cache
+    The first time they are decoded into ROOT/den-cache (where the root is not to be written, into the user's cache
     folder), later they are mapped from there.  A file that has changed since is decoded anew.  An interruption leaves
     nothing behind: a folder gets its name when it is complete.
 
@@ -79,15 +80,12 @@ def _fingerprint(files: Iterable[Path]) -> str:
 
 
 def _home(root: Path) -> Path:
+    """Where decoded sets go.  A folder without write permission is left alone, even by a user who could write to it."""
     home = root / FOLDER
-    try:
-        home.mkdir(exist_ok=True)
-        writable = os.access(home, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    place = home if home.is_dir() else root
+    if not (place.stat().st_mode & stat.S_IWUSR and os.access(place, os.W_OK)):
         import pooch
 
         home = Path(pooch.os_cache("den"))
-        home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
     return home
