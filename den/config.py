@@ -135,8 +135,6 @@ class TrainConfig:
     """Run folder: settings, versions, metrics, TensorBoard events, checkpoints."""
     mode: Literal["den", "dense"] = "den"
     """den: Algorithm 1.  dense: the same estimator at its full structure only, for estimator.first."""
-    scenario: Annotated[str | None, tyro.conf.Suppress] = None
-    """Name of the paper's experiment that these settings come from; reports group runs by it."""
     seed: int = 0
     """Seed of initial weights, shuffling, augmentation and sampling."""
     device: str = "auto"
@@ -153,6 +151,8 @@ class TrainConfig:
     selector: SelectorTraining = field(default_factory=SelectorTraining)
     progress: bool = True
     """Show a progress bar per phase."""
+    scenario: Annotated[str | None, tyro.conf.Suppress] = None
+    """Name of the paper's experiment that these settings come from; reports group runs by it."""
 
     def __post_init__(self) -> None:
         limits = {
