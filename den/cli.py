@@ -35,26 +35,6 @@ class Train:
 
 
 @dataclass(frozen=True)
-class TrainScenario:
-    """Train as an experiment of the paper does, on the schedule of the paper or a share of it."""
-
-    options: Annotated[ScenarioOptions, tyro.conf.arg(name="")] = field(default_factory=ScenarioOptions)
-    resume: bool = False
-    """Continue the run in --out from its last checkpoint; give the same options again."""
-    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-
-
-@dataclass(frozen=True)
-class Fetch:
-    """Download the archives of image sets, and check them."""
-
-    names: tyro.conf.Positional[tuple[str, ...]]
-    """Image sets: cifar10, cifar100, stl10, tinyimagenet."""
-    data_root: Path
-    """Folder for the archives."""
-
-
-@dataclass(frozen=True)
 class Evaluate:
     """Measure a trained run on its test sets."""
 
@@ -75,6 +55,26 @@ class Evaluate:
 @dataclass(frozen=True)
 class Info:
     """Show versions, devices, which implementations are active, and what is missing."""
+
+
+@dataclass(frozen=True)
+class TrainScenario:
+    """Train as an experiment of the paper does, on the schedule of the paper or a share of it."""
+
+    options: Annotated[ScenarioOptions, tyro.conf.arg(name="")] = field(default_factory=ScenarioOptions)
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint; give the same options again."""
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Download the archives of image sets, and check them."""
+
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """Image sets: cifar10, cifar100, stl10, tinyimagenet."""
+    data_root: Path
+    """Folder for the archives."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,6 +46,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
         return engine.model.eval()
 
 
+def first_structures(engine: Engine, batch: Batch) -> Tensor:
+    """Structures [B, N] of the initial distribution: equation 8, uniform, or drawn from the selector as it is."""
+    model, settings = engine.model, engine.config.estimator
+    if settings.initial == "selector":
+        with torch.no_grad():
+            return selected_structures(model.selector_logits(batch.images, batch.tasks), engine.generator)
+    tau = settings.tau if settings.initial == "equation8" else 0.0
+    return initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator).to(engine.device)
+
+
 def derive_structures(engine: Engine, stage: int, batch: Batch) -> Tensor | None:
     """Structures [B, N] to train the estimator on: of the initial distribution, after stage 1 mostly of the selector.
 
@@ -62,16 +72,6 @@ def derive_structures(engine: Engine, stage: int, batch: Batch) -> Tensor | None
     selected = selected_structures(logits, engine.generator if settings.structures == "sample" else None)
     keeps_initial = torch.rand(len(batch), 1, generator=engine.generator) < settings.initial_share
     return torch.where(keeps_initial.to(engine.device), initial, selected)
-
-
-def first_structures(engine: Engine, batch: Batch) -> Tensor:
-    """Structures [B, N] of the initial distribution: equation 8, uniform, or drawn from the selector as it is."""
-    model, settings = engine.model, engine.config.estimator
-    if settings.initial == "selector":
-        with torch.no_grad():
-            return selected_structures(model.selector_logits(batch.images, batch.tasks), engine.generator)
-    tau = settings.tau if settings.initial == "equation8" else 0.0
-    return initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator).to(engine.device)
 
 
 def estimator_loss(engine: Engine, batch: Batch, structures: Tensor | None) -> Objective:
