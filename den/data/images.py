@@ -50,12 +50,12 @@ class ImageSet:
         return Task(self.name, self.classes, size=self.images.shape[-1], channels=self.images.shape[1])
 
     def to(self, device: torch.device) -> ImageSet:
-        """The same set for a device: batches lie there, and the images where they take at most half of what is free.
+        """The same set for a device: batches lie there, and the images too, if they fit (`fits`).
 
-        Images that would take more stay on the host, and a batch is copied when it is drawn.
+        Images that do not stay on the host, and a batch of them is copied when it is drawn.
         """
-        fits = device.type != "cuda" or self.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
-        images = self.images.to(device) if fits else self.images
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        images = self.images.to(device) if fits(self.images.nbytes, free) else self.images
         return dataclasses.replace(self, images=images, labels=self.labels.to(device))
 
     def subset(self, index: Tensor) -> ImageSet:
@@ -94,6 +94,11 @@ class ImageSet:
         mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
         values = pixels.contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
         return values.permute(0, 3, 1, 2)
+
+
+def fits(size: int, free: int | None) -> bool:
+    """Whether `size` bytes of images go to a device with `free` bytes: half is left for training.  None: no limit."""
+    return free is None or size <= free // 2
 
 
 def pixel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
