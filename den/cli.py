@@ -154,6 +154,8 @@ def _run(command: Train | Fetch | Evaluate | DemoConfig | Info) -> int:
     elif isinstance(command, Fetch):
         from den.data import fetch_set
 
+        if not command.names:
+            raise ValueError("fetch: names must be at least one image set, got none")
         for name in command.names:
             print(fetch_set(name, command.data_root))
     elif isinstance(command, Evaluate):

@@ -96,6 +96,7 @@ def test_simpleconvnet_sees_the_largest_images_themselves(tasks, trunk):
         (["train", "m1", "--tasks", "digits", "--backbone", "wrn15_1"], "depth must be 6 n + 2"),
         (["train", "m1", "--tasks", "digits", "--backbone", "alexnet"], "got 'alexnet'"),
         (["train", "m1", "--tasks", "digits", "--backbone", "wrn8_1", "--network.levels", "9"], "for 9 levels, got 16"),
+        (["fetch", "--data-root", "{tmp}"], "names must be at least one image set, got none"),
         (["fetch", "mnist", "--data-root", "{tmp}"], "name must be one of digits, fashion, cifar10"),
         (["fetch", "digits", "--data-root", "{tmp}"], "fetch: name must be one of cifar10, cifar100"),
     ],
