@@ -1,4 +1,4 @@
-"""The command line: den train, den evaluate, den demo, den info, den dag."""
+"""The command line: den train, den fetch, den evaluate, den demo, den info, den dag."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tyro
 
 from den.config import DemoConfig, TrainConfig, read_config
 from den.measure import Evaluate
+from den.scenarios import ScenarioOptions, scenario_config
 
 HELP = (
     "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
@@ -22,7 +23,10 @@ Settings = TypeVar("Settings", bound=Any)
 
 @dataclass(frozen=True)
 class Train:
-    """Train a Deep Elastic Network (Algorithm 1), or its dense baseline with --mode dense."""
+    """Train a Deep Elastic Network (Algorithm 1), or its dense baseline with --mode dense.
+
+    An experiment of the paper may come first, m1, m2, m3 or c1: see den train m1 --help.
+    """
 
     config: Path | None = None
     """JSON file of settings, such as a run's config.json; options given here come before it."""
@@ -36,6 +40,26 @@ class Info:
     """Show versions, devices, which implementations are active, and what is missing."""
 
 
+@dataclass(frozen=True)
+class TrainScenario:
+    """Train as an experiment of the paper does, on the schedule of the paper or a share of it."""
+
+    options: Annotated[ScenarioOptions, tyro.conf.arg(name="")] = field(default_factory=ScenarioOptions)
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint; give the same options again."""
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Download the archives of image sets, and check them."""
+
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """Image sets: cifar10, cifar100, stl10, tinyimagenet."""
+    data_root: Path
+    """Folder for the archives."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 after wrong input (told in one line), 130 after an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -45,10 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"den {__version__}")
         return 0
     try:
-        if arguments[:1] == ["dag"]:
+        scenario = arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-")
+        if scenario or arguments[:1] == ["dag"]:
             from den.dag.cli import main as dag
 
-            dag(arguments[1:])
+            dag(arguments if scenario else arguments[1:])
             return 0
         return _run(_parse(arguments))
     except (ValueError, OSError) as error:
@@ -59,15 +84,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | DemoConfig | Info:
+def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | DemoConfig | Info:
+    if arguments[:1] == ["train"] and arguments[1:2] and not arguments[1].startswith("-"):
+        return _parse_scenario(arguments[1], arguments[2:])
     train = Train(settings=base_settings(TrainConfig, arguments)) if arguments[:1] == ["train"] else Train()
     command = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Fetch, tyro.conf.subcommand("fetch")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     return tyro.cli(command, args=arguments, prog="den", description=HELP)  # type: ignore[call-overload]
+
+
+def _parse_scenario(name: str, arguments: list[str]) -> Train:
+    """The options that make the scenario first, then all: those of `TrainConfig` change what came of the former."""
+    settings = scenario_config(name)  # an unknown name first of all
+    if not {"-h", "--help"}.intersection(arguments):
+        options, _ = tyro.cli(ScenarioOptions, args=arguments, prog=f"den train {name}", return_unknown_args=True)
+        settings = scenario_config(name, options)
+    default = TrainScenario(settings=settings)
+    command = tyro.cli(TrainScenario, args=arguments, prog=f"den train {name}", default=default)
+    return Train(resume=command.resume, settings=command.settings)
 
 
 def base_settings(kind: type[Settings], arguments: list[str]) -> Settings:
@@ -89,12 +128,19 @@ def _option(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def _run(command: Train | Evaluate | DemoConfig | Info) -> int:
+def _run(command: Train | Fetch | Evaluate | DemoConfig | Info) -> int:
     if isinstance(command, Train):
         from den.train import train
 
         train(command.settings, resume=command.resume)
         print(f"den: finished; measure it with: den evaluate {command.settings.out}")
+    elif isinstance(command, Fetch):
+        from den.data import fetch_set
+
+        if not command.names:
+            raise ValueError("fetch: names must be at least one image set, got none")
+        for name in command.names:
+            print(fetch_set(name, command.data_root))
     elif isinstance(command, Evaluate):
         from den.measure import main as measure
 

@@ -23,11 +23,14 @@ class DataConfig:
     """What is trained on."""
 
     tasks: tuple[str, ...] = ("digits", "fashion")
-    """Image sets, one task each: digits, fashion, cifar100, cifar100-coarse."""
+    """Image sets, one task each: digits, fashion, cifar10, cifar100, cifar100-coarse, stl10, tinyimagenet, tin50,
+    imagenet50, miniimagenet; tin50-0 to tin50-9 are tasks of five classes; stl10@32 is scaled to 32x32 pixels."""
     shares: tuple[float, ...] = ()
     """Share of every batch that each task gets, in the order of tasks; empty: equal shares."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
-    """Folder of the sets that do not come with the install (cifar100*)."""
+    """Folder of the sets that do not come with the install."""
+    share: Annotated[float, tyro.conf.arg(aliases=("--share",))] = 1.0
+    """Share of every training set that is used, of every class alike, chosen by the seed."""
     batch_size: int = 128
     """Images in a batch, all tasks together."""
     validation: float = 0.05
@@ -76,13 +79,15 @@ class EstimatorTraining:
     """How the estimator is trained: SGD with Nesterov momentum."""
 
     first: PhaseConfig = PhaseConfig(steps=1500, rate=0.1)
-    """Stage 1, on structures of equation 8."""
+    """Stage 1, on structures of the initial distribution."""
     later: PhaseConfig = PhaseConfig(steps=500, rate=0.03)
     """Stages 2 and on, on structures of the selector."""
     finish: PhaseConfig = PhaseConfig(steps=0, rate=0.01)
     """After the last stage, on structures of the selector (the authors' schedule ends so); steps=0: none."""
     decay: float = 0.5
     """The rate of `later` is multiplied by this after every stage (Algorithm 1, line 9)."""
+    decay_at: tuple[int, ...] = ()
+    """Stages that begin with such a decay; empty: all after the second."""
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 1e-4
@@ -91,8 +96,11 @@ class EstimatorTraining:
     """Let weight decay act on biases and norm parameters too."""
     tau: float = 0.75
     """Equation 8: probability of the full structure; otherwise any structure, all alike."""
+    initial: Literal["equation8", "uniform", "selector"] = "equation8"
+    """Initial distribution of structures.  uniform: any structure, all alike.  selector: drawn from it, untrained."""
     initial_share: float = 0.3
-    """Share of structures that `later` and `finish` still draw from equation 8, so that the other levels stay alive."""
+    """Share of structures that `later` and `finish` still draw from the initial distribution (of "selector": from the
+    selector as it then is), so that the other levels stay alive."""
     structures: Literal["sample", "argmax"] = "sample"
     """Structures that the selector gives for training the estimator: drawn from its distribution, or the likeliest."""
 
@@ -105,6 +113,8 @@ class SelectorTraining:
     """Every stage's selector phase."""
     decay: float = 0.5
     """Its rate is multiplied by this after every stage (Algorithm 1, line 13)."""
+    decay_at: tuple[int, ...] = ()
+    """Stages that begin with such a decay; empty: all after the first."""
     rho: float = 0.3
     """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
     budget: float | None = None
@@ -117,7 +127,7 @@ class SelectorTraining:
     entropy_bonus: float = 0.1
     """Weight of the entropy that keeps the structures varied; falls linearly to 0 within every phase."""
     exploration: float = 0.99
-    """A sample is drawn at random with probability exploration ** step."""
+    """A sample is drawn at random with probability exploration ** step; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -184,12 +194,15 @@ class TrainConfig:
     methods: MethodConfig = field(default_factory=MethodConfig)
     progress: bool = True
     """Show a progress bar per phase."""
+    scenario: Annotated[str | None, tyro.conf.Suppress] = None
+    """Name of the paper's experiment that these settings come from; reports group runs by it."""
 
     def __post_init__(self) -> None:
         limits = {
             "stages": (self.stages, 1, None),
             "epoch_steps": (self.epoch_steps, 1, None),
             "data.validation": (self.data.validation, 0, 0.9),
+            "data.share": (self.data.share, 1e-6, 1),
             "estimator.first.steps": (self.estimator.first.steps, 1, None),
             "estimator.tau": (self.estimator.tau, 0, 1),
             "estimator.initial_share": (self.estimator.initial_share, 0, 1),

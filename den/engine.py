@@ -275,7 +275,9 @@ def _held_out_text(reports: dict[str, TaskReport]) -> str:
 
 
 def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet], list[ImageSet]]:
-    """Training sets and the sets that epochs are measured on: a part of the former, or the test sets."""
+    """Training sets, the share that is asked for, and what epochs are measured on: a part of them, or the test sets."""
+    if config.data.share < 1:
+        sets = [s.subset(stratified_split(s.labels, 1 - config.data.share, config.seed)[0]) for s in sets]
     if config.data.validation == 0:
         return sets, [load_set(name, "test", config.data.root) for name in config.data.tasks]
     splits = [stratified_split(s.labels, config.data.validation, config.seed) for s in sets]

@@ -50,17 +50,31 @@ def schedule_factor(schedule: str, progress: float) -> float:
     return 1.0
 
 
+def decay_factors(decay: float, decay_at: tuple[int, ...], first: int, last: int) -> list[float]:
+    """Factor of the rate in each of the stages first..last: `decay` for every stage of `decay_at` up to it.
+
+    Without `decay_at` for every stage after the first.
+
+    >>> decay_factors(0.5, (), 2, 4), decay_factors(0.5, (3,), 2, 4)
+    ([1.0, 0.5, 0.25], [1.0, 0.5, 0.5])
+    """
+    at = decay_at or tuple(range(first + 1, last + 1))
+    return [decay ** sum(decayed <= stage for decayed in at) for stage in range(first, last + 1)]
+
+
 def run_phases(config: TrainConfig) -> tuple[Phase, ...]:
     """The phases of Algorithm 1 in order; those without steps are left out.  A dense run is the estimator's first.
 
     The compared methods have phases of their own (`den.baselines`).
     """
     estimator, selector = config.estimator, config.selector
+    tuned = decay_factors(estimator.decay, estimator.decay_at, 2, config.stages)
+    chosen = decay_factors(selector.decay, selector.decay_at, 1, config.stages)
     phases = [Phase("estimator", 1, estimator.first, 1.0)]
     if config.mode == "den":
         for stage in range(1, config.stages + 1):
             if stage > 1:
-                phases.append(Phase("estimator", stage, estimator.later, estimator.decay ** (stage - 2)))
-            phases.append(Phase("selector", stage, selector.phase, selector.decay ** (stage - 1)))
+                phases.append(Phase("estimator", stage, estimator.later, tuned[stage - 2]))
+            phases.append(Phase("selector", stage, selector.phase, chosen[stage - 1]))
         phases.append(Phase("estimator", config.stages + 1, estimator.finish, 1.0))
     return tuple(phase for phase in phases if phase.settings.steps > 0)

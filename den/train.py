@@ -60,16 +60,25 @@ def train_method(config: TrainConfig, resume: bool) -> DeepElasticNetwork:
         return engine.model.eval()
 
 
+def first_structures(engine: Engine, batch: Batch) -> Tensor:
+    """Structures [B, N] of the initial distribution: equation 8, uniform, or drawn from the selector as it is."""
+    model, settings = engine.model, engine.config.estimator
+    if settings.initial == "selector":
+        with torch.no_grad():
+            return selected_structures(model.selector_logits(batch.images, batch.tasks), engine.generator)
+    tau = settings.tau if settings.initial == "equation8" else 0.0
+    return initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator).to(engine.device)
+
+
 def derive_structures(engine: Engine, stage: int, batch: Batch) -> Tensor | None:
-    """Structures [B, N] to train the estimator on: of equation 8 in stage 1, afterwards mostly of the selector.
+    """Structures [B, N] to train the estimator on: of the initial distribution, after stage 1 mostly of the selector.
 
     None stands for the full structure of a dense run.
     """
     model, settings = engine.model, engine.config.estimator
     if engine.config.mode == "dense":
         return None
-    initial = initial_structures(len(batch), model.num_blocks, model.levels, settings.tau, engine.generator)
-    initial = initial.to(engine.device)
+    initial = first_structures(engine, batch)
     if stage == 1:
         return initial
     with torch.no_grad():
@@ -83,7 +92,7 @@ def selector_loss(engine: Engine, batch: Batch) -> Objective:
     """The REINFORCE estimate of equation 7, less the entropy bonus; the measured loss is the mean cost R."""
     settings, model = engine.config.selector, engine.model
     log_probabilities = model.selector_logits(batch.images, batch.tasks).log_softmax(-1)  # [B, N, L]
-    epsilon = settings.exploration**engine.position.selector_steps
+    epsilon = settings.exploration**engine.position.selector_steps if settings.exploration else 0.0
     structures = sample_structures(log_probabilities, settings.samples, epsilon, engine.generator)  # [B, S, N]
     costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch))  # [B, S]
     if settings.baseline == "leave-one-out":

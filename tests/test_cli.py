@@ -66,7 +66,7 @@ def test_left_out_settings_keep_their_defaults():
     ("values", "message"),
     [
         ({"sede": 1}, r"key must be one of out, mode, seed, .*, got 'sede'"),
-        ({"selector": {"row": 1}}, r"config\.selector: key must be one of phase, decay, rho, .*, got 'row'"),
+        ({"selector": {"row": 1}}, r"config\.selector: key must be one of phase, decay, .*, got 'row'"),
         ({"seed": "one"}, r"config\.seed: value must be int, got 'one'"),
         ({"seed": True}, r"config\.seed: value must be int, got True"),
         ({"mode": "wide"}, r"config\.mode: value must be one of \['den', 'dense', .*\], got 'wide'"),

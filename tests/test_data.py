@@ -15,7 +15,7 @@ from PIL import Image
 
 from den.data import ImageSet, MixedTaskBatches, load_set, set_names
 from den.data.batches import split_batch
-from den.data.images import apportion, pixel_moments, stratified_split
+from den.data.images import apportion, fits, pixel_moments, stratified_split
 
 
 def small_set(name="small", count=10, classes=2, size=4, channels=1, **kwargs):
@@ -154,7 +154,7 @@ def test_damaged_piece_is_named(tmp_path):
         (("mnist", "train"), "name must be one of digits, fashion"),
         (("digits", "valid"), "split must be 'train' or 'test', got 'valid'"),
         (("cifar100", "train"), "--data-root"),
-        (("cifar100", "train", "/nowhere"), r"must hold cifar100-train\*\.npz, got /nowhere"),
+        (("cifar100", "train", "/nowhere"), "data root of 'cifar100' must be a folder, got /nowhere"),
     ],
 )
 def test_sets_that_cannot_be_had_are_explained(arguments, message):
@@ -295,3 +295,32 @@ def test_state_of_other_sets_is_refused():
     batches.next()
     with pytest.raises(ValueError, match="must be of 11 images, got 10"):
         MixedTaskBatches([small_set(count=11)], 4).load_state_dict(batches.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "expected"), [(50, 100, True), (51, 100, False), (0, 0, True), (10**15, None, True)]
+)
+def test_images_go_to_a_device_when_half_of_it_holds_them(size, free, expected):
+    assert fits(size, free) == expected
+
+
+def test_sets_on_a_cpu_stay_as_they_are():
+    image_set = small_set()
+    moved = image_set.to(torch.device("cpu"))
+    assert moved.images.data_ptr() == image_set.images.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_that_do_not_fit_on_a_gpu_give_the_same_batches(monkeypatch):
+    image_set, index = small_set(), torch.tensor([1, 3])
+    there = image_set.to(torch.device("cuda"))
+    monkeypatch.setattr("den.data.images.fits", lambda size, free: False)
+    here = image_set.to(torch.device("cuda"))
+    assert (there.images.device.type, here.images.device.type) == ("cuda", "cpu")
+    for one, other in (
+        (there.inputs(index), here.inputs(index)),
+        (there.augmented(index, torch.Generator()), here.augmented(index, torch.Generator())),
+    ):
+        assert other.device.type == "cuda"
+        assert torch.equal(one, other)

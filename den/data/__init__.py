@@ -2,6 +2,6 @@
 
 from den.data.batches import Batch, MixedTaskBatches
 from den.data.images import ImageSet
-from den.data.sets import load_set, set_names
+from den.data.sets import fetch_set, load_set, set_names
 
-__all__ = ["Batch", "ImageSet", "MixedTaskBatches", "load_set", "set_names"]
+__all__ = ["Batch", "ImageSet", "MixedTaskBatches", "fetch_set", "load_set", "set_names"]

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from den.tasks import Task
@@ -50,8 +50,13 @@ class ImageSet:
         return Task(self.name, self.classes, size=self.images.shape[-1], channels=self.images.shape[1])
 
     def to(self, device: torch.device) -> ImageSet:
-        """The same images in the memory of a device."""
-        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        """The same set for a device: batches lie there, and the images too, if they fit (`fits`).
+
+        Images that do not stay on the host, and a batch of them is copied when it is drawn.
+        """
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        images = self.images.to(device) if fits(self.images.nbytes, free) else self.images
+        return dataclasses.replace(self, images=images, labels=self.labels.to(device))
 
     def subset(self, index: Tensor) -> ImageSet:
         """The images at `index` (int64 [n]), in that order."""
@@ -59,13 +64,15 @@ class ImageSet:
 
     def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Normalised images as they are: float32 [n, C, H, W], channels-last."""
+        if isinstance(index, Tensor):
+            index = index.to(self.images.device)
         return self._normalise(self.images[index].permute(0, 2, 3, 1))
 
     def augmented(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """Normalised images, padded, cropped at random and mirrored where `flip`: float32 [n, C, H, W], channels-last.
 
         One gather for the whole batch: image b reads the rows top_b .. top_b + H - 1 and the columns left_b ..
-        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored.
+        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored.  The border is not stored.
         """
         height, width = self.images.shape[2:]
         count, device = len(index), self.images.device
@@ -74,18 +81,24 @@ class ImageSet:
         if self.flip:
             mirrored = torch.rand(count, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        index, rows, columns = (places.to(device) for places in (index, rows, columns))
-        return self._normalise(self._padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
-
-    @cached_property
-    def _padded(self) -> Tensor:  # uint8 [N, H + 2 pad, W + 2 pad, C]
-        bordered = torch.nn.functional.pad(self.images, (self.pad,) * 4)
-        return bordered.permute(0, 2, 3, 1).contiguous()
+        index, rows, columns = (places.to(device) for places in (index, rows - self.pad, columns - self.pad))
+        pixels = self.images.permute(0, 2, 3, 1)[
+            index[:, None, None], rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+        ]
+        inside_rows, inside_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+        return self._normalise(pixels.mul_((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]))
 
     def _normalise(self, pixels: Tensor) -> Tensor:  # uint8 [n, H, W, C] -> float32 [n, C, H, W]
+        if pixels.device != self.labels.device:  # the images stay on the host, the batches do not
+            pixels = pixels.contiguous().pin_memory().to(self.labels.device, non_blocking=True)
         mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
         values = pixels.contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
         return values.permute(0, 3, 1, 2)
+
+
+def fits(size: int, free: int | None) -> bool:
+    """Whether `size` bytes of images go to a device with `free` bytes: half is left for training.  None: no limit."""
+    return free is None or size <= free // 2
 
 
 def pixel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -96,6 +109,16 @@ def pixel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
     mean = share @ value
     std = (share @ value.square() - mean.square()).clamp_min(1e-12).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def resized(image_set: ImageSet, size: int) -> ImageSet:
+    """The set with its images scaled to `size` x `size`: means over areas to shrink, bilinear to enlarge."""
+    mode = "area" if size <= image_set.images.shape[-1] else "bilinear"
+    parts = [
+        F.interpolate(part.float(), (size, size), mode=mode).round().to(torch.uint8)
+        for part in image_set.images.split(1000)
+    ]
+    return dataclasses.replace(image_set, images=torch.cat(parts))
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:

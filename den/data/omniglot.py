@@ -4,7 +4,7 @@ Two layouts are read from a data root:
 
 - the official archives, as they are or unpacked: `images_background.zip` and `images_evaluation.zip`, in which
   `images_background/Alphabet_name/character01/0001_01.png` is drawer 1's character; 50 alphabets, 105x105;
-- packed pieces `omniglot_small.{split}*.npz`, see `read_pieces`; 8 alphabets.
+- packed pieces `omniglot_small.{split}*.npz`, see `den.data.pieces`; 8 alphabets.
 
 Drawers 1 to 15 of every character are the training split, 16 to 20 the test split; this split is not official.  Ink is
 white on black, as in the other sets.
@@ -12,10 +12,7 @@ white on black, as in the other sets.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import lzma
 import re
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.data.images import ImageSet, pixel_moments
+from den.data.pieces import find_pieces, open_pieces
 
 ARCHIVES = ("images_background", "images_evaluation")
 TRAIN_DRAWERS = 15
@@ -62,13 +60,15 @@ def _read(root: Path | None, split: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Images uint8 [n, H, W] and labels int64 [n] of each alphabet, in the order of their names or numbers."""
     if root is not None and any((root / name).is_dir() or (root / f"{name}.zip").is_file() for name in ARCHIVES):
         return _read_archives(root, split)
-    pieces = [] if root is None else sorted(root.glob(f"omniglot_small.{split}*.npz"))
+    pieces = () if root is None else find_pieces(root, "omniglot_small", split)
     if not pieces:
         raise ValueError(
             "load_omniglot: data root must hold images_background and images_evaluation (folders or .zip) or"
             f" omniglot_small.{split}*.npz, got {root} (use --data-root)"
         )
-    return _by_alphabet(*read_pieces(pieces))
+    packed = open_pieces(pieces)
+    images = torch.from_numpy(np.concatenate(list(packed.parts)) * np.uint8(255))  # [N, H, W]
+    return _by_alphabet(images, {kind: torch.from_numpy(values).long() for kind, values in packed.labels.items()})
 
 
 def _read_archives(root: Path, split: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -110,33 +110,6 @@ def _members(root: Path) -> Iterator[tuple[str, bytes]]:
                             yield member, archive.read(member)
             except (OSError, EOFError, zipfile.BadZipFile) as error:
                 raise ValueError(f"load_omniglot: {path} must be a complete archive, got {error}") from error
-
-
-def read_pieces(pieces: list[Path]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images uint8 [N, H, W], 0 or 255, and label arrays int64 [N] of packed pieces.
-
-    A piece holds `meta` (JSON: kind "bits", shape [n, H, W], sha256 of the pixels as bytes 0 and 1), `data` (xz of the
-    packed bits, rows padded to whole bytes) and one array per kind of label: `y` character, `c` alphabet.
-
-    Raises ValueError for a piece that is incomplete, of another kind, or whose pixels do not match their sha256.
-    """
-    images, labels = [], {}
-    for path in pieces:
-        try:
-            with np.load(path, allow_pickle=False) as piece:
-                arrays = {key: piece[key] for key in piece.files}
-            meta = json.loads(arrays.pop("meta").tobytes())
-            n, height, width = meta["shape"][:3]
-            packed = np.frombuffer(lzma.decompress(arrays.pop("data").tobytes()), np.uint8).reshape(n, height, -1)
-            pixels = np.ascontiguousarray(np.unpackbits(packed, axis=-1)[..., :width])
-        except (OSError, KeyError, ValueError, EOFError, lzma.LZMAError, zipfile.BadZipFile) as error:
-            raise ValueError(f"load_omniglot: {path} must be a complete packed piece, got {error}") from error
-        if hashlib.sha256(pixels.tobytes()).hexdigest() != meta.get("sha256"):
-            raise ValueError(f"load_omniglot: pixels of {path} must match their sha256; the file is damaged")
-        images.append(torch.from_numpy(pixels * np.uint8(255)))
-        for kind, values in arrays.items():
-            labels.setdefault(kind, []).append(torch.from_numpy(values.astype(np.int64)))
-    return torch.cat(images), {kind: torch.cat(values) for kind, values in labels.items()}
 
 
 def _by_alphabet(images: Tensor, labels: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

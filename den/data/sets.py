@@ -1,33 +1,90 @@
 """The image sets by name.
 
-`digits` and `fashion` come with the install; the others are read from a folder (`--data-root`).
+`digits` and `fashion` come with the install; the others are read from a folder (`--data-root`), as they are published
+and decoded once (`den.data.store`).
 
-| name | images | layout |
+| name | images | from |
 |---|---|---|
 | digits | 1,437 + 360, 8x8 grey | scikit-learn's digits, fixed stratified split |
 | fashion | 12,000 + 2,000, 28x28 grey | balanced part of Fashion-MNIST, `packed/fashion.npz` |
-| cifar100, cifar100-coarse | 50,000 + 10,000, 32x32 | `cifar100-{split}*.npz`, see `read_tiles` |
+| cifar10, cifar100, cifar100-coarse | 50,000 + 10,000, 32x32 | `den.data.cifar` |
+| stl10 | 5,000 + 8,000, 96x96 | `den.data.stl10` |
+| tinyimagenet | 100,000 + 10,000, 64x64 | `den.data.tinyimagenet` |
+| tin50 | 25,000 + 2,500, 64x64 | 50 of its classes |
+| imagenet50, miniimagenet | 40,000 or 25,000 for training, 84x84 | `den.data.imagenet` |
+
+The sets of fifty classes are also ten tasks of five: `tin50-0` to `tin50-9`, by kind, and so on.  `@S` behind a name
+scales the images to S x S pixels: `stl10@32`, `imagenet50-3@224`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import io
-import itertools
 import lzma
-import zipfile
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from den.data.images import ImageSet, pixel_moments, stratified_split
+from den.data import cifar, stl10, tinyimagenet
+from den.data.archives import Archive
+from den.data.archives import fetch as fetch_archive
+from den.data.cifar import open_cifar
+from den.data.imagenet import open_imagenet50, open_miniimagenet
+from den.data.images import ImageSet, pixel_moments, resized, stratified_split
+from den.data.store import Found, stored
 
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A set that is read from a data root."""
+
+    find: Callable[..., Found]  # of (root, split), or with `sized` (root, split, size)
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    label: str = "y"
+    pad: int = 4  # the paper pads all but ImageNet
+    size: int | None = None  # the side that its pictures, of any size, are decoded to; None: all have the same
+    tasks: int = 0  # that it can be divided into
+    task_label: str = ""  # whose values are these tasks; "": classes in their order, five a task
+    archive: Archive | None = None
+
+
+_CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_TINY = ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+KINDS = {
+    "cifar10": Kind(
+        partial(open_cifar, "cifar10"), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
+        archive=cifar.VERSIONS["cifar10"][0].archive,
+    ),
+    "cifar100": Kind(
+        partial(open_cifar, "cifar100"), 100, *_CIFAR100, "fine", archive=cifar.VERSIONS["cifar100"][0].archive
+    ),
+    "cifar100-coarse": Kind(
+        partial(open_cifar, "cifar100"), 20, *_CIFAR100, "coarse", archive=cifar.VERSIONS["cifar100"][0].archive
+    ),
+    "stl10": Kind(
+        stl10.open_stl10, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), archive=stl10.ARCHIVE
+    ),
+    "tinyimagenet": Kind(tinyimagenet.open_tinyimagenet, 200, *_TINY, archive=tinyimagenet.ARCHIVE),
+    "tin50": Kind(
+        tinyimagenet.open_tin50, 50, *_TINY, tasks=10, task_label="c", archive=tinyimagenet.ARCHIVE
+    ),
+    "imagenet50": Kind(open_imagenet50, 50, *_IMAGENET, pad=0, size=84, tasks=10),
+    "miniimagenet": Kind(open_miniimagenet, 50, *_IMAGENET, pad=0, size=84, tasks=10),
+}  # fmt: skip
+NAME = re.compile(r"(?P<set>.+?)(?:-(?P<task>\d+))?(?:@(?P<size>\d+))?")
 
 
 def load_set(name: str, split: str, root: Path | str | None = None) -> ImageSet:
@@ -36,19 +93,61 @@ def load_set(name: str, split: str, root: Path | str | None = None) -> ImageSet:
     Normalisation constants are those of the training split, for both splits.  Raises ValueError for an unknown name
     or split, a missing root, and files that are missing, damaged or of another layout.
     """
-    if name not in _LOADERS:
-        raise ValueError(f"load_set: name must be one of {', '.join(_LOADERS)}, got {name!r}")
     if split not in SPLITS:
         raise ValueError(f"load_set: split must be 'train' or 'test', got {split!r}")
-    return _LOADERS[name](split, None if root is None else Path(root))
+    base, task, size = _parse(name)
+    image_set = _INSTALLED[base](split) if base in _INSTALLED else _read(name, base, task, size, split, root)
+    image_set = image_set if size in (None, image_set.images.shape[-1]) else resized(image_set, size)
+    return dataclasses.replace(image_set, name=name)
 
 
 def set_names() -> tuple[str, ...]:
-    """Names that `load_set` knows."""
-    return tuple(_LOADERS)
+    """Names that `load_set` knows, without those of tasks within a set and of other sizes."""
+    return (*_INSTALLED, *KINDS)
 
 
-def _digits(split: str, root: Path | None) -> ImageSet:
+def fetch_set(name: str, root: Path) -> Path:
+    """Download the archive of a set into `root`; ValueError for a set that cannot be had so."""
+    base, _, _ = _parse(name)
+    archive = KINDS[base].archive if base in KINDS else None
+    if archive is None:
+        fetchable = ", ".join(known for known, kind in KINDS.items() if kind.archive)
+        raise ValueError(f"fetch: name must be one of {fetchable}, got {name!r}")
+    return fetch_archive(archive, root)
+
+
+def _parse(name: str) -> tuple[str, int | None, int | None]:
+    """Set, task within it, side in pixels: `_parse("tin50-3@32") == ("tin50", 3, 32)`."""
+    parts = NAME.fullmatch(name)
+    base = parts["set"] if parts else name
+    if base not in set_names():
+        raise ValueError(f"load_set: name must be one of {', '.join(set_names())}, got {name!r}")
+    task, size = (None if parts[key] is None else int(parts[key]) for key in ("task", "size"))
+    tasks = KINDS[base].tasks if base in KINDS else 0
+    if task is not None and task >= tasks:
+        numbers = f"a number of 0..{tasks - 1}" if tasks else "no number"
+        raise ValueError(f"load_set: name must have {numbers} behind {base}-, got {name!r}")
+    if size is not None and not 1 <= size <= 1024:
+        raise ValueError(f"load_set: size of {base} must be in 1..1024, got {name!r}")
+    return base, task, size
+
+
+def _read(name: str, base: str, task: int | None, size: int | None, split: str, root: Path | str | None) -> ImageSet:
+    kind = KINDS[base]
+    if root is None or not Path(root).is_dir():
+        raise ValueError(f"load_set: data root of {name!r} must be a folder, got {root} (use --data-root)")
+    decoded = (size or kind.size,) if kind.size else ()
+    found = kind.find(Path(root), split, *decoded)
+    images, labels = stored(found, Path(root), "-".join(map(str, (base.removesuffix("-coarse"), split, *decoded))))
+    y, classes = labels[kind.label], kind.classes
+    if task is not None:
+        tasks = labels[kind.task_label] if kind.task_label else y // (classes // kind.tasks)
+        member = (tasks == task).nonzero().flatten()
+        images, y, classes = images[member], y[member].unique(return_inverse=True)[1], classes // kind.tasks
+    return ImageSet(name, images, y, classes, kind.mean, kind.std, pad=kind.pad)
+
+
+def _digits(split: str) -> ImageSet:
     from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)  # float64 [1797, 64], values 0..16
@@ -61,7 +160,7 @@ def _digits(split: str, root: Path | None) -> ImageSet:
                     class_names=tuple("0123456789"))  # fmt: skip
 
 
-def _fashion(split: str, root: Path | None) -> ImageSet:
+def _fashion(split: str) -> ImageSet:
     source = resources.files("den.data").joinpath("packed", "fashion.npz")
     with source.open("rb") as file, np.load(file, allow_pickle=False) as packed:
         stream, labels, expected = (packed[f"{split}_{key}"] for key in ("images", "labels", "sha256"))
@@ -74,56 +173,4 @@ def _fashion(split: str, root: Path | None) -> ImageSet:
                     class_names=FASHION_CLASSES)  # fmt: skip
 
 
-def _cifar100(split: str, root: Path | None) -> ImageSet:
-    return _cifar100_labelled("cifar100", "fine", 100, split, root)
-
-
-def _cifar100_coarse(split: str, root: Path | None) -> ImageSet:
-    return _cifar100_labelled("cifar100-coarse", "coarse", 20, split, root)
-
-
-def _cifar100_labelled(name: str, kind: str, classes: int, split: str, root: Path | None) -> ImageSet:
-    images, labels = read_tiles(root, "cifar100", split)
-    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    return ImageSet(name, images, labels[kind], classes, mean, std)
-
-
-def read_tiles(root: Path | None, name: str, split: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images uint8 [N, C, H, W] and label arrays int64 [N] of every piece `{name}-{split}*.npz` of `root`, in order.
-
-    A piece holds `shape` ([n, H, W, 3]), `tile` (images per picture), `blob` (uint8, lossless pictures one after the
-    other, each a column of images), `offsets` (where picture i begins, and the end) and one array per kind of label.
-    """
-    pieces = [] if root is None else sorted(root.glob(f"{name}-{split}*.npz"))
-    if not pieces:
-        raise ValueError(f"load_set: data root of {name!r} must hold {name}-{split}*.npz, got {root} (use --data-root)")
-    images, labels = [], {}
-    for piece in pieces:
-        try:
-            pixels, kinds = _read_piece(piece)
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"load_set: {piece} must be a complete piece of {name}, got {error}") from error
-        images.append(torch.from_numpy(pixels))
-        for kind, values in kinds.items():
-            labels.setdefault(kind, []).append(torch.from_numpy(values.astype(np.int64)))
-    whole = torch.cat(images).permute(0, 3, 1, 2).contiguous()
-    return whole, {kind: torch.cat(values) for kind, values in labels.items()}
-
-
-def _read_piece(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    from PIL import Image
-
-    with np.load(path, allow_pickle=False) as piece:
-        shape, offsets, blob = tuple(piece["shape"]), piece["offsets"], piece["blob"]
-        kinds = {key: piece[key] for key in piece.files if key not in ("shape", "offsets", "blob", "tile")}
-    spans = itertools.pairwise(offsets)
-    pictures = [np.asarray(Image.open(io.BytesIO(blob[begin:end].tobytes())).convert("RGB")) for begin, end in spans]
-    return np.concatenate(pictures).reshape(shape), kinds
-
-
-_LOADERS: dict[str, Callable[[str, Path | None], ImageSet]] = {
-    "digits": _digits,
-    "fashion": _fashion,
-    "cifar100": _cifar100,
-    "cifar100-coarse": _cifar100_coarse,
-}
+_INSTALLED: dict[str, Callable[[str], ImageSet]] = {"digits": _digits, "fashion": _fashion}

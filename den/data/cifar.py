@@ -1,0 +1,158 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 images of 32x32 pixels.
+
+Read from the published archives, packed or unpacked, of the python or the binary version; CIFAR-100 also from packed
+pieces `cifar100-{split}*.npz`, see `open_tiles`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import itertools
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from den.data.archives import Archive, check, find, read
+from den.data.store import Found, Pixels
+
+PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+PIXELS = 3 * 32 * 32
+
+
+def _archive(file: str, folder: str, md5: str) -> Archive:
+    return Archive(file, folder, PAGE, f"https://www.cs.toronto.edu/~kriz/{file}", md5)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One of the two forms that a set is published in."""
+
+    archive: Archive
+    members: dict[str, tuple[str, ...]]  # by split
+    images: int  # of a training member
+    labels: dict[str, str]  # kinds of label; in the python version with their keys, in the binary one in their order
+
+
+VERSIONS = {
+    "cifar10": (
+        Version(
+            _archive("cifar-10-python.tar.gz", "cifar-10-batches-py", "c58f30108f718f92721af3b95e74349a"),
+            {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)},
+            10_000,
+            {"y": "labels"},
+        ),
+        Version(
+            _archive("cifar-10-binary.tar.gz", "cifar-10-batches-bin", "c32a1d4ab5d03f1284b67883e8d87530"),
+            {"train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test": ("test_batch.bin",)},
+            10_000,
+            {"y": ""},
+        ),
+    ),
+    "cifar100": (
+        Version(
+            _archive("cifar-100-python.tar.gz", "cifar-100-python", "eb9058c3a382ffc7106e4002c42a8d85"),
+            {"train": ("train",), "test": ("test",)},
+            50_000,
+            {"fine": "fine_labels", "coarse": "coarse_labels"},
+        ),
+        Version(
+            _archive("cifar-100-binary.tar.gz", "cifar-100-binary", "03b5dce01913d631647c71ecec9e9cb8"),
+            {"train": ("train.bin",), "test": ("test.bin",)},
+            50_000,
+            {"coarse": "", "fine": ""},
+        ),
+    ),
+}
+TEST_IMAGES = 10_000
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+ALLOWED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("_codecs", "encode"): codecs.encode,
+}
+
+
+def open_cifar(name: str, root: Path, split: str) -> Found:
+    """cifar10 with labels `y`, or cifar100 with `fine` and `coarse`; ValueError when `root` has neither version."""
+    pieces = tuple(sorted(root.glob(f"{name}-{split}*.npz"))) if name == "cifar100" else ()
+    if pieces:
+        return Found(pieces, lambda: open_tiles(pieces))
+    archive, place = find(root, name, [version.archive for version in VERSIONS[name]])
+    version = next(version for version in VERSIONS[name] if version.archive == archive)
+    return Found((place,), lambda: _decode(version, place, split))
+
+
+def _decode(version: Version, place: Path, split: str) -> Pixels:
+    check(version.archive, place)
+    names = version.members[split]
+    parse = _parse_pickle if next(iter(version.labels.values())) else _parse_binary
+    expected = version.images if split == "train" else TEST_IMAGES
+    images, labels = [], {kind: [] for kind in version.labels}
+    for name, content in zip(names, read(version.archive, place, names), strict=True):
+        try:
+            pixels, kinds = parse(content, version.labels)
+        except (ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"load_set: {name} of {place} must be a file of CIFAR, got {error}") from error
+        if len(pixels) != expected or any(len(values) != expected for values in kinds.values()):
+            raise ValueError(f"load_set: {name} of {place} must have {expected} images, got {len(pixels)}")
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        for kind, values in kinds.items():
+            labels[kind].append(values)
+    count = sum(map(len, images))
+    return Pixels((count, 32, 32, 3), {kind: np.concatenate(values) for kind, values in labels.items()}, images)
+
+
+def _parse_binary(content: bytes, labels: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Records of one byte per kind of label, then the red, green and blue plane."""
+    records = np.frombuffer(content, np.uint8).reshape(-1, len(labels) + PIXELS)
+    return records[:, len(labels) :], {kind: records[:, k] for k, kind in enumerate(labels)}
+
+
+def _parse_pickle(content: bytes, labels: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+    return batch["data"], {kind: np.array(batch[key]) for kind, key in labels.items()}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles arrays and plain values, and refuses everything else: a pickle can run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"an object of {module}.{name}")
+        return ALLOWED[module, name]
+
+
+def open_tiles(paths: tuple[Path, ...]) -> Pixels:
+    """Packed pieces of lossless pictures, one after the other.
+
+    A piece holds `shape` ([n, H, W, 3]), `tile` (images per picture), `blob` (uint8, lossless pictures one after the
+    other, each a column of images), `offsets` (where picture i begins, and the end) and one array per kind of label.
+    """
+    images, labels = [], {}
+    for path in paths:
+        try:
+            pixels, kinds = _read_tiles(path)
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"load_set: {path} must be a complete piece, got {error}") from error
+        images.append(pixels)
+        for kind, values in kinds.items():
+            labels.setdefault(kind, []).append(values)
+    count = sum(map(len, images))
+    return Pixels((count, *images[0].shape[1:]), {k: np.concatenate(v) for k, v in labels.items()}, images)
+
+
+def _read_tiles(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    with np.load(path, allow_pickle=False) as piece:
+        shape, offsets, blob = tuple(piece["shape"]), piece["offsets"], piece["blob"]
+        kinds = {key: piece[key] for key in piece.files if key not in ("shape", "offsets", "blob", "tile")}
+    spans = itertools.pairwise(offsets)
+    columns = [np.asarray(Image.open(io.BytesIO(blob[begin:end].tobytes())).convert("RGB")) for begin, end in spans]
+    return np.concatenate(columns).reshape(shape), kinds

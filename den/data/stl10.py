@@ -1,0 +1,49 @@
+"""STL-10 (Coates, Lee and Ng, 2011): 5,000 + 8,000 labelled images of 96x96 pixels.
+
+Read from the published archive, packed or unpacked, or from packed pieces `stl10.{split}*.npz`, see `den.data.pieces`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from den.data.archives import Archive, check, find, read
+from den.data.pieces import find_pieces, open_pieces
+from den.data.store import Found, Pixels
+
+ARCHIVE = Archive(
+    "stl10_binary.tar.gz",
+    "stl10_binary",
+    "https://cs.stanford.edu/~acoates/stl10/",
+    "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+    "91f7769df0f17e558f3565bffb0c7dfb",
+)
+IMAGES = {"train": 5000, "test": 8000}
+SIZE = 96
+
+
+def open_stl10(root: Path, split: str) -> Found:
+    """With labels `y`; ValueError when `root` has it in neither form."""
+    if pieces := find_pieces(root, "stl10", split):
+        return Found(pieces, lambda: open_pieces(pieces))
+    archive, place = find(root, "stl10", [ARCHIVE])
+    return Found((place,), lambda: _decode(archive, place, split))
+
+
+def _decode(archive: Archive, place: Path, split: str) -> Pixels:
+    """Images are stored column by column, plane by plane; labels begin at 1."""
+    check(archive, place)
+    pixels, labels = (
+        np.frombuffer(content, np.uint8)
+        for content in read(archive, place, (f"{split}_X.bin", f"{split}_y.bin"))
+    )  # fmt: skip
+    count = IMAGES[split]
+    if pixels.size != count * 3 * SIZE**2 or labels.size != count:
+        raise ValueError(
+            f"load_set: {place} must have {count} images and labels of {split},"
+            f" got {pixels.size / (3 * SIZE**2):g} and {labels.size}; unpack {archive.file} again"
+        )
+    images = pixels.reshape(count, 3, SIZE, SIZE).transpose(0, 3, 2, 1)
+    return Pixels((count, SIZE, SIZE, 3), {"y": labels.astype(np.int64) - 1}, [images])
