@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 KINDS = ("classification", "segmentation", "depth", "normals", "edges", "saliency")
+IGNORE = 255  # what stands where a pixel has no label, edge or saliency
 
 
 @dataclass(frozen=True)

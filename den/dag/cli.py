@@ -16,7 +16,11 @@ HELP = "Networks over one shared graph: a topology for each task, found by train
 
 @dataclass(frozen=True)
 class DagTrain:
-    """Search a topology for every task, reduce, fine-tune."""
+    """Search a topology for every task, reduce, fine-tune.
+
+    A scenario may come first, dag-omniglot, dag-cifar100, dag-nyuv2, dag-cityscapes or dag-pascal: its settings are
+    then the defaults of the options.
+    """
 
     config: Path | None = None
     """JSON file of settings, such as a run's config.json; options given here come before it."""
@@ -40,12 +44,21 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: list[str]) -> DagTrain | DagReportConfig:
-    """The command; the options of `train` change the settings of --config, or of the run to be resumed."""
+    """The command; the options of `train` change the settings of --config, of the run to be resumed, or of a scenario.
+
+    Raises ValueError for an unknown scenario, and for one beside --config or --resume.
+    """
     from den.cli import base_settings
+    from den.dag.scenarios import named_settings
 
     default = DagTrain()
     if arguments[:1] == ["train"]:
         default = DagTrain(settings=base_settings(DagTrainConfig, arguments))
+        if arguments[1:2] and not arguments[1].startswith("-"):
+            if default.settings != DagTrainConfig():
+                raise ValueError(f"den dag train: a scenario must stand without --config and --resume, got {arguments[1]}")
+            default = DagTrain(settings=named_settings(arguments[1]))
+            arguments = ["train", *arguments[2:]]
     command = (
         Annotated[DagTrain, tyro.conf.subcommand("train", default=default)]
         | Annotated[DagReportConfig, tyro.conf.subcommand("report")]

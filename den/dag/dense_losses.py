@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255
+from den.tasks import IGNORE
+
 DEPTH_FLOOR = 3e-5  # smaller depths are unknown, as in AdaShare (Sun et al., NeurIPS 2020)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from den.conv_norm import ConvNormReLU
 from den.dag.head import make_head
 from den.dag.network import DagNetwork
-from den.dag.stages import edge_geometry, enlarged, pooled
+from den.dag.stages import edge_flops, edge_geometry, enlarged, pooled, stage_end_flops
 from den.dag.stem import make_stem
 from den.tasks import find_task
 
@@ -27,6 +27,7 @@ class SubNetwork(nn.Module):
         levels = model.gates.edge_levels[k].tolist()
         if any(0 < level < config.groups for level in levels):
             raise ValueError(f"SubNetwork: edges must be used whole, got levels {levels} of {config.groups} groups")
+        self._config = config
         self.task, self.kept = model.tasks[k], model.structure(k)
         self.stem = make_stem(self.task, config)
         self.stem.load_state_dict(model.stems[k].state_dict())
@@ -83,6 +84,12 @@ class SubNetwork(nn.Module):
         for stage, write in self.read_outs.items():
             out = _plus(out, enlarged(write(outs[int(stage)]), x.shape[2:]), 1.0)
         return out
+
+    def trunk_flops(self) -> int:
+        """Twice the multiply-adds of the convolutions between stem and head for one image."""
+        edges = sum(edge_flops(self._config, *map(int, name.split("-"))) for name in self.edges)
+        ends = [*self.read_ins, *self.read_outs]
+        return edges + sum(stage_end_flops(self._config, int(stage)) for stage in ends)
 
     @property
     def parameters_count(self) -> int:

@@ -21,7 +21,7 @@ class StageEnds(nn.Module):
     def __init__(self, config: DagConfig, stage: int) -> None:
         super().__init__()
         channels = config.stage_channels(stage)
-        self.stage, self.map_size, self.out_size = stage, config.map_size(stage), config.map_size()
+        self.stage, self.out_size = stage, config.map_size()
         self.read_in = Edge(config.channels, config.groups, channels, kernel_size=1)
         self.read_out = DynamicConv2d(channels, config.channels, 1, bias=False, out_groups=config.groups)
 
@@ -32,10 +32,6 @@ class StageEnds(nn.Module):
     def write(self, out: Tensor, route: Route | None) -> Tensor:
         """Gated sum of this stage's states -> [B, C, H, W] of the first one."""
         return enlarged(self.read_out(out, route), self.out_size)
-
-    def read_flops(self) -> int:
-        """Twice the multiply-adds of the read-in for one image; the read-out has as many."""
-        return 2 * self.read_in.conv.weight.numel() * self.map_size[0] * self.map_size[1]
 
 
 def make_edge(config: DagConfig, tail: int, head: int) -> Edge:
@@ -55,6 +51,12 @@ def edge_flops(config: DagConfig, tail: int, head: int) -> int:
     channels, out_channels, _ = edge_geometry(config, tail, head)
     height, width = config.map_size(config.graph.stage_of[head])
     return 2 * 9 * channels * out_channels * height * width
+
+
+def stage_end_flops(config: DagConfig, stage: int) -> int:
+    """Twice the multiply-adds of the read-in of a stage for one image; its read-out has as many."""
+    height, width = config.map_size(stage)
+    return 2 * config.channels * config.stage_channels(stage) * height * width
 
 
 def pooled(x: Tensor, stage: int) -> Tensor:
