@@ -46,19 +46,22 @@ def main(arguments: Sequence[str]) -> None:
 def parse(arguments: list[str]) -> DagTrain | DagReportConfig:
     """The command; the options of `train` change the settings of --config, of the run to be resumed, or of a scenario.
 
-    Raises ValueError for an unknown scenario, and for one beside --config or --resume.
+    Raises ValueError for a scenario that is unknown or not that of the stored settings.
     """
     from den.cli import base_settings
     from den.dag.scenarios import named_settings
 
     default = DagTrain()
     if arguments[:1] == ["train"]:
-        default = DagTrain(settings=base_settings(DagTrainConfig, arguments))
+        settings = base_settings(DagTrainConfig, arguments)
         if arguments[1:2] and not arguments[1].startswith("-"):
-            if default.settings != DagTrainConfig():
-                raise ValueError(f"den dag train: a scenario must stand without --config and --resume, got {arguments[1]}")
-            default = DagTrain(settings=named_settings(arguments[1]))
-            arguments = ["train", *arguments[2:]]
+            name, arguments = arguments[1], ["train", *arguments[2:]]
+            named = named_settings(name)
+            stored = any(word.split("=")[0] in ("--config", "--resume") for word in arguments)
+            if stored and settings.data.scenario != named.data.scenario:
+                raise ValueError(f"den dag train: scenario must be dag-{settings.data.scenario} as stored, got {name}")
+            settings = settings if stored else named
+        default = DagTrain(settings=settings)
     command = (
         Annotated[DagTrain, tyro.conf.subcommand("train", default=default)]
         | Annotated[DagReportConfig, tyro.conf.subcommand("report")]
