@@ -7,11 +7,12 @@ from PIL import Image
 from scipy.io import savemat
 
 
-def write_npy_scenes(root: Path, counts: dict[str, int], size=(24, 32), classes=40, label="label", normals=True) -> None:
+def write_npy_scenes(
+    root: Path, counts: dict[str, int], size=(24, 32), classes=40, label="label", normals=True
+) -> None:
     """Scenes of two halves, left dark and near, right bright and far; `counts`: of the folders train and val."""
     generator = np.random.default_rng(0)
-    height, width = size
-    right = np.broadcast_to(np.arange(width) >= width // 2, size)
+    right = np.broadcast_to(np.arange(size[1]) >= size[1] // 2, size)
     for folder, count in counts.items():
         for i in range(count):
             labels = np.where(right, classes - 1, i % 2).astype(np.int64)

@@ -30,14 +30,15 @@ def value_text(name: str, value: float) -> str:
 
 def delta_tables(runs: Sequence[RunReport]) -> str:
     """Of every run of several tasks, or of all where there is no such run: each metric beside that of a single-task
-    network, and Delta.
+    network, and Delta; of several such runs their Deltas side by side first.
 
     A run of one task among them is the single-task reference of that task (several: their mean); for tasks without
     one the published values stand, where there are any.
     """
-    several = [run for run in runs if len(run.model.tasks) > 1]
+    shown = [run for run in runs if len(run.model.tasks) > 1] or runs
     references = single_task_references(runs)
-    return "\n\n".join(_delta_table(run, references) for run in several or runs)
+    parts = [_delta_summary(shown, references)] if len(shown) > 1 else []
+    return "\n\n".join([*parts, *(_delta_table(run, references) for run in shown)])
 
 
 def single_task_references(runs: Sequence[RunReport]) -> dict[tuple[str, str], Metrics]:
@@ -51,23 +52,49 @@ def single_task_references(runs: Sequence[RunReport]) -> dict[tuple[str, str], M
             for key, found in alone.items()}  # fmt: skip
 
 
-def _delta_table(run: RunReport, references: dict[tuple[str, str], Metrics]) -> str:
-    rows, deltas, published = [], {}, False
-    scenario = run.config.data.scenario
+def task_references(run: RunReport, references: dict[tuple[str, str], Metrics]) -> dict[str, tuple[Metrics, bool]]:
+    """Of each task of a run what it is compared with, and whether these are published values."""
+    scenario, found = run.config.data.scenario, {}
     for task in run.model.tasks:
-        results = run.results[task.name].metrics
-        known = SINGLE_TASK.get(scenario, {}).get((task.name, task.classes), {})
-        single = references.get((scenario, task.name), known) if len(run.model.tasks) > 1 else known
-        gains = relative_gains(task.kind, results, single)
-        for name, value in results.items():
+        own = references.get((scenario, task.name)) if len(run.model.tasks) > 1 else None
+        published = SINGLE_TASK.get(scenario, {}).get((task.name, task.classes), {})
+        found[task.name] = (published if own is None else own, own is None and bool(published))
+    return found
+
+
+def task_gains(run: RunReport, references: dict[tuple[str, str], Metrics]) -> dict[str, Metrics]:
+    """Of each task of a run with a reference: the gains of its metrics."""
+    compared = task_references(run, references)
+    gains = {
+        task.name: relative_gains(task.kind, run.results[task.name].metrics, compared[task.name][0])
+        for task in run.model.tasks
+    }
+    return {name: found for name, found in gains.items() if found}
+
+
+def _delta_summary(runs: Sequence[RunReport], references: dict[tuple[str, str], Metrics]) -> str:
+    names = list(dict.fromkeys(task.name for run in runs for task in run.model.tasks))
+    rows = []
+    for run in runs:
+        deltas = {name: 100 * statistics.mean(gains.values()) for name, gains in task_gains(run, references).items()}
+        cells = [f"{deltas[name]:+.1f}" if name in deltas else "" for name in names]
+        mean = f"{statistics.mean(deltas.values()):+.1f}" if deltas else ""
+        rows.append([run.title, *cells, mean, f"{run.mean_flops / 1e6:.2f}"])
+    head = ["network", *(f"Delta {name}, %" for name in names), "over tasks", "MFLOP, mean of tasks"]
+    return markdown_table(head, rows)
+
+
+def _delta_table(run: RunReport, references: dict[tuple[str, str], Metrics]) -> str:
+    compared, gains, rows = task_references(run, references), task_gains(run, references), []
+    for task in run.model.tasks:
+        single, gained = compared[task.name][0], gains.get(task.name, {})
+        for name, value in run.results[task.name].metrics.items():
             reference = value_text(name, single[name]) if name in single else ""
-            gain = f"{100 * gains[name]:+.1f}" if name in gains else ""
+            gain = f"{100 * gained[name]:+.1f}" if name in gained else ""
             rows.append([f"{task.name}: {name}", value_text(name, value), reference, gain])
-        if gains:
-            deltas[task.name] = 100 * statistics.mean(gains.values())
-            published |= single is known
-    head = (run.title, "this run", "single task", "better by, %")
-    return "\n\n".join([markdown_table(head, rows), *_delta_lines(deltas, published)])
+    table = markdown_table((run.title, "this run", "single task", "better by, %"), rows)
+    deltas = {name: 100 * statistics.mean(each.values()) for name, each in gains.items()}
+    return "\n\n".join([table, *_delta_lines(deltas, any(compared[name][1] for name in gains))])
 
 
 def _delta_lines(deltas: dict[str, float], published: bool) -> list[str]:

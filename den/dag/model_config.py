@@ -59,9 +59,9 @@ class DagConfig:
             fitting = quarter(task) if task.dense else self.map_size()[:1] * 2
             if fitting != self.map_size():
                 wanted = (
-                    f"{fitting}, a quarter of the images of {task.name}," if task.dense else f"a side for {task.name}"
+                    f"{fitting}, a quarter of the images of {task.name}" if task.dense else f"square for {task.name}"
                 )
-                raise ValueError(f"DagConfig: trunk_size must be {wanted} got {self.trunk_size}")
+                raise ValueError(f"DagConfig: trunk_size must be {wanted}, got {self.trunk_size}")
 
     @property
     def graph(self) -> Graph:

@@ -78,9 +78,10 @@ def report(settings: DagReportConfig) -> str:
     found = [measure(path, settings.data_root, settings.time) for path in settings.runs]
     for run in found:
         draw_graph(run.model, run.path / "graph.png")
-    parts = [] if len(found) == 1 else [comparison(found), verdicts(found)]
     if any(run.dense for run in found):
         parts = [delta_tables(found)]
+    else:
+        parts = [] if len(found) == 1 else [comparison(found), verdicts(found)]
     parts += [f"### {run.title}\n\n{task_table(run)}\n\n{remarks(run)}" for run in found]
     text = "\n\n".join(parts) + "\n"
     if settings.markdown is not None:

@@ -14,6 +14,7 @@ down first where they are larger.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,11 @@ class PascalScenes:
 
     def _annotation(self, place: str, key: str) -> Any:
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
 
         try:
             return loadmat(self.root / place, simplify_cells=True)[key]
-        except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
             raise ValueError(f"load_pascal_context: {place} must hold {key}, got {error}") from error
 
     def _pixels(self, place: str, mode: str | None) -> Tensor:  # uint8 [H, W] or [H, W, 3]
