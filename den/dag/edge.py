@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from den.folding import may_fold, norm_tensors
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
 from den_kernels.fold_cache import FoldCache
-from den_kernels.rows import gather_rows
 
 
 class Edge(nn.Module):
@@ -39,16 +38,6 @@ class Edge(nn.Module):
         if may_fold(self):
             return self._folded.get((self.conv.weight, *norm_tensors(self.norm)), self._fold)(x, route).relu_()
         return self.norm(self.conv(x, route), route, relu=True)
-
-    def compact(self, x: Tensor, route: Route, count: int) -> Tensor:
-        """For inference on a CPU: only the rows of the `count` instances that run the edge, in their order.
-
-        Equivalent to ``edge(x, route)[route.levels > 0]`` with one channel group.  What follows adds these rows to
-        their instances, so nothing is written for the others.
-        """
-        conv = self._folded.get((self.conv.weight, *norm_tensors(self.norm)), self._fold)
-        rows = x if count == len(x) else gather_rows(x, route.order[:count], x.shape[1])
-        return F.conv2d(rows, conv.weight, conv.bias, conv.stride, conv.padding).relu_()
 
     def train(self, mode: bool = True) -> Edge:
         self._folded.clear()

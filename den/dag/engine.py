@@ -138,8 +138,9 @@ class DagEngine:
             self.meter.add(measured)
 
     def mark_reduced(self) -> None:
-        """Remember, on disk too, that the reduction is done."""
+        """Remember, on disk too, that the reduction is done.  Momentum of what was does not enter fine-tuning."""
         self.position.reduced = True
+        self.optimisers["weights"].state.clear()
         self._save()
 
     def _epoch_steps(self) -> int:
@@ -182,15 +183,19 @@ class DagEngine:
         load_weights(self.model, tensors, path)
         for name, optimiser in self.optimisers.items():
             restore_optimiser(optimiser, unprefixed(f"optimiser.{name}", tensors))
-        for name, batches in self.batches.items():
-            batches.load_state_dict({**unprefixed(f"batches.{name}", tensors), "cursors": record["cursors"][name]})
+        self._restore_batches(tensors, record)
         self.position = Position(**record["position"])
         self.folder.rewind(self.position.epoch)
 
+    def _restore_batches(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        for name, batches in self.batches.items():
+            batches.load_state_dict({**unprefixed(f"batches.{name}", tensors), "cursors": record["cursors"][name]})
+
     def _take_over(self, path: Path) -> None:
-        """The searched network of another run, ready to be reduced."""
-        tensors, _ = load_checkpoint(path)
+        """The searched network of another run, ready to be reduced; its batches go on from where they stood."""
+        tensors, record = load_checkpoint(path)
         load_weights(self.model, tensors, path)
+        self._restore_batches(tensors, record)
         self.position = Position(stage=2, total_steps=sum(self.steps[:2]))
 
 

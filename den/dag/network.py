@@ -19,15 +19,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from den.dag.edge import folded
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
 from den.dag.head import make_head
 from den.dag.model_config import DagConfig
 from den.dag.stages import StageEnds, make_edge
 from den.dag.stem import make_stem
-from den.folding import may_fold
+from den.folding import may_fold, norm_tensors
 from den.task_batch import Images, TaskBatch, Tasks, task_batch
-from den_kernels import Route, RoutingPlan
+from den_kernels import GraphWeights, Route, RoutingPlan, dynamic_graph
 from den_kernels.fold_cache import FoldCache
 
 
@@ -63,6 +64,7 @@ class DagNetwork(nn.Module):
         self.register_buffer("in_degrees", torch.tensor(degrees, dtype=torch.float32), persistent=False)
         self._host: FoldCache[tuple[list[list[int]], list[list[bool]]]] = FoldCache()
         self._routed: FoldCache[dict[tuple, BatchGates]] = FoldCache()
+        self._packed: FoldCache[GraphWeights] = FoldCache()
 
     def forward(self, images: Images, task: Tasks) -> Tensor | list[Tensor]:
         """Logits: [B, classes] of one task, [B, classes, H, W] of a dense one; a list of them for a list of images; for
@@ -105,31 +107,32 @@ class DagNetwork(nn.Module):
         return None if gates.plan is None else gates.plan[len(self.edges) + index]
 
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
-        """`trunk` in place, adding only where an edge ran."""
+        """`trunk` on folded weights: the whole graph in one call on a CPU, else in place, adding where an edge ran."""
+        if x.is_cpu and self.config.groups == 1 and x.dtype == gates.edges.dtype:
+            return dynamic_graph(x, self._weights(), gates.plan, gates.read_in, gates.edges, gates.read_out)
         states: list[Tensor] = []
         out = torch.zeros_like(x)
         for j in range(self.graph.states):
             v = x * _column(gates.read_in, j)
             for e in self.graph.incoming[j]:
                 if gates.runs[e]:
-                    self._add_edge(v, e, states, gates)
+                    y, gate = self._edge(e, states, gates), _column(gates.edges, e)
+                    for start, stop in gates.runs[e]:
+                        v[start:stop].addcmul_(y[start:stop], gate[start:stop])
             states.append(v)
             for start, stop in gates.ends[j]:
                 out[start:stop].addcmul_(v[start:stop], _column(gates.read_out, j)[start:stop])
         return out
 
-    def _add_edge(self, v: Tensor, e: int, states: list[Tensor], gates: BatchGates) -> None:
-        """Add what an edge makes to the instances that run it."""
-        x, gate = states[self.graph.edges[e][0]], _column(gates.edges, e)
-        if not x.is_cpu or self.config.groups > 1:
-            y = self.edges[e](x, gates.plan[e])
-            for start, stop in gates.runs[e]:
-                v[start:stop].addcmul_(y[start:stop], gate[start:stop])
-            return
-        counts = [stop - start for start, stop in gates.runs[e]]
-        y = self.edges[e].compact(x, gates.plan[e], sum(counts))
-        for (start, stop), rows in zip(gates.runs[e], y.split(counts), strict=True):
-            v[start:stop].addcmul_(rows, gate[start:stop])
+    def _weights(self) -> GraphWeights:
+        """The edges' convolutions with their batch norms folded in."""
+        sources = tuple(t for edge in self.edges for t in (edge.conv.weight, *norm_tensors(edge.norm)))
+
+        def pack() -> GraphWeights:
+            pairs = [folded(edge.conv.weight, edge.norm) for edge in self.edges]
+            return GraphWeights.pack(self.graph.states, self.graph.edges, *zip(*pairs, strict=True))
+
+        return self._packed.get(sources, pack)
 
     def _edge(self, e: int, states: list[Tensor], gates: BatchGates) -> Tensor:
         return self.edges[e](states[self.graph.edges[e][0]], None if gates.plan is None else gates.plan[e])
@@ -179,8 +182,8 @@ class DagNetwork(nn.Module):
         return tuple(e for e in range(len(self.edges)) if any(edges[e] for edges in kept))
 
     def train(self, mode: bool = True) -> DagNetwork:
-        self._routed.clear()
-        self._host.clear()
+        for cache in (self._routed, self._host, self._packed):
+            cache.clear()
         return super().train(mode)
 
 
