@@ -186,6 +186,10 @@ def test_a_task_without_targets_is_refused(tmp_path):
         np.save(path, np.zeros((24, 32, 1)))
     with pytest.raises(ValueError, match="evaluate: depth must have a target in the set, got none in 2 images"):
         evaluate_tasks(model, sets)
+    with pytest.raises(ValueError, match="depth of nyuv2 must have a target, got none in 2 images"):
+        load_tasks(config.data, "test")
+    only = dataclasses.replace(config.data, only=("segmentation", "normals"))
+    assert len(load_tasks(only, "test")[0]) == 2
 
 
 @pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, 1.0, -1.0)])

@@ -102,9 +102,9 @@ def test_extraction_equals_the_masked_network_for_any_stages(graph, seed, ratio)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7])
-@pytest.mark.parametrize("sizes", [(3, 2, 4), (1, 6, 0)])
-def test_mixed_batch_equals_each_tasks_extracted_network(ratio, sizes):
-    model, parts = make(ratio=ratio).eval(), images(sizes)
+@pytest.mark.parametrize(("sizes", "groups"), [((3, 2, 4), 1), ((1, 6, 0), 1), ((3, 2, 4), 2)])
+def test_mixed_batch_equals_each_tasks_extracted_network(ratio, sizes, groups):
+    model, parts = make(ratio=ratio, groups=groups).eval(), images(sizes)
     with torch.no_grad():
         for logits, part, task in zip(model(parts, ["a", "b", "c"]), parts, TASKS, strict=True):
             if len(part):

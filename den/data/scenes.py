@@ -63,6 +63,18 @@ class SceneSet:
         kept, held_out = (dataclasses.replace(self, index=self.index[part]) for part in parts)
         return kept, held_out
 
+    def check_targets(self) -> None:
+        """Read scenes until every task has had a pixel with a target, in use one or a few; ValueError when one never
+        has."""
+        missing = list(self.tasks)
+        for position in self.index.tolist():
+            targets = self.read(position, missing).targets
+            missing = [task for task in missing if not (targets[task.name] != NOTHING[task.kind]).any()]
+            if not missing:
+                return
+        names = ", ".join(task.name for task in missing)
+        raise ValueError(f"SceneSet: {names} of {self.name} must have a target, got none in {len(self)} images")
+
     def examples(self, index: Tensor | slice) -> list[Example]:
         """Normalised images, as they are, and targets: an entry per task, of the same images."""
         return self._stacked([self.read(i, self.tasks) for i in self.index[index].tolist()])
