@@ -62,10 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"den {__version__}")
         return 0
     try:
-        if arguments[:1] == ["dag"]:
+        scenario = arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-")
+        if scenario or arguments[:1] == ["dag"]:
             from den.dag.cli import main as dag
 
-            dag(arguments[1:])
+            dag(arguments if scenario else arguments[1:])
             return 0
         return _run(_parse(arguments))
     except (ValueError, OSError) as error:

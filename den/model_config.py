@@ -43,6 +43,8 @@ class ModelConfig:
         names = [task.name for task in tasks]
         if not tasks or len(set(names)) != len(names):
             raise ValueError(f"ModelConfig: tasks must be at least one, of unique names, got {names}")
+        if dense := [task.name for task in tasks if task.dense]:
+            raise ValueError(f"ModelConfig: tasks must be classification tasks, got {', '.join(dense)}")
         stages, stem = self.stages, self.stem
         if stages is None or self.backbone not in DEFAULT_STEM:
             if self.backbone in DEFAULT_STEM:

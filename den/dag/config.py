@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-Scenario = Literal["omniglot", "cifar100"]
+from den.tasks import IGNORE
+
+Scenario = Literal["omniglot", "cifar100", "nyuv2", "cityscapes", "pascal"]
 
 
 @dataclass(frozen=True)
@@ -16,15 +18,19 @@ class DagDataConfig:
     """What is trained on."""
 
     scenario: Annotated[Scenario, tyro.conf.arg(aliases=("--scenario",))] = "omniglot"
-    """omniglot: one alphabet is one task.  cifar100: 20 tasks, one per coarse label, of five classes each."""
+    """omniglot: one alphabet is one task.  cifar100: 20 tasks, one per coarse label, of five classes each.  nyuv2,
+    cityscapes, pascal: two to five dense tasks of the same images."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
     """Folder of the set."""
-    size: int = 28
-    """Side in pixels that Omniglot's images are scaled to."""
+    size: int | None = None
+    """Side in pixels that Omniglot's images are scaled to (None: 28), and of PASCAL-Context's squares (None: 512)."""
+    classes: int | None = None
+    """Classes of the labels of NYU-v2 (40 or 13; None: 40) and Cityscapes (19 or 7; None: 19)."""
     only: tuple[str, ...] = ()
     """Names of the tasks to be trained; empty: all."""
     batch_size: int = 96
-    """Images in a batch, all tasks together, in proportion to the sizes of their training sets."""
+    """Images in a batch, all tasks together, in proportion to the sizes of their training sets; tasks of the same
+    images share them."""
     validation: float = 0.0
     """Share of every training set that is held out and measured after every epoch; nothing is chosen by it."""
 
@@ -40,7 +46,10 @@ class DagNetworkConfig:
     channels: int = 48
     """Channels of every state."""
     trunk_size: int = 14
-    """Side in pixels of the states' maps."""
+    """Side in pixels of the states' maps; with dense tasks a quarter of the images', whatever stands here."""
+    stages: tuple[int, ...] = ()
+    """States of each resolution, adding up to the states; every stage halves the side and doubles the channels.  Empty:
+    all states have the same."""
     gates: Literal["soft", "bare"] = "soft"
     """Gates after the reduction: soft, the sigmoids where kept; bare, 1 where kept."""
     read_in: bool = True
@@ -72,6 +81,8 @@ class DagTraining:
     frozen: the edges' weights rest, gates and the tasks' own weights learn."""
     squeeze: float = 0.05
     """Weight of the squeeze loss; 0: none."""
+    loss_weights: tuple[float, ...] = ()
+    """Weights of the tasks' losses, in the order of the tasks; empty: 1 each."""
     kappa: float = 0.35
     """Edges that a task may keep unsqueezed (the sum of its gates), as a share of all edges."""
 
@@ -115,6 +126,7 @@ class DagTrainConfig:
         limits = {
             "epoch_steps": (self.epoch_steps, 1, None),
             "data.size": (self.data.size, 1, None),
+            "data.classes": (self.data.classes, 2, IGNORE),
             "data.validation": (self.data.validation, 0, 0.9),
             "training.steps": (self.training.steps, 1, None),
             "training.squeeze": (self.training.squeeze, 0, None),
@@ -126,6 +138,10 @@ class DagTrainConfig:
             if value is not None and not (low <= value and (high is None or value <= high)):
                 bound = f"at least {low}" if high is None else f"in {low}..{high}"
                 raise ValueError(f"config: {name} must be {bound}, got {value}")
+        if any(weight < 0 for weight in self.training.loss_weights):
+            raise ValueError(
+                f"config: training.loss_weights must be at least 0, got {list(self.training.loss_weights)}"
+            )
         shares = self.training.shares
         if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"config: training.shares must be three shares that add up to 1, got {list(shares)}")

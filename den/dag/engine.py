@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ from den.checkpoint import (
 from den.dag.config import DagTrainConfig
 from den.dag.evaluate import evaluate_tasks
 from den.dag.graph import SubGraph
-from den.dag.model_config import DagConfig
+from den.dag.model_config import DagConfig, quarter
 from den.dag.network import DagNetwork
 from den.dag.scenarios import load_tasks
-from den.data import Batch, ImageSet, MixedTaskBatches
-from den.data.images import stratified_split
+from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
 from den.engine import Meter
 from den.phases import schedule_factor
 from den.run_folder import RunFolder
+from den.tasks import Task
 
+TaskSet = ImageSet | SceneSet
 STAGES = ("warm-up", "search", "fine-tuning")
 SEARCHED = "searched.safetensors"
 
@@ -55,7 +56,11 @@ class DagEngine:
     def __init__(self, config: DagTrainConfig, *, resume: bool = False) -> None:
         self.config, self.position, self.meter = config, Position(), Meter()
         sets, self.held_out = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
-        self.model = new_network(config, sets)
+        tasks = [task for each in sets for task in each.tasks]
+        if len(config.training.loss_weights) not in (0, len(tasks)):
+            given = list(config.training.loss_weights)
+            raise ValueError(f"config: training.loss_weights must be one for each of {len(tasks)} tasks, got {given}")
+        self.model = new_network(config, tasks)
         self.steps = stage_steps(config)
         self.batches = make_batches(sets, config)
         weights = [p for name, p in self.model.named_parameters() if not name.startswith("gates.")]
@@ -213,19 +218,21 @@ def load_network(path: Path) -> DagNetwork:
     return model.eval()
 
 
-def new_network(config: DagTrainConfig, sets: list[ImageSet]) -> DagNetwork:
+def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> DagNetwork:
     """The central network of `config`; its weights are drawn with the seed, the global generator is left as it was."""
     network = config.network
     shape: dict[str, Any] = {
-        name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates")
+        name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates", "stages")
     }
+    if dense := [task for task in tasks if task.dense]:
+        shape["trunk_size"] = quarter(dense[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = DagNetwork(DagConfig(tuple(s.task for s in sets), **shape))
+        model = DagNetwork(DagConfig(tuple(tasks), **shape))
     whole, states = model.graph.whole(), model.graph.states
     first = tuple(network.read_in or j == 0 for j in range(states))
     last = tuple(network.read_out or j == states - 1 for j in range(states))
-    for k in range(len(sets)):
+    for k in range(len(tasks)):
         model.keep(k, SubGraph(model.graph, whole.edges, first, last))
     return model
 
@@ -248,16 +255,15 @@ def stage_steps(config: DagTrainConfig) -> tuple[int, int, int]:
     return first, second, training.steps - first - second
 
 
-def hold_out(sets: list[ImageSet], share: float, seed: int) -> tuple[list[ImageSet], list[ImageSet]]:
+def hold_out(sets: list[TaskSet], share: float, seed: int) -> tuple[list[TaskSet], list[TaskSet]]:
     """Training sets, and the part of them that is held out."""
     if share == 0:
         return sets, []
-    splits = [stratified_split(s.labels, share, seed) for s in sets]
-    kept = [s.subset(split[0]) for s, split in zip(sets, splits, strict=True)]
-    return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
+    splits = [each.split(share, seed) for each in sets]
+    return [kept for kept, _ in splits], [held_out for _, held_out in splits]
 
 
-def make_batches(sets: list[ImageSet], config: DagTrainConfig) -> dict[str, MixedTaskBatches]:
+def make_batches(sets: list[TaskSet], config: DagTrainConfig) -> dict[str, MixedTaskBatches]:
     """Batches of all training images, and of the two halves that weights and gates learn from in turn."""
     weights, gates = hold_out(sets, 0.5, config.seed)
     parts = {"all": sets, "weights": weights, "gates": gates}

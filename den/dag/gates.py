@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,16 @@ class Gates(nn.Module):
             return tuple(mask.to(self.gamma.dtype) for mask in kept)
         logits = self.alpha, self.gamma, self.beta
         return tuple(torch.where(mask, x.sigmoid(), 0) for mask, x in zip(kept, logits, strict=True))
+
+    def block_levels(self) -> Tensor:
+        """Levels of all that a batch is routed through, int32 [K, E + 2 (S - 1)]: the edges, then of each stage after
+        the first of the S stages its read-in and its read-out, whole where the task keeps one of its states'."""
+        ends, stages = [], self.graph.stages
+        for first, count in zip(accumulate(stages), stages[1:], strict=False):
+            ends += [kept[:, first : first + count].any(1) for kept in (self.kept_in, self.kept_out)]
+        if not ends:
+            return self.edge_levels
+        return torch.cat([self.edge_levels, self.groups * torch.stack(ends, 1).to(torch.int32)], 1)
 
     def of_task(self, task: int) -> TaskGates:
         """The gates of one task, 0 where it does not keep the item."""

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from den.config import read_config
 from den.dag.config import DagReportConfig, DagTrainConfig
+from den.dag.dense_report import delta_tables
 from den.dag.drawing import draw_graph
 from den.dag.engine import load_network
 from den.dag.evaluate import TaskCost, TaskResult, deployed_parameters, evaluate_tasks, task_costs, time_tasks
 from den.dag.gates import SPREAD_WARNING
 from den.dag.network import DagNetwork
 from den.dag.scenarios import load_tasks
+from den.dag.tables import markdown_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +29,16 @@ class RunReport:
     model: DagNetwork
     results: dict[str, TaskResult]
     costs: list[TaskCost]
-    seconds: dict[str, float]  # of a batch of 32 in each task's extracted network; empty where not measured
+    seconds: dict[str, float]  # of a batch in each task's extracted network; empty where not measured
+
+    @property
+    def dense(self) -> bool:
+        """Whether a task is dense."""
+        return any(task.dense for task in self.model.tasks)
 
     @property
     def accuracy(self) -> float:
-        """Mean over tasks, 0..1."""
+        """Mean over classification tasks, 0..1."""
         return statistics.mean(result.accuracy for result in self.results.values())
 
     @property
@@ -62,7 +69,7 @@ def measure(path: Path, data_root: Path | None = None, time: bool = True) -> Run
     config = read_config(DagTrainConfig, path / "config.json")
     model = load_network(path / "last.safetensors")
     sets = load_tasks(config.data, "test", data_root)
-    seconds = time_tasks(model, sets) if time else {}
+    seconds = time_tasks(model, sets, timed_images(model)) if time else {}
     return RunReport(path, config, model, evaluate_tasks(model, sets), task_costs(model), seconds)
 
 
@@ -71,7 +78,10 @@ def report(settings: DagReportConfig) -> str:
     found = [measure(path, settings.data_root, settings.time) for path in settings.runs]
     for run in found:
         draw_graph(run.model, run.path / "graph.png")
-    parts = [] if len(found) == 1 else [comparison(found), verdicts(found)]
+    if any(run.dense for run in found):
+        parts = [delta_tables(found)]
+    else:
+        parts = [] if len(found) == 1 else [comparison(found), verdicts(found)]
     parts += [f"### {run.title}\n\n{task_table(run)}\n\n{remarks(run)}" for run in found]
     text = "\n\n".join(parts) + "\n"
     if settings.markdown is not None:
@@ -81,20 +91,23 @@ def report(settings: DagReportConfig) -> str:
 
 
 def task_table(run: RunReport) -> str:
-    """A row per task: accuracy, topology and cost."""
-    head = ("task", "classes", "test images", "accuracy", "depth", "width", "edges", "sparsity", "parameters", "MFLOP")
+    """A row per task: accuracy (with dense tasks another table has the results), topology and cost."""
+    measured = () if run.dense else ("accuracy",)
+    head = ("task", "classes", "test images", *measured, "depth", "width", "edges", "sparsity", "parameters", "MFLOP")
     rows = []
     for cost, task in zip(run.costs, run.model.tasks, strict=True):
         result, kept = run.results[task.name], cost.kept
         cells = [
-            task.name, f"{task.classes}", f"{result.images}", f"{result.accuracy:.2%}", f"{kept.depth}",
+            task.name, f"{task.classes}", f"{result.images}",
+            *([] if run.dense else [f"{result.accuracy:.2%}"]), f"{kept.depth}",
             f"{kept.width}", f"{sum(kept.edges)}", f"{kept.sparsity:.2f}", f"{cost.parameters:,}",
             f"{cost.flops / 1e6:.2f}",
         ]  # fmt: skip
         if run.seconds:
             cells.append(f"{1e3 * run.seconds[task.name]:.1f}")
         rows.append(cells)
-    return markdown_table([*head, *(["ms per 32 images"] if run.seconds else [])], rows)
+    timed = [f"ms per {timed_images(run.model)} images"] if run.seconds else []
+    return markdown_table([*head, *timed], rows)
 
 
 def remarks(run: RunReport) -> str:
@@ -103,7 +116,8 @@ def remarks(run: RunReport) -> str:
     used = len(run.model.used_edges())
     lines = [
         f"{run.topologies} different topologies among {len(run.costs)} tasks; {used} of {len(run.model.graph.edges)}"
-        f" edges in use, {deployed_parameters(run.model):,} parameters in all; mean accuracy {run.accuracy:.2%}."
+        f" edges in use, {deployed_parameters(run.model):,} parameters in all"
+        + ("." if run.dense else f"; mean accuracy {run.accuracy:.2%}.")
     ]
     if run.config.mode == "dag":
         lines.append(f"Standard deviation of a task's edge gates: {min(spread):.3f} to {max(spread):.3f}.")
@@ -113,6 +127,11 @@ def remarks(run: RunReport) -> str:
                 " learned, and tasks tend to keep the same edges."
             )
     return " ".join(lines)
+
+
+def timed_images(model: DagNetwork) -> int:
+    """Images of a batch that is timed."""
+    return 4 if any(task.dense for task in model.tasks) else 32
 
 
 def comparison(runs: Sequence[RunReport]) -> str:
@@ -163,14 +182,15 @@ def verdicts(runs: Sequence[RunReport]) -> str:
 def heading(runs: Sequence[RunReport]) -> str:
     """Title, the commands that made the runs, versions."""
     first = runs[0]
+    measured = "Measured" if first.dense else "Accuracy"
     commands = "\n".join(command_of(run.config) for run in runs)
     versions = json.loads((first.path / "versions.json").read_text())
     used = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch") if name in versions)
     return (
         f"# Networks over one graph, {first.config.data.scenario}\n\n"
         "Written by `den dag report`, from runs of these commands (and `--data.root FOLDER`):\n\n"
-        f"```bash\n{commands}\n```\n\nOn a CPU; {used}. Accuracy on the test split after the last update; nothing was"
-        " chosen by it. Mean accuracy is over tasks.\n\n"
+        f"```bash\n{commands}\n```\n\nOn a CPU; {used}. {measured} on the test split after the last update; nothing"
+        " was chosen by it." + ("" if first.dense else " Mean accuracy is over tasks.") + "\n\n"
     )
 
 
@@ -183,18 +203,6 @@ def command_of(config: DagTrainConfig) -> str:
             shown = f"runs/{Path(value).name}" if name in ("out", "start") else shown
             words.append(f"--{name.replace('_', '-')} {shown}")
     return " ".join(words)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
 
 
 def _flat(config: object, prefix: str = "") -> dict[str, object]:

@@ -7,17 +7,19 @@ long a stage takes, and the reduction in its details are this library's.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from den.dag.config import DagTrainConfig
 from den.dag.engine import DagEngine
 from den.dag.gates import SPREAD_WARNING, squeeze_loss
+from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
 from den.dag.reduction import reduce
 from den.data import Batch, MixedTaskBatches
+from den.tasks import find_task
 
 
 def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
@@ -27,9 +29,10 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
 
     Raises ValueError for settings that do not fit, a folder that cannot be used, and a loss that is not finite.
     """
+    weights = config.training.loss_weights
     with DagEngine(config, resume=resume) as engine:
         for batch in engine.stage("warm-up"):  # all gates at 1/2
-            engine.learn(*task_loss(engine.model, batch), "weights")
+            engine.learn(*task_loss(engine.model, batch, weights), "weights")
         for batch in engine.stage("search", "weights" if config.training.search == "alternating" else "all"):
             search_step(engine, batch)
         if config.mode == "dag" and not engine.position.reduced:
@@ -37,33 +40,42 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
             reestimate_norms(engine.model, engine.batches["all"], config.reduction.norm_batches)
             engine.mark_reduced()
         for batch in engine.stage("fine-tuning"):  # gates rest
-            engine.learn(*task_loss(engine.model, batch), "weights")
+            engine.learn(*task_loss(engine.model, batch, weights), "weights")
         return engine.model.eval()
 
 
-def task_loss(model: DagNetwork, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Sum over tasks of their mean cross-entropies, and what to report of it: their mean, and the accuracy."""
-    logits = model(batch.images, batch.tasks)
-    losses = [F.cross_entropy(rows, labels) for rows, labels in zip(logits, batch.labels, strict=True)]
-    loss = torch.stack(losses).sum()
-    hits = torch.cat([rows.argmax(1) == labels for rows, labels in zip(logits, batch.labels, strict=True)])
-    return loss, {"loss": loss.item() / len(losses), "accuracy": hits.float().mean().item()}
+def task_loss(
+    model: DagNetwork, batch: Batch, weights: Sequence[float] = ()
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """Sum over tasks of their mean losses, weighted (empty: by 1), and what to report of it: the mean of the losses,
+    the accuracy over the images of classification tasks, and the losses of dense tasks."""
+    outputs = model(batch.images, batch.tasks)
+    tasks = [model.tasks[find_task(name, model.tasks)] for name in batch.tasks]
+    parts = list(zip(tasks, outputs, batch.labels, strict=True))
+    losses = torch.stack([KINDS[task.kind].loss(output, target) for task, output, target in parts])
+    measured: dict[str, Tensor | float] = {"loss": losses.sum().item() / len(losses)}
+    hits = [output.argmax(1) == target for task, output, target in parts if not task.dense]
+    if hits:
+        measured["accuracy"] = torch.cat(hits).float().mean().item()
+    dense = {task.name: value for task, value in zip(tasks, losses.tolist(), strict=True) if task.dense}
+    total = (losses * losses.new_tensor(weights)).sum() if weights else losses.sum()
+    return total, {**measured, **{f"loss_{name}": value for name, value in dense.items()}}
 
 
 def search_step(engine: DagEngine, batch: Batch) -> None:
     """One update of the weights and one of the gates, as the variant has it."""
     training, model = engine.config.training, engine.model
     edges = len(model.graph.edges)
-    weights: dict[str, Tensor | float] = {}
+    first: dict[str, Tensor | float] = {}
     if training.search == "alternating":
-        loss, weights = task_loss(model, batch)
+        loss, first = task_loss(model, batch, training.loss_weights)
         engine.learn(loss, None, "weights")
         batch = engine.batches["gates"].next()
     elif training.search == "frozen":
         model.edges.requires_grad_(False)
-    loss, measured = task_loss(model, batch)
+    loss, measured = task_loss(model, batch, training.loss_weights)
     squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
-    measured = {**measured, **weights, "gate_loss": measured["loss"], "squeeze": squeeze.item()}
+    measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.item()}
     updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
     engine.learn(loss + training.squeeze * squeeze, measured, *updated)
     model.edges.requires_grad_(True)
