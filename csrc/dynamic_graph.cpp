@@ -78,14 +78,15 @@ void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gat
   }
 }
 
-// 24 of 32 registers sum: `quads` of four pixels with `vectors` of 16 channels; what is left over in single quads.
+// All quads from q, `quads` of them at a time while there are as many: 24 to 28 of 32 registers sum.
 template <int vectors, int quads>
 void edge_block(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
-                int64_t block) {
+                int64_t block, int64_t q) {
   const int64_t count = p.H * ((p.W + 3) / 4);
-  int64_t q = 0;
   for (; q + quads <= count; q += quads) edge_tile<vectors, quads>(p, layout, e, gate, from, to, block, q);
-  for (; q < count; ++q) edge_tile<vectors, 1>(p, layout, e, gate, from, to, block, q);
+  if constexpr (quads > 1) {
+    if (q < count) edge_block<vectors, quads - 1>(p, layout, e, gate, from, to, block, q);
+  }
 }
 
 void add_edge(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to) {
@@ -93,8 +94,8 @@ void add_edge(const GraphProblem& p, const Layout& layout, int64_t e, float gate
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block;
     const int64_t taken = left == 1 ? 1 : left == 3 ? 3 : 2;
-    const auto run = taken == 1 ? edge_block<1, 6> : taken == 2 ? edge_block<2, 3> : edge_block<3, 2>;
-    run(p, layout, e, gate, from, to, block);
+    const auto run = taken == 1 ? edge_block<1, 7> : taken == 2 ? edge_block<2, 3> : edge_block<3, 2>;
+    run(p, layout, e, gate, from, to, block, 0);
     block += taken;
   }
 }

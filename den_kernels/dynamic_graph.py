@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _conv_direct
 from ._conv_cpu import Geometry
+from ._extension import extension
 from .plan import RoutingPlan
 from .rows import gather_rows, scatter_rows_
 
@@ -48,7 +49,8 @@ class GraphWeights:
         states: int, edges: Sequence[tuple[int, int]], weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> GraphWeights:
         """The graph of these edges.  Raises ValueError for edges, weights or biases that do not fit each other."""
-        edges, weights, biases = tuple(edges), tuple(weights), tuple(bias.contiguous() for bias in biases)
+        edges, biases = tuple(edges), tuple(bias.contiguous() for bias in biases)
+        weights = tuple(w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights)
         if any(not 0 <= i < j < states for i, j in edges) or list(edges) != sorted(edges, key=lambda edge: edge[1]):
             raise ValueError(
                 f"{_OP}: edges must be (i, j) with 0 <= i < j < {states}, in the order of j, got {list(edges)}"
@@ -97,7 +99,7 @@ def dynamic_graph_reference(
                     v = v + gates[b, e] * y[0].relu()
             states.append(v)
         outs.append(sum((read_out[b, j] * v for j, v in enumerate(states)), torch.zeros_like(x[b])))
-    return torch.stack(outs)
+    return torch.stack(outs) if outs else torch.zeros_like(x)
 
 
 def dynamic_graph(
@@ -128,7 +130,7 @@ def _run_whole(
     B, C, H, W = x.shape
     out = x.new_empty(B, H, W, C)
     rows = [plan.levels.t().contiguous(), read_in.contiguous(), gates.contiguous(), read_out.contiguous()]
-    _conv_direct.extension.dynamic_graph(
+    extension.dynamic_graph(
         x.data_ptr(), out.data_ptr(), *(tensor.data_ptr() for tensor in rows), (B, H, W, C, graph.states),
         graph.weights[0].shape[2:], graph.edges, [w.data_ptr() for w in graph.direct],
         [bias.data_ptr() for bias in graph.biases],
@@ -167,9 +169,7 @@ def _column(rows: Tensor, index: int) -> Tensor:  # [B, n] -> [B, 1, 1, 1]
     return rows[:, index, None, None, None]
 
 
-def _check(
-    x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor
-) -> None:
+def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor) -> None:
     C, E = graph.weights[0].shape[0], len(graph.edges)
     if x.ndim != 4 or x.shape[1] != C:
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W], got {list(x.shape)}")

@@ -107,9 +107,13 @@ class DagNetwork(nn.Module):
         return None if gates.plan is None else gates.plan[len(self.edges) + index]
 
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
-        """`trunk` on folded weights: the whole graph in one call on a CPU, else in place, adding where an edge ran."""
+        """`trunk` on folded weights: on a CPU the whole graph in one call."""
         if x.is_cpu and self.config.groups == 1 and x.dtype == gates.edges.dtype:
             return dynamic_graph(x, self._weights(), gates.plan, gates.read_in, gates.edges, gates.read_out)
+        return self.run_edges(x, gates)
+
+    def run_edges(self, x: Tensor, gates: BatchGates) -> Tensor:
+        """`trunk` for inference, one edge after the other, adding only where it ran."""
         states: list[Tensor] = []
         out = torch.zeros_like(x)
         for j in range(self.graph.states):
