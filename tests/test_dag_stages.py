@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from den.dag import DagConfig, DagNetwork, Graph, SubGraph, SubNetwork, reduce
+from den.dag.drawing import graph_figure
 from den.dag.edge import reference_edge
 from den.dag.evaluate import deployed_parameters, task_costs
 from den.task_batch import task_batch
@@ -200,6 +201,12 @@ def test_costs_are_the_multiply_adds_of_the_convolutions():
                 module.register_forward_hook(count)
         alone.train()(images()[k])  # in training mode nothing is folded, so that every convolution is called
         assert cost.flops == sum(counted)
+
+
+def test_the_drawing_parts_the_stages():
+    graph = config().graph
+    figure = graph_figure(graph, {"a": graph.whole(), "b": graph.whole()})
+    assert [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes] == [[1.5, 4.5]] * 3
 
 
 def test_config_survives_json():

@@ -79,7 +79,7 @@ def _delta_summary(runs: Sequence[RunReport], references: dict[tuple[str, str], 
         deltas = {name: 100 * statistics.mean(gains.values()) for name, gains in task_gains(run, references).items()}
         cells = [f"{deltas[name]:+.1f}" if name in deltas else "" for name in names]
         mean = f"{statistics.mean(deltas.values()):+.1f}" if deltas else ""
-        rows.append([run.title, *cells, mean, f"{run.mean_flops / 1e6:.2f}"])
+        rows.append([_label(run), *cells, mean, f"{run.mean_flops / 1e6:.2f}"])
     head = ["network", *(f"Delta {name}, %" for name in names), "over tasks", "MFLOP, mean of tasks"]
     return markdown_table(head, rows)
 
@@ -92,9 +92,13 @@ def _delta_table(run: RunReport, references: dict[tuple[str, str], Metrics]) -> 
             reference = value_text(name, single[name]) if name in single else ""
             gain = f"{100 * gained[name]:+.1f}" if name in gained else ""
             rows.append([f"{task.name}: {name}", value_text(name, value), reference, gain])
-    table = markdown_table((run.title, "this run", "single task", "better by, %"), rows)
+    table = markdown_table((_label(run), "this run", "single task", "better by, %"), rows)
     deltas = {name: 100 * statistics.mean(each.values()) for name, each in gains.items()}
     return "\n\n".join([table, *_delta_lines(deltas, any(compared[name][1] for name in gains))])
+
+
+def _label(run: RunReport) -> str:
+    return f"{run.path.name}: {run.title}"
 
 
 def _delta_lines(deltas: dict[str, float], published: bool) -> list[str]:
