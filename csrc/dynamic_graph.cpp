@@ -78,14 +78,24 @@ void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gat
   }
 }
 
-// All quads from q, `quads` of them at a time while there are as many: 24 to 28 of 32 registers sum.
+// The tile of `count` quads, at most `quads`.
+template <int vectors, int quads>
+auto tile_of(int64_t count) {
+  if constexpr (quads > 1) {
+    if (count < quads) return tile_of<vectors, quads - 1>(count);
+  }
+  return &edge_tile<vectors, quads>;
+}
+
+// All quads in tiles of nearly the same size: 24 to 28 of 32 registers sum in the largest, and few do in a small one.
 template <int vectors, int quads>
 void edge_block(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
-                int64_t block, int64_t q) {
-  const int64_t count = p.H * ((p.W + 3) / 4);
-  for (; q + quads <= count; q += quads) edge_tile<vectors, quads>(p, layout, e, gate, from, to, block, q);
-  if constexpr (quads > 1) {
-    if (q < count) edge_block<vectors, quads - 1>(p, layout, e, gate, from, to, block, q);
+                int64_t block) {
+  const int64_t count = p.H * ((p.W + 3) / 4), tiles = (count + quads - 1) / quads;
+  for (int64_t t = 0; t < tiles; ++t) {
+    int64_t begin, end;
+    share(count, t, tiles, begin, end);
+    tile_of<vectors, quads>(end - begin)(p, layout, e, gate, from, to, block, begin);
   }
 }
 
@@ -95,7 +105,7 @@ void add_edge(const GraphProblem& p, const Layout& layout, int64_t e, float gate
     const int64_t left = blocks - block;
     const int64_t taken = left == 1 ? 1 : left == 3 ? 3 : 2;
     const auto run = taken == 1 ? edge_block<1, 7> : taken == 2 ? edge_block<2, 3> : edge_block<3, 2>;
-    run(p, layout, e, gate, from, to, block, 0);
+    run(p, layout, e, gate, from, to, block);
     block += taken;
   }
 }

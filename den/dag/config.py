@@ -10,6 +10,8 @@ import tyro
 
 from den.tasks import IGNORE
 
+Mode = Literal["dag", "hard", "single", "adashare", "cross-stitch"]
+SEARCHING = ("dag", "adashare")  # modes in which a task's topology is learned
 Scenario = Literal["omniglot", "cifar100", "nyuv2", "cityscapes", "pascal"]
 
 
@@ -102,13 +104,31 @@ class ReductionConfig:
 
 
 @dataclass(frozen=True)
+class PeerConfig:
+    """What only AdaShare and cross-stitch networks need."""
+
+    temperature: float = 5.0
+    """AdaShare: of the Gumbel-softmax at first."""
+    cooling: float = 0.965
+    """AdaShare: what the temperature is multiplied by after every epoch."""
+    sparsity: float = 0.05
+    """AdaShare: weight of the sparsity loss."""
+    sharing: float = 0.05
+    """AdaShare: weight of the sharing loss."""
+    stitch_rate: float = 10.0
+    """Cross-stitch: learning rate of the stitches over that of the other weights."""
+
+
+@dataclass(frozen=True)
 class DagTrainConfig:
     """Everything a training run depends on; written to config.json of its folder."""
 
     out: Path = Path("runs/dag")
     """Run folder: settings, versions, metrics, TensorBoard events, checkpoints."""
-    mode: Literal["dag", "hard"] = "dag"
-    """dag: warm-up, search, reduction, fine-tuning.  hard: hard sharing, every task runs the whole graph throughout."""
+    mode: Mode = "dag"
+    """dag: warm-up, search, reduction, fine-tuning.  hard: hard sharing, every task runs the whole graph throughout.
+    single: a network for each task.  adashare: a policy over edges for each task.  cross-stitch: a column for each
+    task, mixed after every state."""
     start: Path | None = None
     """Run folder whose searched network is taken over: warm-up and search are not repeated."""
     seed: int = 0
@@ -119,6 +139,9 @@ class DagTrainConfig:
     network: DagNetworkConfig = field(default_factory=DagNetworkConfig)
     training: DagTraining = field(default_factory=DagTraining)
     reduction: ReductionConfig = field(default_factory=ReductionConfig)
+    peers: PeerConfig = field(default_factory=PeerConfig)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: training computes in it where autocast does; weights stay float32."""
     progress: bool = True
     """Show a progress bar per stage."""
 
@@ -131,6 +154,11 @@ class DagTrainConfig:
             "training.steps": (self.training.steps, 1, None),
             "training.squeeze": (self.training.squeeze, 0, None),
             "training.kappa": (self.training.kappa, 0, 1),
+            "peers.temperature": (self.peers.temperature, 1e-3, None),
+            "peers.cooling": (self.peers.cooling, 1e-3, 1),
+            "peers.sparsity": (self.peers.sparsity, 0, None),
+            "peers.sharing": (self.peers.sharing, 0, None),
+            "peers.stitch_rate": (self.peers.stitch_rate, 0, None),
             "reduction.ratio": (self.reduction.ratio, 0, 1),
             "reduction.norm_batches": (self.reduction.norm_batches, 0, None),
         }

@@ -22,11 +22,12 @@ from den.checkpoint import (
     save_checkpoint,
     unprefixed,
 )
-from den.dag.config import DagTrainConfig
+from den.dag.config import SEARCHING, DagTrainConfig
 from den.dag.evaluate import evaluate_tasks
 from den.dag.graph import SubGraph
 from den.dag.model_config import DagConfig, quarter
 from den.dag.network import DagNetwork
+from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.scenarios import load_tasks
 from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
 from den.engine import Meter
@@ -35,6 +36,12 @@ from den.run_folder import RunFolder
 from den.tasks import Task
 
 TaskSet = ImageSet | SceneSet
+Network = DagNetwork | PeerNetwork
+NETWORKS: dict[str, type[Network]] = {
+    "dag": DagNetwork,
+    "single": SeparateNetworks,
+    "cross-stitch": CrossStitchNetwork,
+}
 STAGES = ("warm-up", "search", "fine-tuning")
 SEARCHED = "searched.safetensors"
 
@@ -63,11 +70,10 @@ class DagEngine:
         self.model = new_network(config, tasks)
         self.steps = stage_steps(config)
         self.batches = make_batches(sets, config)
-        weights = [p for name, p in self.model.named_parameters() if not name.startswith("gates.")]
         training = config.training
         self.optimisers = {
             "weights": torch.optim.SGD(
-                weights, training.rate, training.momentum, weight_decay=training.weight_decay,
+                weight_groups(self.model, config), training.rate, training.momentum, weight_decay=training.weight_decay,
                 nesterov=training.momentum > 0,
             ),
             "gates": torch.optim.Adam(self.model.gates.parameters(), training.gate_rate),
@@ -99,20 +105,25 @@ class DagEngine:
             self._bar = tqdm(total=total, initial=here.step, desc=name, dynamic_ncols=True)
         while here.step < total:
             self.model.train()
-            self.optimisers["weights"].param_groups[0]["lr"] = self.rate()
+            for group in self.optimisers["weights"].param_groups:
+                group["lr"] = self.rate() * group["factor"]
             yield self.batches[batches].next()
             here.step += 1
             here.total_steps += 1
             if self._bar is not None:
                 self._bar.update()
                 self._bar.set_postfix_str(self.meter.text(), refresh=False)
-            if here.step == total or here.step % self._epoch_steps() == 0:
+            if here.step == total or here.step % self.epoch_steps == 0:
                 self._end_epoch(name)
         here.stage, here.step = here.stage + 1, 0
         self._close_bar()
         if name == "search":
             self._save(self.folder.path / SEARCHED)
         self._save()
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the settings ask for."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def rate(self) -> float:
         """Learning rate of the weights at the update at hand."""
@@ -143,7 +154,9 @@ class DagEngine:
         self.optimisers["weights"].state.clear()
         self._save()
 
-    def _epoch_steps(self) -> int:
+    @property
+    def epoch_steps(self) -> int:
+        """Updates between measurements and checkpoints."""
         return self.config.epoch_steps or self.batches["all"].epoch_steps
 
     def _end_epoch(self, stage: str) -> None:
@@ -174,7 +187,10 @@ class DagEngine:
             state = batches.state_dict()
             cursors[name] = state.pop("cursors")
             tensors |= prefixed(f"batches.{name}", state)
-        record = {"dag": self.model.config.to_dict(), "position": dataclasses.asdict(self.position), "cursors": cursors}
+        record = {
+            "dag": self.model.config.to_dict(), "network": type(self.model).__name__,
+            "position": dataclasses.asdict(self.position), "cursors": cursors,
+        }  # fmt: skip
         save_checkpoint(path or self.folder.last, tensors, record)
 
     def _restore(self) -> None:
@@ -199,7 +215,7 @@ class DagEngine:
         self.position = Position(stage=2, total_steps=sum(self.steps[:2]))
 
 
-def load_weights(model: DagNetwork, tensors: dict[str, Tensor], path: Path) -> None:
+def load_weights(model: Network, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the weights of a checkpoint into `model`; ValueError when they are another network's."""
     try:
         model.load_state_dict(unprefixed("model", tensors))
@@ -208,27 +224,39 @@ def load_weights(model: DagNetwork, tensors: dict[str, Tensor], path: Path) -> N
         raise ValueError(f"load_checkpoint: {path} must hold the weights of this network, got {reason}") from error
 
 
-def load_network(path: Path) -> DagNetwork:
+def load_network(path: Path) -> Network:
     """The network of a checkpoint, in evaluation mode; ValueError when it holds none."""
     tensors, record = load_checkpoint(path)
     if "dag" not in record:
         raise ValueError(f"load_checkpoint: {path} must hold a network of den dag train, got another")
-    model = DagNetwork(DagConfig.from_dict(record["dag"]))
+    kinds = {kind.__name__: kind for kind in NETWORKS.values()}
+    model = kinds[record.get("network", DagNetwork.__name__)](DagConfig.from_dict(record["dag"]))
     load_weights(model, tensors, path)
     return model.eval()
 
 
-def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> DagNetwork:
-    """The central network of `config`; its weights are drawn with the seed, the global generator is left as it was."""
+def weight_groups(model: Network, config: DagTrainConfig) -> list[dict[str, Any]]:
+    """The optimiser's groups of what is learned but the gates; `factor`: of the learning rate."""
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("gates.")}
+    groups = [{"params": [p for name, p in learned.items() if name != "stitches"], "factor": 1.0}]
+    if "stitches" in learned:
+        groups.append({"params": [learned["stitches"]], "factor": config.peers.stitch_rate, "weight_decay": 0.0})
+    return groups
+
+
+def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> Network:
+    """The network of `config`; its weights are drawn with the seed, the global generator is left as it was."""
     network = config.network
     shape: dict[str, Any] = {
         name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates", "stages")
     }
+    if config.mode == "adashare":
+        shape["gates"] = "bare"
     if dense := [task for task in tasks if task.dense]:
         shape["trunk_size"] = quarter(dense[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = DagNetwork(DagConfig(tuple(tasks), **shape))
+        model = NETWORKS.get(config.mode, DagNetwork)(DagConfig(tuple(tasks), **shape))
     whole, states = model.graph.whole(), model.graph.states
     first = tuple(network.read_in or j == 0 for j in range(states))
     last = tuple(network.read_out or j == states - 1 for j in range(states))
@@ -238,12 +266,12 @@ def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> DagNetwork:
 
 
 def stage_steps(config: DagTrainConfig) -> tuple[int, int, int]:
-    """Updates of each stage; hard sharing has fine-tuning only.
+    """Updates of each stage; what searches nothing has fine-tuning only.
 
     Warns where the squeeze loss can never act, because the gates begin below kappa.
     """
     training = config.training
-    if config.mode == "hard":
+    if config.mode not in SEARCHING:
         return 0, 0, training.steps
     if training.squeeze and training.kappa > 0.5:
         warnings.warn(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from den.dag.extract import SubNetwork
 from den.dag.graph import SubGraph
 from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
+from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.data import ImageSet, SceneSet
+from den.tasks import find_task
 
 BATCH, DENSE_BATCH = 250, 8
 
@@ -45,7 +49,7 @@ class TaskCost:
 
 
 def evaluate_tasks(
-    model: DagNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = BATCH
+    model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = BATCH
 ) -> dict[str, TaskResult]:
     """Results of every task of the sets, by its name; the model's mode is as before afterwards."""
     training = model.training
@@ -57,7 +61,9 @@ def evaluate_tasks(
         model.train(training)
 
 
-def _evaluate(model: DagNetwork, image_set: ImageSet | SceneSet, batch_size: int) -> dict[str, TaskResult]:
+def _evaluate(
+    model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet, batch_size: int
+) -> dict[str, TaskResult]:
     """All tasks of the images together."""
     tasks = image_set.tasks
     step = min(batch_size, DENSE_BATCH) if any(task.dense for task in tasks) else batch_size
@@ -75,9 +81,14 @@ def _evaluate(model: DagNetwork, image_set: ImageSet | SceneSet, batch_size: int
     return {name: TaskResult(name, count, losses[name] / count, metrics[name].results()) for name in losses}
 
 
-def task_costs(model: DagNetwork) -> list[TaskCost]:
+def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
     """Structure and cost of every task's sub-network."""
+    if isinstance(model, SeparateNetworks):
+        return [cost for network in model.networks for cost in task_costs(network)]
     spread = model.gates.spread().tolist()
+    if isinstance(model, CrossStitchNetwork):
+        count, kept = deployed_parameters(model), model.graph.whole()
+        return [TaskCost(t.name, kept, count, model.flops(k), spread[k]) for k, t in enumerate(model.tasks)]
     found = []
     for k, task in enumerate(model.tasks):
         alone = SubNetwork(model, k)
@@ -86,8 +97,10 @@ def task_costs(model: DagNetwork) -> list[TaskCost]:
     return found
 
 
-def deployed_parameters(model: DagNetwork) -> int:
+def deployed_parameters(model: DagNetwork | PeerNetwork) -> int:
     """Learned numbers of the network less the edges that no task keeps; gates are counted where they are kept."""
+    if isinstance(model, PeerNetwork):
+        return sum(p.numel() for name, p in model.named_parameters() if "gates." not in name)
     modules = [*model.stems, *model.heads, *(model.edges[e] for e in model.used_edges())]
     ends = [end for stage in model.stages for end in (stage.read_in, stage.read_out)]
     used = model.gates.block_levels().any(0)[len(model.edges) :].tolist()
@@ -99,12 +112,12 @@ def deployed_parameters(model: DagNetwork) -> int:
 
 @torch.inference_mode()
 def time_tasks(
-    model: DagNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = 32, rounds: int = 9
+    model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = 32, rounds: int = 9
 ) -> dict[str, float]:
     """Seconds that a batch of each task takes in its extracted network: medians of interleaved rounds."""
     examples = [example for each in sets for example in each.examples(slice(0, batch_size))]
     images = {name: part for name, part, _ in examples}
-    alone = {name: SubNetwork(model, name).eval() for name in images}
+    alone = {name: _alone(model, name) for name in images}
     seconds: dict[str, list[float]] = {name: [] for name in alone}
     for _ in range(rounds + 1):
         for name, network in alone.items():
@@ -112,3 +125,12 @@ def time_tasks(
             network(images[name])
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+
+
+def _alone(model: DagNetwork | PeerNetwork, task: str) -> Callable[[Tensor], Tensor]:
+    """What one task takes to run; a cross-stitch network has no smaller part that does."""
+    if isinstance(model, CrossStitchNetwork):
+        return partial(model, task=task)
+    if isinstance(model, SeparateNetworks):
+        return SubNetwork(model.networks[find_task(task, model.tasks)], 0).eval()
+    return SubNetwork(model, task).eval()

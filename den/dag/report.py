@@ -16,8 +16,15 @@ from den.dag.engine import load_network
 from den.dag.evaluate import TaskCost, TaskResult, deployed_parameters, evaluate_tasks, task_costs, time_tasks
 from den.dag.gates import SPREAD_WARNING
 from den.dag.network import DagNetwork
-from den.dag.scenarios import load_tasks
+from den.dag.scenarios import load_tasks, named_settings
 from den.dag.tables import markdown_table
+
+PEERS = {
+    "hard": "hard sharing",
+    "single": "single-task networks",
+    "adashare": "AdaShare",
+    "cross-stitch": "Cross-stitch",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +51,8 @@ class RunReport:
     @property
     def kind(self) -> str:
         """What the run is, in words."""
-        if self.config.mode == "hard":
-            return "hard sharing"
+        if self.config.mode in PEERS:
+            return PEERS[self.config.mode]
         reduction = self.config.reduction
         words = {"flow": "flow-based reduction", "gates": "raw-gate ranking", "random": "random reduction"}
         return words[reduction.ranking] + ("" if reduction.guard else ", no guard")
@@ -196,7 +203,8 @@ def heading(runs: Sequence[RunReport]) -> str:
 
 def command_of(config: DagTrainConfig) -> str:
     """The command line that makes a run with these settings."""
-    given, default, words = _flat(config), _flat(DagTrainConfig()), ["den dag train"]
+    name = f"dag-{config.data.scenario}"
+    given, default, words = _flat(config), _flat(named_settings(name)), [f"den dag train {name}"]
     for name, value in given.items():
         if value != default[name] and name not in ("data.root", "progress"):
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value

@@ -15,14 +15,20 @@ from den.data.pascal_context import load_pascal_context
 from den.data.scenes import SceneSet
 from den.data.sets import load_set
 
+# Short searches: gates that learn fast enough to differ, and most updates on what is left, with all training images.
+_SHORT = DagTraining(steps=1200, shares=(0.1, 0.3, 0.6), gate_rate=0.1)
 _DENSE = DagTrainConfig(
     network=DagNetworkConfig(channels=64),
     training=DagTraining(steps=20_000, rate=0.01, fine_rate=0.01),
     reduction=ReductionConfig(norm_batches=100),
 )
 SCENARIOS: dict[str, DagTrainConfig] = {
-    "dag-omniglot": DagTrainConfig(),
-    "dag-cifar100": DagTrainConfig(data=DagDataConfig("cifar100", batch_size=160)),
+    "dag-omniglot": DagTrainConfig(network=DagNetworkConfig(channels=24, trunk_size=7), training=_SHORT),
+    "dag-cifar100": DagTrainConfig(
+        data=DagDataConfig("cifar100", batch_size=160),
+        network=DagNetworkConfig(trunk_size=16),
+        training=dataclasses.replace(_SHORT, steps=8000),
+    ),
     "dag-nyuv2": dataclasses.replace(_DENSE, data=DagDataConfig("nyuv2", batch_size=8)),
     "dag-cityscapes": dataclasses.replace(_DENSE, data=DagDataConfig("cityscapes", batch_size=8)),
     "dag-pascal": dataclasses.replace(_DENSE, data=DagDataConfig("pascal", batch_size=6)),

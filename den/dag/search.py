@@ -7,19 +7,18 @@ long a stage takes, and the reduction in its details are this library's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from den.dag.config import DagTrainConfig
+from den.dag.adashare import adashare_step, draw_policies
+from den.dag.config import SEARCHING, DagTrainConfig
 from den.dag.engine import DagEngine
 from den.dag.gates import SPREAD_WARNING, squeeze_loss
-from den.dag.kinds import KINDS
+from den.dag.losses import task_loss
 from den.dag.network import DagNetwork
 from den.dag.reduction import reduce
 from den.data import Batch, MixedTaskBatches
-from den.tasks import find_task
 
 
 def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
@@ -29,37 +28,26 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
 
     Raises ValueError for settings that do not fit, a folder that cannot be used, and a loss that is not finite.
     """
-    weights = config.training.loss_weights
     with DagEngine(config, resume=resume) as engine:
         for batch in engine.stage("warm-up"):  # all gates at 1/2
-            engine.learn(*task_loss(engine.model, batch, weights), "weights")
-        for batch in engine.stage("search", "weights" if config.training.search == "alternating" else "all"):
-            search_step(engine, batch)
-        if config.mode == "dag" and not engine.position.reduced:
-            reduce_tasks(engine)
+            train_step(engine, batch)
+        halves = config.mode == "adashare" or config.training.search == "alternating"
+        for batch in engine.stage("search", "weights" if halves else "all"):
+            (adashare_step if config.mode == "adashare" else search_step)(engine, batch)
+        if config.mode in SEARCHING and not engine.position.reduced:
+            (draw_policies if config.mode == "adashare" else reduce_tasks)(engine)
             reestimate_norms(engine.model, engine.batches["all"], config.reduction.norm_batches)
             engine.mark_reduced()
         for batch in engine.stage("fine-tuning"):  # gates rest
-            engine.learn(*task_loss(engine.model, batch, weights), "weights")
+            train_step(engine, batch)
         return engine.model.eval()
 
 
-def task_loss(
-    model: DagNetwork, batch: Batch, weights: Sequence[float] = ()
-) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Sum over tasks of their mean losses, weighted (empty: by 1), and what to report of it: the mean of the losses,
-    the accuracy over the images of classification tasks, and the losses of dense tasks."""
-    outputs = model(batch.images, batch.tasks)
-    tasks = [model.tasks[find_task(name, model.tasks)] for name in batch.tasks]
-    parts = list(zip(tasks, outputs, batch.labels, strict=True))
-    losses = torch.stack([KINDS[task.kind].loss(output, target) for task, output, target in parts])
-    measured: dict[str, Tensor | float] = {"loss": losses.sum().item() / len(losses)}
-    hits = [output.argmax(1) == target for task, output, target in parts if not task.dense]
-    if hits:
-        measured["accuracy"] = torch.cat(hits).float().mean().item()
-    dense = {task.name: value for task, value in zip(tasks, losses.tolist(), strict=True) if task.dense}
-    total = (losses * losses.new_tensor(weights)).sum() if weights else losses.sum()
-    return total, {**measured, **{f"loss_{name}": value for name, value in dense.items()}}
+def train_step(engine: DagEngine, batch: Batch) -> None:
+    """One update of the weights."""
+    with engine.autocast():
+        loss, measured = task_loss(engine.model, batch, engine.config.training.loss_weights)
+    engine.learn(loss, measured, "weights")
 
 
 def search_step(engine: DagEngine, batch: Batch) -> None:
@@ -68,12 +56,14 @@ def search_step(engine: DagEngine, batch: Batch) -> None:
     edges = len(model.graph.edges)
     first: dict[str, Tensor | float] = {}
     if training.search == "alternating":
-        loss, first = task_loss(model, batch, training.loss_weights)
+        with engine.autocast():
+            loss, first = task_loss(model, batch, training.loss_weights)
         engine.learn(loss, None, "weights")
         batch = engine.batches["gates"].next()
     elif training.search == "frozen":
         model.edges.requires_grad_(False)
-    loss, measured = task_loss(model, batch, training.loss_weights)
+    with engine.autocast():
+        loss, measured = task_loss(model, batch, training.loss_weights)
     squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
     measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.item()}
     updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
