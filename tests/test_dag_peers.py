@@ -215,3 +215,14 @@ def test_bfloat16_trains_float32_weights(tmp_path, monkeypatch, mode):
 def test_settings_of_peers_are_checked(tmp_path, name):
     with pytest.raises(ValueError, match=f"config: peers.{name} must be"):
         tiny(tmp_path, peers=PeerConfig(**{name: -1.0}))
+
+
+def test_single_task_networks_of_dense_tasks_and_no_stitches_for_them():
+    tasks = (Task("labels", 5, 16, 3, "segmentation", 24), Task("depth", 1, 16, 3, "depth", 24))
+    config = DagConfig(tasks, states=3, flow=1, channels=8, trunk_size=4)
+    x = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        outputs = SeparateNetworks(config).eval()([x, x], ["labels", "depth"])
+    assert [tuple(output.shape) for output in outputs] == [(2, 5, 16, 24), (2, 1, 16, 24)]
+    with pytest.raises(ValueError, match="tasks must classify images of one shape"):
+        CrossStitchNetwork(config)

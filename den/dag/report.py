@@ -27,6 +27,13 @@ PEERS = {
 }
 
 
+# Settings that the tables show by other means, or that change no result.
+TOLD = {
+    "out", "start", "seed", "mode", "epoch_steps", "progress", "data.root", "training.steps", "reduction.ranking",
+    "reduction.guard",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class RunReport:
     """One run on its test sets."""
@@ -59,7 +66,18 @@ class RunReport:
 
     @property
     def title(self) -> str:
-        return f"{self.kind}, {self.config.training.steps:,} updates, seed {self.config.seed}"
+        return f"{self.kind}, {self.training}"
+
+    @property
+    def training(self) -> str:
+        return f"{self.config.training.steps:,} updates, seed {self.config.seed}"
+
+    def label(self, first: RunReport) -> str:
+        """What the run is, and which of its settings are not those of the first run."""
+        own, others = _flat(self.config), _flat(first.config)
+        changed = [f"{name.split('.')[-1].replace('_', ' ')} {_shown(value)}" for name, value in own.items()
+                   if value != others[name] and name not in TOLD]  # fmt: skip
+        return ", ".join([self.kind, *changed])
 
     @property
     def mean_flops(self) -> float:
@@ -89,7 +107,8 @@ def report(settings: DagReportConfig) -> str:
         parts = [delta_tables(found)]
     else:
         parts = [] if len(found) == 1 else [comparison(found), verdicts(found)]
-    parts += [f"### {run.title}\n\n{task_table(run)}\n\n{remarks(run)}" for run in found]
+    for run in found:
+        parts.append(f"### {run.label(found[0])}, {run.training}\n\n{task_table(run)}\n\n{remarks(run)}")
     text = "\n\n".join(parts) + "\n"
     if settings.markdown is not None:
         settings.markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -146,43 +165,44 @@ def comparison(runs: Sequence[RunReport]) -> str:
     by seed, after as many updates."""
     groups: dict[tuple[str, int], dict[int, RunReport]] = {}
     for run in runs:
-        groups.setdefault((run.kind, run.config.training.steps), {})[run.config.seed] = run
+        groups.setdefault((run.label(runs[0]), run.config.training.steps), {})[run.config.seed] = run
     first = runs[0].kind
     rows = []
-    for (kind, steps), group in groups.items():
+    for (label, steps), group in groups.items():
         accuracy = [run.accuracy for run in group.values()]
-        peers = groups.get((first, steps), {}) if kind != first else {}
+        peers = groups.get((first, steps), {}) if label != first else {}
         gains = [100 * (peers[seed].accuracy - run.accuracy) for seed, run in group.items() if seed in peers]
+        of_task = [statistics.mean(cost.parameters for cost in run.costs) for run in group.values()]
         rows.append([
-            kind, f"{steps:,}", ", ".join(map(str, sorted(group))), f"{statistics.mean(accuracy):.2%}",
+            label, f"{steps:,}", ", ".join(map(str, sorted(group))), f"{statistics.mean(accuracy):.2%}",
             f"{100 * statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "",
             ", ".join(f"{gain:+.2f}" for gain in gains),
             f"{statistics.mean(deployed_parameters(run.model) for run in group.values()):,.0f}",
+            f"{statistics.mean(of_task):,.0f}",
             f"{statistics.mean(run.mean_flops for run in group.values()) / 1e6:.2f}",
             f"{statistics.mean(run.topologies for run in group.values()):.1f}",
         ])  # fmt: skip
     head = ("network", "updates", "seeds", "mean accuracy", "deviation, points", f"{first} better by, points",
-            "parameters, all tasks", "MFLOP, mean of tasks", "topologies")  # fmt: skip
+            "parameters, all tasks", "parameters, one task", "MFLOP, one task", "topologies")  # fmt: skip
     return markdown_table(head, rows)
 
 
 def verdicts(runs: Sequence[RunReport]) -> str:
-    """Whether the first kind of run is at least as accurate as each of the others, after as many updates."""
+    """Whether the first kind of run is at least as accurate as each of the others, after as many updates; over the
+    seeds that both have."""
+    accuracy: dict[tuple[str, int], dict[int, float]] = {}
+    for run in runs:
+        accuracy.setdefault((run.label(runs[0]), run.config.training.steps), {})[run.config.seed] = run.accuracy
     first, lines = runs[0].kind, ["What this is to show:", ""]
-    for steps in dict.fromkeys(run.config.training.steps for run in runs):
-        means = {
-            kind: statistics.mean(
-                run.accuracy for run in runs if run.kind == kind and run.config.training.steps == steps
-            )
-            for kind in dict.fromkeys(run.kind for run in runs if run.config.training.steps == steps)
-        }
-        for kind, accuracy in means.items():
-            if kind != first and first in means:
-                word = "yes" if means[first] >= accuracy else "**no**"
-                lines.append(
-                    f"- {word}: after {steps:,} updates {first} at least as accurate as {kind}:"
-                    f" {means[first]:.2%} against {accuracy:.2%}"
-                )
+    for (label, steps), theirs in accuracy.items():
+        seeds = sorted(set(theirs) & set(accuracy.get((first, steps), {})))
+        if label == first or not seeds:
+            continue
+        ours, other = (statistics.mean(each[seed] for seed in seeds) for each in (accuracy[first, steps], theirs))
+        lines.append(
+            f"- {'yes' if ours >= other else '**no**'}: after {steps:,} updates {first} at least as accurate as"
+            f" {label}: {ours:.2%} against {other:.2%} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        )
     return "\n".join(lines)
 
 
@@ -207,10 +227,13 @@ def command_of(config: DagTrainConfig) -> str:
     given, default, words = _flat(config), _flat(named_settings(name)), [f"den dag train {name}"]
     for name, value in given.items():
         if value != default[name] and name not in ("data.root", "progress"):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            shown = f"runs/{Path(value).name}" if name in ("out", "start") else shown
+            shown = f"runs/{Path(value).name}" if name in ("out", "start") else _shown(value)
             words.append(f"--{name.replace('_', '-')} {shown}")
     return " ".join(words)
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _flat(config: object, prefix: str = "") -> dict[str, object]:
