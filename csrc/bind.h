@@ -10,6 +10,7 @@ void bind_plan(pybind11::module_& m);
 void bind_rows(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
 void bind_dynamic_conv(pybind11::module_& m);
+void bind_dynamic_graph(pybind11::module_& m);
 void bind_dynamic_residual(pybind11::module_& m);
 
 void bind_cuda_ops(pybind11::module_& m);  // bind_cuda.cpp; nothing in a build without CUDA

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "dynamic_bf16.h"
 #include "dynamic_conv.h"
+#include "dynamic_graph.h"
 #include "dynamic_residual.h"
 #include "norm.h"
 #include "norm_spans.h"
@@ -191,6 +192,23 @@ void bind_dynamic_conv(py::module_& m) {
   m.def("dynamic_conv", &run_conv<float>);
   m.def("dynamic_conv_bf16", &run_conv<bf16>);
   m.def("dynamic_conv_weight_gradient", &run_weight_gradient);
+}
+
+void bind_dynamic_graph(py::module_& m) {
+  using Edges = std::vector<std::pair<int64_t, int64_t>>;
+  using Addresses = std::vector<uintptr_t>;
+  m.def("dynamic_graph", [](uintptr_t x, uintptr_t out, uintptr_t levels, uintptr_t read_in, uintptr_t gates,
+                            uintptr_t read_out, const Ints& sizes, const Ints& kernel, const Edges& edges,
+                            const Addresses& weights, const Addresses& biases) {
+    py::gil_scoped_release unlocked;
+    const auto floats = [](uintptr_t p) { return pointer<const float>(p); };
+    GraphProblem problem{sizes[0],        sizes[1],        sizes[2],      sizes[3],         sizes[4],  kernel[0],
+                         kernel[1],       edges,           pointer<const int32_t>(levels), floats(read_in),
+                         floats(gates),   floats(read_out), floats(x),    pointer(out),     {},        {}};
+    for (const uintptr_t address : weights) problem.weights.push_back(floats(address));
+    for (const uintptr_t address : biases) problem.biases.push_back(floats(address));
+    dynamic_graph(problem);
+  });
 }
 
 namespace {

@@ -67,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   den_kernels::bind_rows(m);
   den_kernels::bind_norm(m);
   den_kernels::bind_dynamic_conv(m);
+  den_kernels::bind_dynamic_graph(m);
   den_kernels::bind_dynamic_residual(m);
   den_kernels::bind_cuda_ops(m);
 }

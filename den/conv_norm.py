@@ -15,9 +15,11 @@ class ConvNormReLU(nn.Module):
     statistics as they are.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int, dilation: int = 1
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         self.to(memory_format=torch.channels_last)
@@ -29,7 +31,7 @@ class ConvNormReLU(nn.Module):
             weight, bias = self._folded.get(
                 (conv.weight, *norm_tensors(self.norm)), lambda: folded_weight(conv, self.norm)
             )
-            y = F.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
+            y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation).relu_()
         else:
             y = F.relu(self.norm(conv(x)))
         return y.contiguous(memory_format=torch.channels_last)

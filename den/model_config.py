@@ -48,6 +48,8 @@ class ModelConfig:
         names = [task.name for task in tasks]
         if not tasks or len(set(names)) != len(names):
             raise ValueError(f"ModelConfig: tasks must be at least one, of unique names, got {names}")
+        if dense := [task.name for task in tasks if task.dense]:
+            raise ValueError(f"ModelConfig: tasks must be classification tasks, got {', '.join(dense)}")
         layout = self.layout
         stages = layout.stages if self.stages is None else self.stages
         if not stages:

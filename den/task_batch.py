@@ -20,7 +20,8 @@ class TaskBatch:
 
     Attributes:
         tasks: position, in the model's tasks, of the task of each part.
-        images: one [B_k, C_k, S_k, S_k] per part; the B_k add up to B.
+        images: one [B_k, C_k, S_k, S_k] per part; the B_k add up to B.  Several tasks of the same images are as many
+            parts of one tensor.
         order: int64 [B], the caller's row that stands at each of our rows; None where they are in the same order.
         form: what the caller gave and gets back: ``one`` task, a ``list`` of parts, or tasks per ``instance``.
     """
@@ -116,6 +117,11 @@ def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Ten
     counts = torch.bincount(task, minlength=len(tasks)).tolist()
     positions = tuple(position for position, count in enumerate(counts) if count)
     for position in positions:
+        if tasks[position].dense:
+            raise ValueError(
+                f"model: tasks per instance must be classification tasks, got {tasks[position].name}"
+                " (give a list of images, one entry per task)"
+            )
         _checked(images, tasks[position], like)
     order = torch.argsort(task, stable=True).to(images.device)
     parts = images.index_select(0, order).split([counts[position] for position in positions])
@@ -123,7 +129,7 @@ def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Ten
 
 
 def _checked(images: Tensor, task: Task, like: Tensor) -> Tensor:
-    expected = (task.channels, task.size, task.size)
+    expected = task.shape
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
         raise ValueError(
             f"model: images of task {task.name} must be [B, {', '.join(map(str, expected))}] floating,"

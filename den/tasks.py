@@ -3,33 +3,58 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+TASK_KINDS = ("classification", "segmentation", "depth", "normals", "edges", "saliency")
+IGNORE = 255  # what stands where a pixel has no label, edge or saliency
+
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task.
+    """A task: a label for an image, or a value for each of its pixels (a dense task).
 
     Args:
         name: unique within a model.
-        classes: number of classes.
-        size: side of its square images, in pixels.
+        classes: number of classes, or values predicted per pixel: 1 of depth, edges and saliency, 3 of normals.
+        size: side of its square images, in pixels; with `width` their height.
         channels: channels of its images.
+        kind: one of `TASK_KINDS`; all but classification are dense.
+        width: of the images of a dense task that are not square.
 
     Raises:
-        ValueError: an empty name, or a count below 1.
+        ValueError: an empty name, a count below 1, an unknown kind, classes that the kind does not have, a width of
+            images to be classified.
     """
 
     name: str
     classes: int
     size: int
     channels: int = 3
+    kind: str = "classification"
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"Task: name must be a non-empty string, got {self.name!r}")
-        for field in ("classes", "size", "channels"):
+        for field in ("classes", "size", "channels", *(["width"] if self.width is not None else [])):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Task: {field} of {self.name!r} must be a whole number of at least 1, got {value!r}")
+        if self.kind not in TASK_KINDS:
+            raise ValueError(f"Task: kind of {self.name!r} must be one of {', '.join(TASK_KINDS)}, got {self.kind!r}")
+        fixed = {"depth": 1, "normals": 3, "edges": 1, "saliency": 1}.get(self.kind, self.classes)
+        if self.classes != fixed:
+            raise ValueError(f"Task: classes of {self.name!r} must be {fixed} for {self.kind}, got {self.classes}")
+        if not self.dense and self.width not in (None, self.size):
+            raise ValueError(f"Task: width of {self.name!r} must be its size {self.size}, got {self.width}")
+
+    @property
+    def dense(self) -> bool:
+        """Whether every pixel has a target."""
+        return self.kind != "classification"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of its images."""
+        return self.channels, self.size, self.width or self.size
 
 
 def find_task(task: str | int | Task, tasks: Sequence[Task]) -> int:

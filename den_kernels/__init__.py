@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .dynamic_conv import dynamic_conv2d
+from .dynamic_graph import GraphWeights, dynamic_graph
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
 from .dynamic_residual import dynamic_residual, dynamic_residual_
 from .layers import DynamicConv2d
@@ -17,12 +18,14 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "DynamicBatchNorm2d",
     "DynamicConv2d",
+    "GraphWeights",
     "ResidualWeights",
     "Route",
     "RoutingPlan",
     "__version__",
     "dynamic_batch_norm",
     "dynamic_conv2d",
+    "dynamic_graph",
     "dynamic_residual",
     "dynamic_residual_",
 ]

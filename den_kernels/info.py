@@ -9,7 +9,10 @@ import torch
 
 from . import __version__, _extension
 
-_OPS = ("routing plan", "dynamic convolution", "dynamic batch norm", "residual block, inference")
+_OPS = (
+    "routing plan", "dynamic convolution", "dynamic batch norm", "residual block, inference",
+    "graph of convolutions, inference",
+)  # fmt: skip
 
 
 def _version(package: str) -> str:
@@ -134,7 +137,8 @@ def _on_cpu() -> dict[str, str]:
     convolution = "oneDNN" if torch.backends.mkldnn.is_available() else "PyTorch's own convolution"
     extension = _extension.extension
     if extension is None:
-        texts = ("PyTorch", f"PyTorch rows + {convolution}", "PyTorch", f"PyTorch rows + {convolution}, in place")
+        rows = f"PyTorch rows + {convolution}"
+        texts: tuple[str, ...] = ("PyTorch", rows, "PyTorch", f"{rows}, in place", rows)
     else:
         rows = f"C++ rows + {convolution}"
         direct = ["AVX-512 in float32"] if extension.has_dynamic_residual() else []
@@ -144,6 +148,7 @@ def _on_cpu() -> dict[str, str]:
             f"C++ direct ({direct[0]}), else {rows}" if direct else rows,
             "C++",
             f"C++ direct ({', '.join(whole)}), else {rows}" if whole else rows,
+            f"C++, one call ({direct[0]}), else {rows}" if direct else rows,
         )
     return dict(zip(_OPS, texts, strict=True))
 
@@ -152,10 +157,11 @@ def _on_cuda() -> dict[str, str]:
     extension = _extension.extension
     in_cuda = extension is not None and extension.with_cuda
     plan = "CUDA, one launch for all blocks" if in_cuda else "PyTorch, without host synchronisation"
+    edges = "dynamic convolutions, edge by edge"
     if find_spec("triton") is None:
-        return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 3), strict=True))
+        return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 3, edges), strict=True))
     block = "CUDA C++, one launch, where the map fits; else Triton, two launches" if in_cuda else "Triton, two launches"
-    texts = (plan, "Triton, one launch", "Triton, active instances only", block)
+    texts = (plan, "Triton, one launch", "Triton, active instances only", block, edges)
     return dict(zip(_OPS, texts, strict=True))
 
 

@@ -12,6 +12,7 @@ from den.dag import DagConfig, DagNetwork, Graph, SubGraph, SubNetwork, TaskGate
 from den.dag.edge import Edge, reference_edge
 from den.dag.gates import Gates, squeeze_loss
 from den.dag.stem import DagStem, stem_geometry
+from den.task_batch import task_batch
 from den.tasks import Task
 from den_kernels import RoutingPlan
 
@@ -119,8 +120,6 @@ def test_training_step_equals_the_formulas_in_ordinary_operations(ratio):
     twin = reduced(seed=3, ratio=ratio).train()
     x = torch.randn(9, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     parts = images()
-    from den.task_batch import task_batch
-
     batch = task_batch(parts, ["a", "b", "c"], TASKS, like=model.heads[0].linear.weight)
     got, wanted = model.trunk(x, model.route(batch)), plain_trunk(twin, x, tasks)
     close(got, wanted)
@@ -145,31 +144,33 @@ def test_an_all_ones_mask_is_the_unmasked_network():
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_dropped_edges_are_not_run(training, monkeypatch):
-    model, parts = reduced(seed=1, ratio=0.6).train(training), images((4, 4, 4))
-    ran = []
+def test_dropped_edges_are_not_run(monkeypatch):
+    """Edge by edge, as in training and on a GPU; `test_dynamic_graph` says it of the whole graph in one call."""
+    model, parts = reduced(seed=1, ratio=0.6).train(), images((4, 4, 4))
+    numbers, ran, forward = {edge: e for e, edge in enumerate(model.edges)}, [], Edge.forward
 
-    def watch(name):
-        original = getattr(Edge, name)
+    def spy(edge, x, route):
+        ran.append((numbers[edge], route.levels.gt(0).tolist()))
+        return forward(edge, x, route)
 
-        def spy(edge, x, route, *count):
-            y = original(edge, x, route, *count)
-            ran.append((numbers[edge], route.levels.gt(0).tolist()))
-            assert len(y) == (count[0] if count else len(x))
-            assert count in ((), (sum(ran[-1][1]),))
-            return y
-
-        monkeypatch.setattr(Edge, name, spy)
-
-    numbers = {edge: e for e, edge in enumerate(model.edges)}
-    watch("forward")
-    watch("compact")
-    with torch.set_grad_enabled(training):
-        model(parts, ["a", "b", "c"])
+    monkeypatch.setattr(Edge, "forward", spy)
+    model(parts, ["a", "b", "c"])
     assert [e for e, _ in ran] == [e for e in range(len(model.edges)) if model.gates.edge_levels[:, e].any()]
     for e, levels in ran:
         assert levels == [bool(model.gates.edge_levels[k, e]) for k in range(3) for _ in range(4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edge_by_edge_and_in_one_call_are_the_same(dtype):
+    """What other devices run at inference, against the one call on a CPU."""
+    model, parts = reduced(seed=6).to(dtype).eval(), images(dtype=dtype)
+    with torch.no_grad():
+        whole = model(parts, ["a", "b", "c"])
+        batch = task_batch(parts, ["a", "b", "c"], TASKS, like=model.heads[0].linear.weight)
+        x = torch.cat([stem(part) for stem, part in zip(model.stems, parts, strict=True)])
+        pooled = model.run_edges(x, model.route(batch)).mean((2, 3)).split(batch.sizes)
+        for logits, rows, head in zip(whole, pooled, model.heads, strict=True):
+            close(logits, head(rows))
 
 
 def test_dropped_instances_are_not_read():

@@ -21,7 +21,7 @@ from den.dag.config import (
 from den.dag.drawing import graph_figure, task_colour
 from den.dag.engine import DagEngine, load_network, stage_steps
 from den.dag.evaluate import deployed_parameters, evaluate_tasks, task_costs
-from den.dag.report import command_of, comparison, measure, report
+from den.dag.report import command_of, comparison, measure, report, verdicts
 from den.dag.scenarios import by_coarse_label
 from den.dag.search import reduce_tasks, reestimate_norms, search_step, train
 from den.data import ImageSet, load_set
@@ -275,13 +275,27 @@ def test_report_of_several_runs(tmp_path):
     assert "**Warning**" in text
     written = (tmp_path / "docs" / "dag.md").read_text()
     assert written.endswith(text)
-    assert "den dag train --out runs/random --start runs/flow" in written
+    assert "den dag train dag-omniglot --out runs/random --start runs/flow" in written
     assert matplotlib.image.imread(tmp_path / "flow" / "graph.png").shape[0] > 300
     found = [measure(path, time=False) for path in runs]
     gap = 100 * (found[0].accuracy - found[1].accuracy)
     assert f"{gap:+.2f}" in comparison(found)
     word = "yes" if gap >= 0 else "**no**"
     assert f"- {word}: after 10 updates flow-based reduction at least as accurate as random reduction" in text
+
+
+def test_runs_of_other_settings_stand_apart(tmp_path):
+    train(tiny(tmp_path / "flow"))
+    network = dataclasses.replace(tiny(tmp_path).network, channels=4)
+    for name, channels in (("hard", tiny(tmp_path).network), ("narrow", network)):
+        train(tiny(tmp_path / name, mode="hard", network=channels))
+    found = [measure(tmp_path / name, time=False) for name in ("flow", "hard", "narrow")]
+    assert [run.label(found[0]) for run in found] == [
+        "flow-based reduction", "hard sharing", "hard sharing, channels 4",
+    ]  # fmt: skip
+    rows = comparison(found).splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == [run.label(found[0]) for run in found]
+    assert verdicts(found).count("(1 seed)") == 2
 
 
 def test_the_command_of_a_run_makes_its_settings(tmp_path):

@@ -16,7 +16,11 @@ HELP = "Networks over one shared graph: a topology for each task, found by train
 
 @dataclass(frozen=True)
 class DagTrain:
-    """Search a topology for every task, reduce, fine-tune."""
+    """Search a topology for every task, reduce, fine-tune.
+
+    A scenario may come first, dag-omniglot, dag-cifar100, dag-nyuv2, dag-cityscapes or dag-pascal: its settings are
+    then the defaults of the options.
+    """
 
     config: Path | None = None
     """JSON file of settings, such as a run's config.json; options given here come before it."""
@@ -40,12 +44,24 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: list[str]) -> DagTrain | DagReportConfig:
-    """The command; the options of `train` change the settings of --config, or of the run to be resumed."""
+    """The command; the options of `train` change the settings of --config, of the run to be resumed, or of a scenario.
+
+    Raises ValueError for a scenario that is unknown or not that of the stored settings.
+    """
     from den.cli import base_settings
+    from den.dag.scenarios import named_settings
 
     default = DagTrain()
     if arguments[:1] == ["train"]:
-        default = DagTrain(settings=base_settings(DagTrainConfig, arguments))
+        settings = base_settings(DagTrainConfig, arguments)
+        if arguments[1:2] and not arguments[1].startswith("-"):
+            name, arguments = arguments[1], ["train", *arguments[2:]]
+            named = named_settings(name)
+            stored = any(word.split("=")[0] in ("--config", "--resume") for word in arguments)
+            if stored and settings.data.scenario != named.data.scenario:
+                raise ValueError(f"den dag train: scenario must be dag-{settings.data.scenario} as stored, got {name}")
+            settings = settings if stored else named
+        default = DagTrain(settings=settings)
     command = (
         Annotated[DagTrain, tyro.conf.subcommand("train", default=default)]
         | Annotated[DagReportConfig, tyro.conf.subcommand("report")]

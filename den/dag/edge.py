@@ -9,21 +9,26 @@ from torch import Tensor, nn
 from den.folding import may_fold, norm_tensors
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
 from den_kernels.fold_cache import FoldCache
-from den_kernels.rows import gather_rows
 
 
 class Edge(nn.Module):
     """``relu(norm(conv(x)))`` of the instances that the route lets through, in their channel groups; 0 elsewhere.
     Without a route: of all.
 
-    x [B, C, H, W] -> the same shape, channels-last.  Nothing is computed for an instance at level 0, and what it holds
-    does not enter the batch norm's statistics.  For inference the batch norm is folded into the convolution.
+    x [B, C, H, W] -> [B, out, H / stride, W / stride], rounded up, channels-last.  Nothing is computed for an instance
+    at level 0, and what it holds does not enter the batch norm's statistics.  For inference the batch norm is folded
+    into the convolution.
     """
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(
+        self, channels: int, groups: int, out_channels: int | None = None, stride: int = 1, kernel_size: int = 3
+    ) -> None:
         super().__init__()
-        self.conv = DynamicConv2d(channels, channels, 3, padding=1, bias=False, out_groups=groups)
-        self.norm = DynamicBatchNorm2d(channels, groups=groups)
+        out = out_channels or channels
+        self.conv = DynamicConv2d(
+            channels, out, kernel_size, stride, kernel_size // 2, bias=False, out_groups=groups
+        )  # fmt: skip
+        self.norm = DynamicBatchNorm2d(out, groups=groups)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         self._folded: FoldCache[DynamicConv2d] = FoldCache()
 
@@ -34,16 +39,6 @@ class Edge(nn.Module):
             return self._folded.get((self.conv.weight, *norm_tensors(self.norm)), self._fold)(x, route).relu_()
         return self.norm(self.conv(x, route), route, relu=True)
 
-    def compact(self, x: Tensor, route: Route, count: int) -> Tensor:
-        """For inference on a CPU: only the rows of the `count` instances that run the edge, in their order.
-
-        Equivalent to ``edge(x, route)[route.levels > 0]`` with one channel group.  What follows adds these rows to
-        their instances, so nothing is written for the others.
-        """
-        conv = self._folded.get((self.conv.weight, *norm_tensors(self.norm)), self._fold)
-        rows = x if count == len(x) else gather_rows(x, route.order[:count], x.shape[1])
-        return F.conv2d(rows, conv.weight, conv.bias, padding=1).relu_()
-
     def train(self, mode: bool = True) -> Edge:
         self._folded.clear()
         return super().train(mode)
@@ -52,8 +47,11 @@ class Edge(nn.Module):
     def _fold(self) -> DynamicConv2d:
         """The convolution with the batch norm's scale and shift."""
         weight, bias = folded(self.conv.weight, self.norm)
-        sizes = self.conv.out_groups
-        conv = DynamicConv2d(*weight.shape[1::-1], 3, padding=1, device="meta", dtype=weight.dtype, out_groups=sizes)
+        own = self.conv
+        conv = DynamicConv2d(
+            own.in_channels, own.out_channels, own.kernel_size, own.stride, own.padding,
+            device="meta", dtype=weight.dtype, out_groups=own.out_groups,
+        )  # fmt: skip
         conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
         return conv.eval().requires_grad_(False)
 
@@ -75,10 +73,11 @@ def reference_edge(edge: Edge, x: Tensor, levels: Tensor) -> Tensor:
 
     Running statistics move as the edge's would.
     """
-    out, used = torch.zeros_like(x), levels > 0
+    conv, used = edge.conv, levels > 0
+    out = torch.zeros_like(F.conv2d(x, conv.weight, None, conv.stride, conv.padding))
     if bool(used.any()):
         norm = edge.norm
-        y = F.conv2d(x[used], edge.conv.weight, padding=1)
+        y = F.conv2d(x[used], conv.weight, None, conv.stride, conv.padding)
         y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, 0.1, norm.eps)
         out = out.index_put((used.nonzero().flatten(),), y.relu())
     return out

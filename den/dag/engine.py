@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,26 @@ from den.checkpoint import (
     save_checkpoint,
     unprefixed,
 )
-from den.dag.config import DagTrainConfig
+from den.dag.config import SEARCHING, DagTrainConfig
 from den.dag.evaluate import evaluate_tasks
 from den.dag.graph import SubGraph
-from den.dag.model_config import DagConfig
+from den.dag.model_config import DagConfig, quarter
 from den.dag.network import DagNetwork
+from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.scenarios import load_tasks
-from den.data import Batch, ImageSet, MixedTaskBatches
-from den.data.images import stratified_split
+from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
 from den.engine import Meter
 from den.phases import schedule_factor
 from den.run_folder import RunFolder
+from den.tasks import Task
 
+TaskSet = ImageSet | SceneSet
+Network = DagNetwork | PeerNetwork
+NETWORKS: dict[str, type[Network]] = {
+    "dag": DagNetwork,
+    "single": SeparateNetworks,
+    "cross-stitch": CrossStitchNetwork,
+}
 STAGES = ("warm-up", "search", "fine-tuning")
 SEARCHED = "searched.safetensors"
 
@@ -55,14 +63,17 @@ class DagEngine:
     def __init__(self, config: DagTrainConfig, *, resume: bool = False) -> None:
         self.config, self.position, self.meter = config, Position(), Meter()
         sets, self.held_out = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
-        self.model = new_network(config, sets)
+        tasks = [task for each in sets for task in each.tasks]
+        if len(config.training.loss_weights) not in (0, len(tasks)):
+            given = list(config.training.loss_weights)
+            raise ValueError(f"config: training.loss_weights must be one for each of {len(tasks)} tasks, got {given}")
+        self.model = new_network(config, tasks)
         self.steps = stage_steps(config)
         self.batches = make_batches(sets, config)
-        weights = [p for name, p in self.model.named_parameters() if not name.startswith("gates.")]
         training = config.training
         self.optimisers = {
             "weights": torch.optim.SGD(
-                weights, training.rate, training.momentum, weight_decay=training.weight_decay,
+                weight_groups(self.model, config), training.rate, training.momentum, weight_decay=training.weight_decay,
                 nesterov=training.momentum > 0,
             ),
             "gates": torch.optim.Adam(self.model.gates.parameters(), training.gate_rate),
@@ -94,20 +105,25 @@ class DagEngine:
             self._bar = tqdm(total=total, initial=here.step, desc=name, dynamic_ncols=True)
         while here.step < total:
             self.model.train()
-            self.optimisers["weights"].param_groups[0]["lr"] = self.rate()
+            for group in self.optimisers["weights"].param_groups:
+                group["lr"] = self.rate() * group["factor"]
             yield self.batches[batches].next()
             here.step += 1
             here.total_steps += 1
             if self._bar is not None:
                 self._bar.update()
                 self._bar.set_postfix_str(self.meter.text(), refresh=False)
-            if here.step == total or here.step % self._epoch_steps() == 0:
+            if here.step == total or here.step % self.epoch_steps == 0:
                 self._end_epoch(name)
         here.stage, here.step = here.stage + 1, 0
         self._close_bar()
         if name == "search":
             self._save(self.folder.path / SEARCHED)
         self._save()
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the settings ask for."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def rate(self) -> float:
         """Learning rate of the weights at the update at hand."""
@@ -133,11 +149,14 @@ class DagEngine:
             self.meter.add(measured)
 
     def mark_reduced(self) -> None:
-        """Remember, on disk too, that the reduction is done."""
+        """Remember, on disk too, that the reduction is done.  Momentum of what was does not enter fine-tuning."""
         self.position.reduced = True
+        self.optimisers["weights"].state.clear()
         self._save()
 
-    def _epoch_steps(self) -> int:
+    @property
+    def epoch_steps(self) -> int:
+        """Updates between measurements and checkpoints."""
         return self.config.epoch_steps or self.batches["all"].epoch_steps
 
     def _end_epoch(self, stage: str) -> None:
@@ -168,7 +187,10 @@ class DagEngine:
             state = batches.state_dict()
             cursors[name] = state.pop("cursors")
             tensors |= prefixed(f"batches.{name}", state)
-        record = {"dag": self.model.config.to_dict(), "position": dataclasses.asdict(self.position), "cursors": cursors}
+        record = {
+            "dag": self.model.config.to_dict(), "network": type(self.model).__name__,
+            "position": dataclasses.asdict(self.position), "cursors": cursors,
+        }  # fmt: skip
         save_checkpoint(path or self.folder.last, tensors, record)
 
     def _restore(self) -> None:
@@ -177,19 +199,23 @@ class DagEngine:
         load_weights(self.model, tensors, path)
         for name, optimiser in self.optimisers.items():
             restore_optimiser(optimiser, unprefixed(f"optimiser.{name}", tensors))
-        for name, batches in self.batches.items():
-            batches.load_state_dict({**unprefixed(f"batches.{name}", tensors), "cursors": record["cursors"][name]})
+        self._restore_batches(tensors, record)
         self.position = Position(**record["position"])
         self.folder.rewind(self.position.epoch)
 
+    def _restore_batches(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        for name, batches in self.batches.items():
+            batches.load_state_dict({**unprefixed(f"batches.{name}", tensors), "cursors": record["cursors"][name]})
+
     def _take_over(self, path: Path) -> None:
-        """The searched network of another run, ready to be reduced."""
-        tensors, _ = load_checkpoint(path)
+        """The searched network of another run, ready to be reduced; its batches go on from where they stood."""
+        tensors, record = load_checkpoint(path)
         load_weights(self.model, tensors, path)
+        self._restore_batches(tensors, record)
         self.position = Position(stage=2, total_steps=sum(self.steps[:2]))
 
 
-def load_weights(model: DagNetwork, tensors: dict[str, Tensor], path: Path) -> None:
+def load_weights(model: Network, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the weights of a checkpoint into `model`; ValueError when they are another network's."""
     try:
         model.load_state_dict(unprefixed("model", tensors))
@@ -198,40 +224,54 @@ def load_weights(model: DagNetwork, tensors: dict[str, Tensor], path: Path) -> N
         raise ValueError(f"load_checkpoint: {path} must hold the weights of this network, got {reason}") from error
 
 
-def load_network(path: Path) -> DagNetwork:
+def load_network(path: Path) -> Network:
     """The network of a checkpoint, in evaluation mode; ValueError when it holds none."""
     tensors, record = load_checkpoint(path)
     if "dag" not in record:
         raise ValueError(f"load_checkpoint: {path} must hold a network of den dag train, got another")
-    model = DagNetwork(DagConfig.from_dict(record["dag"]))
+    kinds = {kind.__name__: kind for kind in NETWORKS.values()}
+    model = kinds[record.get("network", DagNetwork.__name__)](DagConfig.from_dict(record["dag"]))
     load_weights(model, tensors, path)
     return model.eval()
 
 
-def new_network(config: DagTrainConfig, sets: list[ImageSet]) -> DagNetwork:
-    """The central network of `config`; its weights are drawn with the seed, the global generator is left as it was."""
+def weight_groups(model: Network, config: DagTrainConfig) -> list[dict[str, Any]]:
+    """The optimiser's groups of what is learned but the gates; `factor`: of the learning rate."""
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("gates.")}
+    groups = [{"params": [p for name, p in learned.items() if name != "stitches"], "factor": 1.0}]
+    if "stitches" in learned:
+        groups.append({"params": [learned["stitches"]], "factor": config.peers.stitch_rate, "weight_decay": 0.0})
+    return groups
+
+
+def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> Network:
+    """The network of `config`; its weights are drawn with the seed, the global generator is left as it was."""
     network = config.network
     shape: dict[str, Any] = {
-        name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates")
+        name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates", "stages")
     }
+    if config.mode == "adashare":
+        shape["gates"] = "bare"
+    if dense := [task for task in tasks if task.dense]:
+        shape["trunk_size"] = quarter(dense[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = DagNetwork(DagConfig(tuple(s.task for s in sets), **shape))
+        model = NETWORKS.get(config.mode, DagNetwork)(DagConfig(tuple(tasks), **shape))
     whole, states = model.graph.whole(), model.graph.states
     first = tuple(network.read_in or j == 0 for j in range(states))
     last = tuple(network.read_out or j == states - 1 for j in range(states))
-    for k in range(len(sets)):
+    for k in range(len(tasks)):
         model.keep(k, SubGraph(model.graph, whole.edges, first, last))
     return model
 
 
 def stage_steps(config: DagTrainConfig) -> tuple[int, int, int]:
-    """Updates of each stage; hard sharing has fine-tuning only.
+    """Updates of each stage; what searches nothing has fine-tuning only.
 
     Warns where the squeeze loss can never act, because the gates begin below kappa.
     """
     training = config.training
-    if config.mode == "hard":
+    if config.mode not in SEARCHING:
         return 0, 0, training.steps
     if training.squeeze and training.kappa > 0.5:
         warnings.warn(
@@ -243,16 +283,15 @@ def stage_steps(config: DagTrainConfig) -> tuple[int, int, int]:
     return first, second, training.steps - first - second
 
 
-def hold_out(sets: list[ImageSet], share: float, seed: int) -> tuple[list[ImageSet], list[ImageSet]]:
+def hold_out(sets: list[TaskSet], share: float, seed: int) -> tuple[list[TaskSet], list[TaskSet]]:
     """Training sets, and the part of them that is held out."""
     if share == 0:
         return sets, []
-    splits = [stratified_split(s.labels, share, seed) for s in sets]
-    kept = [s.subset(split[0]) for s, split in zip(sets, splits, strict=True)]
-    return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
+    splits = [each.split(share, seed) for each in sets]
+    return [kept for kept, _ in splits], [held_out for _, held_out in splits]
 
 
-def make_batches(sets: list[ImageSet], config: DagTrainConfig) -> dict[str, MixedTaskBatches]:
+def make_batches(sets: list[TaskSet], config: DagTrainConfig) -> dict[str, MixedTaskBatches]:
     """Batches of all training images, and of the two halves that weights and gates learn from in turn."""
     weights, gates = hold_out(sets, 0.5, config.seed)
     parts = {"all": sets, "weights": weights, "gates": gates}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from den.dag.extract import SubNetwork
 from den.dag.graph import SubGraph
+from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
-from den.data.images import ImageSet
+from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
+from den.data import ImageSet, SceneSet
+from den.tasks import find_task
 
-BATCH = 250
+BATCH, DENSE_BATCH = 250, 8
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,13 @@ class TaskResult:
 
     task: str
     images: int
-    accuracy: float  # 0..1
-    loss: float  # mean cross-entropy
+    loss: float  # of the batches, a mean over images
+    metrics: dict[str, float]  # see `den.dag.kinds`
+
+    @property
+    def accuracy(self) -> float:
+        """Of a classification task, 0..1."""
+        return self.metrics["accuracy"]
 
 
 @dataclass(frozen=True)
@@ -39,51 +48,76 @@ class TaskCost:
     spread: float  # standard deviation of its edge gates
 
 
-def evaluate_tasks(model: DagNetwork, sets: Sequence[ImageSet], batch_size: int = BATCH) -> dict[str, TaskResult]:
-    """Results of every set, by the name of its task; the model's mode is as before afterwards."""
+def evaluate_tasks(
+    model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = BATCH
+) -> dict[str, TaskResult]:
+    """Results of every task of the sets, by its name; the model's mode is as before afterwards."""
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            return {image_set.name: _evaluate(model, image_set, batch_size) for image_set in sets}
+            return {name: result for each in sets for name, result in _evaluate(model, each, batch_size).items()}
     finally:
         model.train(training)
 
 
-def _evaluate(model: DagNetwork, image_set: ImageSet, batch_size: int) -> TaskResult:
-    correct, loss = 0, 0.0
-    for start in range(0, len(image_set), batch_size):
-        part = slice(start, start + batch_size)
-        logits, labels = model(image_set.inputs(part), image_set.name), image_set.labels[part]
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += (logits.argmax(1) == labels).sum().item()
-    return TaskResult(image_set.name, len(image_set), correct / len(image_set), loss / len(image_set))
+def _evaluate(
+    model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet, batch_size: int
+) -> dict[str, TaskResult]:
+    """All tasks of the images together."""
+    tasks = image_set.tasks
+    step = min(batch_size, DENSE_BATCH) if any(task.dense for task in tasks) else batch_size
+    losses = dict.fromkeys((task.name for task in tasks), 0.0)
+    metrics = {task.name: KINDS[task.kind].metrics(task) for task in tasks}
+    for start in range(0, len(image_set), step):
+        names, images, targets = zip(*image_set.examples(slice(start, start + step)), strict=True)
+        for task, output, target in zip(tasks, model(images, names), targets, strict=True):
+            losses[task.name] += KINDS[task.kind].loss(output, target).item() * len(target)
+            metrics[task.name].add(output, target)
+    count = len(image_set)
+    for task in tasks:
+        if not metrics[task.name].count:
+            raise ValueError(f"evaluate: {task.name} must have a target in the set, got none in {count} images")
+    return {name: TaskResult(name, count, losses[name] / count, metrics[name].results()) for name in losses}
 
 
-def task_costs(model: DagNetwork) -> list[TaskCost]:
+def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
     """Structure and cost of every task's sub-network."""
+    if isinstance(model, SeparateNetworks):
+        return [cost for network in model.networks for cost in task_costs(network)]
     spread = model.gates.spread().tolist()
+    if isinstance(model, CrossStitchNetwork):
+        count, kept = deployed_parameters(model), model.graph.whole()
+        return [TaskCost(t.name, kept, count, model.flops(k), spread[k]) for k, t in enumerate(model.tasks)]
     found = []
     for k, task in enumerate(model.tasks):
         alone = SubNetwork(model, k)
-        flops = alone.stem.flops() + len(alone.edges) * model.config.edge_flops + alone.head.flops()
+        flops = alone.stem.flops() + alone.head.flops() + alone.trunk_flops()
         found.append(TaskCost(task.name, alone.kept, alone.parameters_count, flops, spread[k]))
     return found
 
 
-def deployed_parameters(model: DagNetwork) -> int:
+def deployed_parameters(model: DagNetwork | PeerNetwork) -> int:
     """Learned numbers of the network less the edges that no task keeps; gates are counted where they are kept."""
+    if isinstance(model, PeerNetwork):
+        return sum(p.numel() for name, p in model.named_parameters() if "gates." not in name)
     modules = [*model.stems, *model.heads, *(model.edges[e] for e in model.used_edges())]
+    ends = [end for stage in model.stages for end in (stage.read_in, stage.read_out)]
+    used = model.gates.block_levels().any(0)[len(model.edges) :].tolist()
+    modules += [end for end, kept in zip(ends, used, strict=True) if kept]
     weights = sum(parameter.numel() for module in modules for parameter in module.parameters())
     gates = sum(len(model.structure(k).items()) for k in range(len(model.tasks)))
     return weights + gates
 
 
 @torch.inference_mode()
-def time_tasks(model: DagNetwork, sets: Sequence[ImageSet], batch_size: int = 32, rounds: int = 9) -> dict[str, float]:
+def time_tasks(
+    model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = 32, rounds: int = 9
+) -> dict[str, float]:
     """Seconds that a batch of each task takes in its extracted network: medians of interleaved rounds."""
-    alone = {image_set.name: SubNetwork(model, image_set.name).eval() for image_set in sets}
-    images = {image_set.name: image_set.inputs(slice(0, batch_size)) for image_set in sets}
+    examples = [example for each in sets for example in each.examples(slice(0, batch_size))]
+    images = {name: part for name, part, _ in examples}
+    alone = {name: _alone(model, name) for name in images}
     seconds: dict[str, list[float]] = {name: [] for name in alone}
     for _ in range(rounds + 1):
         for name, network in alone.items():
@@ -91,3 +125,12 @@ def time_tasks(model: DagNetwork, sets: Sequence[ImageSet], batch_size: int = 32
             network(images[name])
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+
+
+def _alone(model: DagNetwork | PeerNetwork, task: str) -> Callable[[Tensor], Tensor]:
+    """What one task takes to run; a cross-stitch network has no smaller part that does."""
+    if isinstance(model, CrossStitchNetwork):
+        return partial(model, task=task)
+    if isinstance(model, SeparateNetworks):
+        return SubNetwork(model.networks[find_task(task, model.tasks)], 0).eval()
+    return SubNetwork(model, task).eval()

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from den.conv_norm import ConvNormReLU
-from den.dag.head import ClassHead
+from den.dag.head import make_head
 from den.dag.network import DagNetwork
-from den.dag.stem import DagStem
+from den.dag.stages import edge_flops, edge_geometry, enlarged, pooled, stage_end_flops
+from den.dag.stem import make_stem
 from den.tasks import find_task
 
 
 class SubNetwork(nn.Module):
-    """Images [B, C_k, S_k, S_k] -> logits [B, classes], as ``model(images, task)`` gives them; an ordinary network.
+    """Images [B, C_k, H_k, W_k] -> what ``model(images, task)`` gives for them; an ordinary network.
 
     All tensors are copies.  Edges are named after their states, ``edges["0-2"]``; gates are numbers.
 
@@ -26,41 +27,69 @@ class SubNetwork(nn.Module):
         levels = model.gates.edge_levels[k].tolist()
         if any(0 < level < config.groups for level in levels):
             raise ValueError(f"SubNetwork: edges must be used whole, got levels {levels} of {config.groups} groups")
+        self._config = config
         self.task, self.kept = model.tasks[k], model.structure(k)
-        self.stem = DagStem(self.task, config.channels, config.trunk_size)
+        self.stem = make_stem(self.task, config)
         self.stem.load_state_dict(model.stems[k].state_dict())
-        self.head = ClassHead(config.channels, self.task.classes)
+        self.head = make_head(self.task, config)
         self.head.load_state_dict(model.heads[k].state_dict())
         self.edges = nn.ModuleDict()
         for e, (i, j) in enumerate(model.graph.edges):
             if self.kept.edges[e]:
-                edge = ConvNormReLU(config.channels, config.channels, 3, 1, 1)
+                inputs, outputs, stride = edge_geometry(config, i, j)
+                edge = ConvNormReLU(inputs, outputs, 3, stride, 1)
                 edge.load_state_dict(model.edges[e].state_dict())
                 self.edges[f"{i}-{j}"] = edge
+        self._take_stage_ends(model)
         rows = (rows[k].tolist() for rows in model.gates.values(config.gates == "bare"))
         self._read_in, gates, self._read_out = rows
         self._gates = [
             gate / len(model.graph.incoming[j]) for gate, (_, j) in zip(gates, model.graph.edges, strict=True)
         ]
-        self.train(model.training).to(model.heads[0].linear.weight)
+        self.train(model.training).to(model.gates.gamma)
+
+    def _take_stage_ends(self, model: DagNetwork) -> None:
+        """Of each later stage the read-in and the read-out, where the task keeps one of its states'."""
+        self.read_ins, self.read_outs = nn.ModuleDict(), nn.ModuleDict()
+        config, stage_of = model.config, model.graph.stage_of
+        for stage, ends in enumerate(model.stages, 1):
+            channels, place = (config.channels, config.stage_channels(stage)), str(stage)
+            if any(kept and stage_of[j] == stage for j, kept in enumerate(self.kept.read_in)):
+                self.read_ins[place] = ConvNormReLU(*channels, 1, 1, 0)
+                self.read_ins[place].load_state_dict(ends.read_in.state_dict())
+            if any(kept and stage_of[j] == stage for j, kept in enumerate(self.kept.read_out)):
+                self.read_outs[place] = nn.Conv2d(*channels[::-1], 1, bias=False)
+                self.read_outs[place].load_state_dict(ends.read_out.state_dict())
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.trunk(self.stem(images)).mean((2, 3)))
+        maps = self.trunk(self.stem(images))
+        return self.head(maps if self.task.dense else maps.mean((2, 3)))
 
     def trunk(self, x: Tensor) -> Tensor:
         """The gated sum of the states that the task keeps."""
+        inputs = {0: x, **{int(s): read(pooled(x, int(s))) for s, read in self.read_ins.items()}}
         states: dict[int, Tensor] = {}
-        out: Tensor | None = None
+        outs: dict[int, Tensor | None] = {}
         for j in self.kept.live_states:
-            v = x * self._read_in[j] if self.kept.read_in[j] else None
+            stage = self.kept.graph.stage_of[j]
+            v = inputs[stage] * self._read_in[j] if self.kept.read_in[j] else None
             for e in self.kept.graph.incoming[j]:
                 if self.kept.edges[e]:
                     i = self.kept.graph.edges[e][0]
                     v = _plus(v, self.edges[f"{i}-{j}"](states[i]), self._gates[e])
             states[j] = v
             if self.kept.read_out[j]:
-                out = _plus(out, v, self._read_out[j])
+                outs[stage] = _plus(outs.get(stage), v, self._read_out[j])
+        out = outs.get(0)
+        for stage, write in self.read_outs.items():
+            out = _plus(out, enlarged(write(outs[int(stage)]), x.shape[2:]), 1.0)
         return out
+
+    def trunk_flops(self) -> int:
+        """Twice the multiply-adds of the convolutions between stem and head for one image."""
+        edges = sum(edge_flops(self._config, *map(int, name.split("-"))) for name in self.edges)
+        ends = [*self.read_ins, *self.read_outs]
+        return edges + sum(stage_end_flops(self._config, int(stage)) for stage in ends)
 
     @property
     def parameters_count(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +38,39 @@ class Gates(nn.Module):
         self.register_buffer("edge_levels", torch.full((tasks, len(graph.edges)), groups, dtype=torch.int32))
         self.register_buffer("kept_in", torch.ones(tasks, graph.states, dtype=torch.bool))
         self.register_buffer("kept_out", torch.ones(tasks, graph.states, dtype=torch.bool))
+        self._draw: tuple[Tensor, float] | None = None
 
     def values(self, bare: bool = False) -> tuple[Tensor, ...]:
         """Gates of what is kept, 0 elsewhere: read-in [K, N], edges [K, E], read-out [K, N]; bare: 1 where kept."""
         kept = self.kept_in, self.edge_levels > 0, self.kept_out
+        if self._draw is not None:
+            noise, temperature = self._draw
+            edges = torch.where(kept[1], ((self.gamma + noise) / temperature).sigmoid(), 0)
+            return kept[0].to(edges.dtype), edges, kept[2].to(edges.dtype)
         if bare:
             return tuple(mask.to(self.gamma.dtype) for mask in kept)
         logits = self.alpha, self.gamma, self.beta
         return tuple(torch.where(mask, x.sigmoid(), 0) for mask, x in zip(kept, logits, strict=True))
+
+    @contextmanager
+    def drawn(self, noise: Tensor, temperature: float) -> Iterator[None]:
+        """Within it, the edges' gates are samples of what AdaShare learns, ``sigmoid((gamma + noise) / temperature)``,
+        and those of read-in and read-out 1."""
+        self._draw = noise, temperature
+        try:
+            yield
+        finally:
+            self._draw = None
+
+    def block_levels(self) -> Tensor:
+        """Levels of all that a batch is routed through, int32 [K, E + 2 (S - 1)]: the edges, then of each stage after
+        the first of the S stages its read-in and its read-out, whole where the task keeps one of its states'."""
+        ends, stages = [], self.graph.stages
+        for first, count in zip(accumulate(stages), stages[1:], strict=False):
+            ends += [kept[:, first : first + count].any(1) for kept in (self.kept_in, self.kept_out)]
+        if not ends:
+            return self.edge_levels
+        return torch.cat([self.edge_levels, self.groups * torch.stack(ends, 1).to(torch.int32)], 1)
 
     def of_task(self, task: int) -> TaskGates:
         """The gates of one task, 0 where it does not keep the item."""

@@ -14,11 +14,15 @@ class Graph:
     Edge (i, j) exists for ``1 <= j - i <= flow``, which is M; edges stand in the order of j, then i.  M = N - 1 is the
     unrestricted graph.  There are ``M N - M (M + 1) / 2`` of them.
 
-    Raises ValueError unless 1 <= flow < states.
+    stages: how many states, one after the other, have maps of each resolution; each stage halves the side.  Empty: all
+    states have the same.
+
+    Raises ValueError unless 1 <= flow < states, and for stages that do not add up to the states.
     """
 
     states: int
     flow: int
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in (("states", self.states), ("flow", self.flow)):
@@ -26,6 +30,17 @@ class Graph:
                 raise ValueError(f"Graph: {name} must be a whole number, got {value!r}")
         if not 1 <= self.flow < self.states:
             raise ValueError(f"Graph: flow must be in 1..states - 1 = {self.states - 1}, got {self.flow}")
+        stages = tuple(self.stages) or (self.states,)
+        if sum(stages) != self.states or min(stages) < 1:
+            raise ValueError(
+                f"Graph: stages must be numbers of at least 1 that add up to states = {self.states}, got {list(stages)}"
+            )
+        object.__setattr__(self, "stages", stages)
+
+    @cached_property
+    def stage_of(self) -> tuple[int, ...]:
+        """The stage of each state, from 0."""
+        return tuple(stage for stage, count in enumerate(self.stages) for _ in range(count))
 
     @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:

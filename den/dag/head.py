@@ -1,8 +1,16 @@
-"""The classification head of a task."""
+"""What a task makes of the network's output: logits of an image, or values of each of its pixels."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from den.conv_norm import ConvNormReLU
+from den.dag.model_config import DagConfig
+from den.tasks import Task
+
+DILATIONS = (6, 12, 18, 24)
 
 
 class ClassHead(nn.Module):
@@ -27,3 +35,37 @@ class ClassHead(nn.Module):
     def flops(self) -> int:
         """Twice the multiply-adds of the linear layer for one image."""
         return 2 * self.linear.weight.numel()
+
+
+class DenseHead(nn.Module):
+    """Maps [B, C, h, w] -> values of every pixel of the images, [B, classes, H, W].
+
+    Atrous spatial pyramid pooling (Chen et al., DeepLab, 2018): four 3x3 convolutions of dilations 6, 12, 18 and 24,
+    each with batch norm and ReLU, side by side; a 1x1 convolution; bilinear interpolation to the images' size.
+    """
+
+    def __init__(self, channels: int, task: Task, map_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.map_size, self.image_size = map_size, task.shape[1:]
+        self.branches = nn.ModuleList(ConvNormReLU(channels, channels, 3, 1, d, d) for d in DILATIONS)
+        self.conv = nn.Conv2d(len(DILATIONS) * channels, task.classes, 1)
+        nn.init.xavier_uniform_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        values = self.conv(torch.cat([branch(maps) for branch in self.branches], 1))
+        if not len(maps):
+            return values.new_empty(0, values.shape[1], *self.image_size)
+        return F.interpolate(values, size=self.image_size, mode="bilinear", align_corners=False)
+
+    def flops(self) -> int:
+        """Twice the multiply-adds of its convolutions for one image."""
+        weights = sum(branch.conv.weight.numel() for branch in self.branches) + self.conv.weight.numel()
+        return 2 * weights * self.map_size[0] * self.map_size[1]
+
+
+def make_head(task: Task, config: DagConfig) -> ClassHead | DenseHead:
+    """The head of a task; a dense one reads the maps, the other their means."""
+    if task.dense:
+        return DenseHead(config.channels, task, config.map_size())
+    return ClassHead(config.channels, task.classes)

@@ -18,10 +18,12 @@ class DagConfig:
         tasks: at least one; names are unique.
         states: N.
         flow: M, 1 to N - 1: how far ahead an edge may lead.
-        channels: C of every state, a multiple of `groups`.
-        trunk_size: side of the states' maps.
+        channels: C of every state, a multiple of `groups`; with stages, of the first one's: stage s has 2^s C.
+        trunk_size: side of the states' maps, or (height, width); with stages, of the first one's.  With a dense task a
+            quarter of its images, rounded up.
         groups: nested channel groups of each edge, of which a task may use the first few.
         gates: how deployed gates count: "soft", the sigmoid where kept; "bare", 1 where kept.
+        stages: states of each resolution, see `Graph`; empty: all have the same.
 
     Raises:
         ValueError: a value that does not fit, saying what must hold.
@@ -31,37 +33,59 @@ class DagConfig:
     states: int = 8
     flow: int = 3
     channels: int = 48
-    trunk_size: int = 16
+    trunk_size: int | tuple[int, int] = 16
     groups: int = 1
     gates: Literal["soft", "bare"] = "soft"
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        if not isinstance(self.trunk_size, int):
+            height, width = self.trunk_size
+            object.__setattr__(self, "trunk_size", height if height == width else (height, width))
+        object.__setattr__(self, "stages", tuple(self.stages))
         names = [task.name for task in self.tasks]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"DagConfig: tasks must be at least one, of unique names, got {names}")
-        Graph(self.states, self.flow)
-        for name in ("channels", "trunk_size", "groups"):
-            if getattr(self, name) < 1:
+        Graph(self.states, self.flow, self.stages)
+        for name, value in (("channels", self.channels), ("trunk_size", min(self.map_size())), ("groups", self.groups)):
+            if value < 1:
                 raise ValueError(f"DagConfig: {name} must be at least 1, got {getattr(self, name)}")
         if self.channels % self.groups:
             raise ValueError(f"DagConfig: channels must be a multiple of groups = {self.groups}, got {self.channels}")
         if self.gates not in ("soft", "bare"):
             raise ValueError(f"DagConfig: gates must be 'soft' or 'bare', got {self.gates!r}")
+        for task in self.tasks:
+            fitting = quarter(task) if task.dense else self.map_size()[:1] * 2
+            if fitting != self.map_size():
+                wanted = (
+                    f"{fitting}, a quarter of the images of {task.name}" if task.dense else f"square for {task.name}"
+                )
+                raise ValueError(f"DagConfig: trunk_size must be {wanted}, got {self.trunk_size}")
 
     @property
     def graph(self) -> Graph:
-        return Graph(self.states, self.flow)
+        return Graph(self.states, self.flow, self.stages)
+
+    def map_size(self, stage: int = 0) -> tuple[int, int]:
+        """Height and width of the maps of a stage."""
+        height, width = (self.trunk_size,) * 2 if isinstance(self.trunk_size, int) else self.trunk_size
+        return -(-height // 2**stage), -(-width // 2**stage)
+
+    def stage_channels(self, stage: int) -> int:
+        """Channels of the states of a stage."""
+        return self.channels * 2**stage
 
     @property
     def edge_parameters(self) -> int:
-        """Convolution weights of one edge."""
+        """Convolution weights of one edge of the first stage."""
         return 9 * self.channels**2
 
     @property
     def edge_flops(self) -> int:
-        """Twice the multiply-adds of one edge's convolution for one image."""
-        return 2 * self.edge_parameters * self.trunk_size**2
+        """Twice the multiply-adds of one such edge's convolution for one image."""
+        height, width = self.map_size()
+        return 2 * self.edge_parameters * height * width
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -78,3 +102,9 @@ class DagConfig:
             return cls(**{**data, "tasks": tuple(Task(**task) for task in data.get("tasks", ()))})
         except TypeError as error:
             raise ValueError(f"DagConfig: {error}") from error
+
+
+def quarter(task: Task) -> tuple[int, int]:
+    """Height and width of the map that the stem of a dense task makes of its images."""
+    _, height, width = task.shape
+    return -(-height // 4), -(-width // 4)

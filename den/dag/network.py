@@ -4,8 +4,11 @@
     logits = head(mean over the map of sum_j b_j v_j)
 
 x is the task's stem, a, g, b are its gates, In_j is the in-degree of state j in the restricted graph, whatever was
-removed from it.  After W. Choi and S. Im, Dynamic neural network for multi-task learning searching across diverse
-network topologies, CVPR 2023; of its details only the abstract was at hand, the formulas above are this library's.
+removed from it.  A dense task's head reads the map itself.  States of a later stage, where there are stages, are read
+in and out through 1x1 convolutions (`den.dag.stages`).
+
+After W. Choi and S. Im, Dynamic neural network for multi-task learning searching across diverse network topologies,
+CVPR 2023; of its details only the abstract was at hand, the formulas above are this library's.
 """
 
 from __future__ import annotations
@@ -16,15 +19,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from den.dag.edge import Edge
+from den.dag.edge import folded
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
-from den.dag.head import ClassHead
+from den.dag.head import make_head
 from den.dag.model_config import DagConfig
-from den.dag.stem import DagStem
-from den.folding import may_fold
+from den.dag.stages import StageEnds, make_edge
+from den.dag.stem import make_stem
+from den.folding import may_fold, norm_tensors
 from den.task_batch import Images, TaskBatch, Tasks, task_batch
-from den_kernels import RoutingPlan
+from den_kernels import GraphWeights, Route, RoutingPlan, dynamic_graph
 from den_kernels.fold_cache import FoldCache
 
 
@@ -35,83 +39,104 @@ class BatchGates:
     read_in: Tensor  # [B, N]
     edges: Tensor  # [B, E], divided by the in-degree of the state that the edge leads to
     read_out: Tensor  # [B, N]
-    plan: RoutingPlan | None  # a block per edge; None: every instance runs every edge whole
-    runs: tuple[tuple[tuple[int, int], ...], ...]  # of each edge: the instances that run it, as [start, stop) ranges
+    plan: RoutingPlan | None  # blocks: see `Gates.block_levels`; None: every instance runs every one whole
+    runs: tuple[tuple[tuple[int, int], ...], ...]  # of each block: the instances that run it, as [start, stop) ranges
     ends: tuple[tuple[tuple[int, int], ...], ...]  # of each state: the instances that read it out, in the same way
 
 
 class DagNetwork(nn.Module):
     """One network, one topology per task: see the module.  ``images`` and ``task`` are those of `DeepElasticNetwork`.
 
-    A batch of several tasks runs every edge once, over the instances whose task keeps it.
+    A batch of several tasks runs every edge once, over the instances whose task keeps it.  Several tasks of the same
+    images are a list that holds the same tensor for each: ``model([x, x, x], ["segmentation", "depth", "normals"])``.
+    After the stems an instance is then an image and a task, and one plan routes all of them.
     """
 
     def __init__(self, config: DagConfig) -> None:
         super().__init__()
         self.config, self.tasks, self.graph = config, config.tasks, config.graph
-        self.stems = nn.ModuleList(DagStem(task, config.channels, config.trunk_size) for task in config.tasks)
-        self.edges = nn.ModuleList(Edge(config.channels, config.groups) for _ in self.graph.edges)
-        self.heads = nn.ModuleList(ClassHead(config.channels, task.classes) for task in config.tasks)
+        self.stems = nn.ModuleList(make_stem(task, config) for task in config.tasks)
+        self.edges = nn.ModuleList(make_edge(config, i, j) for i, j in self.graph.edges)
+        self.heads = nn.ModuleList(make_head(task, config) for task in config.tasks)
+        self.stages = nn.ModuleList(StageEnds(config, stage) for stage in range(1, len(self.graph.stages)))
         self.gates = Gates(self.graph, len(config.tasks), config.groups)
         degrees = [len(self.graph.incoming[j]) for _, j in self.graph.edges]
         self.register_buffer("in_degrees", torch.tensor(degrees, dtype=torch.float32), persistent=False)
         self._host: FoldCache[tuple[list[list[int]], list[list[bool]]]] = FoldCache()
         self._routed: FoldCache[dict[tuple, BatchGates]] = FoldCache()
+        self._packed: FoldCache[GraphWeights] = FoldCache()
 
     def forward(self, images: Images, task: Tasks) -> Tensor | list[Tensor]:
-        """Logits: [B, classes] of one task; a list of them for a list of images; for tasks per instance [B, most
-        classes], -inf in the classes that an instance's task does not have.
+        """Logits: [B, classes] of one task, [B, classes, H, W] of a dense one; a list of them for a list of images; for
+        tasks per instance [B, most classes], -inf in the classes that an instance's task does not have.
 
         Raises ValueError for images or task that do not fit.
         """
-        batch = task_batch(images, task, self.tasks, like=self.heads[0].linear.weight)
+        batch = task_batch(images, task, self.tasks, like=self.gates.gamma)
         parts = [self.stems[k](part) for k, part in zip(batch.tasks, batch.images, strict=True)]
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
-        pooled = self.trunk(x.contiguous(memory_format=torch.channels_last), self.route(batch)).mean((2, 3))
-        logits = [self.heads[k](rows) for k, rows in zip(batch.tasks, pooled.split(batch.sizes), strict=True)]
+        maps = self.trunk(x.contiguous(memory_format=torch.channels_last), self.route(batch))
+        pooled = maps if all(self.tasks[k].dense for k in batch.tasks) else maps.mean((2, 3))
+        logits = [
+            self.heads[k](part if self.tasks[k].dense else means)
+            for k, part, means in zip(batch.tasks, maps.split(batch.sizes), pooled.split(batch.sizes), strict=True)
+        ]
         return batch.restore_logits(logits, max(known.classes for known in self.tasks))
 
     def trunk(self, x: Tensor, gates: BatchGates) -> Tensor:
         """The gated sum of all states, [B, C, H, W], of the stems' maps x."""
-        if may_fold(self):
+        if may_fold(self) and not self.stages:
             return self._infer(x, gates)
+        inputs = [x, *(ends.read(x, self._block(gates, 2 * s)) for s, ends in enumerate(self.stages))]
+        outs: list[Tensor] = [torch.zeros_like(each) for each in inputs]
         states: list[Tensor] = []
-        out = torch.zeros_like(x)
-        for j in range(self.graph.states):
-            v = x * _column(gates.read_in, j)
+        for j, stage in enumerate(self.graph.stage_of):
+            v = inputs[stage] * _column(gates.read_in, j)
             for e in self.graph.incoming[j]:
                 if gates.runs[e]:
                     v = torch.addcmul(v, self._edge(e, states, gates), _column(gates.edges, e))
             states.append(v)
-            out = torch.addcmul(out, v, _column(gates.read_out, j))
+            outs[stage] = torch.addcmul(outs[stage], v, _column(gates.read_out, j))
+        out = outs[0]
+        for s, ends in enumerate(self.stages):
+            out = out + ends.write(outs[s + 1], self._block(gates, 2 * s + 1))
         return out
 
+    def _block(self, gates: BatchGates, index: int) -> Route | None:
+        """The route of what comes after the edges; None: all instances."""
+        return None if gates.plan is None else gates.plan[len(self.edges) + index]
+
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
-        """`trunk` in place, adding only where an edge ran."""
+        """`trunk` on folded weights: on a CPU the whole graph in one call."""
+        if x.is_cpu and self.config.groups == 1 and x.dtype == gates.edges.dtype:
+            return dynamic_graph(x, self._weights(), gates.plan, gates.read_in, gates.edges, gates.read_out)
+        return self.run_edges(x, gates)
+
+    def run_edges(self, x: Tensor, gates: BatchGates) -> Tensor:
+        """`trunk` for inference, one edge after the other, adding only where it ran."""
         states: list[Tensor] = []
         out = torch.zeros_like(x)
         for j in range(self.graph.states):
             v = x * _column(gates.read_in, j)
             for e in self.graph.incoming[j]:
                 if gates.runs[e]:
-                    self._add_edge(v, e, states, gates)
+                    y, gate = self._edge(e, states, gates), _column(gates.edges, e)
+                    for start, stop in gates.runs[e]:
+                        v[start:stop].addcmul_(y[start:stop], gate[start:stop])
             states.append(v)
             for start, stop in gates.ends[j]:
                 out[start:stop].addcmul_(v[start:stop], _column(gates.read_out, j)[start:stop])
         return out
 
-    def _add_edge(self, v: Tensor, e: int, states: list[Tensor], gates: BatchGates) -> None:
-        """Add what an edge makes to the instances that run it."""
-        x, gate = states[self.graph.edges[e][0]], _column(gates.edges, e)
-        if not x.is_cpu or self.config.groups > 1:
-            y = self.edges[e](x, gates.plan[e])
-            for start, stop in gates.runs[e]:
-                v[start:stop].addcmul_(y[start:stop], gate[start:stop])
-            return
-        counts = [stop - start for start, stop in gates.runs[e]]
-        y = self.edges[e].compact(x, gates.plan[e], sum(counts))
-        for (start, stop), rows in zip(gates.runs[e], y.split(counts), strict=True):
-            v[start:stop].addcmul_(rows, gate[start:stop])
+    def _weights(self) -> GraphWeights:
+        """The edges' convolutions with their batch norms folded in."""
+        sources = tuple(t for edge in self.edges for t in (edge.conv.weight, *norm_tensors(edge.norm)))
+
+        def pack() -> GraphWeights:
+            pairs = [folded(edge.conv.weight, edge.norm) for edge in self.edges]
+            return GraphWeights.pack(self.graph.states, self.graph.edges, *zip(*pairs, strict=True))
+
+        return self._packed.get(sources, pack)
 
     def _edge(self, e: int, states: list[Tensor], gates: BatchGates) -> Tensor:
         return self.edges[e](states[self.graph.edges[e][0]], None if gates.plan is None else gates.plan[e])
@@ -136,14 +161,14 @@ class DagNetwork(nn.Module):
         used, ends = (
             [rows[k] for k in batch.tasks]
             for rows in self._host.get(
-                (self.gates.edge_levels, self.gates.kept_out),
-                lambda: (self.gates.edge_levels.tolist(), self.gates.kept_out.tolist()),
+                (self.gates.edge_levels, self.gates.kept_in, self.gates.kept_out),
+                lambda: (self.gates.block_levels().tolist(), self.gates.kept_out.tolist()),
             )
         )
         plan, groups = None, self.config.groups
         if may_fold(self) or any(level < groups for row in used for level in row):
-            plan = RoutingPlan.from_levels(self.gates.edge_levels.index_select(0, tasks), groups)
-        runs = tuple(_runs([row[e] > 0 for row in used], batch.sizes) for e in range(len(self.edges)))
+            plan = RoutingPlan.from_levels(self.gates.block_levels().index_select(0, tasks), groups)
+        runs = tuple(_runs([row[e] > 0 for row in used], batch.sizes) for e in range(len(used[0])))
         out_runs = tuple(_runs([row[j] for row in ends], batch.sizes) for j in range(self.graph.states))
         return BatchGates(a, g / self.in_degrees, b, plan, runs, out_runs)
 
@@ -161,8 +186,8 @@ class DagNetwork(nn.Module):
         return tuple(e for e in range(len(self.edges)) if any(edges[e] for edges in kept))
 
     def train(self, mode: bool = True) -> DagNetwork:
-        self._routed.clear()
-        self._host.clear()
+        for cache in (self._routed, self._host, self._packed):
+            cache.clear()
         return super().train(mode)
 
 

@@ -1,4 +1,4 @@
-"""The sets of tasks that `den dag` trains on."""
+"""The sets of tasks that `den dag` trains on, and the settings that suit each."""
 
 from __future__ import annotations
 
@@ -7,26 +7,69 @@ from pathlib import Path
 
 from torch import Tensor
 
-from den.dag.config import DagDataConfig
+from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining, ReductionConfig
+from den.data import cityscapes, nyuv2
 from den.data.images import ImageSet
 from den.data.omniglot import load_omniglot
+from den.data.pascal_context import load_pascal_context
+from den.data.scenes import SceneSet
 from den.data.sets import load_set
 
+# Short searches: gates that learn fast enough to differ, and most updates on what is left, with all training images.
+_SHORT = DagTraining(steps=1200, shares=(0.1, 0.3, 0.6), gate_rate=0.1)
+_DENSE = DagTrainConfig(
+    network=DagNetworkConfig(channels=64),
+    training=DagTraining(steps=20_000, rate=0.01, fine_rate=0.01),
+    reduction=ReductionConfig(norm_batches=100),
+)
+SCENARIOS: dict[str, DagTrainConfig] = {
+    "dag-omniglot": DagTrainConfig(network=DagNetworkConfig(channels=24, trunk_size=7), training=_SHORT),
+    "dag-cifar100": DagTrainConfig(
+        data=DagDataConfig("cifar100", batch_size=160),
+        network=DagNetworkConfig(trunk_size=16),
+        training=dataclasses.replace(_SHORT, steps=8000),
+    ),
+    "dag-nyuv2": dataclasses.replace(_DENSE, data=DagDataConfig("nyuv2", batch_size=8)),
+    "dag-cityscapes": dataclasses.replace(_DENSE, data=DagDataConfig("cityscapes", batch_size=8)),
+    "dag-pascal": dataclasses.replace(_DENSE, data=DagDataConfig("pascal", batch_size=6)),
+}
+SINGLE_TASK = {"nyuv2": nyuv2.SINGLE_TASK, "cityscapes": cityscapes.SINGLE_TASK}  # published, by scenario and task
 
-def load_tasks(data: DagDataConfig, split: str, root: Path | None = None) -> list[ImageSet]:
-    """A set per task of the scenario; `root` replaces that of the settings.
 
-    Raises ValueError for data that are missing, damaged, or lack a task that is asked for.
+def named_settings(name: str) -> DagTrainConfig:
+    """The settings of a scenario by its name on the command line; ValueError for an unknown one."""
+    if name not in SCENARIOS:
+        raise ValueError(f"den dag train: scenario must be one of {', '.join(SCENARIOS)}, got {name}")
+    return SCENARIOS[name]
+
+
+def load_tasks(data: DagDataConfig, split: str, root: Path | None = None) -> list[ImageSet | SceneSet]:
+    """The sets of the scenario, one per task or one for tasks of the same images; `root` replaces that of the settings.
+
+    Raises ValueError for data that are missing or damaged, and for a task that they lack or have no target of.
     """
-    root = root or data.root
-    if data.scenario == "omniglot":
-        sets = load_omniglot(root, split, data.size)
-    else:
-        sets = by_coarse_label(load_set("cifar100", split, root), load_set("cifar100-coarse", split, root).labels)
-    names = [image_set.name for image_set in sets]
+    sets = _load(data, split, root or data.root)
+    names = [task.name for each in sets for task in each.tasks]
     if missing := [name for name in data.only if name not in names]:
         raise ValueError(f"config: data.only must be among {', '.join(names)}, got {', '.join(missing)}")
-    return [image_set for image_set in sets if not data.only or image_set.name in data.only]
+    if data.only:
+        sets = [each.only(data.only) for each in sets if any(task.name in data.only for task in each.tasks)]
+    for each in sets:
+        if isinstance(each, SceneSet):
+            each.check_targets()
+    return sets
+
+
+def _load(data: DagDataConfig, split: str, root: Path | None) -> list[ImageSet | SceneSet]:
+    if data.scenario == "omniglot":
+        return [*load_omniglot(root, split, data.size or 28)]
+    if data.scenario == "nyuv2":
+        return [nyuv2.load_nyuv2(root, split, data.classes or nyuv2.CLASSES)]
+    if data.scenario == "cityscapes":
+        return [cityscapes.load_cityscapes(root, split, data.classes or cityscapes.CLASSES)]
+    if data.scenario == "pascal":
+        return [load_pascal_context(root, split, data.size or 512)]
+    return [*by_coarse_label(load_set("cifar100", split, root), load_set("cifar100-coarse", split, root).labels)]
 
 
 def by_coarse_label(fine: ImageSet, coarse: Tensor) -> list[ImageSet]:

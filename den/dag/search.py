@@ -9,12 +9,13 @@ from __future__ import annotations
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from den.dag.config import DagTrainConfig
+from den.dag.adashare import adashare_step, draw_policies
+from den.dag.config import SEARCHING, DagTrainConfig
 from den.dag.engine import DagEngine
 from den.dag.gates import SPREAD_WARNING, squeeze_loss
+from den.dag.losses import task_loss
 from den.dag.network import DagNetwork
 from den.dag.reduction import reduce
 from den.data import Batch, MixedTaskBatches
@@ -29,41 +30,42 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
     """
     with DagEngine(config, resume=resume) as engine:
         for batch in engine.stage("warm-up"):  # all gates at 1/2
-            engine.learn(*task_loss(engine.model, batch), "weights")
-        for batch in engine.stage("search", "weights" if config.training.search == "alternating" else "all"):
-            search_step(engine, batch)
-        if config.mode == "dag" and not engine.position.reduced:
-            reduce_tasks(engine)
+            train_step(engine, batch)
+        halves = config.mode == "adashare" or config.training.search == "alternating"
+        for batch in engine.stage("search", "weights" if halves else "all"):
+            (adashare_step if config.mode == "adashare" else search_step)(engine, batch)
+        if config.mode in SEARCHING and not engine.position.reduced:
+            (draw_policies if config.mode == "adashare" else reduce_tasks)(engine)
             reestimate_norms(engine.model, engine.batches["all"], config.reduction.norm_batches)
             engine.mark_reduced()
         for batch in engine.stage("fine-tuning"):  # gates rest
-            engine.learn(*task_loss(engine.model, batch), "weights")
+            train_step(engine, batch)
         return engine.model.eval()
 
 
-def task_loss(model: DagNetwork, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Sum over tasks of their mean cross-entropies, and what to report of it: their mean, and the accuracy."""
-    logits = model(batch.images, batch.tasks)
-    losses = [F.cross_entropy(rows, labels) for rows, labels in zip(logits, batch.labels, strict=True)]
-    loss = torch.stack(losses).sum()
-    hits = torch.cat([rows.argmax(1) == labels for rows, labels in zip(logits, batch.labels, strict=True)])
-    return loss, {"loss": loss.item() / len(losses), "accuracy": hits.float().mean().item()}
+def train_step(engine: DagEngine, batch: Batch) -> None:
+    """One update of the weights."""
+    with engine.autocast():
+        loss, measured = task_loss(engine.model, batch, engine.config.training.loss_weights)
+    engine.learn(loss, measured, "weights")
 
 
 def search_step(engine: DagEngine, batch: Batch) -> None:
     """One update of the weights and one of the gates, as the variant has it."""
     training, model = engine.config.training, engine.model
     edges = len(model.graph.edges)
-    weights: dict[str, Tensor | float] = {}
+    first: dict[str, Tensor | float] = {}
     if training.search == "alternating":
-        loss, weights = task_loss(model, batch)
+        with engine.autocast():
+            loss, first = task_loss(model, batch, training.loss_weights)
         engine.learn(loss, None, "weights")
         batch = engine.batches["gates"].next()
     elif training.search == "frozen":
         model.edges.requires_grad_(False)
-    loss, measured = task_loss(model, batch)
+    with engine.autocast():
+        loss, measured = task_loss(model, batch, training.loss_weights)
     squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
-    measured = {**measured, **weights, "gate_loss": measured["loss"], "squeeze": squeeze.item()}
+    measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.item()}
     updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
     engine.learn(loss + training.squeeze * squeeze, measured, *updated)
     model.edges.requires_grad_(True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.conv_norm import ConvNormReLU
+from den.dag.model_config import DagConfig
 from den.stem import enlarge
 from den.tasks import Task
 
@@ -38,3 +40,28 @@ class DagStem(nn.Module):
     def flops(self) -> int:
         """Twice the multiply-adds of the convolution for one image."""
         return 2 * self.conv.conv.weight.numel() * self.out_size**2
+
+
+class DenseStem(nn.Module):
+    """Images [B, C_k, H, W] of a dense task -> [B, channels, H / 4, W / 4], rounded up, channels-last in memory.
+
+    7x7 convolution of stride 2, batch norm of the task's own, ReLU, 3x3 maximum of stride 2.
+    """
+
+    def __init__(self, task: Task, channels: int) -> None:
+        super().__init__()
+        _, height, width = task.shape
+        self.conv = ConvNormReLU(task.channels, channels, 7, 2, 3)
+        self._outputs = -(-height // 2) * -(-width // 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.max_pool2d(self.conv(images), 3, 2, 1) if len(images) else self.conv(images)[:, :, ::2, ::2]
+
+    def flops(self) -> int:
+        """Twice the multiply-adds of the convolution for one image."""
+        return 2 * self.conv.conv.weight.numel() * self._outputs
+
+
+def make_stem(task: Task, config: DagConfig) -> DagStem | DenseStem:
+    """The stem of a task: its images as maps of the first stage."""
+    return DenseStem(task, config.channels) if task.dense else DagStem(task, config.channels, config.map_size()[0])

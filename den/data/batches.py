@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from den.data.images import ImageSet, apportion
+from den.data.images import Example, ImageSet, apportion
+from den.data.scenes import SceneSet
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of every task, one entry per task."""
+    """Images of every task, one entry per task; those of one `SceneSet` share a tensor of images."""
 
     tasks: tuple[str, ...]
     images: list[Tensor]  # task k: float32 [B_k, C_k, H_k, W_k], channels-last
-    labels: list[Tensor]  # task k: int64 [B_k]
+    labels: list[Tensor]  # task k: int64 [B_k]; of a dense task a target for every pixel, [B_k, ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.labels))
@@ -33,7 +34,7 @@ class MixedTaskBatches:
     """
 
     def __init__(
-        self, sets: Sequence[ImageSet], batch_size: int, shares: Sequence[float] | None = None, seed: int = 0
+        self, sets: Sequence[ImageSet | SceneSet], batch_size: int, shares: Sequence[float] | None = None, seed: int = 0
     ) -> None:
         self.sets = tuple(sets)
         self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))
@@ -43,12 +44,11 @@ class MixedTaskBatches:
         self._cursors = [0] * len(self.sets)
 
     def next(self) -> Batch:
-        images, labels = [], []
+        examples: list[Example] = []
         for k, image_set in enumerate(self.sets):
-            index = self._draw(k)
-            images.append(image_set.augmented(index, self.generator))
-            labels.append(image_set.labels[index.to(image_set.labels.device)])
-        return Batch(tuple(s.name for s in self.sets), images, labels)
+            examples += image_set.augmented_examples(self._draw(k), self.generator)
+        tasks, images, labels = zip(*examples, strict=True)
+        return Batch(tasks, list(images), list(labels))
 
     def _draw(self, k: int) -> Tensor:
         """The next counts[k] positions of set k."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from den.tasks import Task
 
+Example = tuple[str, Tensor, Tensor]  # task, images [n, C, H, W], targets [n, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -48,6 +50,28 @@ class ImageSet:
     @property
     def task(self) -> Task:
         return Task(self.name, self.classes, size=self.images.shape[-1], channels=self.images.shape[1])
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Its one task."""
+        return (self.task,)
+
+    def only(self, names: Sequence[str]) -> ImageSet:
+        """Itself: it has one task."""
+        return self
+
+    def split(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+        """All but the share `share` of the images, and these, see `stratified_split`."""
+        kept, held_out = stratified_split(self.labels, share, seed)
+        return self.subset(kept), self.subset(held_out)
+
+    def examples(self, index: Tensor | slice) -> list[Example]:
+        """Normalised images as they are, and labels: one entry, that of its task."""
+        return [(self.name, self.inputs(index), self.labels[index])]
+
+    def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
+        """The same with the images augmented."""
+        return [(self.name, self.augmented(index, generator), self.labels[index.to(self.labels.device)])]
 
     def to(self, device: torch.device) -> ImageSet:
         """The same set for a device: batches lie there, and the images too, if they fit (`fits`).

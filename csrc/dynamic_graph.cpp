@@ -1,0 +1,177 @@
+// A thread takes an instance through the whole graph: its states lie in scratch memory, padded with zeros, where the
+// convolutions read them in place (direct_tiles.h) and add what they make, gated, to the state that they lead to.
+#include "dynamic_graph.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+#include <omp.h>
+
+#include "check.h"
+#include "direct_channels.h"
+#include "direct_chunks.h"
+#include "dispatch.h"
+#ifdef DEN_KERNELS_HAS_AVX512
+#include "direct_tiles.h"
+#endif
+
+namespace den_kernels {
+#ifdef DEN_KERNELS_HAS_AVX512
+namespace {
+
+// A state in scratch memory: rows and columns of pixels, zeros around the map. Columns are computed in fours, so that
+// some are read beyond the padding.
+struct StateMap {
+  int64_t rows, columns, origin;  // origin: of the first pixel of the map, in floats
+  explicit StateMap(const GraphProblem& p)
+      : rows(p.H + p.R - 1), columns(round_up(p.W, 4) + p.S - 1), origin((p.R / 2 * columns + p.S / 2) * p.C) {}
+  int64_t size(int64_t C) const { return round_up(rows * columns * C, 16); }
+};
+
+// What does not change from instance to instance.
+struct Layout {
+  StateMap map;
+  std::vector<Piece> pieces;  // the channels in blocks of 16
+  int64_t taps[max_taps];     // of each tap, from the tap above and to the left of all
+  explicit Layout(const GraphProblem& p) : map(p), pieces(cut({{0, p.C}}, 16)) {
+    for (int64_t t = 0; t < p.R * p.S; ++t) taps[t] = (t / p.S * map.columns + t % p.S) * p.C;
+  }
+};
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+
+KERNEL __mmask16 lanes(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
+
+// The blocks of output channels from `block` of quads from q0: to += gate * relu(conv(from) + bias).
+template <int vectors, int quads>
+void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
+               int64_t block, int64_t q0) {
+  const int64_t per_row = (p.W + 3) / 4, weight_vector = round_up(p.C, 16) * p.R * p.S * 16;
+  const float* input[quads];
+  UNROLL for (int q = 0; q < quads; ++q) {
+    input[q] = from + ((q0 + q) / per_row * layout.map.columns + (q0 + q) % per_row * 4) * p.C;
+  }
+  __m512 acc[quads * 4][vectors];
+  UNROLL for (int v = 0; v < vectors; ++v) {
+    const int64_t first = (block + v) * 16;
+    const __m512 bias = _mm512_maskz_loadu_ps(lanes(p.C - first), p.biases[e] + first);
+    UNROLL for (int i = 0; i < quads * 4; ++i) acc[i][v] = bias;
+  }
+  sum_channels<vectors, quads, false>(acc, input, p.C, 1, layout.taps, p.R * p.S, p.weights[e] + block * weight_vector,
+                                      weight_vector, layout.pieces);
+  const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
+  UNROLL for (int q = 0; q < quads; ++q) {
+    float* pixel = to + layout.map.origin + (input[q] - from);
+    const int64_t live = p.W - (q0 + q) % per_row * 4;
+    UNROLL for (int i = 0; i < 4; ++i) {
+      if (i >= live) break;
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        float* at = pixel + i * p.C + (block + v) * 16;
+        const __mmask16 some = lanes(p.C - (block + v) * 16);
+        const __m512 made = _mm512_max_ps(zero, acc[q * 4 + i][v]);  // NaN passes: max gives its second operand
+        _mm512_mask_storeu_ps(at, some, _mm512_fmadd_ps(factor, made, _mm512_maskz_loadu_ps(some, at)));
+      }
+    }
+  }
+}
+
+// The tile of `count` quads, at most `quads`.
+template <int vectors, int quads>
+auto tile_of(int64_t count) {
+  if constexpr (quads > 1) {
+    if (count < quads) return tile_of<vectors, quads - 1>(count);
+  }
+  return &edge_tile<vectors, quads>;
+}
+
+// All quads in tiles of nearly the same size: 24 to 28 of 32 registers sum in the largest, and few do in a small one.
+template <int vectors, int quads>
+void edge_block(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
+                int64_t block) {
+  const int64_t count = p.H * ((p.W + 3) / 4), tiles = (count + quads - 1) / quads;
+  for (int64_t t = 0; t < tiles; ++t) {
+    int64_t begin, end;
+    share(count, t, tiles, begin, end);
+    tile_of<vectors, quads>(end - begin)(p, layout, e, gate, from, to, block, begin);
+  }
+}
+
+void add_edge(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to) {
+  const int64_t blocks = (p.C + 15) / 16;
+  for (int64_t block = 0; block < blocks;) {
+    const int64_t left = blocks - block;
+    const int64_t taken = left == 1 ? 1 : left == 3 ? 3 : 2;
+    const auto run = taken == 1 ? edge_block<1, 7> : taken == 2 ? edge_block<2, 3> : edge_block<3, 2>;
+    run(p, layout, e, gate, from, to, block);
+    block += taken;
+  }
+}
+
+// to = factor * from, or added to it, over the rows of a map; strides in floats.
+template <bool add>
+void scale_rows(float factor, const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
+                int64_t width) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < width; ++k) {
+      const float value = factor * from[r * from_stride + k];
+      to[r * to_stride + k] = add ? to[r * to_stride + k] + value : value;
+    }
+}
+
+void run_instance(const GraphProblem& p, const Layout& layout, int64_t b, float* scratch) {
+  const int64_t E = static_cast<int64_t>(p.edges.size()), width = p.W * p.C, pitch = layout.map.columns * p.C;
+  const int64_t size = layout.map.size(p.C);
+  float* out = p.out + b * p.H * width;
+  std::memset(out, 0, p.H * width * sizeof(float));
+  for (int64_t j = 0, e = 0; j < p.N; ++j) {
+    float* v = scratch + j * size;
+    float* inner = v + layout.map.origin;
+    scale_rows<false>(p.read_in[b * p.N + j], p.x + b * p.H * width, width, inner, pitch, p.H, width);
+    for (; e < E && p.edges[e].second == j; ++e)
+      if (p.levels[e * p.B + b] > 0)
+        add_edge(p, layout, e, p.gates[b * E + e], scratch + p.edges[e].first * size, v);
+    if (const float gate = p.read_out[b * p.N + j]) scale_rows<true>(gate, inner, pitch, out, width, p.H, width);
+  }
+}
+
+#pragma GCC pop_options
+
+// Instances, those with most edges first, so that threads end together.
+std::vector<int64_t> heavy_first(const GraphProblem& p) {
+  std::vector<int64_t> count(p.B), order(p.B);
+  for (size_t e = 0; e < p.edges.size(); ++e)
+    for (int64_t b = 0; b < p.B; ++b) count[b] += p.levels[e * p.B + b] > 0;
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return count[a] > count[b]; });
+  return order;
+}
+
+}  // namespace
+
+void dynamic_graph(const GraphProblem& p) {
+  check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, "dynamic_graph", "kernel", "odd and of at most 49 taps",
+        p.R * p.S);
+  const Layout layout(p);
+  const std::vector<int64_t> order = heavy_first(p);
+  const int64_t bytes = p.N * layout.map.size(p.C) * 4, threads = omp_get_max_threads();
+#pragma omp parallel num_threads(threads)
+  {
+    float* scratch = static_cast<float*>(scratch_of_thread(bytes));
+    std::memset(scratch, 0, bytes);  // what lies around the maps is never written again
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < p.B; ++i) run_instance(p, layout, order[i], scratch);
+  }
+}
+
+#else
+
+void dynamic_graph(const GraphProblem&) {
+  throw std::runtime_error("dynamic_graph: this build has no AVX-512 variant");
+}
+
+#endif
+
+}  // namespace den_kernels

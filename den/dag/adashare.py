@@ -1,0 +1,67 @@
+"""AdaShare on the graph (Sun et al., NeurIPS 2020): which edges each task runs, drawn from a policy that is learned.
+
+The policy of task k runs edge e with probability ``sigmoid(gamma[k, e])``, the difference of the paper's two logits.
+Weights and policy learn in turn from the halves of the training images, through Gumbel-softmax samples that harden as
+the temperature falls; then every task's edges are drawn for good, and the weights trained anew from the start.  All
+states are read in and read out.  What the paper calls a block is an edge here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from den.dag.engine import DagEngine, new_network
+from den.dag.graph import Graph, SubGraph
+from den.dag.losses import task_loss
+from den.data import Batch
+
+
+def adashare_step(engine: DagEngine, batch: Batch) -> None:
+    """One update of the weights on `batch` and one of the policy on the other half, each with its own draw."""
+    config, model, here = engine.config, engine.model, engine.position
+    peers, gates, weights = config.peers, model.gates, config.training.loss_weights
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + here.total_steps)
+    temperature = peers.temperature * peers.cooling ** (here.step // engine.epoch_steps)
+    with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
+        loss, first = task_loss(model, batch, weights)
+    engine.learn(loss, None, "weights")
+    batch = engine.batches["gates"].next()
+    with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
+        loss, measured = task_loss(model, batch, weights)
+    sparsity, sharing = sparsity_loss(gates.gamma), sharing_loss(gates.gamma, model.graph)
+    measured = {**measured, **first, "sparsity": sparsity.item(), "sharing": sharing.item()}
+    engine.learn(loss + peers.sparsity * sparsity + peers.sharing * sharing, measured, "gates")
+
+
+def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Differences of two Gumbel variables, as many as `like` has elements."""
+    eps = torch.finfo(torch.float32).eps
+    return torch.rand(like.shape, generator=generator).clamp(eps, 1 - eps).logit().to(like)
+
+
+def sparsity_loss(gamma: Tensor) -> Tensor:
+    """``sum over tasks and edges of log P(run)``, eq. 4 of the paper; logits [K, E]."""
+    return torch.nn.functional.logsigmoid(gamma).sum()
+
+
+def sharing_loss(gamma: Tensor, graph: Graph) -> Tensor:
+    """How much the tasks' probabilities differ, edges into early states most (the paper's eq. 5): the sum over pairs
+    of tasks and edges (i, j) of ``(N - j) / N * |P_k(run) - P_l(run)|``; logits [K, E]."""
+    run = gamma.sigmoid()
+    pairs = (run[:, None] - run[None]).abs().sum((0, 1)) / 2
+    weights = [(graph.states - j) / graph.states for _, j in graph.edges]
+    return (pairs * pairs.new_tensor(weights)).sum()
+
+
+@torch.no_grad()
+def draw_policies(engine: DagEngine) -> None:
+    """Let every task keep edges drawn from its policy, and begin the weights anew."""
+    model, config = engine.model, engine.config
+    generator = torch.Generator().manual_seed(config.seed)
+    whole, run = model.graph.whole(), model.gates.gamma.sigmoid().cpu()
+    kept = torch.rand(run.shape, generator=generator) < run
+    for k in range(len(model.tasks)):
+        model.keep(k, SubGraph(model.graph, tuple(kept[k].tolist()), whole.read_in, whole.read_out))
+    fresh = new_network(config, model.tasks).state_dict()
+    model.load_state_dict({name: t for name, t in fresh.items() if not name.startswith("gates.")}, strict=False)

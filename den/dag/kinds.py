@@ -1,0 +1,77 @@
+"""The kinds of tasks: how each is learned and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from den.dag.dense_losses import balanced_loss, depth_loss, normals_loss, segmentation_loss
+from den.dag.dense_metrics import DepthMetrics, EdgeMetrics, NormalsMetrics, SaliencyMetrics, SegmentationMetrics
+from den.tasks import Task
+
+
+class Metrics(Protocol):
+    """Collects predictions of a set, in batches, and says how good they are."""
+
+    @property
+    def count(self) -> int:
+        """Targets so far."""
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None: ...
+
+    def results(self) -> dict[str, float]: ...
+
+
+class ClassMetrics:
+    """`accuracy`: share of images whose largest logit is that of their label."""
+
+    def __init__(self) -> None:
+        self.count, self._right = 0, 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:  # [B, K], int64 [B]
+        self._right += (logits.argmax(1) == labels).sum().item()
+        self.count += len(labels)
+
+    def results(self) -> dict[str, float]:
+        return {"accuracy": self._right / self.count}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How tasks of a kind are learned and measured.
+
+    Attributes:
+        loss: of outputs and targets of a batch, a mean.
+        metrics: makes what collects the results of a task.
+        falling: the metrics of which less is better.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metrics: Callable[[Task], Metrics]
+    falling: tuple[str, ...] = ()
+
+
+KINDS = {
+    "classification": Kind(F.cross_entropy, lambda task: ClassMetrics()),
+    "segmentation": Kind(segmentation_loss, lambda task: SegmentationMetrics(task.classes)),
+    "depth": Kind(depth_loss, lambda task: DepthMetrics(), ("abs_error", "rel_error")),
+    "normals": Kind(normals_loss, lambda task: NormalsMetrics(), ("mean_angle", "median_angle")),
+    "edges": Kind(balanced_loss, lambda task: EdgeMetrics()),
+    "saliency": Kind(balanced_loss, lambda task: SaliencyMetrics()),
+}
+
+
+def relative_gains(kind: str, results: dict[str, float], single: dict[str, float]) -> dict[str, float]:
+    """``±(ours - single) / single`` of each metric that both know, above 0 where ours is better.
+
+    The mean of a task's is its Delta of the AdaShare protocol (Sun et al., NeurIPS 2020).
+    """
+    return {
+        name: (-1 if name in KINDS[kind].falling else 1) * (results[name] - value) / value
+        for name, value in single.items()
+        if name in results and value
+    }

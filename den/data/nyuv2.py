@@ -1,0 +1,23 @@
+"""NYU-v2: indoor scenes with labels of 40 or 13 classes, depth in metres and surface normals.
+
+(Silberman, Hoiem, Kohli and Fergus, ECCV 2012.)  795 training and 654 test images, 288x384 as they are handed on; see
+`den.data.npy_scenes` for the layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from den.data.npy_scenes import load_npy_scenes
+from den.data.scenes import SceneSet
+
+CLASSES = 40
+SINGLE_TASK = {  # by task and classes: single-task networks in the AdaShare protocol (Sun et al., NeurIPS 2020)
+    ("segmentation", CLASSES): {"miou": 0.275, "pixel_accuracy": 0.589},
+    ("depth", 1): {"abs_error": 0.62, "rel_error": 0.25},
+}
+
+
+def load_nyuv2(root: Path | str | None, split: str, classes: int = CLASSES) -> SceneSet:
+    """Tasks `segmentation`, `depth` and `normals`; ValueError as of `load_npy_scenes`."""
+    return load_npy_scenes("nyuv2", root, split, ("segmentation", "depth", "normals"), classes)

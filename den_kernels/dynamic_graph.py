@@ -1,0 +1,189 @@
+"""A directed acyclic graph of convolutions at inference, each instance with the edges that it keeps, in one call.
+
+    v_j = read_in[b, j] x + sum over the edges (i, j) that instance b keeps of gates[b, e] relu(conv(v_i, w_e) + bias_e)
+    out = sum over j of read_out[b, j] v_j
+
+What an instance keeps is level 1 of its route through the edge, of a `RoutingPlan` with a block per edge.
+
+On a CPU with AVX-512, in float32, one C++ call runs the whole graph (csrc/dynamic_graph.cpp): a thread takes an
+instance from the first state to the last, so that its states stay in the core's cache; nothing is gathered, scattered
+or allocated on the way.  Elsewhere each edge runs over the rows of its instances, gathered for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _conv_direct
+from ._conv_cpu import Geometry
+from ._extension import extension
+from .plan import RoutingPlan
+from .rows import gather_rows, scatter_rows_
+
+_OP = "dynamic_graph"
+STATES_BYTES = 2 << 20  # an instance's states, at most: beyond, they leave the cache from one edge to the next
+
+
+@dataclass(frozen=True, eq=False)
+class GraphWeights:
+    """A graph over states 0 to N - 1, and the convolutions of its edges: made by :meth:`pack`."""
+
+    states: int
+    """N."""
+    edges: tuple[tuple[int, int], ...]
+    """(i, j) of each edge, i < j, in the order of j."""
+    weights: tuple[Tensor, ...]
+    """[C, C, R, S] of each edge; R, S odd."""
+    biases: tuple[Tensor, ...]
+    """[C] of each edge."""
+    direct: tuple[Tensor, ...] = ()
+    """The weights as the direct kernels read them, where one runs."""
+
+    @staticmethod
+    def pack(
+        states: int, edges: Sequence[tuple[int, int]], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> GraphWeights:
+        """The graph of these edges.  Raises ValueError for edges, weights or biases that do not fit each other."""
+        edges, biases = tuple(edges), tuple(bias.contiguous() for bias in biases)
+        weights = tuple(w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights)
+        if any(not 0 <= i < j < states for i, j in edges) or list(edges) != sorted(edges, key=lambda edge: edge[1]):
+            raise ValueError(
+                f"{_OP}: edges must be (i, j) with 0 <= i < j < {states}, in the order of j, got {list(edges)}"
+            )
+        if not edges or len(weights) != len(edges) or len(biases) != len(edges):
+            raise ValueError(
+                f"{_OP}: weights and biases must be one for each of the {len(edges)} edges, at least one,"
+                f" got {len(weights)} and {len(biases)}"
+            )
+        shape = weights[0].shape
+        if len(shape) != 4 or shape[0] != shape[1] or shape[2] % 2 == 0 or shape[3] % 2 == 0:
+            raise ValueError(f"{_OP}: weights must be [C, C, R, S] with odd R and S, got {list(shape)}")
+        if any(w.shape != shape or bias.shape != shape[:1] for w, bias in zip(weights, biases, strict=True)):
+            raise ValueError(f"{_OP}: weights must all be {list(shape)}, and biases [{shape[0]}], got others")
+        like = weights[0].new_empty(1, shape[1], 1, 1)
+        runs = weights[0].dtype == torch.float32 and _conv_direct.runs_direct(
+            like, weights[0], Geometry((1, 1), (shape[2] // 2, shape[3] // 2), (1, 1), 1, (), ())
+        )
+        return GraphWeights(
+            states, edges, weights, biases, tuple(_conv_direct.pack(w, ()) for w in weights) if runs else ()
+        )
+
+    def runs_whole(self, x: Tensor) -> bool:
+        """Whether one call runs the whole graph for maps as x's: a function of shapes and dtype."""
+        _, C, H, W = x.shape
+        return bool(self.direct) and x.dtype == torch.float32 and 4 * self.states * C * H * W <= STATES_BYTES
+
+
+def dynamic_graph_reference(
+    x: Tensor,  # [B, C, H, W]
+    graph: GraphWeights,
+    levels: Tensor,  # integer [B, E]
+    read_in: Tensor,  # [B, N]
+    gates: Tensor,  # [B, E]
+    read_out: Tensor,  # [B, N]
+) -> Tensor:  # [B, C, H, W]
+    """What `dynamic_graph` computes, as plain loops over instances, states and edges."""
+    outs = []
+    for b in range(len(x)):
+        states: list[Tensor] = []
+        for j in range(graph.states):
+            v = read_in[b, j] * x[b]
+            for e, (i, head) in enumerate(graph.edges):
+                if head == j and levels[b, e] > 0:
+                    y = F.conv2d(states[i][None], graph.weights[e], graph.biases[e], padding=_padding(graph))
+                    v = v + gates[b, e] * y[0].relu()
+            states.append(v)
+        outs.append(sum((read_out[b, j] * v for j, v in enumerate(states)), torch.zeros_like(x[b])))
+    return torch.stack(outs) if outs else torch.zeros_like(x)
+
+
+def dynamic_graph(
+    x: Tensor,  # [B, C, H, W]
+    graph: GraphWeights,
+    plan: RoutingPlan,  # a block of one group for each edge
+    read_in: Tensor,  # [B, N]
+    gates: Tensor,  # [B, E]
+    read_out: Tensor,  # [B, N]
+) -> Tensor:  # [B, C, H, W], channels-last
+    """The gated sum of the graph's states for each instance: see the module.  No gradients; CPU tensors of one dtype.
+
+    Equivalent to ``dynamic_graph_reference(x, graph, plan.levels, read_in, gates, read_out)``.  An edge costs nothing
+    for an instance that does not keep it.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit each other.
+    """
+    _check(x, graph, plan, read_in, gates, read_out)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if graph.runs_whole(x):
+        return _run_whole(x, graph, plan, read_in, gates, read_out)
+    return _run_edges(x, graph, plan, read_in, gates, read_out)
+
+
+def _run_whole(
+    x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor
+) -> Tensor:
+    B, C, H, W = x.shape
+    out = x.new_empty(B, H, W, C)
+    rows = [plan.levels.t().contiguous(), read_in.contiguous(), gates.contiguous(), read_out.contiguous()]
+    extension.dynamic_graph(
+        x.data_ptr(), out.data_ptr(), *(tensor.data_ptr() for tensor in rows), (B, H, W, C, graph.states),
+        graph.weights[0].shape[2:], graph.edges, [w.data_ptr() for w in graph.direct],
+        [bias.data_ptr() for bias in graph.biases],
+    )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
+
+
+def _run_edges(
+    x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor
+) -> Tensor:
+    states: list[Tensor] = []
+    out = torch.zeros_like(x)
+    for j in range(graph.states):
+        v = x * _column(read_in, j)
+        for e, (i, head) in enumerate(graph.edges):
+            if head == j and (count := int(plan.offsets[e, 1])):
+                order = plan.order[e, :count]
+                rows = states[i] if count == len(x) else gather_rows(states[i], order, x.shape[1])
+                y = F.conv2d(rows, graph.weights[e], graph.biases[e], padding=_padding(graph)).relu_()
+                y *= _column(gates if count == len(x) else gates[order.long()], e)
+                if count == len(x):
+                    v += y
+                else:
+                    scatter_rows_(v, y.contiguous(memory_format=torch.channels_last), order, accumulate=True)
+        states.append(v)
+        out.addcmul_(v, _column(read_out, j))
+    return out
+
+
+def _padding(graph: GraphWeights) -> tuple[int, int]:
+    R, S = graph.weights[0].shape[2:]
+    return R // 2, S // 2
+
+
+def _column(rows: Tensor, index: int) -> Tensor:  # [B, n] -> [B, 1, 1, 1]
+    return rows[:, index, None, None, None]
+
+
+def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor) -> None:
+    C, E = graph.weights[0].shape[0], len(graph.edges)
+    if x.ndim != 4 or x.shape[1] != C:
+        raise ValueError(f"{_OP}: x must be [B, {C}, H, W], got {list(x.shape)}")
+    B = len(x)
+    if tuple(plan.levels.shape) != (B, E) or plan.groups != 1:
+        raise ValueError(
+            f"{_OP}: plan must hold {E} blocks of one group for {B} instances,"
+            f" got {len(plan)} of {plan.groups} for {plan.batch_size}"
+        )
+    for name, rows, width in (("read_in", read_in, graph.states), ("gates", gates, E),
+                              ("read_out", read_out, graph.states)):  # fmt: skip
+        if tuple(rows.shape) != (B, width):
+            raise ValueError(f"{_OP}: {name} must be [{B}, {width}], got {list(rows.shape)}")
+    for name, tensor in (("x", x), ("read_in", read_in), ("gates", gates), ("read_out", read_out),
+                         ("weights", graph.weights[0]), ("biases", graph.biases[0])):  # fmt: skip
+        if tensor.dtype != x.dtype or not tensor.is_cpu:
+            raise ValueError(f"{_OP}: {name} must be {x.dtype} on a CPU, got {tensor.dtype} on {tensor.device}")

@@ -1,0 +1,154 @@
+"""The gated sum of a graph of convolutions: in one C++ call, and edge by edge, against the loops of the reference."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import den_kernels._conv_direct as direct
+from den_kernels import GraphWeights, RoutingPlan, dynamic_graph
+from den_kernels.dynamic_graph import STATES_BYTES, dynamic_graph_reference
+
+EDGES = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
+STATES = 4
+
+
+def graph_of(channels, kernel=(3, 3), dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(channels, channels, *kernel, generator=generator) / (9 * channels) ** 0.5 for _ in EDGES]
+    biases = [torch.randn(channels, generator=generator) for _ in EDGES]
+    return GraphWeights.pack(STATES, EDGES, [w.to(dtype) for w in weights], [b.to(dtype) for b in biases])
+
+
+def problem(batch, channels, side, seed=1, dtype=torch.float32):
+    """x, levels, read-in, gates and read-out: about half of everything is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, channels, *side, generator=generator).contiguous(memory_format=torch.channels_last)
+    levels = torch.randint(2, (batch, len(EDGES)), generator=generator)
+    rows = [torch.rand(batch, width, generator=generator) for width in (STATES, len(EDGES), STATES)]
+    rows[0][:, 2], rows[2][:, 0] = 0, 0
+    return x.to(dtype), levels, *(row.to(dtype) for row in rows)
+
+
+def without_direct(graph):
+    return dataclasses.replace(graph, direct=())
+
+
+def check(graph, x, levels, *rows):
+    """As far from float64 as sums of that many products in any order: rounding errors that add up at random."""
+    plan = RoutingPlan.from_levels(levels, 1)
+    precise = GraphWeights.pack(STATES, EDGES, [w.double() for w in graph.weights], [b.double() for b in graph.biases])
+    wanted = dynamic_graph_reference(x.double(), precise, levels, *(row.double() for row in rows))
+    terms = graph.weights[0][0].numel() * len(EDGES)
+    bound = 2 * terms**0.5 * torch.finfo(x.dtype).eps * (wanted.abs().max() if len(x) else 1)
+    for each in (graph, without_direct(graph)):
+        got = dynamic_graph(x, each, plan, *rows)
+        assert got.shape == x.shape
+        assert got.dtype == x.dtype
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert not len(x) or (got - wanted).abs().max() <= bound
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 24, 33, 48, 63])
+@pytest.mark.parametrize("side", [(7, 7), (8, 5), (1, 1), (3, 14)])
+def test_equals_the_loops(channels, side):
+    check(graph_of(channels), *problem(5, channels, side))
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 1), (5, 5), (7, 7)])
+def test_any_odd_kernel(kernel):
+    check(graph_of(16, kernel), *problem(3, 16, (6, 9)))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 17])
+def test_any_batch(batch):
+    check(graph_of(16), *problem(batch, 16, (7, 7)))
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_all_edges_and_none(level):
+    x, levels, *rows = problem(4, 16, (7, 7))
+    check(graph_of(16), x, torch.full_like(levels, level), *rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_run_edge_by_edge(dtype):
+    graph, (x, levels, *rows) = graph_of(16, dtype=dtype), problem(5, 16, (7, 7), dtype=dtype)
+    assert not graph.direct
+    got = dynamic_graph(x, graph, RoutingPlan.from_levels(levels, 1), *rows)
+    torch.testing.assert_close(got, dynamic_graph_reference(x, graph, levels, *rows).to(dtype), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_an_instance_does_not_keep_is_not_run(whole):
+    """Weights that are NaN reach only the instances that keep their edge; a NaN image stays in its own row."""
+    graph = graph_of(16)
+    graph.weights[3].fill_(torch.nan)
+    graph = GraphWeights.pack(STATES, EDGES, graph.weights, graph.biases)
+    x, levels, *rows = problem(6, 16, (7, 7))
+    levels[:, 3] = torch.tensor([1, 0, 0, 1, 0, 0])
+    x[1] = torch.nan
+    got = dynamic_graph(x, graph if whole else without_direct(graph), RoutingPlan.from_levels(levels, 1), *rows)
+    assert got.isnan().flatten(1).any(1).tolist() == [True, True, False, True, False, False]
+
+
+def test_scratch_memory_of_other_shapes_leaves_no_trace():
+    large, small = (graph_of(c) for c in (48, 16))
+    for _ in range(2):
+        check(large, *problem(4, 48, (9, 9)))
+        check(small, *problem(4, 16, (7, 7)))
+
+
+@pytest.mark.skipif(
+    direct.extension is None or not direct.extension.has_dynamic_residual(), reason="needs the extension and AVX-512"
+)
+def test_one_call_runs_what_fits_the_cache():
+    graph = graph_of(16)
+    assert graph.runs_whole(torch.empty(9, 16, 7, 7))
+    side = int((STATES_BYTES / (4 * STATES * 16)) ** 0.5) + 1
+    assert not graph.runs_whole(torch.empty(1, 16, side, side))
+    assert not graph.runs_whole(torch.empty(1, 16, 7, 7, dtype=torch.bfloat16))
+
+
+def test_without_the_extension_edges_run_one_by_one(monkeypatch):
+    monkeypatch.setattr(direct, "extension", None)
+    assert not graph_of(16).direct
+    check(graph_of(16), *problem(4, 16, (7, 7)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"edges": ((1, 0),) * 5}, r"edges must be \(i, j\) with 0 <= i < j < 4"),
+        ({"edges": ((0, 3), (0, 1), (1, 2), (1, 3), (2, 3))}, "in the order of j"),
+        ({"edges": ((0, 1), (0, 4), (1, 4), (1, 4), (2, 4))}, "< 4"),
+        ({"weights": 4}, "one for each of the 5 edges, at least one, got 4 and 5"),
+        ({"shape": (8, 8, 2, 3)}, r"weights must be \[C, C, R, S\] with odd R and S, got \[8, 8, 2, 3\]"),
+        ({"shape": (8, 4, 3, 3)}, r"weights must be \[C, C, R, S\]"),
+        ({"bias": 7}, r"weights must all be \[8, 8, 3, 3\], and biases \[8\]"),
+    ],
+)
+def test_graphs_that_do_not_fit_are_refused(changes, message):
+    weights = [torch.zeros(changes.get("shape", (8, 8, 3, 3)))] * changes.get("weights", 5)
+    with pytest.raises(ValueError, match=f"dynamic_graph: .*{message}"):
+        GraphWeights.pack(STATES, changes.get("edges", EDGES), weights, [torch.zeros(changes.get("bias", 8))] * 5)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.zeros(3, 9, 7, 7), r"x must be \[B, 8, H, W\], got \[3, 9, 7, 7\]"),
+        (0, torch.zeros(3, 8, 7, 7, dtype=torch.float64), "read_in must be torch.float64 on a CPU"),
+        (1, torch.ones(2, 5, dtype=torch.int64), "plan must hold 5 blocks of one group for 3 instances"),
+        (1, torch.ones(3, 4, dtype=torch.int64), "plan must hold 5 blocks"),
+        (2, torch.zeros(3, 5), r"read_in must be \[3, 4\], got \[3, 5\]"),
+        (3, torch.zeros(3, 4), r"gates must be \[3, 5\]"),
+        (4, torch.zeros(2, 4), r"read_out must be \[3, 4\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(index, value, message):
+    arguments = list(problem(3, 8, (7, 7)))
+    arguments[index] = value
+    x, levels, *rows = arguments
+    with pytest.raises(ValueError, match=f"dynamic_graph: {message}"):
+        dynamic_graph(x, graph_of(8), RoutingPlan.from_levels(levels, 1), *rows)
