@@ -202,9 +202,22 @@ void bind_dynamic_graph(py::module_& m) {
                             const Addresses& weights, const Addresses& biases) {
     py::gil_scoped_release unlocked;
     const auto floats = [](uintptr_t p) { return pointer<const float>(p); };
-    GraphProblem problem{sizes[0],        sizes[1],        sizes[2],      sizes[3],         sizes[4],  kernel[0],
-                         kernel[1],       edges,           pointer<const int32_t>(levels), floats(read_in),
-                         floats(gates),   floats(read_out), floats(x),    pointer(out),     {},        {}};
+    GraphProblem problem{sizes[0],
+                         sizes[1],
+                         sizes[2],
+                         sizes[3],
+                         sizes[4],
+                         kernel[0],
+                         kernel[1],
+                         edges,
+                         pointer<const int32_t>(levels),
+                         floats(read_in),
+                         floats(gates),
+                         floats(read_out),
+                         floats(x),
+                         pointer(out),
+                         {},
+                         {}};
     for (const uintptr_t address : weights) problem.weights.push_back(floats(address));
     for (const uintptr_t address : biases) problem.biases.push_back(floats(address));
     dynamic_graph(problem);

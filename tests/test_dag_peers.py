@@ -219,7 +219,7 @@ def test_settings_of_peers_are_checked(tmp_path, name):
 
 def test_single_task_networks_of_dense_tasks_and_no_stitches_for_them():
     tasks = (Task("labels", 5, 16, 3, "segmentation", 24), Task("depth", 1, 16, 3, "depth", 24))
-    config = DagConfig(tasks, states=3, flow=1, channels=8, trunk_size=4)
+    config = DagConfig(tasks, states=3, flow=1, channels=8, trunk_size=(4, 6))
     x = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
         outputs = SeparateNetworks(config).eval()([x, x], ["labels", "depth"])

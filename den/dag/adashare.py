@@ -9,6 +9,7 @@ states are read in and read out.  What the paper calls a block is an edge here.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from den.dag.engine import DagEngine, new_network
@@ -42,7 +43,7 @@ def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def sparsity_loss(gamma: Tensor) -> Tensor:
     """``sum over tasks and edges of log P(run)``, eq. 4 of the paper; logits [K, E]."""
-    return torch.nn.functional.logsigmoid(gamma).sum()
+    return F.logsigmoid(gamma).sum()
 
 
 def sharing_loss(gamma: Tensor, graph: Graph) -> Tensor:
