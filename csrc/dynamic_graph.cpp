@@ -41,15 +41,13 @@ struct Layout {
 };
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-
-KERNEL __mmask16 lanes(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
+DEN_KERNELS_TARGET
 
 // The blocks of output channels from `block` of quads from q0: to += gate * relu(conv(from) + bias).
 template <int vectors, int quads>
 void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
                int64_t block, int64_t q0) {
-  const int64_t per_row = (p.W + 3) / 4, weight_vector = round_up(p.C, 16) * p.R * p.S * 16;
+  const int64_t per_row = (p.W + 3) / 4, weight_vector = weight_words<float>(p.C, p.R * p.S);
   const float* input[quads];
   UNROLL for (int q = 0; q < quads; ++q) {
     input[q] = from + ((q0 + q) / per_row * layout.map.columns + (q0 + q) % per_row * 4) * p.C;
@@ -57,11 +55,11 @@ void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gat
   __m512 acc[quads * 4][vectors];
   UNROLL for (int v = 0; v < vectors; ++v) {
     const int64_t first = (block + v) * 16;
-    const __m512 bias = _mm512_maskz_loadu_ps(lanes(p.C - first), p.biases[e] + first);
+    const __m512 bias = _mm512_maskz_loadu_ps(lanes_of(p.C - first), p.biases[e] + first);
     UNROLL for (int i = 0; i < quads * 4; ++i) acc[i][v] = bias;
   }
-  sum_channels<vectors, quads, false>(acc, input, p.C, 1, layout.taps, p.R * p.S, p.weights[e] + block * weight_vector,
-                                      weight_vector, layout.pieces);
+  sum_channels<float, vectors, quads, false>(acc, input, p.C, 1, layout.taps, p.R * p.S,
+                                             p.weights[e] + block * weight_vector, weight_vector, layout.pieces, {});
   const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
   UNROLL for (int q = 0; q < quads; ++q) {
     float* pixel = to + layout.map.origin + (input[q] - from);
@@ -70,7 +68,7 @@ void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gat
       if (i >= live) break;
       UNROLL for (int v = 0; v < vectors; ++v) {
         float* at = pixel + i * p.C + (block + v) * 16;
-        const __mmask16 some = lanes(p.C - (block + v) * 16);
+        const __mmask16 some = lanes_of(p.C - (block + v) * 16);
         const __m512 made = _mm512_max_ps(zero, acc[q * 4 + i][v]);  // NaN passes: max gives its second operand
         _mm512_mask_storeu_ps(at, some, _mm512_fmadd_ps(factor, made, _mm512_maskz_loadu_ps(some, at)));
       }
