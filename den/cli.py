@@ -1,4 +1,4 @@
-"""The command line: den train, den evaluate, den demo, den info, den dag."""
+"""The command line: den train, den evaluate, den report, den demo, den info, den dag."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tyro
 
 from den.config import DemoConfig, TrainConfig, read_config
 from den.measure import Evaluate
+from den.report.settings import Report
 
 HELP = (
     "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
@@ -59,11 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | DemoConfig | Info:
+def _parse(arguments: list[str]) -> Train | Evaluate | Report | DemoConfig | Info:
     train = Train(settings=base_settings(TrainConfig, arguments)) if arguments[:1] == ["train"] else Train()
     command = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
@@ -89,7 +91,7 @@ def _option(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def _run(command: Train | Evaluate | DemoConfig | Info) -> int:
+def _run(command: Train | Evaluate | Report | DemoConfig | Info) -> int:
     if isinstance(command, Train):
         from den.train import train
 
@@ -99,6 +101,10 @@ def _run(command: Train | Evaluate | DemoConfig | Info) -> int:
         from den.measure import main as measure
 
         measure(command)
+    elif isinstance(command, Report):
+        from den.report.command import main as report
+
+        report(command)
     elif isinstance(command, DemoConfig):
         from den.demo import main as demo
 

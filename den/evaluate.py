@@ -97,14 +97,22 @@ def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choic
         correct += (logits.argmax(1) == labels).sum().item()
         levels.append(structures)
         chances.append(chance)
-    used, chance = torch.cat(levels).cpu(), torch.cat(chances).cpu()
+    accuracy, loss = correct / len(image_set), loss / len(image_set)
+    return task_report(model, image_set, torch.cat(levels).cpu(), torch.cat(chances).cpu(), accuracy, loss)
+
+
+def task_report(
+    model: DeepElasticNetwork, image_set: ImageSet, used: Tensor, chance: Tensor, accuracy: float, loss: float
+) -> TaskReport:
+    """The report of a set whose images ran at the structures `used`, int64 [images, N], chosen by distributions whose
+    logarithms are `chance`, [images, N, L]; both on the CPU."""
     flops = count_flops(model, used).mean().item()
     mean = chance.exp().mean(0)
     return TaskReport(
         task=image_set.name,
         images=len(image_set),
-        accuracy=correct / len(image_set),
-        loss=loss / len(image_set),
+        accuracy=accuracy,
+        loss=loss,
         penalty=sparsity_penalty(used, parameter_fractions(model).cpu(), 1.0).mean().item(),
         flops=flops,
         flops_ratio=flops / full_flops(model),

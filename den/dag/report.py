@@ -16,6 +16,7 @@ from den.dag.evaluate import TaskCost, TaskResult, deployed_parameters, evaluate
 from den.dag.gates import SPREAD_WARNING
 from den.dag.network import DagNetwork
 from den.dag.scenarios import load_tasks
+from den.tables import markdown_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,18 +184,6 @@ def command_of(config: DagTrainConfig) -> str:
             shown = f"runs/{Path(value).name}" if name in ("out", "start") else shown
             words.append(f"--{name.replace('_', '-')} {shown}")
     return " ".join(words)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
 
 
 def _flat(config: object, prefix: str = "") -> dict[str, object]:

@@ -10,12 +10,7 @@ import pytest
 import torch
 
 from den import create_model
-from den.count import image_flops
-from den.data import load_set
-from den.evaluate import TaskReport, Timing
-from den.figures import draw_all
-from den.plain import PlainNetwork
-from den.report import (
+from den.comparison import (
     Comparison,
     checks,
     compare,
@@ -27,6 +22,11 @@ from den.report import (
     table,
     write_json,
 )
+from den.count import image_flops
+from den.data import load_set
+from den.evaluate import TaskReport, Timing
+from den.figures.comparison import draw_all
+from den.plain import PlainNetwork
 
 LEAST = {"digits": 0.9, "fashion": 0.8}
 FULL = 100.0  # FLOPs of the full structure of the made-up reports
@@ -121,8 +121,8 @@ def test_ties_between_static_structures_go_to_the_lower_loss():
 
 
 def test_variety_is_the_entropy_of_the_structures_in_use():
-    assert made_comparison().variety == pytest.approx(math.log(2))
-    assert made_comparison(levels=[[3, 0]] * 5).variety == 0
+    assert made_comparison().selected.variety == pytest.approx(math.log(2))
+    assert made_comparison(levels=[[3, 0]] * 5).selected.variety == 0
 
 
 def test_table_has_a_column_per_task_and_the_measured_numbers():
@@ -156,9 +156,9 @@ def test_gain_of_choosing_per_image_is_said_in_words(accuracy, words):
 def test_block_that_tasks_use_most_differently():
     first = made_comparison(levels=[[3, 0]] * 4)
     second = made_comparison("fashion", levels=[[2, 3]] * 4)
-    assert [mean_width(first, i) for i in range(2)] == [1, 0]
-    assert [mean_width(second, i) for i in range(2)] == [0.5, 1]
-    assert most_different_block(first, second) == (1, 1)
+    assert [mean_width(first.selected, i) for i in range(2)] == [1, 0]
+    assert [mean_width(second.selected, i) for i in range(2)] == [0.5, 1]
+    assert most_different_block(first.selected, second.selected) == (1, 1)
     assert "block 2: digits uses 0% of it, fashion 100%" in remarks([first, second])[-1]
     assert remarks([first, first])[-1] == "Both tasks use all blocks alike."
 
@@ -213,11 +213,11 @@ def test_figures_are_drawn_and_not_blank(tmp_path, trained_pair, compared):
 
 
 def test_figures_of_a_collapsed_selector_say_so(trained_pair, compared):
-    from den.figures import example_images, structure_histogram
+    from den.figures.selection import example_images, structure_histogram
 
     c = compared[0]
     levels = c.selected.levels[:1].expand(len(c.images), -1)
-    collapsed = dataclasses.replace(c, selected=dataclasses.replace(c.selected, levels=levels, structures=1))
+    collapsed = dataclasses.replace(c.selected, levels=levels, structures=1)
     titles = [axes.get_title(loc="left") for axes in structure_histogram([collapsed], trained_pair[1]).axes]
     assert titles == ["digits: one structure in use"]
-    assert "every class costs" in example_images(collapsed, trained_pair[1]).get_suptitle()
+    assert "every class costs" in example_images(collapsed, c.images, trained_pair[1]).get_suptitle()

@@ -1,0 +1,90 @@
+"""What all figures share: colours, fonts, and how levels, structures and images are drawn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+from torch.nn.functional import pad
+
+from den.levels import level_fractions
+
+INK, GREY, DEN, DENSE = "#222222", "#b5b8bd", "#d1495b", "#222222"
+LEVELS = LinearSegmentedColormap.from_list("levels", ["#e9ecef", "#9ecae1", "#4292c6", "#08306b"])
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "text.color": INK,
+    "figure.dpi": 130,
+    "savefig.bbox": "tight",
+}
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """The style must hold while a figure is built and while it is saved."""
+
+    @functools.wraps(draw)
+    def in_style(*arguments, **options):
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return in_style
+
+
+def save_all(drawings: dict[str, Figure], folder: Path) -> list[Path]:
+    """Write figures as PNG under their names into `folder`; returns their paths."""
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name, figure in drawings.items():
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1])
+    return paths
+
+
+def level_colour(level: int, levels: int) -> tuple[float, ...]:
+    """Darker for more channels."""
+    return LEVELS(level / (levels - 1))
+
+
+def level_name(level: int, levels: int) -> str:
+    """The share of the hidden channels, in words."""
+    fraction = level_fractions(levels)[level]
+    names = {0: "none: block skipped", 1: "all"}
+    return names.get(fraction, f"1/{round(1 / max(fraction, 1e-9))}")
+
+
+def level_legend(figure: Figure, levels: int) -> None:
+    """A legend of the levels' colours below a figure."""
+    handles = [Patch(color=level_colour(level, levels), label=level_name(level, levels)) for level in range(levels)]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=levels, frameon=False, title="hidden channels used"
+    )
+
+
+def structure_cells(
+    axes: Axes, structure: Tensor, levels: int, *, left: float, row: float, cell: float, height: float
+) -> None:
+    """A structure as coloured cells from `left` on, centred on `row`."""
+    for i, level in enumerate(structure.tolist()):
+        corner = (left + i * cell, row - height / 2)
+        axes.add_patch(Rectangle(corner, 0.88 * cell, height, color=level_colour(level, levels), lw=0))
+
+
+def image_strip(images: Tensor) -> np.ndarray:
+    """Images uint8 [n, C, H, W] side by side with white gaps, grey ones dark on white: [H, n * (W + 2 gap), 3]."""
+    ink = 255 - images if images.shape[1] == 1 else images
+    gap = max(1, images.shape[-1] // 9)
+    padded = pad(ink.expand(-1, 3, -1, -1), (gap, gap), value=255)
+    return padded.permute(2, 0, 3, 1).flatten(1, 2).numpy()

@@ -1,0 +1,133 @@
+"""Accuracy against what it costs: all methods of a section, and sweeps of one setting (figure 5 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from den.evaluation import Evaluation
+from den.figures.style import DEN, DENSE, styled
+from den.report.groups import Group, Row, Section, Stat
+
+MARKERS = "sovD^P*Xh<>p"
+NAMES = {
+    "network.levels": "number of levels",
+    "selector.rho": "rho",
+    "estimator.initial": "initial distribution",
+    "selector.baseline": "baseline of REINFORCE",
+    "selector.exploration": "exploration",
+}
+Cost = Callable[[Row, str], Stat | None]
+
+
+@styled
+def accuracy_against(section: Section, cost: str, points: Sequence[Evaluation] = ()) -> Figure:
+    """Accuracy of every method against its cost, "flops" or "ms" per image, a panel for each task.
+
+    points: operating points at run time of the section's runs, drawn hollow.
+    """
+    tasks = section.tasks
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(5.4 * columns, 4.0 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, task in zip(panels, tasks, strict=False):
+        _panel(axes, section, task, cost, points)
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    figure.suptitle(_finding(section, cost), x=0.01, ha="left", weight="bold")
+    return figure
+
+
+def _cost(row: Row, task: str, cost: str) -> Stat | None:
+    return row.stat("flops", task) if cost == "flops" else row.timing("selected", task)
+
+
+def _panel(axes: Axes, section: Section, task: str, cost: str, points: Sequence[Evaluation]) -> None:
+    unit = 1e-6 if cost == "flops" else 1e3
+    for k, row in enumerate(section.rows):
+        spent = _cost(row, task, cost) if task in row.tasks else None
+        if spent is not None:
+            accuracy, size = row.stat("accuracy", task), 110 if row.method == "den" else 55
+            colour, marker = _look(row, k)
+            axes.errorbar(
+                unit * spent.mean, 100 * accuracy.mean, xerr=unit * (spent.deviation or 0),
+                yerr=100 * (accuracy.deviation or 0), color=colour, lw=1, zorder=2,
+            )  # fmt: skip
+            axes.scatter(
+                unit * spent.mean, 100 * accuracy.mean, s=size, color=colour, marker=marker, zorder=3, label=row.label
+            )
+    extra = [(p, r) for p in points for r in p.tasks if r.task == task and (cost == "flops" or r.timing)]
+    if extra:
+        spent = [unit * (r.flops if cost == "flops" else r.timing.selected) for _, r in extra]
+        axes.scatter(spent, [100 * r.accuracy for _, r in extra], s=60, facecolors="none", edgecolors=DEN, marker="*",
+                     zorder=2, label="DEN, steered to a budget at run time")  # fmt: skip
+    axes.set(
+        xlabel="MFLOP per image (mean)" if cost == "flops" else "ms per image", ylabel="test accuracy in %", title=task
+    )
+    axes.set_xlim(left=0)
+    axes.margins(y=0.15)
+    axes.grid(color="#eeeeee")
+    axes.set_axisbelow(True)
+
+
+def _look(row: Row, index: int) -> tuple[str | tuple[float, ...], str]:
+    if row.method == "den":
+        return DEN, "*"
+    if row.method == "dense":
+        return DENSE, "s"
+    return matplotlib.colormaps["tab10"](index % 10), MARKERS[1 + index % (len(MARKERS) - 1)]
+
+
+def _finding(section: Section, cost: str) -> str:
+    """What the network with the least loss against dense saves, in words."""
+    dense, rows = section.dense, [row for row in section.rows if row.method == "den"]
+    what, fewer = ("FLOPs", "fewer FLOPs") if cost == "flops" else ("time", "less time")
+    if dense is None or not rows:
+        return f"{section.title}: accuracy against {what}"
+    shared = [task for task in rows[0].tasks if task in dense.tasks]
+    spent = [(_cost(rows[0], task, cost), _cost(dense, task, cost)) for task in shared]
+    if not shared or any(None in pair for pair in spent):
+        return f"{section.title}: accuracy against {what}"
+    times = sum(theirs.mean / max(ours.mean, 1e-12) for ours, theirs in spent) / len(shared)
+    change = sum(rows[0].stat("accuracy", t).mean - dense.stat("accuracy", t).mean for t in shared) / len(shared)
+    return f"{section.title}: {rows[0].label} needs {times:.1f} times {fewer} than dense at {100 * change:+.1f} points"
+
+
+@styled
+def sweep(name: str, groups: Sequence[Group]) -> Figure:
+    """Accuracy and FLOPs of networks that differ in one setting (figure 5 of the paper), a panel for each task."""
+    tasks = groups[0].tasks
+    figure = Figure(figsize=(4.8 * len(tasks), 4.0), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        marks = []
+        for group in groups:
+            ratio = Stat.of(r.flops_ratio for r in group.results(task))
+            accuracy = Stat.of(r.accuracy for r in group.results(task))
+            marks.append((ratio.mean, 100 * accuracy.mean))
+            axes.errorbar(
+                *marks[-1], xerr=ratio.deviation or 0, yerr=100 * (accuracy.deviation or 0), color=DEN, fmt="o"
+            )
+            axes.annotate(f"{setting(group, name)}", marks[-1], xytext=(7, 5), textcoords="offset points")
+        axes.plot(*zip(*marks, strict=True), color=DEN, lw=0.8, alpha=0.5, zorder=1)
+        axes.set(xlabel="FLOPs over those of the full structure", ylabel="test accuracy in %", title=task)
+        axes.margins(0.2)
+        axes.grid(color="#eeeeee")
+        axes.set_axisbelow(True)
+    best = max(groups, key=lambda group: sum(record.accuracy for record in group.records) / len(group.records))
+    title = f"{NAMES.get(name, name)}: {setting(best, name)} is the most accurate of {len(groups)}"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    return figure
+
+
+def setting(group: Group, name: str) -> object:
+    """The value of a setting by its flat name."""
+    value: object = group.first.settings
+    for part in name.split("."):
+        value = value[part]  # type: ignore[index]
+    return value
