@@ -13,7 +13,6 @@ from torch import Tensor
 
 from den.data import ImageSet
 from den.evaluate import TaskReport, Timing, evaluate, full_flops, static_candidates, time_per_image
-from den.levels import level_fractions
 from den.model import DeepElasticNetwork
 
 SAME_COST = 1.03  # a static structure may cost 3 % more than the network that it is compared with
@@ -148,25 +147,19 @@ def remarks(found: Sequence[Comparison]) -> list[str]:
         first, second = found[0].selected, found[1].selected
         block, gap = most_different_block(first, second)
         lines.append(
-            f"Tasks differ most in block {block + 1}: {first.task} uses {mean_width(first, block):.0%} of it,"
-            f" {second.task} {mean_width(second, block):.0%}."
+            f"Tasks differ most in block {block + 1}: {first.task} uses {first.usage[block]:.0%} of it,"
+            f" {second.task} {second.usage[block]:.0%}."
             if gap > 0
             else "Both tasks use all blocks alike."
         )
     return lines
 
 
-def mean_width(report: TaskReport, block: int) -> float:
-    """Mean share of a block's hidden channels that the images of a task use."""
-    shares = torch.tensor(level_fractions(report.histogram.shape[1]), dtype=torch.float64)
-    return (report.histogram[block].double() @ shares).item() / report.images
-
-
 def most_different_block(first: TaskReport, second: TaskReport) -> tuple[int, float]:
-    """The block whose mean width differs most between two tasks, and by how much."""
-    gaps = [abs(mean_width(first, i) - mean_width(second, i)) for i in range(len(first.histogram))]
-    block = max(range(len(gaps)), key=gaps.__getitem__)
-    return block, gaps[block]
+    """The block whose usage differs most between two tasks, and by how much."""
+    gaps = (first.usage - second.usage).abs()
+    block = int(gaps.argmax())
+    return block, gaps[block].item()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from den.comparison import (
     checks,
     compare,
     digits,
-    mean_width,
     most_different_block,
     remarks,
     static_structures,
@@ -38,6 +37,7 @@ def made_report(task, accuracy, flops, levels, loss=0.5):
     return TaskReport(
         task=task, images=len(levels), accuracy=accuracy, loss=loss, penalty=0.1, flops=flops, flops_ratio=flops / FULL,
         structures=len(levels.unique(dim=0)), entropy=0.7, mean_entropy=0.9, levels=levels,
+        usage=torch.tensor([0, 0.25, 0.5, 1])[levels].mean(0),
         probabilities=torch.nn.functional.one_hot(levels, 4).float().mean(0),
     )  # fmt: skip
 
@@ -156,8 +156,8 @@ def test_gain_of_choosing_per_image_is_said_in_words(accuracy, words):
 def test_block_that_tasks_use_most_differently():
     first = made_comparison(levels=[[3, 0]] * 4)
     second = made_comparison("fashion", levels=[[2, 3]] * 4)
-    assert [mean_width(first.selected, i) for i in range(2)] == [1, 0]
-    assert [mean_width(second.selected, i) for i in range(2)] == [0.5, 1]
+    assert first.selected.usage.tolist() == [1, 0]
+    assert second.selected.usage.tolist() == [0.5, 1]
     assert most_different_block(first.selected, second.selected) == (1, 1)
     assert "block 2: digits uses 0% of it, fashion 100%" in remarks([first, second])[-1]
     assert remarks([first, first])[-1] == "Both tasks use all blocks alike."

@@ -39,7 +39,7 @@ def neighbours(sets: Sequence[ImageSet], distributions: Sequence[Tensor], seed: 
     distributions: float [n, N, L] of each set's images.
     """
     generator = torch.Generator().manual_seed(seed)
-    figure = Figure(figsize=(1.5 + 2.9 * len(sets), 1.35 * len(sets) + 0.5), layout="constrained")
+    figure = Figure(figsize=(0.9 + 3.3 * len(sets), 1.15 * len(sets) + 0.7), layout="constrained")
     panels = figure.subplots(len(sets), 1 + len(sets), squeeze=False, width_ratios=[1, *[NEAREST] * len(sets)])
     same, total = 0, 0
     for k, image_set in enumerate(sets):
@@ -53,7 +53,7 @@ def neighbours(sets: Sequence[ImageSet], distributions: Sequence[Tensor], seed: 
         labels = sets[k].labels[found[k][0]]
         same, total = same + int((labels == image_set.labels[index]).sum()), total + len(labels)
     figure.suptitle(
-        f"Nearest images by the selector's distribution: {same} of {total} of the query's own task share its class",
+        f"Nearest images by the selector's distribution:\n{same} of {total} of the query's own task share its class",
         x=0.01, ha="left", weight="bold",
     )  # fmt: skip
     return figure

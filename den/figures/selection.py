@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from den.comparison import mean_width, most_different_block
+from den.comparison import most_different_block
 from den.count import count_flops
 from den.data import ImageSet
 from den.evaluate import TaskReport
@@ -26,11 +26,11 @@ def level_probabilities(found: Sequence[TaskReport], model: DeepElasticNetwork) 
     for axes, c in zip(panels, found, strict=True):
         _level_bars(axes, c, model)
     panels[0].set_ylabel("mean probability of each level")
-    level_legend(figure, model.levels)
+    level_legend(figure, model)
     title = "How the selector spends on each block"
     if len(found) > 1:
         block, gap = most_different_block(found[0], found[1])
-        first, second = (f"{mean_width(c, block):.0%} of block {block + 1}" for c in found[:2])
+        first, second = (f"{c.usage[block]:.0%} of block {block + 1}" for c in found[:2])
         title = f"{found[0].task} images use {first}, {found[1].task} images {second}"
         title = title if gap >= 0.05 else "The tasks use the blocks alike"
     figure.suptitle(title, x=0.02, ha="left", weight="bold")
@@ -61,7 +61,7 @@ def structure_histogram(found: Sequence[TaskReport], model: DeepElasticNetwork) 
     figure = Figure(figsize=(5.6 * len(found), 1.7 + 0.3 * rows), layout="constrained")
     for axes, c in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         _histogram_panel(axes, c, model, rows)
-    level_legend(figure, model.levels)
+    level_legend(figure, model)
     return figure
 
 
@@ -169,7 +169,7 @@ def favourites(found: Sequence[TaskReport], sets: Sequence[ImageSet], model: Dee
         right.set_title(_leading_classes(image_set, (c.levels == structure).all(1)), fontsize=10)
         left.set_axis_off()
         right.set_axis_off()
-    level_legend(figure, model.levels)
+    level_legend(figure, model)
     same = len({tuple(c.common[0][0].tolist()) for c in found}) == 1
     words = (
         "Every data set selects the same structure most" if same and len(found) > 1 else "The structures selected most"

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.nn.functional import pad
 
-from den.levels import level_fractions
+from den.model import DeepElasticNetwork
 
 INK, GREY, DEN, DENSE = "#222222", "#b5b8bd", "#d1495b", "#222222"
 LEVELS = LinearSegmentedColormap.from_list("levels", ["#e9ecef", "#9ecae1", "#4292c6", "#08306b"])
@@ -58,16 +58,17 @@ def level_colour(level: int, levels: int) -> tuple[float, ...]:
     return LEVELS(level / (levels - 1))
 
 
-def level_name(level: int, levels: int) -> str:
-    """The share of the hidden channels, in words."""
-    fraction = level_fractions(levels)[level]
-    names = {0: "none: block skipped", 1: "all"}
-    return names.get(fraction, f"1/{round(1 / max(fraction, 1e-9))}")
+def level_name(level: int, levels: int, skips: bool) -> str:
+    """The share of the hidden channels, in words; skips: level 0 is the shortcut alone."""
+    if level == levels - 1:
+        return "all"
+    return "none: block skipped" if skips and level == 0 else f"1/{2 ** (levels - 1 - level)}"
 
 
-def level_legend(figure: Figure, levels: int) -> None:
+def level_legend(figure: Figure, model: DeepElasticNetwork) -> None:
     """A legend of the levels' colours below a figure."""
-    handles = [Patch(color=level_colour(level, levels), label=level_name(level, levels)) for level in range(levels)]
+    levels, skips = model.levels, not model.estimator.level_parameters[:, 0].any()
+    handles = [Patch(color=level_colour(k, levels), label=level_name(k, levels, skips)) for k in range(levels)]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=levels, frameon=False, title="hidden channels used"
     )

@@ -45,7 +45,9 @@ def accuracy_against(section: Section, cost: str, points: Sequence[Evaluation] =
 
 
 def _cost(row: Row, task: str, cost: str) -> Stat | None:
-    return row.stat("flops", task) if cost == "flops" else row.timing("selected", task)
+    if cost == "flops":
+        return row.stat("flops", task)
+    return row.timing("dense" if row.method == "dense" else "selected", task)
 
 
 def _panel(axes: Axes, section: Section, task: str, cost: str, points: Sequence[Evaluation]) -> None:
@@ -85,18 +87,20 @@ def _look(row: Row, index: int) -> tuple[str | tuple[float, ...], str]:
 
 
 def _finding(section: Section, cost: str) -> str:
-    """What the network with the least loss against dense saves, in words."""
-    dense, rows = section.dense, [row for row in section.rows if row.method == "den"]
-    what, fewer = ("FLOPs", "fewer FLOPs") if cost == "flops" else ("time", "less time")
-    if dense is None or not rows:
-        return f"{section.title}: accuracy against {what}"
-    shared = [task for task in rows[0].tasks if task in dense.tasks]
-    spent = [(_cost(rows[0], task, cost), _cost(dense, task, cost)) for task in shared]
-    if not shared or any(None in pair for pair in spent):
-        return f"{section.title}: accuracy against {what}"
-    times = sum(theirs.mean / max(ours.mean, 1e-12) for ours, theirs in spent) / len(shared)
-    change = sum(rows[0].stat("accuracy", t).mean - dense.stat("accuracy", t).mean for t in shared) / len(shared)
-    return f"{section.title}: {rows[0].label} needs {times:.1f} times {fewer} than dense at {100 * change:+.1f} points"
+    """What the first network that chooses saves and loses against dense, in words."""
+    dense, row = section.dense, next((row for row in section.rows if row.method == "den"), None)
+    what, less = ("FLOPs", "fewer FLOPs") if cost == "flops" else ("time", "as fast")
+    shared = [task for task in row.tasks if task in dense.tasks] if row and dense else []
+    if cost == "flops":
+        saved = [1 / max(row.stat("flops_ratio", task).mean, 1e-9) for task in shared]
+    else:
+        timings = [row.timing("speedup", task) for task in shared]
+        saved = [] if None in timings else [stat.mean for stat in timings]
+    if not saved:
+        return f"{section.title}\nAccuracy against {what}"
+    change = sum(row.stat("accuracy", t).mean - dense.stat("accuracy", t).mean for t in shared) / len(shared)
+    words = f"{sum(saved) / len(saved):.1f} times {less}, {100 * change:+.1f} points against dense"
+    return f"{section.title}\n{row.label}: {words}"
 
 
 @styled
@@ -120,7 +124,7 @@ def sweep(name: str, groups: Sequence[Group]) -> Figure:
         axes.grid(color="#eeeeee")
         axes.set_axisbelow(True)
     best = max(groups, key=lambda group: sum(record.accuracy for record in group.records) / len(group.records))
-    title = f"{NAMES.get(name, name)}: {setting(best, name)} is the most accurate of {len(groups)}"
+    title = f"{NAMES.get(name, name)}:\n{setting(best, name)} is the most accurate of {len(groups)}"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     return figure
 

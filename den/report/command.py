@@ -22,7 +22,7 @@ from den.measure import evaluations, opened, sets_of
 from den.operating import selector_logits
 from den.report.groups import Group, Row, Section, group_runs, sections, settings_of
 from den.report.settings import Report
-from den.report.tables import HEAD, NOTES, SHORT, Table, build_table, heading, machines
+from den.report.tables import NOTES, Table, build_table, heading, machines
 from den.report.verdicts import verdicts
 from den.tables import csv_table, latex_table, markdown_table
 
@@ -67,9 +67,9 @@ def gather(command: Report) -> Found:
 def write_tables(table: Table, out: Path) -> None:
     """The table of a section as Markdown, CSV and LaTeX."""
     name = slug(table.section.title)
-    (out / f"{name}.md").write_text(markdown_table(SHORT, table.rows) + "\n")
-    (out / f"{name}.csv").write_text(csv_table(HEAD, table.rows))
-    (out / f"{name}.tex").write_text(latex_table(SHORT, table.rows))
+    (out / f"{name}.md").write_text(markdown_table(table.short_head, table.rows) + "\n")
+    (out / f"{name}.csv").write_text(csv_table(table.head, table.rows))
+    (out / f"{name}.tex").write_text(latex_table(table.short_head, table.rows))
 
 
 def section_text(table: Table) -> str:
@@ -80,7 +80,7 @@ def section_text(table: Table) -> str:
     return "\n\n".join([
         f"## {table.section.title}",
         f"{heading(table)} Measured on: {machines(table.section)}.",
-        markdown_table(SHORT, table.rows),
+        markdown_table(table.short_head, table.rows),
         NOTES,
         f"{words} (?: not decided by these runs):" + (f"\n\n```\n{check_lines(checks)}\n```" if checks else ""),
     ])  # fmt: skip

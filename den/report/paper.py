@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MEAN = "mean"  # in place of a task: over all of them
-CIFAR10, CIFAR100, COARSE, TINY, STL = "cifar10", "cifar100", "cifar100-coarse", "tiny-imagenet", "stl10"
+CIFAR10, CIFAR100, COARSE, TINY, STL = "cifar10", "cifar100", "cifar100-coarse", "tinyimagenet", "stl10"
 M1 = (CIFAR100, TINY, STL)
 
 

@@ -16,7 +16,6 @@ HEAD = (
     f"{PAPER}MFLOP", "times fewer", f"{PAPER}times fewer", "parameters M", f"{PAPER}parameters M", "ms dense", "ms",
     "times as fast", "structures", "entropy",
 )  # fmt: skip
-SHORT = tuple("paper" if name.startswith(PAPER) else name for name in HEAD)  # each stands beside what it is of
 
 NOTES = """\
 Mean ± standard deviation over seeds, on the test images. Δ dense: points above the dense network (the mean of its
@@ -51,8 +50,18 @@ class Table:
         return self.paper_backbone == self.section.backbone
 
     @property
+    def head(self) -> list[str]:
+        """Names of the columns; the paper's only where it has such a table."""
+        return [name for name in HEAD if self.numbers or not name.startswith(PAPER)]
+
+    @property
+    def short_head(self) -> list[str]:
+        """The same for the eye: the paper's columns stand beside what they are of."""
+        return ["paper" if name.startswith(PAPER) else name for name in self.head]
+
+    @property
     def rows(self) -> list[list[str]]:
-        """The cells, in the order of `HEAD`."""
+        """The cells, in the order of `head`."""
         return [_cells(self, line) for line in self.lines]
 
     def paper_dense(self, task: str) -> PaperEntry | None:
@@ -99,7 +108,9 @@ def _cells(table: Table, line: Line) -> list[str]:
         "times fewer": _number(paper and paper.fewer, "{:.2f}"),
         "parameters M": _number(absolute and absolute.parameters and absolute.parameters / 1e6, "{:.2f}"),
     }
-    cells = (theirs[name.removeprefix(PAPER)] if name.startswith(PAPER) else ours.get(name, "") for name in HEAD[2:])
+    cells = (
+        theirs[name.removeprefix(PAPER)] if name.startswith(PAPER) else ours.get(name, "") for name in table.head[2:]
+    )
     return [line.label, task, *cells]
 
 
@@ -139,7 +150,7 @@ def heading(table: Table) -> str:
     """What the table is of, and what the paper's columns are."""
     of = f"Table {' and '.join(table.numbers)}" if table.numbers else ""
     if not table.numbers:
-        return "The paper has no such table: its columns are empty."
+        return "The paper has no such table."
     if table.comparable:
         return f"Beside {of} of the paper."
     return (

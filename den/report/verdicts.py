@@ -9,7 +9,6 @@ import torch
 
 from den.comparison import Check
 from den.evaluation import TaskResult
-from den.levels import level_fractions
 from den.report.groups import Row, Section
 from den.report.paper import MEAN
 from den.report.tables import Table
@@ -39,7 +38,7 @@ def _row_checks(table: Table, row: Row) -> Iterator[Check]:
         yield from _selection(name, row.results(task))
         if (realised := row.timing("realised", task)) is not None:
             yield Check(f"{name}: realised fraction at least 0.8", f"{realised.mean:.2f}", realised.mean >= 0.8)
-    yield from _task_widths(row)
+    yield from _task_usage(row)
     yield from _against_paper(table, row)
 
 
@@ -69,21 +68,15 @@ def _selection(name: str, results: list[TaskResult]) -> Iterator[Check]:
     yield Check(f"{name}: structures differ between images", f"{fewest} or more, {variety:.2f} nats", fewest > 1)
 
 
-def _task_widths(row: Row) -> Iterator[Check]:
+def _task_usage(row: Row) -> Iterator[Check]:
     """Whether the tasks of a network use some block differently."""
     results = row.groups[0].first.tasks
     if len(row.groups) > 1 or len(results) < 2:
         return
-    widths = torch.tensor([_widths(result) for result in results])
-    gaps = widths.amax(0) - widths.amin(0)
+    usage = torch.tensor([result.usage for result in results])
+    gaps = usage.amax(0) - usage.amin(0)
     block, gap = int(gaps.argmax()), gaps.max().item()
     yield Check(f"{row.label}: levels differ between tasks", f"by {gap:.0%} in block {block + 1}", gap >= 0.05)
-
-
-def _widths(result: TaskResult) -> list[float]:
-    """Mean share of the hidden channels in use, block by block."""
-    shares = level_fractions(len(result.histogram[0]))
-    return [sum(n * s for n, s in zip(row, shares, strict=True)) / result.images for row in result.histogram]
 
 
 def _against_paper(table: Table, row: Row) -> Iterator[Check]:
