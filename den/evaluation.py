@@ -122,7 +122,7 @@ def evaluate_run(
         timing = time_per_image(model, image_set, structures=rule) if time else None
         results.append(_result(model, reports[name], image_set, timing))
     device = next(model.parameters()).device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     updates = read_record(run.checkpoint)["position"]["total_steps"]
     record = Evaluation(
         to_dict(run.config), run.checkpoint.stem, updates, count_parameters(model), tuple(results), where, budget=budget

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from den.data import ImageSet
-from den.figures.style import INK, image_strip, styled
+from den.figures.style import INK, headline, image_strip, styled
 
 NEAREST = 4
 
@@ -52,10 +52,10 @@ def neighbours(sets: Sequence[ImageSet], distributions: Sequence[Tensor], seed: 
             _show(panels[k][1 + j], sets[j].images[positions], title)
         labels = sets[k].labels[found[k][0]]
         same, total = same + int((labels == image_set.labels[index]).sum()), total + len(labels)
-    figure.suptitle(
-        f"Nearest images by the selector's distribution:\n{same} of {total} of the query's own task share its class",
-        x=0.01, ha="left", weight="bold",
-    )  # fmt: skip
+    headline(
+        figure,
+        f"Nearest images by the selector's distribution: {same} of {total} of the query's own task share its class",
+    )
     return figure
 
 

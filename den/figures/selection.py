@@ -14,7 +14,7 @@ from den.comparison import most_different_block
 from den.count import count_flops
 from den.data import ImageSet
 from den.evaluate import TaskReport
-from den.figures.style import DEN, INK, image_strip, level_colour, level_legend, structure_cells, styled
+from den.figures.style import DEN, INK, headline, image_strip, level_colour, level_legend, structure_cells, styled
 from den.model import DeepElasticNetwork
 
 
@@ -33,7 +33,7 @@ def level_probabilities(found: Sequence[TaskReport], model: DeepElasticNetwork) 
         first, second = (f"{c.usage[block]:.0%} of block {block + 1}" for c in found[:2])
         title = f"{found[0].task} images use {first}, {found[1].task} images {second}"
         title = title if gap >= 0.05 else "The tasks use the blocks alike"
-    figure.suptitle(title, x=0.02, ha="left", weight="bold")
+    headline(figure, title)
     return figure
 
 
@@ -104,7 +104,7 @@ def example_images(c: TaskReport, image_set: ImageSet, model: DeepElasticNetwork
         axes.imshow(strip, extent=extent, aspect="auto")
     axes.set(xlim=(-4.6, columns - 0.5), ylim=(len(rows) - 0.5, -0.5))
     axes.set_axis_off()
-    figure.suptitle(_class_costs(c, image_set, model), x=0.01, ha="left", weight="bold")
+    headline(figure, _class_costs(c, image_set, model))
     return figure
 
 
@@ -170,9 +170,9 @@ def favourites(found: Sequence[TaskReport], sets: Sequence[ImageSet], model: Dee
         left.set_axis_off()
         right.set_axis_off()
     level_legend(figure, model)
-    same = len({tuple(c.common[0][0].tolist()) for c in found}) == 1
+    different = len({tuple(c.common[0][0].tolist()) for c in found})
     words = (
-        "Every data set selects the same structure most" if same and len(found) > 1 else "The structures selected most"
+        f"{len(found)} data sets select {different} different structures most" if len(found) > 1 else "Selected most"
     )
-    figure.suptitle(words, x=0.01, ha="left", weight="bold")
+    headline(figure, words)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,13 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
             return draw(*arguments, **options)
 
     return in_style
+
+
+def headline(figure: Figure, text: str) -> None:
+    """What was found, above all panels, in lines no longer than the figure is wide."""
+    width = int(9.5 * figure.get_figwidth())
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", weight="bold")
 
 
 def save_all(drawings: dict[str, Figure], folder: Path) -> list[Path]:

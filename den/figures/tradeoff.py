@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from den.evaluation import Evaluation
-from den.figures.style import DEN, DENSE, styled
+from den.figures.style import DEN, DENSE, headline, styled
 from den.report.groups import Group, Row, Section, Stat
+from den.report.paper import MEAN
 
-MARKERS = "sovD^P*Xh<>p"
+MARKERS = "ovD^PXh<>p"
+SHADES = (DEN, "#7d1128", "#f08a9b", "#b5179e", "#ff6b35", "#5c2a9d")  # of the networks that choose
 NAMES = {
     "network.levels": "number of levels",
     "selector.rho": "rho",
@@ -20,7 +22,6 @@ NAMES = {
     "selector.baseline": "baseline of REINFORCE",
     "selector.exploration": "exploration",
 }
-Cost = Callable[[Row, str], Stat | None]
 
 
 @styled
@@ -32,15 +33,15 @@ def accuracy_against(section: Section, cost: str, points: Sequence[Evaluation] =
     tasks = section.tasks
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(5.4 * columns, 4.0 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 5.2 * columns), 4.0 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, task in zip(panels, tasks, strict=False):
         _panel(axes, section, task, cost, points)
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
-    figure.suptitle(_finding(section, cost), x=0.01, ha="left", weight="bold")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
+    headline(figure, _finding(section, cost))
     return figure
 
 
@@ -56,7 +57,7 @@ def _panel(axes: Axes, section: Section, task: str, cost: str, points: Sequence[
         spent = _cost(row, task, cost) if task in row.tasks else None
         if spent is not None:
             accuracy, size = row.stat("accuracy", task), 110 if row.method == "den" else 55
-            colour, marker = _look(row, k)
+            colour, marker = _look(section, k)
             axes.errorbar(
                 unit * spent.mean, 100 * accuracy.mean, xerr=unit * (spent.deviation or 0),
                 yerr=100 * (accuracy.deviation or 0), color=colour, lw=1, zorder=2,
@@ -78,17 +79,21 @@ def _panel(axes: Axes, section: Section, task: str, cost: str, points: Sequence[
     axes.set_axisbelow(True)
 
 
-def _look(row: Row, index: int) -> tuple[str | tuple[float, ...], str]:
-    if row.method == "den":
-        return DEN, "*"
+def _look(section: Section, index: int) -> tuple[str | tuple[float, ...], str]:
+    """Colour and marker of a row: a star for a network that chooses, a square for dense."""
+    row = section.rows[index]
     if row.method == "dense":
         return DENSE, "s"
-    return matplotlib.colormaps["tab10"](index % 10), MARKERS[1 + index % (len(MARKERS) - 1)]
+    if row.method == "den":
+        before = sum(other.method == "den" for other in section.rows[:index])
+        return SHADES[before % len(SHADES)], "*"
+    return matplotlib.colormaps["tab10"](index % 10), MARKERS[index % len(MARKERS)]
 
 
 def _finding(section: Section, cost: str) -> str:
-    """What the first network that chooses saves and loses against dense, in words."""
-    dense, row = section.dense, next((row for row in section.rows if row.method == "den"), None)
+    """What the most accurate network that chooses saves and loses against dense, in words."""
+    rows = [row for row in section.rows if row.method == "den"]
+    dense, row = section.dense, max(rows, key=lambda row: row.stat("accuracy", MEAN).mean, default=None)
     what, less = ("FLOPs", "fewer FLOPs") if cost == "flops" else ("time", "as fast")
     shared = [task for task in row.tasks if task in dense.tasks] if row and dense else []
     if cost == "flops":
@@ -125,7 +130,7 @@ def sweep(name: str, groups: Sequence[Group]) -> Figure:
         axes.set_axisbelow(True)
     best = max(groups, key=lambda group: sum(record.accuracy for record in group.records) / len(group.records))
     title = f"{NAMES.get(name, name)}:\n{setting(best, name)} is the most accurate of {len(groups)}"
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    headline(figure, title)
     return figure
 
 
