@@ -236,9 +236,12 @@ def test_each_claim_fails_by_itself(changes, others, failing):
     assert all(words in claim for words, claim in zip(failing, broken, strict=True))
 
 
-@pytest.mark.parametrize(("ratio", "holds"), [(0.5, False), (0.6, None)], ids=["same-cost", "other-is-dearer"])
-def test_a_better_but_dearer_method_decides_nothing(ratio, holds):
-    checks = verdicts(build_table(only_section([made_run(), made_run("blockdrop", 0.82, ratio)])))
+@pytest.mark.parametrize(
+    ("accuracy", "ratio", "holds"),
+    [(0.82, 0.5, False), (0.82, 0.6, None), (0.7, 0.4, None), (0.7, 0.6, True), (0.8, 0.6, True), (0.8, 0.5, False)],
+)
+def test_a_better_but_dearer_method_decides_nothing(accuracy, ratio, holds):
+    checks = verdicts(build_table(only_section([made_run(), made_run("blockdrop", accuracy, ratio)])))
     assert [c.holds for c in checks if "blockdrop" in c.claim] == [holds]
 
 

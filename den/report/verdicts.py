@@ -51,12 +51,12 @@ def _against_dense(name: str, row: Row, dense: Row, task: str) -> Check:
 
 
 def _against(name: str, row: Row, other: Row, task: str) -> Check:
-    """More accurate than a compared method; not decided where it costs more than that and is the better."""
+    """More accurate than a compared method, or as accurate and cheaper; not decided where the better one costs more."""
     gain = 100 * (row.stat("accuracy", task).mean - other.stat("accuracy", task).mean)
     cost = row.stat("flops", task).mean / max(other.stat("flops", task).mean, 1e-9)
-    holds = gain > 0 if cost <= SAME_COST or gain <= 0 else None
-    if gain <= 0 and cost < 1 / SAME_COST:
-        holds = None  # less accurate, but cheaper
+    better = gain > 0 or (gain == 0 and cost < 1 / SAME_COST)
+    decided = cost <= SAME_COST if better else cost >= 1 / SAME_COST
+    holds = better if decided else None
     return Check(
         f"{name}: more accurate than {other.label} at equal FLOPs", f"{gain:+.2f} at {cost:.2f} of them", holds
     )
