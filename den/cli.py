@@ -1,4 +1,4 @@
-"""The command line: den train, den fetch, den evaluate, den demo, den info, den dag."""
+"""The command line: den train, den fetch, den evaluate, den report, den demo, den info, den dag."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tyro
 
 from den.config import DemoConfig, TrainConfig, read_config
 from den.measure import Evaluate
+from den.report.settings import Report
 from den.scenarios import ScenarioOptions, scenario_config
 
 HELP = (
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | DemoConfig | Info:
+def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | Report | DemoConfig | Info:
     if arguments[:1] == ["train"] and arguments[1:2] and not arguments[1].startswith("-"):
         return _parse_scenario(arguments[1], arguments[2:])
     train = Train(settings=base_settings(TrainConfig, arguments)) if arguments[:1] == ["train"] else Train()
@@ -92,6 +93,7 @@ def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | DemoConfig | Info
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Fetch, tyro.conf.subcommand("fetch")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
@@ -128,7 +130,7 @@ def _option(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def _run(command: Train | Fetch | Evaluate | DemoConfig | Info) -> int:
+def _run(command: Train | Fetch | Evaluate | Report | DemoConfig | Info) -> int:
     if isinstance(command, Train):
         from den.train import train
 
@@ -145,6 +147,10 @@ def _run(command: Train | Fetch | Evaluate | DemoConfig | Info) -> int:
         from den.measure import main as measure
 
         measure(command)
+    elif isinstance(command, Report):
+        from den.report.command import main as report
+
+        report(command)
     elif isinstance(command, DemoConfig):
         from den.demo import main as demo
 

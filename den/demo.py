@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from den.comparison import NOTES, check_lines, checks, compare, remarks, table, write_json
 from den.config import (
     DataConfig,
     DemoConfig,
@@ -18,10 +19,9 @@ from den.config import (
     TrainConfig,
 )
 from den.data import load_set
-from den.figures import draw_all
+from den.figures.comparison import draw_all
 from den.heap import keep_allocations_on_the_heap
 from den.model import DeepElasticNetwork
-from den.report import NOTES, check_lines, checks, compare, remarks, table, write_json
 from den.train import train
 
 LEAST_ACCURACY = {"digits": 0.98, "fashion": 0.87}

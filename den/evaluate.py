@@ -45,6 +45,7 @@ class TaskReport:
     entropy: float  # of the selector's distribution of one image, mean over images and blocks, nats
     mean_entropy: float  # of the mean of these distributions, mean over blocks, nats
     levels: Tensor  # int64 [images, N]: the structure of every image
+    usage: Tensor  # float32 [N]: mean share of each block's convolution weights that an image uses
     probabilities: Tensor  # float32 [N, L]: mean of the selector's distributions
 
     @property
@@ -99,21 +100,30 @@ def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choic
         correct += (logits.argmax(1) == labels).sum().item()
         levels.append(structures)
         chances.append(chance)
-    used, chance = torch.cat(levels).cpu(), torch.cat(chances).cpu()
+    accuracy, loss = correct / len(image_set), loss / len(image_set)
+    return task_report(model, image_set, torch.cat(levels).cpu(), torch.cat(chances).cpu(), accuracy, loss)
+
+
+def task_report(
+    model: DeepElasticNetwork, image_set: ImageSet, used: Tensor, chance: Tensor, accuracy: float, loss: float
+) -> TaskReport:
+    """The report of a set whose images ran at the structures `used`, int64 [images, N], chosen by distributions whose
+    logarithms are `chance`, [images, N, L]; both on the CPU."""
     flops = count_flops(model, used).mean().item()
-    mean = chance.exp().mean(0)
+    mean, shares = chance.exp().mean(0), parameter_fractions(model).cpu()
     return TaskReport(
         task=image_set.name,
         images=len(image_set),
-        accuracy=correct / len(image_set),
-        loss=loss / len(image_set),
-        penalty=sparsity_penalty(used, parameter_fractions(model).cpu(), 1.0).mean().item(),
+        accuracy=accuracy,
+        loss=loss,
+        penalty=sparsity_penalty(used, shares, 1.0).mean().item(),
         flops=flops,
         flops_ratio=flops / full_flops(model),
         structures=len(used.unique(dim=0)),
         entropy=entropy(chance).mean().item(),
         mean_entropy=entropy(mean.clamp_min(1e-30).log()).mean().item(),
         levels=used,
+        usage=shares.gather(1, used.t()).mean(1),
         probabilities=mean,
     )
 

@@ -55,6 +55,7 @@ class TaskResult:
     flops: float  # mean per image, block convolutions
     flops_ratio: float  # of the full structure's
     parameters: float  # mean number of block convolution weights that an image uses
+    usage: tuple[float, ...]  # [N], mean share of each block's
     structures: int  # different ones in use
     variety: float  # entropy of the structures in use, nats
     entropy: float  # of one image's distribution, mean over images and blocks, nats
@@ -121,7 +122,7 @@ def evaluate_run(
         timing = time_per_image(model, image_set, structures=rule) if time else None
         results.append(_result(model, reports[name], image_set, timing))
     device = next(model.parameters()).device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     updates = read_record(run.checkpoint)["position"]["total_steps"]
     record = Evaluation(
         to_dict(run.config), run.checkpoint.stem, updates, count_parameters(model), tuple(results), where, budget=budget
@@ -131,7 +132,7 @@ def evaluate_run(
 
 def _result(model: Any, report: TaskReport, image_set: ImageSet, timing: Timing | None) -> TaskResult:
     same = {f.name for f in dataclasses.fields(TaskReport)} & {f.name for f in dataclasses.fields(TaskResult)}
-    values = {name: getattr(report, name) for name in same - {"probabilities"}}
+    values = {name: getattr(report, name) for name in same - {"probabilities", "usage"}}
     structures, counts = report.common
     chosen = zip(structures[:MOST].tolist(), (counts / report.images).tolist(), strict=False)
     sizes = model.estimator.level_parameters.cpu().double()
@@ -139,6 +140,7 @@ def _result(model: Any, report: TaskReport, image_set: ImageSet, timing: Timing 
         **values,
         classes=image_set.classes,
         parameters=(report.histogram * sizes).sum().item() / report.images,
+        usage=tuple(report.usage.tolist()),
         variety=report.variety,
         probabilities=tuple(map(tuple, report.probabilities.tolist())),
         histogram=tuple(map(tuple, report.histogram.tolist())),

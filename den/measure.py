@@ -19,6 +19,7 @@ from den.evaluation import (
     NAME,
     Budget,
     Evaluation,
+    TaskResult,
     evaluate_run,
     is_current,
     read_evaluation,
@@ -88,8 +89,19 @@ def _report(run: Run, command: Evaluate, budget: Budget | None) -> None:
         lines = result_lines(result)
         if command.static:
             lines.insert(1, _static_line(run, image_set, reports[image_set.name], command.static))
+        if budget is not None:
+            lines.append(_budget_line(result, budget))
         print("\n".join(lines))
     write_evaluation(run.folder / file_name(budget), record)
+
+
+def _budget_line(result: TaskResult, budget: Budget) -> str:
+    """What the test images cost against the budget, which was met on training images."""
+    if budget.unit == "flops":
+        cost, unit = result.flops_ratio, "of the full structure's FLOPs"
+    else:
+        cost, unit = 1e3 * result.timing.selected, "ms per image"
+    return f"{result.task}: {cost:.4g} {unit} against a budget of {budget.limit:g} ({cost / budget.limit - 1:+.1%})"
 
 
 def _static_line(run: Run, image_set: ImageSet, report: TaskReport, candidates: int) -> str:

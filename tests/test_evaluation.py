@@ -126,7 +126,9 @@ def test_operating_points_are_kept_beside_the_record(tmp_path, stored_run, few_i
     folder = tmp_path / "run"
     stored_run(folder)
     assert cli.main(["evaluate", str(folder), "--budget-flops", "0.4"]) == 0
-    assert "lambda of the cost at run time: digits" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "lambda of the cost at run time: digits" in printed
+    assert "of the full structure's FLOPs against a budget of 0.4 (" in printed
     record, points = evaluations(folder)
     assert record.budget is None
     assert [(p.budget.unit, p.budget.limit, list(p.budget.weights)) for p in points] == [("flops", 0.4, ["digits"])]

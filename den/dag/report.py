@@ -17,7 +17,7 @@ from den.dag.evaluate import TaskCost, TaskResult, deployed_parameters, evaluate
 from den.dag.gates import SPREAD_WARNING
 from den.dag.network import DagNetwork
 from den.dag.scenarios import load_tasks, named_settings
-from den.dag.tables import markdown_table
+from den.tables import markdown_table
 
 PEERS = {
     "hard": "hard sharing",

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from den.data import ImageSet
 from den.evaluate import TaskReport, Timing, evaluate, full_flops, static_candidates, time_per_image
-from den.levels import level_fractions
 from den.model import DeepElasticNetwork
 
 SAME_COST = 1.03  # a static structure may cost 3 % more than the network that it is compared with
@@ -48,12 +47,6 @@ class Comparison:
     def saving(self) -> float:
         """How many times fewer FLOPs than at the full structure."""
         return 1 / max(self.selected.flops_ratio, 1e-9)
-
-    @property
-    def variety(self) -> float:
-        """Entropy in nats of the structures in use."""
-        share = self.selected.common[1].double() / self.selected.images
-        return -(share * share.log()).sum().item()
 
 
 def compare(
@@ -104,7 +97,7 @@ def table(found: Sequence[Comparison]) -> str:
     row("  times as fast", lambda c: f"{c.timing.speedup:.2f}")
     row("realised fraction", lambda c: f"{c.timing.realised:.2f}")
     row("structures in use", lambda c: f"{c.selected.structures}")
-    row("  their entropy in nats", lambda c: f"{c.variety:.2f}")
+    row("  their entropy in nats", lambda c: f"{c.selected.variety:.2f}")
     row("  used most (levels, share)", lambda c: f"{digits(c.selected.common[0][0])} {_top_share(c):.0%}")
     row("entropy of the selector in nats", lambda c: f"{c.selected.entropy:.3f}")
     row("best single structure of that cost", lambda c: f"{c.best_static.accuracy:.2%}")
@@ -151,37 +144,31 @@ def remarks(found: Sequence[Comparison]) -> list[str]:
         )
         lines.append(f"{c.task}: {count} structures in use; choosing per image is {verdict}.")
     if len(found) > 1:
-        first, second = found[0], found[1]
+        first, second = found[0].selected, found[1].selected
         block, gap = most_different_block(first, second)
         lines.append(
-            f"Tasks differ most in block {block + 1}: {first.task} uses {mean_width(first, block):.0%} of it,"
-            f" {second.task} {mean_width(second, block):.0%}."
+            f"Tasks differ most in block {block + 1}: {first.task} uses {first.usage[block]:.0%} of it,"
+            f" {second.task} {second.usage[block]:.0%}."
             if gap > 0
             else "Both tasks use all blocks alike."
         )
     return lines
 
 
-def mean_width(c: Comparison, block: int) -> float:
-    """Mean share of a block's hidden channels that the images of a task use."""
-    shares = torch.tensor(level_fractions(c.selected.histogram.shape[1]), dtype=torch.float64)
-    return (c.selected.histogram[block].double() @ shares).item() / c.selected.images
-
-
-def most_different_block(first: Comparison, second: Comparison) -> tuple[int, float]:
-    """The block whose mean width differs most between two tasks, and by how much."""
-    gaps = [abs(mean_width(first, i) - mean_width(second, i)) for i in range(len(first.selected.histogram))]
-    block = max(range(len(gaps)), key=gaps.__getitem__)
-    return block, gaps[block]
+def most_different_block(first: TaskReport, second: TaskReport) -> tuple[int, float]:
+    """The block whose usage differs most between two tasks, and by how much."""
+    gaps = (first.usage - second.usage).abs()
+    block = int(gaps.argmax())
+    return block, gaps[block].item()
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that the demonstration is to show."""
+    """One thing that is to be shown."""
 
     claim: str
     measured: str
-    holds: bool
+    holds: bool | None  # None: not decided by what was measured
 
 
 def checks(found: Sequence[Comparison], least_accuracy: dict[str, float]) -> list[Check]:
@@ -199,14 +186,15 @@ def checks(found: Sequence[Comparison], least_accuracy: dict[str, float]) -> lis
         lines.append(Check(f"{c.task}: at least 10 structures (aim)", f"{count}", count >= 10))
         lines.append(Check(f"{c.task}: better than one structure for all (aim)", f"{gain:+.2f}", gain > 0))
     if len(found) > 1:
-        block, gap = most_different_block(found[0], found[1])
+        block, gap = most_different_block(found[0].selected, found[1].selected)
         lines.append(Check("levels differ between the tasks", f"by {gap:.0%} in block {block + 1}", gap >= 0.05))
     return lines
 
 
 def check_lines(lines: Sequence[Check]) -> str:
     """The checks as text, one a line."""
-    return "\n".join(f"  {'yes' if c.holds else 'NO ':<3}  {c.claim}: {c.measured}" for c in lines)
+    words = {True: "yes", False: "NO ", None: " ? "}
+    return "\n".join(f"  {words[c.holds]}  {c.claim}: {c.measured}" for c in lines)
 
 
 def write_json(path: Path, found: Sequence[Comparison], extra: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Figures, each a PNG whose title says what was found."""

@@ -1,0 +1,204 @@
+"""Evaluations put together: runs that differ in nothing but their seed, and the rows and sections of the tables."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from den.evaluation import Evaluation, TaskResult
+from den.report.paper import MEAN
+
+NOT_SETTINGS = ("out", "seed", "progress", "device", "data.root")
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean and standard deviation over seeds."""
+
+    mean: float
+    deviation: float | None  # of the sample; None for one seed
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Stat:
+        values = list(values)
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but their seed."""
+
+    records: tuple[Evaluation, ...]
+
+    @property
+    def first(self) -> Evaluation:
+        return min(self.records, key=lambda record: record.seed)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(result.task for result in self.first.tasks)
+
+    def results(self, task: str) -> list[TaskResult]:
+        """Results of a task, a run after the other."""
+        return [result for record in self.records for result in record.tasks if result.task == task]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A method in a section: one group, or groups that have different tasks each (a network for each of them)."""
+
+    label: str
+    method: str  # as in `PaperEntry.method`
+    rho: float | None
+    groups: tuple[Group, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(task for group in self.groups for task in group.tasks)
+
+    def results(self, task: str) -> list[TaskResult]:
+        return [result for group in self.groups for result in group.results(task)]
+
+    def stat(self, name: str, task: str) -> Stat:
+        """A number of `TaskResult`, over seeds; of `MEAN`: of its mean over tasks, seed by seed."""
+        if task != MEAN:
+            return Stat.of(getattr(result, name) for result in self.results(task))
+        seeds = set.intersection(*({record.seed for record in group.records} for group in self.groups))
+        means = []
+        for seed in sorted(seeds) or [None]:
+            records = [r for g in self.groups for r in g.records if seed in (r.seed, None)]
+            means.append(statistics.fmean(getattr(t, name) for r in records for t in r.tasks))
+        return Stat.of(means)
+
+    def timing(self, name: str, task: str) -> Stat | None:
+        """A number of `Timing`, over seeds; None where a run was not timed."""
+        timings = [result.timing for result in self.results(task)]
+        return None if None in timings or not timings else Stat.of(getattr(timing, name) for timing in timings)
+
+    @property
+    def parameters(self) -> float:
+        """Convolution weights of the blocks of all networks that the row needs."""
+        return float(sum(group.first.parameters.blocks for group in self.groups))
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A scenario on a backbone: a table."""
+
+    scenario: str | None
+    backbone: str
+    tasks: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.scenario.upper() if self.scenario else ' + '.join(self.tasks)}, {self.backbone}"
+
+    @property
+    def dense(self) -> Row | None:
+        """The baseline: a dense network for each task where there are such, else one for all."""
+        rows = [row for row in self.rows if row.method == "dense" and set(row.tasks) == set(self.tasks)]
+        return max(rows, key=lambda row: len(row.groups), default=None)
+
+
+def group_runs(records: Sequence[Evaluation]) -> list[Group]:
+    """Runs of the same settings but for the seed; of the same seed the first counts."""
+    found: dict[str, dict[int, Evaluation]] = {}
+    for record in records:
+        found.setdefault(json.dumps(settings_of(record)), {}).setdefault(record.seed, record)
+    return [Group(tuple(seeds[seed] for seed in sorted(seeds))) for seeds in found.values()]
+
+
+def settings_of(record: Evaluation) -> dict[str, Any]:
+    """What makes a run what it is: its settings by flat names, without the seed and what does not matter."""
+    flat = {name: value for name, value in flattened(record.settings).items() if name not in NOT_SETTINGS}
+    return flat | {"checkpoint": record.checkpoint}
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by flat names: ``flattened({"a": {"b": 1}}) == {"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def sections(groups: Sequence[Group]) -> list[Section]:
+    """Groups by scenario (without one: by tasks) and backbone, in the order of their first runs."""
+    found: dict[tuple[str | None, str, str], list[Group]] = {}
+    for group in groups:
+        scenario = group.first.scenario
+        key = (scenario, backbone_name(group.first), "" if scenario else _home(group, groups))
+        found.setdefault(key, []).append(group)
+    made = []
+    for (scenario, backbone, _), members in found.items():
+        largest_first = sorted(members, key=lambda group: -len(group.tasks))
+        tasks = tuple(dict.fromkeys(task for group in largest_first for task in group.tasks))
+        made.append(Section(scenario, backbone, tasks, tuple(_rows(members))))
+    return made
+
+
+def _home(group: Group, groups: Sequence[Group]) -> str:
+    """The largest set of tasks, among groups without a scenario, that holds a group's tasks."""
+    holding = [g.tasks for g in groups if g.first.scenario is None and set(group.tasks) <= set(g.tasks)]
+    return "+".join(sorted(max(holding, key=len)))
+
+
+def backbone_name(record: Evaluation) -> str:
+    """The backbone, as the paper's entries name it; its stages where they are not the name's."""
+    network = record.settings["network"]
+    if network.get("stages"):
+        return f"{network['backbone']} {', '.join(f'{channels}x{blocks}' for channels, blocks in network['stages'])}"
+    large = network["backbone"] == "simpleconvnet" and network["trunk_size"] >= 200
+    return "simpleconvnet_224" if large else network["backbone"]
+
+
+def _rows(groups: Sequence[Group]) -> list[Row]:
+    by_label: dict[str, list[Group]] = {}
+    for group in groups:
+        by_label.setdefault(method_label(group.first), []).append(group)
+    rows = []
+    for label, members in by_label.items():
+        method, rho = method_of(members[0].first)
+        tasks = [task for group in members for task in group.tasks]
+        if len(tasks) == len(set(tasks)):
+            rows.append(Row(label, method, rho, tuple(members)))
+            continue
+        shown = differences(members)
+        rows += [Row(f"{label}{words}", method, rho, (group,)) for group, words in zip(members, shown, strict=True)]
+    return rows
+
+
+def method_of(record: Evaluation) -> tuple[str, float | None]:
+    """Method and rho as in `PaperEntry`; of a single-task NestedNet also its level."""
+    settings, method = record.settings, record.method
+    if method == "den":
+        selector = settings["selector"]
+        return method, selector["rho"] if selector.get("budget") is None else None
+    given = settings.get("methods", {}).get("levels") or []
+    if method == "nestednet" and len(record.tasks) == 1:
+        top = settings["network"]["levels"] - 1
+        level = given[0] if given else top
+        return f"nestednet {'high' if level == top else 'low' if level <= 1 else 'middle'}", None
+    return method, None
+
+
+def method_label(record: Evaluation) -> str:
+    """A method in words, with what it was trained for."""
+    method, rho = method_of(record)
+    if method == "den":
+        budget = record.settings["selector"].get("budget")
+        return f"DEN (rho = {rho:g})" if budget is None else f"DEN (budget {budget:g})"
+    return method
+
+
+def differences(groups: Sequence[Group]) -> list[str]:
+    """For each of several groups, the settings in which they differ, in words; the data's only if nothing else does."""
+    flat = [settings_of(group.first) for group in groups]
+    names = [name for name in flat[0] if any(f.get(name) != flat[0][name] for f in flat)]
+    named = [name for name in names if not name.startswith("data.")] or names
+    return ["".join(f", {name} {f.get(name)}" for name in named) for f in flat]

@@ -1,0 +1,167 @@
+"""Tables 2 to 5 of the paper, ours with the paper's numbers beside them: one line per method and task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from den.report.groups import Row, Section, Stat
+from den.report.paper import MEAN, PaperEntry, entries, nearest_backbone
+
+MOST_TASKS = 6  # beyond this only the mean over them
+SEPARATE = ("c1",)  # scenarios of tasks that have nothing to do with each other: no mean over them
+
+PAPER = "paper: "
+HEAD = (
+    "method", "task", "seeds", "accuracy %", f"{PAPER}accuracy %", "Δ dense", f"{PAPER}Δ dense", "MFLOP",
+    f"{PAPER}MFLOP", "times fewer", f"{PAPER}times fewer", "parameters M", f"{PAPER}parameters M", "ms dense", "ms",
+    "times as fast", "structures", "entropy",
+)  # fmt: skip
+
+NOTES = """\
+Mean ± standard deviation over seeds, on the test images. Δ dense: points above the dense network (the mean of its
+seeds) on the same task. MFLOP: twice the multiply-adds of the block convolutions, mean per image, in millions; times
+fewer: than the full structure. Parameters: convolution weights of the blocks, of all networks that the row needs; in C1
+those that an image uses, as in Table 5. ms: measured per image, with choosing; ms dense: the full structure, in the
+faster of plain convolutions and our kernels. Entropy: of the structures in use, in nats."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table before it is text.  None: not there."""
+
+    label: str
+    task: str
+    row: Row | None
+    paper: PaperEntry | None
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The lines of a section, and what its paper's columns are of."""
+
+    section: Section
+    paper_backbone: str | None
+    numbers: tuple[str, ...]  # of the paper's tables
+    lines: tuple[Line, ...]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the paper has this very backbone, so that its accuracies and FLOPs stand beside ours."""
+        return self.paper_backbone == self.section.backbone
+
+    @property
+    def head(self) -> list[str]:
+        """Names of the columns; the paper's only where it has such a table."""
+        return [name for name in HEAD if self.numbers or not name.startswith(PAPER)]
+
+    @property
+    def short_head(self) -> list[str]:
+        """The same for the eye: the paper's columns stand beside what they are of."""
+        return ["paper" if name.startswith(PAPER) else name for name in self.head]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells, in the order of `head`."""
+        return [_cells(self, line) for line in self.lines]
+
+    def paper_dense(self, task: str) -> PaperEntry | None:
+        found = entries(self.section.scenario, self.paper_backbone) if self.paper_backbone else []
+        return next((e for e in found if e.method == "dense" and e.task == task), None)
+
+
+def build_table(section: Section) -> Table:
+    """Our rows, each task and the mean; of the very same backbone also what only the paper has."""
+    backbone = nearest_backbone(section.scenario, section.backbone)
+    papers = entries(section.scenario, backbone) if backbone else []
+    lines, used = [], set()
+    for row in section.rows:
+        for task in _shown_tasks(section, row.tasks):
+            paper = next((e for e in papers if (e.method, e.rho, e.task) == (row.method, row.rho, task)), None)
+            used.add(paper)
+            lines.append(Line(row.label, task, row, paper))
+    if backbone == section.backbone:
+        lines += [Line(_paper_label(e), e.task, None, e) for e in papers if e not in used]
+    numbers = tuple(dict.fromkeys(entry.table for entry in papers))
+    return Table(section, backbone, numbers, tuple(lines))
+
+
+def _shown_tasks(section: Section, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    shown = tasks if len(tasks) <= MOST_TASKS else ()
+    averaged = len(tasks) > 1 and section.scenario not in SEPARATE
+    return (*shown, MEAN) if averaged else tasks
+
+
+def _paper_label(entry: PaperEntry) -> str:
+    return f"DEN (rho = {entry.rho:g})" if entry.method == "den" else entry.method
+
+
+def _cells(table: Table, line: Line) -> list[str]:
+    row, task, paper = line.row, line.task, line.paper
+    dense, paper_dense = table.section.dense, table.paper_dense(task)
+    absolute = paper if table.comparable else None
+    ours = _our_cells(table.section, row, task, dense) if row else {}
+    change = paper.accuracy - paper_dense.accuracy if paper and paper_dense and paper.method != "dense" else None
+    theirs = {
+        "accuracy %": _number(absolute and absolute.accuracy, "{:.2f}"),
+        "Δ dense": _number(change, "{:+.2f}"),
+        "MFLOP": _number(absolute and absolute.flops and absolute.flops / 1e6, "{:.1f}"),
+        "times fewer": _number(paper and paper.fewer, "{:.2f}"),
+        "parameters M": _number(absolute and absolute.parameters and absolute.parameters / 1e6, "{:.2f}"),
+    }
+    cells = (
+        theirs[name.removeprefix(PAPER)] if name.startswith(PAPER) else ours.get(name, "") for name in table.head[2:]
+    )
+    return [line.label, task, *cells]
+
+
+def _our_cells(section: Section, row: Row, task: str, dense: Row | None) -> dict[str, str]:
+    accuracy, flops = row.stat("accuracy", task), row.stat("flops", task)
+    compared = dense if dense is not None and row.method != "dense" and (task == MEAN or task in dense.tasks) else None
+    timing = {name: None if task == MEAN else row.timing(name, task) for name in ("dense", "selected", "speedup")}
+    parameters = row.stat("parameters", task).mean if section.scenario in SEPARATE else row.parameters
+    ratio = row.stat("flops_ratio", task).mean
+    return {
+        "seeds": str(accuracy.count),
+        "accuracy %": _stat(accuracy, 100, 2),
+        "Δ dense": f"{100 * (accuracy.mean - compared.stat('accuracy', task).mean):+.2f}" if compared else "",
+        "MFLOP": _stat(flops, 1e-6, 1),
+        "times fewer": f"{1 / ratio:.2f}" if ratio else "",
+        "parameters M": f"{parameters / 1e6:.3f}",
+        "ms dense": _stat(timing["dense"], 1e3, 3),
+        "ms": _stat(timing["selected"], 1e3, 3),
+        "times as fast": _stat(timing["speedup"], 1, 2),
+        "structures": "" if task == MEAN else _stat(row.stat("structures", task), 1, 0),
+        "entropy": "" if task == MEAN else _stat(row.stat("variety", task), 1, 2),
+    }
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _stat(stat: Stat | None, scale: float, digits: int) -> str:
+    if stat is None:
+        return ""
+    text = f"{scale * stat.mean:.{digits}f}"
+    return text if stat.deviation is None else f"{text} ± {scale * stat.deviation:.{digits}f}"
+
+
+def heading(table: Table) -> str:
+    """What the table is of, and what the paper's columns are."""
+    of = f"Table {' and '.join(table.numbers)}" if table.numbers else ""
+    if not table.numbers:
+        return "The paper has no such table."
+    if table.comparable:
+        return f"Beside {of} of the paper."
+    return (
+        f"{of} of the paper has {table.paper_backbone}, not {table.section.backbone}: its accuracies, FLOPs and"
+        " parameters do not compare and are left out; its changes from its own baseline stand beside ours."
+    )
+
+
+def machines(section: Section) -> str:
+    """Where the runs of a section were measured."""
+    records = [record for row in section.rows for group in row.groups for record in group.records]
+    return "; ".join(
+        dict.fromkeys(f"{r.machine}, {r.versions['platform']}, torch {r.versions['torch']}" for r in records)
+    )

@@ -1,0 +1,49 @@
+"""Tables of text as Markdown, CSV and LaTeX: the first column to the left, the others to the right."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+
+SPECIAL = {
+    "&": r"\&",
+    "%": r"\%",
+    "#": r"\#",
+    "_": r"\_",
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+}
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, padded to be read as it is."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+    return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
+
+
+def csv_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Comma-separated values with a line of names."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    return text.getvalue()
+
+
+def latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A `tabular` with rules of booktabs."""
+    lines = [" & ".join(map(latex_text, cells)) + r" \\" for cells in (head, *rows)]
+    columns = "l" + "r" * (len(head) - 1)
+    body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
+    return f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n"
+
+
+def latex_text(text: str) -> str:
+    """Text with LaTeX's special characters escaped: ``latex_text("5 %") == r"5 \\%"``."""
+    return re.sub("|".join(map(re.escape, SPECIAL)), lambda match: SPECIAL[match[0]], text)
