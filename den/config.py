@@ -43,15 +43,16 @@ class NetworkConfig:
     """The network."""
 
     backbone: str = "wrn14_1"
-    """Name of the backbone: wrn{l}_{r} or resnet{l}."""
+    """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50_bottleneck, vgg16, vgg19,
+    simpleconvnet."""
     stages: tuple[tuple[int, int], ...] = ()
     """Channels and blocks of each stage, overriding the name's; empty: the name's."""
     stem: int | None = None
     """Channels of the stems; None: the name's."""
     levels: int = 4
     """Levels of every block, 2 to 5."""
-    trunk_size: int = 16
-    """Side in pixels of the maps that the first block sees."""
+    trunk_size: int | None = 16
+    """Side in pixels of the maps that the first block sees; None: 32, or the images' own where there is no stem."""
     selector_channels: tuple[int, ...] = ()
     """Channels of the selector's convolutions; empty: as wide as its share of the FLOPs allows."""
 

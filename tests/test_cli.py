@@ -126,7 +126,7 @@ def test_options_come_before_the_settings_file(tmp_path, small_sets):
             "unknown.json: key must be one of out, mode",
         ),
         (["train", "--out", "{tmp}/run", "--resume"], "config.json must be a readable JSON file"),
-        (["train", "--out", "{tmp}/run", "--network.backbone", "vgg16"], "vgg16"),
+        (["train", "--out", "{tmp}/run", "--network.backbone", "vgg11"], "vgg11"),
         (["train", "--out", "{tmp}/run", "--stages", "0"], "stages must be at least 1, got 0"),
         (["evaluate", "{tmp}/absent"], "config.json must be a readable JSON file"),
     ],

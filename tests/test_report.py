@@ -88,7 +88,7 @@ def test_every_backbone_of_the_paper_has_its_rows_once():
     keys = [(e.table, e.backbone, e.method, e.rho, e.task) for e in PAPER]
     assert len(keys) == len(set(keys))
     assert {e.table for e in PAPER} == {"2a", "2b", "3", "4a", "4b", "5"}
-    assert [len(entries("c1", name)) for name in ("vgg16", "resnext29_8x64d", "resnext29_4x64d")] == [8, 16, 14]
+    assert [len(entries("c1", name)) for name in ("vgg19", "resnext29_8x64d_narrow", "resnext29_4x64d_narrow")] == [8, 16, 14]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_every_backbone_of_the_paper_has_its_rows_once():
         ("m1", "resnet42", "resnet42"),
         ("m1", "wrn14_1", "wrn32_4"),
         ("m1", "resnet26", "resnet42"),
-        ("c1", "wrn14_1", "resnext29_8x64d"),
+        ("c1", "wrn14_1", "resnext29_8x64d_narrow"),
         (None, "wrn32_4", None),
     ],
 )
@@ -124,14 +124,14 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_one_group():
 def test_sections_are_by_scenario_and_backbone_and_without_a_scenario_by_tasks():
     runs = [
         made_run(),
-        made_run(backbone="vgg16"),
+        made_run(backbone="vgg19"),
         made_run(scenario="m3"),
         made_run(scenario=None, tasks=("digits", "fashion")),
         made_run("dense", scenario=None, tasks=("digits",)),
         made_run(scenario=None),
     ]
     titles = [section.title for section in sections(group_runs(runs))]
-    assert titles == ["C1, wrn14_1", "C1, vgg16", "M3, wrn14_1", "digits + fashion, wrn14_1", "cifar100, wrn14_1"]
+    assert titles == ["C1, wrn14_1", "C1, vgg19", "M3, wrn14_1", "digits + fashion, wrn14_1", "cifar100, wrn14_1"]
 
 
 def test_separate_baselines_are_one_row_of_several_networks():
@@ -154,7 +154,7 @@ def test_separate_baselines_are_one_row_of_several_networks():
 
 
 def test_the_papers_numbers_stand_beside_the_same_backbone():
-    runs = [made_run("dense", 0.79, 1.0, backbone="resnext29_8x64d"), made_run(backbone="resnext29_8x64d")]
+    runs = [made_run("dense", 0.79, 1.0, backbone="resnext29_8x64d_narrow"), made_run(backbone="resnext29_8x64d_narrow")]
     table = build_table(only_section(runs))
     ours = cells(table)["DEN (rho = 0.1)", CIFAR100]
     assert (ours["accuracy %"], ours["paper: accuracy %"]) == ("80.00", "78.68")
@@ -172,7 +172,7 @@ def test_of_another_backbone_only_the_papers_changes_stand():
     ours = cells(table)["DEN (rho = 0.1)", CIFAR100]
     assert (ours["paper: accuracy %"], ours["paper: parameters M"]) == ("", "")
     assert (ours["paper: Δ dense"], ours["paper: times fewer"]) == ("-0.05", "1.90")
-    assert "has resnext29_8x64d, not wrn14_1" in section_text(table)
+    assert "has resnext29_8x64d_narrow, not wrn14_1" in section_text(table)
     assert len(table.lines) == 2
 
 

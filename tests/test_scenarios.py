@@ -23,7 +23,7 @@ from tests.image_files import random_images, write_jpegs
         ("m1", ("cifar100", "tinyimagenet", "stl10"), 128, 4, "wrn32_4", 32),
         ("m2", tuple(f"imagenet50-{k}@84" for k in range(10)), 256, 2, "simpleconvnet", 84),
         ("m3", ("cifar100-coarse", "cifar100"), 128, 4, "wrn32_4", 32),
-        ("c1", ("cifar100",), 128, 4, "resnext29_8x64d", 32),
+        ("c1", ("cifar100",), 128, 4, "resnext29_8x64d_narrow", 32),
     ],
 )
 def test_scenarios_are_those_of_the_paper(name, tasks, batch, levels, backbone, trunk):
@@ -36,7 +36,7 @@ def test_scenarios_are_those_of_the_paper(name, tasks, batch, levels, backbone, 
 
 
 @pytest.mark.parametrize(
-    ("backbone", "levels"), [("vgg16", 3), ("resnext29_4x64d", 3), ("resnext29_8x64d", 4), ("wrn14_1", 4)]
+    ("backbone", "levels"), [("vgg19", 3), ("resnext29_4x64d_narrow", 3), ("resnext29_8x64d_narrow", 4), ("wrn14_1", 4)]
 )
 def test_levels_follow_the_backbone(backbone, levels):
     assert scenario_config("c1", ScenarioOptions(backbone=backbone)).network.levels == levels

@@ -110,7 +110,7 @@ PAPER: tuple[PaperEntry, ...] = (
         packnet    -  75.65  2.91 7.35
         den        1  75.93  1.37 7.35
         """),
-    *_table_5("vgg16", """
+    *_table_5("vgg19", """
         dense           -    |  92.52 38.9 1.0   69.64 38.9 1.0
         nestednet low   -    |  91.29 19.4 2.0   68.10 19.4 2.0
         nestednet high  -    |  92.40 38.9 1.0   69.01 38.9 1.0
@@ -122,7 +122,7 @@ PAPER: tuple[PaperEntry, ...] = (
         pruning  -  |  94.15 6.44 -  74.10 9.24 -
         den      1  |  94.50 4.25 -  77.98 4.67 -
         """),
-    *_table_5("resnext29_8x64d", """
+    *_table_5("resnext29_8x64d_narrow", """
         dense             -    |  94.61 22.4 1.0   78.73 22.4 1.0
         nestednet low     -    |  93.56 5.6 4.0    74.83 5.6 4.0
         nestednet middle  -    |  93.64 11.2 2.0   74.98 11.2 2.0
@@ -132,7 +132,7 @@ PAPER: tuple[PaperEntry, ...] = (
         den               1    |  91.45 4.1 5.5    78.27 7.3 3.0
         den               0.1  |  94.61 8.7 2.7    78.68 13.5 1.9
         """),
-    *_table_5("resnext29_4x64d", """
+    *_table_5("resnext29_4x64d_narrow", """
         dense           -    |  94.37 11.2 1.0  77.95 11.2 1.0
         nestednet low   -    |  93.59 5.6 2.0   75.70 5.6 2.0
         nestednet high  -    |  94.11 11.2 1.0  76.36 11.2 1.0
@@ -141,7 +141,7 @@ PAPER: tuple[PaperEntry, ...] = (
         den             1    |  93.38 5.4 2.1   76.71 5.6 2.0
         den             0.1  |  94.47 5.8 1.9   77.58 6.3 1.8
         """),
-    *_table_5("resnext29_2x64d", "dense - |  93.60 5.6 -  76.54 5.6 -"),
+    *_table_5("resnext29_2x64d_narrow", "dense - |  93.60 5.6 -  76.54 5.6 -"),
 )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def entries(scenario: str | None, backbone: str) -> list[PaperEntry]:
     return [entry for entry in PAPER if (entry.scenario, entry.backbone) == (scenario, backbone)]
 
 
-STANDARD = {"m1": "wrn32_4", "m2": "simpleconvnet", "m3": "wrn32_4", "c1": "resnext29_8x64d"}
+STANDARD = {"m1": "wrn32_4", "m2": "simpleconvnet", "m3": "wrn32_4", "c1": "resnext29_8x64d_narrow"}
 
 
 def nearest_backbone(scenario: str | None, backbone: str) -> str | None:
