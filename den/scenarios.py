@@ -32,7 +32,13 @@ SCENARIOS = {
     "c1": Scenario(("cifar100",), ("resnext29_8x64d_narrow", "resnext29_4x64d_narrow", "vgg19")),
 }
 # The networks whose parameters the paper counts: 22.4M and 11.2M for its ResNeXt-29, 38.9M for its "VGG-16".
-LEVELS = {"vgg19": 3, "resnext29_8x64d_narrow": 4, "resnext29_4x64d_narrow": 3, "resnext29_2x64d_narrow": 3, "simpleconvnet": 2}
+LEVELS = {
+    "vgg19": 3,
+    "resnext29_8x64d_narrow": 4,
+    "resnext29_4x64d_narrow": 3,
+    "resnext29_2x64d_narrow": 3,
+    "simpleconvnet": 2,
+}
 TRUNK_SIZE = 32  # the stems' strides bring 32, 64 and 96 pixels to it
 IMAGE_SIZE = 84  # of a backbone without stems, where the tasks do not say
 RANGE = re.compile(r"(.+-)(\d+)\.\.(\d+)(@\d+)?")
