@@ -13,7 +13,8 @@ from den.count import count_flops, image_flops
 from den_kernels import RoutingPlan
 
 from . import peers
-from .harness import DTYPES, Case, Work, draw_structures
+from .harness import DTYPES, Case, Work
+from .mixes import mix_structures
 
 TASK = den.Task("cifar100", classes=100, size=32)
 
