@@ -24,6 +24,11 @@ from .clocks import Clock, clock_of
 Role = Literal["ours", "dense", "tuned", "alternative", "floor"]
 Result = Tensor | Sequence[Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROVIDERS = (
+    *("ours", "ours-inplace", "ours-plan", "ours-whole"),
+    *("dense-eager", "dense-folded", "dense-compiled", "dense-packed", "dense-whole"),
+    *("masked", "bucket", "per-instance", "grouped", "one-by-one", "one-by-one-whole", "bare", "bare-packed"),
+)
 
 
 @dataclass(frozen=True)
@@ -293,3 +298,8 @@ def everywhere(cases: Sequence[Case], *, on_gpu: bool = True) -> list[Any]:
     if on_gpu and torch.cuda.is_available():
         found += [replace(case, device="cuda") for case in cases]
     return [pytest.param(case, id=case.id) for case in found]
+
+
+def extra(cases: Sequence[Case]) -> list[Any]:
+    """Cases that only run when ``--all-cases`` asks for them."""
+    return [pytest.param(case, id=case.id, marks=pytest.mark.extra) for case in cases]

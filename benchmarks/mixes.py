@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from den.objective import initial_structures
+
 RECORDED = Path(__file__).resolve().parent / "recorded_levels.json"
 CONSTANT = ("full", "zero", "quarter", "half")
 NAMES = ("uniform", *CONSTANT, "skewed", "one-odd")
@@ -38,9 +40,13 @@ def mix_structures(mix: str, costs: Tensor, batch: int, seed: int = 0) -> Tensor
     """Structures int32 [batch, N] of a named mix, for blocks that cost ``costs`` [N, L].
 
     "1.88x": random ones with that many times fewer FLOPs; "random-blocks": every block of every image drawn evenly;
-    "recorded-TASK": what a trained selector chose; else the mix of that name in every block, shuffled anew.
+    "recorded-TASK": what a trained selector chose; "tau0.75": the paper's equation 8 with that tau, on which estimators
+    are trained; else the mix of that name in every block, shuffled anew.
     """
     blocks, levels = costs.shape
+    if mix.startswith("tau"):
+        generator = torch.Generator().manual_seed(seed)
+        return initial_structures(batch, blocks, levels, float(mix.removeprefix("tau")), generator).to(torch.int32)
     if mix.endswith("x") and mix[0].isdigit():
         return draw_structures(costs, batch, float(mix[:-1]), seed)
     if mix == "random-blocks":
