@@ -1,4 +1,4 @@
-"""Options, markers, machine settings and the closing table of ``pytest benchmarks/``."""
+"""Options, machine settings and the closing table of ``pytest benchmarks/``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ import torch
 from . import floors, tables
 from .harness import PROVIDERS, Settings
 
-MARKERS = {
-    "op": "one operator or block",
-    "residual": "the inference residual block",
-    "conv": "the dynamic convolution",
-    "plan": "the routing plan",
-    "norm": "batch norm over the instances that use a channel",
-    "network": "a whole network, selector included",
-    "training": "a training step, of the estimator or the selector",
-    "latency": "one size of problem over batches of 1 to 1,024",
-    "memory": "peak memory",
-    "extra": "runs only with --all-cases",
-}
 # At import, before torch has made a tensor that matters.
 ALLOCATOR = floors.keep_allocations_on_the_heap()
 
@@ -43,8 +31,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
     torch.set_num_threads(config.getoption("--threads"))
 
 

@@ -80,7 +80,8 @@ class ElasticNetwork:
         ]
         place = [task.name for task in self.model.tasks].index(self.task.name)
         stem, head = copy.deepcopy(estimator.stems[place]), copy.deepcopy(estimator.heads[place])
-        return peers.DenseNetwork(stem, blocks, peers.plain_norm(estimator.norm), head).eval().to(self.images.device, dtype)
+        plain = peers.DenseNetwork(stem, blocks, peers.plain_norm(estimator.norm), head)
+        return plain.eval().to(self.images.device, dtype)
 
     def selections(self) -> list[Tensor]:
         """bool [B, M] for every block: the hidden channels each instance uses."""

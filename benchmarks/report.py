@@ -1,7 +1,7 @@
 """Print, keep and draw results: ``python -m benchmarks.report [JSON] [--keep] [--readme] [--out FOLDER]``.
 
 JSON is what ``pytest benchmarks/ --benchmark-only --benchmark-json=JSON`` wrote. Without it, what is kept in
-benchmarks/results is printed. With --keep its rows replace those of the same cases in benchmarks/results/<machine>.json.
+benchmarks/results is printed. With --keep its rows replace those of the same cases in results/<machine>.json there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def readme_section(paths: Sequence[Path]) -> str:
     broken = [loss for loss in losses.losses(rows) if loss.counts]
     timed = sum("providers" in row for row in rows)
     names = "".join(f"\n- `{loss.row['case']}`: {loss.best}, {losses.reason(loss)}" for loss in broken)
-    lost = f"Where something else is more than 2 % faster though a fifth of the FLOPs is saved: {len(broken)} of {timed}"
+    lost = f"Something else is more than 2 % faster though a fifth of the FLOPs is saved in {len(broken)} of {timed}"
     others = ", ".join(f"`{path.name}`" for path in paths[1:])
     more = f" Other machines: {others} in `benchmarks/results`." if others else ""
     return f"{tables.targets_table(rows)}\n\n{lost} cases.{names}\n\n{tables.provenance(rows)}{more}"

@@ -50,9 +50,10 @@ MEMORY_CASES = [
 @functools.lru_cache(maxsize=1)
 def dense_side(shape: str, batch: int, dtype: str, device: str, task: str, compiles: bool) -> list[Provider]:
     """The full structure in plain nn.Conv2d, shared by the mixes of a shape: eager, folded, packed, compiled."""
-    network = ElasticNetwork.make(Case("network", shape, batch, f"recorded-{task}" if shape == "demo" else "full", dtype))
-    dense, host = network.dense(network.dtype).to(device), network
-    images, blocks = network.images.to(device), list(dense.blocks)
+    mix = f"recorded-{task}" if shape == "demo" else "full"  # names the task; the structures are not used
+    host = ElasticNetwork.make(Case("network", shape, batch, mix, dtype))
+    dense, images = host.dense(host.dtype).to(device), host.images.to(device)
+    blocks = list(dense.blocks)
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "dense-eager": dense,
         "dense-folded": dense.with_blocks([peers.FoldedBlock(block) for block in blocks]).eval(),
@@ -65,7 +66,7 @@ def dense_side(shape: str, batch: int, dtype: str, device: str, task: str, compi
         function = peers.compiled(copy.deepcopy(dense), images)
         if function is not None:
             found["dense-compiled"] = function
-    expected = expect(lambda dtype: host.dense(dtype)(host.images.to(dtype)), network.dtype, FACTOR)
+    expected = expect(lambda dtype: host.dense(dtype)(host.images.to(dtype)), host.dtype, FACTOR)
     return [Provider(name, dense_role(name), functools.partial(call, images), expected) for name, call in found.items()]
 
 
@@ -82,13 +83,14 @@ def elastic_expectation(network: ElasticNetwork) -> Expected:
 
 
 def elastic_providers(network: ElasticNetwork) -> list[Provider]:
-    """Ours (selector and plan inside the timing); masked, bucketed, image by image in plain PyTorch, given the levels."""
+    """Ours, selector and plan inside the timing; in plain PyTorch, given the levels: masked, bucketed, one by one."""
     images, expected = network.images, elastic_expectation(network)
     found = [Provider("ours", "ours", network.forward, expected)]
     calls = {"masked": network.masked(), "bucket": network.bucketed(network.dtype)}
     if len(images) <= SLICED:
         calls["per-instance"] = network.with_each(slicing.PerInstanceBlock)
-    return found + [Provider(name, "alternative", functools.partial(call, images), expected) for name, call in calls.items()]
+    others = {name: functools.partial(call, images) for name, call in calls.items()}
+    return found + [Provider(name, "alternative", call, expected) for name, call in others.items()]
 
 
 @pytest.mark.network

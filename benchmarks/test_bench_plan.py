@@ -1,4 +1,4 @@
-"""The routing plan of all blocks, from levels [B, N] to sorted instances, against finding the instances of each level."""
+"""The routing plan of all blocks, from levels [B, N] to sorted instances, against a search for each level."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ from .elastic_network import ElasticNetwork
 from .harness import Case, Expected, Provider, Settings, Work, everywhere, expect, run
 from .training_peers import TrainingPass, gradients
 
-# Rounding decides now and then on which side of a ReLU a value falls, so that two float32 gradients differ by more than
-# the largest error of one of them.
-FACTOR = 8.0
+# Rounding decides now and then on which side of a ReLU a value falls, in every block behind it, so that two float32
+# gradients differ by more than the largest error of one of them: WRN-32-4 was seen at 9 times the error.
+FACTOR = 16.0
 SAMPLES = 8
 ESTIMATOR = [
     *[Case("training-estimator", "demo", 64, mix, "float32") for mix in ("tau0.75", "tau0.25")],

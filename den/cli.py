@@ -1,4 +1,4 @@
-"""The command line: den train, den evaluate, den demo, den info, den dag."""
+"""The command line: den train, den evaluate, den demo, den bench, den info, den dag."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from den.bench import BenchConfig
 from den.config import DemoConfig, TrainConfig, read_config
 
 HELP = (
@@ -76,12 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | DemoConfig | Info:
+def _parse(arguments: list[str]) -> Train | Evaluate | DemoConfig | BenchConfig | Info:
     train = Train(settings=base_settings(TrainConfig, arguments)) if arguments[:1] == ["train"] else Train()
     command = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
+        | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     return tyro.cli(command, args=arguments, prog="den", description=HELP)  # type: ignore[call-overload]
@@ -106,7 +108,7 @@ def _option(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def _run(command: Train | Evaluate | DemoConfig | Info) -> int:
+def _run(command: Train | Evaluate | DemoConfig | BenchConfig | Info) -> int:
     if isinstance(command, Train):
         from den.train import train
 
@@ -118,6 +120,10 @@ def _run(command: Train | Evaluate | DemoConfig | Info) -> int:
         from den.demo import main as demo
 
         demo(command)
+    elif isinstance(command, BenchConfig):
+        from den.bench import main as bench
+
+        return bench(command)
     else:
         from den_kernels.info import format_report
 
