@@ -91,26 +91,36 @@ class Settings:
 
 def joined(result: Result) -> Tensor:
     """A tensor as it is, a list of tensors as one flat tensor, on the CPU."""
-    whole = result if isinstance(result, Tensor) else torch.cat([part.flatten() for part in result])
-    return whole.detach().cpu()
+    if isinstance(result, Tensor):
+        return result.detach().cpu()
+    return torch.cat([part.detach().flatten() for part in result] or [torch.empty(0)]).cpu()
 
 
 def expect(function: Callable[[torch.dtype], Result], dtype: torch.dtype, factor: float = 2.0) -> Expected:
     """The float64 result of ``function`` and ``factor`` times the largest error of the same expression in ``dtype``.
 
-    Of a list of tensors each has its own largest error.
+    The error counts for at least the rounding of the largest value. Of a list of tensors each has an error of its own,
+    which counts for at least the median of them all, in relation to the largest value of each: that of a single number
+    may be small by chance.
     """
     exact, rounded = function(torch.float64), function(dtype)
     if isinstance(exact, Tensor):
-        return Expected(joined(exact), _allowed(exact, rounded, dtype, factor))
-    parts = zip(exact, rounded, strict=True)
-    allowed = [torch.full((e.numel(),), _allowed(e, r, dtype, factor), dtype=torch.float64) for e, r in parts]
-    return Expected(joined(exact), torch.cat(allowed))
+        return Expected(joined(exact), factor * max(_error(exact, rounded), torch.finfo(dtype).eps / 2 * _size(exact)))
+    errors = [_error(e, r) for e, r in zip(exact, rounded, strict=True)]
+    sizes = [_size(e) for e in exact]
+    usual = statistics.median([error / size for error, size in zip(errors, sizes, strict=True) if size] or [0.0])
+    least = max(usual, torch.finfo(dtype).eps / 2)
+    allowed = [factor * max(error, least * size) for error, size in zip(errors, sizes, strict=True)]
+    parts = [torch.full((e.numel(),), bound, dtype=torch.float64) for e, bound in zip(exact, allowed, strict=True)]
+    return Expected(joined(exact), torch.cat(parts) if parts else 0.0)
 
 
-def _allowed(exact: Tensor, rounded: Tensor, dtype: torch.dtype, factor: float) -> float:
-    error = (rounded.detach().double() - exact.detach()).abs().max().item() if exact.numel() else 0.0
-    return factor * error + torch.finfo(dtype).tiny
+def _size(exact: Tensor) -> float:
+    return exact.detach().abs().max().item() if exact.numel() else 0.0
+
+
+def _error(exact: Tensor, rounded: Tensor) -> float:
+    return _size(rounded.detach().double() - exact.detach())
 
 
 def check(name: str, result: Result, expected: Expected) -> None:

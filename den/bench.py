@@ -19,7 +19,7 @@ NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure what dynamic inference buys on this machine, with the benchmarks of the checkout in the current folder."""
+    """Measure what dynamic inference buys here, with the benchmarks of the checkout in the current folder."""
 
     select: str = ""
     """Only cases whose names match, as pytest's -k: "residual and uniform"."""

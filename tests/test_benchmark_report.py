@@ -26,7 +26,8 @@ def make_row(case: str = "residual/64x32x32/B32/uniform/float32", *, flops: floa
     for name, provider in row["providers"].items():
         spread = 0.01 * times[name]
         provider |= {"lower_quartile": times[name] - spread, "upper_quartile": times[name] + spread, "peak": 3 << 20}
-    parts = dict(zip(("suite", "shape", "batch", "mix", "dtype"), parse(case) if "/" in case else [case] * 5))
+    values = parse(case) if "/" in case else [case] * 5
+    parts = dict(zip(("suite", "shape", "batch", "mix", "dtype"), values, strict=True))
     machine = {"machine": "box-2-cores", "processor": "Box", "threads": 2, "matrix_rate": 400.0, "bandwidth": 100.0}
     versions = {"torch": "2.13.0", "den_kernels": "0.1.0"}
     return row | SOURCE | parts | machine | {"case": case, "versions": versions}
