@@ -22,7 +22,7 @@ STAGES = ("64x32x32", "128x16x16", "256x8x8")  # of WRN-32-4
 SHAPES = [*[(stage, batch) for batch in (32, 128) for stage in STAGES], ("16x32x32", 256), ("64x32x32", 8)]
 MIXES = ("uniform", "full", "zero", "quarter", "skewed", "one-odd")
 # A batch of few images is summed in another order by every provider: 2.4 times the error of plain PyTorch was seen.
-FACTOR = 3.0
+FACTOR = 4.0
 SLICED = 32  # images at most for the providers that work image by image
 DEFAULT = {
     *[(*shape, "uniform", dtype) for shape in SHAPES for dtype in DTYPES],
