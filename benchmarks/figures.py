@@ -7,7 +7,9 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from den.figures import GREY, INK, STYLE
 
@@ -58,15 +60,22 @@ def realised(rows: Sequence[Row]) -> Figure | None:
             if points:
                 axes.scatter(*zip(*points, strict=True), color=colour, s=55, label=mix, zorder=3)
         axes.axvline(1, color=GREY, lw=1.5)
-        axes.set(xlabel="realised fraction (1: every FLOP saved is time saved)", yticks=range(len(names)))
+        axes.set(xlabel="realised fraction (1: FLOPs saved = time saved)", yticks=range(len(names)))
         axes.set_yticklabels(names)
         axes.set_xlim(left=0)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
         least = min(row["providers"]["ours"]["realised"] for row in own)
-        axes.set_title(f"{dtype}: at least {least:.2f} of the FLOPs saved is time saved")
+        axes.set_title(f"{dtype}: at least {least:.2f} realised")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(MIXES), frameon=False)
     return figure
+
+
+def plain_numbers(axis: Axis) -> None:
+    """1, 2, 5, 10, ... in digits on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _channels(row: Row) -> int:
@@ -101,7 +110,8 @@ def _batch_panel(axes: Axes, suite: str, shape: str, rows: Sequence[Row]) -> Non
             )
     axes.set(xscale="log", yscale="log", xlabel="images in a batch", ylabel="us per image")
     axes.set_xticks([row["batch"] for row in rows], [f"{row['batch']:,}" for row in rows])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    plain_numbers(axes.yaxis)
     axes.grid(color="#eeeeee")
     axes.set_title(f"{WHAT[suite]} {shape}: {fastest_from(rows)}")
     axes.legend(frameon=False)
@@ -151,6 +161,7 @@ def _roofline_panel(axes: Axes, dtype: str, rows: Sequence[Row]) -> None:
     axes.plot([left, rate / bandwidth, right], [left * bandwidth / 1e9, rate / 1e9, rate / 1e9], color=INK, lw=1.5)
     axes.annotate(f"matrix product {rate / 1e9:.0f} GFLOP/s", (right, rate / 1e9), ha="right", va="bottom")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
+    plain_numbers(axes.yaxis)
     axes.grid(color="#eeeeee")
     shares = sorted(row["flops"] / row["providers"]["ours"]["median"] / rate for row in rows)
     axes.set_title(f"{dtype}: ours reaches {shares[len(shares) // 2]:.0%} of the matrix rate (median)")
