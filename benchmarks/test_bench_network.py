@@ -71,8 +71,9 @@ def dense_side(shape: str, batch: int, dtype: str, device: str, task: str, compi
 
 
 def dense_providers(case: Case, network: ElasticNetwork, settings: Settings) -> list[Provider]:
-    """Those of `dense_side`; compiled where the settings and the batch allow."""
-    compiles = settings.compile == "all" or (settings.compile == "network" and case.batch >= COMPILED)
+    """Those of `dense_side`; compiled where the settings, the suite and the batch allow."""
+    large = case.suite == "network" and case.batch >= COMPILED
+    compiles = settings.compile == "all" or (settings.compile == "network" and large)
     return dense_side(case.shape, case.batch, case.dtype, case.device, network.task.name, compiles)
 
 
