@@ -212,3 +212,21 @@ def test_den_bench_measures_and_reports(tmp_path, monkeypatch, capfd):
     [row] = [bench["extra_info"] for bench in json.loads((tmp_path / "run.json").read_text())["benchmarks"]]
     assert row["case"] == "plan/15-blocks/B1/random-blocks/int32"
     assert row["case"] in (tmp_path / "report.md").read_text()
+
+
+def test_gpu_cases_are_added_where_there_is_one(monkeypatch):
+    case = Case("plan", "15-blocks", 1, "random-blocks", "int32")
+    for there, ids in ((False, [case.id]), (True, [case.id, f"{case.id}/cuda"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert [parameter.id for parameter in harness.everywhere([case])] == ids
+        assert len(harness.everywhere([case], on_gpu=False)) == 1
+    [parameter] = harness.extra([case])
+    assert [mark.name for mark in parameter.marks] == ["extra"]
+
+
+@pytest.mark.parametrize("names", [(), ("bucket",)])
+def test_only_providers_that_were_asked_for_are_timed(known_rates, names):
+    benchmark, case = FakeBenchmark(), Case("suite", "3", 1, "uniform", "float32")
+    settings = dataclasses.replace(SETTINGS, providers=names)
+    harness.run(benchmark, case, make_providers(), Work(1, 2, 1), settings)
+    assert set(benchmark.extra_info["providers"]) == {"ours", "dense-eager", "bucket"}
