@@ -7,6 +7,7 @@ benchmarks/results is printed. With --keep its rows replace those of the same ca
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -22,8 +23,12 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 def section(title: str, rows: Sequence[Row]) -> str:
     """One machine's results in Markdown: targets, where we lose, all cases, memory."""
-    parts = [f"## {title}", tables.provenance(rows), tables.targets_table(rows)]
-    optional = {"### Where we lose": tables.losses_table, "### Cases": tables.cases_table}
+    parts = [f"## {title}", tables.provenance(rows)]
+    optional = {
+        "### Targets": functools.partial(tables.targets_table, only_measured=True),
+        "### Where we lose": tables.losses_table,
+        "### Cases": tables.cases_table,
+    }
     optional |= {"### Providers": tables.providers_table, "### Peak memory": tables.memory_table}
     for heading, make in optional.items():
         if (text := make(rows)).count("\n") > 1:

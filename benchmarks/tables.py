@@ -59,10 +59,10 @@ def target_line(target: Target, rows: dict[str, Row]) -> list[str]:
     return [target.what, MEASURES[target.measure], f"{sign} {bound}", measured, verdict]
 
 
-def targets_table(rows: Iterable[Row]) -> str:
-    """Every target beside what was measured."""
+def targets_table(rows: Iterable[Row], *, only_measured: bool = False) -> str:
+    """Every target beside what was measured, or those of the cases that ran."""
     by_case = {row["case"]: row for row in rows}
-    lines = [target_line(target, by_case) for target in TARGETS]
+    lines = [target_line(target, by_case) for target in TARGETS if target.case in by_case or not only_measured]
     return table(["case", "measure", "target", "measured", "met"], lines)
 
 
@@ -86,13 +86,14 @@ def case_line(row: Row) -> list[str]:
         number(ours.get("overhead"), "overhead"),
         f"{100 * ours['floor_share']:.0f} %",
         "-" if ours.get("peak") is None else f"{ours['peak'] / 2**20:.3g}",
+        row.get("way", "-"),
     ]
 
 
 def cases_table(rows: Iterable[Row]) -> str:
     """Every timed case; times are medians in milliseconds, peaks those of a call in MiB."""
     header = ["case", "ours", "best dense", "masked", "bucket", "bare conv.", "FLOPs ratio", "speed-up", "vs best"]
-    header += ["realised", "vs packed", "over bare", "of floor", "peak MiB"]
+    header += ["realised", "vs packed", "over bare", "of floor", "peak MiB", "way"]
     return table(header, [case_line(row) for row in rows if "providers" in row])
 
 

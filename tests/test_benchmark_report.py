@@ -94,7 +94,7 @@ def test_tables_are_markdown_with_every_case():
     first, second = cells_of(text)
     assert second[0] == "b"
     assert first[:7] == ["a", "500", "1000 (folded)", "1300", "-", "400", "2.00"]
-    assert first[7:] == ["2.00", "2.00", "1.00", "1.00", "25.0 %", "50 %", "3"]
+    assert first[7:] == ["2.00", "2.00", "1.00", "1.00", "25.0 %", "50 %", "3", "-"]
 
 
 def test_a_case_without_a_dense_side_has_its_line():
@@ -260,3 +260,10 @@ def test_command_says_what_is_wrong_in_one_line(folder, capsys):
         assert error.count("\n") == 1
     assert report.main([]) == 0
     assert "no results yet" in capsys.readouterr().out
+
+
+def test_a_run_of_some_cases_lists_their_targets_only():
+    case = "residual/64x32x32/B32/uniform/float32"
+    lines = cells_of(tables.targets_table([make_row(case)], only_measured=True))
+    assert len(lines) == sum(target.case == case for target in TARGETS)
+    assert len(cells_of(tables.targets_table([make_row(case)]))) == len(TARGETS)
