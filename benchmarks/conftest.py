@@ -1,4 +1,4 @@
-"""Options, markers, machine settings and the closing table of ``pytest benchmarks/``."""
+"""Options, machine settings and the closing table of ``pytest benchmarks/``."""
 
 from __future__ import annotations
 
@@ -9,24 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from . import floors, report
-from .harness import Settings
+from . import floors, tables
+from .harness import PROVIDERS, Settings
 
-MARKERS = {
-    "op": "one operator or block",
-    "residual": "the inference residual block",
-    "conv": "the dynamic convolution",
-    "network": "a whole network, selector included",
-    "memory": "peak memory",
-}
 # At import, before torch has made a tensor that matters.
 ALLOCATOR = floors.keep_allocations_on_the_heap()
-THREADS = min(2, os.cpu_count() or 1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("den_kernels benchmarks")
-    group.addoption("--case-seconds", type=float, default=1.0, help="time to spend on the rounds of a case")
+    group.addoption("--case-seconds", type=float, default=0.7, help="time to spend on the rounds of a case")
+    group.addoption("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the CPU (default 2)")
+    group.addoption("--all-cases", action="store_true", help="also the cases that add little: several times as long")
+    group.addoption("--provider", action="append", default=[], metavar="NAME", help="time only this one beside ours")
     group.addoption(
         "--dense-compile",
         choices=("none", "network", "all"),
@@ -36,15 +31,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --all-cases the marked ones are not collected."""
+    if config.getoption("--all-cases"):
+        return
+    kept = [item for item in items if item.get_closest_marker("extra") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def wanted_providers(names: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The known ones of ``names``, and a line about each of the others."""
+    unknown = [f"provider {name} is unknown and left out; there are {', '.join(PROVIDERS)}" for name in names]
+    known = tuple(name for name in names if name in PROVIDERS)
+    return known, [line for name, line in zip(names, unknown, strict=True) if name not in PROVIDERS]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, so the GPU cases are left out"
     return [
         f"machine: {floors.this_machine()}, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})",
         f"threads: {torch.get_num_threads()}; allocator: {ALLOCATOR}",
+        f"CUDA device: {gpu}",
+        *wanted_providers(config.getoption("--provider"))[1],
     ]
 
 
@@ -56,6 +68,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return Settings(
         seconds=request.config.getoption("--case-seconds"),
         compile=request.config.getoption("--dense-compile"),
+        providers=wanted_providers(request.config.getoption("--provider"))[0],
         environment={
             "machine": floors.this_machine(),
             "processor": floors.processor_name(),
@@ -76,5 +89,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     rows = [bench.extra_info for bench in getattr(session, "benchmarks", []) if "case" in bench.extra_info]
     if rows:
         terminalreporter.section("against the others")
-        tables = [report.cases_table(rows), report.memory_table(rows)]
-        terminalreporter.write_line("\n\n".join(text for text in tables if text.count("\n") > 1))
+        parts = [tables.cases_table(rows), tables.memory_table(rows), tables.losses_table(rows)]
+        terminalreporter.write_line("\n\n".join(text for text in parts if text.count("\n") > 1))

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import den
+from den.config import DemoConfig
 from den.count import count_flops, image_flops
+from den.demo import schedule
+from den.engine import new_model
 from den_kernels import RoutingPlan
 
 from . import peers
-from .harness import DTYPES, Case, Work, draw_structures
+from .harness import DTYPES, Case, Work
+from .mixes import mix_structures
 
 TASK = den.Task("cifar100", classes=100, size=32)
+DEMO_TASKS = [den.Task("digits", classes=10, size=8, channels=1), den.Task("fashion", classes=10, size=28, channels=1)]
 
 
 @dataclass
@@ -23,24 +30,30 @@ class ElasticNetwork:
     """A Deep Elastic Network with random weights and statistics, a batch of images and a structure for each."""
 
     model: den.DeepElasticNetwork
-    images: Tensor  # [B, 3, 32, 32] channels-last
+    images: Tensor  # [B, C, S, S] channels-last
     levels: Tensor  # int32 [B, N]
+    task: den.Task = TASK
 
     @classmethod
     def make(cls, case: Case, seed: int = 0) -> ElasticNetwork:
-        """``case.shape`` names the backbone, ``case.mix`` how many times fewer FLOPs the structures have ("1.9x")."""
-        torch.manual_seed(seed)
-        model = den.create_model(case.shape, [TASK]).eval()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, std=0.2)
-                module.running_mean.normal_(std=0.2)
-                module.running_var.uniform_(0.5, 1.5)
-        model.to(dtype=DTYPES[case.dtype])
-        images = peers.channels_last(torch.randn(case.batch, 3, TASK.size, TASK.size)).to(DTYPES[case.dtype])
-        levels = draw_structures(model.estimator.level_flops, case.batch, float(case.mix.removesuffix("x")), seed)
-        return cls(model, images, levels)
+        """``case.shape`` names the backbone, or is "demo" for that of ``den demo``; ``case.mix`` as in `mixes`."""
+        model, task = make_model(case, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.uniform_(module.weight, 0.5, 1.5)
+                    nn.init.normal_(module.bias, std=0.2)
+                    module.running_mean.normal_(std=0.2)
+                    module.running_var.uniform_(0.5, 1.5)
+            images = peers.channels_last(torch.randn(case.batch, task.channels, task.size, task.size))
+        model.eval().to(dtype=DTYPES[case.dtype])
+        levels = mix_structures(case.mix, model.estimator.level_flops, case.batch, seed)
+        return cls(model, images.to(DTYPES[case.dtype]), levels, task).to(case.device)
+
+    def to(self, device: str) -> ElasticNetwork:
+        """The same on a device."""
+        return ElasticNetwork(self.model.to(device), self.images.to(device), self.levels.to(device), self.task)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,9 +62,9 @@ class ElasticNetwork:
 
     def forward(self) -> Tensor:
         """The whole way to logits [B, classes]. The selector runs; the drawn structures replace its choice."""
-        self.model.select(self.images, TASK)
+        self.model.select(self.images, self.task)
         plan = RoutingPlan.from_levels(self.levels, groups=self.model.levels - 1)
-        return self.model.estimator(self.images, TASK, plan)
+        return self.model.estimator(self.images, self.task, plan)
 
     def dense(self, dtype: torch.dtype) -> peers.DenseNetwork:
         """The full structure as a plain network in ``dtype``, weights copied."""
@@ -65,35 +78,43 @@ class ElasticNetwork:
             )
             for block in estimator.blocks
         ]
-        stem, head = copy.deepcopy(estimator.stems[0]), copy.deepcopy(estimator.heads[0])
-        return peers.DenseNetwork(stem, blocks, peers.plain_norm(estimator.norm), head).eval().to(dtype)
+        place = [task.name for task in self.model.tasks].index(self.task.name)
+        stem, head = copy.deepcopy(estimator.stems[place]), copy.deepcopy(estimator.heads[place])
+        plain = peers.DenseNetwork(stem, blocks, peers.plain_norm(estimator.norm), head)
+        return plain.eval().to(self.images.device, dtype)
 
     def selections(self) -> list[Tensor]:
         """bool [B, M] for every block: the hidden channels each instance uses."""
         sizes = [block.conv1.out_groups for block in self.model.estimator.blocks]
         return [peers.select_levels(self.levels[:, i], size) for i, size in enumerate(sizes)]
 
+    def on_host(self) -> ElasticNetwork:
+        """The same on the CPU, for the oracles."""
+        return self if self.images.is_cpu else copy.deepcopy(self).to("cpu")
+
+    def with_each(self, kind: Callable[[peers.PreactBlock, Tensor], Any], dtype: torch.dtype | None = None) -> Any:
+        """The drawn structures in a plain network whose blocks are made by ``kind(block, selection)``."""
+        dense = self.dense(dtype or self.dtype)
+        pairs = zip(dense.blocks, self.selections(), strict=True)
+        return dense.with_blocks([kind(block, selection) for block, selection in pairs])
+
     def bucketed(self, dtype: torch.dtype) -> peers.DenseNetwork:
         """The drawn structures, bucketed by level in plain PyTorch; in float64 the oracle."""
-        dense = self.dense(dtype)
-        pairs = zip(dense.blocks, self.selections(), strict=True)
-        return dense.with_blocks([peers.BucketBlock(block, selection) for block, selection in pairs])
+        return self.with_each(peers.BucketBlock, dtype)
 
     def masked(self) -> peers.DenseNetwork:
         """The drawn structures by multiplying with masks."""
-        dense = self.dense(self.dtype)
-        pairs = zip(dense.blocks, self.selections(), strict=True)
-        return dense.with_blocks([peers.MaskedBlock(block, selection) for block, selection in pairs])
+        return self.with_each(peers.MaskedBlock)
 
     def work(self) -> Work:
         """FLOPs of the whole networks, the selector's on our side; traffic: maps of the blocks that run, weights."""
-        image, batch = image_flops(self.model, TASK), len(self.images)
+        image, batch = image_flops(self.model, self.task), len(self.images)
         ends = image.stem + image.head
         chosen = count_flops(self.model, self.levels).sum().item() + batch * (ends + image.selector)
         dense = batch * (ends + image.blocks)
-        return Work(chosen, dense, self._traffic())
+        return Work(chosen, dense, self.traffic())
 
-    def _traffic(self) -> float:
+    def traffic(self) -> float:
         """Each block reads and writes the maps of the instances that do not skip it, and reads its weights, once."""
         sizes = self.dense(self.dtype).block_input_sizes(self.images[:1])
         total = 0.0
@@ -104,3 +125,15 @@ class ElasticNetwork:
             weights = block.conv1.weight.numel() + block.conv2.weight.numel()
             total += active * (channels * height * width + written) + weights
         return total * self.images.element_size()
+
+
+def make_model(case: Case, seed: int) -> tuple[den.DeepElasticNetwork, den.Task]:
+    """The network of a case and the task that its images are of; the global generator is left as it was."""
+    if case.shape == "demo":
+        network = schedule(DemoConfig())["2. Deep Elastic Network (Algorithm 1)"].network
+        wanted = case.mix.removeprefix("recorded-")
+        task = next((task for task in DEMO_TASKS if task.name == wanted), DEMO_TASKS[-1])
+        return new_model(network, DEMO_TASKS, seed), task
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return den.create_model(case.shape, [TASK]), TASK

@@ -61,6 +61,21 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.numel() / median_seconds(lambda: target.copy_(source))
 
 
+@functools.cache
+def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """FLOP/s of matrix products in ``dtype`` and bytes/s of copies, of a device."""
+    if device == "cpu":
+        return matrix_rate(dtype), copy_bandwidth()
+    from den_kernels._triton.clock import median_seconds as on_device
+
+    place, size = torch.device(device), 8192
+    a = torch.randn(size, size, device=place).to(dtype)
+    source = torch.empty(2**30, dtype=torch.uint8, device=place)
+    target = torch.empty_like(source)
+    multiply = on_device(lambda: torch.mm(a, a), place)
+    return 2 * size**3 / multiply, 2 * source.numel() / on_device(lambda: target.copy_(source), place)
+
+
 def floor_seconds(flops: float, traffic: float, rate: float, bandwidth: float) -> float:
     """The least time of a problem: FLOPs over the matrix rate or bytes over the bandwidth, whichever is larger.
 

@@ -136,4 +136,4 @@ def training_work(network: ElasticNetwork, levels: Tensor) -> Work:
     costs = estimator.level_flops.cpu().double()
     chosen = costs.gather(1, levels.long().t()).sum().item()
     full = costs[:, -1].sum().item() * len(levels)
-    return Work(3 * chosen, 3 * full, 3 * dataclasses.replace(network, levels=levels)._traffic())
+    return Work(3 * chosen, 3 * full, 3 * dataclasses.replace(network, levels=levels).traffic())

@@ -21,7 +21,8 @@ from .gpu_blocks import fused_branch, random_norm
 from .gpu_clock import RATES, Contender, compete, input_sets
 from .gpu_numerics import numerics
 from .gpu_worker import Check, Context, Unavailable
-from .harness import Work, mix_levels
+from .harness import Work
+from .mixes import mix_levels
 
 Row = dict[str, Any]
 Function = Callable[[Tensor], Tensor]

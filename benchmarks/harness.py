@@ -1,25 +1,34 @@
 """One case: check every provider against its float64 oracle, time all of them interleaved, account for the work.
 
 pytest-benchmark times ours; the other providers run, and are timed, in the setup hook before each of its rounds, so
-that every round holds one call of each and a slow moment of the machine falls on all alike.
+that every round holds one call of each and a slow moment of the machine falls on all alike. On a GPU the hook times
+ours as well, by events.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 
 from . import floors
+from .allocations import call_peak, skip_when_exhausted
+from .clocks import Clock, clock_of
 
 Role = Literal["ours", "dense", "tuned", "alternative", "floor"]
 Result = Tensor | Sequence[Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROVIDERS = (
+    *("ours", "ours-inplace", "ours-plan", "ours-whole"),
+    *("dense-eager", "dense-folded", "dense-compiled", "dense-packed", "dense-whole"),
+    *("masked", "bucket", "per-instance", "grouped", "one-by-one", "one-by-one-whole", "bare", "bare-packed"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,19 +40,21 @@ class Case:
     batch: int
     mix: str  # how the levels are drawn
     dtype: str
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
         """The case in one word, as pytest's ``-k`` and the results files know it."""
-        return f"{self.suite}/{self.shape}/B{self.batch}/{self.mix}/{self.dtype}"
+        place = "" if self.device == "cpu" else f"/{self.device}"
+        return f"{self.suite}/{self.shape}/B{self.batch}/{self.mix}/{self.dtype}{place}"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The float64 oracle's result and the error that is allowed against it."""
+    """The float64 oracle's result and the error that is allowed against it, one for all or one an element."""
 
     exact: Tensor
-    allowed: float
+    allowed: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -74,19 +85,42 @@ class Settings:
     least_rounds: int = 7
     most_rounds: int = 51
     compile: Literal["none", "network", "all"] = "network"
+    providers: tuple[str, ...] = ()  # none: all; else only these beside ours
     environment: dict[str, Any] = field(default_factory=dict)  # versions, threads, allocator: copied into every row
 
 
 def joined(result: Result) -> Tensor:
-    """A tensor as it is, a list of tensors as one flat tensor."""
-    return result if isinstance(result, Tensor) else torch.cat([part.flatten() for part in result])
+    """A tensor as it is, a list of tensors as one flat tensor, on the CPU."""
+    if isinstance(result, Tensor):
+        return result.detach().cpu()
+    return torch.cat([part.detach().flatten() for part in result] or [torch.empty(0)]).cpu()
 
 
 def expect(function: Callable[[torch.dtype], Result], dtype: torch.dtype, factor: float = 2.0) -> Expected:
-    """The float64 result of ``function`` and ``factor`` times the largest error of the same expression in ``dtype``."""
-    exact = joined(function(torch.float64))
-    error = (joined(function(dtype)).double() - exact).abs().max().item() if exact.numel() else 0.0
-    return Expected(exact, factor * error + torch.finfo(dtype).tiny)
+    """The float64 result of ``function`` and ``factor`` times the largest error of the same expression in ``dtype``.
+
+    The error counts for at least the rounding of the largest value. Of a list of tensors each has an error of its own,
+    which counts for at least the median of them all, in relation to the largest value of each: that of a single number
+    may be small by chance.
+    """
+    exact, rounded = function(torch.float64), function(dtype)
+    if isinstance(exact, Tensor):
+        return Expected(joined(exact), factor * max(_error(exact, rounded), torch.finfo(dtype).eps / 2 * _size(exact)))
+    errors = [_error(e, r) for e, r in zip(exact, rounded, strict=True)]
+    sizes = [_size(e) for e in exact]
+    usual = statistics.median([error / size for error, size in zip(errors, sizes, strict=True) if size] or [0.0])
+    least = max(usual, torch.finfo(dtype).eps / 2)
+    allowed = [factor * max(error, least * size) for error, size in zip(errors, sizes, strict=True)]
+    parts = [torch.full((e.numel(),), bound, dtype=torch.float64) for e, bound in zip(exact, allowed, strict=True)]
+    return Expected(joined(exact), torch.cat(parts) if parts else 0.0)
+
+
+def _size(exact: Tensor) -> float:
+    return exact.detach().abs().max().item() if exact.numel() else 0.0
+
+
+def _error(exact: Tensor, rounded: Tensor) -> float:
+    return _size(rounded.detach().double() - exact.detach())
 
 
 def check(name: str, result: Result, expected: Expected) -> None:
@@ -96,39 +130,44 @@ def check(name: str, result: Result, expected: Expected) -> None:
         raise AssertionError(f"{name}: shape must be {tuple(expected.exact.shape)}, got {tuple(value.shape)}")
     if not value.numel():
         return
-    error = (value.double() - expected.exact).abs().max().item()
-    if not error <= expected.allowed:
-        raise AssertionError(f"{name}: error against float64 must be at most {expected.allowed:.3g}, got {error:.3g}")
+    errors = (value.double() - expected.exact).abs()
+    allowed = torch.as_tensor(expected.allowed, dtype=torch.float64).expand_as(errors)
+    wrong = ~(errors <= allowed)
+    if wrong.any():
+        worst = (errors - allowed).nan_to_num(torch.inf).argmax()
+        error, bound = errors.flatten()[worst].item(), allowed.flatten()[worst].item()
+        raise AssertionError(f"{name}: error against float64 must be at most {bound:.3g}, got {error:.3g}")
 
 
 class Interleaved:
-    """The setup hook: times one call of every peer, each round in another order, then prepares ours."""
+    """The setup hook: times one call of every peer, each round in another order, then prepares ours.
 
-    def __init__(
-        self, ours: Provider, peers: Sequence[Provider], clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.ours, self.peers, self.clock = ours, list(peers), clock
-        self.times: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    Where the clock is not the host's, ours is timed here as well.
+    """
+
+    def __init__(self, ours: Provider, peers: Sequence[Provider], clock: Clock) -> None:
+        self.ours, self.clock = ours, clock
+        self.timed = list(peers) if clock.is_host else [ours, *peers]
+        self.times: dict[str, list[float]] = {provider.name: [] for provider in self.timed}
         self._round = 0
 
     def __call__(self) -> None:
-        shift = self._round % max(len(self.peers), 1)
-        for peer in self.peers[shift:] + self.peers[:shift]:
-            self.times[peer.name].append(self._time(peer))
+        shift = self._round % max(len(self.timed), 1)
+        for provider in self.timed[shift:] + self.timed[:shift]:
+            self.times[provider.name].append(self.seconds(provider))
         self._round += 1
         if self.ours.prepare:
             self.ours.prepare()
 
-    def _time(self, provider: Provider) -> float:
+    def seconds(self, provider: Provider) -> float:
+        """The time of one call, prepared beforehand."""
         if provider.prepare:
             provider.prepare()
-        start = self.clock()
-        provider.call()
-        return self.clock() - start
+        return self.clock.seconds(provider.call)
 
     def round_seconds(self) -> float:
         """The time of one whole round, ours included, measured once and not kept."""
-        return sum(self._time(provider) for provider in [self.ours, *self.peers])
+        return sum(map(self.seconds, {provider.name: provider for provider in [self.ours, *self.timed]}.values()))
 
 
 def choose_rounds(round_seconds: float, settings: Settings) -> int:
@@ -193,29 +232,60 @@ def account(roles: dict[str, Role], times: dict[str, float], work: Work, floor: 
     }
 
 
-def run(benchmark: Any, case: Case, providers: Sequence[Provider], work: Work, settings: Settings) -> None:
-    """Check and time ``providers`` (the first is ours) and write the row of ``case`` into ``benchmark.extra_info``."""
-    ours, *peers = providers
-    with torch.inference_mode():
-        for provider in providers:
+def run(
+    benchmark: Any, case: Case, providers: Sequence[Provider], work: Work, settings: Settings, *, trains: bool = False
+) -> None:
+    """Check and time ``providers`` (the first is ours) and write the row of ``case`` into ``benchmark.extra_info``.
+
+    trains: the calls need gradients; else they run in inference mode.
+    """
+    ours, *peers = chosen(providers, settings.providers)
+    with mode(case, trains), skip_when_exhausted(case.id):
+        for provider in (ours, *peers):
             if provider.prepare:
                 provider.prepare()
             check(f"{case.id}: {provider.name}", provider.call(), provider.expected)
-        hook = Interleaved(ours, peers)
+        peaks = {p.name: call_peak(p.call, case.device) for p in (ours, *peers) if p.role != "floor"}
+        clock = clock_of(case.device)
+        ours, *peers = [replace(provider, call=clock.ready(provider.call)) for provider in (ours, *peers)]
+        hook = Interleaved(ours, peers, clock)
         rounds = choose_rounds(hook.round_seconds(), settings)
         benchmark.group = case.suite
         benchmark.pedantic(ours.call, setup=hook, rounds=rounds)
         if benchmark.disabled:
             return
-        dtype = DTYPES[case.dtype]
-        floor = floors.floor_seconds(work.flops, work.traffic, floors.matrix_rate(dtype), floors.copy_bandwidth())
+        rate, bandwidth = floors.rates(DTYPES.get(case.dtype, torch.float32), case.device)
     samples = {ours.name: list(benchmark.stats.stats.data), **hook.times}
     medians = {name: statistics.median(times) for name, times in samples.items()}
-    row = account({p.name: p.role for p in providers}, medians, work, floor)
+    floor = floors.floor_seconds(work.flops, work.traffic, rate, bandwidth)
+    row = account({p.name: p.role for p in (ours, *peers)}, medians, work, floor)
     for name, times in samples.items():
         lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
-        row["providers"][name] |= {"lower_quartile": lower, "upper_quartile": upper}
-    benchmark.extra_info.update(describe(case, settings), rounds=rounds, **row)
+        row["providers"][name] |= {"lower_quartile": lower, "upper_quartile": upper, "peak": peaks.get(name)}
+    ceilings = {"matrix_rate": rate, "bandwidth": bandwidth}
+    benchmark.extra_info.update(describe(case, settings), rounds=rounds, **ceilings, **row)
+
+
+def chosen(providers: Sequence[Provider], names: Sequence[str]) -> list[Provider]:
+    """Ours, and those of the others whose names were asked for (of the dense ones at least the first)."""
+    ours, *peers = providers
+    if not names:
+        return [ours, *peers]
+    kept = [peer for peer in peers if peer.name in names]
+    dense = [peer for peer in peers if peer.role == "dense"][:1]
+    return [ours, *([] if any(peer.role == "dense" for peer in kept) else dense), *kept]
+
+
+@contextlib.contextmanager
+def mode(case: Case, trains: bool) -> Iterator[None]:
+    """Inference mode unless the case trains; on a GPU float32 is not rounded to TF32, for anybody."""
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with contextlib.nullcontext() if trains else torch.inference_mode():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def describe(case: Case, settings: Settings) -> dict[str, Any]:
@@ -227,48 +297,19 @@ def describe(case: Case, settings: Settings) -> dict[str, Any]:
         "batch": case.batch,
         "mix": case.mix,
         "dtype": case.dtype,
+        "device": case.device,
         **settings.environment,
     }
 
 
-def mix_levels(mix: str, batch: int, levels: int = 4, seed: int = 0) -> Tensor:
-    """Levels int32 [batch] of a named mix: "uniform" (equal counts, shuffled), "full", "zero" or "quarter" (level 1).
-
-    Raises ValueError for another name.
-    """
-    if mix == "uniform":
-        counts = torch.arange(batch) % levels
-        return counts[torch.randperm(batch, generator=torch.Generator().manual_seed(seed))].to(torch.int32)
-    constant = {"full": levels - 1, "zero": 0, "quarter": 1}
-    if mix not in constant:
-        raise ValueError(f"mix_levels: mix must be one of uniform, full, zero, quarter, got {mix!r}")
-    return torch.full((batch,), constant[mix], dtype=torch.int32)
+def everywhere(cases: Sequence[Case], *, on_gpu: bool = True) -> list[Any]:
+    """Cases as pytest's parameters; where there is a GPU, each once more on it."""
+    found = list(cases)
+    if on_gpu and torch.cuda.is_available():
+        found += [replace(case, device="cuda") for case in cases]
+    return [pytest.param(case, id=case.id) for case in found]
 
 
-def draw_structures(costs: Tensor, batch: int, ratio: float, seed: int = 0, tolerance: float = 0.002) -> Tensor:
-    """Structures int32 [batch, N], level by level at random, whose mean cost is 1 / ``ratio`` of the full one's.
-
-    Args:
-        costs: [N, L], what each block costs at each level; the last level is the full one.
-        ratio: full cost over mean cost, above 1.
-        tolerance: relative; batches are drawn until their mean is as near as that.
-
-    The levels are independent draws with P(l) proportional to exp(tilt * share of level l); bisection finds the tilt
-    that gives the mean. Raises ValueError when no batch of 10,000 comes near enough.
-    """
-    costs = costs.double()
-    target, shares = costs[:, -1].sum() / ratio, costs / costs[:, -1:]
-    low, high = -50.0, 50.0
-    for _ in range(60):
-        tilt = (low + high) / 2
-        cheaper = ((shares * tilt).softmax(1) * costs).sum() < target
-        low, high = (tilt, high) if cheaper else (low, tilt)
-    probabilities, generator = (shares * low).softmax(1), torch.Generator().manual_seed(seed)
-    for _ in range(10_000):
-        levels = probabilities.multinomial(batch, replacement=True, generator=generator)  # [N, B]
-        mean = costs.gather(1, levels).sum(0).mean()
-        if abs(mean / target - 1) <= tolerance:
-            return levels.T.contiguous().to(torch.int32)
-    raise ValueError(
-        f"draw_structures: ratio must be within reach of {batch} structures to {tolerance:.1%}, got {ratio}"
-    )
+def extra(cases: Sequence[Case]) -> list[Any]:
+    """Cases that only run when ``--all-cases`` asks for them."""
+    return [pytest.param(case, id=case.id, marks=pytest.mark.extra) for case in cases]

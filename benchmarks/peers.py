@@ -40,12 +40,12 @@ def select_channels(groups: Tensor, sizes: Sequence[int]) -> Tensor:
     >>> select_channels(torch.tensor([[True, False]]), (1, 2))
     tensor([[ True, False, False]])
     """
-    return groups.repeat_interleave(torch.tensor(sizes), dim=1)
+    return groups.repeat_interleave(torch.tensor(sizes, device=groups.device), dim=1)
 
 
 def select_levels(levels: Tensor, sizes: Sequence[int]) -> Tensor:
     """levels [B] -> bool [B, M]: the channels of the first ``levels[b]`` groups."""
-    return select_channels(torch.arange(len(sizes)) < levels[:, None], sizes)
+    return select_channels(torch.arange(len(sizes), device=levels.device) < levels[:, None], sizes)
 
 
 def rows_of(x: Tensor, rows: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def packed_convolution(conv: nn.Conv2d, input_size: Sequence[int], activation: s
     return lambda x: call(x, weight, bias, padding, stride, dilation, conv.groups, activation, [], None)
 
 
-def can_pack() -> bool:
-    """Whether this torch has oneDNN and its prepacked convolutions."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+def can_pack(x: Tensor) -> bool:
+    """Whether this torch has oneDNN and its prepacked convolutions, for tensors like ``x``."""
+    return x.is_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 class MaskedBlock:
@@ -210,8 +210,11 @@ class DenseNetwork(nn.Module):
         self.stem, self.blocks, self.norm, self.head = stem, list(blocks), norm, head
         self.modules_of_blocks = nn.ModuleList(block for block in blocks if isinstance(block, nn.Module))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, samples: int = 1) -> Tensor:
+        """Logits of ``samples`` rows of each image; the stem runs once per image."""
         x = self.stem(images)
+        if samples > 1:
+            x = channels_last(x.repeat_interleave(samples, 0))
         for block in self.blocks:
             x = block(x)
         return self.head(F.relu_(self.norm(x)).mean((2, 3)))

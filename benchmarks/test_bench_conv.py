@@ -13,22 +13,19 @@ from torch import Tensor, nn
 
 import den_kernels
 
-from . import peers
-from .harness import DTYPES, Case, Provider, Settings, Work, expect, mix_levels, run
+from . import peers, slicing
+from .allocations import require
+from .harness import DTYPES, Case, Provider, Settings, Work, everywhere, expect, run
+from .mixes import mix_levels
 
-SHAPES = [(64, 32, 32), (128, 16, 32), (256, 8, 32), (128, 16, 128)]
+SHAPES = (("64x32x32", 32), ("128x16x16", 32), ("256x8x8", 32), ("128x16x16", 128))
+SLICED = 32  # images at most for the providers that work image by image
 CASES = [
-    *[
-        Case(f"conv-{side}-elastic", f"{channels}x{height}x{height}", batch, "uniform", "float32")
-        for side in ("out", "in", "both")
-        for channels, height, batch in SHAPES
-    ],
+    *[Case(f"conv-{side}-elastic", *shape, "uniform", "float32") for side in ("out", "in") for shape in SHAPES],
+    Case("conv-both-elastic", "128x16x16", 32, "uniform", "float32"),
     Case("conv-out-elastic", "128x16x16", 32, "full", "float32"),
-    Case("conv-out-elastic", "128x16x16", 32, "uniform", "bfloat16"),
-    Case("conv-in-elastic", "128x16x16", 32, "uniform", "bfloat16"),
-    Case("conv-out-elastic", "64x32x32", 32, "masks", "float32"),
-    Case("conv-out-elastic", "128x16x16", 32, "masks", "float32"),
-    Case("conv-in-elastic", "128x16x16", 32, "masks", "float32"),
+    *[Case(f"conv-{side}-elastic", "128x16x16", 32, "uniform", "bfloat16") for side in ("out", "in")],
+    *[Case(f"conv-{side}-elastic", "128x16x16", 32, "masks", "float32") for side in ("out", "in")],
 ]
 
 
@@ -44,11 +41,17 @@ class Problem:
     out_elastic: bool
     in_elastic: bool
 
-    def elastic(self, dtype: torch.dtype) -> peers.ElasticConv:
+    def elastic(self, dtype: torch.dtype, device: str = "cpu") -> peers.ElasticConv:
         """The convolution in ``dtype`` with its selections of channels."""
-        channels = peers.select_channels(self.groups, self.sizes)
-        conv = copy.deepcopy(self.conv).to(dtype)
+        channels = peers.select_channels(self.groups, self.sizes).to(device)
+        conv = copy.deepcopy(self.conv).to(device, dtype)
         return peers.ElasticConv(conv, channels if self.out_elastic else None, channels if self.in_elastic else None)
+
+    def to(self, device: str) -> Problem:
+        """The same on a device."""
+        levels = None if self.levels is None else self.levels.to(device)
+        moved = self.conv.to(device), self.x.to(device), self.groups.to(device), levels
+        return Problem(*moved, self.sizes, self.out_elastic, self.in_elastic)
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
@@ -75,7 +78,7 @@ def work_of(problem: Problem) -> Work:
     """2 FLOPs a multiply-add; traffic is one read of the channels used, one write of the output, one of the weights."""
     x = problem.x
     batch, channels, height, width = x.shape
-    share = (problem.groups * torch.tensor(problem.sizes)).sum(1) / channels  # [B]
+    share = (problem.groups.cpu() * torch.tensor(problem.sizes)).sum(1) / channels  # [B]
     dense = 2 * 9 * channels * channels * height * width
     used = share ** (problem.out_elastic + problem.in_elastic)
     read = (share if problem.in_elastic else torch.ones_like(share)).mean().item()
@@ -99,13 +102,13 @@ def our_provider(problem: Problem) -> Any:
 
 
 def peer_providers(problem: Problem) -> list[Provider]:
-    """Dense, masked, bucketed by selection, and the bare convolutions."""
-    x, dtype = problem.x, problem.x.dtype
-    elastic, conv = problem.elastic(dtype), problem.conv
+    """Dense, masked, bucketed by selection, image by image, and the bare convolutions."""
+    x, dtype, conv, host = problem.x, problem.x.dtype, problem.conv, problem.x.cpu()
+    elastic = problem.elastic(dtype, str(x.device))
     mask = peers.select_channels(problem.groups, problem.sizes)[:, :, None, None].to(dtype)
-    selected = expect(lambda d: peers.BucketConv(problem.elastic(d))(x.to(d)), dtype)
-    plain = expect(lambda d: problem.elastic(d).conv(x.to(d)), dtype)
-    bare = expect(lambda d: peers.BareConv(problem.elastic(d), x.to(d), packed=False)(), dtype)
+    selected = expect(lambda d: peers.BucketConv(problem.elastic(d))(host.to(d)), dtype)
+    plain = expect(lambda d: problem.elastic(d).conv(host.to(d)), dtype)
+    bare = expect(lambda d: peers.BareConv(problem.elastic(d), host.to(d), packed=False)(), dtype)
 
     def masked() -> Tensor:
         inputs = x * mask if problem.in_elastic else x
@@ -118,7 +121,10 @@ def peer_providers(problem: Problem) -> list[Provider]:
         Provider("bucket", "alternative", functools.partial(peers.BucketConv(elastic), x), selected),
         Provider("bare", "floor", peers.BareConv(elastic, x, packed=False), bare),
     ]
-    if peers.can_pack():
+    if len(x) <= SLICED and dtype == torch.float32:
+        calls = {"per-instance": slicing.PerInstanceConv(elastic), "grouped": slicing.GroupedConv(elastic, len(x))}
+        found += [Provider(name, "alternative", functools.partial(call, x), selected) for name, call in calls.items()]
+    if peers.can_pack(x):
         packed = peers.packed_convolution(conv, x.shape, "none")
         found.append(Provider("dense-packed", "tuned", lambda: packed(x), plain))
         found.append(Provider("bare-packed", "floor", peers.BareConv(elastic, x, packed=True), bare))
@@ -127,9 +133,11 @@ def peer_providers(problem: Problem) -> list[Provider]:
 
 @pytest.mark.op
 @pytest.mark.conv
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", everywhere(CASES))
 def test_conv(benchmark: Any, case: Case, settings: Settings) -> None:
+    channels, side, _ = map(int, case.shape.split("x"))
+    require(case.id, case.batch * channels * side * side)
     with torch.no_grad():
-        problem = make_problem(case)
+        problem = make_problem(case).to(case.device)
         providers = peer_providers(problem)
     run(benchmark, case, providers, work_of(problem), settings)

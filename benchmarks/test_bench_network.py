@@ -16,53 +16,96 @@ import pytest
 import torch
 from torch import Tensor
 
-from . import memory, peers
+from . import memory, peers, slicing
+from .allocations import require
 from .elastic_network import ElasticNetwork
-from .harness import Case, Provider, Settings, dense_role, describe, expect, run
+from .harness import Case, Expected, Provider, Settings, dense_role, describe, everywhere, expect, extra, run
 
 # Folding rounds the weights once more in each of 15 blocks: bn2 folded in bfloat16 was seen at 2.03 times the error.
 FACTOR = 3.0
-CASES = [Case("network", "wrn32_4", 64, "1.9x", dtype) for dtype in ("float32", "bfloat16")]
-MEMORY_CASES = [Case("memory", "wrn32_4", 64, "1.9x", "float32")]
+COMPILED = 32  # batches from here on are also run compiled: smaller ones take longer to compile than to measure
+SLICED = 8  # images at most for the provider that works image by image
+PAPER = [
+    *[Case("network", "wrn32_4", 64, "1.88x", dtype) for dtype in ("float32", "bfloat16")],
+    *[Case("network", "resnet42", 16, mix, "float32") for mix in ("1.81x", "2.15x")],
+]
+MIXES = ("full", "zero", "quarter", "skewed", "one-odd", "random-blocks")
+RECORDED = ("recorded-digits", "recorded-fashion")
+CASES = [
+    *PAPER,
+    *[Case("network", "wrn32_4", 8, mix, "float32") for mix in MIXES],
+    *[Case("network", "demo", 256, mix, "float32") for mix in RECORDED],
+]
+REST = [
+    *[Case("network", "wrn32_4", 64, mix, dtype) for mix in MIXES for dtype in ("float32", "bfloat16")],
+    *[Case("network", "resnet42", 64, mix, "bfloat16") for mix in ("1.81x", "2.15x")],
+    *[Case("network", "demo", 256, mix, "bfloat16") for mix in RECORDED],
+]
+MEMORY_CASES = [
+    Case("memory", "wrn32_4", 64, "1.88x", "float32"),
+    Case("memory", "resnet42", 16, "1.81x", "float32"),
+]
 
 
-def dense_providers(network: ElasticNetwork, settings: Settings) -> list[Provider]:
-    """The full structure in plain nn.Conv2d: eager, bn2 folded, weights packed, compiled."""
-    images, dense = network.images, network.dense(network.dtype)
+@functools.lru_cache(maxsize=1)
+def dense_side(shape: str, batch: int, dtype: str, device: str, task: str, compiles: bool) -> list[Provider]:
+    """The full structure in plain nn.Conv2d, shared by the mixes of a shape: eager, folded, packed, compiled."""
+    mix = f"recorded-{task}" if shape == "demo" else "full"  # names the task; the structures are not used
+    host = ElasticNetwork.make(Case("network", shape, batch, mix, dtype))
+    dense, images = host.dense(host.dtype).to(device), host.images.to(device)
     blocks = list(dense.blocks)
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "dense-eager": dense,
-        "dense-folded": dense.with_blocks([peers.FoldedBlock(block) for block in blocks]),
+        "dense-folded": dense.with_blocks([peers.FoldedBlock(block) for block in blocks]).eval(),
     }
-    if peers.can_pack():
+    if peers.can_pack(images):
         sizes = dense.block_input_sizes(images)
         packed = [peers.PackedBlock(block, size) for block, size in zip(blocks, sizes, strict=True)]
         found["dense-packed"] = dense.with_blocks(packed)
-    if settings.compile != "none":
+    if compiles:
         function = peers.compiled(copy.deepcopy(dense), images)
         if function is not None:
             found["dense-compiled"] = function
-    expected = expect(lambda dtype: network.dense(dtype)(images.to(dtype)), network.dtype, FACTOR)
+    expected = expect(lambda dtype: host.dense(dtype)(host.images.to(dtype)), host.dtype, FACTOR)
     return [Provider(name, dense_role(name), functools.partial(call, images), expected) for name, call in found.items()]
 
 
+def dense_providers(case: Case, network: ElasticNetwork, settings: Settings) -> list[Provider]:
+    """Those of `dense_side`; compiled where the settings, the suite and the batch allow."""
+    large = case.suite == "network" and case.batch >= COMPILED
+    compiles = settings.compile == "all" or (settings.compile == "network" and large)
+    return dense_side(case.shape, case.batch, case.dtype, case.device, network.task.name, compiles)
+
+
+def elastic_expectation(network: ElasticNetwork) -> Expected:
+    """The oracle with the chosen structures."""
+    host = network.on_host()
+    return expect(lambda dtype: host.bucketed(dtype)(host.images.to(dtype)), network.dtype, FACTOR)
+
+
 def elastic_providers(network: ElasticNetwork) -> list[Provider]:
-    """Ours (selector and plan inside the timing), masking, and bucketing in plain PyTorch (both given the levels)."""
-    images = network.images
-    expected = expect(lambda dtype: network.bucketed(dtype)(images.to(dtype)), network.dtype, FACTOR)
-    return [
-        Provider("ours", "ours", network.forward, expected),
-        Provider("masked", "alternative", functools.partial(network.masked(), images), expected),
-        Provider("bucket", "alternative", functools.partial(network.bucketed(network.dtype), images), expected),
-    ]
+    """Ours, selector and plan inside the timing; in plain PyTorch, given the levels: masked, bucketed, one by one."""
+    images, expected = network.images, elastic_expectation(network)
+    found = [Provider("ours", "ours", network.forward, expected)]
+    calls = {"masked": network.masked(), "bucket": network.bucketed(network.dtype)}
+    if len(images) <= SLICED:
+        calls["per-instance"] = network.with_each(slicing.PerInstanceBlock)
+    others = {name: functools.partial(call, images) for name, call in calls.items()}
+    return found + [Provider(name, "alternative", call, expected) for name, call in others.items()]
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*everywhere(CASES), *extra(REST)])
 def test_network(benchmark: Any, case: Case, settings: Settings) -> None:
+    run_network(benchmark, case, settings)
+
+
+def run_network(benchmark: Any, case: Case, settings: Settings) -> None:
+    """Check and time a case."""
+    require(case.id, case.batch * 64 * 32 * 32)
     with torch.no_grad():
         network = ElasticNetwork.make(case)
-        providers = [*elastic_providers(network), *dense_providers(network, settings)]
+        providers = [*elastic_providers(network), *dense_providers(case, network, settings)]
     run(benchmark, case, providers, network.work(), settings)
 
 
@@ -77,7 +120,7 @@ def peak_in_a_process(provider: str, case: Case) -> dict[str, int]:
 
 @pytest.mark.network
 @pytest.mark.memory
-@pytest.mark.parametrize("case", MEMORY_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", everywhere(MEMORY_CASES, on_gpu=False))
 def test_memory(benchmark: Any, case: Case, settings: Settings) -> None:
     """Peak resident memory of weights, caches and three forward passes, each network in a process of its own."""
     if not memory.is_measurable():

@@ -1,4 +1,4 @@
-"""The command line: den train, den fetch, den evaluate, den report, den demo, den info, den dag."""
+"""The command line: den train, fetch, evaluate, report, demo, bench, info, dag."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from den.bench import BenchConfig
 from den.config import DemoConfig, TrainConfig, read_config
 from den.measure import Evaluate
 from den.report.settings import Report
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | Report | DemoConfig | Info:
+def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info:
     if arguments[:1] == ["train"] and arguments[1:2] and not arguments[1].startswith("-"):
         return _parse_scenario(arguments[1], arguments[2:])
     train = Train(settings=base_settings(TrainConfig, arguments)) if arguments[:1] == ["train"] else Train()
@@ -95,6 +96,7 @@ def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | Report | DemoConf
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
+        | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     return tyro.cli(command, args=arguments, prog="den", description=HELP)  # type: ignore[call-overload]
@@ -130,7 +132,7 @@ def _option(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def _run(command: Train | Fetch | Evaluate | Report | DemoConfig | Info) -> int:
+def _run(command: Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info) -> int:
     if isinstance(command, Train):
         from den.train import train
 
@@ -155,6 +157,10 @@ def _run(command: Train | Fetch | Evaluate | Report | DemoConfig | Info) -> int:
         from den.demo import main as demo
 
         demo(command)
+    elif isinstance(command, BenchConfig):
+        from den.bench import main as bench
+
+        return bench(command)
     else:
         from den_kernels.info import format_report
 

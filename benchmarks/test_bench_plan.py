@@ -1,0 +1,45 @@
+"""The routing plan of all blocks, from levels [B, N] to sorted instances, against a search for each level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from den_kernels import RoutingPlan
+
+from .harness import Case, Expected, Provider, Settings, Work, everywhere, run
+from .mixes import mix_structures
+
+LEVELS = 4
+CASES = [Case("plan", "15-blocks", batch, "random-blocks", "int32") for batch in (1, 64, 1024)]
+
+
+def sorted_instances(levels: Tensor) -> Tensor:
+    """int64 [N, B]: for every block the instances, highest level first, in order within a level: plain loops."""
+    columns = levels.t().tolist()
+    orders = [[b for level in range(LEVELS)[::-1] for b, own in enumerate(c) if own == level] for c in columns]
+    return torch.tensor(orders)
+
+
+def bucketed(levels: Tensor) -> Tensor:
+    """The same as bucketing by level does it: a comparison and a nonzero for each block and level."""
+    blocks = levels.t()
+    found = [torch.cat([(c == level).nonzero().flatten() for level in range(LEVELS)[::-1]]) for c in blocks]
+    return torch.stack(found)
+
+
+@pytest.mark.op
+@pytest.mark.plan
+@pytest.mark.parametrize("case", everywhere(CASES))
+def test_plan(benchmark: Any, case: Case, settings: Settings) -> None:
+    blocks = int(case.shape.split("-")[0])
+    levels = mix_structures(case.mix, torch.ones(blocks, LEVELS), case.batch)
+    expected, here = Expected(sorted_instances(levels), 0.0), levels.to(case.device)
+    providers = [Provider("ours", "ours", lambda: RoutingPlan.from_levels(here, LEVELS - 1).order, expected)]
+    if case.device == "cpu":  # nonzero waits for a GPU, so that no graph can be captured of it
+        providers.append(Provider("bucket", "alternative", lambda: bucketed(here), expected))
+    traffic = 3 * here.nbytes  # levels read, levels and order written
+    run(benchmark, case, providers, Work(0, 0, traffic), settings)

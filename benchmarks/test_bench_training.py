@@ -1,0 +1,158 @@
+"""Training steps: the estimator's at structures of equation 8, the selector's by REINFORCE, against dense ones."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from den.count import count_flops, image_flops, parameter_fractions
+from den.objective import leave_one_out_advantage, reinforce, sparsity_penalty
+from den_kernels import RoutingPlan
+
+from .allocations import require
+from .elastic_network import ElasticNetwork
+from .harness import Case, Expected, Provider, Settings, Work, everywhere, expect, run
+from .training_peers import TrainingPass, gradients
+
+# Rounding decides now and then on which side of a ReLU a value falls, in every block behind it, so that two float32
+# gradients differ by more than the largest error of one of them: WRN-32-4 was seen at 6 times the error.
+FACTOR = 16.0
+SAMPLES = 8
+ESTIMATOR = [
+    *[Case("training-estimator", "demo", 64, mix, "float32") for mix in ("tau0.75", "tau0.25")],
+    Case("training-estimator", "wrn32_4", 16, "tau0.25", "float32"),
+]
+SELECTOR = [Case("training-selector", "demo", 32, "recorded-fashion", "float32")]
+
+
+def labels_of(network: ElasticNetwork) -> Tensor:
+    """int64 [B]."""
+    return torch.arange(len(network.images), device=network.images.device) % network.task.classes
+
+
+def training_pass(network: ElasticNetwork, levels: Tensor | None) -> TrainingPass:
+    """In plain PyTorch over the network's own parameters."""
+    return TrainingPass(network.model.estimator, task_index(network), levels)
+
+
+def task_index(network: ElasticNetwork) -> int:
+    """The position of the network's task in its model."""
+    return [task.name for task in network.model.tasks].index(network.task.name)
+
+
+def in_dtype(network: ElasticNetwork, dtype: torch.dtype) -> ElasticNetwork:
+    """A copy on the CPU in another dtype, the estimator and the selector in training mode."""
+    model = copy.deepcopy(network.model).to("cpu", dtype).train()
+    return replace(network, model=model, images=network.images.to("cpu", dtype), levels=network.levels.cpu())
+
+
+def step_expectation(network: ElasticNetwork, full: bool) -> Expected:
+    """The oracle: loss and gradients of the plain training pass."""
+
+    def step(dtype: torch.dtype) -> list[Tensor]:
+        here = in_dtype(network, dtype)
+        return training_pass(here, None if full else here.levels).step(here.images, labels_of(here))
+
+    return expect(step, torch.float32, FACTOR)
+
+
+def estimator_providers(network: ElasticNetwork) -> list[Provider]:
+    """Ours with the plan in the timing; the dense step; the masked one."""
+    labels, images, estimator = labels_of(network), network.images, network.model.estimator.train()
+
+    def ours() -> list[Tensor]:
+        plan = RoutingPlan.from_levels(network.levels, groups=network.model.levels - 1)
+        return gradients(F.cross_entropy(estimator(images, network.task, plan), labels), estimator)
+
+    chosen, whole = step_expectation(network, False), step_expectation(network, True)
+    passes = {"dense-eager": training_pass(network, None), "masked": training_pass(network, network.levels)}
+    calls = {name: functools.partial(one.step, images, labels) for name, one in passes.items()}
+    return [
+        Provider("ours", "ours", ours, chosen),
+        Provider("dense-eager", "dense", calls["dense-eager"], whole),
+        Provider("masked", "alternative", calls["masked"], chosen),
+    ]
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("case", everywhere(ESTIMATOR))
+def test_estimator_step(benchmark: Any, case: Case, settings: Settings) -> None:
+    require(case.id, 4 * case.batch * 64 * 32 * 32)
+    network = ElasticNetwork.make(case)
+    cost, image = count_flops(network.model, network.levels).sum().item(), image_flops(network.model, network.task)
+    ends, dense = case.batch * (image.stem + image.head), case.batch * image.blocks
+    work = Work(3 * (cost + ends), 3 * (dense + ends), 3 * network.traffic())
+    run(benchmark, case, estimator_providers(network), work, settings, trains=True)
+
+
+def selector_step(network: ElasticNetwork, structures: Tensor, logits: Callable[[], Tensor]) -> list[Tensor]:
+    """The loss of equation 7 and its gradients; ``logits`` [B * S, classes] under structures [B, S, N]."""
+    model = network.model
+    chances = model.selector_logits(network.images, network.task).log_softmax(-1)
+    with torch.no_grad():
+        losses = F.cross_entropy(logits(), labels_of(network).repeat_interleave(SAMPLES), reduction="none")
+        costs = losses.view(-1, SAMPLES) + sparsity_penalty(structures, parameter_fractions(model).to(losses), 0.2)
+    return gradients(reinforce(chances, structures, leave_one_out_advantage(costs), 0.05), model.selector)
+
+
+def sampled(network: ElasticNetwork) -> ElasticNetwork:
+    """The network with a structure for each of the samples of each image."""
+    return replace(network, levels=network.levels.repeat_interleave(SAMPLES, 0).roll(3, 0))
+
+
+def selector_expectation(network: ElasticNetwork, kind: str) -> Expected:
+    """The oracle: the estimator ``kind`` "bucketed" at the structures, or "dense"."""
+
+    def step(dtype: torch.dtype) -> list[Tensor]:
+        here = in_dtype(network, dtype)
+        here.model.estimator.eval()
+        plain = getattr(sampled(here), kind)(dtype)
+        structures = sampled(here).levels.view(len(here.images), SAMPLES, -1).long()
+        return selector_step(here, structures, lambda: plain(here.images, SAMPLES))
+
+    return expect(step, torch.float32, FACTOR)
+
+
+def selector_providers(network: ElasticNetwork) -> list[Provider]:
+    """The estimator run on all samples at once: by the kernels, dense, masked, bucketed."""
+    model, images, many = network.model, network.images, sampled(network)
+    model.selector.train()
+    structures = many.levels.view(len(images), SAMPLES, -1).long()
+    chosen, whole = selector_expectation(network, "bucketed"), selector_expectation(network, "dense")
+    plain = {"dense-eager": many.dense(network.dtype), "masked": many.masked(), "bucket": many.bucketed(network.dtype)}
+    logits: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: model.estimator.sampled([images], [network.task], structures)[0],
+        **{name: functools.partial(one, images, SAMPLES) for name, one in plain.items()},
+    }
+    roles = {"ours": "ours", "dense-eager": "dense"}
+    return [
+        Provider(
+            name,
+            roles.get(name, "alternative"),
+            functools.partial(selector_step, network, structures, function),
+            whole if name == "dense-eager" else chosen,
+        )
+        for name, function in logits.items()
+    ]
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("case", everywhere(SELECTOR))
+def test_selector_step(benchmark: Any, case: Case, settings: Settings) -> None:
+    """A step on SAMPLES structures of every image; the estimator rests, as in Algorithm 1."""
+    require(case.id, SAMPLES * case.batch * 64 * 32 * 32)
+    network = ElasticNetwork.make(case)
+    network.model.estimator.eval()
+    many, image = sampled(network), image_flops(network.model, network.task)
+    fixed = case.batch * (image.stem + 3 * image.selector + SAMPLES * image.head)
+    cost = count_flops(network.model, many.levels).sum().item()
+    work = Work(cost + fixed, case.batch * SAMPLES * image.blocks + fixed, many.traffic())
+    run(benchmark, case, selector_providers(network), work, settings, trains=True)
