@@ -96,26 +96,23 @@ def fused_residual(
     layout: FusedLayout,
     *,
     holds_shortcut: bool,
-    scale3: Tensor | None = None,  # float32 [C_out]
-    relu: bool = False,
 ) -> None:
-    """out = shortcut(x) + branch(x) in one launch (csrc/dynamic_residual.cu).
+    """out = shortcut(x) + branch(x), of a post-activation block through ReLU, in one launch (csrc/dynamic_residual.cu).
 
     holds_shortcut: `out` holds the shortcut already (it may be `x`), and instances at level 0 are not touched; else the
-    kernel writes the averaged, zero-padded shortcut. scale3, relu: a post-activation block, whose second batch norm
-    stands behind conv2 (its shift is bias2) and whose ReLU comes after the sum.
+    kernel writes the averaged, zero-padded shortcut.
     """
     B, C, H, W = x.shape
     C_out, Ho, Wo = out.shape[1:]
     bias2 = None if weights.bias2 is None else weights.bias2.float()
     tensors = (
         *(x, out, route.order, route.offsets, weights.scale1, weights.shift1, weights.conv1, weights.scale2),
-        *(weights.bias1, weights.conv2, scale3, bias2),
+        *(weights.bias1, weights.conv2, bias2),
     )
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     sizes = [B, H, W, C, Ho, Wo, C_out, weights.conv1.shape[0], weights.stride]
     widths = [0, *accumulate(weights.groups)]
     with torch.cuda.device(x.device):
         extension.fused_residual_cuda(
-            _TYPES[x.dtype], sizes, widths, addresses, holds_shortcut, relu, list(layout), _stream(x)
+            _TYPES[x.dtype], sizes, widths, addresses, holds_shortcut, weights.relu, list(layout), _stream(x)
         )

@@ -49,7 +49,7 @@ def test_errors_of_the_runtime_name_the_call():
     with pytest.raises(RuntimeError, match=r"plan_masks_cuda: cuda.*CUDA error"):
         extension.plan_masks_cuda(0, 4, 2, 3, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"fused_residual_cuda: cuda.*CUDA error"):
-        extension.fused_residual_cuda(0, SIZES, [0, 16, 32], [0] * 12, True, False, LAYOUT, 0)
+        extension.fused_residual_cuda(0, SIZES, [0, 16, 32], [0] * 11, True, False, LAYOUT, 0)
 
 
 @with_cuda
@@ -83,7 +83,7 @@ def test_a_problem_that_the_kernel_does_not_take(place, value, message):
     arguments[place[0]][place[1]] = value
     with pytest.raises(ValueError, match=message):
         extension.fused_residual_cuda(
-            0, arguments["sizes"], arguments["widths"], [0] * 12, True, False, arguments["layout"], 0
+            0, arguments["sizes"], arguments["widths"], [0] * 11, True, False, arguments["layout"], 0
         )
 
 

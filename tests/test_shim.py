@@ -129,7 +129,7 @@ class Block:
     stride: int = 1
     mode: str = "in-place"  # or "add", "shortcut"
     prologue: bool = True
-    post: bool = False  # scale3 and ReLU behind
+    post: bool = False  # ReLU behind
     bias2: bool = False
     multiprocessors: int = 2
     shared: int = 227 << 10
@@ -153,8 +153,8 @@ class Block:
             self.x.relu_()
         self.conv1 = (normal(self.M, self.C, 3, 3) / (9 * self.C) ** 0.5).to(store)
         self.conv2 = (normal(self.C_out, self.M, 3, 3) / (9 * self.M) ** 0.5).to(store)
-        self.scale1, self.shift1, self.scale2, self.bias1, self.scale3, self.bias2_ = (
-            normal(n).float() for n in (self.C, self.C, self.M, self.M, self.C_out, self.C_out)
+        self.scale1, self.shift1, self.scale2, self.bias1, self.bias2_ = (
+            normal(n).float() for n in (self.C, self.C, self.M, self.M, self.C_out)
         )
 
     @property
@@ -183,8 +183,6 @@ class Block:
             h = F.conv2d(size(keep(a)), conv1, None, self.stride, 1)
             h = size(self.scale2[:width, None, None]) * h + size(self.bias1[:width, None, None])
             y = F.conv2d(keep(h.relu()), conv2, None, 1, 1)[0]
-            if self.post:
-                y *= size(self.scale3[:, None, None])
             out[b] += y + size(self.bias2_[:, None, None]) * self.bias2
         return out.relu() if self.post else out
 
@@ -194,14 +192,14 @@ class Block:
         assert layout is not None
         H, W = self.size
         Ho, Wo = -(-H // self.stride), -(-W // self.stride)
-        flags = [self.post, self.prologue, self.post, self.bias2]
+        flags = [self.post, self.prologue, self.bias2]
         sizes = [self.B, H, W, self.C, Ho, Wo, self.C_out, self.M, self.stride, len(self.groups), *map(int, flags)]
         arrays = [self.x.permute(0, 2, 3, 1)]
         if self.mode == "add":
             arrays.append(self.shortcut().to(self.x.dtype).permute(0, 2, 3, 1))
         arrays += [self.route.order, self.route.offsets]
         arrays += [self.conv1.permute(0, 2, 3, 1), self.conv2.permute(0, 2, 3, 1), self.scale2, self.bias1]
-        arrays += [self.scale1, self.shift1] * self.prologue + [self.scale3] * self.post + [self.bias2_] * self.bias2
+        arrays += [self.scale1, self.shift1] * self.prologue + [self.bias2_] * self.bias2
         given = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays if t.numel())
         done = np.frombuffer(
             run(program, self.dtype, schedule, self.mode, *sizes, *layout, 0, *self.widths, given=given), np.uint8

@@ -15,12 +15,12 @@ from .launch import Launch, architecture
 
 
 class Epilogue(NamedTuple):
-    """What happens to the sums before they are written: `relu(sum * scale + bias)`, each part where there is one."""
+    """What happens to the sums before they are written: `relu(there + sum * scale + bias)`, what there is of it."""
 
     bias: Tensor | None = None  # [channels written]
     scale: Tensor | None = None  # float32 [channels written]
-    relu: bool = False
     add: bool = False  # to what is there
+    relu: bool = False
 
 
 PLAIN = Epilogue()
