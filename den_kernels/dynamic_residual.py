@@ -224,9 +224,7 @@ def _inplace(x: Tensor, route: Route, weights: ResidualWeights) -> None:
         _branch(x, x, route, weights)
 
 
-def _weights_of(
-    operands: tuple, groups: list[int], direct: list[Tensor], stride: int, relu: bool
-) -> ResidualWeights:
+def _weights_of(operands: tuple, groups: list[int], direct: list[Tensor], stride: int, relu: bool) -> ResidualWeights:
     scale1, shift1, conv1, scale2, bias1, conv2, bias2, group_of_channel = operands
     pair = (direct[0], direct[1]) if direct else None
     sizes = tuple(groups)

@@ -10,7 +10,6 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu_numerics import close_by_instance
-
 from den_kernels import DynamicConv2d
 from den_kernels._triton import residual
 from den_kernels._triton.convolve import convolve
