@@ -16,6 +16,7 @@ import den
 from den.blocks import ElasticBlock
 from den_kernels import RoutingPlan, dynamic_conv2d
 from den_kernels._conv_cpu import Geometry
+from den_kernels._triton.clock import recorded
 from den_kernels.plan import as_route
 from den_kernels.testing import make_levels, make_mask
 
@@ -70,27 +71,14 @@ class Recording:
     """A call recorded once and replayed: a CUDA graph; on a CPU the call itself. `result` is what it made last."""
 
     def __init__(self, call: Callable[[], Any], context: Context) -> None:
-        self._call, self._graph = call, None
-        if not context.is_cuda:
+        def keep() -> None:
             self.result = call()
-            return
-        stream = torch.cuda.Stream(context.place)
-        stream.wait_stream(torch.cuda.current_stream(context.place))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream(context.place).wait_stream(stream)
-        synchronize(context)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.result = call()
+
+        self._replay = recorded(keep, context.place)
 
     def replay(self) -> Any:
         """Run it again; the result."""
-        if self._graph is None:
-            self.result = self._call()
-        else:
-            self._graph.replay()
+        self._replay()
         return self.result
 
 
