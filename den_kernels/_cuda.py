@@ -61,7 +61,13 @@ def plan_masks(masks: Tensor, levels: Tensor, order: Tensor, offsets: Tensor) ->
         extension.plan_masks_cuda(rows.data_ptr(), B, N, G, *outputs, _stream(masks))
 
 
-def choose_fused(
+def choose_fused(x: Tensor, route: "Route", weights: "ResidualWeights") -> FusedLayout | None:
+    """The layout of the fused residual block, None where it does not take the problem or should not win."""
+    layout = layout_of(x, route, weights)
+    return layout if layout is not None and layout.is_worth(_problem(x, weights)) else None
+
+
+def layout_of(
     x: Tensor,  # [B, C, H, W]
     route: "Route",
     weights: "ResidualWeights",
@@ -81,11 +87,15 @@ def choose_fused(
         return None
     if any(t.data_ptr() % 16 for t in (x, *convolutions)):
         return None
+    return _layout(_problem(x, weights))
+
+
+def _problem(x: Tensor, weights: "ResidualWeights") -> FusedProblem:
     device: Any = torch.cuda.get_device_properties(x.device)
     widths = tuple(accumulate(weights.groups))
     B, C, H, W = x.shape
     chip = device.multi_processor_count, device.shared_memory_per_block_optin
-    return _layout(FusedProblem(B, H, W, C, weights.conv2.shape[0], widths, weights.stride, x.itemsize, *chip))
+    return FusedProblem(B, H, W, C, weights.conv2.shape[0], widths, weights.stride, x.itemsize, *chip)
 
 
 def fused_residual(

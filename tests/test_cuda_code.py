@@ -20,7 +20,6 @@ KERNELS = {
 }  # their names in the object file, threads of a block
 
 
-
 def find_nvcc() -> str | None:
     """Where setup.py finds it, which need not be on PATH."""
     spec = importlib.util.spec_from_file_location("den_kernels_setup", ROOT / "setup.py")

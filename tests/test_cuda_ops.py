@@ -108,7 +108,7 @@ def test_fused_blocks_on_a_gpu(C, H, dtype, monkeypatch):
     weights, levels = folded(C, C, dtype, "cuda"), make_levels("uniform", 300, 3)
     x = torch.randn(300, C, H, H, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
     route = RoutingPlan.from_levels(levels[:, None].cuda(), 3)[0]
-    layout = _cuda.choose_fused(x, route, weights)
+    layout = _cuda.layout_of(x, route, weights)
     assert layout is not None
     got = x.clone()
     _cuda.fused_residual(got, got, route, weights, layout, holds_shortcut=True)

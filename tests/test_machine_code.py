@@ -118,11 +118,12 @@ CASES = [
 def planned_bytes(launch: Launch, kind: str, arch: int) -> int:
     """Shared memory of the stages that are on their way at a time.
 
-    Before Hopper operands pass through registers, which saves a stage, and so does a prologue. In a weight gradient two
-    stages go by before a load, because the instance and its pixels are loaded ahead of it.
+    Operands that pass through registers save a stage: before Hopper, behind a prologue, in narrow weight gradients. In
+    all weight gradients two stages go by before a load, because the instance and its pixels are loaded ahead of it.
     """
     a = launch.arguments
-    stages = a["num_stages"] - (arch < 90 or kind == "conv1 block") - 2 * kind.endswith("weight")
+    narrow = kind.endswith("weight") and a["BN"] < 64
+    stages = a["num_stages"] - (arch < 90 or kind == "conv1 block" or narrow) - 2 * kind.endswith("weight")
     rungs = [(a["BM"], bn, bk) for bn, bk in zip(a["BNS"], a["BKS"], strict=True)] if "BNS" in a else []
     steps = [(bm + bn) * bk for bm, bn, bk in rungs] or [a["BP"] * (a["BN"] + a["BK"])]
     return stages * max(steps) * a["source"].dtype.itemsize

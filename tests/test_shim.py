@@ -7,6 +7,7 @@ residual block the float64 reference's values as nearly as PyTorch would in its 
 import dataclasses
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import accumulate
@@ -25,6 +26,10 @@ from den_kernels.plan import plan_masks as plan_masks_cpu
 from den_kernels.testing import assert_as_accurate, make_levels
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from benchmarks.gpu_predict import fused_traffic  # noqa: E402
+
 SCHEDULES = ("forward-eager", "backward-lazy")
 FLAGS = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas"
@@ -305,21 +310,21 @@ def test_traffic(driver, name):
     layout = fused_layout(block.problem)
     _, (streamed, loaded, stored, shared) = block.run(driver("residual_main"))
     assert shared == layout.shared(block.problem)
-    active = sum(level > 0 for level in block.levels)
+    model = fused_traffic(block.problem, [block.levels.count(level) for level in range(len(block.groups) + 1)])
+    assert streamed == model.streamed
     Ho, Wo = (-(-side // block.stride) for side in block.size)
     map_in, map_out = 2 * block.C * block.size[0] * block.size[1], 2 * block.C_out * Ho * Wo
-    bands = -(-Ho // layout.rows)
-    if block.mode == "in-place":
-        assert loaded == active * (map_in + map_out)
-        assert stored == active * map_out
-        floor = active * (map_in + map_out)
-        assert loaded + stored <= 1.5 * floor  # the second read of x finds it in the cache
-    else:
-        assert loaded == active * (map_in + map_out) + block.B * map_in
-        assert stored == (active + block.B) * map_out
-    levels = [level for level in block.levels if level]
-    tiles = sum(-(-levels.count(level) // layout.instances) * block.widths[level - 1] for level in set(levels))
-    assert streamed == bands * tiles * 2 * 9 * (block.C + block.C_out)
+    writes = block.mode == "shortcut"
+    assert loaded == model.loaded + writes * block.B * map_in
+    assert stored == model.stored + writes * block.B * map_out
+
+
+def test_a_block_is_worth_fusing_where_pixels_share_the_weights():
+    for B, H, worth in ((256, 8, True), (256, 4, False), (1024, 4, True), (256, 16, True)):
+        problem = FusedProblem(B, H, H, 256, 256, (64, 128, 256), 1, 2, 132, 227 << 10)
+        layout = fused_layout(problem)
+        assert layout is not None
+        assert layout.is_worth(problem) == worth
 
 
 def test_layouts_of_known_networks():
