@@ -49,3 +49,16 @@ def test_the_table_has_a_line_for_each_block_and_mix(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("512-512x4x4/1") == 3
     assert out.count("all 15") == out.count("all 20") == 3
+
+
+def test_the_notes_say_what_is_predicted():
+    text = (Path(__file__).parents[1] / "benchmarks" / "GPU_SESSION.md").read_text()
+    backbone = BACKBONES["wrn32_4"]
+    blocks = block_shapes(backbone.stages, backbone.stem, 32)
+    for mix, name in (("full", "full level"), ("uniform", "uniform mix"), ("quarter", "level ¼")):
+        made = [gpu_predict.predict(block, mix, 790e12, 4.3e12) for block in blocks]
+        sums = [round(sum(one[i] for one in made) * 1e6) for i in range(5)]
+        assert f"| all blocks, {name} | " + " | ".join(map(str, sums)) in text
+    for channels, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
+        made = gpu_predict.predict(BlockShape(channels, channels, 1, size), "full", 790e12, 4.3e12)
+        assert f"| {channels}×{size}² | " + " | ".join(f"{s * 1e6:.0f}" for s in made[:5]) in text
