@@ -61,4 +61,4 @@ def test_the_notes_say_what_is_predicted():
         assert f"| all blocks, {name} | " + " | ".join(map(str, sums)) in text
     for channels, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
         made = gpu_predict.predict(BlockShape(channels, channels, 1, size), "full", 790e12, 4.3e12)
-        assert f"| {channels}×{size}² | " + " | ".join(f"{s * 1e6:.0f}" for s in made[:5]) in text
+        assert f"| {channels}\N{MULTIPLICATION SIGN}{size}² | " + " | ".join(f"{s * 1e6:.0f}" for s in made[:5]) in text
