@@ -31,7 +31,7 @@ def find_nvcc() -> str | None:
 
 
 NVCC = find_nvcc()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="setup.py finds no nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="setup.py finds no nvcc")
 
 
 def compile_(source: str, folder: Path) -> str:
@@ -56,6 +56,7 @@ def entries(report: str) -> dict[tuple[str, str], str]:
     return {(name, arch): text for name, arch, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True)}
 
 
+@needs_nvcc
 @pytest.mark.parametrize("source", KERNELS)
 def test_every_kernel_is_compiled_for_every_architecture(reports, source):
     found = entries(reports[source])
@@ -64,6 +65,7 @@ def test_every_kernel_is_compiled_for_every_architecture(reports, source):
         assert {arch for name, arch in found if kernel in name} == set(ARCHS)
 
 
+@needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("source", "kernel"), [(source, kernel) for source in KERNELS for kernel in KERNELS[source]])
 def test_nothing_is_spilled(reports, source, kernel, arch):
