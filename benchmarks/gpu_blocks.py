@@ -27,7 +27,7 @@ from den_kernels.rows import pool_rows
 from den_kernels.testing import make_levels, make_mask
 
 from .gpu_numerics import DTYPES, close_by_instance, numerics, relative_error, ways
-from .gpu_worker import Check, Context, Unavailable
+from .gpu_worker import BATCH, Check, Context, Unavailable
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def block_problem(
 ) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
     """A block, x on the CPU, and a selection in which instance 1 chooses nothing."""
     torch.manual_seed(0)
-    channels, batch = context.size(64, 16), context.size(37, 4)
+    channels, batch = context.size(64, 16), context.size(BATCH, 4)
     groups = (channels // 4, channels // 4, channels // 2)
     block = random_block(channels, channels * stride, groups, stride)
     side = context.size(16, 6)
@@ -150,7 +150,7 @@ def check_residual(way: str, stride: int, selection: str, context: Context) -> R
 
 def fused_branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights, *, onto: bool = True) -> None:
     """The fused kernel of the extension: out += branch(x), or, not `onto`, out = shortcut + branch. Or Unavailable."""
-    layout = _cuda.choose_fused(x, route, weights)
+    layout = _cuda.layout_of(x, route, weights)
     if layout is None:
         raise Unavailable("the fused kernel does not take this block here")
     _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=onto)

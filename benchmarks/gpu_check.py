@@ -2,8 +2,9 @@
 
 Builds the extension, measures the machine's ceilings, checks every op against float64, proves that nothing waits for
 the device and that graphs, compilation and export work, and times convolutions, blocks, networks and a training step
-against the best dense baseline and the floors. Results go to benchmarks/results/<gpu>.json after every step, a table to
-stdout, its last lines the most important ones. Exit status: 0, 1 where a check failed, 2 without a GPU.
+against the best dense baseline and the floors; what time is left goes to dense networks whose kernels are searched for
+and to compute-sanitizer (`--only sanitize` for itself). Results go to benchmarks/results/<gpu>.json after every step,
+a table to stdout, its last lines the most important ones. Exit status: 0, 1 where a check failed, 2 without a GPU.
 
 The file: {"format": 1, "gpu", "rates": measured FLOP/s and bytes/s by name, "targets": [{"what", "bound", "measured",
 "met"}], "steps": {step: {"seconds", "commit", "cases": [row]}}}. A row has "case", "status" (ok, failed, skipped),
@@ -37,6 +38,7 @@ from benchmarks import (  # noqa: E402
     gpu_networks,
     gpu_pool,
     gpu_proofs,
+    gpu_sanitize,
     gpu_table,
     gpu_times,
     gpu_tuning,
@@ -84,6 +86,7 @@ STEPS = {
     "blocks": Step(gpu_times.block_checks, 90, stall=60),
     "training": Step(gpu_networks.training_checks, 90, stall=90),
     "autotuned": Step(autotuned, 240, stall=200),
+    "sanitize": Step(gpu_sanitize.checks, 400, stall=200, workers=2),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from den_kernels._triton.clock import elapsed
+from den_kernels._triton.clock import elapsed, recorded
 
 from . import floors
 from .gpu_worker import Context
@@ -49,23 +49,14 @@ def capture(call: Callable[[], object], device: torch.device) -> tuple[Callable[
     if device.type != "cuda":
         return call, False
     try:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        graph.replay()
+        replay = recorded(call, device)
+        replay()
         torch.cuda.synchronize()
     except RuntimeError:
         torch.cuda.synchronize()
         call()
         return call, False
-    return graph.replay, True
+    return replay, True
 
 
 class Timed(NamedTuple):

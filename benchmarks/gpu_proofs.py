@@ -16,12 +16,13 @@ import den
 from den.blocks import ElasticBlock
 from den_kernels import RoutingPlan, dynamic_conv2d
 from den_kernels._conv_cpu import Geometry
+from den_kernels._triton.clock import recorded
 from den_kernels.plan import as_route
 from den_kernels.testing import make_levels, make_mask
 
 from .elastic_network import TASK
 from .gpu_numerics import relative_error
-from .gpu_worker import Check, Context, synchronize
+from .gpu_worker import BATCH, Check, Context, synchronize
 from .peers import channels_last
 
 Row = dict[str, Any]
@@ -70,27 +71,14 @@ class Recording:
     """A call recorded once and replayed: a CUDA graph; on a CPU the call itself. `result` is what it made last."""
 
     def __init__(self, call: Callable[[], Any], context: Context) -> None:
-        self._call, self._graph = call, None
-        if not context.is_cuda:
+        def keep() -> None:
             self.result = call()
-            return
-        stream = torch.cuda.Stream(context.place)
-        stream.wait_stream(torch.cuda.current_stream(context.place))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream(context.place).wait_stream(stream)
-        synchronize(context)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.result = call()
+
+        self._replay = recorded(keep, context.place)
 
     def replay(self) -> Any:
         """Run it again; the result."""
-        if self._graph is None:
-            self.result = self._call()
-        else:
-            self._graph.replay()
+        self._replay()
         return self.result
 
 
@@ -99,7 +87,7 @@ def problem(
 ) -> tuple[ElasticBlock, Tensor, Tensor]:
     """A block with statistics that matter, x, and levels, on the device."""
     torch.manual_seed(0)
-    channels, batch, side = context.size(64, 16), context.size(33, 4), context.size(16, 6)
+    channels, batch, side = context.size(64, 16), context.size(BATCH, 4), context.size(16, 6)
     block = ElasticBlock(channels, channels * stride, 4, stride=stride)
     for norm in (block.bn1, block.bn2):
         nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -219,7 +207,7 @@ def check_network_graph(name: str, context: Context) -> Row:
     """Plan, stem, all blocks and head as one graph, replayed with other structures."""
     torch.manual_seed(0)
     model = den.create_model("wrn8_1" if context.tiny else name, [TASK]).to(context.place, torch.bfloat16).eval()
-    batch, blocks = context.size(64, 2), model.num_blocks
+    batch, blocks = context.size(BATCH, 2), model.num_blocks
     images = channels_last(torch.randn(batch, 3, TASK.size, TASK.size, device=context.place)).bfloat16()
     chosen = torch.randint(0, model.levels, (batch, blocks), device=context.place)
     plan = RoutingPlan.from_levels(chosen, model.levels - 1)

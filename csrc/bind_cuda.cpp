@@ -40,15 +40,15 @@ T* at(uintptr_t address) {
 }
 
 // sizes: B, H, W, C, Ho, Wo, C_out, M, stride. addresses: x, out, order, offsets, scale1, shift1, conv1, scale2, bias1,
-// conv2, scale3, bias2. layout: the fields of FusedLayout in their order.
+// conv2, bias2. layout: the fields of FusedLayout in their order.
 void fused_residual(int type, const std::array<int, 9>& sizes, const std::vector<int>& widths,
-                    const std::array<uintptr_t, 12>& addresses, bool holds_shortcut, bool relu,
+                    const std::array<uintptr_t, 11>& addresses, bool holds_shortcut, bool relu,
                     const std::array<int, 9>& layout, uintptr_t stream) {
   const char* op = "fused_residual_cuda";
   check(type >= 0 && type <= 2, op, "type", "0, 1 or 2", type);
   check(widths.size() >= 2 && widths.size() <= kFusedGroups + 1, op, "widths", "of 1..32 groups", widths.size());
   const auto& [B, H, W, C, Ho, Wo, C_out, M, stride] = sizes;
-  const auto& [x, out, order, offsets, scale1, shift1, conv1, scale2, bias1, conv2, scale3, bias2] = addresses;
+  const auto& [x, out, order, offsets, scale1, shift1, conv1, scale2, bias1, conv2, bias2] = addresses;
   const int G = static_cast<int>(widths.size()) - 1;
   FusedResidual block = {
       B,
@@ -71,7 +71,6 @@ void fused_residual(int type, const std::array<int, 9>& sizes, const std::vector
       at<float>(scale2),
       at<float>(bias1),
       at<void>(conv2),
-      at<float>(scale3),
       at<float>(bias2),
       holds_shortcut,
       relu,

@@ -34,7 +34,8 @@ struct FusedLayout {
 // out[b] = shortcut(x[b]) + branch(x[b]), in one launch, for a route made from levels.
 //   a = relu(x * scale1 + shift1)                                           (scale1 null: a = x)
 //   h = relu(conv(a, conv1[:width], stride) * scale2[:width] + bias1[:width])
-//   branch = conv(h, conv2[:, :width]) * scale3 + bias2                     (null: 1, 0)
+//   branch = conv(h, conv2[:, :width]) + bias2                              (bias2 null: 0)
+// With `relu` a post-activation block: its first norm is scale2 and bias1, its second one stands in conv2 and bias2.
 // 3 x 3, zero padding 1, channels-last maps and weights. C, C_out and all widths are multiples of 16.
 struct FusedResidual {
   int B, H, W, C, Ho, Wo, C_out, M, stride, G;
@@ -48,10 +49,9 @@ struct FusedResidual {
   const float* scale2;           // [M]
   const float* bias1;            // [M]
   const void* conv2;             // [C_out, 3, 3, M]
-  const float* scale3;           // [C_out] or null
   const float* bias2;            // [C_out] or null
   bool holds_shortcut;           // out holds the shortcut (it may be x): instances at level 0 are not touched
-  bool relu;                     // of the sum: a post-activation block
+  bool relu;                     // of the sum
   int widths[kFusedGroups + 1];  // hidden channels of levels 0..G
   FusedLayout layout;
 };

@@ -50,7 +50,7 @@ DEN_KERNELS_DEVICE void write_hidden(const FusedResidual& p, const float (&sums)
   }
 }
 
-// out += sums * scale3 + bias2, then ReLU where the block has one behind.
+// out += sums + bias2, then ReLU where the block has one behind.
 template <class E>
 __device__ void add_to_output(const FusedResidual& p, const Tile& tile, int y0,
                               const float (&sums)[kOutputFragments][2 * kOutputPairs][4]) {
@@ -71,9 +71,7 @@ __device__ void add_to_output(const FusedResidual& p, const Tile& tile, int y0,
         const int c = (column + n / 2 * columns) * 16 + n % 2 * 8 + lane % 4 * 2;
         if (c >= p.C_out) continue;
         Float2 v = unpack(E{}, load_global<typename E::Pair>(row + c * E::bytes));
-        const float lo = sums[i][n][2 * half], hi = sums[i][n][2 * half + 1];
-        v.lo += p.scale3 ? lo * p.scale3[c] : lo;
-        v.hi += p.scale3 ? hi * p.scale3[c + 1] : hi;
+        v = {v.lo + sums[i][n][2 * half], v.hi + sums[i][n][2 * half + 1]};
         if (p.bias2) v = {v.lo + p.bias2[c], v.hi + p.bias2[c + 1]};
         if (p.relu) v = {relu(v.lo), relu(v.hi)};
         store_global(row + c * E::bytes, pack(E{}, v));

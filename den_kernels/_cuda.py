@@ -61,7 +61,13 @@ def plan_masks(masks: Tensor, levels: Tensor, order: Tensor, offsets: Tensor) ->
         extension.plan_masks_cuda(rows.data_ptr(), B, N, G, *outputs, _stream(masks))
 
 
-def choose_fused(
+def choose_fused(x: Tensor, route: "Route", weights: "ResidualWeights") -> FusedLayout | None:
+    """The layout of the fused residual block, None where it does not take the problem or should not win."""
+    layout = layout_of(x, route, weights)
+    return layout if layout is not None and layout.is_worth(_problem(x, weights)) else None
+
+
+def layout_of(
     x: Tensor,  # [B, C, H, W]
     route: "Route",
     weights: "ResidualWeights",
@@ -81,11 +87,15 @@ def choose_fused(
         return None
     if any(t.data_ptr() % 16 for t in (x, *convolutions)):
         return None
+    return _layout(_problem(x, weights))
+
+
+def _problem(x: Tensor, weights: "ResidualWeights") -> FusedProblem:
     device: Any = torch.cuda.get_device_properties(x.device)
     widths = tuple(accumulate(weights.groups))
     B, C, H, W = x.shape
     chip = device.multi_processor_count, device.shared_memory_per_block_optin
-    return _layout(FusedProblem(B, H, W, C, weights.conv2.shape[0], widths, weights.stride, x.itemsize, *chip))
+    return FusedProblem(B, H, W, C, weights.conv2.shape[0], widths, weights.stride, x.itemsize, *chip)
 
 
 def fused_residual(
@@ -96,26 +106,23 @@ def fused_residual(
     layout: FusedLayout,
     *,
     holds_shortcut: bool,
-    scale3: Tensor | None = None,  # float32 [C_out]
-    relu: bool = False,
 ) -> None:
-    """out = shortcut(x) + branch(x) in one launch (csrc/dynamic_residual.cu).
+    """out = shortcut(x) + branch(x), of a post-activation block through ReLU, in one launch (csrc/dynamic_residual.cu).
 
     holds_shortcut: `out` holds the shortcut already (it may be `x`), and instances at level 0 are not touched; else the
-    kernel writes the averaged, zero-padded shortcut. scale3, relu: a post-activation block, whose second batch norm
-    stands behind conv2 (its shift is bias2) and whose ReLU comes after the sum.
+    kernel writes the averaged, zero-padded shortcut.
     """
     B, C, H, W = x.shape
     C_out, Ho, Wo = out.shape[1:]
     bias2 = None if weights.bias2 is None else weights.bias2.float()
     tensors = (
         *(x, out, route.order, route.offsets, weights.scale1, weights.shift1, weights.conv1, weights.scale2),
-        *(weights.bias1, weights.conv2, scale3, bias2),
+        *(weights.bias1, weights.conv2, bias2),
     )
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     sizes = [B, H, W, C, Ho, Wo, C_out, weights.conv1.shape[0], weights.stride]
     widths = [0, *accumulate(weights.groups)]
     with torch.cuda.device(x.device):
         extension.fused_residual_cuda(
-            _TYPES[x.dtype], sizes, widths, addresses, holds_shortcut, relu, list(layout), _stream(x)
+            _TYPES[x.dtype], sizes, widths, addresses, holds_shortcut, weights.relu, list(layout), _stream(x)
         )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 WARPS, STAGES, PAD = 8, 3, 16
 WARP_PIXELS, WARP_CHANNELS = 64, 64  # that a warp takes at most
+LEAST_PIXELS = 48  # that share a read of the weights: with fewer, L2 gives them too slowly for the tensor cores
 STAGE_BYTES = 24 << 10  # more weights in one step only delay the first
 
 
@@ -54,6 +55,14 @@ class FusedLayout(NamedTuple):
         slice1 = 16 * self.hidden_columns * (self.taps1 * self.bytes1 + PAD)
         slice2 = p.C_out * (self.taps2 * self.bytes2 + PAD)
         return self.maps_bytes(p) + STAGES * max(slice1, slice2)
+
+    def is_worth(self, p: FusedProblem) -> bool:
+        """Whether the kernel should win over two launches, whose tiles are pixels of many instances.
+
+        A byte of weights serves as many FLOPs as pixels share it, in float32 half as many, at half the rate: at 4 x 4
+        and one instance the 16 would need some 20 TB/s of L2 to be as fast.
+        """
+        return self.instances * self.rows * -(-p.W // p.stride) >= LEAST_PIXELS
 
 
 def _tiles(p: FusedProblem) -> Iterator[tuple[int, int, int]]:

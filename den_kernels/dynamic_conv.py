@@ -15,8 +15,9 @@ not selected (elastic inputs alone, or both sides with different sizes) is its b
 On a CPU the instances of a level run together, or all instances through one direct convolution
 (`_conv_cpu.py`, `_conv_direct.py`);
 float64 runs the reference, its gradients excepted. On a GPU one launch of a Triton kernel computes the selected part
-(`_triton/`), without waiting for the device; inputs that are not channels-last are converted first. Where that kernel
-does not run (float64, no triton, before compute capability 8.0) the equation itself is computed, the whole convolution.
+(`_triton/`), without waiting for the device; inputs that are not channels-last, or do not begin at a multiple of 16
+bytes, are copied first. Where that kernel does not run (float64, no triton, before compute capability 8.0) the equation
+itself is computed, the whole convolution.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,11 +1,16 @@
-"""The pre-activation residual block at inference, over only the hidden channel groups that each instance selected.
+"""The residual block at inference, over only the hidden channel groups that each instance selected.
 
 Equivalent, for an instance whose selected hidden channels are `s`, to
 
     shortcut(x) + conv2[:, s](relu(bn2(conv1[s](relu(bn1(x))))))        and to shortcut(x) where s is empty
 
 (Ahn, Kim, Oh, ICCV 2019, section 3.1; batch norm with running statistics). The batch norms are folded once, when the
-weights are prepared: bn1 into an affine map that runs with ReLU while rows are gathered, bn2 into conv1.
+weights are prepared: bn1 into an affine map that runs with ReLU while rows are gathered, bn2 into conv1. A block of an
+ordinary ResNet (He et al., 2016) is
+
+    relu(shortcut + bn2(conv2[:, s](relu(bn1(conv1[s](x))))))        and relu(shortcut) where s is empty
+
+where x is the output of a ReLU, so that an instance at level 0 keeps what it has.
 
 On a CPU an instance at level 0 is not touched, and the others go one of two ways:
 
@@ -128,13 +133,16 @@ def _add_branch_masked(x: Tensor, out: Tensor, route: Route, weights: ResidualWe
     conv1, bias1, conv2, _ = weights.all_hidden()
     h = F.conv2d(a, conv1, bias1, weights.stride, (R // 2, S // 2))
     h = torch.where(channels, h.relu_(), 0)
-    y = F.conv2d(h, conv2, weights.bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))
+    bias2 = None if weights.bias2 is None else weights.bias2.to(h.dtype)
+    y = F.conv2d(h, conv2, bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))
     out.add_(torch.where(used, y, 0))
 
 
-def dynamic_residual_reference(x: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
+def dynamic_residual_reference(
+    x: Tensor, route: Route, weights: ResidualWeights, shortcut: Tensor | None = None
+) -> Tensor:
     """The definition: one instance after the other, its hidden channels selected by hand."""
-    out = pool_rows(x, weights.conv2.shape[0], weights.stride)
+    out = _new_shortcut(x, weights, shortcut)
     selection, whole = route.selection(), weights.all_hidden()
     for b in range(x.shape[0]):
         groups = tuple(selection[b].tolist())
@@ -146,44 +154,67 @@ def dynamic_residual_reference(x: Tensor, route: Route, weights: ResidualWeights
             h = F.conv2d(a, conv1, bias1, weights.stride, (conv1.shape[2] // 2, conv1.shape[3] // 2)).relu()
             bias2 = None if weights.bias2 is None else weights.bias2.to(h.dtype)
             out[b] += F.conv2d(h, conv2, bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))[0].to(out.dtype)
-    return out
+    return out.relu_() if weights.relu else out
+
+
+def _out_shape(x: Tensor, conv2: Tensor, stride: int) -> tuple[int, int, int, int]:
+    """[B, C_out, H_out, W_out]."""
+    B, _, H, W = x.shape
+    return B, conv2.shape[0], -(-H // stride), -(-W // stride)
+
+
+def _new_shortcut(x: Tensor, weights: ResidualWeights, shortcut: Tensor | None) -> Tensor:
+    """A map of one's own with the shortcut: the given one, else the block's without parameters."""
+    if shortcut is None:
+        return pool_rows(x, weights.conv2.shape[0], weights.stride)
+    return shortcut.clone(memory_format=torch.channels_last)
 
 
 def _branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
-    """Add the block's branch of `x` to `out` (which may be `x`), in the way of the device."""
+    """Add the block's branch of `x` to `out` (which may be `x`), in the way of the device, and the ReLU behind.
+
+    On a GPU an instance at level 0 is not touched, by the ReLU neither.
+    """
     layout = _cuda.choose_fused(x, route, weights)  # None on a CPU
     if layout is not None:
         _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=True)
-    elif x.device.type != "cpu":
-        if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
-            from ._triton.residual import add_branch
+        return out
+    if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
+        from ._triton.residual import add_branch
 
-            add_branch(x, out, route, weights)
-        else:
-            _add_branch_masked(x, out, route, weights)
+        add_branch(x, out, route, weights)
+        return out
+    if x.device.type != "cpu":
+        _add_branch_masked(x, out, route, weights)
     elif weights.direct is not None:
         _add_branch_direct(x, out, out, route, weights)
     else:
         _add_branch_onednn(x, out, route, weights)
-    return out
+    return out.relu_() if weights.relu else out
 
 
-def _functional(x: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
+def _functional(x: Tensor, route: Route, weights: ResidualWeights, shortcut: Tensor | None = None) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     if x.dtype == torch.float64:
-        return dynamic_residual_reference(x, route, weights)
+        return dynamic_residual_reference(x, route, weights, shortcut)
+    if shortcut is not None:
+        out = _branch(x, _new_shortcut(x, weights, shortcut), route, weights)
+        return out.relu_() if weights.relu else out  # it need not be a ReLU's output, as x is
     if weights.direct is not None and weights.stride == 1 and weights.conv2.shape[0] == x.shape[1]:
         out = torch.empty_like(x)
         _add_branch_direct(x, x, out, route, weights)
-        return out
+        return out.relu_() if weights.relu else out
     layout = _cuda.choose_fused(x, route, weights)
     if layout is not None:
-        B, _, H, W = x.shape
-        shape = B, -(-H // weights.stride), -(-W // weights.stride), weights.conv2.shape[0]
-        out = x.new_empty(shape).permute(0, 3, 1, 2)
+        out = torch.empty(
+            _out_shape(x, weights.conv2, weights.stride),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
         _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=False)
         return out
-    return _branch(x, pool_rows(x, weights.conv2.shape[0], weights.stride), route, weights)
+    return _branch(x, _new_shortcut(x, weights, None), route, weights)
 
 
 def _inplace(x: Tensor, route: Route, weights: ResidualWeights) -> None:
@@ -193,12 +224,12 @@ def _inplace(x: Tensor, route: Route, weights: ResidualWeights) -> None:
         _branch(x, x, route, weights)
 
 
-def _weights_of(operands: tuple, groups: list[int], direct: list[Tensor], stride: int) -> ResidualWeights:
+def _weights_of(operands: tuple, groups: list[int], direct: list[Tensor], stride: int, relu: bool) -> ResidualWeights:
     scale1, shift1, conv1, scale2, bias1, conv2, bias2, group_of_channel = operands
     pair = (direct[0], direct[1]) if direct else None
     sizes = tuple(groups)
     return ResidualWeights(
-        scale1, shift1, conv1, scale2, bias1, conv2, bias2, sizes, group_of_channel, stride, direct=pair
+        scale1, shift1, conv1, scale2, bias1, conv2, bias2, sizes, group_of_channel, stride, relu, direct=pair
     )
 
 
@@ -220,18 +251,18 @@ def _functional_op(
     groups: list[int],
     direct: list[Tensor],
     stride: int,
+    relu: bool = False,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     operands = (scale1, shift1, conv1, scale2, bias1, conv2, bias2, group_of_channel)
     route = Route(levels, order, offsets, len(groups), mask)
-    return _functional(x, route, _weights_of(operands, groups, direct, stride))
+    return _functional(x, route, _weights_of(operands, groups, direct, stride, relu), shortcut)
 
 
 @_functional_op.register_fake
 def _(x: Tensor, *operands: Any) -> Tensor:
-    conv2, stride = operands[9], operands[-1]
-    B, _, H, W = x.shape
-    out = x.new_empty(B, -(-H // stride), -(-W // stride), conv2.shape[0])
-    return out.permute(0, 3, 1, 2)
+    shape = _out_shape(x, operands[9], operands[14])  # conv2 and the stride
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("den_kernels::dynamic_residual_", mutates_args=("x",))
@@ -251,10 +282,11 @@ def _inplace_op(
     group_of_channel: Tensor,
     groups: list[int],
     direct: list[Tensor],
+    relu: bool = False,
 ) -> None:
     operands = (scale1, shift1, conv1, scale2, bias1, conv2, bias2, group_of_channel)
     route = Route(levels, order, offsets, len(groups), mask)
-    _inplace(x, route, _weights_of(operands, groups, direct, 1))
+    _inplace(x, route, _weights_of(operands, groups, direct, 1, relu))
 
 
 def _operands(route: Route, weights: ResidualWeights) -> tuple:
@@ -267,7 +299,17 @@ def _operands(route: Route, weights: ResidualWeights) -> tuple:
     )
 
 
-def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Route:
+def _check_shortcut(x: Tensor, weights: ResidualWeights, shortcut: Tensor) -> None:
+    shape = _out_shape(x, weights.conv2, weights.stride)
+    if shortcut.shape != shape or shortcut.device != x.device:
+        raise ValueError(
+            f"{_OP}: shortcut must be {list(shape)} on {x.device}, got {list(shortcut.shape)} on {shortcut.device}"
+        )
+    if shortcut.dtype != x.dtype:
+        raise TypeError(f"{_OP}: shortcut must be {x.dtype} as x is, got {shortcut.dtype}")
+
+
+def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights, shortcut: Tensor | None = None) -> Route:
     C = weights.conv1.shape[1]
     if x.dim() != 4 or x.shape[1] != C:
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W], got {list(x.shape)}")
@@ -275,40 +317,49 @@ def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> 
         raise ValueError(f"{_OP}: x must be on {weights.conv1.device} as the weights are, got {x.device}")
     if x.dtype != weights.conv1.dtype:
         raise TypeError(f"{_OP}: x must have the weights' dtype {weights.conv1.dtype}, got {x.dtype}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(
-            f"{_OP}: x must not require a gradient (the op is for inference), got requires_grad=True; "
-            "use torch.no_grad(), or DynamicConv2d and DynamicBatchNorm2d to train"
-        )
+    for name, tensor in (("x", x), ("shortcut", shortcut)):
+        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{_OP}: {name} must not require a gradient (the op is for inference), got requires_grad=True; "
+                "use torch.no_grad(), or DynamicConv2d and DynamicBatchNorm2d to train"
+            )
+    if shortcut is not None:
+        _check_shortcut(x, weights, shortcut)
     return as_route(selection, len(weights.groups), x.shape[0])
 
 
-def dynamic_residual(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Tensor:
-    """A pre-activation residual block at inference, over the hidden channel groups that each instance selected.
+def dynamic_residual(
+    x: Tensor, selection: Route | Tensor, weights: ResidualWeights, shortcut: Tensor | None = None
+) -> Tensor:
+    """A residual block at inference, over the hidden channel groups that each instance selected.
 
     Args:
-        x: [B, C, H, W] float32, float16, bfloat16 (float64 runs the reference); channels-last in memory is fastest.
+        x: [B, C, H, W] float32, float16, bfloat16 (float64 runs the reference); channels-last in memory is fastest. Of
+            a post-activation block the output of a ReLU.
         selection: a `Route` of a plan, levels (integer [B]) or a mask (bool [B, G]).
         weights: the folded block, `ResidualWeights.fold(conv1, bn1, conv2, bn2)`.
+        shortcut: [B, C_out, H_out, W_out] in x's dtype, of a block whose shortcut has parameters; None: average pooling
+            of x by the stride, zero channels added.
 
     Returns:
-        [B, C_out, ceil(H / stride), ceil(W / stride)] channels-last: the shortcut (average pooling by the stride, zero
-        channels added) plus the branch. An instance at level 0 gets exactly the shortcut.
+        [B, C_out, H_out, W_out] channels-last, with H_out = ceil(H / stride): the shortcut plus the branch, through
+        ReLU if the block is post-activation. An instance at level 0 gets exactly the shortcut (through ReLU).
 
     Raises:
-        ValueError: x of another shape or device, a selection that does not fit, x requires a gradient.
-        TypeError: x of another dtype than the weights.
+        ValueError: x or shortcut of another shape or device, a selection that does not fit, a gradient is required.
+        TypeError: x of another dtype than the weights, shortcut of another than x.
     """
-    route = _checked(x, selection, weights)
-    if runs_eagerly(x):
-        return _functional(x, route, weights)
-    return _functional_op(x, *_operands(route, weights), weights.stride)
+    route = _checked(x, selection, weights, shortcut)
+    if runs_eagerly(x, shortcut):
+        return _functional(x, route, weights, shortcut)
+    return _functional_op(x, *_operands(route, weights), weights.stride, weights.relu, shortcut)
 
 
 def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Tensor:
     """:func:`dynamic_residual`, in place where the block keeps the shape of `x`; else the new map is returned.
 
-    In place, an instance at level 0 costs nothing: none of its bytes is read or written.
+    In place, an instance at level 0 costs nothing: none of its bytes is read or written (of a post-activation block,
+    whose ReLU would change none of them, on a GPU).
     """
     if weights.stride != 1 or weights.conv2.shape[0] != x.shape[1]:
         return dynamic_residual(x, selection, weights)
@@ -316,5 +367,5 @@ def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWei
     if runs_eagerly(x):
         _inplace(x, route, weights)
     else:
-        _inplace_op(x, *_operands(route, weights))
+        _inplace_op(x, *_operands(route, weights), weights.relu)
     return x

@@ -172,7 +172,7 @@ def check_levels(levels: Tensor, groups: int) -> None:
     """Raise ValueError for the first level [B, N] outside 0..groups. Waits for the device."""
     outside = (levels < 0) | (levels > groups)
     if bool(outside.any()):
-        b, n = outside.nonzero()[0].tolist()
+        b, n = outside.nonzero()[0].cpu().tolist()
         raise ValueError(
             f"plan_levels: levels must be in 0..{groups}, got {int(levels[b, n])} for instance {b}, block {n}"
         )

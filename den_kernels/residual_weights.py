@@ -34,21 +34,35 @@ class ResidualWeights:
     conv1: Tensor  # [M, C, R, S], the parameter itself
     scale2: Tensor  # float32 [M]: bn2 as an affine map
     bias1: Tensor  # float32 [M]: bn2's shift, conv1's bias scaled
-    conv2: Tensor  # [C_out, M, R, S], the parameter itself
+    conv2: Tensor  # [C_out, M, R, S], the parameter itself; of a post-activation block with bn2's scale
     bias2: Tensor | None  # [C_out]
     groups: tuple[int, ...]  # sizes of the hidden channel groups, adding up to M
     group_of_channel: Tensor  # int64 [M]: the group that a hidden channel belongs to
     stride: int  # of conv1 and of the average-pooled shortcut
+    relu: bool = False  # of the sum: a post-activation block
     direct: tuple[Tensor, Tensor] | None = None  # conv1 and conv2 packed for a direct kernel, where one runs
     levels: tuple[HiddenWeights, ...] = ()  # of levels 1..G packed for oneDNN, where no direct kernel runs
 
     @staticmethod
-    def fold(conv1: nn.Conv2d, bn1: nn.BatchNorm2d | None, conv2: nn.Conv2d, bn2: nn.BatchNorm2d) -> "ResidualWeights":
+    def fold(
+        conv1: nn.Conv2d,
+        bn1: nn.BatchNorm2d | None,
+        conv2: nn.Conv2d,
+        bn2: nn.BatchNorm2d,
+        *,
+        post_activation: bool = False,
+    ) -> "ResidualWeights":
         """Fold running statistics and affine parameters into the convolutions.
 
         conv1: C to M channels, odd kernel, "same" padding, stride 1 or more; its `out_groups` (of a `DynamicConv2d`)
         are the hidden channel groups, one group for an ordinary `nn.Conv2d`. conv2: M to C_out channels, stride 1.
-        Raises ValueError for convolutions of another kind and for batch norms without running statistics.
+
+        The block is bn1, ReLU, conv1, bn2, ReLU, conv2 (no bn1: x is activated already). With `post_activation` it is
+        that of an ordinary ResNet (He et al., 2016, `BasicBlock`): conv1, bn1, ReLU, conv2, bn2, and ReLU of the sum
+        with the shortcut. bn2 is then multiplied into a copy of conv2's weight.
+
+        Raises ValueError for convolutions of another kind, for batch norms without running statistics, and for a
+        post-activation block without bn1.
         """
         _check_convolution(conv1, "conv1", stride=None)
         _check_convolution(conv2, "conv2", stride=1)
@@ -58,8 +72,16 @@ class ResidualWeights:
                 f"got {conv2.in_channels} and {conv2.out_channels}"
             )
         with torch.no_grad():
-            scale1, shift1 = (None, None) if bn1 is None else _affine(bn1, "bn1")
-            scale2, shift2 = _affine(bn2, "bn2")
+            weight2, bias2 = conv2.weight.detach(), None if conv2.bias is None else conv2.bias.detach()
+            if post_activation:
+                if bn1 is None:
+                    raise ValueError(f"{_OP}: bn1 must be a batch norm in a post-activation block, got None")
+                scale1 = shift1 = None
+                scale2, shift2 = _affine(bn1, "bn1")
+                weight2, bias2 = _scaled(weight2, bias2, *_affine(bn2, "bn2"))
+            else:
+                scale1, shift1 = (None, None) if bn1 is None else _affine(bn1, "bn1")
+                scale2, shift2 = _affine(bn2, "bn2")
             groups = getattr(conv1, "out_groups", None) or (conv1.out_channels,)
             group_of_channel = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
             weights = ResidualWeights(
@@ -68,11 +90,12 @@ class ResidualWeights:
                 conv1.weight.detach(),
                 scale2,
                 shift2 if conv1.bias is None else conv1.bias.to(scale2.dtype) * scale2 + shift2,
-                conv2.weight.detach(),
-                None if conv2.bias is None else conv2.bias.detach(),
+                weight2,
+                bias2,
                 groups,
                 group_of_channel.to(conv1.weight.device),
                 conv1.stride[0],
+                post_activation,
             )
             return weights._prepacked()
 
@@ -152,6 +175,12 @@ def _affine(bn: nn.BatchNorm2d, name: str) -> tuple[Tensor, Tensor]:
         scale = scale * bn.weight.to(wide)
     shift = -bn.running_mean.to(wide) * scale
     return scale, shift if bn.bias is None else shift + bn.bias.to(wide)
+
+
+def _scaled(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """A convolution's weight [C_out, M, R, S], in its dtype, and bias [C_out] with the affine map behind it."""
+    scaled = weight.to(scale.dtype) * scale[:, None, None, None]
+    return scaled.to(weight.dtype), shift if bias is None else bias.to(shift.dtype) * scale + shift
 
 
 def widens(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A network of dynamic layers, compiled ahead of time: one package, any levels."""
+"""A network of dynamic layers through Inductor: compiled ahead of time, and as one graph in its most ambitious mode."""
 
 import pytest
 import torch
@@ -30,3 +30,19 @@ def test_a_package_runs_with_other_levels_than_it_was_made_with(tmp_path):
     package = torch._inductor.aoti_load_package(path)
     for other in (levels, levels.flip(0), torch.tensor([3, 0, 0, 3])):
         torch.testing.assert_close(package(x, other), block(x, other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_graph_with_max_autotune_trains_with_any_levels():
+    block = Block().train()
+    compiled = torch.compile(block, fullgraph=True, mode="max-autotune")
+    for levels in (torch.tensor([0, 1, 2, 3]), torch.tensor([3, 3, 0, 2])):
+        results = []
+        for function in (block, compiled):
+            block.norm.reset_running_stats()
+            x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            y = function(x, levels)
+            results.append([y, *torch.autograd.grad(y.square().mean(), [x, *block.parameters()])])
+            results[-1].append(block.norm.running_var.clone())
+        for eager, traced in zip(*results, strict=True):
+            torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-5)

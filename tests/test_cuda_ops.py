@@ -49,7 +49,7 @@ def test_errors_of_the_runtime_name_the_call():
     with pytest.raises(RuntimeError, match=r"plan_masks_cuda: cuda.*CUDA error"):
         extension.plan_masks_cuda(0, 4, 2, 3, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"fused_residual_cuda: cuda.*CUDA error"):
-        extension.fused_residual_cuda(0, SIZES, [0, 16, 32], [0] * 12, True, False, LAYOUT, 0)
+        extension.fused_residual_cuda(0, SIZES, [0, 16, 32], [0] * 11, True, False, LAYOUT, 0)
 
 
 @with_cuda
@@ -83,7 +83,7 @@ def test_a_problem_that_the_kernel_does_not_take(place, value, message):
     arguments[place[0]][place[1]] = value
     with pytest.raises(ValueError, match=message):
         extension.fused_residual_cuda(
-            0, arguments["sizes"], arguments["widths"], [0] * 12, True, False, arguments["layout"], 0
+            0, arguments["sizes"], arguments["widths"], [0] * 11, True, False, arguments["layout"], 0
         )
 
 
@@ -108,7 +108,7 @@ def test_fused_blocks_on_a_gpu(C, H, dtype, monkeypatch):
     weights, levels = folded(C, C, dtype, "cuda"), make_levels("uniform", 300, 3)
     x = torch.randn(300, C, H, H, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
     route = RoutingPlan.from_levels(levels[:, None].cuda(), 3)[0]
-    layout = _cuda.choose_fused(x, route, weights)
+    layout = _cuda.layout_of(x, route, weights)
     assert layout is not None
     got = x.clone()
     _cuda.fused_residual(got, got, route, weights, layout, holds_shortcut=True)

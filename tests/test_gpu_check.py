@@ -95,6 +95,17 @@ def test_the_simulated_gpu_sees_what_a_cpu_forgives(gpu):
         gpu_proofs.Recording(lambda: x.cpu(), GPU)
 
 
+def test_levels_out_of_range_are_clamped_or_found_where_asked(gpu):
+    levels = torch.tensor([[1], [4], [-1]]).to("cuda:0")
+    with gpu_proofs.waiting_is_an_error(GPU):
+        plan = RoutingPlan.from_levels(levels, 3)
+    assert plan.levels.cpu().tolist() == [[1], [3], [0]]
+    with pytest.raises(ValueError, match=r"levels must be in 0\.\.3, got 4 for instance 1, block 0"):
+        RoutingPlan.from_levels(levels, 3, check=True)
+    with pytest.raises(RuntimeError, match="synchronizing"), gpu_proofs.waiting_is_an_error(GPU):
+        RoutingPlan.from_levels(levels, 3, check=True)
+
+
 def test_a_graph_that_keeps_its_first_route_is_found_out(gpu, monkeypatch):
     update = RoutingPlan.update_
 

@@ -7,6 +7,7 @@ residual block the float64 reference's values as nearly as PyTorch would in its 
 import dataclasses
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import accumulate
@@ -25,6 +26,10 @@ from den_kernels.plan import plan_masks as plan_masks_cpu
 from den_kernels.testing import assert_as_accurate, make_levels
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from benchmarks.gpu_predict import fused_traffic  # noqa: E402
+
 SCHEDULES = ("forward-eager", "backward-lazy")
 FLAGS = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas"
@@ -129,7 +134,7 @@ class Block:
     stride: int = 1
     mode: str = "in-place"  # or "add", "shortcut"
     prologue: bool = True
-    post: bool = False  # scale3 and ReLU behind
+    post: bool = False  # ReLU behind
     bias2: bool = False
     multiprocessors: int = 2
     shared: int = 227 << 10
@@ -153,8 +158,8 @@ class Block:
             self.x.relu_()
         self.conv1 = (normal(self.M, self.C, 3, 3) / (9 * self.C) ** 0.5).to(store)
         self.conv2 = (normal(self.C_out, self.M, 3, 3) / (9 * self.M) ** 0.5).to(store)
-        self.scale1, self.shift1, self.scale2, self.bias1, self.scale3, self.bias2_ = (
-            normal(n).float() for n in (self.C, self.C, self.M, self.M, self.C_out, self.C_out)
+        self.scale1, self.shift1, self.scale2, self.bias1, self.bias2_ = (
+            normal(n).float() for n in (self.C, self.C, self.M, self.M, self.C_out)
         )
 
     @property
@@ -183,8 +188,6 @@ class Block:
             h = F.conv2d(size(keep(a)), conv1, None, self.stride, 1)
             h = size(self.scale2[:width, None, None]) * h + size(self.bias1[:width, None, None])
             y = F.conv2d(keep(h.relu()), conv2, None, 1, 1)[0]
-            if self.post:
-                y *= size(self.scale3[:, None, None])
             out[b] += y + size(self.bias2_[:, None, None]) * self.bias2
         return out.relu() if self.post else out
 
@@ -194,14 +197,14 @@ class Block:
         assert layout is not None
         H, W = self.size
         Ho, Wo = -(-H // self.stride), -(-W // self.stride)
-        flags = [self.post, self.prologue, self.post, self.bias2]
+        flags = [self.post, self.prologue, self.bias2]
         sizes = [self.B, H, W, self.C, Ho, Wo, self.C_out, self.M, self.stride, len(self.groups), *map(int, flags)]
         arrays = [self.x.permute(0, 2, 3, 1)]
         if self.mode == "add":
             arrays.append(self.shortcut().to(self.x.dtype).permute(0, 2, 3, 1))
         arrays += [self.route.order, self.route.offsets]
         arrays += [self.conv1.permute(0, 2, 3, 1), self.conv2.permute(0, 2, 3, 1), self.scale2, self.bias1]
-        arrays += [self.scale1, self.shift1] * self.prologue + [self.scale3] * self.post + [self.bias2_] * self.bias2
+        arrays += [self.scale1, self.shift1] * self.prologue + [self.bias2_] * self.bias2
         given = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in arrays if t.numel())
         done = np.frombuffer(
             run(program, self.dtype, schedule, self.mode, *sizes, *layout, 0, *self.widths, given=given), np.uint8
@@ -307,21 +310,21 @@ def test_traffic(driver, name):
     layout = fused_layout(block.problem)
     _, (streamed, loaded, stored, shared) = block.run(driver("residual_main"))
     assert shared == layout.shared(block.problem)
-    active = sum(level > 0 for level in block.levels)
+    model = fused_traffic(block.problem, [block.levels.count(level) for level in range(len(block.groups) + 1)])
+    assert streamed == model.streamed
     Ho, Wo = (-(-side // block.stride) for side in block.size)
     map_in, map_out = 2 * block.C * block.size[0] * block.size[1], 2 * block.C_out * Ho * Wo
-    bands = -(-Ho // layout.rows)
-    if block.mode == "in-place":
-        assert loaded == active * (map_in + map_out)
-        assert stored == active * map_out
-        floor = active * (map_in + map_out)
-        assert loaded + stored <= 1.5 * floor  # the second read of x finds it in the cache
-    else:
-        assert loaded == active * (map_in + map_out) + block.B * map_in
-        assert stored == (active + block.B) * map_out
-    levels = [level for level in block.levels if level]
-    tiles = sum(-(-levels.count(level) // layout.instances) * block.widths[level - 1] for level in set(levels))
-    assert streamed == bands * tiles * 2 * 9 * (block.C + block.C_out)
+    writes = block.mode == "shortcut"
+    assert loaded == model.loaded + writes * block.B * map_in
+    assert stored == model.stored + writes * block.B * map_out
+
+
+def test_a_block_is_worth_fusing_where_pixels_share_the_weights():
+    for B, H, worth in ((256, 8, True), (256, 4, False), (1024, 4, True), (256, 16, True)):
+        problem = FusedProblem(B, H, H, 256, 256, (64, 128, 256), 1, 2, 132, 227 << 10)
+        layout = fused_layout(problem)
+        assert layout is not None
+        assert layout.is_worth(problem) == worth
 
 
 def test_layouts_of_known_networks():

@@ -164,19 +164,19 @@ def _multiply(
 @triton.jit
 def _store(
     acc, out, bias, scale_out, at, live, n, n_ok,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """out = relu(acc * scale_out + bias), or out += that."""
+    """out = relu(out + acc * scale_out + bias), of which every part may be left out."""
     if SCALE:
         acc *= tl.load(scale_out + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     pointers = out + at[:, None] + n[None, :]
     ok = live[:, None] & n_ok[None, :]
     if ADD:
         acc += tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+    if RELU:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=ok)
 
 
@@ -196,7 +196,7 @@ def convolve_kernel(
     N_WIDTHS: tl.constexpr, K_WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, RUNG: tl.constexpr,  # of each segment
     BNS: tl.constexpr, BKS: tl.constexpr, EVENS: tl.constexpr,  # of each rung
     MASKED: tl.constexpr, N_MASK: tl.constexpr, K_MASK: tl.constexpr, SKIP_EMPTY: tl.constexpr,
-    PROLOGUE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr, ADD: tl.constexpr,
+    PROLOGUE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     CLASSES: tl.constexpr = STRIDE_H * STRIDE_W if TRANSPOSED else 1
@@ -270,4 +270,4 @@ def convolve_kernel(
                         NC, KC, CARDINALITY, R, S, STEP_H, STEP_W, SKIP_H, SKIP_W, TRANSPOSED, PROLOGUE,
                         K_MASK, EVENS[r], PRECISION, BM, BN, BK,
                     )  # fmt: skip
-                    _store(acc, out, bias, scale_out, at, live, n, n_ok, BIAS, SCALE, RELU, ADD)
+                    _store(acc, out, bias, scale_out, at, live, n, n_ok, BIAS, SCALE, ADD, RELU)

@@ -1,7 +1,8 @@
-"""The pre-activation residual block on a GPU as two launches of the convolution kernel.
+"""The residual block on a GPU as two launches of the convolution kernel.
 
-The first reads the stream through bn1 and ReLU and writes the selected hidden channels through bn2 and ReLU; the second
-reads those and adds to the stream. Neither touches an instance at level 0, and no hidden channel is cleared.
+The first reads the stream, through bn1 and ReLU where they stand before it, and writes the selected hidden channels
+through the next norm and ReLU; the second reads those and adds to the stream, with a ReLU behind where the block has
+one. Neither touches an instance at level 0, and no hidden channel is cleared.
 """
 
 import torch
@@ -19,7 +20,7 @@ def add_branch(
     route: Route,
     weights: ResidualWeights,
 ) -> None:
-    """out += branch(x) for every instance that selected a group."""
+    """out += branch(x) for every instance that selected a group; of a post-activation block then through ReLU."""
     R, S = weights.conv1.shape[2:]
     first = Geometry((weights.stride,) * 2, (R // 2, S // 2), (1, 1), 1, weights.groups, ())
     second = Geometry((1, 1), tuple(side // 2 for side in weights.conv2.shape[2:]), (1, 1), 1, (), weights.groups)
@@ -32,4 +33,7 @@ def add_branch(
         x, weights.conv1, hidden, route, first, prologue=prologue,
         epilogue=Epilogue(weights.bias1, weights.scale2, relu=True),
     )  # fmt: skip
-    convolve(hidden, weights.conv2, out, route, second, skip_empty=True, epilogue=Epilogue(weights.bias2, add=True))
+    convolve(
+        hidden, weights.conv2, out, route, second, skip_empty=True,
+        epilogue=Epilogue(weights.bias2, add=True, relu=weights.relu),
+    )  # fmt: skip

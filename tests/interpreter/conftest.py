@@ -2,7 +2,8 @@
 
 bfloat16 lives there as its bit pattern in uint16, and arithmetic works on the pattern. Kernels here widen to float32
 before they calculate, as they do on a GPU, so that three operations need repair: products of matrices, widening, and
-narrowing, which truncated instead of rounding to the nearest even. And a scalar must be an index to be a loop's bound.
+narrowing, which truncated instead of rounding to the nearest even. A scalar must be an index to be a loop's bound, and
+one that is true or false must stay so when it is spread over a block (Triton 3.9 makes bytes of it, no mask).
 """
 
 import os
@@ -32,6 +33,7 @@ else:
     def _repair() -> None:
         builder = interpreter.InterpreterBuilder
         create_dot, cast_impl, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang_tensor
+        create_splat = builder.create_splat
 
         def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
             return create_dot(self, _widen(a), _widen(b), *rest)
@@ -43,6 +45,10 @@ else:
                 return interpreter.TensorHandle(_round_to_bfloat16(source.data), tl.bfloat16)
             return cast_impl(self, source, kind)
 
+        def splat(self: Any, kind: Any, value: Any) -> Any:
+            made = create_splat(self, kind, value)
+            return interpreter.TensorHandle(made.data.astype(bool), tl.int1) if kind.scalar == tl.int1 else made
+
         def patch_tensor(tensor: Any, *scope: Any) -> None:
             patch(tensor, *scope)
             index = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])  # noqa: E731
@@ -51,7 +57,8 @@ else:
             else:
                 tensor.__index__ = index
 
-        builder.create_dot, builder.cast_impl, interpreter._patch_lang_tensor = dot, cast, patch_tensor
+        builder.create_dot, builder.cast_impl, builder.create_splat = dot, cast, splat
+        interpreter._patch_lang_tensor = patch_tensor
 
     _repair()
 

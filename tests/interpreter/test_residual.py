@@ -1,16 +1,24 @@
 """The residual block as two launches, against its reference: values, and what must stay untouched."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu_numerics import close_by_instance
 from den_kernels import DynamicConv2d
+from den_kernels._triton import residual
+from den_kernels._triton.convolve import convolve
 from den_kernels._triton.residual import add_branch
 from den_kernels.dynamic_residual import dynamic_residual_reference
 from den_kernels.plan import as_route
 from den_kernels.residual_weights import ResidualWeights
 from den_kernels.rows import pool_rows
-from den_kernels.testing import make_levels, make_mask
+from den_kernels.testing import channel_mask, make_levels, make_mask
 
 
 def random_norm(channels: int) -> nn.BatchNorm2d:
@@ -26,9 +34,9 @@ def random_block(C: int, M: int, C_out: int, groups: tuple[int, ...], stride: in
     return conv1, random_norm(C), nn.Conv2d(M, C_out, 3, 1, 1, bias=bias), random_norm(M)
 
 
-def fold(block: tuple, dtype: torch.dtype) -> ResidualWeights:
+def fold(block: tuple, dtype: torch.dtype, post_activation: bool = False) -> ResidualWeights:
     conv1, norm1, conv2, norm2 = block
-    return ResidualWeights.fold(conv1.to(dtype), norm1, conv2.to(dtype), norm2)
+    return ResidualWeights.fold(conv1.to(dtype), norm1, conv2.to(dtype), norm2, post_activation=post_activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -49,7 +57,7 @@ def test_block_adds_the_reference_branch(C, M, C_out, groups, stride, selection,
     add_branch(x, out, route, weights)
     exact = dynamic_residual_reference(x.double(), route, fold(block, torch.float64))
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
-    assert (out.double() - exact).norm() <= tolerance * exact.norm()
+    close_by_instance(out, exact, tolerance)
     idle = route.levels == 0
     assert idle.any()
     assert torch.equal(out[idle], shortcut[idle])
@@ -64,6 +72,43 @@ def test_block_in_place_without_bias_and_first_norm():
     weights = fold(block, torch.float32)
     add_branch(x, x, route, weights)
     torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("C_out", "stride"), [(16, 1), (32, 2)])
+def test_post_activation_block(C_out, stride, dtype):
+    conv1, _, conv2, _ = random_block(16, 32, C_out, (16, 16), stride)
+    block = conv1, random_norm(32), conv2, random_norm(C_out)
+    route = as_route(torch.tensor([2, 0, 1, 2]), 2, 4)
+    x = torch.randn(4, 16, 6, 5).relu().bfloat16().to(dtype).contiguous(memory_format=torch.channels_last)
+    out = pool_rows(x, C_out, stride)
+    add_branch(x, out, route, fold(block, dtype, True))
+    exact = dynamic_residual_reference(x.double(), route, fold(block, torch.float64, True))
+    assert (exact == 0).any()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}[dtype]
+    close_by_instance(out, exact, tolerance)
+
+
+def test_hidden_channels_that_are_not_selected_are_not_even_written(monkeypatch):
+    """No launch clears them: they still hold what the allocation held, NaN here, and no result is spoilt by that."""
+    made = []
+
+    def spied(*arguments, **keywords):
+        made.append((arguments[2], torch.isnan(arguments[2]).all().item()))
+        return convolve(*arguments, **keywords)
+
+    monkeypatch.setattr(residual, "convolve", spied)
+    groups, levels = (16, 16, 32), torch.tensor([1, 3, 0, 2])
+    block = random_block(16, 64, 16, groups, 1)
+    x = torch.randn(4, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    add_branch(x, x, as_route(levels, 3, 4), fold(block, torch.float32))
+    (hidden, was_empty), (stream, _) = made
+    assert was_empty
+    assert stream is x
+    used = channel_mask(levels, groups)[:, :, None, None].expand_as(hidden)
+    assert hidden[~used].isnan().all()
+    assert not hidden[used].isnan().any()
+    assert not x.isnan().any()
 
 
 def test_instance_at_level_0_is_neither_read_nor_written():

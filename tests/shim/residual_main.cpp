@@ -1,9 +1,9 @@
 // residual_main TYPE SCHEDULE MODE SIZES...: the fused residual block of csrc/dynamic_residual.cu on a CPU.
 //
 // TYPE: bfloat16, float16, tf32. MODE: in-place, add (out holds the shortcut), shortcut (the kernel writes it).
-// SIZES: B H W C Ho Wo C_out M stride G relu prologue scale3 bias2 (the last four 0 or 1), the nine of FusedLayout, the
-// G + 1 widths. Reads x, out (add only), order, offsets, conv1, conv2, scale2, bias1 and what of scale1, shift1,
-// scale3, bias2 there is; writes out, then int64: bytes streamed, loaded, stored, of shared memory.
+// SIZES: B H W C Ho Wo C_out M stride G relu prologue bias2 (the last three 0 or 1), the nine of FusedLayout, the G + 1
+// widths. Reads x, out (add only), order, offsets, conv1, conv2, scale2, bias1 and what of scale1, shift1, bias2 there
+// is; writes out, then int64: bytes streamed, loaded, stored, of shared memory.
 #include "../../csrc/dynamic_residual.cu"
 
 #include "problem.h"
@@ -18,7 +18,7 @@ int main(int argc, char** argv) {
   for (int* size : {&p.B, &p.H, &p.W, &p.C, &p.Ho, &p.Wo, &p.C_out, &p.M, &p.stride, &p.G})
     *size = static_cast<int>(n[i++]);
   p.relu = n[i++];
-  const int64_t prologue = n[i++], scaled = n[i++], biased = n[i++];
+  const int64_t prologue = n[i++], biased = n[i++];
   FusedLayout& l = p.layout;
   for (int* size :
        {&l.instances, &l.rows, &l.columns, &l.hidden_columns, &l.taps1, &l.bytes1, &l.taps2, &l.bytes2, &l.blocks})
@@ -34,14 +34,14 @@ int main(int argc, char** argv) {
   const auto conv2 = read_array<uint8_t>(int64_t{p.C_out} * 9 * p.M * element);
   const auto scale2 = read_array<float>(p.M), bias1 = read_array<float>(p.M);
   const auto scale1 = read_array<float>(prologue * p.C), shift1 = read_array<float>(prologue * p.C);
-  const auto scale3 = read_array<float>(scaled * p.C_out), bias2 = read_array<float>(biased * p.C_out);
+  const auto bias2 = read_array<float>(biased * p.C_out);
   p.x = x.data();
   p.out = mode == "in-place" ? x.data() : out.data();
   p.order = order.data(), p.offsets = offsets.data();
   p.conv1 = conv1.data(), p.conv2 = conv2.data();
   p.scale2 = scale2.data(), p.bias1 = bias1.data();
   p.scale1 = prologue ? scale1.data() : nullptr, p.shift1 = prologue ? shift1.data() : nullptr;
-  p.scale3 = scaled ? scale3.data() : nullptr, p.bias2 = biased ? bias2.data() : nullptr;
+  p.bias2 = biased ? bias2.data() : nullptr;
   p.holds_shortcut = mode != "shortcut";
 
   const FusedType code = type == "bfloat16"  ? FusedType::bfloat16
