@@ -9,6 +9,7 @@ import torch
 from den import cli, demo
 from den.config import DemoConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining
 from den.data import load_set
+from den.levels import level_fractions
 from den.phases import run_phases
 from den.run_folder import read_metrics
 
@@ -48,6 +49,15 @@ def test_both_runs_differ_only_in_what_is_compared():
     alike = dataclasses.replace(dense.estimator, first=elastic.estimator.first)
     assert dataclasses.replace(dense, mode="den", out=elastic.out, estimator=alike) == elastic
     assert len(elastic.data.tasks) == 2
+
+
+def test_both_estimators_get_the_same_flops_in_training():
+    dense, elastic = demo.schedule(DemoConfig()).values()
+    uniform = sum(level_fractions(elastic.network.levels)) / elastic.network.levels
+    random = elastic.estimator.tau + (1 - elastic.estimator.tau) * uniform
+    spent = elastic.estimator.first.steps * random + elastic.estimator.finish.steps * elastic.selector.budget
+    assert spent == pytest.approx(dense.estimator.first.steps, rel=0.02)
+    assert f"{dense.estimator.first.steps:,} updates" in demo.training_note(DemoConfig())
 
 
 def test_quick_schedule_is_much_shorter_and_lies_apart():
