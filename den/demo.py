@@ -93,9 +93,10 @@ def schedule(config: DemoConfig) -> dict[str, TrainConfig]:
     """The two runs by their titles: one network, data, rate, and as many FLOPs to train the estimator.
 
     An update at half of the FLOPs costs half of them, so that the elastic estimator has 2,370 updates where the dense
-    one has 1,300.  Equation 8 with tau = 0.25 (the paper has 0.75): in so few steps the small structures need the larger
-    share.  One stage and then the estimator's finish on the likeliest structures: in a second stage the selector would find those
-    that it chose before better trained than the rest, and settle on two of them.  Most updates go to the finish.
+    one has 1,300.  Equation 8 with tau = 0.25 (the paper has 0.75): in so few steps the small structures need the
+    larger share.  One stage and then the estimator's finish on the likeliest structures: in a second stage the selector
+    would find those that it chose before better trained than the rest, and settle on two of them.  Most updates go to
+    the finish.
     A budget steers both tasks to about 1.83 times fewer FLOPs: under one rho, digits take more than fashion.  The first
     phase must be long enough to learn digits: while their losses are high, their selector soon settles on few and wide
     structures, which no rho moves again.
