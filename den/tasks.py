@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-KINDS = ("classification", "segmentation", "depth", "normals", "edges", "saliency")
+TASK_KINDS = ("classification", "segmentation", "depth", "normals", "edges", "saliency")
 IGNORE = 255  # what stands where a pixel has no label, edge or saliency
 
 
@@ -16,7 +16,7 @@ class Task:
         classes: number of classes, or values predicted per pixel: 1 of depth, edges and saliency, 3 of normals.
         size: side of its square images, in pixels; with `width` their height.
         channels: channels of its images.
-        kind: one of `KINDS`; all but classification are dense.
+        kind: one of `TASK_KINDS`; all but classification are dense.
         width: of the images of a dense task that are not square.
 
     Raises:
@@ -38,8 +38,8 @@ class Task:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Task: {field} of {self.name!r} must be a whole number of at least 1, got {value!r}")
-        if self.kind not in KINDS:
-            raise ValueError(f"Task: kind of {self.name!r} must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind not in TASK_KINDS:
+            raise ValueError(f"Task: kind of {self.name!r} must be one of {', '.join(TASK_KINDS)}, got {self.kind!r}")
         fixed = {"depth": 1, "normals": 3, "edges": 1, "saliency": 1}.get(self.kind, self.classes)
         if self.classes != fixed:
             raise ValueError(f"Task: classes of {self.name!r} must be {fixed} for {self.kind}, got {self.classes}")

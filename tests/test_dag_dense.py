@@ -18,8 +18,7 @@ from den.dag.search import task_loss
 from den.data.batches import Batch
 from den.model_config import ModelConfig
 from den.task_batch import task_batch
-from den.tasks import IGNORE, Task
-from den.tasks import KINDS as KIND_NAMES
+from den.tasks import IGNORE, TASK_KINDS, Task
 
 SEGMENTATION, DEPTH = Task("segmentation", 4, 18, 3, "segmentation", 26), Task("depth", 1, 18, 3, "depth", 26)
 NORMALS = Task("normals", 3, 18, 3, "normals", 26)
@@ -149,25 +148,38 @@ def test_a_batch_without_targets_costs_nothing_and_is_not_counted(kind):
     assert measured(kind, outputs.detach(), NOTHING[kind], SEGMENTATION).count == 0
 
 
-@pytest.mark.parametrize("kind", NOTHING)
-def test_losses_fall_to_their_floor_where_predictions_are_right(kind):
-    target = {
-        "segmentation": labels(2, 4, 4), "depth": 1 + torch.rand(2, 1, 4, 4),
-        "normals": torch.randn(2, 3, 4, 4), "edges": (torch.rand(2, 1, 4, 4) < 0.3).float(),
-    }.get(kind, torch.ones(2, 1, 4, 4))  # fmt: skip
-    perfect = {
-        "segmentation": 40.0 * F.one_hot(target.clamp_max(3).long(), 4)[..., :4].movedim(-1, 1)
-        if kind == "segmentation" else None,
-        "depth": target, "normals": target,
-    }.get(kind, 80.0 * (target - 0.5))  # fmt: skip
-    assert KINDS[kind].loss(perfect, target).item() == pytest.approx(0, abs=1e-5)
-    best = measured(kind, perfect, target, SEGMENTATION).results()
-    for name, value in best.items():
-        assert value == pytest.approx(0 if name in KINDS[kind].falling else 1, abs=0.011), name
+RIGHT = {  # targets, and predictions that are right
+    "segmentation": (
+        torch.tensor([[[0, 3], [2, IGNORE]]]),
+        lambda t: 40.0 * F.one_hot(t.clamp_max(4), 5).movedim(-1, 1)[:, :4],
+    ),
+    "depth": (torch.tensor([[[[1.0, 3.0], [0.5, 0.0]]]]), lambda t: t),
+    "normals": (torch.tensor([0.0, 0.6, 0.8]).view(1, 3, 1, 1), lambda t: 5 * t),
+    "edges": (torch.tensor([[[[1.0, 0.0], [1.0, IGNORE]]]]), lambda t: 80.0 * (t - 0.5)),
+    "saliency": (torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]]), lambda t: 80.0 * (t - 0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_what_is_right_costs_nothing_and_is_measured_so(kind):
+    target, right = RIGHT[kind]
+    assert KINDS[kind].loss(right(target), target).item() == pytest.approx(0, abs=1e-6)
+    for name, value in measured(kind, right(target), target, SEGMENTATION).results().items():
+        assert value == pytest.approx(0 if name in KINDS[kind].falling else 1, abs=0.0051), name
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_targets_of_another_size_are_refused(kind):
+    target, right = RIGHT[kind]
+    outputs = right(target)
+    for other in (target[..., :1].repeat_interleave(3, -1), target.unsqueeze(0), target[:, 0]):
+        wanted = str(list(target.shape)).replace("[", r"\[")
+        with pytest.raises(ValueError, match=f"_loss: target must be {wanted} as the predictions, got "):
+            KINDS[kind].loss(outputs, other)
 
 
 def test_every_kind_of_task_can_be_learned_and_measured():
-    assert tuple(KINDS) == KIND_NAMES
+    assert tuple(KINDS) == TASK_KINDS
 
 
 def test_gains_are_above_zero_where_it_is_better():

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end: an installed den stays the one tested
@@ -16,7 +17,7 @@ from den.data import MixedTaskBatches, load_set
 from den.data.cityscapes import load_cityscapes
 from den.data.nyuv2 import load_nyuv2
 from den.data.pascal_context import boundaries, load_pascal_context
-from den.data.scenes import MEAN, STD, Scene, augmented, checked_target
+from den.data.scenes import MEAN, STD, Scene, augmented, checked_target, nearest
 from den.tasks import IGNORE, Task
 from tests.dense_files import write_npy_scenes, write_pascal
 
@@ -116,10 +117,18 @@ def test_zooming_keeps_pixels_and_targets_together_and_brings_things_nearer(plac
     rows, columns = after.targets["s"] // 18, after.targets["s"] % 18
     assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (8, 12)
     torch.testing.assert_close(after.targets["d"][0], (1 + rows) / 1.5)
-    torch.testing.assert_close(after.image[0], rows / 12, atol=1.1 / 12, rtol=0)  # interpolated: within a pixel
-    torch.testing.assert_close(after.image[1], columns / 18, atol=1.1 / 18, rtol=0)
+    torch.testing.assert_close(after.image[0], rows / 12, atol=0.51 / 12, rtol=0)  # interpolated: within half a pixel
+    torch.testing.assert_close(after.image[1], columns / 18, atol=0.51 / 18, rtol=0)
     inverse = augmented(before, tasks, 1.5, place, False, True)
     torch.testing.assert_close(inverse.targets["d"][0], (1.0 + rows) * 1.5)
+
+
+def test_the_nearest_pixels_are_those_of_nearest_interpolation():
+    for size in range(1, 12):
+        for out_size in range(1, 12):
+            values = torch.arange(float(size)).view(1, 1, size)
+            wanted = F.interpolate(values, size=out_size, mode="nearest-exact").flatten()
+            assert nearest(size, out_size).tolist() == wanted.tolist()
 
 
 def test_mirroring_turns_the_normals():

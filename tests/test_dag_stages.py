@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from den.dag import DagConfig, DagNetwork, Graph, SubGraph, SubNetwork, reduce
+from den.dag.drawing import graph_figure
 from den.dag.edge import reference_edge
 from den.dag.evaluate import deployed_parameters, task_costs
 from den.task_batch import task_batch
@@ -102,9 +103,9 @@ def test_extraction_equals_the_masked_network_for_any_stages(graph, seed, ratio)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7])
-@pytest.mark.parametrize("sizes", [(3, 2, 4), (1, 6, 0)])
-def test_mixed_batch_equals_each_tasks_extracted_network(ratio, sizes):
-    model, parts = make(ratio=ratio).eval(), images(sizes)
+@pytest.mark.parametrize(("sizes", "groups"), [((3, 2, 4), 1), ((1, 6, 0), 1), ((3, 2, 4), 2)])
+def test_mixed_batch_equals_each_tasks_extracted_network(ratio, sizes, groups):
+    model, parts = make(ratio=ratio, groups=groups).eval(), images(sizes)
     with torch.no_grad():
         for logits, part, task in zip(model(parts, ["a", "b", "c"]), parts, TASKS, strict=True):
             if len(part):
@@ -200,6 +201,12 @@ def test_costs_are_the_multiply_adds_of_the_convolutions():
                 module.register_forward_hook(count)
         alone.train()(images()[k])  # in training mode nothing is folded, so that every convolution is called
         assert cost.flops == sum(counted)
+
+
+def test_the_drawing_parts_the_stages():
+    graph = config().graph
+    figure = graph_figure(graph, {"a": graph.whole(), "b": graph.whole()})
+    assert [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes] == [[1.5, 4.5]] * 3
 
 
 def test_config_survives_json():

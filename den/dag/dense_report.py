@@ -29,24 +29,23 @@ def value_text(name: str, value: float) -> str:
 
 
 def delta_tables(runs: Sequence[RunReport]) -> str:
-    """Of every run of several tasks, or of all where there is no such run: each metric beside that of a single-task
-    network, and Delta; of several such runs their Deltas side by side first.
+    """Of every run that shares something between tasks, or of all where there is no such run: each metric beside that
+    of a single-task network, and Delta; of several such runs their Deltas side by side first.
 
-    A run of one task among them is the single-task reference of that task (several: their mean); for tasks without
-    one the published values stand, where there are any.
+    Runs of one task, and those of a network for each task, are the single-task references (several: their mean); for
+    tasks without one the published values stand, where there are any.
     """
-    shown = [run for run in runs if len(run.model.tasks) > 1] or runs
+    shown = [run for run in runs if not _alone(run)] or runs
     references = single_task_references(runs)
     parts = [_delta_summary(shown, references)] if len(shown) > 1 else []
     return "\n\n".join([*parts, *(_delta_table(run, references) for run in shown)])
 
 
 def single_task_references(runs: Sequence[RunReport]) -> dict[tuple[str, str], Metrics]:
-    """By scenario and task: what the runs of this task alone reach."""
+    """By scenario and task: what networks of this task alone reach."""
     alone: dict[tuple[str, str], list[Metrics]] = {}
     for run in runs:
-        if len(run.model.tasks) == 1:
-            (task,) = run.model.tasks
+        for task in run.model.tasks if _alone(run) else ():
             alone.setdefault((run.config.data.scenario, task.name), []).append(run.results[task.name].metrics)
     return {key: {name: statistics.mean(each[name] for each in found) for name in found[0]}
             for key, found in alone.items()}  # fmt: skip
@@ -56,7 +55,7 @@ def task_references(run: RunReport, references: dict[tuple[str, str], Metrics]) 
     """Of each task of a run what it is compared with, and whether these are published values."""
     scenario, found = run.config.data.scenario, {}
     for task in run.model.tasks:
-        own = references.get((scenario, task.name)) if len(run.model.tasks) > 1 else None
+        own = references.get((scenario, task.name)) if not _alone(run) else None
         published = SINGLE_TASK.get(scenario, {}).get((task.name, task.classes), {})
         found[task.name] = (published if own is None else own, own is None and bool(published))
     return found
@@ -79,7 +78,7 @@ def _delta_summary(runs: Sequence[RunReport], references: dict[tuple[str, str], 
         deltas = {name: 100 * statistics.mean(gains.values()) for name, gains in task_gains(run, references).items()}
         cells = [f"{deltas[name]:+.1f}" if name in deltas else "" for name in names]
         mean = f"{statistics.mean(deltas.values()):+.1f}" if deltas else ""
-        rows.append([run.title, *cells, mean, f"{run.mean_flops / 1e6:.2f}"])
+        rows.append([_label(run), *cells, mean, f"{run.mean_flops / 1e6:.2f}"])
     head = ["network", *(f"Delta {name}, %" for name in names), "over tasks", "MFLOP, mean of tasks"]
     return markdown_table(head, rows)
 
@@ -92,9 +91,17 @@ def _delta_table(run: RunReport, references: dict[tuple[str, str], Metrics]) -> 
             reference = value_text(name, single[name]) if name in single else ""
             gain = f"{100 * gained[name]:+.1f}" if name in gained else ""
             rows.append([f"{task.name}: {name}", value_text(name, value), reference, gain])
-    table = markdown_table((run.title, "this run", "single task", "better by, %"), rows)
+    table = markdown_table((_label(run), "this run", "single task", "better by, %"), rows)
     deltas = {name: 100 * statistics.mean(each.values()) for name, each in gains.items()}
     return "\n\n".join([table, *_delta_lines(deltas, any(compared[name][1] for name in gains))])
+
+
+def _alone(run: RunReport) -> bool:
+    return run.config.mode == "single" or len(run.model.tasks) == 1
+
+
+def _label(run: RunReport) -> str:
+    return f"{run.path.name}: {run.title}"
 
 
 def _delta_lines(deltas: dict[str, float], published: bool) -> list[str]:
@@ -106,7 +113,7 @@ def _delta_lines(deltas: dict[str, float], published: bool) -> list[str]:
     if published:
         lines.append(
             "Published single-task values (AdaShare protocol) are of another network, trained and measured at another"
-            " size: train a task alone with `--mode hard --data.only TASK` and give its run to the report for a"
-            " reference of the same kind."
+            " size: train a network for each task with `--mode single`, and give its run to the report, for references"
+            " of the same kind."
         )
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +25,8 @@ def draw_graph(model: DagNetwork, path: Path) -> None:
 def graph_figure(graph: Graph, structures: dict[str, SubGraph]) -> Figure:
     """A panel for the shared graph, in which the number of tasks that keep an edge is its width, and one per task.
 
-    What a task dropped is faint.  An arrow from below is a read-in, one that leaves upwards a read-out.
+    What a task dropped is faint; dotted lines part the stages.  An arrow from below is a read-in, one that leaves
+    upwards a read-out.
     """
     columns = 4 if len(structures) > 4 else max(1, len(structures))
     rows = -(-len(structures) // columns)
@@ -113,6 +115,8 @@ def _state(axes: Axes, j: int, colour: str) -> None:
 
 def _frame(axes: Axes, graph: Graph) -> None:
     reach = 0.5 + 0.21 * graph.flow
+    for end in accumulate(graph.stages[:-1]):
+        axes.axvline(end - 0.5, color="#999999", lw=0.8, linestyle=":", zorder=0)
     axes.set_xlim(-0.5, graph.states - 0.5)
     axes.set_ylim(-reach, reach)
     axes.set_aspect("equal")

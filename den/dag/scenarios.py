@@ -46,15 +46,18 @@ def named_settings(name: str) -> DagTrainConfig:
 def load_tasks(data: DagDataConfig, split: str, root: Path | None = None) -> list[ImageSet | SceneSet]:
     """The sets of the scenario, one per task or one for tasks of the same images; `root` replaces that of the settings.
 
-    Raises ValueError for data that are missing, damaged, or lack a task that is asked for.
+    Raises ValueError for data that are missing or damaged, and for a task that they lack or have no target of.
     """
     sets = _load(data, split, root or data.root)
     names = [task.name for each in sets for task in each.tasks]
     if missing := [name for name in data.only if name not in names]:
         raise ValueError(f"config: data.only must be among {', '.join(names)}, got {', '.join(missing)}")
-    if not data.only:
-        return sets
-    return [each.only(data.only) for each in sets if any(task.name in data.only for task in each.tasks)]
+    if data.only:
+        sets = [each.only(data.only) for each in sets if any(task.name in data.only for task in each.tasks)]
+    for each in sets:
+        if isinstance(each, SceneSet):
+            each.check_targets()
+    return sets
 
 
 def _load(data: DagDataConfig, split: str, root: Path | None) -> list[ImageSet | SceneSet]:

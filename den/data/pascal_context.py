@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.data.scenes import MEAN, NOTHING, Scene, SceneSet, checked_target
+from den.data.scenes import MEAN, NOTHING, Scene, SceneSet, checked_target, nearest
 from den.tasks import IGNORE, Task
 
 SPLITS = {"train": "train", "test": "val"}
@@ -142,8 +142,7 @@ def boundaries(labels: Tensor) -> Tensor:
 def framed(values: Tensor, size: int, nothing: float) -> Tensor:
     """[..., H, W] in the upper left of [..., size, size], every n-th pixel where it is larger, `nothing` around it."""
     height, width = _fitting(*values.shape[-2:], size)
-    rows = torch.arange(height) * values.shape[-2] // height
-    columns = torch.arange(width) * values.shape[-1] // width
+    rows, columns = nearest(values.shape[-2], height), nearest(values.shape[-1], width)
     kept = values[..., rows[:, None], columns]
     return F.pad(kept, (0, size - width, 0, size - height), value=nothing)
 

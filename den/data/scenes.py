@@ -63,6 +63,18 @@ class SceneSet:
         kept, held_out = (dataclasses.replace(self, index=self.index[part]) for part in parts)
         return kept, held_out
 
+    def check_targets(self) -> None:
+        """Read scenes until every task has had a pixel with a target, in use one or a few; ValueError when one never
+        has."""
+        missing = list(self.tasks)
+        for position in self.index.tolist():
+            targets = self.read(position, missing).targets
+            missing = [task for task in missing if not (targets[task.name] != NOTHING[task.kind]).any()]
+            if not missing:
+                return
+        names = ", ".join(task.name for task in missing)
+        raise ValueError(f"SceneSet: {names} of {self.name} must have a target, got none in {len(self)} images")
+
     def examples(self, index: Tensor | slice) -> list[Example]:
         """Normalised images, as they are, and targets: an entry per task, of the same images."""
         return self._stacked([self.read(i, self.tasks) for i in self.index[index].tolist()])
@@ -93,7 +105,7 @@ def augmented(
     height, width = scene.image.shape[1:]
     part = int(height / zoom), int(width / zoom)
     top, left = (int(p * (whole - own + 1)) for p, whole, own in zip(place, (height, width), part, strict=True))
-    rows, columns = top + torch.arange(height) * part[0] // height, left + torch.arange(width) * part[1] // width
+    rows, columns = top + nearest(part[0], height), left + nearest(part[1], width)
     if mirror:
         columns = columns.flip(0)
     image = scene.image[:, top : top + part[0], left : left + part[1]]
@@ -106,6 +118,15 @@ def augmented(
         elif task.kind == "normals" and mirror:
             targets[task.name] = targets[task.name] * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
     return Scene(image.flip(2) if mirror else image, targets)
+
+
+def nearest(size: int, out_size: int) -> Tensor:
+    """The pixels of `size` in which the middles of `out_size` pixels of the same extent lie: int64 [out_size].
+
+    >>> nearest(2, 4).tolist(), nearest(6, 3).tolist()
+    ([0, 0, 1, 1], [1, 3, 5])
+    """
+    return (2 * torch.arange(out_size) + 1) * size // (2 * out_size)
 
 
 def normalised(images: Tensor) -> Tensor:
