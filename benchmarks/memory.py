@@ -62,6 +62,9 @@ def build(provider: str, case: Case) -> Callable[[], torch.Tensor]:
     network = ElasticNetwork.make(case)
     if provider == "ours":
         return network.forward
+    if provider == "ours-frozen":
+        network.model.freeze()
+        return network.forward
     dense, images = network.dense(network.dtype), network.images
     if provider == "dense-folded":
         dense = dense.with_blocks([peers.FoldedBlock(block) for block in dense.blocks])

@@ -15,8 +15,9 @@ MEASURES = {
     "throughput": "throughput",
     "dense_share": "time / dense",
     "peak_share": "peak memory / dense",
+    "frozen_share": "peak memory / dense, folded",
 }
-PERCENT = ("overhead", "dense_share", "peak_share")
+PERCENT = ("overhead", "dense_share", "peak_share", "frozen_share")
 GREEN, RED, YELLOW, BOLD, PLAIN = (f"\033[{code}m" for code in (32, 31, 33, 1, 0))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from den.blocks import ElasticBlock
 from den.estimator import Estimator
 from den.model_config import ModelConfig
 from den.selector import Selector, SelectorConfig
@@ -62,6 +63,20 @@ class DeepElasticNetwork(nn.Module):
         """The most probable structure of each image: int64 [B, N] in 0..L-1."""
         with torch.no_grad():
             return self.selector(images, task).argmax(-1)
+
+    def freeze(self) -> "DeepElasticNetwork":
+        """Give up training, in place and for good: each block's weights are kept only as its kernel reads them.
+
+        Saves the parameters of the residual blocks, which otherwise stay beside their packed copies, where a direct CPU
+        kernel runs them; changes nothing else, nor anywhere else.  Save the network first: a frozen one has no
+        ``state_dict``, and must run without gradients.  Returns the network, in eval mode.
+        """
+        self.eval()
+        with torch.no_grad():
+            for block in self.estimator.blocks:
+                if isinstance(block, ElasticBlock):
+                    block.freeze()
+        return self
 
 
 def create_model(

@@ -104,6 +104,18 @@ class ResidualWeights:
         """The dtype that the block computes in: float16 on a CPU in float32, ten times faster there."""
         return torch.float32 if widens(self.conv1) else self.conv1.dtype
 
+    def released(self) -> "ResidualWeights":
+        """Without the weights themselves where only packed copies are read (a direct kernel runs), else unchanged.
+
+        What is left of `conv1` and `conv2` is their shape, dtype and device: one element, repeated.
+        """
+        if self.direct is None:
+            return self
+        conv1, conv2 = (
+            torch.full_like(weight[0, 0, 0, 0], torch.nan).expand(weight.shape) for weight in (self.conv1, self.conv2)
+        )
+        return replace(self, conv1=conv1, conv2=conv2)
+
     def all_hidden(self) -> HiddenWeights:
         """The weights of all hidden channels, bn2 folded in."""
         conv1 = self.conv1.to(self.scale2.dtype) * self.scale2[:, None, None, None]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from den.blocks import ElasticBlock
 from den.conv_norm import ConvNormReLU
+from den.model import create_model
 from den.reference import reference_block
 from den.stem import Stem, stem_geometry
 from den.tasks import Task
@@ -276,3 +277,35 @@ def test_an_empty_batch_leaves_statistics_alone():
     assert layer(torch.zeros(0, 3, 5, 5)).shape == (0, 4, 5, 5)
     assert torch.equal(layer.norm.running_var, torch.ones(4))
     assert torch.equal(layer.norm.running_mean, torch.zeros(4))
+
+
+@pytest.fixture
+def small_model():
+    torch.manual_seed(0)
+    return create_model("wrn8_1", [Task("a", 3, 16)], trunk_size=16).eval()
+
+
+def test_a_frozen_network_computes_the_same_from_less_memory(small_model):
+    images, levels = torch.randn(5, 3, 16, 16), torch.randint(4, (5, small_model.num_blocks))
+    with torch.no_grad():
+        expected = small_model.estimator(images, "a", levels)
+        assert torch.equal(small_model.freeze().estimator(images, "a", levels), expected)
+    runs_direct = small_model.estimator.blocks[0]._frozen is not None
+    kept = sum(block.conv1.weight.untyped_storage().nbytes() for block in small_model.estimator.blocks)
+    whole = sum(block.conv1.weight.numel() * 4 for block in small_model.estimator.blocks)
+    assert kept == (4 * small_model.num_blocks if runs_direct else whole)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda model: model.train(), "must stay in eval mode"),
+        (lambda model: model.state_dict(), "must not be frozen"),
+        (lambda model: model(torch.zeros(2, 3, 16, 16), "a"), "without gradients"),
+    ],
+)
+def test_a_frozen_network_refuses_what_it_cannot_do(small_model, use, message):
+    if small_model.freeze().estimator.blocks[0]._frozen is None:
+        pytest.skip("no direct kernel runs on this CPU: freezing changes nothing")
+    with pytest.raises(ValueError, match=message):
+        use(small_model)

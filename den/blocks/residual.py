@@ -60,6 +60,7 @@ class ElasticBlock(nn.Module):
             initialise(conv)
         self.to(memory_format=torch.channels_last)
         self._folded: FoldCache[ResidualWeights] = FoldCache()
+        self._frozen: ResidualWeights | None = None
 
     def layers(self) -> tuple[tuple[DynamicConv2d, DynamicBatchNorm2d | None], ...]:
         """The convolutions in order, each with the batch norm (and ReLU) that follows it."""
@@ -73,6 +74,10 @@ class ElasticBlock(nn.Module):
             route: levels of the instances; None: all hidden channels for all.
             inplace: the result may be written over ``x`` (only done for inference).
         """
+        if self._frozen is not None:
+            if route is None or not may_fold(self):
+                raise ValueError("ElasticBlock: a frozen block must run with a route and without gradients")
+            return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self._frozen)
         if route is not None and may_fold(self) and x.dtype == self.conv1.weight.dtype:
             return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self.folded())
         return self.shortcut(x) + self.residual(x, route)
@@ -89,6 +94,23 @@ class ElasticBlock(nn.Module):
         sources = (self.conv1.weight, self.conv2.weight, *norm_tensors(self.bn1), *norm_tensors(self.bn2))
         return self._folded.get(sources, lambda: ResidualWeights.fold(self.conv1, self.bn1, self.conv2, self.bn2))
 
+    def freeze(self) -> None:
+        """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""
+        weights = self.folded().released()
+        if weights.direct is None:
+            return
+        self._frozen = weights
+        self._folded.clear()
+        for conv, stand_in in ((self.conv1, weights.conv1), (self.conv2, weights.conv2)):
+            conv.weight = nn.Parameter(stand_in, requires_grad=False)
+        self.register_state_dict_pre_hook(_refuse_to_save)
+
     def train(self, mode: bool = True) -> "ElasticBlock":
+        if mode and self._frozen is not None:
+            raise ValueError("ElasticBlock: a frozen block must stay in eval mode, got train()")
         self._folded.clear()
         return super().train(mode)
+
+
+def _refuse_to_save(*_: object) -> None:
+    raise ValueError("state_dict: the network must not be frozen (its weights are gone), got a frozen one")
