@@ -5,12 +5,13 @@ residual block the float64 reference's values as nearly as PyTorch would in its 
 """
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ sys.path.append(str(ROOT))
 from benchmarks.gpu_predict import fused_traffic  # noqa: E402
 
 SCHEDULES = ("forward-eager", "backward-lazy")
-FLAGS = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all --coverage"
+needs_gcov = pytest.mark.skipif(shutil.which("gcov") is None, reason="gcov is not installed")
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas"
 
 
@@ -41,7 +43,7 @@ def driver(tmp_path_factory) -> Callable[..., Path]:
 
     @cache
     def build(name: str, root: Path = ROOT) -> Path:
-        target = tmp_path_factory.mktemp("shim") / name
+        target = tmp_path_factory.mktemp(name) / name
         folders = ["-I", root / "tests/shim", "-I", root / "csrc"]
         subprocess.run(
             ["g++", *FLAGS.split(), *WARNINGS.split(), *folders, root / f"tests/shim/{name}.cpp", "-o", target],
@@ -263,6 +265,46 @@ def test_blocks_give_the_reference_values(driver, name, dtype):
         if block.mode == "in-place":
             still = torch.tensor(block.levels) == 0
             assert torch.equal(out[still], block.x[still])
+
+
+def never_run(program: Path, cases: Callable[[], None], name: str) -> list[str]:
+    """The functions of csrc in a program, each instance of a template by itself, that none of the cases runs.
+
+    Raises AssertionError unless one of `name` is among all.
+    """
+    for counts in program.parent.glob("*.gcda"):
+        counts.unlink()
+    cases()
+    notes = next(program.parent.glob("*.gcno")).name
+    done = subprocess.run(["gcov", "--json-format", "--stdout", notes], cwd=program.parent, capture_output=True)
+    files = [file for file in json.loads(done.stdout)["files"] if "csrc/" in file["file"]]
+    ran = {f["demangled_name"]: f["execution_count"] for file in files for f in file["functions"]}
+    assert any(name in instance for instance in ran)
+    return [instance for instance, times in ran.items() if not times]
+
+
+@needs_gcov
+def test_cases_run_every_instance_of_the_block(driver):
+    """The kernel chooses among five `multiply` a dtype by the fragments and pairs of a warp: all and some in conv1; all
+    of both, half of the pairs, and some in conv2."""
+    program = driver("residual_main")
+
+    def cases() -> None:
+        for dtype, name in product(DTYPES, ("stride 2, bands", "2 columns", "wide slices")):
+            Block(dtype=dtype, **BLOCKS[name]).run(program)
+
+    assert never_run(program, cases, "multiply<den_kernels::Tf32, 4, 2, false, 4, 8>") == []
+
+
+@needs_gcov
+def test_cases_run_every_instance_of_the_plan(driver):
+    program = driver("plan_main")
+
+    def cases() -> None:
+        for kind, dtype in (("int32", torch.int32), ("int64", torch.int64), ("masks", torch.bool)):
+            plan(program, kind, "forward", torch.ones((2, 33, 4) if kind == "masks" else (33, 2)).to(dtype), (33, 2, 4))
+
+    assert never_run(program, cases, "plan_levels_kernel<long") == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
