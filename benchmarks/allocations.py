@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -44,7 +43,14 @@ def require(case: str, maps: int) -> None:
     """Skip a case whose maps, ``maps`` numbers each way, do not fit: about a dozen live at once, in float64."""
     needed, free = 12 * 8 * maps, available()
     if free is not None and needed > free:
-        pytest.skip(f"{case}: needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+        _skip(f"{case}: needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+
+
+def _skip(reason: str) -> None:
+    """Skip the case at hand; where the checks of a GPU run, there may be no pytest."""
+    import pytest
+
+    pytest.skip(reason)
 
 
 @contextlib.contextmanager
@@ -57,4 +63,4 @@ def skip_when_exhausted(case: str) -> Iterator[None]:
         refused = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
         if not refused:
             raise
-        pytest.skip(f"{case}: too little memory: {text.splitlines()[0] if text else 'allocation refused'}")
+        _skip(f"{case}: too little memory: {text.splitlines()[0] if text else 'allocation refused'}")

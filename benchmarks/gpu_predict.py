@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from den.backbones import BACKBONES, BlockShape, block_shapes
+from den.backbones import BACKBONES, block_shapes
+from den.blocks import ResidualShape
 from den_kernels._cuda_layout import FusedProblem, fused_layout
 
 from .gpu_table import columns
@@ -42,7 +43,7 @@ def fused_traffic(p: FusedProblem, counts: Sequence[int]) -> Traffic:
     return Traffic(active * (map_in + map_out), active * map_out, streamed)
 
 
-def problem_of(block: BlockShape, B: int, multiprocessors: int) -> FusedProblem:
+def problem_of(block: ResidualShape, B: int, multiprocessors: int) -> FusedProblem:
     """In bfloat16, with hidden groups of a quarter, a quarter and a half, on a Hopper GPU."""
     widths = tuple(accumulate((block.channels // 4, block.channels // 4, block.channels // 2)))
     size = block.size * block.stride
@@ -66,7 +67,9 @@ class Prediction(NamedTuple):
         return self.dense / min(self.composition, self.fused) / self.flops_ratio
 
 
-def predict(block: BlockShape, mix: str, flops: float, bandwidth: float, B: int = 256, chip: int = 132) -> Prediction:
+def predict(
+    block: ResidualShape, mix: str, flops: float, bandwidth: float, B: int = 256, chip: int = 132
+) -> Prediction:
     """The rates in FLOP/s and bytes/s; `chip`: multiprocessors."""
     p, counts = problem_of(block, B, chip), [round(B * share) for share in MIXES[mix]]
     work = [B * block.flops(p.widths[-1]), sum(n * block.flops(w) for n, w in zip(counts[1:], p.widths, strict=True))]

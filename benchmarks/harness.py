@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -300,16 +299,3 @@ def describe(case: Case, settings: Settings) -> dict[str, Any]:
         "device": case.device,
         **settings.environment,
     }
-
-
-def everywhere(cases: Sequence[Case], *, on_gpu: bool = True) -> list[Any]:
-    """Cases as pytest's parameters; where there is a GPU, each once more on it."""
-    found = list(cases)
-    if on_gpu and torch.cuda.is_available():
-        found += [replace(case, device="cuda") for case in cases]
-    return [pytest.param(case, id=case.id) for case in found]
-
-
-def extra(cases: Sequence[Case]) -> list[Any]:
-    """Cases that only run when ``--all-cases`` asks for them."""
-    return [pytest.param(case, id=case.id, marks=pytest.mark.extra) for case in cases]

@@ -15,8 +15,9 @@ import den_kernels
 
 from . import peers, slicing
 from .allocations import require
-from .harness import DTYPES, Case, Provider, Settings, Work, everywhere, expect, run
+from .harness import DTYPES, Case, Provider, Settings, Work, expect, run
 from .mixes import mix_levels
+from .parameters import everywhere
 
 SHAPES = (("64x32x32", 32), ("128x16x16", 32), ("256x8x8", 32), ("128x16x16", 128))
 SLICED = 32  # images at most for the providers that work image by image

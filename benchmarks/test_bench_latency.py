@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from .harness import Case, Settings, everywhere, extra
+from .harness import Case, Settings
+from .parameters import everywhere, extra
 from .test_bench_network import run_network
 from .test_bench_residual import run_block
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from . import memory, peers, slicing
 from .allocations import require
 from .elastic_network import ElasticNetwork
-from .harness import Case, Expected, Provider, Settings, dense_role, describe, everywhere, expect, extra, run
+from .harness import Case, Expected, Provider, Settings, dense_role, describe, expect, run
+from .parameters import everywhere, extra
 
 # Folding rounds the weights once more in each of 15 blocks: bn2 folded in bfloat16 was seen at 2.03 times the error.
 FACTOR = 3.0

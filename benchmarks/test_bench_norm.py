@@ -16,8 +16,9 @@ from den_kernels import RoutingPlan, dynamic_batch_norm
 
 from . import peers
 from .allocations import require
-from .harness import DTYPES, Case, Provider, Settings, Work, everywhere, expect, run
+from .harness import DTYPES, Case, Provider, Settings, Work, expect, run
 from .mixes import mix_levels
+from .parameters import everywhere
 from .training_peers import masked_norm
 
 CASES = [

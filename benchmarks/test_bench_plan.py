@@ -10,8 +10,9 @@ from torch import Tensor
 
 from den_kernels import RoutingPlan
 
-from .harness import Case, Expected, Provider, Settings, Work, everywhere, run
+from .harness import Case, Expected, Provider, Settings, Work, run
 from .mixes import mix_structures
+from .parameters import everywhere
 
 LEVELS = 4
 CASES = [Case("plan", "15-blocks", batch, "random-blocks", "int32") for batch in (1, 64, 1024)]

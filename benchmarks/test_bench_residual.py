@@ -15,8 +15,9 @@ import den_kernels
 
 from . import peers, slicing
 from .allocations import require
-from .harness import DTYPES, Case, Expected, Provider, Settings, Work, dense_role, everywhere, expect, extra, run
+from .harness import DTYPES, Case, Expected, Provider, Settings, Work, dense_role, expect, run
 from .mixes import mix_levels
+from .parameters import everywhere, extra
 
 STAGES = ("64x32x32", "128x16x16", "256x8x8")  # of WRN-32-4
 SHAPES = [*[(stage, batch) for batch in (32, 128) for stage in STAGES], ("16x32x32", 256), ("64x32x32", 8)]

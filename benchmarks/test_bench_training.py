@@ -19,7 +19,8 @@ from den_kernels import RoutingPlan
 
 from .allocations import require
 from .elastic_network import ElasticNetwork
-from .harness import Case, Expected, Provider, Settings, Work, everywhere, expect, run
+from .harness import Case, Expected, Provider, Settings, Work, expect, run
+from .parameters import everywhere
 from .training_peers import TrainingPass, gradients
 
 # Rounding decides now and then on which side of a ReLU a value falls, in every block behind it, so that two float32

@@ -17,7 +17,7 @@ from den.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end: an installed den_kernels stays the one that is tested
 
-from benchmarks import clocks, conftest, harness, peers, record_levels, test_bench_norm, training_peers  # noqa: E402
+from benchmarks import clocks, conftest, harness, peers, record_levels, test_bench_norm, training_peers  # noqa: E402, parameters
 from benchmarks.elastic_network import ElasticNetwork  # noqa: E402
 from benchmarks.harness import Case, Expected, Provider, Settings, Work  # noqa: E402
 from benchmarks.test_bench_network import dense_providers, elastic_providers  # noqa: E402
@@ -218,10 +218,10 @@ def test_gpu_cases_are_added_where_there_is_one(monkeypatch):
     case = Case("plan", "15-blocks", 1, "random-blocks", "int32")
     for there, ids in ((False, [case.id]), (True, [case.id, f"{case.id}/cuda"])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert [parameter.id for parameter in harness.everywhere([case])] == ids
-        assert len(harness.everywhere([case], on_gpu=False)) == 1
-    [parameter] = harness.extra([case])
-    assert [mark.name for mark in parameter.marks] == ["extra"]
+        assert [parameter.id for parameter in parameters.everywhere([case])] == ids
+        assert len(parameters.everywhere([case], on_gpu=False)) == 1
+    [marked] = parameters.extra([case])
+    assert [mark.name for mark in marked.marks] == ["extra"]
 
 
 @pytest.mark.parametrize("names", [(), ("bucket",)])

@@ -8,7 +8,8 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_predict
-from den.backbones import BACKBONES, BlockShape, block_shapes
+from den.backbones import BACKBONES, block_shapes
+from den.blocks import ResidualShape
 
 
 @pytest.mark.parametrize(
@@ -28,13 +29,13 @@ def test_the_traffic_of_whole_networks_is_their_floor(network, mix, matrix, maps
 
 
 def test_a_block_that_the_kernel_does_not_take_has_no_traffic():
-    problem = gpu_predict.problem_of(BlockShape(64, 64, 1, 32), 8, 132)
+    problem = gpu_predict.problem_of(ResidualShape(64, 64, 64, 32, 1), 8, 132)
     with pytest.raises(ValueError, match="must be one that the fused kernel takes"):
         gpu_predict.fused_traffic(problem, (0, 0, 0, 8))
 
 
 def test_fewer_levels_never_cost_more_and_small_maps_are_bound_by_their_weights():
-    wide, small = BlockShape(128, 128, 1, 16), BlockShape(512, 512, 1, 4)
+    wide, small = ResidualShape(128, 128, 128, 16, 1), ResidualShape(512, 512, 512, 4, 1)
     for block in (wide, small):
         full, uniform = (gpu_predict.predict(block, mix, 790e12, 4.3e12) for mix in ("full", "uniform"))
         assert uniform.fused < full.fused
@@ -60,5 +61,5 @@ def test_the_notes_say_what_is_predicted():
         sums = [round(sum(one[i] for one in made) * 1e6) for i in range(5)]
         assert f"| all blocks, {name} | " + " | ".join(map(str, sums)) in text
     for channels, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
-        made = gpu_predict.predict(BlockShape(channels, channels, 1, size), "full", 790e12, 4.3e12)
+        made = gpu_predict.predict(ResidualShape(channels, channels, channels, size, 1), "full", 790e12, 4.3e12)
         assert f"| {channels}\N{MULTIPLICATION SIGN}{size}² | " + " | ".join(f"{s * 1e6:.0f}" for s in made[:5]) in text
