@@ -6,14 +6,17 @@ Structures are int64 [..., N], one level per block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from den.count import parameter_fractions
-from den.data import Batch
 from den.model import DeepElasticNetwork
+
+if TYPE_CHECKING:
+    from den.data import Batch  # with what reads pictures, which the objective does not need
 
 STEERING = 32.0  # most that `steered_rho` multiplies or divides by
 

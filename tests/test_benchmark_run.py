@@ -17,7 +17,7 @@ from den.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end: an installed den_kernels stays the one that is tested
 
-from benchmarks import clocks, conftest, harness, peers, record_levels, test_bench_norm, training_peers  # noqa: E402, parameters
+from benchmarks import clocks, conftest, harness, parameters, peers, record_levels, test_bench_norm, training_peers  # noqa: E402, parameters
 from benchmarks.elastic_network import ElasticNetwork  # noqa: E402
 from benchmarks.harness import Case, Expected, Provider, Settings, Work  # noqa: E402
 from benchmarks.test_bench_network import dense_providers, elastic_providers  # noqa: E402
