@@ -10,6 +10,7 @@ from torch import nn
 
 from den.dag import DagConfig, DagNetwork, Graph, SubGraph, SubNetwork, TaskGates, reduce
 from den.dag.edge import Edge, reference_edge
+from den.dag.ends import MixedEnds
 from den.dag.gates import Gates, squeeze_loss
 from den.dag.stem import DagStem, stem_geometry
 from den.task_batch import task_batch
@@ -20,7 +21,9 @@ TASKS = (Task("a", 5, 12, 1), Task("b", 3, 8, 1), Task("c", 7, 20, 3))
 
 
 def config(**changes):
-    return DagConfig(TASKS, **{"states": 5, "flow": 2, "channels": 16, "trunk_size": 8, **changes})
+    return DagConfig(
+        changes.pop("tasks", TASKS), **{"states": 5, "flow": 2, "channels": 16, "trunk_size": 8, **changes}
+    )
 
 
 def make(seed=0, **changes):
@@ -90,6 +93,27 @@ def test_parts_may_come_in_any_order_and_more_than_once():
         one_by_one = [model(part, task) for part, task in ((c, "c"), (a, "a"), (b, "b"), (a, "a"))]
     for got, wanted in zip((first, second, third, fourth), one_by_one, strict=True):
         close(got, wanted)
+
+
+ALIKE = tuple(Task(f"t{k}", classes, 20, 2) for k, classes in enumerate((3, 7, 2)))
+
+
+@pytest.mark.parametrize("trunk", [5, 8, 20])
+def test_tasks_that_are_alike_share_the_products_of_their_stems_and_heads(trunk, monkeypatch):
+    torch.manual_seed(0)
+    model = make(tasks=ALIKE, trunk_size=trunk).eval()
+    folds = []
+    monkeypatch.setattr(MixedEnds, "fold", lambda *ends, fold=MixedEnds.fold: folds.append(1) or fold(*ends))
+    parts, names = [torch.randn(4, 2, 20, 20) for _ in ALIKE], [task.name for task in ALIKE]
+    with torch.no_grad():
+        for changed in (model.stems[1].conv.conv.weight, model.heads[2].norm.running_mean, model.heads[0].linear.bias):
+            for logits, part, name in zip(model(parts, names), parts, names, strict=True):
+                close(logits, model(part, name))
+            model(parts, names)
+            changed.add_(0.5)
+        assert len(folds) == 3
+        model([parts[0], parts[1][:1]], names[:2])  # not as many images of each
+    assert len(folds) == 3
 
 
 def test_gradients_through_frozen_norms_equal_those_of_the_extracted_networks():

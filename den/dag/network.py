@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from den.dag.edge import folded
+from den.dag.ends import MixedEnds
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
 from den.dag.head import make_head
@@ -65,6 +66,7 @@ class DagNetwork(nn.Module):
         self._host: FoldCache[tuple[list[list[int]], list[list[bool]]]] = FoldCache()
         self._routed: FoldCache[dict[tuple, BatchGates]] = FoldCache()
         self._packed: FoldCache[GraphWeights] = FoldCache()
+        self._ends: FoldCache[MixedEnds] = FoldCache()
 
     def forward(self, images: Images, task: Tasks) -> Tensor | list[Tensor]:
         """Logits: [B, classes] of one task, [B, classes, H, W] of a dense one; a list of them for a list of images; for
@@ -73,6 +75,10 @@ class DagNetwork(nn.Module):
         Raises ValueError for images or task that do not fit.
         """
         batch = task_batch(images, task, self.tasks, like=self.gates.gamma)
+        most = max(known.classes for known in self.tasks)
+        if ends := self._mixed_ends(batch):
+            maps = self.trunk(ends.stem(batch.images), self.route(batch))
+            return batch.restore_logits(ends.head(maps.mean((2, 3))), most)
         parts = [self.stems[k](part) for k, part in zip(batch.tasks, batch.images, strict=True)]
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
         maps = self.trunk(x.contiguous(memory_format=torch.channels_last), self.route(batch))
@@ -81,7 +87,15 @@ class DagNetwork(nn.Module):
             self.heads[k](part if self.tasks[k].dense else means)
             for k, part, means in zip(batch.tasks, maps.split(batch.sizes), pooled.split(batch.sizes), strict=True)
         ]
-        return batch.restore_logits(logits, max(known.classes for known in self.tasks))
+        return batch.restore_logits(logits, most)
+
+    def _mixed_ends(self, batch: TaskBatch) -> MixedEnds | None:
+        """The stems and heads of the batch's tasks as one, where that can be; kept for the next batch of the same."""
+        stems, heads = ([modules[k] for k in batch.tasks] for modules in (self.stems, self.heads))
+        casts = torch.is_autocast_enabled(batch.images[0].device.type)
+        if casts or not may_fold(self) or not MixedEnds.fit(stems, heads, batch.images):
+            return None
+        return self._ends.get(MixedEnds.sources(stems, heads), lambda: MixedEnds.fold(stems, heads))
 
     def trunk(self, x: Tensor, gates: BatchGates) -> Tensor:
         """The gated sum of all states, [B, C, H, W], of the stems' maps x."""
@@ -186,7 +200,7 @@ class DagNetwork(nn.Module):
         return tuple(e for e in range(len(self.edges)) if any(edges[e] for edges in kept))
 
     def train(self, mode: bool = True) -> DagNetwork:
-        for cache in (self._routed, self._host, self._packed):
+        for cache in (self._routed, self._host, self._packed, self._ends):
             cache.clear()
         return super().train(mode)
 
