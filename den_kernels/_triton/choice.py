@@ -68,18 +68,24 @@ def _tuned(kind: str, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile | N
     return Tile(*found) if found else None
 
 
-def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, prologue: bool = False) -> Tile:
+def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, prologue: bool = False, ieee: bool = False) -> Tile:
     """The tile of a convolution that writes up to n channels from up to k; `arch` is 80 for compute capability 8.0.
 
     A tuned one where the table of the architecture has it (table.py), else by rule. With a prologue, or before Hopper
-    with many columns, a step passes through registers, so that it is smaller.
+    with many columns, a step passes through registers, so that it is smaller. IEEE float32 (`ieee`) knows no tensor
+    core: operands lie in registers beside the sums, and with larger tiles, fewer warps or more stages some spill;
+    tables, tuned with TF32, do not count.
     """
+    if ieee:
+        return Tile(64, ceil_power(n, 16, 64), 16, 8, 2, 2)
     tuned = _tuned("prologue" if prologue else "convolve", n, k, dtype, arch)
     if tuned:
         return tuned
     columns = ceil_power(n, 16, 128)
     rows, depth = (64 if prologue or columns < 128 else 128, 32) if dtype == torch.float32 else (128, 64)
     if dtype != torch.float32 and (prologue or (arch < 90 and columns == 128)):
+        depth = 32
+    if arch >= 100 and columns == 128 and n <= 128:  # ptxas 12.9 spills a few addresses with deeper steps
         depth = 32
     stages = 3 if arch >= 90 or columns < 128 else 4
     return Tile(rows, columns, ceil_power(k, 16, depth), 8 if columns == 128 else 4, stages, 2)
@@ -141,24 +147,25 @@ def _is_even(rung: int, chosen: Sequence[int], k_widths: Sequence[int], bk: int,
     )
 
 
-def choose_weight_tile(n: Side, k: Side, dtype: torch.dtype, arch: int, masked: bool) -> Tile:
+def choose_weight_tile(n: Side, k: Side, dtype: torch.dtype, arch: int, masked: bool, ieee: bool = False) -> Tile:
     """The tile of a weight gradient: pixels of a step, output channels, input channels of one tap.
 
     Tuned for levels where the table of the architecture has it. By rule, on an elastic side a tile is as wide as 128 or
     the groups allow, but not under 64: there a wider tile that some instances fill in part costs less than reading the
-    other side once more. For masks it stays within a group.
+    other side once more. For masks it stays within a group. In IEEE float32 it is at most 64 wide, as in `choose_tile`.
     """
-    tuned = None if masked else _tuned("weight", n.channels, k.channels, dtype, arch)
+    tuned = None if masked or ieee else _tuned("weight", n.channels, k.channels, dtype, arch)
     if tuned:
         return tuned
     sides = []
     for side in (n, k):
-        width = ceil_power(side.channels, 16, 128)
+        width = ceil_power(side.channels, 16, 64 if ieee else 128)
         if side.sizes:
             width = max(unit_of(side.sizes, width), 16 if masked else min(width, 64))
         sides.append(width)
     rows = 32 if dtype == torch.float32 else 64
-    return Tile(rows, sides[0], sides[1], 8 if sides[0] * sides[1] > 64 * 64 else 4, 5, 2)
+    few = 64 * (128 if arch >= 100 else 64)  # sums for 4 warps: Blackwell has them in a memory of their own
+    return Tile(rows, sides[0], sides[1], 4 if sides[0] * sides[1] <= few else 8, 5, 2)
 
 
 def k_tiles(n_channels: int, k_channels: int, cardinality: int, tile: Tile) -> int:

@@ -112,7 +112,8 @@ def convolution_launch(
     (B, KC, H, W), (_, NC, OH, OW) = source.shape, out.shape
     sizes = (tuple(geometry.out_sizes), tuple(geometry.in_sizes))
     n, k = (Side(c, s) for c, s in zip((NC, KC), sizes[::-1] if transposed else sizes, strict=True))
-    tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, prologue is not None)
+    product = precision(source.dtype)
+    tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, prologue is not None, product == "ieee")
     selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile)
     stride, classes = geometry.stride, geometry.stride[0] * geometry.stride[1] if transposed else 1
     pixels = -(-OH // (stride[0] if transposed else 1)) * -(-OW // (stride[1] if transposed else 1))
@@ -133,7 +134,7 @@ def convolution_launch(
         N_WIDTHS=shape.n_widths, K_WIDTHS=shape.k_widths, COLUMNS=shape.columns, RUNG=shape.rung,
         BNS=shape.bns, BKS=shape.bks, EVENS=shape.evens,
         PROLOGUE=prologue is not None, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
-        RELU=epilogue.relu, ADD=epilogue.add, SKIP_EMPTY=skip_empty, PRECISION=precision(source.dtype), BM=tile.rows,
+        RELU=epilogue.relu, ADD=epilogue.add, SKIP_EMPTY=skip_empty, PRECISION=product, BM=tile.rows,
         num_warps=tile.warps, num_stages=tile.stages,
         **{name: source if tensor is None else tensor for name, tensor in pointers.items()}, **selection,
     )  # fmt: skip

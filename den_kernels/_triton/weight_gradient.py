@@ -60,7 +60,8 @@ def weight_gradient_launch(
     """What `weight_gradient` launches on a device of this architecture; `partial` is among the arguments."""
     (B, NC, OH, OW), (_, KC, H, W) = grad.shape, source.shape
     n, k = Side(NC, tuple(geometry.out_sizes)), Side(KC, tuple(geometry.in_sizes))
-    tile = choice.choose_weight_tile(n, k, grad.dtype, arch, route.mask is not None)
+    product = precision(grad.dtype)
+    tile = choice.choose_weight_tile(n, k, grad.dtype, arch, route.mask is not None, product == "ieee")
     k_tiles = choice.k_tiles(NC, KC, geometry.groups, tile)
     if route.mask is None:
         users = _of_levels(route, n, k, geometry.groups, tile)
@@ -76,7 +77,7 @@ def weight_gradient_launch(
         source_b=source.stride(0), source_h=source.stride(2), source_w=source.stride(3),
         NC=NC, KC=KC, CARDINALITY=geometry.groups, R=R, S=S, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],
         PAD_H=geometry.padding[0], PAD_W=geometry.padding[1], DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1],
-        K_TILES=k_tiles, WHOLE=OH * OW % tile.rows == 0, PRECISION=precision(grad.dtype), SPLITS=splits,
+        K_TILES=k_tiles, WHOLE=OH * OW % tile.rows == 0, PRECISION=product, SPLITS=splits,
         BN=tile.columns, BK=tile.depth, BP=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **users,
     )  # fmt: skip
     return Launch(weight_gradient_kernel, min(tiles * splits, tile.programs * multiprocessors), arguments)
