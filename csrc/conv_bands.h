@@ -32,7 +32,7 @@ std::vector<Band> make_bands(const ConvProblem<T>& p, const Sides& sides, int64_
                              Bytes bytes_of) {
   static const Channels nothing;
   std::vector<Band> bands;
-  constexpr int64_t room = scratch_bytes / 2;
+  const int64_t room = scratch_bytes() / 2;
   int64_t rest = p.B;
   for (int64_t s = 0; s < p.route.S; ++s) {
     const int64_t last = p.route.offsets[s + 1];

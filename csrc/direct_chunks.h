@@ -14,6 +14,7 @@
 #include <vector>
 
 #include <omp.h>
+#include <unistd.h>
 
 #include "check.h"
 #include "direct_channels.h"
@@ -21,7 +22,16 @@
 namespace den_kernels {
 
 constexpr int64_t max_taps = 49;
-constexpr int64_t scratch_bytes = 1 << 20;  // maps of a chunk: half of a core's second-level cache
+// What the maps of a chunk may take: half of a core's second-level cache.
+inline int64_t scratch_bytes() {
+  constexpr int64_t usual = 1 << 20;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t half = sysconf(_SC_LEVEL2_CACHE_SIZE) / 2;
+  return half > 0 ? std::min(std::max(half, usual / 4), 2 * usual) : usual;
+#else
+  return usual;
+#endif
+}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -61,7 +71,7 @@ auto make_chunks(const Problem& b, const std::vector<Channels>& hidden, int64_t 
   for (int64_t s = 0; s < b.route.S; ++s) rest += b.route.count(s) * hidden[s].count;
   for (int64_t s = 0; s < b.route.S; ++s) {
     if (!hidden[s].count) continue;
-    const int64_t last = b.route.offsets[s + 1], fits = scratch_bytes / make(0, multiple, hidden[s]).bytes() * multiple;
+    const int64_t last = b.route.offsets[s + 1], fits = scratch_bytes() / make(0, multiple, hidden[s]).bytes() * multiple;
     for (int64_t i = b.route.offsets[s]; i < last;) {
       const int64_t fair = round_up(fair_share(rest / hidden[s].count, threads), multiple);
       const int64_t left = std::min({std::max(fits, multiple), fair, last - i});
