@@ -78,12 +78,15 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
-def a_launch(kind: str, width: int, dtype: torch.dtype, arch: int, stride: int = 1, cardinality: int = 1) -> Launch:
+def a_launch(
+    kind: str, width: int, dtype: torch.dtype, arch: int, stride: int = 1, cardinality: int = 1, masked: bool = False
+) -> Launch:
     """A launch of a residual block of `width` channels, as WRN-32-4 (64, 128, 256) has them; meta tensors."""
     size = max(4, 2048 // width) if width >= 64 else 32
     groups = (width // 4, width // 4, width // 2)
     indices = lambda n: torch.empty(n, dtype=torch.int32, device="meta")  # noqa: E731
-    route = Route(indices(BATCH), indices(BATCH), indices(5), 3)
+    mask = torch.empty(BATCH, 3, dtype=torch.bool, device="meta") if masked else None
+    route = Route(indices(BATCH), indices(BATCH), indices(5), 3, mask)
     pair, first = (stride, stride), kind.startswith("conv1")
     out_groups, in_groups = (groups, ()) if first else ((), groups)
     if cardinality > 1:
@@ -158,6 +161,14 @@ def test_shipped_launches(kind, width, dtype, arch):
 def test_the_first_convolution_of_a_stage(kind):
     """It halves the map: in its data gradient every second tap meets a pixel."""
     check(a_launch(kind, 128, HALF, 90, stride=2), kind, 128, HALF, 90)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_spill_nothing(kind, arch):
+    code = compile_launch(a_launch(kind, 128, HALF, arch, masked=True), arch)
+    assert_nothing_spilled(code)
+    assert re.search(rf"\b({'|'.join(TENSOR_CORES.values())})\b", " ".join(code.instructions))
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
