@@ -18,23 +18,49 @@ constexpr int quads_per_tile = 3;  // of four pixels: with two vectors of channe
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
+// A band in scratch memory.
+template <class T>
+struct Maps {
+  const ConvProblem<T>& problem;
+  const Band& band;
+  const Channels& words;
+  BandMap<T> map;
+  const float* scratch;
+};
+
+// Output pixels of quad q of a band: instance, row of the band, first column, and how many of the four lie on the map.
+// The rows of all instances lie together, so that a tile of the first row or the last leaves out the taps on padding.
 struct Quad {
-  int64_t row, column, live;
+  int64_t instance, row, column, live;
 };
 template <class T>
-KERNEL Quad quad_at(const ConvProblem<T>& p, int64_t q) {
-  const int64_t per_row = (p.Wo + 3) / 4, column = q % per_row * 4;
-  return {q / per_row, column, p.Wo - column < 4 ? p.Wo - column : 4};
+KERNEL Quad quad_at(const Maps<T>& m, int64_t q) {
+  const int64_t per_row = (m.problem.Wo + 3) / 4, line = q / per_row, column = (q - line * per_row) * 4;
+  const int64_t row = line / m.band.count, left = m.problem.Wo - column;
+  return {line - row * m.band.count, row, column, left < 4 ? left : 4};
+}
+
+// The taps of quads q0 .. q0 + quads - 1.
+template <class T>
+KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t q0, int quads) {
+  const ConvProblem<T>& p = m.problem;
+  const int64_t first = quad_at(m, q0).row, last = quad_at(m, q0 + quads - 1).row, top = m.band.first_row;
+  return taps_on_map(taps, p.R, p.S, top + first, top + last, p.stride[0], p.dilation[0], p.padding[0],
+                     p.padding[0] + p.H - 1);
 }
 
 // The blocks of output channels block[0 .. vectors - 1] of quads from q0: the sums, and zeros in lanes not selected.
 template <class T, int vectors, int quads>
-void conv_tile(const ConvProblem<T>& p, const Channels& words, const BandMap<T>& map, const float* scratch, T* out,
-               const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
+void conv_tile(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
+  const ConvProblem<T>& p = m.problem;
   const float* input[quads];
+  T* out[quads];
   UNROLL for (int q = 0; q < quads; ++q) {
-    const Quad at = quad_at(p, q0 + q);
-    input[q] = scratch + (at.row * p.stride[0] * map.columns + at.column * p.stride[1]) * map.pixel;
+    const Quad at = quad_at(m, q0 + q);
+    input[q] = m.scratch + at.instance * m.map.size() +
+               (at.row * p.stride[0] * m.map.columns + at.column * p.stride[1]) * m.map.pixel;
+    const int64_t row = p.route.order[m.band.start + at.instance] * p.Ho + m.band.first_row + at.row;
+    out[q] = p.out + (row * p.Wo + at.column) * p.C_out;
   }
   __m512 acc[quads * 4][vectors];
   UNROLL for (int v = 0; v < vectors; ++v) {
@@ -45,16 +71,15 @@ void conv_tile(const ConvProblem<T>& p, const Channels& words, const BandMap<T>&
   const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
   if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
   sum_channels<T, vectors, quads, false>(
-      acc, input, map.pixel * p.stride[1], 1, taps, p.R * p.S, words_of(p.weight) + block[0].index * weight_vector,
-      (block[vectors - 1].index - block[0].index) * weight_vector, words.pieces, ahead);
+      acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, q0, quads), words_of(p.weight) + block[0].index * weight_vector,
+      (block[vectors - 1].index - block[0].index) * weight_vector, m.words.pieces, ahead);
   UNROLL for (int q = 0; q < quads; ++q) {
-    const Quad at = quad_at(p, q0 + q);
-    T* to = out + (at.row * p.Wo + at.column) * p.C_out;
+    const int64_t live = quad_at(m, q0 + q).live;
     UNROLL for (int i = 0; i < 4; ++i) {
-      if (i >= at.live) break;
+      if (i >= live) break;
       UNROLL for (int v = 0; v < vectors; ++v) {
         const __m512 sum = _mm512_maskz_mov_ps(static_cast<__mmask16>(block[v].lanes), acc[q * 4 + i][v]);
-        store16(to + i * p.C_out + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
+        store16(out[q] + i * p.C_out + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
       }
     }
   }
@@ -68,27 +93,27 @@ constexpr decltype(&conv_tile<T, 1, 1>) conv_tiles[2][3] = {
 
 template <class T>
 void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, float* scratch) {
-  const BandMap<T> map(p, band, words.count);
+  const Maps<T> maps{p, band, words, BandMap<T>(p, band, words.count), scratch};
   int64_t taps[max_taps];
-  map.tap_offsets(p, taps);
-  for (int64_t j = 0; j < band.count && map.pixel; ++j) copy_rows(p, band, words, map, j, scratch + j * map.size());
+  maps.map.tap_offsets(p, taps);
+  for (int64_t j = 0; j < band.count && words.count; ++j)
+    copy_rows(p, band, words, maps.map, j, scratch + j * maps.map.size());
 
+  const std::vector<Block>& blocks = band.outputs.blocks;
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
+  const int64_t quads = band.count * band.rows * ((p.Wo + 3) / 4);
+  const int64_t tiles = (quads + quads_per_tile - 1) / quads_per_tile;
+  for (int64_t i = 0; i < block_count; i += 2) {
+    const bool two = i + 1 < block_count;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t q = tile * quads_per_tile;
+      const Ahead ahead = i + 2 < block_count ? ahead_of(tile, tiles) : Ahead{};
+      conv_tiles<T>[two][std::min<int64_t>(quads_per_tile, quads - q) - 1](maps, &blocks[i], q, taps, ahead);
+    }
+  }
   const auto out_of = [&](int64_t j) {
     return p.out + (p.route.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out;
   };
-  const std::vector<Block>& blocks = band.outputs.blocks;
-  const int64_t block_count = static_cast<int64_t>(blocks.size());
-  const int64_t quads = band.rows * ((p.Wo + 3) / 4), tiles = (quads + quads_per_tile - 1) / quads_per_tile;
-  for (int64_t i = 0; i < block_count; i += 2) {
-    const bool two = i + 1 < block_count;
-    for (int64_t j = 0; j < band.count; ++j)
-      for (int64_t q = 0; q < quads; q += quads_per_tile) {
-        const auto run = conv_tiles<T>[two][std::min<int64_t>(quads_per_tile, quads - q) - 1];
-        const int64_t tile = j * tiles + q / quads_per_tile;
-        const Ahead ahead = i + 2 < block_count ? ahead_of(tile, band.count * tiles) : Ahead{};
-        run(p, words, map, scratch + j * map.size(), out_of(j), &blocks[i], q, taps, ahead);
-      }
-  }
   for (const Run& gap : band.outputs.gaps)
     for (int64_t j = 0; j < band.count; ++j)
       for (int64_t i = 0; i < band.rows * p.Wo; ++i)

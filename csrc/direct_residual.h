@@ -78,14 +78,23 @@ KERNEL int64_t tap_offsets(const ResidualBlock<T>& b, const PaddedMap& map, int6
   return b.R * b.S;
 }
 
-// Output pixels of quad q of a chunk: instance, row, first column, and how many of the four lie on the map.
+// Output pixels of quad q of a chunk: instance, row, first column, and how many of the four lie on the map. The rows of
+// all instances lie together, so that a tile of the first row or the last leaves out the taps on padding.
 struct Quad {
   int64_t instance, row, column, live;
 };
 template <class T>
-KERNEL Quad quad_at(const ResidualBlock<T>& b, int64_t q) {
-  const int64_t per_row = (b.Wo + 3) / 4, row = q / per_row, column = (q - row * per_row) * 4, instance = row / b.Ho;
-  return {instance, row - instance * b.Ho, column, b.Wo - column < 4 ? b.Wo - column : 4};
+KERNEL Quad quad_at(const Chunk<T>& c, int64_t q) {
+  const int64_t per_row = (c.block.Wo + 3) / 4, line = q / per_row, column = (q - line * per_row) * 4;
+  const int64_t row = line / c.count, left = c.block.Wo - column;
+  return {line - row * c.count, row, column, left < 4 ? left : 4};
+}
+
+// The taps of quads q0 .. q0 + quads - 1, of a convolution of a map of H rows with "same" padding.
+template <class T>
+KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, int64_t q0, int quads, int64_t stride, int64_t H) {
+  const int64_t first = quad_at(c, q0).row, last = quad_at(c, q0 + quads - 1).row, top = c.block.R / 2;
+  return taps_on_map(taps, c.block.R, c.block.S, first, last, stride, 1, top, top + H - 1);
 }
 
 // One tile of conv1, blocks slot and on of the hidden channels: relu(sum + bias) into the hidden map, [pixel][channel].
@@ -96,7 +105,7 @@ void hidden_tile(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* tap
   const int64_t tap_count = b.R * b.S;
   const float* input[quads];
   UNROLL for (int q = 0; q < quads; ++q) {
-    const Quad at = quad_at(b, q0 + q);
+    const Quad at = quad_at(c, q0 + q);
     input[q] = c.a_of(at.instance) + (at.row * b.stride * c.a.columns + at.column * b.stride) * c.a.pixel();
   }
   __m512 acc[quads * 4][vectors];
@@ -107,10 +116,10 @@ void hidden_tile(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* tap
   const int64_t weight_vector = weight_words<T>(b.C, tap_count);
   if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
   sum_channels<T, vectors, quads, false>(
-      acc, input, c.a.pixel() * b.stride, 1, taps, tap_count, words_of(b.conv1) + block[0].index * weight_vector,
+      acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, q0, quads, b.stride, b.H), words_of(b.conv1) + block[0].index * weight_vector,
       (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
   UNROLL for (int q = 0; q < quads; ++q) {
-    const Quad at = quad_at(b, q0 + q);
+    const Quad at = quad_at(c, q0 + q);
     float* h = c.h_of(at.instance) + ((at.row + b.R / 2) * c.h.columns + at.column + b.S / 2) * c.h.pixel();
     UNROLL for (int p = 0; p < 4; ++p) {
       if (p >= at.live) break;
@@ -156,7 +165,7 @@ void output_tile(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* 
   const T* shortcut[quads];
   T* out[quads];
   UNROLL for (int q = 0; q < quads; ++q) {
-    const Quad at = quad_at(b, q0 + q);
+    const Quad at = quad_at(c, q0 + q);
     input[q] = c.h_of(at.instance) + (at.row * c.h.columns + at.column) * c.h.pixel();
     const int64_t pixel = (b.route.order[c.start + at.instance] * b.Ho + at.row) * b.Wo + at.column;
     shortcut[q] = b.shortcut + pixel * b.C_out + channel;
@@ -171,11 +180,11 @@ void output_tile(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* 
   }
   const int64_t weight_vector = weight_words<T>(b.M, tap_count);
   ahead.distance = vectors * weight_vector;
-  sum_channels<T, vectors, quads, planar>(acc, input, c.h.pixel(), c.h.channel(), taps, tap_count,
-                                          words_of(b.conv2) + block16 * weight_vector, weight_vector,
+  sum_channels<T, vectors, quads, planar>(acc, input, c.h.pixel(), c.h.channel(),
+                                          taps_of(c, taps, q0, quads, 1, b.Ho), words_of(b.conv2) + block16 * weight_vector, weight_vector,
                                           c.hidden.words.pieces, ahead);
   UNROLL for (int q = 0; q < quads; ++q) {
-    const int64_t live = quad_at(b, q0 + q).live;
+    const int64_t live = quad_at(c, q0 + q).live;
     UNROLL for (int p = 0; p < 4; ++p) {
       if (p >= live) break;
       UNROLL for (int v = 0; v < vectors; ++v) {

@@ -32,17 +32,33 @@ KERNEL Ahead ahead_of(int64_t tile, int64_t tiles) {
   return {first, std::min<int64_t>(count, 16 - first), 0};
 }
 
+// The taps of a kernel that a tile meets: where each lies from the first, and which rows of them do not fall on padding.
+struct Taps {
+  const int64_t* at;
+  int64_t count, begin, end;
+};
+
+// Those of a kernel of R rows and S columns for output rows first .. last (`lowest`, `highest`: the input rows there are,
+// seen from tap row 0 of output row 0).
+KERNEL Taps taps_on_map(const int64_t* at, int64_t R, int64_t S, int64_t first, int64_t last, int64_t stride,
+                        int64_t dilation, int64_t lowest, int64_t highest) {
+  const int64_t above = lowest - last * stride, below = highest - first * stride;  // in input rows from tap row 0
+  const int64_t begin = above <= 0 ? 0 : std::min(R, (above + dilation - 1) / dilation);
+  const int64_t end = below < 0 ? begin : std::max(begin, std::min(R, below / dilation + 1));
+  return {at, R * S, begin * S, end * S};
+}
+
 // acc[q * 4 + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
 // A piece is a cache line of every pixel: it serves all taps before the weights push it out of the first level.
 template <class T, int vectors, int quads, bool planar>
 KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (&input)[quads], int64_t pixel,
-                         int64_t channel, const int64_t* taps, int64_t tap_count, const float* weight,
-                         int64_t weight_vector, const std::vector<Piece>& pieces, const Ahead& ahead) {
+                         int64_t channel, const Taps& taps, const float* weight, int64_t weight_vector,
+                         const std::vector<Piece>& pieces, const Ahead& ahead) {
   for (const Piece& piece : pieces) {
-    const float* of_piece = weights_of(weight, piece, tap_count);
-    for (int64_t t = 0; t < tap_count; ++t) {
+    const float* of_piece = weights_of(weight, piece, taps.count);
+    for (int64_t t = taps.begin; t < taps.end; ++t) {
       const float* in[quads];
-      UNROLL for (int q = 0; q < quads; ++q) in[q] = input[q] + taps[t] + piece.place * channel;
+      UNROLL for (int q = 0; q < quads; ++q) in[q] = input[q] + taps.at[t] + piece.place * channel;
       const float* w = of_piece + t * 256;
       for (int64_t row = ahead.first; row < ahead.first + ahead.count; ++row) {
         UNROLL for (int v = 0; v < vectors; ++v) {

@@ -58,7 +58,7 @@ void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gat
     const __m512 bias = _mm512_maskz_loadu_ps(lanes_of(p.C - first), p.biases[e] + first);
     UNROLL for (int i = 0; i < quads * 4; ++i) acc[i][v] = bias;
   }
-  sum_channels<float, vectors, quads, false>(acc, input, p.C, 1, layout.taps, p.R * p.S,
+  sum_channels<float, vectors, quads, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
                                              p.weights[e] + block * weight_vector, weight_vector, layout.pieces, {});
   const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
   UNROLL for (int q = 0; q < quads; ++q) {
