@@ -98,7 +98,7 @@ def _network_targets() -> list[Target]:
 
 def _dag_targets() -> list[Target]:
     found = []
-    for shape in ("16x7", "32x8", "48x14"):
+    for shape in ("16x7", "24x7", "32x8", "48x14"):
         channels, side = shape.split("x")
         for tasks in (8, 20):
             what, case = f"DAG {channels}x{side}², {tasks} tasks", f"dag/{shape}/B{4 * tasks}/{tasks}-tasks/float32"

@@ -16,7 +16,7 @@ import torch
 from .dag_network import PER_TASK, HardShared, MixedTasks
 from .harness import Case, Provider, Settings, expect, run
 
-SHAPES = ("16x7", "32x8", "48x14")
+SHAPES = ("16x7", "24x7", "32x8", "48x14")  # channels x side; den dag train dag-omniglot has 24x7
 CASES = [
     Case("dag", shape, PER_TASK * tasks, f"{tasks}-tasks", "float32") for shape in SHAPES for tasks in (8, 20)
 ]  # fmt: skip
