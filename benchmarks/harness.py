@@ -95,12 +95,14 @@ def joined(result: Result) -> Tensor:
     return torch.cat([part.detach().flatten() for part in result] or [torch.empty(0)]).cpu()
 
 
-def expect(function: Callable[[torch.dtype], Result], dtype: torch.dtype, factor: float = 2.0) -> Expected:
+def expect(
+    function: Callable[[torch.dtype], Result], dtype: torch.dtype, factor: float = 2.0, least: float = 0.0
+) -> Expected:
     """The float64 result of ``function`` and ``factor`` times the largest error of the same expression in ``dtype``.
 
     The error counts for at least the rounding of the largest value. Of a list of tensors each has an error of its own,
     which counts for at least the median of them all, in relation to the largest value of each: that of a single number
-    may be small by chance.
+    may be small by chance.  ``least``: what is allowed at least, in relation to the largest value of each.
     """
     exact, rounded = function(torch.float64), function(dtype)
     if isinstance(exact, Tensor):
@@ -108,7 +110,7 @@ def expect(function: Callable[[torch.dtype], Result], dtype: torch.dtype, factor
     errors = [_error(e, r) for e, r in zip(exact, rounded, strict=True)]
     sizes = [_size(e) for e in exact]
     usual = statistics.median([error / size for error, size in zip(errors, sizes, strict=True) if size] or [0.0])
-    least = max(usual, torch.finfo(dtype).eps / 2)
+    least = max(usual, torch.finfo(dtype).eps / 2, least / factor)
     allowed = [factor * max(error, least * size) for error, size in zip(errors, sizes, strict=True)]
     parts = [torch.full((e.numel(),), bound, dtype=torch.float64) for e, bound in zip(exact, allowed, strict=True)]
     return Expected(joined(exact), torch.cat(parts) if parts else 0.0)

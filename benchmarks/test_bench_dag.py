@@ -31,7 +31,7 @@ def providers_of(mixed: MixedTasks) -> list[Provider]:
         Provider("ours", "ours", lambda: mixed.together(mixed.network), expected),
         Provider("one-by-one", "alternative", lambda: mixed.one_by_one(alone), expected),
         Provider("one-by-one-whole", "alternative", lambda: mixed.one_by_one(alone_whole), whole),
-        Provider("ours-whole", "dense", lambda: mixed.together(mixed.whole), whole),
+        Provider("ours-whole", "tuned", lambda: mixed.together(mixed.whole), whole),
         Provider("dense-whole", "dense", functools.partial(HardShared(mixed.whole), mixed.images), whole),
     ]
 

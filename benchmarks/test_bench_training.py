@@ -23,9 +23,9 @@ from .harness import Case, Expected, Provider, Settings, Work, expect, run
 from .parameters import everywhere
 from .training_peers import TrainingPass, gradients
 
-# Rounding decides now and then on which side of a ReLU a value falls, in every block behind it, so that two float32
-# gradients differ by more than the largest error of one of them: WRN-32-4 was seen at 6 times the error.
-FACTOR = 16.0
+# Rounding decides now and then on which side of a ReLU a value falls: that changes the gradients of every block before
+# it, by up to 2.5 % of their largest value in WRN-32-4, in one float32 pass and not in another.
+FACTOR, LEAST = 4.0, 0.05
 SAMPLES = 8
 ESTIMATOR = [
     *[Case("training-estimator", "demo", 64, mix, "float32") for mix in ("tau0.75", "tau0.25")],
@@ -62,7 +62,7 @@ def step_expectation(network: ElasticNetwork, full: bool) -> Expected:
         here = in_dtype(network, dtype)
         return training_pass(here, None if full else here.levels).step(here.images, labels_of(here))
 
-    return expect(step, torch.float32, FACTOR)
+    return expect(step, torch.float32, FACTOR, LEAST)
 
 
 def estimator_providers(network: ElasticNetwork) -> list[Provider]:
@@ -119,7 +119,7 @@ def selector_expectation(network: ElasticNetwork, kind: str) -> Expected:
         structures = sampled(here).levels.view(len(here.images), SAMPLES, -1).long()
         return selector_step(here, structures, lambda: plain(here.images, SAMPLES))
 
-    return expect(step, torch.float32, FACTOR)
+    return expect(step, torch.float32, FACTOR, LEAST)
 
 
 def selector_providers(network: ElasticNetwork) -> list[Provider]:

@@ -44,12 +44,13 @@ Pixels pixels_of(const Problem& p, const Band& band, const Map& map, int64_t fir
 DEN_KERNELS_TARGET
 
 // sums[v][k] += sum over pixels of grad[block v] * x[k]; sums[v]: [inputs][16], `step` floats from block 0's to block 1's.
+// The pixels are summed up from zero: one long sum over all pixels of a batch would round away ten times as much.
 template <int vectors, int inputs>
 void gradient_tile(const Pixels& pixels, const float* grad, const Block* block, const float* x, float* sums,
                    int64_t step) {
   __m512 acc[inputs][vectors];
   UNROLL for (int k = 0; k < inputs; ++k) {
-    UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_loadu_ps(sums + v * step + k * 16);
+    UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < pixels.count; ++i) {
     const float *g = grad + pixels.grad[i], *in = x + pixels.input[i];
@@ -62,7 +63,10 @@ void gradient_tile(const Pixels& pixels, const float* grad, const Block* block, 
     }
   }
   UNROLL for (int k = 0; k < inputs; ++k) {
-    UNROLL for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(sums + v * step + k * 16, acc[k][v]);
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      float* to = sums + v * step + k * 16;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), acc[k][v]));
+    }
   }
 }
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from den.dag.head import ClassHead
 from den.dag.stem import DagStem
-from den.folding import folded_weight, norm_affine, norm_tensors
+from den.folding import folded_weight, norm_affine
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +38,10 @@ class MixedEnds:
         return all(stem.in_size == images[0].shape[-1] for stem in stems)
 
     @staticmethod
-    def sources(stems: Sequence[DagStem], heads: Sequence[ClassHead]) -> tuple[Tensor, ...]:
-        """The tensors that the folded ones depend on."""
-        of_stems = (t for stem in stems for t in (stem.conv.conv.weight, *norm_tensors(stem.conv.norm)))
-        of_heads = (t for head in heads for t in (head.linear.weight, head.linear.bias, *norm_tensors(head.norm)))
-        return (*of_stems, *of_heads)
+    def modules(stems: Sequence[DagStem], heads: Sequence[ClassHead]) -> tuple[nn.Module, ...]:
+        """The modules that hold what the folded tensors depend on."""
+        of_stems = (module for stem in stems for module in (stem.conv.conv, stem.conv.norm))
+        return (*of_stems, *(module for head in heads for module in (head.linear, head.norm)))
 
     @staticmethod
     def fold(stems: Sequence[DagStem], heads: Sequence[ClassHead]) -> MixedEnds:
@@ -69,8 +68,12 @@ class MixedEnds:
         kernel, stride, padding = self.geometry
         count = len(images[0])
         side = (images[0].shape[-1] + 2 * padding - kernel) // stride + 1
-        windows = F.unfold(torch.cat(tuple(images)), kernel, 1, padding, stride)  # [K * n, c * R * S, H * W]
-        rows = windows.transpose(1, 2).reshape(len(images), count * side * side, -1)
+        x = torch.cat(tuple(images)).contiguous()
+        if padding == 0 and kernel == stride == x.shape[-1] // side:  # the windows lie side by side
+            windows = x.view(*x.shape[:2], side, kernel, side, kernel).permute(0, 2, 4, 1, 3, 5)
+        else:
+            windows = F.unfold(x, kernel, 1, padding, stride).transpose(1, 2)  # [K * n, H * W, c * R * S]
+        rows = windows.reshape(len(images), count * side * side, -1)
         maps = torch.baddbmm(self.stem_bias, rows, self.stem_weight).relu_()  # [K, n * H * W, C]
         return maps.view(len(images) * count, side, side, -1).permute(0, 3, 1, 2)
 

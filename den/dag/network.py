@@ -27,7 +27,7 @@ from den.dag.head import make_head
 from den.dag.model_config import DagConfig
 from den.dag.stages import StageEnds, make_edge
 from den.dag.stem import make_stem
-from den.folding import may_fold, norm_tensors
+from den.folding import may_fold
 from den.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import GraphWeights, Route, RoutingPlan, dynamic_graph
 from den_kernels.fold_cache import FoldCache
@@ -95,7 +95,7 @@ class DagNetwork(nn.Module):
         casts = torch.is_autocast_enabled(batch.images[0].device.type)
         if casts or not may_fold(self) or not MixedEnds.fit(stems, heads, batch.images):
             return None
-        return self._ends.get(MixedEnds.sources(stems, heads), lambda: MixedEnds.fold(stems, heads))
+        return self._ends.of(MixedEnds.modules(stems, heads), lambda: MixedEnds.fold(stems, heads))
 
     def trunk(self, x: Tensor, gates: BatchGates) -> Tensor:
         """The gated sum of all states, [B, C, H, W], of the stems' maps x."""
@@ -144,13 +144,12 @@ class DagNetwork(nn.Module):
 
     def _weights(self) -> GraphWeights:
         """The edges' convolutions with their batch norms folded in."""
-        sources = tuple(t for edge in self.edges for t in (edge.conv.weight, *norm_tensors(edge.norm)))
 
         def pack() -> GraphWeights:
             pairs = [folded(edge.conv.weight, edge.norm) for edge in self.edges]
             return GraphWeights.pack(self.graph.states, self.graph.edges, *zip(*pairs, strict=True))
 
-        return self._packed.get(sources, pack)
+        return self._packed.of(tuple(module for edge in self.edges for module in (edge.conv, edge.norm)), pack)
 
     def _edge(self, e: int, states: list[Tensor], gates: BatchGates) -> Tensor:
         return self.edges[e](states[self.graph.edges[e][0]], None if gates.plan is None else gates.plan[e])
