@@ -48,9 +48,14 @@ def median_seconds(call: Callable[[], object], rounds: int = 7) -> float:
 
 @functools.cache
 def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a square matrix product in ``dtype``, with the threads that are set now."""
+    """FLOP/s, with the threads that are set now, of a square matrix product in ``dtype`` or of a dense convolution,
+    whichever has more: a BLAS need not know the CPU as well as oneDNN does.
+    """
     a = torch.randn(size, size).to(dtype)
-    return 2 * size**3 / median_seconds(lambda: a @ a)
+    x, weight = torch.randn(8, 256, 34, 34), torch.randn(256, 256, 3, 3)
+    x, weight = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    product = 2 * size**3 / median_seconds(lambda: a @ a)
+    return max(product, 2 * 8 * 32**2 * weight.numel() / median_seconds(lambda: torch.conv2d(x, weight)))
 
 
 @functools.cache
