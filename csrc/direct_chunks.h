@@ -58,6 +58,31 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
   end = count * (thread + 1) / threads;
 }
 
+// How the quads of a map, in the order of their rows, are cut into tiles of at most `most`: those of the rows that meet
+// padding above, of the rows that meet none, and of those that meet padding below.
+struct Cut {
+  int64_t quads[3], most;
+  // Output rows first .. first + rows - 1 of a kernel of R rows, `top` rows of padding above H input rows.
+  static Cut of(int64_t first, int64_t rows, int64_t per_row, int64_t R, int64_t top, int64_t H, int64_t stride,
+                int64_t dilation, int64_t most) {
+    const auto before = [&](int64_t limit) {  // rows that begin before input row `limit`, seen from the padding's first
+      const int64_t y = limit <= 0 ? 0 : (limit + stride - 1) / stride;
+      return std::min(std::max<int64_t>(y - first, 0), rows);
+    };
+    const int64_t above = before(top), inside = std::max(above, before(H + top - (R - 1) * dilation));
+    return {{above * per_row, (inside - above) * per_row, (rows - inside) * per_row}, most};
+  }
+  int64_t tiles(int part) const { return (quads[part] + most - 1) / most; }
+  int64_t tiles() const { return tiles(0) + tiles(1) + tiles(2); }
+  // The first quad of tile i, and how many it has.
+  void at(int64_t i, int64_t& first, int64_t& count) const {
+    int part = 0;
+    for (first = 0; i >= tiles(part); first += quads[part++]) i -= tiles(part);
+    count = std::min(most, quads[part] - i * most);
+    first += i * most;
+  }
+};
+
 // How much of the `rest` a piece of work may be: half of what would be a thread's share, so that pieces are large while
 // much is left and threads end together.
 inline int64_t fair_share(int64_t rest, int64_t threads) { return std::max<int64_t>(1, rest / (2 * threads)); }

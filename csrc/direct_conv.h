@@ -101,14 +101,16 @@ void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, 
 
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
-  const int64_t quads = band.count * band.rows * ((p.Wo + 3) / 4);
-  const int64_t tiles = (quads + quads_per_tile - 1) / quads_per_tile;
+  const Cut cut = Cut::of(band.first_row, band.rows, band.count * ((p.Wo + 3) / 4), p.R, p.padding[0], p.H, p.stride[0],
+                          p.dilation[0], quads_per_tile);
+  const int64_t tiles = cut.tiles();
   for (int64_t i = 0; i < block_count; i += 2) {
     const bool two = i + 1 < block_count;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t q = tile * quads_per_tile;
       const Ahead ahead = i + 2 < block_count ? ahead_of(tile, tiles) : Ahead{};
-      conv_tiles<T>[two][std::min<int64_t>(quads_per_tile, quads - q) - 1](maps, &blocks[i], q, taps, ahead);
+      int64_t first, count;
+      cut.at(tile, first, count);
+      conv_tiles<T>[two][count - 1](maps, &blocks[i], first, taps, ahead);
     }
   }
   const auto out_of = [&](int64_t j) {

@@ -53,17 +53,16 @@ struct Chunk {
   Selected hidden;
   std::vector<Piece> fours;  // of the hidden channels, for planar maps
   PaddedMap a, h;
+  Cut conv1, conv2;  // of the quads of both maps
   float* scratch;
   float* a_of(int64_t j) const { return scratch + j * (a.size() + h.size()); }
   float* h_of(int64_t j) const { return a_of(j) + a.size(); }
   int64_t bytes() const { return count * (a.size() + h.size()) * 4; }
-  int64_t quads() const { return count * block.Ho * ((block.Wo + 3) / 4); }
-  int64_t tiles() const { return (quads() + quads_per_tile - 1) / quads_per_tile; }
   int64_t hidden_blocks() const {
     return static_cast<int64_t>(h.planar ? fours.size() : (hidden.channels.blocks.size() + 1) / 2);
   }
-  int64_t hidden_count() const { return hidden_blocks() * (h.planar ? count * vector_rows() : tiles()); }
-  int64_t output_count() const { return (block.C_out / 16 + 1) / 2 * tiles(); }
+  int64_t hidden_count() const { return hidden_blocks() * (h.planar ? count * vector_rows() : conv1.tiles()); }
+  int64_t output_count() const { return (block.C_out / 16 + 1) / 2 * conv2.tiles(); }
   int64_t vector_rows() const { return (block.Ho * block.Wo / 16 + 3) / 4; }  // tiles of four vectors of 16 pixels
 };
 
@@ -266,14 +265,15 @@ constexpr Tile<T> output_tiles[2][3] = {
 
 // Items begin..end of a convolution to `blocks` blocks of channels: for each two of these, each tile.
 template <class T>
-void tile_items(const Chunk<T>& c, const Tile<T> (&tiles)[2][3], int64_t blocks, int64_t begin, int64_t end,
-                const int64_t* taps) {
-  const int64_t count = c.tiles();
+void tile_items(const Chunk<T>& c, const Tile<T> (&tiles)[2][3], const Cut& cut, int64_t blocks, int64_t begin,
+                int64_t end, const int64_t* taps) {
+  const int64_t count = cut.tiles();
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t block16 = i / count * 2, q0 = i % count * quads_per_tile;
-    const int64_t vectors = std::min<int64_t>(2, blocks - block16);
+    const int64_t block16 = i / count * 2, vectors = std::min<int64_t>(2, blocks - block16);
     const Ahead ahead = block16 + 2 < blocks ? ahead_of(i % count, count) : Ahead{};
-    tiles[vectors - 1][std::min<int64_t>(quads_per_tile, c.quads() - q0) - 1](c, block16, q0, taps, ahead);
+    int64_t q0, quads;
+    cut.at(i % count, q0, quads);
+    tiles[vectors - 1][quads - 1](c, block16, q0, taps, ahead);
   }
 }
 
@@ -296,7 +296,7 @@ void hidden_items(const Chunk<T>& c, int64_t begin, int64_t end) {
       return;
     }
   }
-  tile_items(c, hidden_tiles<T>, static_cast<int64_t>(c.hidden.channels.blocks.size()), begin, end, taps);
+  tile_items(c, hidden_tiles<T>, c.conv1, static_cast<int64_t>(c.hidden.channels.blocks.size()), begin, end, taps);
 }
 
 template <class T>
@@ -305,11 +305,11 @@ void output_items(const Chunk<T>& c, int64_t begin, int64_t end) {
   tap_offsets(c.block, c.h, taps);
   if constexpr (per_word<T> == 1) {
     if (c.h.planar) {
-      tile_items(c, output_tiles<T, true>, c.block.C_out / 16, begin, end, taps);
+      tile_items(c, output_tiles<T, true>, c.conv2, c.block.C_out / 16, begin, end, taps);
       return;
     }
   }
-  tile_items(c, output_tiles<T, false>, c.block.C_out / 16, begin, end, taps);
+  tile_items(c, output_tiles<T, false>, c.conv2, c.block.C_out / 16, begin, end, taps);
 }
 
 #pragma GCC pop_options
@@ -321,6 +321,7 @@ Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Sel
   // By pixels where pieces of 4 hidden channels waste less than blocks of 16.
   const bool planar =
       per_word<T> == 1 && b.stride == 1 && b.W % 16 == 0 && fours.size() < 4 * hidden.channels.blocks.size();
+  const int64_t line = count * ((b.Wo + 3) / 4);
   return {b,
           start,
           count,
@@ -329,6 +330,8 @@ Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Sel
           std::move(fours),
           padded_map(b.H, b.W, b.C / per_word<T>, planar, b.R, b.S, b.stride),
           padded_map(b.Ho, b.Wo, hidden.words.count, planar, b.R, b.S, 1),
+          Cut::of(0, b.Ho, line, b.R, b.R / 2, b.H, b.stride, 1, quads_per_tile),
+          Cut::of(0, b.Ho, line, b.R, b.R / 2, b.Ho, 1, 1, quads_per_tile),
           nullptr};
 }
 
