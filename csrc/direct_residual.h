@@ -113,9 +113,11 @@ void hidden_tile(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* tap
     UNROLL for (int p = 0; p < quads * 4; ++p) acc[p][v] = bias;
   }
   const int64_t weight_vector = weight_words<T>(b.C, tap_count);
-  if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
+  const float* weight = words_of(b.conv1) + block[0].index * weight_vector;
+  const bool last = slot + vectors == static_cast<int64_t>(c.hidden.channels.blocks.size());
+  ahead.distance = last ? words_of(b.conv2) - weight : (block[vectors].index - block[0].index) * weight_vector;
   sum_channels<T, vectors, quads, false>(
-      acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, q0, quads, b.stride, b.H), words_of(b.conv1) + block[0].index * weight_vector,
+      acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, q0, quads, b.stride, b.H), weight,
       (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
   UNROLL for (int q = 0; q < quads; ++q) {
     const Quad at = quad_at(c, q0 + q);
@@ -178,9 +180,11 @@ void output_tile(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* 
     UNROLL for (int p = 0; p < quads * 4; ++p) acc[p][v] = bias;
   }
   const int64_t weight_vector = weight_words<T>(b.M, tap_count);
-  ahead.distance = vectors * weight_vector;
+  const float* weight = words_of(b.conv2) + block16 * weight_vector;
+  const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
+  ahead.distance = last ? words_of(b.conv1) - weight : vectors * weight_vector;
   sum_channels<T, vectors, quads, planar>(acc, input, c.h.pixel(), c.h.channel(),
-                                          taps_of(c, taps, q0, quads, 1, b.Ho), words_of(b.conv2) + block16 * weight_vector, weight_vector,
+                                          taps_of(c, taps, q0, quads, 1, b.Ho), weight, weight_vector,
                                           c.hidden.words.pieces, ahead);
   UNROLL for (int q = 0; q < quads; ++q) {
     const int64_t live = quad_at(c, q0 + q).live;
@@ -270,10 +274,9 @@ void tile_items(const Chunk<T>& c, const Tile<T> (&tiles)[2][3], const Cut& cut,
   const int64_t count = cut.tiles();
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block16 = i / count * 2, vectors = std::min<int64_t>(2, blocks - block16);
-    const Ahead ahead = block16 + 2 < blocks ? ahead_of(i % count, count) : Ahead{};
     int64_t q0, quads;
     cut.at(i % count, q0, quads);
-    tiles[vectors - 1][quads - 1](c, block16, q0, taps, ahead);
+    tiles[vectors - 1][quads - 1](c, block16, q0, taps, ahead_of(i % count, count));
   }
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,8 @@ def test_den_bench_only_reads_when_asked(monkeypatch):
 
 def test_den_bench_measures_and_reports(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)  # else pytest-benchmark, in a process of its own, takes itself for a worker of xdist
     arguments = ["--select", "plan and B1/", "--case-seconds", "0", "--provider", "magic", "--out", str(tmp_path)]
     assert main(["bench", *arguments]) == 0
     printed = capfd.readouterr().out
