@@ -125,19 +125,26 @@ void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
   output_items(c, begin, end);
 }
 
-// All chunks: shared out among the threads where there are enough of them, else one after the other by all together.
-template <class Chunk>
-void run_chunks(std::vector<Chunk> chunks, int64_t threads) {
+// All chunks: shared out among the threads where there are enough of them, else one after the other by all together; and
+// `rest_count` times `rest`, small work that lets threads end together.
+template <class Chunk, class Rest>
+void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, Rest rest) {
   using Scratch = decltype(Chunk::scratch);
   const int64_t count = static_cast<int64_t>(chunks.size());
   if (count >= 2 * threads || threads == 1) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count + rest_count; ++i) {
+      if (i >= count) {
+        rest(i - count);
+        continue;
+      }
       chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes()));
       run_chunk(chunks[i], 0, 1, [] {});
     }
     return;
   }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rest_count; ++i) rest(i);
   for (Chunk& chunk : chunks) {
     chunk.scratch = static_cast<Scratch>(scratch_of_thread(chunk.bytes()));
 #pragma omp parallel num_threads(threads)
@@ -154,17 +161,14 @@ void check_block(const Problem& b) {
   check(b.R % 2 && b.S % 2 && b.R * b.S <= max_taps, "dynamic_residual", "kernel", "odd and at most 7 x 7", b.R * b.S);
 }
 
-// The shortcut of the instances that have no branch.
+// The instances that have no branch, and so only a shortcut to copy.
 template <class Problem>
-void copy_shortcut(const Problem& b, const std::vector<Channels>& hidden, int64_t threads) {
-  if (b.shortcut == b.out) return;
-  const int64_t size = b.Ho * b.Wo * b.C_out;
-  for (int64_t s = 0; s < b.route.S; ++s) {
-    if (hidden[s].count) continue;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = b.route.offsets[s]; i < b.route.offsets[s + 1]; ++i)
-      std::memcpy(b.out + b.route.order[i] * size, b.shortcut + b.route.order[i] * size, size * sizeof(*b.out));
-  }
+std::vector<int64_t> without_branch(const Problem& b, const std::vector<Channels>& hidden) {
+  std::vector<int64_t> found;
+  for (int64_t s = 0; s < b.route.S && b.shortcut != b.out; ++s)
+    for (int64_t i = b.route.offsets[s]; i < b.route.offsets[s + 1] && !hidden[s].count; ++i)
+      found.push_back(b.route.order[i]);
+  return found;
 }
 
 // The whole block. block: the channels that the kernel takes together; make as for make_chunks.
@@ -173,8 +177,12 @@ void run_block(const Problem& b, int64_t block, int64_t multiple, Make make) {
   check_block(b);
   const int64_t threads = omp_get_max_threads();
   const std::vector<Channels> hidden = channels_of(b.route, b.sizes, b.M, block);
-  copy_shortcut(b, hidden, threads);
-  run_chunks(make_chunks(b, hidden, threads, multiple, make), threads);
+  const std::vector<int64_t> copied = without_branch(b, hidden);
+  const int64_t size = b.Ho * b.Wo * b.C_out;
+  run_chunks(make_chunks(b, hidden, threads, multiple, make), threads, static_cast<int64_t>(copied.size()),
+             [&](int64_t i) {
+               std::memcpy(b.out + copied[i] * size, b.shortcut + copied[i] * size, size * sizeof(*b.out));
+             });
 }
 
 }  // namespace den_kernels
