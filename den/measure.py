@@ -75,9 +75,9 @@ def main(command: Evaluate) -> None:
 
 
 def opened(folder: Path, checkpoint: Literal["last", "best"], device: str = "auto") -> Run:
-    """A run with its network on a device."""
+    """A run with its network on a device, frozen: nothing is trained here, and its weights are kept once."""
     run = open_run(folder, checkpoint)
-    run.model.to(choose_device(device))
+    run.model.to(choose_device(device)).freeze()
     return run
 
 
