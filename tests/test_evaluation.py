@@ -11,7 +11,7 @@ from den.checkpoint import load_checkpoint, save_checkpoint
 from den.count import count_parameters
 from den.data import load_set
 from den.evaluation import VERSION, Evaluation, evaluate_run, read_evaluation, write_evaluation
-from den.measure import evaluations
+from den.measure import evaluations, opened
 from den.runs import open_run
 
 
@@ -44,6 +44,14 @@ def test_a_record_says_what_was_measured_and_of_what(measured):
     used = run.model.estimator.level_parameters.gather(1, report.levels.t()).sum(0).double().mean()
     assert result.parameters == pytest.approx(used.item())
     assert result.timing is None
+
+
+def test_the_command_keeps_weights_once_and_measures_the_same(tmp_path, measured, few_images):
+    run = opened(tmp_path / "run", "last", "cpu")
+    assert evaluate_run(run, [few_images["test"]])[0] == measured[1]
+    if any(block.folded().direct for block in measured[0].model.estimator.blocks):
+        with pytest.raises(ValueError, match="frozen"):
+            run.model.state_dict()
 
 
 def test_a_dense_run_uses_everything(tmp_path, stored_run, few_images):
