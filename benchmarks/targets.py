@@ -114,5 +114,7 @@ TARGETS: tuple[Target, ...] = (
     *_network_targets(),
     Target("WRN-32-4, B = 64, peak memory", "memory/wrn32_4/B64/1.88x/float32", "peak_share", 1.0),
     Target("WRN-32-4, B = 64, peak memory, frozen", "memory/wrn32_4/B64/1.88x/float32", "frozen_share", 1.0),
+    Target("ResNet-42, B = 16, peak memory", "memory/resnet42/B16/1.81x/float32", "peak_share", 1.0),
+    Target("ResNet-42, B = 16, peak memory, frozen", "memory/resnet42/B16/1.81x/float32", "frozen_share", 1.0),
     *_dag_targets(),
 )

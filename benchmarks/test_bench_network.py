@@ -85,14 +85,23 @@ def elastic_expectation(network: ElasticNetwork) -> Expected:
 
 
 def elastic_providers(network: ElasticNetwork) -> list[Provider]:
-    """Ours, selector and plan inside the timing; in plain PyTorch, given the levels: masked, bucketed, one by one."""
+    """Ours, selector and plan inside the timing; in plain PyTorch, after the same selector, masked, bucketed, sliced.
+
+    The drawn structures replace the selector's choice in all of them.
+    """
     images, expected = network.images, elastic_expectation(network)
     found = [Provider("ours", "ours", network.forward, expected)]
     calls = {"masked": network.masked(), "bucket": network.bucketed(network.dtype)}
     if len(images) <= SLICED:
         calls["per-instance"] = network.with_each(slicing.PerInstanceBlock)
-    others = {name: functools.partial(call, images) for name, call in calls.items()}
+    others = {name: functools.partial(choose_and_call, network, call) for name, call in calls.items()}
     return found + [Provider(name, "alternative", call, expected) for name, call in others.items()]
+
+
+def choose_and_call(network: ElasticNetwork, call: Callable[[Tensor], Tensor]) -> Tensor:
+    """The selector, whose choice `call` was built to follow, and the network."""
+    network.model.select(network.images, network.task)
+    return call(network.images)
 
 
 @pytest.mark.network

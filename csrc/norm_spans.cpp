@@ -1,6 +1,7 @@
 #include "norm_spans.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "numbers.h"
@@ -8,103 +9,176 @@
 namespace den_kernels {
 namespace {
 
-constexpr int64_t tile_lanes = 64;
+// Sixteen lanes in float32; GCC lowers them to what the instruction set of a clone has. Passed by reference: vectors of
+// 64 bytes have no calling convention where they are no registers.
+using Lanes = float __attribute__((vector_size(64)));
+using Bits = uint32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+constexpr int64_t lanes = 16;
 
-ALWAYS_INLINE float kept(float v, uint32_t keep) {  // v or 0, also where v is NaN
-  uint32_t u;
+#define INLINED __attribute__((always_inline))  // of a lambda, so that it is compiled for the clone that calls it
+
+// The first n lanes of a row; n is `lanes` unless the compiler does not know it.
+template <class V, class T>
+ALWAYS_INLINE void copy_in(const T* in, int64_t n, V& v) {
+  if (n == lanes) {
+    std::memcpy(&v, in, sizeof v);
+    return;
+  }
+  v = V{};
+  std::memcpy(&v, in, n * sizeof *in);
+}
+
+ALWAYS_INLINE void load(const float* in, int64_t n, Lanes& v) { copy_in(in, n, v); }
+ALWAYS_INLINE void load(const bf16* in, int64_t n, Lanes& v) {
+  Halves h;
+  copy_in(in, n, h);
+  const Bits u = __builtin_convertvector(h, Bits) << 16;
+  std::memcpy(&v, &u, sizeof v);
+}
+
+ALWAYS_INLINE void store(const Lanes& v, int64_t n, float* out) {
+  n == lanes ? std::memcpy(out, &v, sizeof v) : std::memcpy(out, &v, n * sizeof *out);
+}
+ALWAYS_INLINE void store(const Lanes& v, int64_t n, bf16* out) {  // to nearest even; a NaN keeps a set mantissa bit
+  Bits u;
+  std::memcpy(&u, &v, sizeof u);
+  const Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const Halves h = __builtin_convertvector((u & 0x7FFFFFFFu) > 0x7F800000u ? Bits{} + 0x7FC0u : rounded, Halves);
+  n == lanes ? std::memcpy(out, &h, sizeof h) : std::memcpy(out, &h, n * sizeof *out);
+}
+
+ALWAYS_INLINE void keep_only(Lanes& v, const Bits& keep) {  // v or 0, also where v is NaN
+  Bits u;
   std::memcpy(&u, &v, sizeof u);
   u &= keep;
   std::memcpy(&v, &u, sizeof u);
-  return v;
 }
 
-ALWAYS_INLINE float affine_of(float x, float mean, float scale, float bias) { return (x - mean) * scale + bias; }
+// Calls tile(W, lane, n) for the lanes of a span: W vectors of 16 lanes, or one of the n that are left.
+template <class Tile>
+ALWAYS_INLINE void in_tiles(int64_t width, Tile tile) {
+  int64_t c = 0;
+  for (; width - c >= 4 * lanes; c += 4 * lanes) tile(std::integral_constant<int, 4>(), c, lanes);
+  for (; width - c >= 2 * lanes; c += 2 * lanes) tile(std::integral_constant<int, 2>(), c, lanes);
+  for (; width - c >= lanes; c += lanes) tile(std::integral_constant<int, 1>(), c, lanes);
+  if (c < width) tile(std::integral_constant<int, 1>(), c, width - c);
+}
 
-// One tile of lanes. The sums are taken about the mean of a sample of the rows: a large common offset does not cancel.
-template <class T>
-ALWAYS_INLINE void moments_tile(const T* __restrict x, int64_t rows, int64_t stride, int64_t width,
-                                float* __restrict mean, float* __restrict squares) {
-  const int64_t samples = rows < 4 ? rows : 4 + rows / 32;
-  float centre[tile_lanes] = {}, sum[tile_lanes] = {}, square[tile_lanes] = {};
-  for (int64_t i = 0; i < samples; ++i) {
-    const T* __restrict row = x + i * rows / samples * stride;
-    for (int64_t c = 0; c < width; ++c) centre[c] += widen(row[c]);
-  }
-  for (int64_t c = 0; c < width; ++c) centre[c] /= static_cast<float>(samples);
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* __restrict row = x + r * stride;
-    for (int64_t c = 0; c < width; ++c) {
-      const float d = widen(row[c]) - centre[c];
-      sum[c] += d;
-      square[c] += d * d;
+// The coefficients of W vectors of lanes, in registers.
+template <int W>
+struct Affine {
+  Lanes mean[W], scale[W], bias[W];
+  ALWAYS_INLINE Affine(const Coefficients& k, int64_t lane, int64_t n) {
+    for (int w = 0; w < W; ++w, lane += lanes) {
+      load(k.mean + lane, n, mean[w]);
+      load(k.scale + lane, n, scale[w]);
+      load(k.bias + lane, n, bias[w]);
     }
   }
-  for (int64_t c = 0; c < width; ++c) {
-    const float shift = sum[c] / static_cast<float>(rows), rest = square[c] - sum[c] * shift;
-    mean[c] = centre[c] + shift;
-    squares[c] = rest < 0.f ? 0.f : rest;
-  }
-}
+  ALWAYS_INLINE void operator()(int w, const Lanes& x, Lanes& y) const { y = (x - mean[w]) * scale[w] + bias[w]; }
+};
 
+// The sums are taken about the mean of a sample of the rows: a large common offset does not cancel.
 template <class T>
 ALWAYS_INLINE void moments(const T* x, const Span& s, float* mean, float* squares) {
-  for (int64_t c = 0; c < s.width; c += tile_lanes)
-    moments_tile(x + c, s.rows, s.stride, s.width - c < tile_lanes ? s.width - c : tile_lanes, mean + c, squares + c);
+  const int64_t samples = s.rows < 4 ? s.rows : 4 + s.rows / 32;
+  in_tiles(s.width, [&](auto width, int64_t lane, int64_t n) INLINED {
+    constexpr int W = width;
+    Lanes centre[W] = {}, sum[W] = {}, square[W] = {}, v;
+    for (int64_t i = 0; i < samples; ++i)
+      UNROLL for (int w = 0; w < W; ++w) {
+        load(x + i * s.rows / samples * s.stride + lane + w * lanes, n, v);
+        centre[w] += v;
+      }
+    for (int w = 0; w < W; ++w) centre[w] /= static_cast<float>(samples);
+    for (int64_t r = 0; r < s.rows; ++r)
+      UNROLL for (int w = 0; w < W; ++w) {
+        load(x + r * s.stride + lane + w * lanes, n, v);
+        v -= centre[w];
+        sum[w] += v;
+        square[w] += v * v;
+      }
+    for (int w = 0; w < W; ++w) {
+      const Lanes shift = sum[w] / static_cast<float>(s.rows), rest = square[w] - sum[w] * shift;
+      store(centre[w] + shift, n, mean + lane + w * lanes);
+      store(rest < 0.f ? Lanes{} : rest, n, squares + lane + w * lanes);
+    }
+  });
 }
 
 template <class T>
 ALWAYS_INLINE void apply(const T* x, T* y, const Span& s, const Coefficients& k) {
-  const float* __restrict mean = k.mean;
-  const float* __restrict scale = k.scale;
-  const float* __restrict bias = k.bias;
-  const uint32_t* __restrict keep = k.keep;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    const T* __restrict in = x + r * s.stride;
-    T* __restrict out = y + r * s.stride;
-    for (int64_t c = 0; c < s.width; ++c) {
-      const float v = affine_of(widen(in[c]), mean[c], scale[c], bias[c]);
-      narrow(kept(v < k.floor ? k.floor : v, keep[c]), out[c]);
-    }
-  }
+  in_tiles(s.width, [&](auto width, int64_t lane, int64_t n) INLINED {
+    constexpr int W = width;
+    const Affine<W> affine(k, lane, n);
+    const Lanes floor = Lanes{} + k.floor;
+    Bits keep[W];
+    for (int w = 0; w < W; ++w) copy_in(k.keep + lane + w * lanes, n, keep[w]);
+    for (int64_t r = 0; r < s.rows; ++r)
+      UNROLL for (int w = 0; w < W; ++w) {
+        const int64_t at = r * s.stride + lane + w * lanes;
+        Lanes in, v;
+        load(x + at, n, in);
+        affine(w, in, v);
+        v = v < floor ? floor : v;
+        keep_only(v, keep[w]);
+        store(v, n, y + at);
+      }
+  });
 }
 
 template <class T>
-ALWAYS_INLINE void reduce(const T* dy, const T* x, const Span& s, const Coefficients& k, float* __restrict g,
-                          float* __restrict gx) {
-  const float* __restrict mean = k.mean;
-  const float* __restrict scale = k.scale;
-  const float* __restrict bias = k.bias;
-  for (int64_t c = 0; c < s.width; ++c) g[c] = gx[c] = 0.f;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    const T* __restrict in = x + r * s.stride;
-    const T* __restrict grad = dy + r * s.stride;
-    for (int64_t c = 0; c < s.width; ++c) {
-      const float v = widen(in[c]);
-      const float d = affine_of(v, mean[c], scale[c], bias[c]) <= k.floor ? 0.f : widen(grad[c]);
-      g[c] += d;
-      gx[c] += d * (v - mean[c]);
+ALWAYS_INLINE void reduce(const T* dy, const T* x, const Span& s, const Coefficients& k, float* g, float* gx) {
+  in_tiles(s.width, [&](auto width, int64_t lane, int64_t n) INLINED {
+    constexpr int W = width;
+    const Affine<W> affine(k, lane, n);
+    const Lanes floor = Lanes{} + k.floor;
+    Lanes sum[W] = {}, product[W] = {};
+    for (int64_t r = 0; r < s.rows; ++r)
+      UNROLL for (int w = 0; w < W; ++w) {
+        const int64_t at = r * s.stride + lane + w * lanes;
+        Lanes in, d, y;
+        load(x + at, n, in);
+        load(dy + at, n, d);
+        affine(w, in, y);
+        d = y <= floor ? Lanes{} : d;
+        sum[w] += d;
+        product[w] += d * (in - affine.mean[w]);
+      }
+    for (int w = 0; w < W; ++w) {
+      store(sum[w], n, g + lane + w * lanes);
+      store(product[w], n, gx + lane + w * lanes);
     }
-  }
+  });
 }
 
 template <class T>
 ALWAYS_INLINE void gradient(const T* dy, const T* x, T* dx, const Span& s, const Coefficients& k) {
-  const float* __restrict mean = k.mean;
-  const float* __restrict scale = k.scale;
-  const float* __restrict bias = k.bias;
-  const float* __restrict dmean = k.dmean;
-  const float* __restrict dvar = k.dvar;
-  const uint32_t* __restrict keep = k.keep;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    const T* __restrict in = x + r * s.stride;
-    const T* __restrict grad = dy + r * s.stride;
-    T* __restrict out = dx + r * s.stride;
-    for (int64_t c = 0; c < s.width; ++c) {
-      const float v = widen(in[c]);
-      const float d = affine_of(v, mean[c], scale[c], bias[c]) <= k.floor ? 0.f : widen(grad[c]);
-      narrow(kept(d * scale[c] - dmean[c] - (v - mean[c]) * dvar[c], keep[c]), out[c]);
+  in_tiles(s.width, [&](auto width, int64_t lane, int64_t n) INLINED {
+    constexpr int W = width;
+    const Affine<W> affine(k, lane, n);
+    const Lanes floor = Lanes{} + k.floor;
+    Lanes dmean[W], dvar[W];
+    Bits keep[W];
+    for (int w = 0; w < W; ++w) {
+      load(k.dmean + lane + w * lanes, n, dmean[w]);
+      load(k.dvar + lane + w * lanes, n, dvar[w]);
+      copy_in(k.keep + lane + w * lanes, n, keep[w]);
     }
-  }
+    for (int64_t r = 0; r < s.rows; ++r)
+      UNROLL for (int w = 0; w < W; ++w) {
+        const int64_t at = r * s.stride + lane + w * lanes;
+        Lanes in, d, y;
+        load(x + at, n, in);
+        load(dy + at, n, d);
+        affine(w, in, y);
+        d = y <= floor ? Lanes{} : d;
+        d = d * affine.scale[w] - dmean[w] - (in - affine.mean[w]) * dvar[w];
+        keep_only(d, keep[w]);
+        store(d, n, dx + at);
+      }
+  });
 }
 
 // target_clones does not reach templates, so each type gets a plain function around the inlined body.

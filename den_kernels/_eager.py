@@ -5,15 +5,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether nothing traces or transforms the call (compiler, dispatch mode, torch.func) and its tensors are plain."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(tensor is None or type(tensor) in (Tensor, Parameter) for tensor in tensors)
+
+
 def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """Whether nothing but the op itself has to happen: no tracing, no gradient to record, ordinary tensors.
+    """Whether nothing but the op itself has to happen: an ordinary call, with no gradient to record.
 
     A call through `torch.library.custom_op` costs about 20 microseconds, and the first one in a process imports the
     whole of torch._dynamo: two seconds and 75 MB. Inference needs neither.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    present = [tensor for tensor in tensors if tensor is not None]
-    if any(type(tensor) not in (Tensor, Parameter) for tensor in present):
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present))
+    records = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return not records and is_ordinary(*tensors)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import _triton
 from ._conv_cpu import memory_format_of
+from ._eager import is_ordinary, runs_eagerly
 from ._extension import extension
 from .dynamic_conv import group_sizes
 from .plan import Route, as_route, channels_of
@@ -152,8 +153,7 @@ def _affine(statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
     return extension.NormAffine(statistics.data_ptr(), weight_pointer, bias_pointer, eps, relu)
 
 
-@torch.library.custom_op("den_kernels::dynamic_norm", mutates_args=(), device_types="cpu")
-def _norm_forward(
+def _norm_forward_cpu(
     x: Tensor,  # [B, C, H, W] float32 or bfloat16; on a GPU also float16
     selection: Tensor,  # bool [B, G]
     statistics: Tensor | None,  # float32 [3, C] mean, biased variance, count; None: those of the batch
@@ -176,13 +176,17 @@ def _norm_forward(
     return y, statistics
 
 
+_norm_forward = torch.library.custom_op("den_kernels::dynamic_norm", mutates_args=(), device_types="cpu")(
+    _norm_forward_cpu
+)
+
+
 @_norm_forward.register_fake
 def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_channels_last(x), x.new_empty(3, x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("den_kernels::dynamic_norm_backward", mutates_args=(), device_types="cpu")
-def _norm_backward(
+def _norm_backward_cpu(
     dy: Tensor,  # [B, C, H, W]
     x: Tensor,  # [B, C, H, W]
     selection: Tensor,  # bool [B, G]
@@ -206,6 +210,11 @@ def _norm_backward(
         through = sums.data_ptr() if training else 0
         extension.norm_gradient(batch, affine, dy.data_ptr(), x.data_ptr(), through, dx.data_ptr())
     return dx, sums if need_sums else sums.new_empty(0)
+
+
+_norm_backward = torch.library.custom_op("den_kernels::dynamic_norm_backward", mutates_args=(), device_types="cpu")(
+    _norm_backward_cpu
+)
 
 
 @_norm_backward.register_fake
@@ -236,15 +245,22 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, selection, statistics, weight, bias = ctx.saved_tensors
     need_dx, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     need_sums = need_weight or need_bias
-    dx, sums = _norm_backward(
-        dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, need_dx, need_sums
-    )
+    backward: Any = _norm_backward_cpu if x.is_cpu and runs_eagerly(dy, x, weight, bias) else _norm_backward
+    dx, sums = backward(dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, need_dx, need_sums)
     dweight = sums[1].to(weight.dtype) if need_weight else None
     dbias = sums[0].to(bias.dtype) if need_bias else None
     return dx if need_dx else None, None, None, dweight, dbias, None, None, None
 
 
 _norm_forward.register_autograd(_gradients, setup_context=_save)
+
+
+class _EagerNorm(torch.autograd.Function):
+    """The op on a CPU for ordinary tensors, without the price of a call through torch.library."""
+
+    forward = staticmethod(_norm_forward_cpu)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_gradients)
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -327,7 +343,8 @@ def dynamic_batch_norm(
         statistics = running.to(torch.promote_types(x.dtype, torch.float32))
     selection = route.selection()
     if process_group is None and _has_kernels(x):
-        y, batch = _norm_forward(_channels_last(x), selection, statistics, weight, bias, list(groups), eps, relu)
+        run = _EagerNorm.apply if x.is_cpu and is_ordinary(x, weight, bias) else _norm_forward
+        y, batch = run(_channels_last(x), selection, statistics, weight, bias, list(groups), eps, relu)
     else:
         y, batch = _norm_torch(x, selection, statistics, weight, bias, groups, eps, relu, process_group)
         if statistics is None and x.is_cpu and process_group is None and not torch.compiler.is_compiling():

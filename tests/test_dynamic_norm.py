@@ -218,6 +218,46 @@ def test_the_result_does_not_depend_on_the_number_of_threads(channels: int) -> N
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in NAMES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(16, 16, 32), (64, 64, 128), (20, 13, 68), (3, 1, 7)])
+def test_widths_of_whole_and_of_broken_vectors_equal_float64(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(5, sum(sizes), 9, 7).to(dtype)
+    dy, levels = torch.randn_like(x), torch.tensor([0, 1, 2, 3, 3])
+    weight, bias = torch.rand(sum(sizes)) + 0.5, torch.randn(sum(sizes))
+
+    def both_ways(kind: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(kind).requires_grad_() for t in (x, weight, bias)]
+        y = dynamic_batch_norm(leaves[0], levels, *leaves[1:], None, None, groups=sizes, training=True)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(kind))]
+
+    for made, wanted in zip(both_ways(dtype), both_ways(torch.float64), strict=True):
+        close = {"rtol": 2e-2, "atol": 0.2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(made.double(), wanted, **close)
+
+
+def test_called_as_an_op_it_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def both_ways() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        x, levels = torch.randn(4, 16, 5, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+        y = dynamic_batch_norm(x, levels, None, None, None, None, groups=SIZES, training=True, relu=True)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), x)
+
+    plain = both_ways()
+    monkeypatch.setattr(dynamic_norm, "is_ordinary", lambda *_: False)
+    assert all(map(torch.equal, plain, both_ways()))
+
+
+def test_a_second_derivative_is_refused_in_cpp(implementation: str) -> None:
+    x, levels = torch.randn(4, 16, 5, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    y = dynamic_batch_norm(x, levels, None, None, None, None, groups=SIZES, training=True)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    if implementation == "torch":
+        assert torch.autograd.grad(dx.square().sum(), x)[0].isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            torch.autograd.grad(dx.square().sum(), x)
+
+
 def test_nan_in_a_used_channel_passes_through_like_in_batch_norm() -> None:
     x = torch.randn(3, 16, 4, 4)
     x[0, 5, 0, 0] = float("nan")
