@@ -1,6 +1,7 @@
 """den report: grouping, the paper's numbers, tables, verdicts, figures, the command."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -16,7 +17,7 @@ from den.config import DataConfig, NetworkConfig, SelectorTraining, TrainConfig,
 from den.count import ParameterCounts
 from den.data import load_set
 from den.evaluate import Timing
-from den.evaluation import Chosen, Evaluation, TaskResult, read_evaluation
+from den.evaluation import Budget, Chosen, Evaluation, TaskResult, read_evaluation
 from den.figures.neighbours import nearest_images, neighbours
 from den.figures.tradeoff import accuracy_against, sweep
 from den.report.command import section_text, slug, sweeps
@@ -247,6 +248,16 @@ def test_each_claim_fails_by_itself(changes, others, failing):
 def test_a_better_but_dearer_method_decides_nothing(accuracy, ratio, holds):
     checks = verdicts(build_table(only_section([made_run(), made_run("blockdrop", accuracy, ratio)])))
     assert [c.holds for c in checks if "blockdrop" in c.claim] == [holds]
+
+
+def test_an_operating_point_of_equal_flops_decides():
+    run, point, other = made_run(), made_run("den", 0.78, 0.4), made_run("random", 0.75, 0.4)
+    point = dataclasses.replace(point, budget=Budget("flops", 0.4, {"cifar100": 1.0}))
+    table = build_table(only_section([run, other]))
+    for points, holds, label in (({}, None, "DEN (rho = 0.1)"), ({id(run): [point]}, True, "at 0.4 flops")):
+        check = next(c for c in verdicts(table, points) if "random" in c.claim)
+        assert check.holds is holds
+        assert label in check.claim
 
 
 def test_tasks_that_use_the_blocks_alike_are_told():

@@ -39,16 +39,16 @@ def neighbours(sets: Sequence[ImageSet], distributions: Sequence[Tensor], seed: 
     distributions: float [n, N, L] of each set's images.
     """
     generator = torch.Generator().manual_seed(seed)
-    figure = Figure(figsize=(0.9 + 3.3 * len(sets), 1.15 * len(sets) + 0.7), layout="constrained")
+    figure = Figure(figsize=(2.6 + 3.0 * len(sets), 1.15 * len(sets) + 0.7), layout="constrained")
     panels = figure.subplots(len(sets), 1 + len(sets), squeeze=False, width_ratios=[1, *[NEAREST] * len(sets)])
     same, total = 0, 0
     for k, image_set in enumerate(sets):
         index = int(torch.randint(len(image_set), (1,), generator=generator))
         others = [_without(chances, index if j == k else None) for j, chances in enumerate(distributions)]
         found = nearest_images(distributions[k][index], others)
-        _show(panels[k][0], image_set.images[index][None], f"query: {image_set.name}" if k == 0 else image_set.name)
+        _show(panels[k][0], image_set.images[index][None], "query" if k == 0 else "")
         for j, (positions, distances) in enumerate(found):
-            title = f"{sets[j].name}, L2 {distances[0]:.2f} to {distances[-1]:.2f}"
+            title = f"nearest of {sets[j].name}, L2 {distances[0]:.2f} to {distances[-1]:.2f}"
             _show(panels[k][1 + j], sets[j].images[positions], title)
         labels = sets[k].labels[found[k][0]]
         same, total = same + int((labels == image_set.labels[index]).sum()), total + len(labels)

@@ -163,9 +163,9 @@ def favourites(found: Sequence[TaskReport], sets: Sequence[ImageSet], model: Dee
         left.set_title(f"{c.task}: {count / c.images:.1%} of its images, {cost:.1f} MFLOP", fontsize=10)
         members = (c.levels == structure).all(1).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(0))[:columns]]
-        extent = (0, len(members), -0.5, 0.5)
-        right.imshow(image_strip(image_set.images[members]), extent=extent, aspect="auto")
-        right.set(xlim=(0, columns))
+        extent = (0, len(members), -9 / 22, 9 / 22)  # square images, with the gaps of `image_strip` at their sides
+        right.imshow(image_strip(image_set.images[members]), extent=extent, aspect="equal")
+        right.set(xlim=(0, columns), anchor="W")
         right.set_title(_leading_classes(image_set, (c.levels == structure).all(1)), fontsize=10)
         left.set_axis_off()
         right.set_axis_off()

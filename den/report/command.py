@@ -23,7 +23,7 @@ from den.operating import selector_logits
 from den.report.groups import Group, Row, Section, group_runs, sections, settings_of
 from den.report.settings import Report
 from den.report.tables import NOTES, Table, build_table, heading, machines
-from den.report.verdicts import verdicts
+from den.report.verdicts import Points, verdicts
 from den.tables import csv_table, latex_table, markdown_table
 
 
@@ -46,7 +46,7 @@ def main(command: Report) -> None:
     for section in sections(group_runs(found.records)):
         table = build_table(section)
         write_tables(table, command.out)
-        text = section_text(table)
+        text = section_text(table, found.points)
         print(text, flush=True)
         names = draw(section, found, command) if command.figures else []
         parts.append("\n\n".join([text, *(f"![{name.stem}]({name.name})" for name in names)]))
@@ -72,9 +72,9 @@ def write_tables(table: Table, out: Path) -> None:
     (out / f"{name}.tex").write_text(latex_table(table.short_head, table.rows))
 
 
-def section_text(table: Table) -> str:
-    """Title, table, notes and what holds or not, in Markdown."""
-    checks = verdicts(table)
+def section_text(table: Table, points: Points | None = None) -> str:
+    """Title, table, notes and what holds or not, in Markdown; points: operating points of the runs."""
+    checks = verdicts(table, points)
     failed = sum(check.holds is False for check in checks)
     words = f"{failed} of {len(checks)} claims do not hold" if checks else "No claim can be held against these runs"
     return "\n\n".join([

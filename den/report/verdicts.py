@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from den.comparison import Check
-from den.evaluation import TaskResult
-from den.report.groups import Row, Section
+from den.evaluation import Evaluation, TaskResult
+from den.report.groups import Group, Row, Section
 from den.report.paper import MEAN
 from den.report.tables import Table
 
 LEAST_SAVING = 1.7  # times fewer FLOPs, for a network within a point of its baseline
 SAME_COST = 1.03
+Points = Mapping[int, Sequence[Evaluation]]
+"""Operating points of a run, by the id of its record."""
 COMPARED = ("random", "blockdrop", "nestednet", "packnet", "routing", "cross-stitch", "adashare")
 
 
-def verdicts(table: Table) -> list[Check]:
-    """Every claim that these runs can be held against."""
+def verdicts(table: Table, points: Points | None = None) -> list[Check]:
+    """Every claim that these runs can be held against.
+
+    points: with them, a compared method is held against the operating point of its FLOPs.
+    """
     section = table.section
     rows = [row for row in section.rows if row.method == "den"]
-    found = [check for row in rows for check in _row_checks(table, row)]
+    found = [check for row in rows for check in _row_checks(table, row, points or {})]
     return [*found, *_rho_checks(section, rows)]
 
 
-def _row_checks(table: Table, row: Row) -> Iterator[Check]:
+def _row_checks(table: Table, row: Row, points: Points) -> Iterator[Check]:
     section, dense = table.section, table.section.dense
+    variants = [row, *operating_points(row, points)]
     for task in row.tasks:
         name = f"{row.label}, {task}"
         if dense is not None and task in dense.tasks:
             yield _against_dense(name, row, dense, task)
         for other in section.rows:
             if other.method.split()[0] in COMPARED and task in other.tasks:
-                yield _against(name, row, other, task)
+                yield _against(_of_equal_cost(variants, other, task), other, task)
         yield from _selection(name, row.results(task))
         if (realised := row.timing("realised", task)) is not None:
             yield Check(f"{name}: realised fraction at least 0.8", f"{realised.mean:.2f}", realised.mean >= 0.8)
@@ -50,16 +56,37 @@ def _against_dense(name: str, row: Row, dense: Row, task: str) -> Check:
     return Check(claim, f"{-loss:+.2f} points at {saving:.2f}", loss <= 1 + 1e-9 and saving >= LEAST_SAVING)
 
 
-def _against(name: str, row: Row, other: Row, task: str) -> Check:
+def operating_points(row: Row, points: Points) -> list[Row]:
+    """The operating points that all seeds of a row were measured at, as rows."""
+    measured = [
+        {(point.budget.limit, point.budget.unit): point for point in points.get(id(record), ()) if point.budget}
+        for group in row.groups
+        for record in group.records
+    ]
+    found = []
+    for limit, unit in sorted(set.intersection(*map(set, measured))):
+        of_runs = iter(measured)
+        groups = tuple(Group(tuple(next(of_runs)[limit, unit] for _ in group.records)) for group in row.groups)
+        found.append(Row(f"{row.label} at {limit:g} {unit}", row.method, row.rho, groups))
+    return found
+
+
+def _of_equal_cost(variants: list[Row], other: Row, task: str) -> Row:
+    """The dearest variant that costs no more than another row; the first where all cost more."""
+    limit = SAME_COST * other.stat("flops", task).mean
+    fitting = [row for row in variants if row.stat("flops", task).mean <= limit]
+    return max(fitting, key=lambda row: row.stat("flops", task).mean, default=variants[0])
+
+
+def _against(row: Row, other: Row, task: str) -> Check:
     """More accurate than a compared method, or as accurate and cheaper; not decided where the better one costs more."""
     gain = 100 * (row.stat("accuracy", task).mean - other.stat("accuracy", task).mean)
     cost = row.stat("flops", task).mean / max(other.stat("flops", task).mean, 1e-9)
     better = gain > 0 or (gain == 0 and cost < 1 / SAME_COST)
     decided = cost <= SAME_COST if better else cost >= 1 / SAME_COST
     holds = better if decided else None
-    return Check(
-        f"{name}: more accurate than {other.label} at equal FLOPs", f"{gain:+.2f} at {cost:.2f} of them", holds
-    )
+    claim = f"{row.label}, {task}: more accurate than {other.label} at equal FLOPs"
+    return Check(claim, f"{gain:+.2f} at {cost:.2f} of them", holds)
 
 
 def _selection(name: str, results: list[TaskResult]) -> Iterator[Check]:

@@ -16,16 +16,23 @@ train() {  # NAME OPTIONS...
 }
 
 elastic="--estimator.tau 0.25 --estimator.initial-share 0.04 --selector.entropy-bonus 0.05"
-if [[ $scenario == c1 ]]; then nested="--methods.levels 2 --estimator.first.steps 914"; else
-  nested="--methods.levels 1 3 --estimator.first.steps 2560"; fi
-
 # As many FLOPs to train each estimator as 1,600 updates of the dense one, at the structures that it trains on.
+if [[ $scenario == c1 ]]; then
+  nested="--methods.levels 2 --estimator.first.steps 914"
+  low="0.1 --estimator.first.steps 400 --estimator.finish.steps 2600"
+  high="0.3 --estimator.first.steps 400 --estimator.finish.steps 3900"
+else
+  nested="--methods.levels 1 3 --estimator.first.steps 2560"
+  low="0.03 --estimator.first.steps 600 --estimator.finish.steps 2370"
+  high="0.1 --estimator.first.steps 600 --estimator.finish.steps 3400"
+fi
+
 for seed in 0 1 2; do
   train dense --mode dense --estimator.first.steps 1600
-  train den-0.1 $elastic --rho 0.1 --estimator.first.steps 400 --estimator.finish.steps 2600
+  train "den-${low%% *}" $elastic --rho $low
   train random --mode random --estimator.tau 0.25 --estimator.first.steps 2760 --methods.random-flops 0.5
   train nestednet --mode nestednet $nested
   train blockdrop --mode blockdrop --estimator.first.steps 800 --estimator.finish.steps 900 \
     --estimator.finish.rate 0.03
-  train den-0.3 $elastic --rho 0.3 --estimator.first.steps 400 --estimator.finish.steps 3900
+  train "den-${high%% *}" $elastic --rho $high
 done
