@@ -301,7 +301,7 @@ def test_the_query_is_not_its_own_neighbour():
     images = load_set("digits", "test").subset(torch.arange(6))
     chances = torch.arange(6.0).view(6, 1, 1)
     titles = [axes.get_title() or axes.get_title(loc="left") for axes in neighbours([images], [chances]).axes]
-    assert titles[1].startswith("digits, L2 1.00 to")
+    assert titles[1].startswith("nearest of digits, L2 1.00 to")
 
 
 @pytest.mark.parametrize(("text", "expected"), [("M1, wrn32_4", "m1-wrn32-4"), ("DEN (rho = 0.1)", "den-rho-0.1")])

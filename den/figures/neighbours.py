@@ -46,7 +46,7 @@ def neighbours(sets: Sequence[ImageSet], distributions: Sequence[Tensor], seed: 
         index = int(torch.randint(len(image_set), (1,), generator=generator))
         others = [_without(chances, index if j == k else None) for j, chances in enumerate(distributions)]
         found = nearest_images(distributions[k][index], others)
-        _show(panels[k][0], image_set.images[index][None], "query" if k == 0 else "")
+        _show(panels[k][0], image_set.images[index][None], image_set.name)
         for j, (positions, distances) in enumerate(found):
             title = f"nearest of {sets[j].name}, L2 {distances[0]:.2f} to {distances[-1]:.2f}"
             _show(panels[k][1 + j], sets[j].images[positions], title)
@@ -54,7 +54,7 @@ def neighbours(sets: Sequence[ImageSet], distributions: Sequence[Tensor], seed: 
         same, total = same + int((labels == image_set.labels[index]).sum()), total + len(labels)
     headline(
         figure,
-        f"Nearest images by the selector's distribution: {same} of {total} of the query's own task share its class",
+        f"Nearest to the left image by the selector's distribution: {same} of {total} of its own task share its class",
     )
     return figure
 
