@@ -23,7 +23,7 @@ COMPARED = ("random", "blockdrop", "nestednet", "packnet", "routing", "cross-sti
 def verdicts(table: Table, points: Points | None = None) -> list[Check]:
     """Every claim that these runs can be held against.
 
-    points: with them, a compared method is held against the operating point of its FLOPs.
+    points: with them, the dense network and the compared methods are held against the operating point of fitting FLOPs.
     """
     section = table.section
     rows = [row for row in section.rows if row.method == "den"]
@@ -37,10 +37,12 @@ def _row_checks(table: Table, row: Row, points: Points) -> Iterator[Check]:
     for task in row.tasks:
         name = f"{row.label}, {task}"
         if dense is not None and task in dense.tasks:
-            yield _against_dense(name, row, dense, task)
+            limit = dense.stat("flops", task).mean / LEAST_SAVING
+            yield _against_dense(_within(variants, limit, task), dense, task)
         for other in section.rows:
             if other.method.split()[0] in COMPARED and task in other.tasks:
-                yield _against(_of_equal_cost(variants, other, task), other, task)
+                limit = SAME_COST * other.stat("flops", task).mean
+                yield _against(_within(variants, limit, task), other, task)
         yield from _selection(name, row.results(task))
         if (realised := row.timing("realised", task)) is not None:
             yield Check(f"{name}: realised fraction at least 0.8", f"{realised.mean:.2f}", realised.mean >= 0.8)
@@ -48,11 +50,11 @@ def _row_checks(table: Table, row: Row, points: Points) -> Iterator[Check]:
     yield from _against_paper(table, row)
 
 
-def _against_dense(name: str, row: Row, dense: Row, task: str) -> Check:
+def _against_dense(row: Row, dense: Row, task: str) -> Check:
     loss = 100 * (dense.stat("accuracy", task).mean - row.stat("accuracy", task).mean)
     ratio = row.stat("flops_ratio", task).mean
     saving = 1 / max(ratio, 1e-9)
-    claim = f"{name}: within 1 point of dense at {LEAST_SAVING} times fewer FLOPs or more"
+    claim = f"{row.label}, {task}: within 1 point of dense at {LEAST_SAVING} times fewer FLOPs or more"
     return Check(claim, f"{-loss:+.2f} points at {saving:.2f}", loss <= 1 + 1e-9 and saving >= LEAST_SAVING)
 
 
@@ -71,9 +73,8 @@ def operating_points(row: Row, points: Points) -> list[Row]:
     return found
 
 
-def _of_equal_cost(variants: list[Row], other: Row, task: str) -> Row:
-    """The dearest variant that costs no more than another row; the first where all cost more."""
-    limit = SAME_COST * other.stat("flops", task).mean
+def _within(variants: list[Row], limit: float, task: str) -> Row:
+    """The dearest variant of at most so many FLOPs; the first where all cost more."""
     fitting = [row for row in variants if row.stat("flops", task).mean <= limit]
     return max(fitting, key=lambda row: row.stat("flops", task).mean, default=variants[0])
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # M3 and C1 on a thin network: every run of docs/results/cifar100.md.  An interrupted loop goes on where it stopped.
-#   DATA=data docs/results/cifar100.sh c1    # or m3; about an hour on one core
+#   DATA=data docs/results/cifar100.sh c1    # or m3; over an hour on one core
 set -euo pipefail
 scenario=$1 out=${OUT:-runs}
 
@@ -34,5 +34,7 @@ for seed in 0 1 2; do
   train nestednet --mode nestednet $nested
   train blockdrop --mode blockdrop --estimator.first.steps 800 --estimator.finish.steps 900 \
     --estimator.finish.rate 0.03
+done
+for seed in 0 1 2; do
   train "den-${high%% *}" $elastic --rho $high
 done
