@@ -38,3 +38,9 @@ done
 for seed in 0 1 2; do
   train "den-${high%% *}" $elastic --rho $high
 done
+for folder in "$out/$scenario"-den-*; do
+  for share in 0.25 0.5 0.58; do
+    den evaluate "$folder" --data-root "${DATA:-data}" --budget-flops $share
+  done
+done
+den report "$out/$scenario"-* --time --data-root "${DATA:-data}" --out "$out/report-$scenario"

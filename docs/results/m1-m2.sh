@@ -26,3 +26,4 @@ case $1 in
     train m2-den-s0 m2 --tasks tin50-0..9 --rho 0.1 --estimator.first.steps 200 --estimator.finish.steps 200
     ;;
 esac
+den report "$out/$1"-* --data-root "${DATA:-data}" --out "$out/report-$1"
