@@ -84,7 +84,7 @@ def _histogram_panel(axes: Axes, c: TaskReport, model: DeepElasticNetwork, rows:
     axes.text(-cell * (model.num_blocks + 1), -0.75, f"blocks 1 to {model.num_blocks}", size=9, color="#666666")
     axes.text(0, -0.75, "share of test images, cost", size=9, color="#666666")
     axes.set_axis_off()
-    finding = f"{len(structures)} structures in use, the first for {shares[0]:.0f} % of the images"
+    finding = f"{len(structures)} structures, the first for {shares[0]:.0f} % of the images"
     axes.set_title(f"{c.task}: {finding if len(structures) > 1 else 'one structure in use'}")
 
 
