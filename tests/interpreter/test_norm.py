@@ -24,6 +24,8 @@ class OnKernels(torch.autograd.Function):
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic_norm, "_has_kernels", lambda x: True)
+    monkeypatch.setattr(dynamic_norm, "is_ordinary", lambda *_: False)  # not the C++ that such tensors have
+    monkeypatch.setattr(dynamic_norm, "runs_eagerly", lambda *_: False)
     monkeypatch.setattr(dynamic_norm, "_norm_forward", OnKernels.apply)
     monkeypatch.setattr(dynamic_norm, "_norm_backward", kernels.backward)
 
