@@ -77,6 +77,14 @@ struct Affine {
     }
   }
   ALWAYS_INLINE void operator()(int w, const Lanes& x, Lanes& y) const { y = (x - mean[w]) * scale[w] + bias[w]; }
+  // d: the gradient dy where the ReLU let x through, else 0.
+  template <class T>
+  ALWAYS_INLINE void behind_relu(int w, const Lanes& x, const T* dy, int64_t n, const Lanes& floor, Lanes& d) const {
+    Lanes y;
+    load(dy, n, d);
+    (*this)(w, x, y);
+    d = y <= floor ? Lanes{} : d;
+  }
 };
 
 // The sums are taken about the mean of a sample of the rows: a large common offset does not cancel.
@@ -138,11 +146,9 @@ ALWAYS_INLINE void reduce(const T* dy, const T* x, const Span& s, const Coeffici
     for (int64_t r = 0; r < s.rows; ++r)
       UNROLL for (int w = 0; w < W; ++w) {
         const int64_t at = r * s.stride + lane + w * lanes;
-        Lanes in, d, y;
+        Lanes in, d;
         load(x + at, n, in);
-        load(dy + at, n, d);
-        affine(w, in, y);
-        d = y <= floor ? Lanes{} : d;
+        affine.behind_relu(w, in, dy + at, n, floor, d);
         sum[w] += d;
         product[w] += d * (in - affine.mean[w]);
       }
@@ -169,11 +175,9 @@ ALWAYS_INLINE void gradient(const T* dy, const T* x, T* dx, const Span& s, const
     for (int64_t r = 0; r < s.rows; ++r)
       UNROLL for (int w = 0; w < W; ++w) {
         const int64_t at = r * s.stride + lane + w * lanes;
-        Lanes in, d, y;
+        Lanes in, d;
         load(x + at, n, in);
-        load(dy + at, n, d);
-        affine(w, in, y);
-        d = y <= floor ? Lanes{} : d;
+        affine.behind_relu(w, in, dy + at, n, floor, d);
         d = d * affine.scale[w] - dmean[w] - (in - affine.mean[w]) * dvar[w];
         keep_only(d, keep[w]);
         store(d, n, dx + at);
