@@ -93,9 +93,14 @@ class Estimator(nn.Module):
         return x[0] if len(x) == 1 else torch.cat(x)
 
     def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:
-        """All blocks and what follows them up to the heads: [B, features]. May write over ``x``."""
+        """All blocks and what follows them up to the heads: [B, features]. May write over ``x``.
+
+        At inference a block that no instance uses is not called where it is the identity.
+        """
+        idle = plan.idle() if plan is not None and may_fold(self) else [False] * self.num_blocks
         for index, block in enumerate(self.blocks):
-            x = block(x, None if plan is None else plan[index], inplace=True)
+            if not (idle[index] and block.shortcut.is_identity):
+                x = block(x, None if plan is None else plan[index], inplace=True)
         return features(x, self.norm, self.shared)
 
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:

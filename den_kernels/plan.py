@@ -287,6 +287,13 @@ class RoutingPlan:
     def batch_size(self) -> int:
         return self.order.shape[1]
 
+    def idle(self) -> list[bool]:
+        """Which of the N blocks no instance uses. False for all elsewhere than on a CPU, where it would wait."""
+        if not self.levels.is_cpu or torch.compiler.is_compiling() or self.batch_size == 0:
+            return [False] * len(self)
+        used: list[int] = self.levels.amax(0).tolist()
+        return [level == 0 for level in used]
+
     def to(self, device: torch.device | str) -> Self:
         """The same plan on another device."""
         masks = None if self.masks is None else self.masks.to(device)

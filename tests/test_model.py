@@ -54,6 +54,22 @@ PARTS = [images(task, count) for task, count in zip(TASKS, (4, 5, 3), strict=Tru
 NAMES = [task.name for task in TASKS]
 
 
+def test_blocks_that_no_image_uses_are_not_called_at_inference(model):
+    called = []
+    for index, block in enumerate(model.estimator.blocks):
+        block.register_forward_hook(lambda *_, index=index: called.append(index))
+    levels = structures(12)
+    levels[:, 1:3] = 0  # block 1 keeps the shape of its input, block 2 does not
+    with torch.no_grad():
+        got = model.estimator(PARTS, NAMES, levels)
+    assert called == [0, 2, 3]
+    called.clear()
+    composed = model.estimator(PARTS, NAMES, levels)
+    assert called == [0, 1, 2, 3]
+    for one, other in zip(got, composed, strict=True):
+        close(one, other)
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["folded", "composed"])
 def test_inference_equals_the_reference(model, grad):
     levels = structures(12)

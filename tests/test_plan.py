@@ -122,6 +122,17 @@ def test_active_is_a_route_of_one_group(size, fill, seed, of_masks):
     assert torch.equal(active.selection(), used[:, None])
 
 
+@given(size=sizes, fill=fills, seed=st.integers(0, 99), of_masks=st.booleans())
+def test_idle_blocks_are_those_that_no_instance_uses(size, fill, seed, of_masks):
+    B, N, G = size
+    given_ = (make_masks if of_masks else make_levels)(B, N, G, fill, seed)
+    given_[:, :1] = 0
+    plan = RoutingPlan.from_masks(given_) if of_masks else RoutingPlan.from_levels(given_, G)
+    expected = [not bool(plan[n].selection().any()) for n in range(N)] if B else [False] * N
+    assert plan.idle() == expected
+    assert plan.to("meta").idle() == [False] * N
+
+
 def test_routes_are_contiguous_rows_of_the_plan():
     for plan in (
         RoutingPlan.from_levels(torch.randint(0, 4, (5, 3)), 3),

@@ -115,8 +115,7 @@ class BottleneckBlock(nn.Module):
         return self.conv3(hidden, route)
 
     def _infer(self, x: Tensor, route: Route, inplace: bool) -> Tensor:
-        keeps_shape = self.stride == 1 and not self.shortcut.new_channels
-        out = x if inplace and keeps_shape else pool_rows(x, self.conv3.out_channels, self.stride)
+        out = x if inplace and self.shortcut.is_identity else pool_rows(x, self.conv3.out_channels, self.stride)
         folded = self.folded()
         if not x.is_cpu:
             x = x if self.bn1 is None else self.bn1(x, route.active(), relu=True)

@@ -23,6 +23,11 @@ class Shortcut(nn.Module):
             )
         self.stride, self.new_channels = stride, channels - in_channels
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether the block keeps the shape of its input, so that without convolutions it is nothing."""
+        return self.stride == 1 and not self.new_channels
+
     def forward(self, x: Tensor) -> Tensor:
         if self.stride == 2:
             x = F.avg_pool2d(x, 2, ceil_mode=True)
