@@ -10,13 +10,17 @@
 namespace den_kernels {
 namespace {
 
+// Words from a pixel to the next, for maps of so many channels: with a multiple of eight cache lines, neighbouring
+// pixels would share few sets of the first-level cache.
+inline int64_t spread(int64_t words) { return words && words % 128 == 0 ? words + 16 : words; }
+
 template <class T>
 struct BandMap {
   int64_t rows, columns, pixel;
   BandMap(const ConvProblem<T>& p, const Band& band, int64_t words)
       : rows((band.rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1),
         columns(std::max(p.W + p.padding[1], (round_up(p.Wo, 4) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
-        pixel(words) {}
+        pixel(spread(words)) {}
   int64_t size() const { return rows * columns * pixel; }
   void tap_offsets(const ConvProblem<T>& p, int64_t* taps) const {
     for (int64_t r = 0; r < p.R; ++r)
@@ -31,8 +35,13 @@ DEN_KERNELS_TARGET
 template <class T>
 KERNEL void copy_pixel(const T* from, const Channels& inputs, const Channels& words, float* to) {
   if constexpr (per_word<T> == 1) {
-    for (const Run& run : inputs.runs)
-      for (int64_t k = 0; k < run.width; ++k) *to++ = from[run.first + k];
+    for (const Run& run : inputs.runs) {
+      for (int64_t k = 0; k < run.width; k += 16) {
+        const __mmask16 lanes = lanes_of(run.width - k);
+        store16(to + k, load16(from + run.first + k, lanes), lanes);
+      }
+      to += run.width;
+    }
   } else {
     for (size_t i = 0; i < inputs.blocks.size(); ++i) {
       const Block& block = inputs.blocks[i];
@@ -60,7 +69,7 @@ void copy_rows(const ConvProblem<T>& p, const Band& band, const Channels& words,
     std::memset(to + right * map.pixel, 0, (map.columns - right) * map.pixel * sizeof(float));
     const T* from = x + row * p.W * p.C;
     to += p.padding[1] * map.pixel;
-    if (whole)
+    if (whole && map.pixel * per_word<T> == p.C)
       std::memcpy(to, from, p.W * p.C * sizeof(T));
     else
       for (int64_t c = 0; c < p.W; ++c) copy_pixel(from + c * p.C, band.inputs, words, to + c * map.pixel);

@@ -274,6 +274,9 @@ void bind_dynamic_residual(py::module_& m) {
   m.def("pack_weights", [](uintptr_t weight, uintptr_t scale, uintptr_t packed, int64_t O, int64_t taps, int64_t I) {
     pack_weights(pointer<const float>(weight), pointer<const float>(scale), pointer<float>(packed), O, taps, I);
   });
+  m.def("pack_turned_weights", [](uintptr_t weight, uintptr_t packed, int64_t O, int64_t taps, int64_t I) {
+    pack_turned_weights(pointer<const float>(weight), pointer<float>(packed), O, taps, I);
+  });
   m.def("dynamic_residual", &run_residual<float>, weights_and_sizes);
   m.def("dynamic_residual_bf16", &run_residual<bf16>, weights_and_sizes);
 }

@@ -1,5 +1,6 @@
 // The weight gradient in float32. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap, summed over the
-// pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. A thread adds the
+// pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The gradients of a
+// tile's pixels are copied side by side first: it serves every input and tap. A thread adds the
 // tiles of its bands up in memory of its own, and the threads' sums are added in the threads' order, so that a number of
 // threads gives the same sums every time.
 #include "dynamic_conv.h"
@@ -29,13 +30,23 @@ struct Pixels {
   int64_t count, grad[pixels_at_once], input[pixels_at_once];
 };
 
+// The gradients of 16 or 32 outputs at some pixels, zeros where an output is not selected.
+struct Panel {
+  alignas(64) float values[pixels_at_once * 32];
+};
+
 Pixels pixels_of(const Problem& p, const Band& band, const Map& map, int64_t first) {
   const int64_t per_instance = band.rows * p.Wo;
   Pixels made{std::min(pixels_at_once, band.count * per_instance - first), {}, {}};
+  int64_t j = first / per_instance, row = first % per_instance / p.Wo, column = first % p.Wo;
   for (int64_t i = 0; i < made.count; ++i) {
-    const int64_t j = (first + i) / per_instance, at = (first + i) % per_instance, row = at / p.Wo, column = at % p.Wo;
     made.grad[i] = ((p.route.order[band.start + j] * p.Ho + band.first_row + row) * p.Wo + column) * p.C_out;
     made.input[i] = j * map.size() + (row * p.stride[0] * map.columns + column * p.stride[1]) * map.pixel;
+    if (++column < p.Wo) continue;
+    column = 0;
+    if (++row < band.rows) continue;
+    row = 0;
+    ++j;
   }
   return made;
 }
@@ -43,20 +54,29 @@ Pixels pixels_of(const Problem& p, const Band& band, const Map& map, int64_t fir
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
-// sums[v][k] += sum over pixels of grad[block v] * x[k]; sums[v]: [inputs][16], `step` floats from block 0's to block 1's.
+template <int vectors>
+void fill(Panel& panel, const Pixels& pixels, const float* grad, const Block* block) {
+  for (int64_t i = 0; i < pixels.count; ++i) {
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      const __m512 of_block = load16(grad + pixels.grad[i] + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+      _mm512_store_ps(panel.values + (i * vectors + v) * 16, of_block);
+    }
+  }
+}
+
+// sums[v][k] += sum over pixels of panel[v] * x[k]; sums[v]: [inputs][16], `step` floats from block 0's to block 1's.
 // The pixels are summed up from zero: one long sum over all pixels of a batch would round away ten times as much.
 template <int vectors, int inputs>
-void gradient_tile(const Pixels& pixels, const float* grad, const Block* block, const float* x, float* sums,
-                   int64_t step) {
+void gradient_tile(const Pixels& pixels, const Panel& panel, const float* x, float* sums, int64_t step) {
   __m512 acc[inputs][vectors];
   UNROLL for (int k = 0; k < inputs; ++k) {
     UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_setzero_ps();
   }
-  for (int64_t i = 0; i < pixels.count; ++i) {
-    const float *g = grad + pixels.grad[i], *in = x + pixels.input[i];
+  const float* g = panel.values;
+  for (int64_t i = 0; i < pixels.count; ++i, g += vectors * 16) {
+    const float* in = x + pixels.input[i];
     __m512 gv[vectors];
-    UNROLL for (int v = 0; v < vectors; ++v)
-      gv[v] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(block[v].lanes), g + block[v].index * 16);
+    UNROLL for (int v = 0; v < vectors; ++v) gv[v] = _mm512_load_ps(g + v * 16);
     UNROLL for (int k = 0; k < inputs; ++k) {
       const __m512 value = _mm512_set1_ps(in[k]);
       UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_fmadd_ps(value, gv[v], acc[k][v]);
@@ -70,7 +90,7 @@ void gradient_tile(const Pixels& pixels, const float* grad, const Block* block, 
   }
 }
 
-using Tile = void (*)(const Pixels&, const float*, const Block*, const float*, float*, int64_t);
+using Tile = void (*)(const Pixels&, const Panel&, const float*, float*, int64_t);
 
 template <int vectors>
 constexpr Tile tiles_of[8] = {gradient_tile<vectors, 1>, gradient_tile<vectors, 2>, gradient_tile<vectors, 3>,
@@ -89,17 +109,19 @@ void add_band(const Problem& p, const float* grad, const Band& band, float* scra
   const std::vector<Piece> pieces = cut(band.inputs.runs, 8);
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
+  Panel panel;
   for (int64_t first = 0; first < band.count * band.rows * p.Wo; first += pixels_at_once) {
     const Pixels pixels = pixels_of(p, band, map, first);
     for (int64_t n = 0; n < block_count; n += 2) {
       const bool two = n + 1 < block_count;
       const Block* block = &blocks[n];
       const int64_t step = two ? (block[1].index - block[0].index) * tap_count * inputs * 16 : 0;
+      (two ? fill<2> : fill<1>)(panel, pixels, grad, block);
       for (const Piece& piece : pieces)
         for (int64_t t = 0; t < tap_count; ++t) {
           float* to = sums + ((block->index * tap_count + t) * inputs + piece.first) * 16;
           const Tile run = two ? tiles_of<2>[piece.width - 1] : tiles_of<1>[piece.width - 1];
-          run(pixels, grad, block, scratch + taps[t] + piece.place, to, step);
+          run(pixels, panel, scratch + taps[t] + piece.place, to, step);
         }
     }
   }

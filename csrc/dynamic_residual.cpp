@@ -27,6 +27,21 @@ void pack_weights(const float* weight, const float* scale, float* packed, int64_
     }
 }
 
+void pack_turned_weights(const float* weight, float* packed, int64_t O, int64_t taps, int64_t I) {
+  const int64_t O_blocks = (O + 15) / 16, I_blocks = (I + 15) / 16;
+#pragma omp parallel for collapse(2) schedule(static) if (O * taps * I > 16384)
+  for (int64_t i = 0; i < I_blocks; ++i)
+    for (int64_t o = 0; o < O_blocks; ++o) {
+      const int64_t outputs = std::min<int64_t>(16, O - o * 16), inputs = std::min<int64_t>(16, I - i * 16);
+      for (int64_t t = 0; t < taps; ++t) {
+        float* to = packed + ((i * O_blocks + o) * taps + t) * 256;
+        if (outputs < 16 || inputs < 16) std::fill_n(to, 256, 0.f);
+        for (int64_t q = 0; q < outputs; ++q)
+          std::copy_n(weight + ((o * 16 + q) * taps + taps - 1 - t) * I + i * 16, inputs, to + q * 16);
+      }
+    }
+}
+
 #ifdef DEN_KERNELS_HAS_AVX512
 
 bool has_dynamic_residual() { return DEN_KERNELS_HAS_AVX512; }

@@ -45,4 +45,8 @@ bool has_dynamic_residual_bf16();  // and the second
 // zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.
 void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I);
 
+// The same of the transposed convolution, inputs and outputs swapped and the last tap first: [ceil(I / 16),
+// ceil(O / 16), taps, 16 of O, 16 of I].
+void pack_turned_weights(const float* weight, float* packed, int64_t O, int64_t taps, int64_t I);
+
 }  // namespace den_kernels

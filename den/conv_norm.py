@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.folding import folded_weight, may_fold, norm_tensors
+from den.folding import folded_weight, may_fold
 from den_kernels.fold_cache import FoldCache
 
 
@@ -26,14 +26,12 @@ class ConvNormReLU(nn.Module):
         self._folded: FoldCache[tuple[Tensor, Tensor]] = FoldCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
+        conv, norm = self.conv, self.norm
         if may_fold(self):
-            weight, bias = self._folded.get(
-                (conv.weight, *norm_tensors(self.norm)), lambda: folded_weight(conv, self.norm)
-            )
+            weight, bias = self._folded.of((conv, norm), lambda: folded_weight(conv, norm))
             y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation).relu_()
         else:
-            y = F.relu(self.norm(conv(x)))
+            y = F.relu(norm(conv(x)))
         return y.contiguous(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "ConvNormReLU":

@@ -97,10 +97,11 @@ class Estimator(nn.Module):
 
         At inference a block that no instance uses is not called where it is the identity.
         """
+        routes = [None] * self.num_blocks if plan is None else plan
         idle = plan.idle() if plan is not None and may_fold(self) else [False] * self.num_blocks
-        for index, block in enumerate(self.blocks):
-            if not (idle[index] and block.shortcut.is_identity):
-                x = block(x, None if plan is None else plan[index], inplace=True)
+        for block, route, unused in zip(self.blocks, routes, idle, strict=True):
+            if not (unused and block.shortcut.is_identity):
+                x = block(x, route, inplace=True)
         return features(x, self.norm, self.shared)
 
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:

@@ -56,6 +56,17 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -
     return packed
 
 
+def pack_turned(weight: Tensor, in_sizes: Sequence[int]) -> Tensor:
+    """:func:`pack` of the weights [I, O, R, S] of :func:`transposed`: sides swapped, kernel turned."""
+    O, I, R, S = weight.shape
+    if weight.dtype == torch.bfloat16:
+        return pack(weight.flip(2, 3).transpose(0, 1), in_sizes)
+    rows = weight.contiguous(memory_format=torch.channels_last)
+    packed = weight.new_empty(-(-I // 16), -(-O // 16), R * S, 16, 16)
+    extension.pack_turned_weights(rows.data_ptr(), packed.data_ptr(), O, R * S, I)
+    return packed
+
+
 def forward(
     x: Tensor,
     packed: Tensor,

@@ -21,15 +21,17 @@ itself is computed, the whole convolution.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _conv_cpu, _conv_direct, _triton
 from ._conv_cpu import Geometry, memory_format_of
 from ._conv_masked import masked_backward, masked_forward
-from ._eager import runs_eagerly
+from ._eager import is_ordinary, runs_eagerly
 from .plan import Route, as_route, channels_of
 
 
@@ -147,7 +149,7 @@ def _backward_cpu(
     dx = dweight = None
     rest = list(output_mask)  # what the direct convolution does not do
     if output_mask[0] and (turned := _conv_direct.transposed(x, weight, geometry)):
-        packed = _conv_direct.pack(weight.flip(2, 3).transpose(0, 1), turned.in_sizes)
+        packed = _conv_direct.pack_turned(weight, turned.in_sizes)
         dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, route, x.shape, turned)
         dx, rest[0] = dx.contiguous(memory_format=memory_format_of(x)), False
     if output_mask[1]:
@@ -222,6 +224,25 @@ def _autograd(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 _dynamic_conv2d.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _EagerConv(torch.autograd.Function):
+    """The op on a CPU for ordinary tensors, without the price of calls through torch.library."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, route: Route, geometry: Geometry) -> Tensor:
+        return _compute(x, weight, bias, route, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, _, ctx.route, ctx.geometry = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return *_backward_cpu(grad, x, weight, ctx.route, ctx.geometry, ctx.needs_input_grad[:3]), None, None
 
 
 def group_sizes(groups: int | Sequence[int] | None, channels: int, name: str, cardinality: int = 1) -> tuple[int, ...]:
@@ -389,4 +410,6 @@ def convolve(
         )
     if runs_eagerly(x, weight, bias):
         return _compute(x, weight, bias, route, geometry, packed)
+    if x.is_cpu and is_ordinary(x, weight, bias):
+        return _EagerConv.apply(x, weight, bias, route, geometry)
     return _dynamic_conv2d(x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)

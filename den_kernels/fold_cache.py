@@ -1,6 +1,7 @@
 """A value derived from tensors, kept until one of them changes."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from operator import attrgetter, methodcaller
 from typing import Any, Generic, TypeVar
 
@@ -38,15 +39,20 @@ class FoldCache(Generic[Value]):
         return entry[2]
 
     def of(self, modules: tuple[nn.Module, ...], build: Callable[[], Value]) -> Value:
-        """:meth:`get` of all parameters and buffers that the modules hold themselves.
+        """:meth:`get` of all parameters and buffers of the modules.
 
-        Where they stand is looked up once for a set of modules: asking many modules for their attributes takes longer
-        than to run a small network.
+        Where they stand is looked up once for a set of modules, and again when one of them is gone (parametrizations
+        and pruning move them): asking many modules for their attributes takes longer than to run a small network.
         """
-        if self._places is None or self._places[0] != modules:
-            kept = (entries for module in modules for entries in (module._parameters, module._buffers))
-            self._places = modules, [(entries, name) for entries in kept for name in entries]
-        return self.get(tuple(t for entries, name in self._places[1] if (t := entries[name]) is not None), build)
+        return self.get(self._tensors(modules), build)
+
+    def _tensors(self, modules: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
+        if self._places is not None and self._places[0] == modules:
+            with suppress(KeyError):
+                return tuple(t for entries, name in self._places[1] if (t := entries[name]) is not None)
+        kept = (entries for each in modules for m in each.modules() for entries in (m._parameters, m._buffers))
+        self._places = modules, [(entries, name) for entries in kept for name in entries]
+        return tuple(t for entries, name in self._places[1] if (t := entries[name]) is not None)
 
     def clear(self) -> None:
         """Forget the value."""

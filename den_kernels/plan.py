@@ -12,8 +12,9 @@ On a CPU the sort is C++ (csrc/plan.cpp), on a CUDA device one kernel for all bl
 without the extension, torch ops. The references below are the definition; all agree exactly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Self
 
 import torch
@@ -282,6 +283,11 @@ class RoutingPlan:
             raise IndexError(f"RoutingPlan: block must be in 0..{len(self) - 1}, got {i}")
         mask = None if self.masks is None else self.masks[:, i]
         return Route(self.levels[:, i], self.order[i], self.offsets[i], self.groups, mask)
+
+    def __iter__(self) -> Iterator[Route]:
+        masks = repeat(None) if self.masks is None else self.masks.unbind(1)
+        for levels, order, offsets, mask in zip(self.levels.unbind(1), self.order, self.offsets, masks, strict=False):
+            yield Route(levels, order, offsets, self.groups, mask)
 
     @property
     def batch_size(self) -> int:

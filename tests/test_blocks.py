@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from den.blocks import ElasticBlock
 from den.conv_norm import ConvNormReLU
@@ -219,6 +221,19 @@ def test_a_cache_keeps_the_address_it_knows_from_being_given_away():
     others = [torch.empty(1000) for _ in range(50)]
     assert address not in {other.data_ptr() for other in others}
     assert cache.get((source,), lambda: "ones") == "ones"
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, prune.identity], ids=["parametrized", "pruned"])
+def test_a_cache_follows_parameters_that_are_moved_away(wrap):
+    conv, cache = torch.nn.Conv2d(2, 2, 1), FoldCache()
+    assert cache.of((conv,), lambda: "own") == "own"
+    wrap(conv, "weight")
+    assert cache.of((conv,), lambda: "moved") == "moved"
+    moved = next(p for name, p in conv.named_parameters() if name != "bias")
+    with torch.no_grad():
+        moved.mul_(2)
+    assert cache.of((conv,), lambda: "changed") == "changed"
+    assert cache.of((conv,), lambda: "built again") == "changed"
 
 
 def test_a_copy_of_a_warm_block_is_independent():

@@ -123,13 +123,17 @@ def test_active_is_a_route_of_one_group(size, fill, seed, of_masks):
 
 
 @given(size=sizes, fill=fills, seed=st.integers(0, 99), of_masks=st.booleans())
-def test_idle_blocks_are_those_that_no_instance_uses(size, fill, seed, of_masks):
+def test_a_plan_gives_its_routes_in_turn_and_says_which_blocks_no_instance_uses(size, fill, seed, of_masks):
     B, N, G = size
     given_ = (make_masks if of_masks else make_levels)(B, N, G, fill, seed)
     given_[:, :1] = 0
     plan = RoutingPlan.from_masks(given_) if of_masks else RoutingPlan.from_levels(given_, G)
     expected = [not bool(plan[n].selection().any()) for n in range(N)] if B else [False] * N
     assert plan.idle() == expected
+    assert [(route.levels.tolist(), route.order.tolist(), route.offsets.tolist()) for route in plan] == [
+        (plan[n].levels.tolist(), plan[n].order.tolist(), plan[n].offsets.tolist()) for n in range(N)
+    ]
+    assert all(torch.equal(route.selection(), plan[n].selection()) for n, route in enumerate(plan))
     assert plan.to("meta").idle() == [False] * N
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from den.blocks.shape import BlockShape
 from den.blocks.shortcut import Shortcut
-from den.folding import may_fold, norm_tensors
+from den.folding import may_fold
 from den.initial import initialise
 from den.levels import level_groups
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights, Route, dynamic_residual, dynamic_residual_
@@ -91,8 +91,9 @@ class ElasticBlock(nn.Module):
 
     def folded(self) -> ResidualWeights:
         """Weights with both batch norms folded (eval mode), from the cache while nothing they depend on changed."""
-        sources = (self.conv1.weight, self.conv2.weight, *norm_tensors(self.bn1), *norm_tensors(self.bn2))
-        return self._folded.get(sources, lambda: ResidualWeights.fold(self.conv1, self.bn1, self.conv2, self.bn2))
+        layers = conv1, bn1, conv2, bn2 = self.conv1, self.bn1, self.conv2, self.bn2
+        sources = tuple(layer for layer in layers if layer is not None)
+        return self._folded.of(sources, lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2))
 
     def freeze(self) -> None:
         """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""
