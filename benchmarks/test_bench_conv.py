@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import den_kernels
+from den_kernels._conv_cpu import Geometry
+from den_kernels.dynamic_conv import uses_direct
 
 from . import peers, slicing
 from .allocations import require
@@ -87,18 +89,30 @@ def work_of(problem: Problem) -> Work:
     return Work(dense * used.sum().item(), dense * batch, traffic)
 
 
+def route_of(problem: Problem) -> den_kernels.Route:
+    """What each instance selects, planned."""
+    if problem.levels is None:
+        return den_kernels.RoutingPlan.from_masks(problem.groups[:, None])[0]
+    return den_kernels.RoutingPlan.from_levels(problem.levels[:, None], len(problem.sizes))[0]
+
+
+def way(problem: Problem) -> str:
+    """Which of its implementations `dynamic_conv2d` takes for the case."""
+    if problem.x.device.type != "cpu":
+        return "gpu"
+    sizes = [problem.sizes if elastic else () for elastic in (problem.out_elastic, problem.in_elastic)]
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1, *sizes)
+    return "direct" if uses_direct(problem.x, problem.conv.weight, route_of(problem), geometry) else "onednn"
+
+
 def our_provider(problem: Problem) -> Any:
     """dynamic_conv2d with a route built beforehand, as a callable."""
-    plan = (
-        den_kernels.RoutingPlan.from_masks(problem.groups[:, None])
-        if problem.levels is None
-        else den_kernels.RoutingPlan.from_levels(problem.levels[:, None], len(problem.sizes))
-    )
+    route = route_of(problem)
     out_groups = problem.sizes if problem.out_elastic else None
     in_groups = problem.sizes if problem.in_elastic else None
     weight = problem.conv.weight.detach()
     return lambda: den_kernels.dynamic_conv2d(
-        problem.x, weight, None, plan[0], padding=1, out_groups=out_groups, in_groups=in_groups
+        problem.x, weight, None, route, padding=1, out_groups=out_groups, in_groups=in_groups
     )
 
 
@@ -142,3 +156,4 @@ def test_conv(benchmark: Any, case: Case, settings: Settings) -> None:
         problem = make_problem(case).to(case.device)
         providers = peer_providers(problem)
     run(benchmark, case, providers, work_of(problem), settings)
+    benchmark.extra_info["way"] = way(problem)

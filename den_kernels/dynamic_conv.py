@@ -91,15 +91,21 @@ def _compute(
             groups=geometry.groups, out_groups=geometry.out_sizes, in_groups=geometry.in_sizes,
         )  # fmt: skip
         return out.contiguous(memory_format=memory_format_of(x, weight))
-    order, offsets, mask = route.order, route.offsets, route.mask
-    direct = _conv_direct.runs_direct(x, weight, geometry)
-    if mask is None or not direct:
-        segments = _conv_cpu.segments_of(order, offsets, mask, geometry, x.shape[1], weight.shape[0])
-        if not direct or _conv_cpu.is_plain(segments, weight.shape[0]):
-            return _conv_cpu.forward(x, weight, bias, segments, geometry)
+    if not uses_direct(x, weight, route, geometry):
+        segments = _conv_cpu.segments_of(route.order, route.offsets, route.mask, geometry, x.shape[1], weight.shape[0])
+        return _conv_cpu.forward(x, weight, bias, segments, geometry)
     own = packed(x.dtype) if packed else _conv_direct.pack(weight, geometry.in_sizes)
     shape = geometry.out_shape(x, weight)
     return _conv_direct.forward(x, own, weight.shape[2:], bias, route, shape, geometry)
+
+
+def uses_direct(x: Tensor, weight: Tensor, route: Route, geometry: Geometry) -> bool:
+    """Whether a call on a CPU takes the direct convolution.
+
+    Where no level is below the highest, the whole is one ordinary convolution, which oneDNN does faster.
+    """
+    all_full = route.mask is None and int(route.offsets[1]) == x.shape[0]
+    return not all_full and _conv_direct.runs_direct(x, weight, geometry)
 
 
 def _route(levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, geometry: Geometry) -> Route:

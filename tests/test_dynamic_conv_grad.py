@@ -88,6 +88,13 @@ def test_gradients_of_any_selection_and_layout(batch, selection, side, layout, w
     check_gradients(problem, torch.float32)
 
 
+@pytest.mark.parametrize("selection", ["top", "mask", "uniform"])
+def test_gradients_of_wide_maps(selection):
+    """Widths at which a pixel of the direct convolution's maps takes more than its channels."""
+    problem = ConvProblem(batch=5, size=(5, 6), selection=selection, in_sizes=(64, 128, 64), out_sizes=(32, 80, 16))
+    check_gradients(problem, torch.float32)
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_masked_composition_has_the_same_gradients(name):
     """What runs on devices without kernels, run here."""
