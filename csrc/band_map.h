@@ -19,7 +19,7 @@ struct BandMap {
   int64_t rows, columns, pixel;
   BandMap(const ConvProblem<T>& p, const Band& band, int64_t words)
       : rows((band.rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1),
-        columns(std::max(p.W + p.padding[1], (round_up(p.Wo, 4) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
+        columns(std::max(p.W + p.padding[1], (strip_columns(p.Wo) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
         pixel(spread(words)) {}
   int64_t size() const { return rows * columns * pixel; }
   void tap_offsets(const ConvProblem<T>& p, int64_t* taps) const {

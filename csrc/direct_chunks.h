@@ -58,10 +58,18 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
   end = count * (thread + 1) / threads;
 }
 
-// How the quads of a map, in the order of their rows, are cut into tiles of at most `most`: those of the rows that meet
+// The pixels of a row are summed in strips of neighbours: of seven where that fills the rows and four does not (7 or 14
+// pixels), else of four.
+inline int64_t strip_size(int64_t columns) { return columns % 4 && columns % 7 == 0 ? 7 : 4; }
+inline int64_t strips_of_row(int64_t columns) { return (columns + strip_size(columns) - 1) / strip_size(columns); }
+inline int64_t strip_columns(int64_t columns) { return strips_of_row(columns) * strip_size(columns); }
+// With two vectors of channels, 24 or 28 of 32 registers sum.
+constexpr int strips_per_tile(int64_t size) { return size == 7 ? 2 : 3; }
+
+// How the strips of a map, in the order of their rows, are cut into tiles of at most `most`: those of the rows that meet
 // padding above, of the rows that meet none, and of those that meet padding below.
 struct Cut {
-  int64_t quads[3], most;
+  int64_t strips[3], most;
   // Output rows first .. first + rows - 1 of a kernel of R rows, `top` rows of padding above H input rows.
   static Cut of(int64_t first, int64_t rows, int64_t per_row, int64_t R, int64_t top, int64_t H, int64_t stride,
                 int64_t dilation, int64_t most) {
@@ -72,13 +80,13 @@ struct Cut {
     const int64_t above = before(top), inside = std::max(above, before(H + top - (R - 1) * dilation));
     return {{above * per_row, (inside - above) * per_row, (rows - inside) * per_row}, most};
   }
-  int64_t tiles(int part) const { return (quads[part] + most - 1) / most; }
+  int64_t tiles(int part) const { return (strips[part] + most - 1) / most; }
   int64_t tiles() const { return tiles(0) + tiles(1) + tiles(2); }
-  // The first quad of tile i, and how many it has.
+  // The first strip of tile i, and how many it has.
   void at(int64_t i, int64_t& first, int64_t& count) const {
     int part = 0;
-    for (first = 0; i >= tiles(part); first += quads[part++]) i -= tiles(part);
-    count = std::min(most, quads[part] - i * most);
+    for (first = 0; i >= tiles(part); first += strips[part++]) i -= tiles(part);
+    count = std::min(most, strips[part] - i * most);
     first += i * most;
   }
 };

@@ -48,17 +48,17 @@ KERNEL Taps taps_on_map(const int64_t* at, int64_t R, int64_t S, int64_t first, 
   return {at, R * S, begin * S, end * S};
 }
 
-// acc[q * 4 + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
+// acc[q * size + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
 // A piece is a cache line of every pixel: it serves all taps before the weights push it out of the first level.
-template <class T, int vectors, int quads, bool planar>
-KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (&input)[quads], int64_t pixel,
+template <class T, int vectors, int strips, int size, bool planar>
+KERNEL void sum_channels(__m512 (&acc)[strips * size][vectors], const float* const (&input)[strips], int64_t pixel,
                          int64_t channel, const Taps& taps, const float* weight, int64_t weight_vector,
                          const std::vector<Piece>& pieces, const Ahead& ahead) {
   for (const Piece& piece : pieces) {
     const float* of_piece = weights_of(weight, piece, taps.count);
     for (int64_t t = taps.begin; t < taps.end; ++t) {
-      const float* in[quads];
-      UNROLL for (int q = 0; q < quads; ++q) in[q] = input[q] + taps.at[t] + piece.place * channel;
+      const float* in[strips];
+      UNROLL for (int q = 0; q < strips; ++q) in[q] = input[q] + taps.at[t] + piece.place * channel;
       const float* w = of_piece + t * 256;
       for (int64_t row = ahead.first; row < ahead.first + ahead.count; ++row) {
         UNROLL for (int v = 0; v < vectors; ++v) {
@@ -71,11 +71,11 @@ KERNEL void sum_channels(__m512 (&acc)[quads * 4][vectors], const float* const (
           wv[v] = _mm512_loadu_ps(w + v * weight_vector);
           _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
         }
-        UNROLL for (int q = 0; q < quads; ++q) {
-          UNROLL for (int p = 0; p < 4; ++p) {
+        UNROLL for (int q = 0; q < strips; ++q) {
+          UNROLL for (int p = 0; p < size; ++p) {
             const __m512 value = _mm512_set1_ps(planar ? in[q][p] : in[q][p * pixel]);
             UNROLL for (int v = 0; v < vectors; ++v) {
-              acc[q * 4 + p][v] = multiply_add<T>(value, wv[v], acc[q * 4 + p][v]);
+              acc[q * size + p][v] = multiply_add<T>(value, wv[v], acc[q * size + p][v]);
             }
           }
           in[q] += planar ? channel : 1;

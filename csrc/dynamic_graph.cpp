@@ -21,12 +21,12 @@ namespace den_kernels {
 #ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
-// A state in scratch memory: rows and columns of pixels, zeros around the map. Columns are computed in fours, so that
+// A state in scratch memory: rows and columns of pixels, zeros around the map. Columns are computed in strips, so that
 // some are read beyond the padding.
 struct StateMap {
   int64_t rows, columns, origin;  // origin: of the first pixel of the map, in floats
   explicit StateMap(const GraphProblem& p)
-      : rows(p.H + p.R - 1), columns(round_up(p.W, 4) + p.S - 1), origin((p.R / 2 * columns + p.S / 2) * p.C) {}
+      : rows(p.H + p.R - 1), columns(strip_columns(p.W) + p.S - 1), origin((p.R / 2 * columns + p.S / 2) * p.C) {}
   int64_t size(int64_t C) const { return round_up(rows * columns * C, 16); }
 };
 
@@ -43,57 +43,57 @@ struct Layout {
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
-// The blocks of output channels from `block` of quads from q0: to += gate * relu(conv(from) + bias).
-template <int vectors, int quads>
+// The blocks of output channels from `block` of strips from q0: to += gate * relu(conv(from) + bias).
+template <int vectors, int strips, int size>
 void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
                int64_t block, int64_t q0) {
-  const int64_t per_row = (p.W + 3) / 4, weight_vector = weight_words<float>(p.C, p.R * p.S);
-  const float* input[quads];
-  UNROLL for (int q = 0; q < quads; ++q) {
-    input[q] = from + ((q0 + q) / per_row * layout.map.columns + (q0 + q) % per_row * 4) * p.C;
+  const int64_t per_row = strips_of_row(p.W), weight_vector = weight_words<float>(p.C, p.R * p.S);
+  const float* input[strips];
+  UNROLL for (int q = 0; q < strips; ++q) {
+    input[q] = from + ((q0 + q) / per_row * layout.map.columns + (q0 + q) % per_row * size) * p.C;
   }
-  __m512 acc[quads * 4][vectors];
+  __m512 acc[strips * size][vectors];
   UNROLL for (int v = 0; v < vectors; ++v) {
     const int64_t first = (block + v) * 16;
     const __m512 bias = _mm512_maskz_loadu_ps(lanes_of(p.C - first), p.biases[e] + first);
-    UNROLL for (int i = 0; i < quads * 4; ++i) acc[i][v] = bias;
+    UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
   }
-  sum_channels<float, vectors, quads, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
-                                             p.weights[e] + block * weight_vector, weight_vector, layout.pieces, {});
+  sum_channels<float, vectors, strips, size, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
+                                                   p.weights[e] + block * weight_vector, weight_vector, layout.pieces, {});
   const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
-  UNROLL for (int q = 0; q < quads; ++q) {
+  UNROLL for (int q = 0; q < strips; ++q) {
     float* pixel = to + layout.map.origin + (input[q] - from);
-    const int64_t live = p.W - (q0 + q) % per_row * 4;
-    UNROLL for (int i = 0; i < 4; ++i) {
+    const int64_t live = p.W - (q0 + q) % per_row * size;
+    UNROLL for (int i = 0; i < size; ++i) {
       if (i >= live) break;
       UNROLL for (int v = 0; v < vectors; ++v) {
         float* at = pixel + i * p.C + (block + v) * 16;
         const __mmask16 some = lanes_of(p.C - (block + v) * 16);
-        const __m512 made = _mm512_max_ps(zero, acc[q * 4 + i][v]);  // NaN passes: max gives its second operand
+        const __m512 made = _mm512_max_ps(zero, acc[q * size + i][v]);  // NaN passes: max gives its second operand
         _mm512_mask_storeu_ps(at, some, _mm512_fmadd_ps(factor, made, _mm512_maskz_loadu_ps(some, at)));
       }
     }
   }
 }
 
-// The tile of `count` quads, at most `quads`.
-template <int vectors, int quads>
+// The tile of `count` strips, at most `strips`.
+template <int vectors, int strips, int size>
 auto tile_of(int64_t count) {
-  if constexpr (quads > 1) {
-    if (count < quads) return tile_of<vectors, quads - 1>(count);
+  if constexpr (strips > 1) {
+    if (count < strips) return tile_of<vectors, strips - 1, size>(count);
   }
-  return &edge_tile<vectors, quads>;
+  return &edge_tile<vectors, strips, size>;
 }
 
-// All quads in tiles of nearly the same size: 24 to 28 of 32 registers sum in the largest, and few do in a small one.
-template <int vectors, int quads>
+// All strips in tiles of nearly the same size: 21 to 28 of 32 registers sum in the largest, and few do in a small one.
+template <int vectors, int strips, int size>
 void edge_block(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
                 int64_t block) {
-  const int64_t count = p.H * ((p.W + 3) / 4), tiles = (count + quads - 1) / quads;
+  const int64_t count = p.H * strips_of_row(p.W), tiles = (count + strips - 1) / strips;
   for (int64_t t = 0; t < tiles; ++t) {
     int64_t begin, end;
     share(count, t, tiles, begin, end);
-    tile_of<vectors, quads>(end - begin)(p, layout, e, gate, from, to, block, begin);
+    tile_of<vectors, strips, size>(end - begin)(p, layout, e, gate, from, to, block, begin);
   }
 }
 
@@ -102,8 +102,9 @@ void add_edge(const GraphProblem& p, const Layout& layout, int64_t e, float gate
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block;
     const int64_t taken = left == 1 ? 1 : left == 3 ? 3 : 2;
-    const auto run = taken == 1 ? edge_block<1, 7> : taken == 2 ? edge_block<2, 3> : edge_block<3, 2>;
-    run(p, layout, e, gate, from, to, block);
+    const auto fours = taken == 1 ? edge_block<1, 7, 4> : taken == 2 ? edge_block<2, 3, 4> : edge_block<3, 2, 4>;
+    const auto sevens = taken == 1 ? edge_block<1, 4, 7> : taken == 2 ? edge_block<2, 2, 7> : edge_block<3, 1, 7>;
+    (strip_size(p.W) == 7 ? sevens : fours)(p, layout, e, gate, from, to, block);
     block += taken;
   }
 }
