@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,12 @@ def elastic_expectation(network: ElasticNetwork) -> Expected:
 def elastic_providers(network: ElasticNetwork) -> list[Provider]:
     """Ours, selector and plan inside the timing; in plain PyTorch, after the same selector, masked, bucketed, sliced.
 
-    The drawn structures replace the selector's choice in all of them.
+    The drawn structures replace the selector's choice in all of them. Ours is frozen: for inference alone, as the
+    dense network with its batch norms folded is.
     """
     images, expected = network.images, elastic_expectation(network)
-    found = [Provider("ours", "ours", network.forward, expected)]
+    frozen = replace(network, model=copy.deepcopy(network.model).freeze())
+    found = [Provider("ours", "ours", frozen.forward, expected)]
     calls = {"masked": network.masked(), "bucket": network.bucketed(network.dtype)}
     if len(images) <= SLICED:
         calls["per-instance"] = network.with_each(slicing.PerInstanceBlock)

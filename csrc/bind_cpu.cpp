@@ -177,13 +177,14 @@ void run_conv(uintptr_t x, uintptr_t out, const Route& route, const Ints& input,
   dynamic_conv(problem);
 }
 
+template <class T>
 void run_weight_gradient(uintptr_t x, uintptr_t grad, uintptr_t dweight, const Route& route, const Ints& input,
                          const Ints& output, const Ints& kernel, const Ints& stride, const Ints& padding,
                          const Ints& dilation, const Ints& in_sizes, const Ints& out_sizes) {
-  auto problem = conv_problem<float>(route, input, output, kernel, stride, padding, dilation, in_sizes, out_sizes);
-  problem.x = pointer<const float>(x);
+  auto problem = conv_problem<T>(route, input, output, kernel, stride, padding, dilation, in_sizes, out_sizes);
+  problem.x = pointer<const T>(x);
   py::gil_scoped_release unlocked;
-  dynamic_conv_weight_gradient(problem, pointer<const float>(grad), pointer(dweight));
+  dynamic_conv_weight_gradient(problem, pointer<const T>(grad), pointer<T>(dweight));
 }
 
 }  // namespace
@@ -191,7 +192,8 @@ void run_weight_gradient(uintptr_t x, uintptr_t grad, uintptr_t dweight, const R
 void bind_dynamic_conv(py::module_& m) {
   m.def("dynamic_conv", &run_conv<float>);
   m.def("dynamic_conv_bf16", &run_conv<bf16>);
-  m.def("dynamic_conv_weight_gradient", &run_weight_gradient);
+  m.def("dynamic_conv_weight_gradient", &run_weight_gradient<float>);
+  m.def("dynamic_conv_weight_gradient_bf16", &run_weight_gradient<bf16>);
 }
 
 void bind_dynamic_graph(py::module_& m) {
@@ -273,6 +275,9 @@ void bind_dynamic_residual(py::module_& m) {
   });
   m.def("pack_weights", [](uintptr_t weight, uintptr_t scale, uintptr_t packed, int64_t O, int64_t taps, int64_t I) {
     pack_weights(pointer<const float>(weight), pointer<const float>(scale), pointer<float>(packed), O, taps, I);
+  });
+  m.def("turn_weights_bf16", [](uintptr_t weight, uintptr_t turned, int64_t O, int64_t taps, int64_t I) {
+    turn_weights_bf16(pointer<const bf16>(weight), pointer<bf16>(turned), O, taps, I);
   });
   m.def("pack_turned_weights", [](uintptr_t weight, uintptr_t packed, int64_t O, int64_t taps, int64_t I) {
     pack_turned_weights(pointer<const float>(weight), pointer<float>(packed), O, taps, I);

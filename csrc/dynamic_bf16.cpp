@@ -40,6 +40,7 @@ void dynamic_residual_amx(const ResidualBlock<bf16>&) {}
 void dynamic_residual_dot(const ResidualBlock<bf16>&) {}
 void dynamic_conv_amx(const ConvProblem<bf16>&) {}
 void dynamic_conv_dot(const ConvProblem<bf16>&) {}
+void dynamic_conv_weight_gradient_amx(const ConvProblem<bf16>&, const bf16*, bf16*) {}
 #endif
 
 const char* bf16_isa() { return has_amx() ? "AMX" : has_dot_bf16() ? "AVX-512 BF16" : ""; }
@@ -56,6 +57,25 @@ void dynamic_conv(const ConvProblem<bf16>& p) {
   check(p.C % 16 == 0 && p.C_out % 16 == 0, "dynamic_conv", "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
   check(p.dilation[0] == 1 && p.dilation[1] == 1, "dynamic_conv", "dilation", "1", p.dilation[0]);
   has_amx() ? dynamic_conv_amx(p) : dynamic_conv_dot(p);
+}
+
+void dynamic_conv_weight_gradient(const ConvProblem<bf16>& p, const bf16* grad, bf16* dweight) {
+  if (!has_amx()) throw std::runtime_error("dynamic_conv: this CPU has no AMX");
+  check(p.C % 16 == 0 && p.C_out % 16 == 0, "dynamic_conv", "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
+  check(p.stride[0] == 1 && p.stride[1] == 1, "dynamic_conv", "stride", "1", std::max(p.stride[0], p.stride[1]));
+  check(p.dilation[0] == 1 && p.dilation[1] == 1, "dynamic_conv", "dilation", "1", p.dilation[0]);
+  dynamic_conv_weight_gradient_amx(p, grad, dweight);
+}
+
+void turn_weights_bf16(const bf16* weight, bf16* turned, int64_t O, int64_t taps, int64_t I) {
+  constexpr int64_t block = 32;  // of both sides: a block of rows and one of columns stay in the cache
+#pragma omp parallel for schedule(static) if (O * taps * I > 16384)
+  for (int64_t i0 = 0; i0 < I; i0 += block)
+    for (int64_t o0 = 0; o0 < O; o0 += block)
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t i = i0; i < std::min(i0 + block, I); ++i)
+          for (int64_t o = o0; o < std::min(o0 + block, O); ++o)
+            turned[(i * taps + taps - 1 - t) * O + o] = weight[(o * taps + t) * I + i];
 }
 
 int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths) {

@@ -13,6 +13,7 @@ namespace den_kernels {
 bool has_amx();
 void dynamic_residual_amx(const ResidualBlock<bf16>& block);
 void dynamic_conv_amx(const ConvProblem<bf16>& problem);
+void dynamic_conv_weight_gradient_amx(const ConvProblem<bf16>& problem, const bf16* grad, bf16* dweight);
 
 bool has_dot_bf16();
 void dynamic_residual_dot(const ResidualBlock<bf16>& block);
@@ -25,6 +26,9 @@ const char* bf16_isa();
 // of the levels, for convolutions over the prefixes of I that they keep.
 void pack_weights_bf16(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
                        const std::vector<int64_t>& widths);
+// The weights of the transposed convolution: [O, taps, I] -> [I, taps, O], the last tap first.
+void turn_weights_bf16(const bf16* weight, bf16* turned, int64_t O, int64_t taps, int64_t I);
+
 int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);
 
 }  // namespace den_kernels

@@ -1,19 +1,16 @@
 // The weight gradient in float32. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap, summed over the
 // pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The gradients of a
-// tile's pixels are copied side by side first: it serves every input and tap. A thread adds the
-// tiles of its bands up in memory of its own, and the threads' sums are added in the threads' order, so that a number of
-// threads gives the same sums every time.
+// tile's pixels are copied side by side first: they serve every input and tap.
 #include "dynamic_conv.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <vector>
 
 #include "dispatch.h"
 #ifdef DEN_KERNELS_HAS_AVX512
 #include "band_map.h"
-#include "direct_tiles.h"
+#include "conv_gradient.h"
 #endif
 
 namespace den_kernels {
@@ -97,12 +94,9 @@ constexpr Tile tiles_of[8] = {gradient_tile<vectors, 1>, gradient_tile<vectors, 
                               gradient_tile<vectors, 4>, gradient_tile<vectors, 5>, gradient_tile<vectors, 6>,
                               gradient_tile<vectors, 7>, gradient_tile<vectors, 8>};
 
-// The sums of a thread: [ceil(C_out / 16)][tap][C rounded up to 16][16].
-int64_t sums_size(const Problem& p) { return (p.C_out + 15) / 16 * p.R * p.S * round_up(p.C, 16) * 16; }
-
 void add_band(const Problem& p, const float* grad, const Band& band, float* scratch, float* sums) {
   const Map map(p, band, band.inputs.count);
-  const int64_t tap_count = p.R * p.S, inputs = round_up(p.C, 16);
+  const int64_t tap_count = p.R * p.S, inputs = sum_inputs(p);
   int64_t taps[max_taps];
   map.tap_offsets(p, taps);
   for (int64_t j = 0; j < band.count; ++j) copy_rows(p, band, band.inputs, map, j, scratch + j * map.size());
@@ -127,50 +121,14 @@ void add_band(const Problem& p, const float* grad, const Band& band, float* scra
   }
 }
 
-// One tap of 16 outputs of dweight [C_out][tap][C]: the threads' sums, added and turned.
-void finish(const Problem& p, const std::vector<const float*>& sums, int64_t block, int64_t tap, float* dweight) {
-  const int64_t tap_count = p.R * p.S, inputs = round_up(p.C, 16), outputs = std::min<int64_t>(16, p.C_out - block * 16);
-  for (int64_t i = 0; i < inputs; i += 16) {
-    const int64_t from = ((block * tap_count + tap) * inputs + i) * 16;
-    __m512 tile[16];
-    UNROLL for (int k = 0; k < 16; ++k) tile[k] = _mm512_loadu_ps(sums[0] + from + k * 16);
-    for (size_t n = 1; n < sums.size(); ++n) {
-      UNROLL for (int k = 0; k < 16; ++k)
-        tile[k] = _mm512_add_ps(tile[k], _mm512_loadu_ps(sums[n] + from + k * 16));
-    }
-    transpose16(tile);
-    for (int64_t o = 0; o < outputs; ++o)
-      _mm512_mask_storeu_ps(dweight + ((block * 16 + o) * tap_count + tap) * p.C + i, lanes_of(p.C - i), tile[o]);
-  }
-}
-
 #pragma GCC pop_options
 
 }  // namespace
 
 void dynamic_conv_weight_gradient(const Problem& p, const float* grad, float* dweight) {
-  check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);
-  const Sides sides{channels_of(p.route, p.in_sizes, p.C, 16), channels_of(p.route, p.out_sizes, p.C_out, 16)};
-  const auto floats_of = [&p](const Band& band) { return band.count * Map(p, band, band.inputs.count).size(); };
-  const int64_t wanted = omp_get_max_threads(), taps = p.R * p.S, items = (p.C_out + 15) / 16 * taps;
-  const std::vector<Band> bands = make_bands(p, sides, wanted, 1, [&](const Band& b) { return floats_of(b) * 4; });
-  int64_t most = 0;
-  for (const Band& band : bands) most = std::max(most, floats_of(band));
-  std::vector<const float*> sums(wanted, nullptr);
-#pragma omp parallel num_threads(wanted)
-  {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#pragma omp single
-    sums.resize(threads);
-    float* own = static_cast<float*>(scratch_of_thread((sums_size(p) + most) * 4));
-    std::memset(own, 0, sums_size(p) * sizeof(float));
-    sums[thread] = own;
-    for (int64_t i = thread; i < static_cast<int64_t>(bands.size()); i += threads)
-      if (bands[i].inputs.count) add_band(p, grad, bands[i], own + sums_size(p), own);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < items; ++i) finish(p, sums, i / taps, i % taps, dweight);
-  }
+  const auto bytes_of = [&p](const Band& band) { return band.count * Map(p, band, band.inputs.count).size() * 4; };
+  sum_bands(p, 16, dweight, bytes_of,
+            [&](const Band& band, float* scratch, float* sums) { add_band(p, grad, band, scratch, sums); });
 }
 
 #else

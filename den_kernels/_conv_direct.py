@@ -59,9 +59,11 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -
 def pack_turned(weight: Tensor, in_sizes: Sequence[int]) -> Tensor:
     """:func:`pack` of the weights [I, O, R, S] of :func:`transposed`: sides swapped, kernel turned."""
     O, I, R, S = weight.shape
-    if weight.dtype == torch.bfloat16:
-        return pack(weight.flip(2, 3).transpose(0, 1), in_sizes)
     rows = weight.contiguous(memory_format=torch.channels_last)
+    if weight.dtype == torch.bfloat16:
+        turned = weight.new_empty(I, R, S, O)
+        extension.turn_weights_bf16(rows.data_ptr(), turned.data_ptr(), O, R * S, I)
+        return pack(turned.permute(0, 3, 1, 2), in_sizes)
     packed = weight.new_empty(-(-I // 16), -(-O // 16), R * S, 16, 16)
     extension.pack_turned_weights(rows.data_ptr(), packed.data_ptr(), O, R * S, I)
     return packed
@@ -93,13 +95,17 @@ def forward(
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, route: Route, geometry: Geometry) -> Tensor | None:
     """The gradient of weight, channels-last, all instances in one call; None where no direct convolution runs."""
-    if x.dtype != torch.float32 or not runs_direct(x, weight, geometry):
+    if not runs_direct(x, weight, geometry):
+        return None
+    half = x.dtype == torch.bfloat16
+    if half and (extension.bf16_isa() != "AMX" or tuple(geometry.stride) != (1, 1)):
         return None
     B, C, H, W = x.shape
     C_out, (R, S) = weight.shape[0], weight.shape[2:]
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     dweight = weight.new_empty(C_out, R, S, C)
-    extension.dynamic_conv_weight_gradient(
+    run = extension.dynamic_conv_weight_gradient_bf16 if half else extension.dynamic_conv_weight_gradient
+    run(
         x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), selections(route), (B, H, W, C),
         (B, *grad.shape[2:], C_out), (R, S), geometry.stride, geometry.padding, geometry.dilation,
         geometry.in_sizes, geometry.out_sizes,

@@ -24,9 +24,9 @@ if [[ $scenario == c1 ]]; then
   nested="914 --methods.levels 2"
   schedule="--estimator.first.steps 400 --selector.phase.steps 300 --estimator.finish.steps 2600"
 else
-  dense=3200 random=5520 low=0.1 high=0.3 blockdrop="1600 --estimator.finish.steps 1800"
+  dense=3200 random=5520 low=0.2 high=0.5 blockdrop="1600 --estimator.finish.steps 1800"
   nested="4267 --methods.levels 2 3"
-  schedule="--estimator.first.steps 1000 --selector.phase.steps 400 --estimator.finish.steps 5390"
+  schedule="--estimator.first.steps 1000 --selector.phase.steps 500 --estimator.finish.steps 5000"
 fi
 
 for seed in ${SEEDS:-0 1 2}; do
