@@ -12,6 +12,7 @@ void bind_norm(pybind11::module_& m);
 void bind_dynamic_conv(pybind11::module_& m);
 void bind_dynamic_graph(pybind11::module_& m);
 void bind_dynamic_residual(pybind11::module_& m);
+void bind_dynamic_bottleneck(pybind11::module_& m);
 
 void bind_cuda_ops(pybind11::module_& m);  // bind_cuda.cpp; nothing in a build without CUDA
 

@@ -69,5 +69,6 @@ PYBIND11_MODULE(_C, m) {
   den_kernels::bind_dynamic_conv(m);
   den_kernels::bind_dynamic_graph(m);
   den_kernels::bind_dynamic_residual(m);
+  den_kernels::bind_dynamic_bottleneck(m);
   den_kernels::bind_cuda_ops(m);
 }

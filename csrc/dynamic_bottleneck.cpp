@@ -1,0 +1,353 @@
+// A chunk of instances of one selection goes through the block together. First conv1, a band of pixels at a time: bn1 and
+// ReLU write these side by side into scratch memory, conv1 writes a zero-padded hidden map. Then, again a band at a time,
+// conv2 writes its pixels side by side and conv3 adds its sums to the output. Nothing but the input is read from main
+// memory, and nothing but the output written. Where there are fewer chunks than threads can share, all threads share the
+// bands of each. The inner loops are those of direct_tiles.h.
+#include "dynamic_bottleneck.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include <omp.h>
+
+#include "check.h"
+#include "direct_chunks.h"
+#include "dispatch.h"
+#ifdef DEN_KERNELS_HAS_AVX512
+#include "direct_tiles.h"
+#endif
+
+namespace den_kernels {
+#ifdef DEN_KERNELS_HAS_AVX512
+namespace {
+
+using Problem = BottleneckProblem;
+
+// Strips of neighbouring pixels of the rows of a map, those of all instances of a row together.
+struct Strips {
+  int64_t instances, rows, columns, size, per_row;
+  Strips(int64_t instances, int64_t rows, int64_t columns)
+      : instances(instances), rows(rows), columns(columns), size(strip_size(columns)), per_row(strips_of_row(columns)) {}
+  int64_t count() const { return instances * rows * per_row; }
+  struct At {
+    int64_t instance, row, column, live;
+  };
+  At at(int64_t q) const {
+    const int64_t line = q / per_row, column = q % per_row * size, row = line / instances;
+    return {line - row * instances, row, column, std::min(size, columns - column)};
+  }
+};
+
+// What the chunks of one selection share.
+struct Selected {
+  const Channels& hidden;
+  std::vector<Piece> stream;               // the inputs of conv1
+  std::vector<std::vector<Piece>> inputs;  // of conv2, by cardinality group, counted from its first channel
+};
+
+int64_t wide(int64_t channels) { return channels % 128 ? channels : channels + 16; }  // spreads pixels over cache sets
+
+// Instances order[start : start + count] of a route.
+struct Chunk {
+  const Problem& block;
+  const Selected& selected;
+  int64_t start, count;
+  Strips in, out;
+  int64_t columns;  // of the hidden map: padding, and what whole strips of outputs read
+  const float* hidden = nullptr;
+  Chunk(const Problem& p, const Selected& s, int64_t start, int64_t count)
+      : block(p), selected(s), start(start), count(count), in(count, p.H, p.W), out(count, p.Ho(), p.Wo()),
+        columns(std::max(p.W + p.S - 1, (strip_columns(p.Wo()) - 1) * p.stride + p.S)) {}
+  int64_t width() const { return selected.hidden.count; }
+  int64_t pixel() const { return wide(width()); }  // of the hidden map
+  int64_t map_size() const { return (block.H + block.R - 1) * columns * pixel(); }
+  int64_t map_bytes() const { return round_up(count * map_size() * 4, 64); }
+};
+
+constexpr int64_t vectors_at_once = 2;
+
+// Strips of a band: as many as keep their pixels of `channels` channels in half of the scratch memory.
+int64_t band_strips(const Strips& strips, int64_t channels) {
+  const int64_t fits = scratch_bytes() / 2 / (strips.size * wide(channels) * 4), most = strips_per_tile(strips.size);
+  return std::max<int64_t>(fits / most, 1) * most;
+}
+
+#pragma GCC push_options
+DEN_KERNELS_TARGET
+
+KERNEL __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // a NaN passes
+
+// A band's pixels, activated, side by side.
+void activate(const Chunk& c, int64_t first, int64_t count, float* to) {
+  const Problem& p = c.block;
+  const int64_t pixel = wide(p.C);
+  for (int64_t q = first; q < first + count; ++q) {
+    const Strips::At at = c.in.at(q);
+    const float* x = p.x + ((p.route.order[c.start + at.instance] * p.H + at.row) * p.W + at.column) * p.C;
+    for (int64_t i = 0; i < c.in.size; ++i, to += pixel, x += p.C) {
+      if (i >= at.live) {
+        std::memset(to, 0, p.C * sizeof(float));
+      } else if (!p.scale1) {
+        std::memcpy(to, x, p.C * sizeof(float));
+      } else {
+        for (int64_t k = 0; k < p.C; k += 16)
+          _mm512_storeu_ps(to + k, relu(_mm512_fmadd_ps(load16(x + k), load16(p.scale1 + k), load16(p.shift1 + k))));
+      }
+    }
+  }
+}
+
+// The blocks of output channels block[0 .. vectors - 1] of some strips, and their inputs: where the strips begin, floats
+// from a pixel to the next, the taps and the channels.
+struct Inputs {
+  const float* at[3];
+  int64_t pixel;
+  Taps taps;
+  const std::vector<Piece>& pieces;
+  const float* weight;
+  int64_t weight_vector;
+};
+
+// finish(strip, pixel, sums of its vectors)
+template <int vectors, int strips, int size, class Finish>
+KERNEL void sum_tile(const Inputs& in, const __m512 (&bias)[2], const Finish& finish) {
+  const float* input[strips];
+  UNROLL for (int q = 0; q < strips; ++q) input[q] = in.at[q];
+  __m512 acc[strips * size][vectors];
+  UNROLL for (int i = 0; i < strips * size; ++i) {
+    UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v];
+  }
+  sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
+                                                    in.pieces, {});
+  UNROLL for (int q = 0; q < strips; ++q) {
+    UNROLL for (int i = 0; i < size; ++i) finish(q, i, acc[q * size + i]);
+  }
+}
+
+// The same for any number of vectors and strips.
+template <class Finish>
+KERNEL void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in, const __m512 (&bias)[2],
+                       const Finish& finish) {
+  const int64_t kind = (size == 7) * 6 + (strips - 1) * 2 + vectors - 1;
+  switch (kind) {
+    case 0: return sum_tile<1, 1, 4>(in, bias, finish);
+    case 1: return sum_tile<2, 1, 4>(in, bias, finish);
+    case 2: return sum_tile<1, 2, 4>(in, bias, finish);
+    case 3: return sum_tile<2, 2, 4>(in, bias, finish);
+    case 4: return sum_tile<1, 3, 4>(in, bias, finish);
+    case 5: return sum_tile<2, 3, 4>(in, bias, finish);
+    case 6: return sum_tile<1, 1, 7>(in, bias, finish);
+    case 7: return sum_tile<2, 1, 7>(in, bias, finish);
+    case 8: return sum_tile<1, 2, 7>(in, bias, finish);
+    default: return sum_tile<2, 2, 7>(in, bias, finish);
+  }
+}
+
+// conv1 of a band of strips of the input, into the hidden maps.
+void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch, float* hidden) {
+  const Problem& p = c.block;
+  const Channels& chosen = c.selected.hidden;
+  const int64_t tap = 0, pixel = wide(p.C), weight_vector = weight_words<float>(p.C, 1), most = strips_per_tile(c.in.size);
+  activate(c, first, count, scratch);
+  const int64_t blocks = static_cast<int64_t>(chosen.blocks.size());
+  for (int64_t n = 0; n < blocks; n += vectors_at_once) {
+    const Block* block = &chosen.blocks[n];
+    const int64_t vectors = std::min(vectors_at_once, blocks - n);
+    __m512 bias[2];
+    for (int64_t v = 0; v < vectors; ++v)
+      bias[v] = load16(p.bias1 + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+    for (int64_t q = 0; q < count; q += most) {
+      const int64_t strips = std::min(most, count - q);
+      Inputs in{{}, pixel, {&tap, 1, 0, 1}, c.selected.stream, p.conv1 + block[0].index * weight_vector,
+                (block[vectors - 1].index - block[0].index) * weight_vector};
+      float* to[3];
+      int64_t live[3];
+      for (int64_t i = 0; i < strips; ++i) {
+        const Strips::At at = c.in.at(first + q + i);
+        in.at[i] = scratch + (q + i) * c.in.size * pixel;
+        to[i] = hidden + at.instance * c.map_size() +
+                ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * c.pixel();
+        live[i] = at.live;
+      }
+      sum_strips(c.in.size, strips, vectors, in, bias, [&](int strip, int i, const auto& sums) {
+        if (i >= live[strip]) return;
+        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
+          store_words<float>(to[strip] + i * c.pixel() + block[v].place, relu(sums[v]), block[v].lanes, block[v].lanes);
+      });
+    }
+  }
+}
+
+// conv2 and conv3 of a band of strips of the output.
+void second_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
+  const Problem& p = c.block;
+  const Channels& chosen = c.selected.hidden;
+  const int64_t most = strips_per_tile(c.out.size), tap_count = p.R * p.S, unit = p.M / p.cardinality;
+  const int64_t pixel = c.pixel(), size = c.out.size, blocks = static_cast<int64_t>(chosen.blocks.size());
+  int64_t taps[max_taps];
+  for (int64_t t = 0; t < tap_count; ++t) taps[t] = (t / p.S * c.columns + t % p.S) * c.pixel();
+  const int64_t weight_vector2 = weight_words<float>(unit, tap_count), weight_vector3 = weight_words<float>(p.M, 1);
+  for (int64_t n = 0; n < blocks;) {
+    const Block* block = &chosen.blocks[n];
+    const int64_t group = block->index * 16 / unit;
+    const bool two = n + 1 < blocks && block[1].index * 16 / unit == group;
+    __m512 bias[2];
+    for (int v = 0; v <= two; ++v)
+      bias[v] = load16(p.bias2 + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+    for (int64_t q = 0; q < count; q += most) {
+      const int64_t strips = std::min(most, count - q);
+      const int64_t top = c.out.at(first + q).row, bottom = c.out.at(first + q + strips - 1).row;
+      Inputs in{{},
+                c.pixel() * p.stride,
+                taps_on_map(taps, p.R, p.S, top, bottom, p.stride, 1, p.R / 2, p.R / 2 + p.H - 1),
+                c.selected.inputs[group],
+                p.conv2 + block[0].index * weight_vector2,
+                (block[two].index - block[0].index) * weight_vector2};
+      for (int64_t i = 0; i < strips; ++i) {
+        const Strips::At at = c.out.at(first + q + i);
+        in.at[i] = c.hidden + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * c.pixel();
+      }
+      float* to = scratch + q * size * pixel;
+      sum_strips(size, strips, 1 + two, in, bias, [&](int strip, int i, const auto& sums) {
+        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
+          store_words<float>(to + (strip * size + i) * pixel + block[v].place, relu(sums[v]), block[v].lanes,
+                             block[v].lanes);
+      });
+    }
+    n += 1 + two;
+  }
+  const int64_t tap = 0;
+  for (int64_t n = 0; n < p.C_out / 16; n += vectors_at_once) {
+    const int64_t vectors = std::min(vectors_at_once, p.C_out / 16 - n);
+    const __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t q = 0; q < count; q += most) {
+      const int64_t strips = std::min(most, count - q);
+      Inputs in{{}, pixel, {&tap, 1, 0, 1}, chosen.pieces, p.conv3 + n * weight_vector3, weight_vector3};
+      float* out[3];
+      int64_t live[3];
+      for (int64_t i = 0; i < strips; ++i) {
+        const Strips::At at = c.out.at(first + q + i);
+        in.at[i] = scratch + (q + i) * size * pixel;
+        const int64_t row = p.route.order[c.start + at.instance] * p.Ho() + at.row;
+        out[i] = p.out + (row * p.Wo() + at.column) * p.C_out + n * 16;
+        live[i] = at.live;
+        for (int64_t k = 0; k < at.live; ++k)  // it comes from further out, and is there when the sums are
+          _mm_prefetch(reinterpret_cast<const char*>(out[i] + k * p.C_out), _MM_HINT_T0);
+      }
+      sum_strips(size, strips, vectors, in, bias, [&](int strip, int i, const auto& sums) {
+        if (i >= live[strip]) return;
+        float* at = out[strip] + i * p.C_out;
+        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
+          store16(at + v * 16, _mm512_add_ps(load16(at + v * 16), sums[v]));
+      });
+    }
+  }
+}
+
+#pragma GCC pop_options
+
+int64_t band_bytes(const Chunk& c) {
+  const int64_t first = band_strips(c.in, c.block.C) * c.in.size * wide(c.block.C);
+  const int64_t second = band_strips(c.out, c.width()) * c.out.size * c.pixel();
+  return round_up(std::max(first, second) * 4, 64);
+}
+
+// Bands begin .. end (of `total`) of strips, each by work(first, count).
+template <class Work>
+void run_bands(const Strips& strips, int64_t channels, int64_t thread, int64_t threads, Work work) {
+  const int64_t whole = band_strips(strips, channels), per_thread = (strips.count() + threads - 1) / threads;
+  const int64_t most = strips_per_tile(strips.size), length = std::min(whole, round_up(per_thread, most));
+  for (int64_t first = thread * length; first < strips.count(); first += threads * length)
+    work(first, std::min(length, strips.count() - first));
+}
+
+// A chunk by `threads` threads together, with hidden maps that they share and scratch memory of each.
+template <class Wait>
+void run_chunk(const Chunk& c, int64_t thread, int64_t threads, float* hidden, float* scratch, Wait wait) {
+  int64_t begin, end;
+  share(c.count, thread, threads, begin, end);
+  std::memset(hidden + begin * c.map_size(), 0, (end - begin) * c.map_size() * sizeof(float));
+  wait();
+  run_bands(c.in, c.block.C, thread, threads,
+            [&](int64_t first, int64_t count) { first_band(c, first, count, scratch, hidden); });
+  wait();
+  run_bands(c.out, c.width(), thread, threads,
+            [&](int64_t first, int64_t count) { second_band(c, first, count, scratch); });
+}
+
+std::vector<std::vector<Piece>> inputs_by_group(const Problem& p, const Channels& hidden) {
+  std::vector<std::vector<Piece>> found(p.cardinality);
+  const int64_t unit = p.M / p.cardinality;
+  for (const Piece& piece : hidden.pieces) {
+    const int64_t group = piece.first / unit;
+    found[group].push_back({piece.first - group * unit, piece.width, piece.place});
+  }
+  return found;
+}
+
+std::vector<Chunk> chunks_of(const Problem& p, const std::vector<Selected>& selected, int64_t threads) {
+  std::vector<Chunk> chunks;
+  int64_t rest = 0;  // instances times width
+  for (int64_t s = 0; s < p.route.S; ++s) rest += p.route.count(s) * selected[s].hidden.count;
+  for (int64_t s = 0; s < p.route.S; ++s) {
+    const int64_t width = selected[s].hidden.count, last = p.route.offsets[s + 1];
+    for (int64_t i = p.route.offsets[s]; width && i < last;) {
+      const int64_t fits = std::max<int64_t>(scratch_bytes() / Chunk(p, selected[s], i, 1).map_bytes(), 1);
+      const int64_t count = std::min({fits, fair_share(rest / width, threads), last - i});
+      chunks.emplace_back(p, selected[s], i, count);
+      rest -= count * width;
+      i += count;
+    }
+  }
+  return chunks;
+}
+
+}  // namespace
+
+void dynamic_bottleneck(const Problem& p) {
+  constexpr char op[] = "dynamic_bottleneck";
+  check(p.C % 16 == 0 && p.C_out % 16 == 0, op, "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
+  check(p.M % (16 * p.cardinality) == 0, op, "hidden channels of a cardinality group", "divisible by 16", p.M / p.cardinality);
+  check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, op, "kernel", "odd and at most 7 x 7", p.R * p.S);
+  const std::vector<Channels> hidden = channels_of(p.route, p.sizes, p.M, 16);
+  std::vector<Selected> selected;
+  for (const Channels& channels : hidden) 
+    selected.push_back({channels, cut({{0, p.C}}, 16), inputs_by_group(p, channels)});
+  const int64_t threads = omp_get_max_threads();
+  std::vector<Chunk> chunks = chunks_of(p, selected, threads);
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  if (count >= 2 * threads || threads == 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count; ++i) {
+      Chunk& chunk = chunks[i];
+      float* hidden_maps = static_cast<float*>(scratch_of_thread(chunk.map_bytes() + band_bytes(chunk)));
+      chunk.hidden = hidden_maps;
+      run_chunk(chunk, 0, 1, hidden_maps, hidden_maps + chunk.map_bytes() / 4, [] {});
+    }
+    return;
+  }
+  for (Chunk& chunk : chunks) {
+    // The first thread's scratch memory holds the maps that all share, and its own behind them.
+    float* hidden_maps = static_cast<float*>(scratch_of_thread(chunk.map_bytes() + band_bytes(chunk)));
+    chunk.hidden = hidden_maps;
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t thread = omp_get_thread_num();
+      float* own = thread ? static_cast<float*>(scratch_of_thread(band_bytes(chunk))) : hidden_maps + chunk.map_bytes() / 4;
+      run_chunk(chunk, thread, omp_get_num_threads(), hidden_maps, own, [] {
+#pragma omp barrier
+      });
+    }
+  }
+}
+
+#else
+
+void dynamic_bottleneck(const BottleneckProblem&) {
+  throw std::runtime_error("dynamic_bottleneck: this build has no AVX-512 variant");
+}
+
+#endif
+
+}  // namespace den_kernels

@@ -1,0 +1,57 @@
+"""A bottleneck block at inference on a CPU, direct: all three convolutions in one call of C++ (csrc/dynamic_bottleneck.cpp).
+
+Equivalent, for an instance whose selected hidden channels are `s`, to
+
+    shortcut + conv3[:, s](relu(conv2[s, s](relu(conv1[s](relu(scale1 * x + shift1)) + bias1[s])) + bias2[s]))
+
+(Ahn, Kim, Oh, ICCV 2019, section 3.1, on the block of He et al., CVPR 2016); an instance that selects none is not touched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ._conv_direct import pack, selections
+from ._extension import extension
+from .plan import Route
+
+
+@dataclass(frozen=True)
+class BottleneckWeights:
+    """The block's weights, batch norms folded, as the kernel reads them; made by :meth:`pack`."""
+
+    tensors: tuple[Tensor | None, ...]  # scale1, shift1, conv1, bias1, conv2, bias2, conv3
+    block: tuple[int, ...]  # M, C_out, R, S, stride, cardinality
+    groups: tuple[int, ...]  # sizes of the hidden channel groups
+
+    @staticmethod
+    def pack(
+        affine: tuple[Tensor, Tensor] | tuple[None, None],  # scale1 and shift1, float32 [C], of bn1; None: no ReLU either
+        conv1: nn.Conv2d,  # 1x1, C to M channels, bias
+        conv2: nn.Conv2d,  # odd kernel, M to M channels, "same" padding, stride and cardinality, bias
+        conv3: nn.Conv2d,  # 1x1, M to C_out channels, no bias
+        groups: Sequence[int],
+    ) -> "BottleneckWeights | None":
+        """The weights packed; None where the kernel does not run: a function of dtypes and shapes alone."""
+        M, C_out, (R, S) = conv2.out_channels, conv3.out_channels, conv2.kernel_size
+        fits = conv1.in_channels % 16 == 0 and C_out % 16 == 0 and M % (16 * conv2.groups) == 0 and R * S <= 49
+        if extension is None or not extension.has_dynamic_residual() or not fits:
+            return None
+        if conv1.weight.dtype != torch.float32 or not conv1.weight.is_cpu:
+            return None
+        packed = [pack(conv.weight.detach(), ()) for conv in (conv1, conv2, conv3)]
+        biases = [None if conv.bias is None else conv.bias.detach().contiguous() for conv in (conv1, conv2)]
+        tensors = (*affine, packed[0], biases[0], packed[1], biases[1], packed[2])
+        return BottleneckWeights(tensors, (M, C_out, R, S, conv2.stride[0], conv2.groups), tuple(groups))
+
+
+def add_bottleneck_(out: Tensor, x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:
+    """Add the branch of `x` [B, C, H, W] to `out` [B, C_out, H_out, W_out], which may be `x`; both channels-last."""
+    B, C, H, W = x.shape
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in weights.tensors]
+    extension.dynamic_bottleneck(
+        x.data_ptr(), out.data_ptr(), selections(route), (B, H, W, C), weights.block, weights.groups, addresses
+    )
+    return out
