@@ -1,0 +1,120 @@
+"""The bottleneck block in one direct call: against the composed block in float64, by selection, shape and threads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from den.blocks import BottleneckShape
+from den_kernels import RoutingPlan
+from den_kernels._extension import extension
+from den_kernels.testing import make_levels, make_mask
+from tests.oracle import unlike_new
+
+L = 4
+pytestmark = pytest.mark.skipif(
+    extension is None or not extension.has_dynamic_residual(), reason="this CPU has no AVX-512"
+)
+
+
+def make(in_channels, hidden, channels, size, stride=1, cardinality=1, first=False):
+    torch.manual_seed(0)
+    return unlike_new(BottleneckShape(in_channels, hidden, channels, size, stride, cardinality).build(L, first)).eval()
+
+
+def route_of(kind, batch, seed=0):
+    if kind == "mask":
+        return RoutingPlan.from_masks(make_mask(batch, L - 1, seed)[:, None])[0]
+    return RoutingPlan.from_levels(make_levels(kind, batch, L - 1, seed)[:, None], L - 1)[0]
+
+
+def images(block, batch, size, seed=1):
+    x = torch.randn(batch, block.conv1.in_channels, *size, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def direct(block, x, route, inplace=False):
+    assert block.folded().direct is not None
+    return block(x, route, inplace=inplace)
+
+
+def check(block, x, route):
+    expected = block.double()(x.double(), route).detach()  # with gradients: composed, each convolution for itself
+    got, largest = direct(block.float(), x, route), max(1.0, expected.abs().max().item()) if len(x) else 1.0
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5 * largest)
+    if got.shape == x.shape:
+        twin = x.clone(memory_format=torch.channels_last)
+        assert direct(block, twin, route, inplace=True).data_ptr() == twin.data_ptr()
+        assert torch.equal(twin, got)
+    skipped = route.levels == 0
+    if block.stride == 1 and got.shape == x.shape:
+        assert torch.equal(got[skipped], x[skipped])
+
+
+@given(
+    in_channels=st.sampled_from([16, 48, 128]),
+    hidden=st.sampled_from([(64, 1), (128, 1), (64, 4), (192, 4), (192, 6), (128, 8)]),
+    grows=st.sampled_from([1, 2]),
+    size=st.tuples(st.integers(3, 15), st.integers(3, 22)),
+    stride=st.sampled_from([1, 2]),
+    batch=st.sampled_from([1, 2, 5, 13]),
+    kind=st.sampled_from(["mask", "uniform", "top", "zero"]),
+    first=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_it_is_the_composed_block(in_channels, hidden, grows, size, stride, batch, kind, first, seed):
+    block = make(in_channels, hidden[0], in_channels * grows, max(size), stride, hidden[1], first)
+    check(block, images(block, batch, size, seed), route_of(kind, batch, seed))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (14, 28), (56, 40)], ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 3, 40])
+def test_bands_and_groups_of_instances(size, batch):
+    """Maps beyond the scratch memory, one instance shared by all threads, many small maps together, none."""
+    if batch == 40 and size[0] > 14:
+        size = (20, 20)
+    block = make(128, 64, 128, max(size))
+    check(block, images(block, batch, size), route_of("uniform", batch))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 3, 17])
+def test_threads_share_without_changing_a_bit(batch, threads):
+    block = make(64, 128, 64, 12, cardinality=8)
+    x, route, before = images(block, batch, (12, 14)), route_of("uniform", batch), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = direct(block, x, route)
+        torch.set_num_threads(threads)
+        assert torch.equal(direct(block, x, route), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_nan_passes_through_and_stays_in_its_image():
+    block = make(64, 64, 64, 8)
+    x, route = images(block, 4, (8, 8)), route_of("top", 4)
+    clean = direct(block, x, route)
+    x[2, 5, 3, 3] = torch.nan
+    got = direct(block, x, route)
+    assert got[2, :, 3, 3].isnan().all()
+    assert torch.equal(got[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [((24, 64, 24), torch.float32), ((32, 40, 32), torch.float32), ((64, 64, 64), torch.bfloat16)],
+    ids=["24 channels", "40 hidden channels", "bfloat16"],
+)
+def test_it_is_left_out_where_it_does_not_run(sizes, dtype):
+    in_channels, hidden, channels = sizes
+    block = make(in_channels, hidden, channels, 8).to(dtype)
+    x = images(block, 4, (8, 8)).to(dtype)
+    assert block.folded().direct is None
+    with torch.no_grad():
+        got = block(x, route_of("uniform", 4))
+    expected = block.double()(x.double(), route_of("uniform", 4)).detach()
+    near = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(got.double(), expected, rtol=near, atol=near * expected.abs().max().item())
