@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import den
 from den.count import count_flops, image_flops
-from den_kernels import RoutingPlan
 
 from . import peers
 from .harness import DTYPES, Case, Work
@@ -60,8 +59,7 @@ class ElasticNetwork:
     def forward(self) -> Tensor:
         """The whole way to logits [B, classes]. The selector runs; the drawn structures replace its choice."""
         self.model.select(self.images, self.task)
-        plan = RoutingPlan.from_levels(self.levels, groups=self.model.levels - 1)
-        return self.model.estimator(self.images, self.task, plan)
+        return self.model.estimator(self.images, self.task, self.model.estimator.level_plan(self.levels))
 
     def dense(self, dtype: torch.dtype) -> peers.DenseNetwork:
         """The full structure as a plain network in ``dtype``, weights copied."""
@@ -113,15 +111,21 @@ class ElasticNetwork:
 
     def traffic(self) -> float:
         """Each block reads and writes the maps of the instances that do not skip it, and reads its weights, once."""
-        sizes = self.dense(self.dtype).block_input_sizes(self.images[:1])
-        total = 0.0
-        for i, block in enumerate(self.model.estimator.blocks):
-            _, channels, height, width = sizes[i]
-            written = block.conv2.out_channels * height * width / block.stride**2
-            active = (self.levels[:, i] > 0).sum().item()
-            weights = block.conv1.weight.numel() + block.conv2.weight.numel()
-            total += active * (channels * height * width + written) + weights
-        return total * self.images.element_size()
+        maps: list[int] = []  # values of an image that each block reads and writes
+
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            maps.append(inputs[0][0].numel() + output[0].numel())
+
+        blocks = self.model.estimator.blocks
+        hooks = [block.register_forward_hook(record) for block in blocks]
+        with torch.no_grad():
+            self.model.estimator(self.images[:1], self.task)
+        for hook in hooks:
+            hook.remove()
+        active = (self.levels > 0).sum(0).tolist()
+        weights = [sum(conv.weight.numel() for conv, _ in block.layers()) for block in blocks]
+        moved = sum(n * size + weight for n, size, weight in zip(active, maps, weights, strict=True))
+        return float(moved * self.images.element_size())
 
 
 def make_model(case: Case, seed: int) -> tuple[den.DeepElasticNetwork, den.Task]:

@@ -1,0 +1,64 @@
+"""Networks of the other block kinds end to end: bottlenecks, cardinality, pairs of convolutions."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from den.plain import PlainNetwork
+from den.reference import reference_estimator
+
+from .allocations import require
+from .elastic_network import ElasticNetwork
+from .harness import Case, Provider, Settings, expect, run
+from .parameters import everywhere, extra
+
+FACTOR = 4.0
+CASES = [
+    Case("network", "resnet50_bottleneck", 16, "random-blocks", "float32"),
+    Case("network", "resnext29_4x64d", 8, "random-blocks", "float32"),
+    Case("network", "vgg16", 16, "random-blocks", "float32"),
+]
+REST = [
+    Case("network", "resnext29_8x64d", 8, "random-blocks", "float32"),
+    *[replace(case, dtype="bfloat16") for case in CASES],
+]
+
+
+def providers_of(network: ElasticNetwork) -> list[Provider]:
+    """Ours, the dense network with its batch norms folded, and every channel computed and masked, as authors do it."""
+    images, task, host = network.images, network.task, network.on_host()
+
+    def masked(network: ElasticNetwork) -> Tensor:
+        network.model.select(network.images, network.task)
+        return reference_estimator(network.model.estimator, [network.images], [0], network.levels)[0]
+
+    def dense(dtype: torch.dtype) -> Tensor:
+        model = copy.deepcopy(host.model).to(dtype)
+        return PlainNetwork(model, task.name)(host.images.to(dtype))
+
+    def chosen(dtype: torch.dtype) -> Tensor:
+        return masked(replace(host, model=copy.deepcopy(host.model).to(dtype), images=host.images.to(dtype)))
+
+    plain, frozen = PlainNetwork(network.model, task.name), copy.deepcopy(network.model).freeze()
+    expected = expect(chosen, images.dtype, FACTOR)
+    return [
+        Provider("ours", "ours", replace(network, model=frozen).forward, expected),
+        Provider("dense-folded", "dense", lambda: plain(images), expect(dense, images.dtype, FACTOR)),
+        Provider("masked", "alternative", lambda: masked(network), expected),
+    ]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("case", [*everywhere(CASES), *extra(REST)])
+def test_backbone(benchmark: Any, case: Case, settings: Settings) -> None:
+    require(case.id, case.batch * 256 * 32 * 32)
+    with torch.no_grad():
+        network = ElasticNetwork.make(case)
+        providers = providers_of(network)
+    run(benchmark, case, providers, network.work(), settings)
