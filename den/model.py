@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from den.blocks import ElasticBlock
+from den.blocks import BottleneckBlock, ElasticBlock
 from den.estimator import Estimator
 from den.model_config import ModelConfig
 from den.selector import Selector, SelectorConfig
@@ -74,7 +74,7 @@ class DeepElasticNetwork(nn.Module):
         self.eval()
         with torch.no_grad():
             for block in self.estimator.blocks:
-                if isinstance(block, ElasticBlock):
+                if isinstance(block, ElasticBlock | BottleneckBlock):
                     block.freeze()
         return self
 

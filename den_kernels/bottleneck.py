@@ -1,10 +1,11 @@
-"""A bottleneck block at inference on a CPU, direct: all three convolutions in one call of C++ (csrc/dynamic_bottleneck.cpp).
+"""A bottleneck block at inference on a CPU: all three convolutions in one call of C++ (csrc/dynamic_bottleneck.cpp).
 
 Equivalent, for an instance whose selected hidden channels are `s`, to
 
     shortcut + conv3[:, s](relu(conv2[s, s](relu(conv1[s](relu(scale1 * x + shift1)) + bias1[s])) + bias2[s]))
 
-(Ahn, Kim, Oh, ICCV 2019, section 3.1, on the block of He et al., CVPR 2016); an instance that selects none is not touched.
+(Ahn, Kim, Oh, ICCV 2019, section 3.1, on the block of He et al., CVPR 2016); an instance that selects none is not
+touched.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ class BottleneckWeights:
 
     @staticmethod
     def pack(
-        affine: tuple[Tensor, Tensor] | tuple[None, None],  # scale1 and shift1, float32 [C], of bn1; None: no ReLU either
+        affine: tuple[Tensor, Tensor] | tuple[None, None],  # scale1 and shift1 of bn1, float32 [C]; None: no ReLU
         conv1: nn.Conv2d,  # 1x1, C to M channels, bias
         conv2: nn.Conv2d,  # odd kernel, M to M channels, "same" padding, stride and cardinality, bias
         conv3: nn.Conv2d,  # 1x1, M to C_out channels, no bias

@@ -16,6 +16,11 @@ _OP = "dynamic_residual"
 _HAS_DIRECT = {torch.float32: "has_dynamic_residual", torch.bfloat16: "has_dynamic_residual_bf16"}
 
 
+def stand_in(weight: Tensor) -> Tensor:
+    """What tells a weight's shape, dtype and device and takes no memory: one NaN, repeated."""
+    return torch.full_like(weight[0, 0, 0, 0], torch.nan).expand(weight.shape)
+
+
 class HiddenWeights(NamedTuple):
     """The weights of one selection of hidden channels, laid out for the convolution that reads them."""
 
@@ -111,10 +116,7 @@ class ResidualWeights:
         """
         if self.direct is None:
             return self
-        conv1, conv2 = (
-            torch.full_like(weight[0, 0, 0, 0], torch.nan).expand(weight.shape) for weight in (self.conv1, self.conv2)
-        )
-        return replace(self, conv1=conv1, conv2=conv2)
+        return replace(self, conv1=stand_in(self.conv1), conv2=stand_in(self.conv2))
 
     def all_hidden(self) -> HiddenWeights:
         """The weights of all hidden channels, bn2 folded in."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from den.blocks import BottleneckShape
 from den_kernels import RoutingPlan
 from den_kernels._extension import extension
+from den_kernels.bottleneck import BottleneckWeights
 from den_kernels.testing import make_levels, make_mask
 from tests.oracle import unlike_new
 
@@ -35,7 +36,7 @@ def images(block, batch, size, seed=1):
 
 @torch.no_grad()
 def direct(block, x, route, inplace=False):
-    assert block.folded().direct is not None
+    assert isinstance(block.folded(), BottleneckWeights)
     return block(x, route, inplace=inplace)
 
 
@@ -103,6 +104,21 @@ def test_a_nan_passes_through_and_stays_in_its_image():
     assert torch.equal(got[[0, 1, 3]], clean[[0, 1, 3]])
 
 
+def test_a_frozen_block_computes_the_same_and_refuses_the_rest():
+    block = make(64, 64, 64, 8)
+    x, route = images(block, 4, (8, 8)), route_of("uniform", 4)
+    expected = direct(block, x, route)
+    with torch.no_grad():
+        block.freeze()
+        assert torch.equal(block(x, route), expected)
+        assert block.conv2.weight.untyped_storage().nbytes() == block.conv2.weight.element_size()
+        with pytest.raises(ValueError, match="BottleneckBlock: a frozen block must run with a route"):
+            block(x)
+    for use in (lambda: block(x, route), block.train, block.state_dict):
+        with pytest.raises(ValueError, match="frozen"):
+            use()
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [((24, 64, 24), torch.float32), ((32, 40, 32), torch.float32), ((64, 64, 64), torch.bfloat16)],
@@ -112,7 +128,7 @@ def test_it_is_left_out_where_it_does_not_run(sizes, dtype):
     in_channels, hidden, channels = sizes
     block = make(in_channels, hidden, channels, 8).to(dtype)
     x = images(block, 4, (8, 8)).to(dtype)
-    assert block.folded().direct is None
+    assert not isinstance(block.folded(), BottleneckWeights)
     with torch.no_grad():
         got = block(x, route_of("uniform", 4))
     expected = block.double()(x.double(), route_of("uniform", 4)).detach()

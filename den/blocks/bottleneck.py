@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from den.blocks.frozen import check_mode, check_use, release
 from den.blocks.shape import BlockShape
 from den.blocks.shortcut import Shortcut
 from den.folding import folded_conv, may_fold, norm_affine
@@ -51,7 +52,6 @@ class _Folded(NamedTuple):
     shift1: Tensor | None
     conv1: DynamicConv2d  # bn2 folded in
     conv2: DynamicConv2d  # bn3 folded in
-    direct: BottleneckWeights | None  # all of it as the CPU's kernel reads it, where that runs
 
 
 class BottleneckBlock(nn.Module):
@@ -90,7 +90,8 @@ class BottleneckBlock(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3):
             initialise(conv)
         self.to(memory_format=torch.channels_last)
-        self._folded: FoldCache[_Folded] = FoldCache()
+        self._folded: FoldCache[_Folded | BottleneckWeights] = FoldCache()
+        self._frozen: BottleneckWeights | None = None
 
     def layers(self) -> tuple[tuple[DynamicConv2d, DynamicBatchNorm2d | None], ...]:
         """The convolutions in order, each with the batch norm (and ReLU) that follows it."""
@@ -104,6 +105,8 @@ class BottleneckBlock(nn.Module):
             route: levels of the instances; None: all hidden channels for all.
             inplace: the result may be written over ``x`` (only done for inference).
         """
+        if self._frozen is not None:
+            check_use(self, route)
         if route is not None and may_fold(self) and x.dtype == self.conv1.weight.dtype:
             return self._infer(x.contiguous(memory_format=torch.channels_last), route, inplace)
         return self.shortcut(x) + self.residual(x, route)
@@ -118,9 +121,9 @@ class BottleneckBlock(nn.Module):
 
     def _infer(self, x: Tensor, route: Route, inplace: bool) -> Tensor:
         out = x if inplace and self.shortcut.is_identity else pool_rows(x, self.conv3.out_channels, self.stride)
-        folded = self.folded()
-        if folded.direct is not None:
-            return add_bottleneck_(out, x, route, folded.direct)
+        folded = self._frozen or self.folded()
+        if isinstance(folded, BottleneckWeights):
+            return add_bottleneck_(out, x, route, folded)
         if not x.is_cpu:
             x = x if self.bn1 is None else self.bn1(x, route.active(), relu=True)
             return out.add_(self._branch(x, route, folded))
@@ -134,19 +137,31 @@ class BottleneckBlock(nn.Module):
         hidden = folded.conv2(folded.conv1(x, route).relu_(), route).relu_()
         return self.conv3(hidden, route)
 
-    def folded(self) -> _Folded:
-        """Weights with the batch norms folded (eval mode), from the cache while nothing they depend on changed."""
+    def folded(self) -> _Folded | BottleneckWeights:
+        """Weights with the batch norms folded (eval mode), from the cache while nothing they depend on changed.
+
+        As the CPU's kernel reads them, where that runs.
+        """
         layers = (self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3)
         return self._folded.of(tuple(layer for layer in layers if layer is not None), self._fold)
 
-    def _fold(self) -> _Folded:
+    def _fold(self) -> _Folded | BottleneckWeights:
         affine = (None, None) if self.bn1 is None else norm_affine(self.bn1, self.conv1.weight.dtype)
         conv1, conv2 = folded_conv(self.conv1, self.bn2), folded_conv(self.conv2, self.bn3)
-        return _Folded(
-            *affine, conv1, conv2, BottleneckWeights.pack(affine, conv1, conv2, self.conv3, self.conv1.out_groups)
-        )
+        packed = BottleneckWeights.pack(affine, conv1, conv2, self.conv3, self.conv1.out_groups)
+        return packed or _Folded(*affine, conv1, conv2)
+
+    def freeze(self) -> None:
+        """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""
+        weights = self.folded()
+        if isinstance(weights, BottleneckWeights):
+            self._frozen = weights
+            self._folded.clear()
+            release(self, (self.conv1, self.conv2, self.conv3))
 
     def train(self, mode: bool = True) -> "BottleneckBlock":
+        if self._frozen is not None:
+            check_mode(self, mode)
         self._folded.clear()
         return super().train(mode)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from den.blocks.frozen import check_mode, check_use, release
 from den.blocks.shape import BlockShape
 from den.blocks.shortcut import Shortcut
 from den.folding import may_fold
@@ -75,8 +76,7 @@ class ElasticBlock(nn.Module):
             inplace: the result may be written over ``x`` (only done for inference).
         """
         if self._frozen is not None:
-            if route is None or not may_fold(self):
-                raise ValueError("ElasticBlock: a frozen block must run with a route and without gradients")
+            check_use(self, route)
             return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self._frozen)
         if route is not None and may_fold(self) and x.dtype == self.conv1.weight.dtype:
             return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self.folded())
@@ -102,16 +102,10 @@ class ElasticBlock(nn.Module):
             return
         self._frozen = weights
         self._folded.clear()
-        for conv, stand_in in ((self.conv1, weights.conv1), (self.conv2, weights.conv2)):
-            conv.weight = nn.Parameter(stand_in, requires_grad=False)
-        self.register_state_dict_pre_hook(_refuse_to_save)
+        release(self, (self.conv1, self.conv2))
 
     def train(self, mode: bool = True) -> "ElasticBlock":
-        if mode and self._frozen is not None:
-            raise ValueError("ElasticBlock: a frozen block must stay in eval mode, got train()")
+        if self._frozen is not None:
+            check_mode(self, mode)
         self._folded.clear()
         return super().train(mode)
-
-
-def _refuse_to_save(*_: object) -> None:
-    raise ValueError("state_dict: the network must not be frozen (its weights are gone), got a frozen one")
