@@ -304,7 +304,8 @@ void bind_dynamic_bottleneck(py::module_& m) {
         py::gil_scoped_release unlocked;
         dynamic_bottleneck(problem);
       },
-      "input: [B, H, W, C]; block: [M, C_out, R, S, stride, cardinality]; sizes: [G]; weights: addresses of scale1, shift1, "
+      "input: [B, H, W, C]; block: [M, C_out, R, S, stride, cardinality]; sizes: [G]; weights: addresses of scale1, "
+      "shift1, "
       "conv1, bias1, conv2, bias2, conv3");
 }
 

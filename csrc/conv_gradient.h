@@ -34,8 +34,7 @@ void finish(const ConvProblem<T>& p, const std::vector<const float*>& sums, int6
     __m512 tile[16];
     UNROLL for (int k = 0; k < 16; ++k) tile[k] = _mm512_loadu_ps(sums[0] + from + k * 16);
     for (size_t n = 1; n < sums.size(); ++n) {
-      UNROLL for (int k = 0; k < 16; ++k)
-        tile[k] = _mm512_add_ps(tile[k], _mm512_loadu_ps(sums[n] + from + k * 16));
+      UNROLL for (int k = 0; k < 16; ++k) tile[k] = _mm512_add_ps(tile[k], _mm512_loadu_ps(sums[n] + from + k * 16));
     }
     transpose16(tile);
     for (int64_t o = 0; o < outputs; ++o)
@@ -45,8 +44,8 @@ void finish(const ConvProblem<T>& p, const std::vector<const float*>& sums, int6
 
 #pragma GCC pop_options
 
-// All bands. block: the channels that the kernel takes at once; bytes_of(band): the scratch memory of a band, a multiple
-// of 64; add(band, scratch, sums) adds its tiles to the sums.
+// All bands. block: the channels that the kernel takes at once; bytes_of(band): the scratch memory of a band, a
+// multiple of 64; add(band, scratch, sums) adds its tiles to the sums.
 template <class T, class Bytes, class Add>
 void sum_bands(const ConvProblem<T>& p, int64_t block, T* dweight, Bytes bytes_of, Add add) {
   check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);

@@ -66,8 +66,8 @@ inline int64_t strip_columns(int64_t columns) { return strips_of_row(columns) * 
 // With two vectors of channels, 24 or 28 of 32 registers sum.
 constexpr int strips_per_tile(int64_t size) { return size == 7 ? 2 : 3; }
 
-// How the strips of a map, in the order of their rows, are cut into tiles of at most `most`: those of the rows that meet
-// padding above, of the rows that meet none, and of those that meet padding below.
+// How the strips of a map, in the order of their rows, are cut into tiles of at most `most`: those of the rows that
+// meet padding above, of the rows that meet none, and of those that meet padding below.
 struct Cut {
   int64_t strips[3], most;
   // Output rows first .. first + rows - 1 of a kernel of R rows, `top` rows of padding above H input rows.
@@ -104,7 +104,8 @@ auto make_chunks(const Problem& b, const std::vector<Channels>& hidden, int64_t 
   for (int64_t s = 0; s < b.route.S; ++s) rest += b.route.count(s) * hidden[s].count;
   for (int64_t s = 0; s < b.route.S; ++s) {
     if (!hidden[s].count) continue;
-    const int64_t last = b.route.offsets[s + 1], fits = scratch_bytes() / make(0, multiple, hidden[s]).bytes() * multiple;
+    const int64_t last = b.route.offsets[s + 1],
+                  fits = scratch_bytes() / make(0, multiple, hidden[s]).bytes() * multiple;
     for (int64_t i = b.route.offsets[s]; i < last;) {
       const int64_t fair = round_up(fair_share(rest / hidden[s].count, threads), multiple);
       const int64_t left = std::min({std::max(fits, multiple), fair, last - i});
@@ -133,8 +134,8 @@ void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
   output_items(c, begin, end);
 }
 
-// All chunks: shared out among the threads where there are enough of them, else one after the other by all together; and
-// `rest_count` times `rest`, small work that lets threads end together.
+// All chunks: shared out among the threads where there are enough of them, else one after the other by all together;
+// and `rest_count` times `rest`, small work that lets threads end together.
 template <class Chunk, class Rest>
 void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, Rest rest) {
   using Scratch = decltype(Chunk::scratch);
@@ -187,10 +188,9 @@ void run_block(const Problem& b, int64_t block, int64_t multiple, Make make) {
   const std::vector<Channels> hidden = channels_of(b.route, b.sizes, b.M, block);
   const std::vector<int64_t> copied = without_branch(b, hidden);
   const int64_t size = b.Ho * b.Wo * b.C_out;
-  run_chunks(make_chunks(b, hidden, threads, multiple, make), threads, static_cast<int64_t>(copied.size()),
-             [&](int64_t i) {
-               std::memcpy(b.out + copied[i] * size, b.shortcut + copied[i] * size, size * sizeof(*b.out));
-             });
+  run_chunks(
+      make_chunks(b, hidden, threads, multiple, make), threads, static_cast<int64_t>(copied.size()),
+      [&](int64_t i) { std::memcpy(b.out + copied[i] * size, b.shortcut + copied[i] * size, size * sizeof(*b.out)); });
 }
 
 }  // namespace den_kernels

@@ -26,8 +26,9 @@ struct Maps {
   const float* scratch;
 };
 
-// Output pixels of strip q of a band: instance, row of the band, first column, and how many of its pixels lie on the map.
-// The rows of all instances lie together, so that a tile of the first row or the last leaves out the taps on padding.
+// Output pixels of strip q of a band: instance, row of the band, first column, and how many of its pixels lie on the
+// map. The rows of all instances lie together, so that a tile of the first row or the last leaves out the taps on
+// padding.
 struct Strip {
   int64_t instance, row, column, live;
 };
@@ -68,9 +69,10 @@ void conv_tile(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* 
   }
   const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
   if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
-  sum_channels<T, vectors, strips, size, false>(
-      acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, q0, strips), words_of(p.weight) + block[0].index * weight_vector,
-      (block[vectors - 1].index - block[0].index) * weight_vector, m.words.pieces, ahead);
+  sum_channels<T, vectors, strips, size, false>(acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, q0, strips),
+                                                words_of(p.weight) + block[0].index * weight_vector,
+                                                (block[vectors - 1].index - block[0].index) * weight_vector,
+                                                m.words.pieces, ahead);
   UNROLL for (int q = 0; q < strips; ++q) {
     const int64_t live = strip_at(m, q0 + q).live;
     UNROLL for (int i = 0; i < size; ++i) {

@@ -75,8 +75,8 @@ KERNEL int64_t tap_offsets(const ResidualBlock<T>& b, const PaddedMap& map, int6
   return b.R * b.S;
 }
 
-// Output pixels of strip q of a chunk: instance, row, first column, and how many of its pixels lie on the map. The rows of
-// all instances lie together, so that a tile of the first row or the last leaves out the taps on padding.
+// Output pixels of strip q of a chunk: instance, row, first column, and how many of its pixels lie on the map. The rows
+// of all instances lie together, so that a tile of the first row or the last leaves out the taps on padding.
 struct Strip {
   int64_t instance, row, column, live;
 };
@@ -132,7 +132,8 @@ void hidden_tile(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* tap
 
 // One tile of conv1 by pixels: the hidden channels of a piece, four vectors of 16 pixels, into the planar hidden map.
 template <int outputs>
-void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t v0, int64_t live, const int64_t* taps) {
+void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t v0, int64_t live,
+                   const int64_t* taps) {
   const ResidualBlock<float>& b = c.block;
   const int64_t tap_count = b.R * b.S, per_row = b.Wo / 16;
   const float* input[4];
@@ -182,8 +183,8 @@ void output_tile(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* 
   const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
   ahead.distance = last ? words_of(b.conv1) - weight : vectors * weight_vector;
   sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
-                                          taps_of(c, taps, q0, strips, 1, b.Ho), weight, weight_vector,
-                                          c.hidden.words.pieces, ahead);
+                                                 taps_of(c, taps, q0, strips, 1, b.Ho), weight, weight_vector,
+                                                 c.hidden.words.pieces, ahead);
   UNROLL for (int q = 0; q < strips; ++q) {
     const int64_t live = strip_at(c, q0 + q).live;
     UNROLL for (int p = 0; p < size; ++p) {
@@ -279,8 +280,8 @@ constexpr Tiles<T> planar_tiles = {
 
 // Items begin..end of a convolution to `blocks` blocks of channels: for each two of these, each tile.
 template <class T>
-void tile_items(const Chunk<T>& c, const Tiles<T>& tiles, const Cut& cut, int64_t blocks, int64_t begin,
-                int64_t end, const int64_t* taps) {
+void tile_items(const Chunk<T>& c, const Tiles<T>& tiles, const Cut& cut, int64_t blocks, int64_t begin, int64_t end,
+                const int64_t* taps) {
   const int64_t count = cut.tiles();
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block16 = i / count * 2, vectors = std::min<int64_t>(2, blocks - block16);
@@ -309,7 +310,8 @@ void hidden_items(const Chunk<T>& c, int64_t begin, int64_t end) {
       return;
     }
   }
-  tile_items(c, hidden_tiles<T>[strip_size(c.block.Wo) == 7], c.conv1, static_cast<int64_t>(c.hidden.channels.blocks.size()), begin, end, taps);
+  tile_items(c, hidden_tiles<T>[strip_size(c.block.Wo) == 7], c.conv1,
+             static_cast<int64_t>(c.hidden.channels.blocks.size()), begin, end, taps);
 }
 
 template <class T>

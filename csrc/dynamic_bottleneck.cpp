@@ -1,8 +1,8 @@
-// A chunk of instances of one selection goes through the block together. First conv1, a band of pixels at a time: bn1 and
-// ReLU write these side by side into scratch memory, conv1 writes a zero-padded hidden map. Then, again a band at a time,
-// conv2 writes its pixels side by side and conv3 adds its sums to the output. Nothing but the input is read from main
-// memory, and nothing but the output written. Where there are fewer chunks than threads can share, all threads share the
-// bands of each. The inner loops are those of direct_tiles.h.
+// A chunk of instances of one selection goes through the block together. First conv1, a band of pixels at a time: bn1
+// and ReLU write these side by side into scratch memory, conv1 writes a zero-padded hidden map. Then, again a band at a
+// time, conv2 writes its pixels side by side and conv3 adds its sums to the output. Nothing but the input is read from
+// main memory, and nothing but the output written. Where there are fewer chunks than threads can share, all threads
+// share the bands of each. The inner loops are those of direct_tiles.h.
 #include "dynamic_bottleneck.h"
 
 #include <algorithm>
@@ -28,7 +28,11 @@ using Problem = BottleneckProblem;
 struct Strips {
   int64_t instances, rows, columns, size, per_row;
   Strips(int64_t instances, int64_t rows, int64_t columns)
-      : instances(instances), rows(rows), columns(columns), size(strip_size(columns)), per_row(strips_of_row(columns)) {}
+      : instances(instances),
+        rows(rows),
+        columns(columns),
+        size(strip_size(columns)),
+        per_row(strips_of_row(columns)) {}
   int64_t count() const { return instances * rows * per_row; }
   struct At {
     int64_t instance, row, column, live;
@@ -57,7 +61,12 @@ struct Chunk {
   int64_t columns;  // of the hidden map: padding, and what whole strips of outputs read
   const float* hidden = nullptr;
   Chunk(const Problem& p, const Selected& s, int64_t start, int64_t count)
-      : block(p), selected(s), start(start), count(count), in(count, p.H, p.W), out(count, p.Ho(), p.Wo()),
+      : block(p),
+        selected(s),
+        start(start),
+        count(count),
+        in(count, p.H, p.W),
+        out(count, p.Ho(), p.Wo()),
         columns(std::max(p.W + p.S - 1, (strip_columns(p.Wo()) - 1) * p.stride + p.S)) {}
   int64_t width() const { return selected.hidden.count; }
   int64_t pixel() const { return wide(width()); }  // of the hidden map
@@ -98,8 +107,8 @@ void activate(const Chunk& c, int64_t first, int64_t count, float* to) {
   }
 }
 
-// The blocks of output channels block[0 .. vectors - 1] of some strips, and their inputs: where the strips begin, floats
-// from a pixel to the next, the taps and the channels.
+// The blocks of output channels block[0 .. vectors - 1] of some strips, and their inputs: where the strips begin,
+// floats from a pixel to the next, the taps and the channels.
 struct Inputs {
   const float* at[3];
   int64_t pixel;
@@ -115,14 +124,10 @@ KERNEL void sum_tile(const Inputs& in, const __m512 (&bias)[2], const Finish& fi
   const float* input[strips];
   UNROLL for (int q = 0; q < strips; ++q) input[q] = in.at[q];
   __m512 acc[strips * size][vectors];
-  UNROLL for (int i = 0; i < strips * size; ++i) {
-    UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v];
-  }
+  UNROLL for (int i = 0; i < strips * size; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v]; }
   sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
                                                     in.pieces, {});
-  UNROLL for (int q = 0; q < strips; ++q) {
-    UNROLL for (int i = 0; i < size; ++i) finish(q, i, acc[q * size + i]);
-  }
+  UNROLL for (int q = 0; q < strips; ++q) { UNROLL for (int i = 0; i < size; ++i) finish(q, i, acc[q * size + i]); }
 }
 
 // The same for any number of vectors and strips.
@@ -131,16 +136,26 @@ KERNEL void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inpu
                        const Finish& finish) {
   const int64_t kind = (size == 7) * 6 + (strips - 1) * 2 + vectors - 1;
   switch (kind) {
-    case 0: return sum_tile<1, 1, 4>(in, bias, finish);
-    case 1: return sum_tile<2, 1, 4>(in, bias, finish);
-    case 2: return sum_tile<1, 2, 4>(in, bias, finish);
-    case 3: return sum_tile<2, 2, 4>(in, bias, finish);
-    case 4: return sum_tile<1, 3, 4>(in, bias, finish);
-    case 5: return sum_tile<2, 3, 4>(in, bias, finish);
-    case 6: return sum_tile<1, 1, 7>(in, bias, finish);
-    case 7: return sum_tile<2, 1, 7>(in, bias, finish);
-    case 8: return sum_tile<1, 2, 7>(in, bias, finish);
-    default: return sum_tile<2, 2, 7>(in, bias, finish);
+    case 0:
+      return sum_tile<1, 1, 4>(in, bias, finish);
+    case 1:
+      return sum_tile<2, 1, 4>(in, bias, finish);
+    case 2:
+      return sum_tile<1, 2, 4>(in, bias, finish);
+    case 3:
+      return sum_tile<2, 2, 4>(in, bias, finish);
+    case 4:
+      return sum_tile<1, 3, 4>(in, bias, finish);
+    case 5:
+      return sum_tile<2, 3, 4>(in, bias, finish);
+    case 6:
+      return sum_tile<1, 1, 7>(in, bias, finish);
+    case 7:
+      return sum_tile<2, 1, 7>(in, bias, finish);
+    case 8:
+      return sum_tile<1, 2, 7>(in, bias, finish);
+    default:
+      return sum_tile<2, 2, 7>(in, bias, finish);
   }
 }
 
@@ -148,7 +163,8 @@ KERNEL void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inpu
 void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch, float* hidden) {
   const Problem& p = c.block;
   const Channels& chosen = c.selected.hidden;
-  const int64_t tap = 0, pixel = wide(p.C), weight_vector = weight_words<float>(p.C, 1), most = strips_per_tile(c.in.size);
+  const int64_t tap = 0, pixel = wide(p.C), weight_vector = weight_words<float>(p.C, 1),
+                most = strips_per_tile(c.in.size);
   activate(c, first, count, scratch);
   const int64_t blocks = static_cast<int64_t>(chosen.blocks.size());
   for (int64_t n = 0; n < blocks; n += vectors_at_once) {
@@ -159,15 +175,19 @@ void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch, fl
       bias[v] = load16(p.bias1 + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
-      Inputs in{{}, pixel, {&tap, 1, 0, 1}, c.selected.stream, p.conv1 + block[0].index * weight_vector,
+      Inputs in{{},
+                pixel,
+                {&tap, 1, 0, 1},
+                c.selected.stream,
+                p.conv1 + block[0].index * weight_vector,
                 (block[vectors - 1].index - block[0].index) * weight_vector};
       float* to[3];
       int64_t live[3];
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.in.at(first + q + i);
         in.at[i] = scratch + (q + i) * c.in.size * pixel;
-        to[i] = hidden + at.instance * c.map_size() +
-                ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * c.pixel();
+        to[i] =
+            hidden + at.instance * c.map_size() + ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * c.pixel();
         live[i] = at.live;
       }
       sum_strips(c.in.size, strips, vectors, in, bias, [&](int strip, int i, const auto& sums) {
@@ -308,11 +328,12 @@ std::vector<Chunk> chunks_of(const Problem& p, const std::vector<Selected>& sele
 void dynamic_bottleneck(const Problem& p) {
   constexpr char op[] = "dynamic_bottleneck";
   check(p.C % 16 == 0 && p.C_out % 16 == 0, op, "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
-  check(p.M % (16 * p.cardinality) == 0, op, "hidden channels of a cardinality group", "divisible by 16", p.M / p.cardinality);
+  check(p.M % (16 * p.cardinality) == 0, op, "hidden channels of a cardinality group", "divisible by 16",
+        p.M / p.cardinality);
   check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, op, "kernel", "odd and at most 7 x 7", p.R * p.S);
   const std::vector<Channels> hidden = channels_of(p.route, p.sizes, p.M, 16);
   std::vector<Selected> selected;
-  for (const Channels& channels : hidden) 
+  for (const Channels& channels : hidden)
     selected.push_back({channels, cut({{0, p.C}}, 16), inputs_by_group(p, channels)});
   const int64_t threads = omp_get_max_threads();
   std::vector<Chunk> chunks = chunks_of(p, selected, threads);
@@ -334,7 +355,8 @@ void dynamic_bottleneck(const Problem& p) {
 #pragma omp parallel num_threads(threads)
     {
       const int64_t thread = omp_get_thread_num();
-      float* own = thread ? static_cast<float*>(scratch_of_thread(band_bytes(chunk))) : hidden_maps + chunk.map_bytes() / 4;
+      float* own =
+          thread ? static_cast<float*>(scratch_of_thread(band_bytes(chunk))) : hidden_maps + chunk.map_bytes() / 4;
       run_chunk(chunk, thread, omp_get_num_threads(), hidden_maps, own, [] {
 #pragma omp barrier
       });

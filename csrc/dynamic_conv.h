@@ -31,15 +31,15 @@ struct ConvProblem {
 void dynamic_conv(const ConvProblem<float>& problem);
 
 // dweight [C_out, R, S, C]: sum over the instances b that selected both channels, and over the pixels p, of
-// grad[b, p, C_out] * x[b, p * stride + tap, C]; 0 where none did. grad is [B, Ho, Wo, C_out]; the problem's out, weight
-// and bias are not looked at. Needs what dynamic_conv needs.
+// grad[b, p, C_out] * x[b, p * stride + tap, C]; 0 where none did. grad is [B, Ho, Wo, C_out]; the problem's out,
+// weight and bias are not looked at. Needs what dynamic_conv needs.
 void dynamic_conv_weight_gradient(const ConvProblem<float>& problem, const float* grad, float* dweight);
 
 // The same with AMX (has_amx), for stride 1, dilation 1, C and C_out divisible by 16.
 void dynamic_conv_weight_gradient(const ConvProblem<bf16>& problem, const bf16* grad, bf16* dweight);
 
-// Needs AMX or AVX-512 BF16 (has_dynamic_residual_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible by 16, and
-// weights packed by pack_weights_bf16 for the prefixes of in_sizes.
+// Needs AMX or AVX-512 BF16 (has_dynamic_residual_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible
+// by 16, and weights packed by pack_weights_bf16 for the prefixes of in_sizes.
 void dynamic_conv(const ConvProblem<bf16>& problem);
 
 }  // namespace den_kernels

@@ -20,7 +20,8 @@ namespace {
 using Problem = ConvProblem<float>;
 using Map = BandMap<float>;
 
-constexpr int64_t pixels_at_once = 128;  // their gradients of 32 outputs and inputs of one piece stay in the first level
+constexpr int64_t pixels_at_once =
+    128;  // their gradients of 32 outputs and inputs of one piece stay in the first level
 
 // Where some pixels of a band lie: gradients from the batch's first, inputs from the scratch memory's first.
 struct Pixels {
@@ -55,7 +56,8 @@ template <int vectors>
 void fill(Panel& panel, const Pixels& pixels, const float* grad, const Block* block) {
   for (int64_t i = 0; i < pixels.count; ++i) {
     UNROLL for (int v = 0; v < vectors; ++v) {
-      const __m512 of_block = load16(grad + pixels.grad[i] + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+      const __m512 of_block =
+          load16(grad + pixels.grad[i] + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
       _mm512_store_ps(panel.values + (i * vectors + v) * 16, of_block);
     }
   }
@@ -66,9 +68,7 @@ void fill(Panel& panel, const Pixels& pixels, const float* grad, const Block* bl
 template <int vectors, int inputs>
 void gradient_tile(const Pixels& pixels, const Panel& panel, const float* x, float* sums, int64_t step) {
   __m512 acc[inputs][vectors];
-  UNROLL for (int k = 0; k < inputs; ++k) {
-    UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_setzero_ps();
-  }
+  UNROLL for (int k = 0; k < inputs; ++k) { UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_setzero_ps(); }
   const float* g = panel.values;
   for (int64_t i = 0; i < pixels.count; ++i, g += vectors * 16) {
     const float* in = x + pixels.input[i];

@@ -1,7 +1,7 @@
-// The weight gradient in bfloat16 with AMX, for stride 1. Of a band (conv_bands.h), the inputs lie as planes, padded: the
-// inputs of a tap are then those of the first tap, shifted, and 32 neighbouring pixels of 16 channels are a tile. The
-// gradients of the same pixels, in pairs, are the other: zeros where a plane has padding. A tile of sums, 16 inputs x 16
-// outputs of one tap, lies in the thread's sums as it is.
+// The weight gradient in bfloat16 with AMX, for stride 1. Of a band (conv_bands.h), the inputs lie as planes, padded:
+// the inputs of a tap are then those of the first tap, shifted, and 32 neighbouring pixels of 16 channels are a tile.
+// The gradients of the same pixels, in pairs, are the other: zeros where a plane has padding. A tile of sums, 16 inputs
+// x 16 outputs of one tap, lies in the thread's sums as it is.
 #define DEN_KERNELS_DOT_BF16
 #include "dispatch.h"
 #include "dynamic_bf16.h"
@@ -14,7 +14,7 @@ namespace {
 
 using Problem = ConvProblem<bf16>;
 
-constexpr int64_t step = 32;         // pixels of a tile
+constexpr int64_t step = 32;           // pixels of a tile
 constexpr int64_t steps_at_once = 12;  // their gradients and inputs of 32 channels each stay near the first-level cache
 
 // The planes of a band's instances in scratch memory, [instance][channel][row][column].

@@ -59,7 +59,8 @@ void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gat
     UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
   }
   sum_channels<float, vectors, strips, size, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
-                                                   p.weights[e] + block * weight_vector, weight_vector, layout.pieces, {});
+                                                    p.weights[e] + block * weight_vector, weight_vector, layout.pieces,
+                                                    {});
   const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
   UNROLL for (int q = 0; q < strips; ++q) {
     float* pixel = to + layout.map.origin + (input[q] - from);
@@ -130,8 +131,7 @@ void run_instance(const GraphProblem& p, const Layout& layout, int64_t b, float*
     float* inner = v + layout.map.origin;
     scale_rows<false>(p.read_in[b * p.N + j], p.x + b * p.H * width, width, inner, pitch, p.H, width);
     for (; e < E && p.edges[e].second == j; ++e)
-      if (p.levels[e * p.B + b] > 0)
-        add_edge(p, layout, e, p.gates[b * E + e], scratch + p.edges[e].first * size, v);
+      if (p.levels[e * p.B + b] > 0) add_edge(p, layout, e, p.gates[b * E + e], scratch + p.edges[e].first * size, v);
     if (const float gate = p.read_out[b * p.N + j]) scale_rows<true>(gate, inner, pitch, out, width, p.H, width);
   }
 }

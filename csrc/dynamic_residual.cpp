@@ -31,7 +31,8 @@ void pack_turned_weights(const float* weight, float* packed, int64_t O, int64_t 
 DEN_KERNELS_TARGET
 
 // 16 inputs of `outputs` outputs of a tap, `step` floats from one to the next, times their scale.
-static void pack_tile(const float* from, int64_t step, int64_t outputs, __mmask16 inputs, const float* scale, float* to) {
+static void pack_tile(const float* from, int64_t step, int64_t outputs, __mmask16 inputs, const float* scale,
+                      float* to) {
   __m512 tile[16];
   UNROLL for (int q = 0; q < 16; ++q) {
     tile[q] = q < outputs ? load16(from + q * step, inputs) : _mm512_setzero_ps();
@@ -51,8 +52,8 @@ void pack_weights(const float* weight, const float* scale, float* packed, int64_
       for (int64_t t = 0; t < taps; ++t) {
         const int64_t left = I - i * 16;
         const __mmask16 inputs = static_cast<__mmask16>(left >= 16 ? 0xFFFF : (1u << left) - 1);
-        pack_tile(weight + (o * 16 * taps + t) * I + i * 16, taps * I, O - o * 16, inputs, scale ? scale + o * 16 : scale,
-                  packed + ((o * I_blocks + i) * taps + t) * 256);
+        pack_tile(weight + (o * 16 * taps + t) * I + i * 16, taps * I, O - o * 16, inputs,
+                  scale ? scale + o * 16 : scale, packed + ((o * I_blocks + i) * taps + t) * 256);
       }
 }
 
