@@ -287,26 +287,33 @@ void bind_dynamic_residual(py::module_& m) {
   m.def("dynamic_residual_bf16", &run_residual<bf16>, weights_and_sizes);
 }
 
+namespace {
+
+template <class T>
+void run_bottleneck(uintptr_t x, uintptr_t out, const Route& route, const Ints& input, const Ints& block,
+                    const Ints& sizes, const std::vector<uintptr_t>& weights) {
+  const auto floats = [&weights](size_t i) { return pointer<const float>(weights.at(i)); };
+  const auto values = [&weights](size_t i) { return pointer<const T>(weights.at(i)); };
+  BottleneckProblem<T> problem{};
+  problem.B = input.at(0), problem.H = input.at(1), problem.W = input.at(2), problem.C = input.at(3);
+  problem.M = block.at(0), problem.C_out = block.at(1), problem.R = block.at(2), problem.S = block.at(3);
+  problem.stride = block.at(4), problem.cardinality = block.at(5);
+  problem.route = selections_of(route), problem.sizes = sizes;
+  problem.x = pointer<const T>(x), problem.out = pointer<T>(out);
+  problem.scale1 = floats(0), problem.shift1 = floats(1), problem.bias1 = floats(3), problem.bias2 = floats(5);
+  problem.conv1 = values(2), problem.conv2 = values(4), problem.conv3 = values(6);
+  py::gil_scoped_release unlocked;
+  dynamic_bottleneck(problem);
+}
+
+}  // namespace
+
 void bind_dynamic_bottleneck(py::module_& m) {
-  m.def(
-      "dynamic_bottleneck",
-      [](uintptr_t x, uintptr_t out, const Route& route, const Ints& input, const Ints& block, const Ints& sizes,
-         const std::vector<uintptr_t>& weights) {
-        const auto floats = [&weights](size_t i) { return pointer<const float>(weights.at(i)); };
-        BottleneckProblem problem{};
-        problem.B = input.at(0), problem.H = input.at(1), problem.W = input.at(2), problem.C = input.at(3);
-        problem.M = block.at(0), problem.C_out = block.at(1), problem.R = block.at(2), problem.S = block.at(3);
-        problem.stride = block.at(4), problem.cardinality = block.at(5);
-        problem.route = selections_of(route), problem.sizes = sizes;
-        problem.x = pointer<const float>(x), problem.out = pointer(out);
-        problem.scale1 = floats(0), problem.shift1 = floats(1), problem.conv1 = floats(2), problem.bias1 = floats(3);
-        problem.conv2 = floats(4), problem.bias2 = floats(5), problem.conv3 = floats(6);
-        py::gil_scoped_release unlocked;
-        dynamic_bottleneck(problem);
-      },
+  constexpr char text[] =
       "input: [B, H, W, C]; block: [M, C_out, R, S, stride, cardinality]; sizes: [G]; weights: addresses of scale1, "
-      "shift1, "
-      "conv1, bias1, conv2, bias2, conv3");
+      "shift1, conv1, bias1, conv2, bias2, conv3";
+  m.def("dynamic_bottleneck", &run_bottleneck<float>, text);
+  m.def("dynamic_bottleneck_bf16", &run_bottleneck<bf16>, text);
 }
 
 }  // namespace den_kernels

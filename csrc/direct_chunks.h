@@ -118,6 +118,10 @@ auto make_chunks(const Problem& b, const std::vector<Channels>& hidden, int64_t 
   return chunks;
 }
 
+// What a kernel does between hidden_items and output_items, and then waits: nothing, unless it says otherwise.
+template <class Chunk, class Wait>
+void middle_stage(const Chunk&, int64_t, int64_t, Wait) {}
+
 // One chunk by `threads` threads together; `wait` holds them until all have come.
 template <class Chunk, class Wait>
 void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
@@ -130,6 +134,7 @@ void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
   share(c.hidden_count(), thread, threads, begin, end);
   hidden_items(c, begin, end);
   wait();
+  middle_stage(c, thread, threads, wait);
   share(c.output_count(), thread, threads, begin, end);
   output_items(c, begin, end);
 }

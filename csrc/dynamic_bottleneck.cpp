@@ -22,7 +22,7 @@ namespace den_kernels {
 #ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
-using Problem = BottleneckProblem;
+using Problem = BottleneckProblem<float>;
 
 // Strips of neighbouring pixels of the rows of a map, those of all instances of a row together.
 struct Strips {
@@ -325,7 +325,7 @@ std::vector<Chunk> chunks_of(const Problem& p, const std::vector<Selected>& sele
 
 }  // namespace
 
-void dynamic_bottleneck(const Problem& p) {
+void dynamic_bottleneck(const BottleneckProblem<float>& p) {
   constexpr char op[] = "dynamic_bottleneck";
   check(p.C % 16 == 0 && p.C_out % 16 == 0, op, "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
   check(p.M % (16 * p.cardinality) == 0, op, "hidden channels of a cardinality group", "divisible by 16",
@@ -366,7 +366,7 @@ void dynamic_bottleneck(const Problem& p) {
 
 #else
 
-void dynamic_bottleneck(const BottleneckProblem&) {
+void dynamic_bottleneck(const BottleneckProblem<float>&) {
   throw std::runtime_error("dynamic_bottleneck: this build has no AVX-512 variant");
 }
 

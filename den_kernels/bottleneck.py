@@ -37,22 +37,29 @@ class BottleneckWeights:
     ) -> "BottleneckWeights | None":
         """The weights packed; None where the kernel does not run: a function of dtypes and shapes alone."""
         M, C_out, (R, S) = conv2.out_channels, conv3.out_channels, conv2.kernel_size
-        fits = conv1.in_channels % 16 == 0 and C_out % 16 == 0 and M % (16 * conv2.groups) == 0 and R * S <= 49
-        if extension is None or not extension.has_dynamic_residual() or not fits:
+        if not _runs(conv1, conv2, C_out):
             return None
-        if conv1.weight.dtype != torch.float32 or not conv1.weight.is_cpu:
-            return None
-        packed = [pack(conv.weight.detach(), ()) for conv in (conv1, conv2, conv3)]
-        biases = [None if conv.bias is None else conv.bias.detach().contiguous() for conv in (conv1, conv2)]
+        sizes = tuple(groups) if conv2.groups == 1 else ()
+        packed = [pack(conv.weight.detach(), s) for conv, s in ((conv1, ()), (conv2, sizes), (conv3, sizes))]
+        biases = [None if conv.bias is None else conv.bias.detach().float().contiguous() for conv in (conv1, conv2)]
         tensors = (*affine, packed[0], biases[0], packed[1], biases[1], packed[2])
         return BottleneckWeights(tensors, (M, C_out, R, S, conv2.stride[0], conv2.groups), tuple(groups))
+
+
+def _runs(conv1: nn.Conv2d, conv2: nn.Conv2d, C_out: int) -> bool:
+    weight, M, (R, S) = conv1.weight, conv2.out_channels, conv2.kernel_size
+    fits = weight.is_cpu and C_out % 16 == 0 and M % (16 * conv2.groups) == 0 and R * S <= 49
+    if extension is None or not fits:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return extension.bf16_isa() == "AMX" and conv2.groups == 1 and conv1.in_channels % 32 == 0
+    return weight.dtype == torch.float32 and extension.has_dynamic_residual() and conv1.in_channels % 16 == 0
 
 
 def add_bottleneck_(out: Tensor, x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:
     """Add the branch of `x` [B, C, H, W] to `out` [B, C_out, H_out, W_out], which may be `x`; both channels-last."""
     B, C, H, W = x.shape
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in weights.tensors]
-    extension.dynamic_bottleneck(
-        x.data_ptr(), out.data_ptr(), selections(route), (B, H, W, C), weights.block, weights.groups, addresses
-    )
+    run = extension.dynamic_bottleneck_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_bottleneck
+    run(x.data_ptr(), out.data_ptr(), selections(route), (B, H, W, C), weights.block, weights.groups, addresses)
     return out

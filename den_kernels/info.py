@@ -11,7 +11,7 @@ from . import __version__, _extension
 
 _OPS = (
     "routing plan", "dynamic convolution", "dynamic batch norm", "residual block, inference",
-    "graph of convolutions, inference",
+    "bottleneck block, inference", "graph of convolutions, inference",
 )  # fmt: skip
 
 
@@ -138,16 +138,19 @@ def _on_cpu() -> dict[str, str]:
     extension = _extension.extension
     if extension is None:
         rows = f"PyTorch rows + {convolution}"
-        texts: tuple[str, ...] = ("PyTorch", rows, "PyTorch", f"{rows}, in place", rows)
+        texts: tuple[str, ...] = ("PyTorch", rows, "PyTorch", f"{rows}, in place", rows, rows)
     else:
         rows = f"C++ rows + {convolution}"
         direct = ["AVX-512 in float32"] if extension.has_dynamic_residual() else []
-        whole = [*direct, f"{isa} in bfloat16"] if (isa := extension.bf16_isa()) else direct
+        isa = extension.bf16_isa()
+        whole = [*direct, f"{isa} in bfloat16"] if isa else direct
+        bottleneck = whole if isa == "AMX" else direct
         texts = (
             "C++",
             f"C++ direct ({direct[0]}), else {rows}" if direct else rows,
             "C++",
             f"C++ direct ({', '.join(whole)}), else {rows}" if whole else rows,
+            f"C++ direct ({', '.join(bottleneck)}), else {rows}" if bottleneck else rows,
             f"C++, one call ({direct[0]}), else {rows}" if direct else rows,
         )
     return dict(zip(_OPS, texts, strict=True))
@@ -157,11 +160,11 @@ def _on_cuda() -> dict[str, str]:
     extension = _extension.extension
     in_cuda = extension is not None and extension.with_cuda
     plan = "CUDA, one launch for all blocks" if in_cuda else "PyTorch, without host synchronisation"
-    edges = "dynamic convolutions, edge by edge"
+    convolutions, edges = "dynamic convolutions, one by one", "dynamic convolutions, edge by edge"
     if find_spec("triton") is None:
-        return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 3, edges), strict=True))
+        return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 4, edges), strict=True))
     block = "CUDA C++, one launch, where the map fits; else Triton, two launches" if in_cuda else "Triton, two launches"
-    texts = (plan, "Triton, one launch", "Triton, active instances only", block, edges)
+    texts = (plan, "Triton, one launch", "Triton, active instances only", block, convolutions, edges)
     return dict(zip(_OPS, texts, strict=True))
 
 

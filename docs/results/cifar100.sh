@@ -34,6 +34,8 @@ for seed in ${SEEDS:-0 1 2}; do
   train "den-$low" $elastic --rho $low $schedule
   train dense --mode dense --estimator.first.steps $dense
   train "den-$high" $elastic --rho $high $schedule
+done
+for seed in ${SEEDS:-0 1 2}; do
   train random --mode random --estimator.tau 0.25 --estimator.first.steps $random --methods.random-flops 0.5
   train blockdrop --mode blockdrop --selector.phase.steps 300 --estimator.finish.rate 0.03 \
     --estimator.first.steps $blockdrop
