@@ -10,10 +10,6 @@
 namespace den_kernels {
 namespace {
 
-// Words from a pixel to the next, for maps of so many channels: with a multiple of eight cache lines, neighbouring
-// pixels would share few sets of the first-level cache.
-inline int64_t spread(int64_t words) { return words && words % 128 == 0 ? words + 16 : words; }
-
 template <class T>
 struct BandMap {
   int64_t rows, columns, pixel;

@@ -58,6 +58,10 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
   end = count * (thread + 1) / threads;
 }
 
+// Words from a pixel to the next, for maps of so many channels: with a multiple of eight cache lines, neighbouring
+// pixels would share few sets of the first-level cache.
+inline int64_t spread(int64_t words) { return words && words % 128 == 0 ? words + 16 : words; }
+
 // The pixels of a row are summed in strips of neighbours: of seven where that fills the rows and four does not (7 or 14
 // pixels), else of four.
 inline int64_t strip_size(int64_t columns) { return columns % 4 && columns % 7 == 0 ? 7 : 4; }

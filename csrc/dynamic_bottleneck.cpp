@@ -50,8 +50,6 @@ struct Selected {
   std::vector<std::vector<Piece>> inputs;  // of conv2, by cardinality group, counted from its first channel
 };
 
-int64_t wide(int64_t channels) { return channels % 128 ? channels : channels + 16; }  // spreads pixels over cache sets
-
 // Instances order[start : start + count] of a route.
 struct Chunk {
   const Problem& block;
@@ -69,7 +67,7 @@ struct Chunk {
         out(count, p.Ho(), p.Wo()),
         columns(std::max(p.W + p.S - 1, (strip_columns(p.Wo()) - 1) * p.stride + p.S)) {}
   int64_t width() const { return selected.hidden.count; }
-  int64_t pixel() const { return wide(width()); }  // of the hidden map
+  int64_t pixel() const { return spread(width()); }  // of the hidden map
   int64_t map_size() const { return (block.H + block.R - 1) * columns * pixel(); }
   int64_t map_bytes() const { return round_up(count * map_size() * 4, 64); }
 };
@@ -78,7 +76,7 @@ constexpr int64_t vectors_at_once = 2;
 
 // Strips of a band: as many as keep their pixels of `channels` channels in half of the scratch memory.
 int64_t band_strips(const Strips& strips, int64_t channels) {
-  const int64_t fits = scratch_bytes() / 2 / (strips.size * wide(channels) * 4), most = strips_per_tile(strips.size);
+  const int64_t fits = scratch_bytes() / 2 / (strips.size * spread(channels) * 4), most = strips_per_tile(strips.size);
   return std::max<int64_t>(fits / most, 1) * most;
 }
 
@@ -90,7 +88,7 @@ KERNEL __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  
 // A band's pixels, activated, side by side.
 void activate(const Chunk& c, int64_t first, int64_t count, float* to) {
   const Problem& p = c.block;
-  const int64_t pixel = wide(p.C);
+  const int64_t pixel = spread(p.C);
   for (int64_t q = first; q < first + count; ++q) {
     const Strips::At at = c.in.at(q);
     const float* x = p.x + ((p.route.order[c.start + at.instance] * p.H + at.row) * p.W + at.column) * p.C;
@@ -163,7 +161,7 @@ KERNEL void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inpu
 void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch, float* hidden) {
   const Problem& p = c.block;
   const Channels& chosen = c.selected.hidden;
-  const int64_t tap = 0, pixel = wide(p.C), weight_vector = weight_words<float>(p.C, 1),
+  const int64_t tap = 0, pixel = spread(p.C), weight_vector = weight_words<float>(p.C, 1),
                 most = strips_per_tile(c.in.size);
   activate(c, first, count, scratch);
   const int64_t blocks = static_cast<int64_t>(chosen.blocks.size());
@@ -268,7 +266,7 @@ void second_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
 #pragma GCC pop_options
 
 int64_t band_bytes(const Chunk& c) {
-  const int64_t first = band_strips(c.in, c.block.C) * c.in.size * wide(c.block.C);
+  const int64_t first = band_strips(c.in, c.block.C) * c.in.size * spread(c.block.C);
   const int64_t second = band_strips(c.out, c.width()) * c.out.size * c.pixel();
   return round_up(std::max(first, second) * 4, 64);
 }

@@ -63,7 +63,7 @@ class BottleneckBlock(nn.Module):
     0 is exactly the shortcut, and the batch norms see the instances that :class:`den.blocks.ElasticBlock`'s see.
 
     In eval mode without gradients bn2 and bn3 are folded into the convolutions, and on a CPU only the instances above
-    level 0 are read: at level 0 an instance costs nothing. In float32 with AVX-512 the block is then one call of C++.
+    level 0 are read: at level 0 an instance costs nothing. Where :mod:`den_kernels.bottleneck` runs, that is one call.
 
     Args:
         shape: channels, stride and cardinality.
