@@ -97,8 +97,8 @@ class Estimator(nn.Module):
 
         At inference a block that no instance uses is not called where it is the identity.
         """
-        routes = [None] * self.num_blocks if plan is None else plan
-        idle = plan.idle() if plan is not None and may_fold(self) else [False] * self.num_blocks
+        routes = [None] * len(self.blocks) if plan is None else plan
+        idle = plan.idle() if plan is not None and may_fold(self) else [False] * len(self.blocks)
         for block, route, unused in zip(self.blocks, routes, idle, strict=True):
             if not (unused and block.shortcut.is_identity):
                 x = block(x, route, inplace=True)

@@ -83,7 +83,10 @@ def measured_costs(
 def _block_seconds(
     model: DeepElasticNetwork, run: Callable[[], object], device: torch.device, rounds: int
 ) -> list[float]:
-    """Median seconds that each block takes in `rounds` calls of `run`, after one that is not counted."""
+    """Median seconds that each block takes in `rounds` calls of `run`, after one that is not counted.
+
+    0 where it is not called: a block that no image uses may cost nothing.
+    """
     started: list[float] = []
     seconds: list[list[float]] = [[] for _ in model.estimator.blocks]
 
@@ -107,7 +110,7 @@ def _block_seconds(
     finally:
         for hook in hooks:
             hook.remove()
-    return [statistics.median(each[1:]) for each in seconds]
+    return [statistics.median(each[1:]) if each else 0.0 for each in seconds]
 
 
 @torch.inference_mode()
