@@ -182,7 +182,7 @@ def test_readme_section_is_replaced_and_compared(tmp_path):
     assert report.readme_agrees(written, paths)
     assert written.startswith("# Title\n")
     assert written.endswith("rest\n")
-    assert "in 1 of 1 cases" in written.replace("\n", " ")
+    assert "is saved: 1 of 1:" in written.replace("\n", " ")
     assert "Other machines: `older.json`" in written
     with pytest.raises(ValueError, match="README must hold"):
         report.with_section("# Title", "")
