@@ -50,10 +50,8 @@ def readme_section(paths: Sequence[Path]) -> str:
     broken = [loss for loss in losses.losses(rows) if loss.counts]
     timed = sum("providers" in row for row in rows)
     names = "".join(f"\n- `{loss.row['case']}`: {loss.best}, {losses.reason(loss)}" for loss in broken)
-    lost = (
-        f"Cases in which something else is more than 2 % faster though a fifth of the FLOPs is saved: {len(broken)} of"
-    )
-    lost = f"{lost} {timed}{':' if broken else '.'}"
+    count = f"{len(broken)} of {timed}{':' if broken else '.'}"
+    lost = f"Cases in which something else is more than 2 % faster though a fifth of the FLOPs is saved: {count}"
     others = ", ".join(f"`{path.name}`" for path in paths[1:])
     more = f" Other machines: {others} in `benchmarks/results`." if others else ""
     return f"{tables.targets_table(rows)}\n\n{lost}{names}\n\n{tables.provenance(rows)}{more}"
