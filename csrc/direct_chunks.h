@@ -22,6 +22,7 @@
 namespace den_kernels {
 
 constexpr int64_t max_taps = 49;
+constexpr int64_t chunk_pixels = 1024;  // of the input, in a chunk: enough of them hide how weights come in
 // What the maps of a chunk may take: half of a core's second-level cache.
 inline int64_t scratch_bytes() {
   constexpr int64_t usual = 1 << 20;
@@ -108,8 +109,8 @@ auto make_chunks(const Problem& b, const std::vector<Channels>& hidden, int64_t 
   for (int64_t s = 0; s < b.route.S; ++s) rest += b.route.count(s) * hidden[s].count;
   for (int64_t s = 0; s < b.route.S; ++s) {
     if (!hidden[s].count) continue;
-    const int64_t last = b.route.offsets[s + 1],
-                  fits = scratch_bytes() / make(0, multiple, hidden[s]).bytes() * multiple;
+    const int64_t last = b.route.offsets[s + 1], bytes = make(0, multiple, hidden[s]).bytes(),
+                  fits = std::min(scratch_bytes() / bytes, chunk_pixels / (multiple * b.H * b.W)) * multiple;
     for (int64_t i = b.route.offsets[s]; i < last;) {
       const int64_t fair = round_up(fair_share(rest / hidden[s].count, threads), multiple);
       const int64_t left = std::min({std::max(fits, multiple), fair, last - i});

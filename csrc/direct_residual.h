@@ -170,8 +170,12 @@ void output_tile(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* 
     const int64_t pixel = (b.route.order[c.start + at.instance] * b.Ho + at.row) * b.Wo + at.column;
     shortcut[q] = b.shortcut + pixel * b.C_out + channel;
     out[q] = b.out + pixel * b.C_out + channel;
-    for (int64_t p = 0; p < at.live; ++p)  // it comes from further out, and is there when the sums are
-      _mm_prefetch(reinterpret_cast<const char*>(shortcut[q] + p * b.C_out), _MM_HINT_T1);
+    for (int64_t p = 0; p < at.live; ++p) {  // they come from further out, and are there when the sums are
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        _mm_prefetch(reinterpret_cast<const char*>(shortcut[q] + p * b.C_out + v * 16), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(out[q] + p * b.C_out + v * 16), _MM_HINT_T1);
+      }
+    }
   }
   __m512 acc[strips * size][vectors];
   UNROLL for (int v = 0; v < vectors; ++v) {

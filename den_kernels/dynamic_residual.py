@@ -311,8 +311,8 @@ def _check_shortcut(x: Tensor, weights: ResidualWeights, shortcut: Tensor) -> No
 
 def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights, shortcut: Tensor | None = None) -> Route:
     C = weights.conv1.shape[1]
-    if x.dim() != 4 or x.shape[1] != C:
-        raise ValueError(f"{_OP}: x must be [B, {C}, H, W], got {list(x.shape)}")
+    if x.dim() != 4 or x.shape[1] != C or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{_OP}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(x.shape)}")
     if x.device != weights.conv1.device:
         raise ValueError(f"{_OP}: x must be on {weights.conv1.device} as the weights are, got {x.device}")
     if x.dtype != weights.conv1.dtype:

@@ -133,6 +133,24 @@ def test_a_frozen_block_computes_the_same_and_refuses_the_rest():
             use()
 
 
+BAD_INPUTS = {
+    "channels": ((2, 48, 4, 4), route_of("uniform", 2), r"x must be \[B, 32, H, W\]"),
+    "no rows": ((2, 32, 0, 4), route_of("uniform", 2), "H and W of at least 1"),
+    "no columns": ((2, 32, 4, 0), route_of("uniform", 2), "H and W of at least 1"),
+    "number of levels": ((2, 32, 4, 4), route_of("uniform", 3), "instances must be 2, got 3"),
+    "groups": ((2, 32, 4, 4), RoutingPlan.from_levels(torch.ones(2, 1).int(), 2)[0], "groups must be 3, got 2"),
+}
+
+
+@pytest.mark.parametrize("dtype", HERE)
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input(case, dtype):
+    shape, route, message = BAD_INPUTS[case]
+    block = make(32, 64, 32, 4).to(dtype)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        block(torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last), route)
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [((24, 64, 24), torch.float32), ((32, 40, 32), torch.float32), ((48, 64, 48), torch.bfloat16)],

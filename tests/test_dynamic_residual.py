@@ -380,6 +380,8 @@ def test_batch_norm_without_running_statistics_cannot_be_folded():
 BAD_INPUTS = {
     "rank": (image(2, 16, 4, 4)[0], torch.tensor([1, 2]), ValueError, r"x must be \[B, 16, H, W\]"),
     "channels": (image(2, 8, 4, 4), torch.tensor([1, 2]), ValueError, r"x must be \[B, 16, H, W\]"),
+    "no rows": (image(2, 16, 0, 4), torch.tensor([1, 2]), ValueError, "H and W of at least 1"),
+    "no columns": (image(2, 16, 4, 0), torch.tensor([1, 2]), ValueError, "H and W of at least 1"),
     "dtype": (image(2, 16, 4, 4, dtype=torch.bfloat16), torch.tensor([1, 2]), TypeError, "weights' dtype"),
     "device": (torch.empty(2, 16, 4, 4, device="meta"), torch.tensor([1, 2]), ValueError, "x must be on cpu"),
     "level out of range": (image(2, 16, 4, 4), torch.tensor([1, 3]), ValueError, "levels must be in 0..2, got 3"),

@@ -14,6 +14,7 @@ from den.initial import initialise
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route, RoutingPlan
 from den_kernels.bottleneck import BottleneckWeights, add_bottleneck_
 from den_kernels.fold_cache import FoldCache
+from den_kernels.plan import as_route
 from den_kernels.rows import gather_rows, pool_rows, scatter_rows_
 
 
@@ -71,7 +72,8 @@ class BottleneckBlock(nn.Module):
 
     Raises:
         ValueError: a stride other than 1 and 2, fewer channels out than in, levels that the hidden channels or their
-            cardinality groups cannot be cut into.
+            cardinality groups cannot be cut into; ``x`` of other channels or without pixels, a route of other groups or
+            instances.
     """
 
     def __init__(self, shape: BottleneckShape, levels: int, *, first: bool = False) -> None:
@@ -120,6 +122,11 @@ class BottleneckBlock(nn.Module):
         return self.conv3(hidden, route)
 
     def _infer(self, x: Tensor, route: Route, inplace: bool) -> Tensor:
+        B, C, H, W = x.shape
+        if self.conv1.in_channels != C or H == 0 or W == 0:
+            shape = f"[B, {self.conv1.in_channels}, H, W] with H and W of at least 1"
+            raise ValueError(f"BottleneckBlock: x must be {shape}, got {list(x.shape)}")
+        route = as_route(route, len(self.conv1.out_groups), B)
         out = x if inplace and self.shortcut.is_identity else pool_rows(x, self.conv3.out_channels, self.stride)
         folded = self._frozen or self.folded()
         if isinstance(folded, BottleneckWeights):
