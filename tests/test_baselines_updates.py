@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from den.baselines import method_of
-from den.baselines.adashare import gated, gumbel_softmax, sharing_loss, sparsity_loss
+from den.baselines.adashare import gated, gumbel_softmax, keep_logits, sharing_loss, sparsity_loss
 from den.baselines.blockdrop import draw, free_blocks, policy_loss, rewards
 from den.baselines.random_selector import level_chances
 from den.baselines.routing import learn_policy, project_to_simplex
@@ -303,11 +303,13 @@ def test_gumbel_softmax_draws_by_the_logits():
 
 def test_adashare_losses_by_hand():
     keep = torch.tensor([[0.5, 0.9], [0.25, 0.9], [0.5, 0.1]])
-    logits = torch.stack([torch.zeros(3, 2), (keep / (1 - keep)).log()], -1)
-    assert sparsity_loss(logits).item() == pytest.approx(keep.log().sum().item(), rel=1e-5)
+    logits = keep_logits(torch.stack([torch.full((3, 2), 0.3), (keep / (1 - keep)).log() + 0.3], -1))
+    assert sparsity_loss(logits).item() == pytest.approx(-(1 - keep).log().mean().item(), rel=1e-5)
     first = 0.25 + 0.0 + 0.25  # pairs of tasks in block 0, weight 1
     second = 0.0 + 0.8 + 0.8  # in block 1, weight 1/2
-    assert sharing_loss(logits).item() == pytest.approx(first + second / 2, rel=1e-5)
+    found = sharing_loss(logits, torch.tensor([1.0, 0.5])).item()
+    assert found == pytest.approx((first + second / 2) / (3 * 2), rel=1e-5)
+    assert sharing_loss(logits[:1], torch.ones(2)).item() == 0
 
 
 def test_gates_scale_the_residual():

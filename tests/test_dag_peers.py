@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from den.dag import DagConfig, DagNetwork, Graph, search
-from den.dag.adashare import adashare_step, draw_policies, logistic_noise, sharing_loss, sparsity_loss
+from den.dag.adashare import adashare_step, draw_policies, edge_weights, logistic_noise
 from den.dag.config import DagReportConfig, PeerConfig
 from den.dag.engine import DagEngine, load_network, new_network
 from den.dag.evaluate import deployed_parameters, task_costs
@@ -152,13 +152,8 @@ def test_drawn_gates_are_gumbel_softmax_samples():
     assert gates.values()[1].unique().tolist() == pytest.approx([torch.tensor(0.7).sigmoid().item()])
 
 
-def test_adashare_losses_by_hand():
-    gamma = torch.tensor([[0.0, 2.0], [1.0, 2.0]])
-    run = gamma.sigmoid()
-    assert sparsity_loss(gamma).item() == pytest.approx(run.log().sum().item())
-    graph = Graph(2, 1)
-    first = gamma[:, :1]
-    assert sharing_loss(first, graph).item() == pytest.approx((2 - 1) / 2 * abs(run[0, 0] - run[1, 0]).item())
+def test_adashare_lets_tasks_part_late():
+    assert edge_weights(Graph(4, 2), torch.ones(())).tolist() == [0.75, 0.5, 0.5, 0.25, 0.25]  # (0,1) (0,2) (1,2) ...
 
 
 def test_adashare_learns_the_policy_from_the_other_half_and_cools(tmp_path, monkeypatch):

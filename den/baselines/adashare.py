@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.baselines.halves import HalvedBatches
@@ -88,8 +89,10 @@ class AdaShare(ComparedMethod):
         loss = instance_losses(answered, batch.labels).mean()
         measured = {"accuracy": answers(answered, batch).mean(), "kept": logits.detach().softmax(-1)[..., 1].mean()}
         if phase.network == "selector":
-            loss = loss + settings.share_sparsity * sparsity_loss(logits)
-            loss = loss + settings.share_sharing * sharing_loss(logits)
+            keep, blocks = keep_logits(logits), logits.shape[1]
+            loss = loss + settings.share_sparsity * sparsity_loss(keep)
+            weights = 1 - torch.arange(blocks, device=keep.device) / blocks
+            loss = loss + settings.share_sharing * sharing_loss(keep, weights)
         return Objective(loss, {"loss": loss.detach(), **measured})
 
     def _likeliest(self, images: Images, task: Tasks) -> Tensor:
@@ -131,15 +134,25 @@ def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generato
     return ((logits - (-uniform.log()).log().to(logits.device)) / temperature).softmax(-1)
 
 
-def sparsity_loss(logits: Tensor) -> Tensor:
-    """The sum over tasks and blocks of log P(keep), of logits [K, N, 2] (the paper's equation 4)."""
-    return logits.log_softmax(-1)[..., 1].sum()
+def keep_logits(logits: Tensor) -> Tensor:
+    """Log odds of keeping, of logits [..., 2] of skipping and keeping."""
+    return logits[..., 1] - logits[..., 0]
 
 
-def sharing_loss(logits: Tensor) -> Tensor:
-    """The sum over pairs of tasks and blocks n of (N - n) / N |P_k(keep) - P_j(keep)| (equation 5, n from 0)."""
-    keep = logits.softmax(-1)[..., 1]  # [K, N]
-    blocks = keep.shape[1]
-    weights = 1 - torch.arange(blocks, device=keep.device) / blocks
-    apart = (keep.unsqueeze(0) - keep.unsqueeze(1)).abs() * weights
-    return apart.sum() / 2  # every pair stands in it twice
+def sparsity_loss(keep: Tensor) -> Tensor:
+    """Mean over tasks and blocks of -log P(skip), of the log odds of keeping [K, N].
+
+    As in the code that the authors released. The paper's equation 4 adds up log P(keep) instead, which falls without
+    end and pulls at a gate the more, the nearer it is to skipping: no block survives it.
+    """
+    return F.softplus(keep).mean()
+
+
+def sharing_loss(keep: Tensor, weights: Tensor) -> Tensor:
+    """How far tasks are apart (equation 5): weights[n] |P_k(keep) - P_j(keep)|, the mean over pairs and blocks.
+
+    keep: log odds [K, N]; weights: [N]. 0 for one task.
+    """
+    chance, pairs = keep.sigmoid(), keep.shape[0] * (keep.shape[0] - 1)
+    apart = (chance[:, None] - chance[None]).abs().sum((0, 1)) / max(pairs, 1)  # every pair stands in both twice
+    return (apart * weights).mean()

@@ -9,9 +9,9 @@ states are read in and read out.  What the paper calls a block is an edge here.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from den.baselines.adashare import sharing_loss, sparsity_loss
 from den.dag.engine import DagEngine, new_network
 from den.dag.graph import Graph, SubGraph
 from den.dag.losses import task_loss
@@ -30,7 +30,7 @@ def adashare_step(engine: DagEngine, batch: Batch) -> None:
     batch = engine.batches["gates"].next()
     with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
         loss, measured = task_loss(model, batch, weights)
-    sparsity, sharing = sparsity_loss(gates.gamma), sharing_loss(gates.gamma, model.graph)
+    sparsity, sharing = sparsity_loss(gates.gamma), sharing_loss(gates.gamma, edge_weights(model.graph, gates.gamma))
     measured = {**measured, **first, "sparsity": sparsity.item(), "sharing": sharing.item()}
     engine.learn(loss + peers.sparsity * sparsity + peers.sharing * sharing, measured, "gates")
 
@@ -41,18 +41,9 @@ def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(like.shape, generator=generator).clamp(eps, 1 - eps).logit().to(like)
 
 
-def sparsity_loss(gamma: Tensor) -> Tensor:
-    """``sum over tasks and edges of log P(run)``, eq. 4 of the paper; logits [K, E]."""
-    return F.logsigmoid(gamma).sum()
-
-
-def sharing_loss(gamma: Tensor, graph: Graph) -> Tensor:
-    """How much the tasks' probabilities differ, edges into early states most (the paper's eq. 5): the sum over pairs
-    of tasks and edges (i, j) of ``(N - j) / N * |P_k(run) - P_l(run)|``; logits [K, E]."""
-    run = gamma.sigmoid()
-    pairs = (run[:, None] - run[None]).abs().sum((0, 1)) / 2
-    weights = [(graph.states - j) / graph.states for _, j in graph.edges]
-    return (pairs * pairs.new_tensor(weights)).sum()
+def edge_weights(graph: Graph, like: Tensor) -> Tensor:
+    """What an edge (i, j) counts in the sharing loss: (N - j) / N, so that the tasks part late."""
+    return like.new_tensor([(graph.states - j) / graph.states for _, j in graph.edges])
 
 
 @torch.no_grad()
