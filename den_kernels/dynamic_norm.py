@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _triton
+from ._conv_arguments import group_sizes
 from ._conv_cpu import memory_format_of
 from ._eager import is_ordinary, runs_eagerly
 from ._extension import extension
-from .dynamic_conv import group_sizes
 from .plan import Route, as_route, channels_of
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -384,7 +384,7 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.groups = group_sizes(groups, num_features, "groups") or (num_features,)
+        self.groups = group_sizes(groups, num_features, "groups", op="DynamicBatchNorm2d") or (num_features,)
         self.process_group = process_group
 
     def forward(self, x: Tensor, selection: Route | Tensor | None = None, relu: bool = False) -> Tensor:

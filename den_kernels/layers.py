@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._conv_arguments import group_sizes
 from ._conv_direct import pack
-from .dynamic_conv import convolve, group_sizes
+from .dynamic_conv import convolve
 from .fold_cache import FoldCache
 from .plan import Route
 

@@ -157,17 +157,18 @@ def test_adashare_lets_tasks_part_late():
 
 
 def test_adashare_learns_the_policy_from_the_other_half_and_cools(tmp_path, monkeypatch):
-    seen = []
+    seen, measured = [], []
     original = Gates.drawn
 
     def spy(gates, noise, temperature):
-        seen.append(temperature)
+        (seen if noise.any() else measured).append(temperature)
         return original(gates, noise, temperature)
 
     monkeypatch.setattr(Gates, "drawn", spy)
     config = tiny(tmp_path, {"steps": 10, "shares": (0.0, 0.9, 0.1)}, mode="adashare")
     train(config)
     assert seen == pytest.approx([5 * 0.965**r for r in (0, 1, 2) for _ in range(6)])
+    assert measured == pytest.approx([5 * 0.965**r for r in (1, 2, 3)])  # epochs are, without noise, as they train
     assert [line["stage"] for line in read_metrics(tmp_path)][-1] == "fine-tuning"
     searched = load_network(tmp_path / "searched.safetensors")
     assert searched.gates.gamma.abs().min() > 0

@@ -20,10 +20,9 @@ from den.data import Batch
 
 def adashare_step(engine: DagEngine, batch: Batch) -> None:
     """One update of the weights on `batch` and one of the policy on the other half, each with its own draw."""
-    config, model, here = engine.config, engine.model, engine.position
+    config, model, temperature = engine.config, engine.model, engine.temperature
     peers, gates, weights = config.peers, model.gates, config.training.loss_weights
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + here.total_steps)
-    temperature = peers.temperature * peers.cooling ** (here.step // engine.epoch_steps)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + engine.position.total_steps)
     with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
         loss, first = task_loss(model, batch, weights)
     engine.learn(loss, None, "weights")

@@ -111,9 +111,9 @@ class PeerConfig:
     """AdaShare: of the Gumbel-softmax at first."""
     cooling: float = 0.965
     """AdaShare: what the temperature is multiplied by after every epoch."""
-    sparsity: float = 0.05
+    sparsity: float = 0.2
     """AdaShare: weight of the sparsity loss."""
-    sharing: float = 0.05
+    sharing: float = 0.2
     """AdaShare: weight of the sharing loss."""
     stitch_rate: float = 10.0
     """Cross-stitch: learning rate of the stitches over that of the other weights."""

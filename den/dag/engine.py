@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,18 @@ class DagEngine:
         """Updates between measurements and checkpoints."""
         return self.config.epoch_steps or self.batches["all"].epoch_steps
 
+    @property
+    def temperature(self) -> float:
+        """AdaShare's, of the Gumbel-softmax: it falls from epoch to epoch of the search."""
+        peers = self.config.peers
+        return peers.temperature * peers.cooling ** (self.position.step // self.epoch_steps)
+
     def _end_epoch(self, stage: str) -> None:
         here, gates = self.position, self.model.gates
         here.epoch += 1
-        held_out = {name: dataclasses.asdict(r) for name, r in evaluate_tasks(self.model, self.held_out).items()}
+        drawn = self.config.mode == "adashare" and stage == "search"  # measured as it trains, but for the noise
+        with gates.drawn(torch.zeros_like(gates.gamma), self.temperature) if drawn else nullcontext():
+            held_out = {name: dataclasses.asdict(r) for name, r in evaluate_tasks(self.model, self.held_out).items()}
         edges = gates.gamma.detach().sigmoid().sum(1)
         self.folder.log({
             "epoch": here.epoch, "step": here.total_steps, "stage": stage, "train": self.meter.means(),

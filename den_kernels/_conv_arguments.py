@@ -1,0 +1,117 @@
+"""What the arguments of a dynamic convolution must be, and what they mean."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_sizes(
+    groups: int | Sequence[int] | None, channels: int, name: str, cardinality: int = 1, op: str = "dynamic_conv2d"
+) -> tuple[int, ...]:
+    """The sizes of channel groups: () for None, equal ones for an int, else the given ones.
+
+    >>> group_sizes(4, 64, "out_groups")
+    (16, 16, 16, 16)
+
+    Raises ValueError where they do not add up to `channels` or a boundary is not one of the `cardinality` groups, and
+    TypeError for anything but integers.
+    """
+    if groups is None:
+        return ()
+    if isinstance(groups, int) and not isinstance(groups, bool):
+        if groups < 1 or channels % groups:
+            raise ValueError(f"{op}: {name} must divide {channels} channels into equal groups, got {groups}")
+        sizes: tuple[int, ...] = (channels // groups,) * groups
+    elif isinstance(groups, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) for s in groups):
+        sizes = tuple(groups)
+    else:
+        raise TypeError(f"{op}: {name} must be None, an int or a sequence of ints, got {groups!r}")
+    if sum(sizes) != channels or any(size < 1 for size in sizes):
+        raise ValueError(f"{op}: {name} must be positive and add up to {channels} channels, got {sizes}")
+    step = channels // cardinality
+    if cardinality > 1 and any(size % step for size in sizes):
+        raise ValueError(
+            f"{op}: {name} must be multiples of {step}, the channels of one of {cardinality} cardinality "
+            f"groups, got {sizes}"
+        )
+    return sizes
+
+
+def sides(
+    out_channels: int,
+    in_channels: int,
+    cardinality: int,
+    out_groups: int | Sequence[int] | None,
+    in_groups: int | Sequence[int] | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Group sizes of both sides; raises ValueError where neither has any or they differ in number."""
+    out_sizes = group_sizes(out_groups, out_channels, "out_groups", cardinality)
+    in_sizes = group_sizes(in_groups, in_channels, "in_groups", cardinality)
+    if not out_sizes and not in_sizes:
+        raise ValueError("dynamic_conv2d: out_groups or in_groups must be set to use a selection, got None for both")
+    if out_sizes and in_sizes and len(out_sizes) != len(in_sizes):
+        raise ValueError(
+            f"dynamic_conv2d: in_groups must have {len(out_sizes)} groups as out_groups, got {len(in_sizes)}"
+        )
+    return out_sizes, in_sizes
+
+
+def pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
+    """A setting of rows and columns; raises ValueError for anything but integers of at least `least`."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2 or not all(isinstance(v, int) and v >= least for v in values):
+        raise ValueError(f"dynamic_conv2d: {name} must be one or two integers of at least {least}, got {value!r}")
+    return values
+
+
+def pad(
+    x: Tensor, weight: Tensor, padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """x and the padding left for the convolution; "same" with an even reach pads the end of x by one more."""
+    if not isinstance(padding, str):
+        return x, pair(padding, "padding", 0)
+    if padding == "valid":
+        return x, (0, 0)
+    if padding != "same" or stride != (1, 1):
+        raise ValueError(
+            f"dynamic_conv2d: padding must be integers, 'valid', or 'same' with stride 1, "
+            f"got {padding!r} with stride {stride}"
+        )
+    reach = [step * (side - 1) for step, side in zip(dilation, weight.shape[2:], strict=True)]
+    if reach[0] % 2 or reach[1] % 2:
+        x = F.pad(x, (0, reach[1] % 2, 0, reach[0] % 2))
+    return x, (reach[0] // 2, reach[1] // 2)
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to the arguments of a convolution: all but float64 become its dtype."""
+    tensors = [x, *others]
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Raises ValueError for shapes and devices that do not fit each other, TypeError for dtypes that do not."""
+    if x.ndim != 4 or weight.ndim != 4:
+        raise ValueError(
+            f"dynamic_conv2d: x and weight must have four axes, got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"dynamic_conv2d: groups must divide {weight.shape[0]} output channels, got {groups}")
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(f"dynamic_conv2d: x must have {weight.shape[1] * groups} channels, got {x.shape[1]}")
+    if not x.is_floating_point():
+        raise TypeError(f"dynamic_conv2d: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"dynamic_conv2d: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"dynamic_conv2d: {name} must be {x.dtype} as x is, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"dynamic_conv2d: {name} must be on {x.device} as x is, got {tensor.device}")
