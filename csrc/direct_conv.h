@@ -60,6 +60,11 @@ void conv_tile(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* 
                (at.row * p.stride[0] * m.map.columns + at.column * p.stride[1]) * m.map.pixel;
     const int64_t row = p.route.order[m.band.start + at.instance] * p.Ho + m.band.first_row + at.row;
     out[q] = p.out + (row * p.Wo + at.column) * p.C_out;
+    for (int64_t i = 0; i < at.live; ++i) {  // it comes from further out, and is there when the sums are
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.C_out + block[v].index * 16), _MM_HINT_T1);
+      }
+    }
   }
   __m512 acc[strips * size][vectors];
   UNROLL for (int v = 0; v < vectors; ++v) {
