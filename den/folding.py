@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from den_kernels import DynamicConv2d
+from den_kernels.eager import is_ordinary
 
 
 def may_fold(module: nn.Module) -> bool:
-    """Whether ``module`` may run on folded weights: in eval mode, without gradients, not being traced."""
-    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    """Whether ``module`` may run on folded weights: in eval mode, without gradients, not traced or transformed."""
+    return not (module.training or torch.is_grad_enabled()) and is_ordinary()
 
 
 def norm_tensors(norm: nn.BatchNorm2d | None) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ from . import _conv_cpu, _conv_direct, _triton
 from ._conv_arguments import autocast, check, pad, pair, sides
 from ._conv_cpu import Geometry, memory_format_of
 from ._conv_masked import masked_backward, masked_forward
-from ._eager import is_ordinary, runs_eagerly
+from .eager import is_ordinary, refuse_tangents, runs_eagerly
 from .plan import Route, as_route, channels_of
 
 
@@ -269,14 +269,15 @@ def dynamic_conv2d(
 
     x, weight, bias: one dtype of float16 (computed in float32 on a CPU), bfloat16, float32, float64; any strides. The
     result is channels-last in memory if x or weight is, else contiguous. Autocast and autograd work as for `F.conv2d`,
-    except that there is no second derivative.
+    except that there is no second derivative and no forward-mode one.
 
     selection: integer levels [B] in 0..G (the first `levels[b]` groups), a bool mask [B, G], or a Route of a plan.
     out_groups, in_groups: the G channel groups of each side, as an int (equal groups) or their sizes; None: that side
     is not elastic. With both, the same selection rules both. An instance that selects nothing gets zeros if its outputs
     are elastic, else the bias.
 
-    Raises ValueError for shapes, devices, groups or selections that do not fit each other, TypeError for wrong dtypes.
+    Raises ValueError for shapes, devices, groups or selections that do not fit each other, TypeError for wrong dtypes,
+    RuntimeError in forward-mode differentiation.
     """
     if selection is None:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -299,6 +300,7 @@ def convolve(
     """`dynamic_conv2d` for layers that keep their packed weight: `packed` gives it in a dtype when it is needed."""
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     check(x, weight, bias, groups)
+    refuse_tangents("dynamic_conv2d", x, weight, bias)
     out_sizes, in_sizes = sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
     route = as_route(selection, len(out_sizes) or len(in_sizes), x.shape[0])
     if route.order.device != x.device:

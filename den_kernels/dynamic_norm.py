@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from . import _triton
 from ._conv_arguments import group_sizes
 from ._conv_cpu import memory_format_of
-from ._eager import is_ordinary, runs_eagerly
 from ._extension import extension
+from .eager import is_ordinary, refuse_tangents, runs_eagerly
 from .plan import Route, as_route, channels_of
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -337,6 +337,7 @@ def dynamic_batch_norm(
         raise ValueError(f"dynamic_batch_norm: x must be [B, C, H, W], got shape {list(x.shape)}")
     route = as_route(route, len(groups), x.shape[0])
     _check(x, route, groups, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    refuse_tangents("dynamic_batch_norm", x, weight, bias)
     statistics = None
     if not training and running_mean is not None and running_var is not None:
         running = torch.stack([running_mean, running_var, torch.ones_like(running_mean)])

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from . import _cuda, _triton
 from ._conv_direct import selections
-from ._eager import runs_eagerly
 from ._extension import extension
+from .eager import refuse_tangents, runs_eagerly
 from .plan import Route, as_route
 from .residual_weights import ResidualWeights
 from .rows import gather_rows, pool_rows, scatter_rows_
@@ -323,6 +323,7 @@ def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights, sho
                 f"{_OP}: {name} must not require a gradient (the op is for inference), got requires_grad=True; "
                 "use torch.no_grad(), or DynamicConv2d and DynamicBatchNorm2d to train"
             )
+    refuse_tangents(_OP, x, shortcut)
     if shortcut is not None:
         _check_shortcut(x, weights, shortcut)
     return as_route(selection, len(weights.groups), x.shape[0])

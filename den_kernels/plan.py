@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import _cuda
-from ._eager import runs_eagerly
 from ._extension import extension
+from .eager import runs_eagerly
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -427,7 +427,7 @@ def test_bad_arguments_are_refused(case: str) -> None:
 
 
 def test_a_module_refuses_groups_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="DynamicBatchNorm2d: groups must .* add up to 16 channels"):
+    with pytest.raises(ValueError, match=r"DynamicBatchNorm2d: groups must .* add up to 16 channels"):
         DynamicBatchNorm2d(16, groups=(4, 4))
     with pytest.raises(ValueError, match="4D input"):
         DynamicBatchNorm2d(16)(torch.randn(2, 16), torch.tensor([1, 1]))
