@@ -151,6 +151,11 @@ def test_bad_input(case, dtype):
         block(torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last), route)
 
 
+def test_images_on_another_device_are_refused():
+    with torch.no_grad(), pytest.raises(ValueError, match="on cpu, got .* on meta"):
+        make(32, 64, 32, 4)(torch.empty(2, 32, 4, 4, device="meta"), route_of("uniform", 2))
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [((24, 64, 24), torch.float32), ((32, 40, 32), torch.float32), ((48, 64, 48), torch.bfloat16)],

@@ -72,8 +72,8 @@ class BottleneckBlock(nn.Module):
 
     Raises:
         ValueError: a stride other than 1 and 2, fewer channels out than in, levels that the hidden channels or their
-            cardinality groups cannot be cut into; ``x`` of other channels or without pixels, a route of other groups or
-            instances.
+            cardinality groups cannot be cut into; ``x`` of other channels, without pixels or on another device, a route of
+            other groups or instances.
     """
 
     def __init__(self, shape: BottleneckShape, levels: int, *, first: bool = False) -> None:
@@ -123,9 +123,10 @@ class BottleneckBlock(nn.Module):
 
     def _infer(self, x: Tensor, route: Route, inplace: bool) -> Tensor:
         B, C, H, W = x.shape
-        if self.conv1.in_channels != C or H == 0 or W == 0:
-            shape = f"[B, {self.conv1.in_channels}, H, W] with H and W of at least 1"
-            raise ValueError(f"BottleneckBlock: x must be {shape}, got {list(x.shape)}")
+        weight = self.conv1.weight
+        if self.conv1.in_channels != C or H == 0 or W == 0 or x.device != weight.device:
+            wanted = f"[B, {self.conv1.in_channels}, H, W] with H and W of at least 1 on {weight.device}"
+            raise ValueError(f"BottleneckBlock: x must be {wanted}, got {list(x.shape)} on {x.device}")
         route = as_route(route, len(self.conv1.out_groups), B)
         out = x if inplace and self.shortcut.is_identity else pool_rows(x, self.conv3.out_channels, self.stride)
         folded = self._frozen or self.folded()
