@@ -171,8 +171,8 @@ def _column(rows: Tensor, index: int) -> Tensor:  # [B, n] -> [B, 1, 1, 1]
 
 def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor) -> None:
     C, E = graph.weights[0].shape[0], len(graph.edges)
-    if x.ndim != 4 or x.shape[1] != C:
-        raise ValueError(f"{_OP}: x must be [B, {C}, H, W], got {list(x.shape)}")
+    if x.ndim != 4 or x.shape[1] != C or 0 in x.shape[2:]:
+        raise ValueError(f"{_OP}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(x.shape)}")
     B = len(x)
     if tuple(plan.levels.shape) != (B, E) or plan.groups != 1:
         raise ValueError(

@@ -152,7 +152,7 @@ def test_bad_input(case, dtype):
 
 
 def test_images_on_another_device_are_refused():
-    with torch.no_grad(), pytest.raises(ValueError, match="on cpu, got .* on meta"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"on cpu, got .* on meta"):
         make(32, 64, 32, 4)(torch.empty(2, 32, 4, 4, device="meta"), route_of("uniform", 2))
 
 

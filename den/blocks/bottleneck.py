@@ -72,8 +72,8 @@ class BottleneckBlock(nn.Module):
 
     Raises:
         ValueError: a stride other than 1 and 2, fewer channels out than in, levels that the hidden channels or their
-            cardinality groups cannot be cut into; ``x`` of other channels, without pixels or on another device, a route of
-            other groups or instances.
+            cardinality groups cannot be cut into; ``x`` of other channels, without pixels or on another device; a route
+            of other groups or instances.
     """
 
     def __init__(self, shape: BottleneckShape, levels: int, *, first: bool = False) -> None:
