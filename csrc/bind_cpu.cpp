@@ -232,7 +232,7 @@ namespace {
 template <class T>
 void run_residual(uintptr_t x, uintptr_t shortcut, uintptr_t out, const Route& route, const Ints& input, int64_t stride,
                   const Ints& weights, const Ints& sizes, uintptr_t scale1, uintptr_t shift1, uintptr_t conv1,
-                  uintptr_t bias1, uintptr_t conv2, uintptr_t bias2) {
+                  uintptr_t bias1, uintptr_t conv2, uintptr_t bias2, uintptr_t scale2, bool unpacked2) {
   const auto values = [](uintptr_t p) { return pointer<const T>(p); };
   const auto floats = [](uintptr_t p) { return pointer<const float>(p); };
   const int64_t H = input[1], W = input[2], Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
@@ -258,7 +258,9 @@ void run_residual(uintptr_t x, uintptr_t shortcut, uintptr_t out, const Route& r
                                     values(conv1),
                                     floats(bias1),
                                     values(conv2),
-                                    floats(bias2)});
+                                    floats(bias2),
+                                    floats(scale2),
+                                    unpacked2});
 }
 
 constexpr char weights_and_sizes[] = "weights: [C_out, M, R, S]; input: [B, H, W, C]; sizes: [G]";

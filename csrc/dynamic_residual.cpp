@@ -59,7 +59,9 @@ void pack_weights(const float* weight, const float* scale, float* packed, int64_
 
 bool has_dynamic_residual() { return DEN_KERNELS_HAS_AVX512; }
 
-void dynamic_residual(const ResidualBlock<float>& b) { run_direct(b); }
+void dynamic_residual(const ResidualBlock<float>& b) {
+  b.scale2 || b.unpacked2 ? dynamic_residual_rows(b) : run_direct(b);
+}
 
 #else
 

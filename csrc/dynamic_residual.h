@@ -33,13 +33,16 @@ struct ResidualBlock {
   const float* bias1;          // [M]
   const T* conv2;              // packed; float32: [C_out / 16, ceil(M / 16), R * S, 16, 16]
   const float* bias2;          // [C_out] or null
+  const float* scale2;         // [M]: conv1 is the parameter [M, R, S, C], to be multiplied by it; null: packed
+  bool unpacked2;              // conv2 is the parameter [C_out, R, S, M]
 };
 
 // C and C_out must be divisible by 16.
 void dynamic_residual(const ResidualBlock<float>& block);
-void dynamic_residual(const ResidualBlock<bf16>& block);
-bool has_dynamic_residual();       // whether this CPU runs the first
-bool has_dynamic_residual_bf16();  // and the second
+void dynamic_residual(const ResidualBlock<bf16>& block);        // of packed weights
+void dynamic_residual_rows(const ResidualBlock<float>& block);  // of parameters
+bool has_dynamic_residual();                                    // whether this CPU runs the first
+bool has_dynamic_residual_bf16();                               // and the second
 
 // weight [O, taps, I], times scale [O] unless that is null -> [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
 // zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.

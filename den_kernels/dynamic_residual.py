@@ -93,12 +93,15 @@ def _add_branch_direct(x: Tensor, shortcut: Tensor, out: Tensor, route: Route, w
     B, C, H, W = x.shape
     C_out, M, R, S = weights.conv2.shape
     bias2 = None if weights.bias2 is None else weights.bias2.float()
-    address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, bias2)]
+    unpacked = weights.in_place
+    scale2 = weights.scale2 if unpacked[0] else None
+    address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, bias2, scale2)]
     run = extension.dynamic_residual_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_residual
     run(
         x.data_ptr(), shortcut.data_ptr(), out.data_ptr(), selections(route), [B, H, W, C], weights.stride,
         [C_out, M, R, S], weights.groups, address[0], address[1], weights.direct[0].data_ptr(),
-        weights.bias1.data_ptr(), weights.direct[1].data_ptr(), address[2],
+        weights.bias1.data_ptr(), weights.direct[1].data_ptr(), address[2], address[3],
+        unpacked[1],
     )  # fmt: skip
 
 

@@ -13,6 +13,9 @@ from ._extension import extension
 
 _OP = "dynamic_residual"
 
+# Input channels from which a weight is not copied unasked: with fewer the kernel that reads it loses too much. conv2
+# reads hidden channels, of which there are fewer where a level is low.
+_WIDE = (128, 256)
 _HAS_DIRECT = {torch.float32: "has_dynamic_residual", torch.bfloat16: "has_dynamic_residual_bf16"}
 
 
@@ -45,7 +48,7 @@ class ResidualWeights:
     group_of_channel: Tensor  # int64 [M]: the group that a hidden channel belongs to
     stride: int  # of conv1 and of the average-pooled shortcut
     relu: bool = False  # of the sum: a post-activation block
-    direct: tuple[Tensor, Tensor] | None = None  # conv1 and conv2 packed for a direct kernel, where one runs
+    direct: tuple[Tensor, Tensor] | None = None  # where a direct kernel runs: conv1 and conv2 packed for it, or as is
     levels: tuple[HiddenWeights, ...] = ()  # of levels 1..G packed for oneDNN, where no direct kernel runs
 
     @staticmethod
@@ -56,6 +59,7 @@ class ResidualWeights:
         bn2: nn.BatchNorm2d,
         *,
         post_activation: bool = False,
+        copy: bool = True,
     ) -> "ResidualWeights":
         """Fold running statistics and affine parameters into the convolutions.
 
@@ -65,6 +69,9 @@ class ResidualWeights:
         The block is bn1, ReLU, conv1, bn2, ReLU, conv2 (no bn1: x is activated already). With `post_activation` it is
         that of an ordinary ResNet (He et al., 2016, `BasicBlock`): conv1, bn1, ReLU, conv2, bn2, and ReLU of the sum
         with the shortcut. bn2 is then multiplied into a copy of conv2's weight.
+
+        copy: pack all weights for the kernel. Without, those of many input channels are read where they are (float32,
+        channels-last), more slowly: a network that keeps its parameters then needs no second place for most of them.
 
         Raises ValueError for convolutions of another kind, for batch norms without running statistics, and for a
         post-activation block without bn1.
@@ -102,21 +109,28 @@ class ResidualWeights:
                 conv1.stride[0],
                 post_activation,
             )
-            return weights._prepacked()
+            return weights._prepacked(copy)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the block computes in: float16 on a CPU in float32, ten times faster there."""
         return torch.float32 if widens(self.conv1) else self.conv1.dtype
 
+    @property
+    def in_place(self) -> tuple[bool, bool]:
+        """Whether the direct kernel reads conv1 and conv2 where they are."""
+        if self.direct is None:
+            return False, False
+        return self.direct[0].shape == self.conv1.shape, self.direct[1].shape == self.conv2.shape
+
     def released(self) -> "ResidualWeights":
-        """Without the weights themselves where only packed copies are read (a direct kernel runs), else unchanged.
+        """Without the weights themselves where a direct kernel runs, which then reads packed copies; else unchanged.
 
         What is left of `conv1` and `conv2` is their shape, dtype and device: one element, repeated.
         """
         if self.direct is None:
             return self
-        return replace(self, conv1=stand_in(self.conv1), conv2=stand_in(self.conv2))
+        return replace(self._packed(), conv1=stand_in(self.conv1), conv2=stand_in(self.conv2))
 
     def all_hidden(self) -> HiddenWeights:
         """The weights of all hidden channels, bn2 folded in."""
@@ -133,12 +147,21 @@ class ResidualWeights:
         )
         return HiddenWeights(torch.cat(outputs), torch.cat(biases), _channels_last(torch.cat(inputs, 1)), False)
 
-    def _prepacked(self) -> "ResidualWeights":
+    def _packed(self, copy: bool = True) -> "ResidualWeights":
+        """What is not packed for the direct kernel yet, packed; without `copy` only what it cannot read where it is."""
+        conv1, conv2 = self.direct or (self.conv1, self.conv2)
+        if conv1.shape == self.conv1.shape and (copy or not _may_stay(conv1, _WIDE[0])):
+            conv1 = pack(conv1, (), self.scale2)
+        if conv2.shape == self.conv2.shape and (copy or not _may_stay(conv2, _WIDE[1])):
+            conv2 = pack(conv2, self.groups)
+        return replace(self, direct=(conv1, conv2))
+
+    def _prepacked(self, copy: bool) -> "ResidualWeights":
         """The weights in the layouts that the device's kernels read, so that no call copies or reorders a weight."""
         if self.conv1.device.type == "cuda":
             return replace(self, conv1=_channels_last(self.conv1), conv2=_channels_last(self.conv2))
         if runs_direct(self.conv1.device, self.conv1.dtype, self.conv1.shape, self.conv2.shape):
-            return replace(self, direct=(pack(self.conv1, (), self.scale2), pack(self.conv2, self.groups)))
+            return self._packed(copy)
         if not _onednn(self.conv1.device, self.dtype):
             return self
         whole = self.all_hidden()
@@ -165,6 +188,12 @@ def runs_direct(device: torch.device, dtype: torch.dtype, conv1: Sequence[int], 
     if dtype not in _HAS_DIRECT or conv1[1] % 16 or conv2[0] % 16:
         return False
     return getattr(extension, _HAS_DIRECT[dtype])()
+
+
+def _may_stay(weight: Tensor, wide: int) -> bool:
+    """Whether the kernel can read a weight where it is without losing much."""
+    readable = weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)
+    return readable and weight.shape[1] >= wide
 
 
 def _check_convolution(conv: nn.Conv2d, name: str, stride: int | None) -> None:

@@ -93,7 +93,7 @@ class ElasticBlock(nn.Module):
         """Weights with both batch norms folded (eval mode), from the cache while nothing they depend on changed."""
         layers = conv1, bn1, conv2, bn2 = self.conv1, self.bn1, self.conv2, self.bn2
         sources = tuple(layer for layer in layers if layer is not None)
-        return self._folded.of(sources, lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2))
+        return self._folded.of(sources, lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2, copy=False))
 
     def freeze(self) -> None:
         """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""

@@ -1,0 +1,220 @@
+// The float32 block on weights as the parameters hold them, channels-last: of one convolution or both nothing is
+// packed, so that a network that keeps its parameters needs no second copy of its large ones. Chunks, maps and stages
+// are those of direct_residual.h; the inner loop is another: a vector holds 16 input channels, of weights and pixels
+// alike, and four outputs of six pixels are summed along them. Their lanes are added up at the end, which is what this
+// costs.
+#include "dynamic_residual.h"
+
+#include "dispatch.h"
+#ifdef DEN_KERNELS_HAS_AVX512
+#include "direct_residual.h"
+
+namespace den_kernels {
+namespace {
+
+constexpr int tile_outputs = 4, tile_pixels = 6;
+constexpr int64_t group_tiles =
+    8;                         // that share the weights of four outputs while these are in the cache's first level:
+constexpr int64_t span = 512;  // of so many input channels at a time, all taps
+
+struct RowsChunk : Chunk<float> {
+  std::vector<Piece> outputs;  // of the block, in fours
+  Cut pixels1, pixels2;        // of the pixels of both maps
+  static int64_t groups(const Cut& cut) { return (cut.tiles() + group_tiles - 1) / group_tiles; }
+  int64_t hidden_count() const {
+    return block.scale2 ? static_cast<int64_t>(fours.size()) * groups(pixels1) : Chunk::hidden_count();
+  }
+  int64_t output_count() const {
+    return block.unpacked2 ? static_cast<int64_t>(outputs.size()) * groups(pixels2) : Chunk::output_count();
+  }
+};
+
+#pragma GCC push_options
+DEN_KERNELS_TARGET
+
+// The pixels of a tile: instance, row and column of each; those beyond `live` repeat the last.
+struct Pixels {
+  int64_t instance[tile_pixels], row[tile_pixels], column[tile_pixels], live;
+};
+KERNEL Pixels pixels_at(const RowsChunk& c, const Cut& cut, int64_t tile) {
+  Pixels at;
+  int64_t first;
+  cut.at(tile, first, at.live);
+  const int64_t W = c.block.Wo, line = first / W;
+  int64_t column = first - line * W, row = line / c.count, instance = line - row * c.count;
+  UNROLL for (int p = 0; p < tile_pixels; ++p) {
+    at.instance[p] = instance, at.row[p] = row, at.column[p] = column;
+    if (p + 1 >= at.live || ++column < W) continue;
+    column = 0;
+    if (++instance == c.count) instance = 0, ++row;
+  }
+  return at;
+}
+
+// A tile on its way: where its pixels begin on the map that is read, the taps that they meet, and sums by lanes.
+struct RowsTile {
+  Pixels at;
+  const float* input[tile_pixels];
+  Taps taps;
+  __m512 sums[tile_outputs][tile_pixels];
+};
+
+// sums[o][p] += weight[o][k] * input[p][k], lanes apart, over 16 channels k; `live` of them.
+KERNEL void sum_vector(__m512 (&sums)[tile_outputs][tile_pixels], const float* const (&input)[tile_pixels],
+                       const float* const (&weight)[tile_outputs], __mmask16 live) {
+  __m512 w[tile_outputs];
+  UNROLL for (int o = 0; o < tile_outputs; ++o) w[o] = _mm512_maskz_loadu_ps(live, weight[o]);
+  UNROLL for (int p = 0; p < tile_pixels; ++p) {
+    const __m512 x = _mm512_maskz_loadu_ps(live, input[p]);
+    UNROLL for (int o = 0; o < tile_outputs; ++o) sums[o][p] = _mm512_fmadd_ps(w[o], x, sums[o][p]);
+  }
+}
+
+// A tile's sums over its taps and `width` channels: weight[o] and `place` are where these begin, of weights
+// [outputs, taps, inputs] and on the map. Bits of `ahead`: outputs whose weights four outputs on are asked for.
+KERNEL void sum_span(RowsTile& tile, const float* const (&weight)[tile_outputs], int64_t inputs, int64_t place,
+                     int64_t width, int ahead) {
+  __m512 sums[tile_outputs][tile_pixels];
+  UNROLL for (int o = 0; o < tile_outputs; ++o) {
+    UNROLL for (int p = 0; p < tile_pixels; ++p) sums[o][p] = tile.sums[o][p];
+  }
+  const int64_t distance = tile_outputs * tile.taps.count * inputs;
+  for (int64_t t = tile.taps.begin; t < tile.taps.end; ++t) {
+    const float *w[tile_outputs], *in[tile_pixels];
+    UNROLL for (int o = 0; o < tile_outputs; ++o) {
+      w[o] = weight[o] + t * inputs;
+      for (int64_t k = 0; k < width && (ahead >> o & 1); k += 16)
+        _mm_prefetch(reinterpret_cast<const char*>(w[o] + k + distance), _MM_HINT_T1);
+    }
+    UNROLL for (int p = 0; p < tile_pixels; ++p) in[p] = tile.input[p] + tile.taps.at[t] + place;
+    for (const float* end = w[0] + width / 16 * 16; w[0] != end;) {
+      sum_vector(sums, in, w, 0xFFFF);
+      UNROLL for (int o = 0; o < tile_outputs; ++o) w[o] += 16;
+      UNROLL for (int p = 0; p < tile_pixels; ++p) in[p] += 16;
+    }
+    if (width % 16) sum_vector(sums, in, w, static_cast<__mmask16>((1u << width % 16) - 1));
+  }
+  UNROLL for (int o = 0; o < tile_outputs; ++o) {
+    UNROLL for (int p = 0; p < tile_pixels; ++p) tile.sums[o][p] = sums[o][p];
+  }
+}
+
+// The sums of the lanes of four vectors.
+KERNEL __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d low = _mm512_castps_pd(ab), high = _mm512_castps_pd(cd);
+  const __m512 quads =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  const __m256 pairs = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+
+// Items begin..end, each four outputs of a group of tiles: `input_of` a pixel, summed over the channels of `runs`, to
+// `store`. What is read lies `stride` pixels apart on a map of H rows.
+template <class Input, class Store>
+KERNEL void sum_items(const RowsChunk& c, const std::vector<Piece>& pieces, const Cut& cut, const float* weight,
+                      int64_t inputs, const std::vector<Run>& runs, const PaddedMap& map, int64_t stride, int64_t begin,
+                      int64_t end, Input input_of, Store store) {
+  int64_t offsets[max_taps];
+  const int64_t taps = tap_offsets(c.block, map, offsets), groups = RowsChunk::groups(cut), top = c.block.R / 2;
+  RowsTile tiles[group_tiles];
+  for (int64_t i = begin; i < end; ++i) {
+    const Piece& piece = pieces[i / groups];
+    int64_t first, last;
+    share(cut.tiles(), i % groups, groups, first, last);
+    for (int64_t j = first; j < last; ++j) {
+      RowsTile& tile = tiles[j - first];
+      tile.at = pixels_at(c, cut, j);
+      tile.taps = taps_on_map(offsets, c.block.R, c.block.S, tile.at.row[0], tile.at.row[tile_pixels - 1], stride, 1,
+                              top, top + map.H - 1);
+      UNROLL for (int p = 0; p < tile_pixels; ++p) {
+        tile.input[p] =
+            input_of(tile.at.instance[p]) + (tile.at.row[p] * map.columns + tile.at.column[p]) * stride * map.pixel();
+        UNROLL for (int o = 0; o < tile_outputs; ++o) tile.sums[o][p] = _mm512_setzero_ps();
+      }
+    }
+    const bool more = i / groups + 1 < static_cast<int64_t>(pieces.size());
+    int64_t place = 0;
+    for (const Run& run : runs) {
+      for (int64_t from = 0; from < run.width; from += span) {
+        const float* rows[tile_outputs];
+        UNROLL for (int o = 0; o < tile_outputs; ++o) {
+          const int64_t output = piece.first + std::min<int64_t>(o, piece.width - 1);
+          rows[o] = weight + output * taps * inputs + run.first + from;
+        }
+        for (int64_t j = first; j < last; ++j) {
+          int ahead = 0;
+          for (int64_t o = j; o < tile_outputs && more; o += cut.tiles()) ahead |= 1 << o;
+          sum_span(tiles[j - first], rows, inputs, place + from, std::min(run.width - from, span), ahead);
+        }
+      }
+      place += run.width;
+    }
+    for (int64_t j = first; j < last; ++j) {
+      const RowsTile& tile = tiles[j - first];
+      UNROLL for (int p = 0; p < tile_pixels; ++p) {
+        if (p >= tile.at.live) break;
+        store(piece, tile.at, p, add_lanes(tile.sums[0][p], tile.sums[1][p], tile.sums[2][p], tile.sums[3][p]));
+      }
+    }
+  }
+}
+
+// relu(scale2 * conv1 + bias1) into the hidden map.
+void hidden_items(const RowsChunk& c, int64_t begin, int64_t end) {
+  const ResidualBlock<float>& b = c.block;
+  if (!b.scale2) return hidden_items<float>(c, begin, end);
+  const auto store = [&](const Piece& piece, const Pixels& at, int p, __m128 sum) {
+    const __mmask8 lanes = static_cast<__mmask8>((1u << piece.width) - 1);
+    const __m128 value = _mm_fmadd_ps(_mm_maskz_loadu_ps(lanes, b.scale2 + piece.first), sum,
+                                      _mm_maskz_loadu_ps(lanes, b.bias1 + piece.first));
+    float* h = c.h_of(at.instance[p]) + ((at.row[p] + b.R / 2) * c.h.columns + at.column[p] + b.S / 2) * c.h.pixel() +
+               piece.place;
+    _mm_mask_storeu_ps(h, lanes, _mm_max_ps(_mm_setzero_ps(), value));
+  };
+  sum_items(
+      c, c.fours, c.pixels1, b.conv1, b.C, c.stream.runs, c.a, b.stride, begin, end,
+      [&](int64_t j) { return c.a_of(j); }, store);
+}
+
+// shortcut + conv2 + bias2 of the block's output.
+void output_items(const RowsChunk& c, int64_t begin, int64_t end) {
+  const ResidualBlock<float>& b = c.block;
+  if (!b.unpacked2) return output_items<float>(c, begin, end);
+  const auto store = [&](const Piece& piece, const Pixels& at, int p, __m128 sum) {
+    const int64_t row = b.route.order[c.start + at.instance[p]] * b.Ho + at.row[p];
+    const int64_t to = (row * b.Wo + at.column[p]) * b.C_out + piece.first;
+    if (b.bias2) sum = _mm_add_ps(sum, _mm_loadu_ps(b.bias2 + piece.first));
+    _mm_storeu_ps(b.out + to, _mm_add_ps(_mm_loadu_ps(b.shortcut + to), sum));
+  };
+  sum_items(
+      c, c.outputs, c.pixels2, b.conv2, b.M, c.hidden.channels.runs, c.h, 1, begin, end,
+      [&](int64_t j) { return c.h_of(j); }, store);
+}
+
+#pragma GCC pop_options
+
+}  // namespace
+
+void dynamic_residual_rows(const ResidualBlock<float>& b) {
+  const Channels stream = channels_of({{0, b.C}}, b.C, 16);
+  run_block(b, 16, 1, [&](int64_t start, int64_t count, const Channels& hidden) {
+    const auto pixels = [&](int64_t H, int64_t stride) {
+      return Cut::of(0, b.Ho, count * b.Wo, b.R, b.R / 2, H, stride, 1, tile_pixels);
+    };
+    return RowsChunk{make_chunk<float>(b, stream, {hidden, hidden}, start, count, false),
+                     cut({{0, b.C_out}}, tile_outputs), pixels(b.H, b.stride), pixels(b.Ho, 1)};
+  });
+}
+
+}  // namespace den_kernels
+#else
+
+namespace den_kernels {
+void dynamic_residual_rows(const ResidualBlock<float>&) {
+  throw std::runtime_error("dynamic_residual: this build has no AVX-512 variant");
+}
+}  // namespace den_kernels
+
+#endif
