@@ -16,17 +16,19 @@ train() {  # NAME OPTIONS...
     --selector.phase.schedule cosine --selector.exploration 0.99 "$@"
 }
 
-elastic="--estimator.tau 0.25 --estimator.initial-share 0.04 --selector.entropy-bonus 0.01"
+elastic="--estimator.tau 0.25"
 # As many FLOPs to train each estimator as so many updates of the dense one, at the structures that it trains on.  A
 # larger rho has the updates of the smaller one, as in the paper: it costs less.
 if [[ $scenario == c1 ]]; then
   dense=1600 random=2760 low=0.1 high=0.3 blockdrop="800 --estimator.finish.steps 900"
   nested="914 --methods.levels 2"
-  schedule="--estimator.first.steps 400 --selector.phase.steps 300 --estimator.finish.steps 2600"
+  schedule="--estimator.first.steps 400 --selector.phase.steps 300 --estimator.finish.steps 2600
+    --estimator.initial-share 0.04 --selector.entropy-bonus 0.01"
 else
   dense=3200 random=5520 low=0.1 high=0.2 blockdrop="1600 --estimator.finish.steps 1800"
   nested="4267 --methods.levels 2 3"
-  schedule="--estimator.first.steps 1000 --selector.phase.steps 500 --estimator.finish.steps 5000"
+  schedule="--estimator.first.steps 1500 --selector.phase.steps 800 --estimator.finish.steps 4700
+    --estimator.initial-share 0.02 --selector.entropy-bonus 0.003"
 fi
 
 for seed in ${SEEDS:-0 1 2}; do
