@@ -13,9 +13,8 @@ namespace den_kernels {
 namespace {
 
 constexpr int tile_outputs = 4, tile_pixels = 6;
-constexpr int64_t group_tiles =
-    8;                         // that share the weights of four outputs while these are in the cache's first level:
-constexpr int64_t span = 512;  // of so many input channels at a time, all taps
+constexpr int64_t span = 512;       // input channels whose weights, of all taps, stay in the cache's first levels while
+constexpr int64_t group_tiles = 8;  // so many tiles read them
 
 struct RowsChunk : Chunk<float> {
   std::vector<Piece> outputs;  // of the block, in fours
@@ -110,8 +109,8 @@ KERNEL __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
-// Items begin..end, each four outputs of a group of tiles: `input_of` a pixel, summed over the channels of `runs`, to
-// `store`. What is read lies `stride` pixels apart on a map of H rows.
+// Items begin..end, each four outputs (a piece) of a group of tiles: sums over the channels of `runs` go to `store`.
+// `input_of` an instance: its map, of which every `stride`-th pixel of a row and row are read.
 template <class Input, class Store>
 KERNEL void sum_items(const RowsChunk& c, const std::vector<Piece>& pieces, const Cut& cut, const float* weight,
                       int64_t inputs, const std::vector<Run>& runs, const PaddedMap& map, int64_t stride, int64_t begin,
