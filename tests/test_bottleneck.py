@@ -128,6 +128,8 @@ def test_a_frozen_block_computes_the_same_and_refuses_the_rest():
         assert block.conv2.weight.untyped_storage().nbytes() == block.conv2.weight.element_size()
         with pytest.raises(ValueError, match="BottleneckBlock: a frozen block must run with a route"):
             block(x)
+        with pytest.raises(TypeError, match=r"x must be torch.float32 as the weights are, got torch.float64"):
+            block(x.double(), route)
     for use in (lambda: block(x, route), block.train, block.state_dict):
         with pytest.raises(ValueError, match="frozen"):
             use()

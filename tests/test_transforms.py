@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from den.blocks import BottleneckShape, ElasticBlock
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, RoutingPlan
@@ -38,6 +39,19 @@ def test_forward_mode_derivatives_are_refused(name, gradients):
             torch.testing.assert_close(module(x, ROUTE), expected)  # no tangent: nothing to lose
             with pytest.raises(RuntimeError, match="no forward-mode derivative"):
                 module(forward_ad.make_dual(x, torch.ones_like(x)), ROUTE)
+
+
+@pytest.mark.parametrize("name", ["block", "bottleneck"])
+def test_frozen_blocks_refuse_them_too_and_run_under_dispatch_modes(name):
+    torch.manual_seed(0)
+    block, x = MODULES[name](), images(2, 16, 4, 4)
+    with torch.no_grad():
+        expected = block(x, ROUTE)
+        block.freeze()
+        with FlopCounterMode(display=False):
+            assert torch.equal(block(x, ROUTE), expected)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            block(forward_ad.make_dual(x, torch.ones_like(x)), ROUTE)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

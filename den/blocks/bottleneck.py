@@ -13,6 +13,7 @@ from den.folding import folded_conv, may_fold, norm_affine
 from den.initial import initialise
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route, RoutingPlan
 from den_kernels.bottleneck import BottleneckWeights, add_bottleneck_
+from den_kernels.eager import refuse_tangents
 from den_kernels.fold_cache import FoldCache
 from den_kernels.plan import as_route
 from den_kernels.rows import gather_rows, pool_rows, scatter_rows_
@@ -74,6 +75,7 @@ class BottleneckBlock(nn.Module):
         ValueError: a stride other than 1 and 2, fewer channels out than in, levels that the hidden channels or their
             cardinality groups cannot be cut into; ``x`` of other channels, without pixels or on another device; a route
             of other groups or instances.
+        TypeError: ``x`` of another dtype than a frozen block.
     """
 
     def __init__(self, shape: BottleneckShape, levels: int, *, first: bool = False) -> None:
@@ -107,9 +109,10 @@ class BottleneckBlock(nn.Module):
             route: levels of the instances; None: all hidden channels for all.
             inplace: the result may be written over ``x`` (only done for inference).
         """
-        if self._frozen is not None:
+        frozen = self._frozen is not None
+        if frozen:
             check_use(self, route)
-        if route is not None and may_fold(self) and x.dtype == self.conv1.weight.dtype:
+        if route is not None and (frozen or (may_fold(self) and x.dtype == self.conv1.weight.dtype)):
             return self._infer(x.contiguous(memory_format=torch.channels_last), route, inplace)
         return self.shortcut(x) + self.residual(x, route)
 
@@ -127,6 +130,9 @@ class BottleneckBlock(nn.Module):
         if self.conv1.in_channels != C or H == 0 or W == 0 or x.device != weight.device:
             wanted = f"[B, {self.conv1.in_channels}, H, W] with H and W of at least 1 on {weight.device}"
             raise ValueError(f"BottleneckBlock: x must be {wanted}, got {list(x.shape)} on {x.device}")
+        if x.dtype != weight.dtype:
+            raise TypeError(f"BottleneckBlock: x must be {weight.dtype} as the weights are, got {x.dtype}")
+        refuse_tangents("BottleneckBlock", x)
         route = as_route(route, len(self.conv1.out_groups), B)
         out = x if inplace and self.shortcut.is_identity else pool_rows(x, self.conv3.out_channels, self.stride)
         folded = self._frozen or self.folded()

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
-from den.folding import may_fold
 from den_kernels import Route
 from den_kernels.residual_weights import stand_in
 
@@ -18,7 +18,7 @@ def release(block: nn.Module, convs: Iterable[nn.Conv2d]) -> None:
 
 def check_use(block: nn.Module, route: Route | None) -> None:
     """ValueError unless a frozen block is run as it can be."""
-    if route is None or not may_fold(block):
+    if route is None or block.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         raise ValueError(f"{type(block).__name__}: a frozen block must run with a route and without gradients")
 
 
