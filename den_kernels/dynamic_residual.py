@@ -93,7 +93,7 @@ def _add_branch_direct(x: Tensor, shortcut: Tensor, out: Tensor, route: Route, w
     B, C, H, W = x.shape
     C_out, M, R, S = weights.conv2.shape
     bias2 = None if weights.bias2 is None else weights.bias2.float()
-    unpacked = weights.in_place
+    unpacked = weights.unpacked
     scale2 = weights.scale2 if unpacked[0] else None
     address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, bias2, scale2)]
     run = extension.dynamic_residual_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_residual

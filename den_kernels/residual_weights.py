@@ -117,7 +117,7 @@ class ResidualWeights:
         return torch.float32 if widens(self.conv1) else self.conv1.dtype
 
     @property
-    def in_place(self) -> tuple[bool, bool]:
+    def unpacked(self) -> tuple[bool, bool]:
         """Whether the direct kernel reads conv1 and conv2 where they are."""
         if self.direct is None:
             return False, False
