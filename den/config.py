@@ -163,9 +163,9 @@ class MethodConfig:
     """AdaShare: temperature of the Gumbel-softmax in the first round."""
     share_cooling: float = 0.965
     """AdaShare: what every round multiplies it by."""
-    share_sparsity: float = 0.05
+    share_sparsity: float = 0.02
     """AdaShare: weight of the sparsity loss."""
-    share_sharing: float = 0.05
+    share_sharing: float = 0.02
     """AdaShare: weight of the sharing loss."""
 
 

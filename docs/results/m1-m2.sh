@@ -22,6 +22,7 @@ case $1 in
     train m1-den-s0 m1 $network --rho 0.03 --estimator.first.steps 250 --estimator.finish.steps 450
     ;;
   m2)
+    train m2-dense-s0 m2 --tasks tin50-0..9 --mode dense --estimator.first.steps 108
     train m2-den-s0 m2 --tasks tin50-0..9 --rho 0.1 --estimator.first.steps 80 --selector.phase.steps 40 \
       --estimator.finish.steps 60
     ;;
