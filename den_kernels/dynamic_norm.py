@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _triton
+from ._all_reduce import all_reduce
 from ._conv_arguments import group_sizes
 from ._conv_cpu import memory_format_of
 from ._extension import extension
@@ -72,25 +73,6 @@ def dynamic_batch_norm_reference(
 # PyTorch operations: any device, any dtype, differentiable.
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """The sum over the processes of a group; its gradient is the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, process_group: dist.ProcessGroup) -> Tensor:
-        ctx.process_group = process_group
-        total = values.clone()
-        dist.all_reduce(total, group=process_group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _AllReduceSum.apply(grad, ctx.process_group), None
-
-
-def _all_reduce(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    return values if process_group is None else _AllReduceSum.apply(values, process_group)
-
-
 def _per_channel(values: Tensor) -> Tensor:
     return values[:, None, None]
 
@@ -110,11 +92,11 @@ def _norm_torch(
     values = torch.where(used, x.to(torch.promote_types(x.dtype, torch.float32)), 0)
     if statistics is None:
         count = (used.sum(0) * (x.shape[2] * x.shape[3])).flatten().to(values.dtype)
-        total, count = _all_reduce(torch.stack([values.sum((0, 2, 3)), count]), process_group)
+        total, count = all_reduce(torch.stack([values.sum((0, 2, 3)), count]), process_group)
         n = count.clamp(min=1)
         mean = total / n
         centred = torch.where(used, values - _per_channel(mean), 0)
-        var = _all_reduce(centred.square().sum((0, 2, 3)), process_group) / n
+        var = all_reduce(centred.square().sum((0, 2, 3)), process_group) / n
         statistics = torch.stack([mean, var, count])
     else:
         mean, var, _ = statistics
