@@ -16,7 +16,7 @@ namespace den_kernels {
 //   branch = conv(h, conv2[:, S]) + bias2, 0 where S is empty
 // `out` may be `shortcut`, then an instance without a branch is not touched; `shortcut` may be `x`.
 // Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights
-// or pack_weights_bf16 (dynamic_bf16.h).
+// or pack_weights_bf16 (dynamic_bf16.h), or are the parameters (float32: scale2, unpacked2).
 template <class T>
 struct ResidualBlock {
   int64_t B, H, W, C;       // input map
@@ -40,7 +40,7 @@ struct ResidualBlock {
 // C and C_out must be divisible by 16.
 void dynamic_residual(const ResidualBlock<float>& block);
 void dynamic_residual(const ResidualBlock<bf16>& block);        // of packed weights
-void dynamic_residual_rows(const ResidualBlock<float>& block);  // of parameters
+void dynamic_residual_rows(const ResidualBlock<float>& block);  // the first, where a weight is not packed
 bool has_dynamic_residual();                                    // whether this CPU runs the first
 bool has_dynamic_residual_bf16();                               // and the second
 

@@ -115,9 +115,7 @@ def test_measured_costs_have_a_number_for_every_block_and_level(network):
     costs = measured_costs(model, images, batch_size=16, rounds=2)
     assert costs.levels.shape == (6, 4)
     assert (costs.levels[:, 1:] > 0).all()
-    skipped = [
-        bool(cost == 0) for cost in costs.levels[:, 0]
-    ]  # what nobody uses is not called where it is the identity
+    skipped = [bool(cost == 0) for cost in costs.levels[:, 0]]  # the identity is not called for nobody
     assert skipped == [block.shortcut.is_identity for block in model.estimator.blocks]
     assert costs.fixed >= 0
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.estimator.blocks)
