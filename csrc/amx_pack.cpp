@@ -11,17 +11,19 @@ int64_t begin_of(const int64_t* widths, int64_t g, int64_t O, int64_t R, int64_t
   return steps * ((O + 15) / 16) * 512;
 }
 
-// One step of 32 inputs x 16 outputs of a convolution over the first `width` input channels.
+// One step of up to 32 inputs x 16 outputs of a convolution over the first `width` input channels.
 void pack_step(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S, int64_t I,
                int64_t width, int64_t tile, int64_t step) {
-  const int64_t row_steps = (S * width + 31) / 32, outputs = std::min<int64_t>(16, O - tile * 16);
+  const bool narrow_run = is_narrow(width);
+  const Cutting cut = narrow_run ? cutting_of(width, S) : Cutting{32, 1, 16};
+  const int64_t outputs = std::min<int64_t>(16, O - tile * 16);
   std::fill_n(packed, 512, bf16{0});
-  for (int64_t k = 0; k < 32; ++k) {
+  for (int64_t k = 0; k < cut.pairs * 2; ++k) {
     int64_t tap = step % (R * S), channel = step / (R * S) * 32 + k;
-    if (is_narrow(width)) {
-      const int64_t run = step % row_steps * 32 + k;
-      tap = step / row_steps * S + run / width;
-      channel = run < S * width ? run % width : width;
+    if (narrow_run) {
+      const int64_t run = step % cut.steps * cut.pairs * 2 + k;
+      tap = step / cut.steps * S + run / cut.unit;
+      channel = run % cut.unit;
     }
     if (channel >= width) continue;
     for (int64_t q = 0, o = tile * 16; q < outputs; ++q, ++o)

@@ -69,7 +69,7 @@ template <bool affine>
 KERNEL void activate_row(const Chunk& c, const bf16* x, bf16* a) {
   const ResidualBlock<bf16>& b = c.block;
   Pair scale{}, shift{};
-  if (is_narrow(b.C)) {  // 16 channels: two pixels a vector
+  if (c.a.unit == 16) {  // all of them: two pixels a vector
     if (affine) {
       scale.low = scale.high = _mm512_loadu_ps(b.scale1);
       shift.low = shift.high = _mm512_loadu_ps(b.shift1);
@@ -84,7 +84,8 @@ KERNEL void activate_row(const Chunk& c, const bf16* x, bf16* a) {
       scale = load_pair(b.scale1 + k, b.C - k);
       shift = load_pair(b.shift1 + k, b.C - k);
     }
-    activate_runs<affine>(x + k, b.C, a + k / 32 * c.a.plane, c.a.pixel(), b.W, lanes_of(b.C - k), ~0u, scale, shift);
+    activate_runs<affine>(x + k, b.C, a + k / 32 * c.a.plane, c.a.pixel(), b.W, lanes_of(b.C - k), lanes_of(c.a.unit), scale,
+                          shift);
   }
 }
 

@@ -51,7 +51,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, re
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, bias, [R // 2, S // 2], [stride] * 2, [1, 1], 1, "relu" if relu else "none", [], ""
         )
-    y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2))
+    y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2)).contiguous(memory_format=torch.channels_last)
     return y.relu_() if relu else y
 
 
