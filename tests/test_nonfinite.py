@@ -56,8 +56,8 @@ def assert_same_kinds(got: torch.Tensor, exact: torch.Tensor, some: bool = True,
     torch.testing.assert_close(got[finite].double(), exact[finite], rtol=near, atol=near)
 
 
-# oneDNN 3.12's bfloat16 convolution with AMX, by which PyTorch runs F.conv2d, reads beyond the window where the channels
-# are no multiple of 8, and multiplies what it finds by 0.
+# oneDNN 3.12's bfloat16 convolution with AMX, by which PyTorch runs F.conv2d, reads beyond the window where the
+# channels are no multiple of 8, and multiplies what it finds by 0.
 def onednn_spreads(dtype: torch.dtype, channels: list[int]) -> bool:
     return dtype == torch.bfloat16 and any(c % 8 for c in channels)
 
