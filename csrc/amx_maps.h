@@ -102,8 +102,7 @@ struct Convolution {
   int64_t groups, Wo, R, S, row_stride, column_stride;
   Tiling tiling;
   const Channels &inputs, &outputs;
-  const bf16* weights;  // of the first tile of all outputs
-  int64_t steps;        // from one tile of outputs to the next
+  Section weights;  // of the first tile of all outputs
   int64_t tiles() const { return groups * tiling.count; }
   int64_t quads() const { return (tiles() + 3) / 4; }
   int64_t items() const { return static_cast<int64_t>(outputs.blocks.size()) * quads(); }
@@ -117,11 +116,10 @@ struct Place {
 // Four tiles, or what is left of them: `outputs` tiles of channels of the block of outputs at `slot`.
 template <int outputs, class Finish>
 void four_tiles(const Convolution& c, int64_t tile, int64_t slot, const int64_t* taps, int64_t tap_count,
-                const Finish& finish) {
+                const bf16* weight, const Finish& finish) {
   constexpr int at_once = 4 / outputs;
   const Map& m = c.map;
   const Tiling& cut = c.tiling;
-  const bf16* weight = c.weights + c.outputs.blocks[slot].index * 2 * c.steps * 512;
   alignas(64) float sums[4 * 256];
   for (int64_t last = std::min(tile + 4, c.tiles()); tile < last; tile += at_once) {
     Place places[at_once];
@@ -133,10 +131,28 @@ void four_tiles(const Convolution& c, int64_t tile, int64_t slot, const int64_t*
       pixels[i] = c.maps + places[i].group * m.group() + m.at(places[i].row * c.row_stride, column * c.column_stride);
     }
     sum_tiles<outputs>(sums, pixels, m.unit * c.column_stride * 2, c.inputs.blocks, m.plane, taps, tap_count, weight,
-                       c.steps * 512);
+                       c.weights.steps * 512);
     for (int i = 0; i < at_once && tile + i < last; ++i)
       finish.template run<outputs>(places[i], slot, sums + i * outputs * 256);
   }
+}
+
+// The weights of `tiles` tiles of outputs, zeros for the inputs that are not selected: the map has zeros there too, whose
+// products with what is not finite would be NaN.
+inline std::vector<bf16> of_selected(const Convolution& c, const Cutting& cut, const bf16* weight, int64_t tiles) {
+  const bool narrow = is_narrow(c.inputs.end);
+  std::vector<bf16> made(weight, weight + tiles * c.weights.steps * 512);
+  for (int64_t n = 0; n < tiles * c.weights.steps; ++n) {
+    const int64_t step = n % c.weights.steps;
+    uint32_t lanes = 0;
+    for (const Block& block : c.inputs.blocks)
+      if (narrow || block.index == step / (c.R * c.S)) lanes = block.lanes;
+    for (int64_t k = 0; k < cut.pairs * 2; ++k) {
+      const int64_t channel = narrow ? (step % cut.steps * cut.pairs * 2 + k) % cut.unit : k;
+      for (int64_t o = 0; o < 16 && !(lanes >> channel & 1); ++o) made[n * 512 + (k / 2 * 16 + o) * 2 + k % 2] = bf16{0};
+    }
+  }
+  return made;
 }
 
 // Items begin..end of a convolution: for each block of outputs, four tiles at a time. finish.run<outputs>(place,
@@ -150,10 +166,17 @@ void convolve(const Convolution& c, int64_t begin, int64_t end, const Finish& fi
     for (int64_t s = 0; s < cut.steps; ++s)
       taps[tap_count++] = c.map.at(r, 0) + s * (narrow ? cut.pairs * 2 : c.map.pixel());
   configure_tiles(c.tiling.span * c.map.together, cut.pairs);
+  std::vector<bf16> finite;
   for (int64_t i = begin, quads = c.quads(); i < end; ++i) {
     const int64_t slot = i / quads, tile = i % quads * 4;
-    const auto run = c.outputs.blocks[slot].lanes > 0xFFFF ? four_tiles<2, Finish> : four_tiles<1, Finish>;
-    run(c, tile, slot, taps, tap_count, finish);
+    const Block& block = c.outputs.blocks[slot];
+    const bool two = block.lanes > 0xFFFF;
+    const bf16* weight = c.weights.weights + block.index * 2 * c.weights.steps * 512;
+    if (!c.weights.finite) {
+      if (i == begin || tile == 0) finite = of_selected(c, cut, weight, 1 + two);
+      weight = finite.data();
+    }
+    (two ? four_tiles<2, Finish> : four_tiles<1, Finish>)(c, tile, slot, taps, tap_count, weight, finish);
   }
   _tile_release();
 }

@@ -34,16 +34,18 @@ void pack_step(const bf16* weight, const float* scale, bf16* packed, int64_t O, 
 
 }  // namespace
 
-Section section_of(const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R, int64_t S) {
+Section section_of(const bf16* packed, const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R,
+                   int64_t S) {
   const int64_t G = static_cast<int64_t>(widths.size()) - 1;
   int64_t g = 1;
   while (g < G && widths[g] != width) ++g;
-  return {begin_of(widths.data(), g, O, R, S), steps_of(is_narrow(width) ? width : widths[G], R, S)};
+  return {packed + begin_of(widths.data(), g, O, R, S), steps_of(is_narrow(width) ? width : widths[G], R, S),
+          !packed[amx_packed_size(O, R, S, widths) - 1].bits};
 }
 
 int64_t amx_packed_size(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths) {
   const int64_t G = static_cast<int64_t>(widths.size()) - 1;
-  return begin_of(widths.data(), G, O, R, S) + (O + 15) / 16 * 512 * steps_of(widths[G], R, S);
+  return begin_of(widths.data(), G, O, R, S) + (O + 15) / 16 * 512 * steps_of(widths[G], R, S) + 1;
 }
 
 void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
@@ -57,6 +59,10 @@ void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int6
     for (int64_t n = 0; n < tiles * steps; ++n)
       pack_step(weight, scale, section + n * 512, O, R, S, I, widths[g], n / steps, n % steps);
   }
+  const int64_t last = amx_packed_size(O, R, S, widths) - 1;
+  uint16_t found = 0;
+  for (int64_t i = 0; i < last; ++i) found |= (packed[i].bits & 0x7F80) == 0x7F80;
+  packed[last].bits = found;
 }
 
 }  // namespace den_kernels

@@ -37,17 +37,21 @@ inline int64_t steps_of(int64_t width, int64_t R, int64_t S) {
   return is_narrow(width) ? R * cutting_of(width, S).steps : (width + 31) / 32 * R * S;
 }
 
-// Where the weights over `width` input channels begin in a packing, and the steps from one tile of outputs to the next.
+// The weights over `width` input channels in a packing, the steps from one tile of outputs to the next, and whether all
+// weights of the packing are finite.
 struct Section {
-  int64_t begin, steps;
+  const bf16* weights;
+  int64_t steps;
+  bool finite;
 };
 
 // widths: [G + 1], of the levels; width: one of them.
-Section section_of(const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R, int64_t S);
+Section section_of(const bf16* packed, const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R,
+                   int64_t S);
 
 // weight [O, R, S, I], times scale [O] unless that is null, with I = widths[G] -> [narrow levels, then all wide ones]
 // [ceil(O / 16)][step][16][16][2] in `amx_packed_size` values: a wide level reads the first steps of the widest, a
-// narrow one's steps are its own.
+// narrow one's steps are its own. The last value is 0 where all others are finite.
 void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
                        const std::vector<int64_t>& widths);
 int64_t amx_packed_size(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);

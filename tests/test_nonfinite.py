@@ -105,6 +105,22 @@ def test_convolution(sides, kernel, dtype, selection, value):
     assert_same_kinds(got, exact, spreads=bool(by_onednn) and onednn_spreads(dtype, [C, *(ins or ())]))
 
 
+@SELECTIONS
+@DTYPES
+@pytest.mark.parametrize("sizes", [(40, 8, 16), (8, 16, 8), (20, 4, 8), (5, 7, 4)], ids=str)
+def test_weights_of_channels_that_are_not_selected(sizes, dtype, selection):
+    """Each group's own are NaN in turn: only the instances that read the group see it."""
+    C, first = sum(sizes), 0
+    x = torch.randn(5, C, 6, 6).to(dtype).contiguous(memory_format=torch.channels_last)
+    chosen = selection if selection.dtype == torch.bool else selection[:, None] > torch.arange(3)
+    for g, size in enumerate(sizes):
+        weight = (torch.randn(32, C, 3, 3) / 8).to(dtype)
+        weight[:, first : first + size] = NAN
+        got = dynamic_conv2d(x, weight, None, selection, padding=1, in_groups=sizes)
+        assert got.isnan().flatten(1).any(1).tolist() == chosen[:, g].tolist()
+        first += size
+
+
 def block(C: int, M: int, dtype: torch.dtype, bn1: bool = True, post: bool = False) -> tuple:
     conv1 = DynamicConv2d(C, M, 3, padding=1, bias=False, out_groups=(M // 4, M // 4, M // 2)).to(dtype)
     norms = [unlike_new(nn.BatchNorm2d(n)).eval() for n in ((M, C) if post else (C, M))]
@@ -146,7 +162,7 @@ def test_residual_block_where_there_is_no_kernel(selection, value):
     assert_same_kinds(out, exact_block(parts, x, selection, False))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("C", [16, 24])
 @pytest.mark.parametrize("where", ["conv1", "conv2", "bn1", "bn2"])
 def test_parameters_that_are_nan(where, C, dtype, monkeypatch):
