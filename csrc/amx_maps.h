@@ -4,8 +4,8 @@
 // A map is [block of 32 channels][row][column][instance][32]: a tile's pixels lie 64 bytes apart, and where a row has
 // at most 8 of them, rows of several instances lie together and fill the tile. Rows are padded on the left alone: the
 // next row's left border is this row's right one. A map of fewer than 32 channels ("narrow") is [row][column][channel]:
-// the S pixels under a row of the kernel are then one run of S * channels inputs, which is cut into steps of 32
-// whatever pixel they belong to.
+// the S pixels under a row of the kernel are then one run of inputs, which is cut into equal steps whatever pixel they
+// belong to (amx_pack.h).
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,8 @@ struct Window {
   int64_t H, W, top, left, Ho, Wo, R, S, stride[2];
 };
 
-// A zero-padded map of `together` interleaved instances in scratch memory. unit: 32 channels, or all of a narrow map.
+// A zero-padded map of `together` interleaved instances in scratch memory. unit: 32 channels, or all of a narrow map and
+// the zeros that its cutting adds.
 struct Map {
   int64_t H, W, top, left, columns, together, unit, blocks, plane;
   int64_t group() const { return plane * blocks; }
@@ -49,7 +50,8 @@ inline int64_t together_of(int64_t Wo, int64_t count) { return std::max<int64_t>
 
 inline Map make_map(const Window& w, const Channels& channels, int64_t count) {
   const int64_t together = is_narrow(channels.end) || w.stride[1] > 1 ? 1 : together_of(w.Wo, count);
-  const int64_t unit = is_narrow(channels.end) ? channels.end : 32, columns = w.W + w.left, rows = w.H + 2 * w.top;
+  const int64_t unit = is_narrow(channels.end) ? cutting_of(channels.end, w.S).unit : 32;
+  const int64_t columns = w.W + w.left, rows = w.H + 2 * w.top;
   const Tiling tiling = tiling_of(w.Ho, w.Wo);
   const int64_t last_row = (w.Ho - 1) * w.stride[0] + w.R - 1;
   const int64_t read = last_row * columns + (tiling.per_row * tiling.span - 1) * w.stride[1] + w.S;
@@ -60,14 +62,13 @@ inline Map make_map(const Window& w, const Channels& channels, int64_t count) {
 
 KERNEL void clear(bf16* from, int64_t count) { std::memset(from, 0, static_cast<size_t>(count) * 2); }
 
-// Zeros around the map of a group of instances. Beyond the last row they go on for a step: a narrow map's steps
-// overrun their row, and zero weights do not silence a NaN.
+// Zeros around the map of a group of instances.
 inline void clear_border(const Map& m, bf16* group) {
   for (int64_t block = 0; block < m.blocks; ++block) {
     bf16* plane = group + block * m.plane;
     clear(plane, m.at(m.top, m.left));
     for (int64_t r = 1; r < m.H; ++r) clear(plane + m.at(m.top + r, 0), m.left * m.pixel());
-    clear(plane + m.at(m.top + m.H, 0), m.at(m.top, m.left) + 32);
+    clear(plane + m.at(m.top + m.H, 0), m.at(m.top, m.left));
   }
 }
 
@@ -101,8 +102,7 @@ struct Convolution {
   int64_t groups, Wo, R, S, row_stride, column_stride;
   Tiling tiling;
   const Channels &inputs, &outputs;
-  const bf16* weights;  // of the first tile of all outputs
-  int64_t steps;        // from one tile of outputs to the next
+  Section weights;  // of the first tile of all outputs
   int64_t tiles() const { return groups * tiling.count; }
   int64_t quads() const { return (tiles() + 3) / 4; }
   int64_t items() const { return static_cast<int64_t>(outputs.blocks.size()) * quads(); }
@@ -116,11 +116,10 @@ struct Place {
 // Four tiles, or what is left of them: `outputs` tiles of channels of the block of outputs at `slot`.
 template <int outputs, class Finish>
 void four_tiles(const Convolution& c, int64_t tile, int64_t slot, const int64_t* taps, int64_t tap_count,
-                const Finish& finish) {
+                const bf16* weight, const Finish& finish) {
   constexpr int at_once = 4 / outputs;
   const Map& m = c.map;
   const Tiling& cut = c.tiling;
-  const bf16* weight = c.weights + c.outputs.blocks[slot].index * 2 * c.steps * 512;
   alignas(64) float sums[4 * 256];
   for (int64_t last = std::min(tile + 4, c.tiles()); tile < last; tile += at_once) {
     Place places[at_once];
@@ -132,10 +131,28 @@ void four_tiles(const Convolution& c, int64_t tile, int64_t slot, const int64_t*
       pixels[i] = c.maps + places[i].group * m.group() + m.at(places[i].row * c.row_stride, column * c.column_stride);
     }
     sum_tiles<outputs>(sums, pixels, m.unit * c.column_stride * 2, c.inputs.blocks, m.plane, taps, tap_count, weight,
-                       c.steps * 512);
+                       c.weights.steps * 512);
     for (int i = 0; i < at_once && tile + i < last; ++i)
       finish.template run<outputs>(places[i], slot, sums + i * outputs * 256);
   }
+}
+
+// The weights of `tiles` tiles of outputs, zeros for the inputs that are not selected: the map has zeros there too, whose
+// products with what is not finite would be NaN.
+inline std::vector<bf16> of_selected(const Convolution& c, const Cutting& cut, const bf16* weight, int64_t tiles) {
+  const bool narrow = is_narrow(c.inputs.end);
+  std::vector<bf16> made(weight, weight + tiles * c.weights.steps * 512);
+  for (int64_t n = 0; n < tiles * c.weights.steps; ++n) {
+    const int64_t step = n % c.weights.steps;
+    uint32_t lanes = 0;
+    for (const Block& block : c.inputs.blocks)
+      if (narrow || block.index == step / (c.R * c.S)) lanes = block.lanes;
+    for (int64_t k = 0; k < cut.pairs * 2; ++k) {
+      const int64_t channel = narrow ? (step % cut.steps * cut.pairs * 2 + k) % cut.unit : k;
+      for (int64_t o = 0; o < 16 && !(lanes >> channel & 1); ++o) made[n * 512 + (k / 2 * 16 + o) * 2 + k % 2] = bf16{0};
+    }
+  }
+  return made;
 }
 
 // Items begin..end of a convolution: for each block of outputs, four tiles at a time. finish.run<outputs>(place,
@@ -144,14 +161,22 @@ template <class Finish>
 void convolve(const Convolution& c, int64_t begin, int64_t end, const Finish& finish) {
   int64_t taps[max_taps], tap_count = 0;
   const bool narrow = is_narrow(c.inputs.end);
-  const int64_t per_row = narrow ? (c.S * c.inputs.end + 31) / 32 : c.S;
+  const Cutting cut = narrow ? cutting_of(c.inputs.end, c.S) : Cutting{32, c.S, 16};
   for (int64_t r = 0; r < c.R; ++r)
-    for (int64_t s = 0; s < per_row; ++s) taps[tap_count++] = c.map.at(r, 0) + s * (narrow ? 32 : c.map.pixel());
-  configure_tiles(c.tiling.span * c.map.together);
+    for (int64_t s = 0; s < cut.steps; ++s)
+      taps[tap_count++] = c.map.at(r, 0) + s * (narrow ? cut.pairs * 2 : c.map.pixel());
+  configure_tiles(c.tiling.span * c.map.together, cut.pairs);
+  std::vector<bf16> finite;
   for (int64_t i = begin, quads = c.quads(); i < end; ++i) {
     const int64_t slot = i / quads, tile = i % quads * 4;
-    const auto run = c.outputs.blocks[slot].lanes > 0xFFFF ? four_tiles<2, Finish> : four_tiles<1, Finish>;
-    run(c, tile, slot, taps, tap_count, finish);
+    const Block& block = c.outputs.blocks[slot];
+    const bool two = block.lanes > 0xFFFF;
+    const bf16* weight = c.weights.weights + block.index * 2 * c.weights.steps * 512;
+    if (!c.weights.finite) {
+      if (i == begin || tile == 0) finite = of_selected(c, cut, weight, 1 + two);
+      weight = finite.data();
+    }
+    (two ? four_tiles<2, Finish> : four_tiles<1, Finish>)(c, tile, slot, taps, tap_count, weight, finish);
   }
   _tile_release();
 }

@@ -11,17 +11,19 @@ int64_t begin_of(const int64_t* widths, int64_t g, int64_t O, int64_t R, int64_t
   return steps * ((O + 15) / 16) * 512;
 }
 
-// One step of 32 inputs x 16 outputs of a convolution over the first `width` input channels.
+// One step of up to 32 inputs x 16 outputs of a convolution over the first `width` input channels.
 void pack_step(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S, int64_t I,
                int64_t width, int64_t tile, int64_t step) {
-  const int64_t row_steps = (S * width + 31) / 32, outputs = std::min<int64_t>(16, O - tile * 16);
+  const bool narrow_run = is_narrow(width);
+  const Cutting cut = narrow_run ? cutting_of(width, S) : Cutting{32, 1, 16};
+  const int64_t outputs = std::min<int64_t>(16, O - tile * 16);
   std::fill_n(packed, 512, bf16{0});
-  for (int64_t k = 0; k < 32; ++k) {
+  for (int64_t k = 0; k < cut.pairs * 2; ++k) {
     int64_t tap = step % (R * S), channel = step / (R * S) * 32 + k;
-    if (is_narrow(width)) {
-      const int64_t run = step % row_steps * 32 + k;
-      tap = step / row_steps * S + run / width;
-      channel = run < S * width ? run % width : width;
+    if (narrow_run) {
+      const int64_t run = step % cut.steps * cut.pairs * 2 + k;
+      tap = step / cut.steps * S + run / cut.unit;
+      channel = run % cut.unit;
     }
     if (channel >= width) continue;
     for (int64_t q = 0, o = tile * 16; q < outputs; ++q, ++o)
@@ -32,16 +34,18 @@ void pack_step(const bf16* weight, const float* scale, bf16* packed, int64_t O, 
 
 }  // namespace
 
-Section section_of(const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R, int64_t S) {
+Section section_of(const bf16* packed, const std::vector<int64_t>& widths, int64_t width, int64_t O, int64_t R,
+                   int64_t S) {
   const int64_t G = static_cast<int64_t>(widths.size()) - 1;
   int64_t g = 1;
   while (g < G && widths[g] != width) ++g;
-  return {begin_of(widths.data(), g, O, R, S), steps_of(is_narrow(width) ? width : widths[G], R, S)};
+  return {packed + begin_of(widths.data(), g, O, R, S), steps_of(is_narrow(width) ? width : widths[G], R, S),
+          !packed[amx_packed_size(O, R, S, widths) - 1].bits};
 }
 
 int64_t amx_packed_size(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths) {
   const int64_t G = static_cast<int64_t>(widths.size()) - 1;
-  return begin_of(widths.data(), G, O, R, S) + (O + 15) / 16 * 512 * steps_of(widths[G], R, S);
+  return begin_of(widths.data(), G, O, R, S) + (O + 15) / 16 * 512 * steps_of(widths[G], R, S) + 1;
 }
 
 void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
@@ -55,6 +59,10 @@ void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int6
     for (int64_t n = 0; n < tiles * steps; ++n)
       pack_step(weight, scale, section + n * 512, O, R, S, I, widths[g], n / steps, n % steps);
   }
+  const int64_t last = amx_packed_size(O, R, S, widths) - 1;
+  uint16_t found = 0;
+  for (int64_t i = 0; i < last; ++i) found |= (packed[i].bits & 0x7F80) == 0x7F80;
+  packed[last].bits = found;
 }
 
 }  // namespace den_kernels

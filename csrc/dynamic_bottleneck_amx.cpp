@@ -135,34 +135,34 @@ struct AddOutput {
 // Items begin .. end of the convolution that reads map i.
 template <class Finish>
 void convolve_map(const Chunk& c, int i, int64_t begin, int64_t end, const Channels& inputs, const Channels& outputs,
-                  const bf16* weights, int64_t steps, const Finish& finish) {
+                  const Section& weights, const Finish& finish) {
   const Problem& p = c.block;
   const int64_t R = i == 1 ? p.R : 1, S = i == 1 ? p.S : 1, stride = i == 1 ? p.stride : 1, Wo = i ? p.Wo() : p.W;
-  const Convolution conv{c.maps[i], c.map(i),    c.groups(i), Wo,      R,       S,    stride,
-                         stride,    c.tiling(i), inputs,      outputs, weights, steps};
+  const Convolution conv{c.maps[i], c.map(i), c.groups(i), Wo,     R,       S,
+                         stride,    stride,   c.tiling(i), inputs, outputs, weights};
   convolve(conv, begin, end, finish);
 }
 
 void hidden_items(const Chunk& c, int64_t begin, int64_t end) {
   const Problem& p = c.block;
-  convolve_map(c, 0, begin, end, c.stream, c.hidden, p.conv1, steps_of(p.C, 1, 1), WriteHidden{c, 0, p.bias1});
+  convolve_map(c, 0, begin, end, c.stream, c.hidden, {p.conv1, steps_of(p.C, 1, 1), true},
+               WriteHidden{c, 0, p.bias1});
 }
 
 template <class Wait>
 void middle_stage(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
   const Problem& p = c.block;
-  const Section section = section_of(widths_of(p.sizes, p.M), c.hidden.end, p.M, p.R, p.S);
+  const Section section = section_of(p.conv2, widths_of(p.sizes, p.M), c.hidden.end, p.M, p.R, p.S);
   int64_t begin, end;
   share(c.items(1), thread, threads, begin, end);
-  convolve_map(c, 1, begin, end, c.hidden, c.hidden, p.conv2 + section.begin, section.steps,
-               WriteHidden{c, 1, p.bias2});
+  convolve_map(c, 1, begin, end, c.hidden, c.hidden, section, WriteHidden{c, 1, p.bias2});
   wait();
 }
 
 void output_items(const Chunk& c, int64_t begin, int64_t end) {
   const Problem& p = c.block;
-  const Section section = section_of(widths_of(p.sizes, p.M), c.hidden.end, p.C_out, 1, 1);
-  convolve_map(c, 2, begin, end, c.hidden, c.outputs, p.conv3 + section.begin, section.steps, AddOutput{c});
+  const Section section = section_of(p.conv3, widths_of(p.sizes, p.M), c.hidden.end, p.C_out, 1, 1);
+  convolve_map(c, 2, begin, end, c.hidden, c.outputs, section, AddOutput{c});
 }
 
 #pragma GCC pop_options

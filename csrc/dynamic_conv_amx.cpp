@@ -85,11 +85,9 @@ void run_band(const Problem& p, const Band& band, bf16* maps) {
     if (j % map.together == 0) clear_border(map, maps + map.instance(j));
     for (int64_t r = 0; r < map.H; ++r) copy_row(p, band, map, j, r, maps);
   }
-  const Section section = section_of(widths_of(p.in_sizes, p.C), band.inputs.end, p.C_out, p.R, p.S);
-  const Convolution conv{
-      map,          maps,        band.count / map.together,  p.Wo,        p.R,          p.S,
-      p.stride[0],  p.stride[1], tiling_of(band.rows, p.Wo), band.inputs, band.outputs, p.weight + section.begin,
-      section.steps};
+  const Section section = section_of(p.weight, widths_of(p.in_sizes, p.C), band.inputs.end, p.C_out, p.R, p.S);
+  const Convolution conv{map,         maps,        band.count / map.together,  p.Wo,        p.R,          p.S,
+                         p.stride[0], p.stride[1], tiling_of(band.rows, p.Wo), band.inputs, band.outputs, section};
   convolve(conv, 0, conv.items(), WriteOutput{p, band, map.together});
 
   for (const Run& gap : band.outputs.gaps)

@@ -132,7 +132,7 @@ void run_instance(const GraphProblem& p, const Layout& layout, int64_t b, float*
     scale_rows<false>(p.read_in[b * p.N + j], p.x + b * p.H * width, width, inner, pitch, p.H, width);
     for (; e < E && p.edges[e].second == j; ++e)
       if (p.levels[e * p.B + b] > 0) add_edge(p, layout, e, p.gates[b * E + e], scratch + p.edges[e].first * size, v);
-    if (const float gate = p.read_out[b * p.N + j]) scale_rows<true>(gate, inner, pitch, out, width, p.H, width);
+    scale_rows<true>(p.read_out[b * p.N + j], inner, pitch, out, width, p.H, width);
   }
 }
 

@@ -69,7 +69,7 @@ template <bool affine>
 KERNEL void activate_row(const Chunk& c, const bf16* x, bf16* a) {
   const ResidualBlock<bf16>& b = c.block;
   Pair scale{}, shift{};
-  if (is_narrow(b.C)) {  // 16 channels: two pixels a vector
+  if (c.a.unit == 16) {  // all of them: two pixels a vector
     if (affine) {
       scale.low = scale.high = _mm512_loadu_ps(b.scale1);
       shift.low = shift.high = _mm512_loadu_ps(b.shift1);
@@ -84,7 +84,8 @@ KERNEL void activate_row(const Chunk& c, const bf16* x, bf16* a) {
       scale = load_pair(b.scale1 + k, b.C - k);
       shift = load_pair(b.shift1 + k, b.C - k);
     }
-    activate_runs<affine>(x + k, b.C, a + k / 32 * c.a.plane, c.a.pixel(), b.W, lanes_of(b.C - k), ~0u, scale, shift);
+    activate_runs<affine>(x + k, b.C, a + k / 32 * c.a.plane, c.a.pixel(), b.W, lanes_of(b.C - k), lanes_of(c.a.unit), scale,
+                          shift);
   }
 }
 
@@ -162,15 +163,15 @@ void hidden_items(const Chunk& c, int64_t begin, int64_t end) {
   const ResidualBlock<bf16>& b = c.block;
   const Convolution conv{
       c.a,      c.a_of(0), c.count / c.a.together, b.Wo, b.R, b.S, b.stride, b.stride, c.tiling, c.stream,
-      c.hidden, b.conv1,   steps_of(b.C, b.R, b.S)};
+      c.hidden, {b.conv1, steps_of(b.C, b.R, b.S), true}};
   convolve(conv, begin, end, FinishHidden{c});
 }
 
 void output_items(const Chunk& c, int64_t begin, int64_t end) {
   const ResidualBlock<bf16>& b = c.block;
-  const Section section = section_of(widths_of(b.sizes, b.M), c.hidden.end, b.C_out, b.R, b.S);
+  const Section section = section_of(b.conv2, widths_of(b.sizes, b.M), c.hidden.end, b.C_out, b.R, b.S);
   const Convolution conv{c.h,      c.h_of(0), c.count / c.h.together,  b.Wo,         b.R, b.S, 1, 1, c.tiling,
-                         c.hidden, c.outputs, b.conv2 + section.begin, section.steps};
+                         c.hidden, c.outputs, section};
   convolve(conv, begin, end, FinishOutput{c});
 }
 

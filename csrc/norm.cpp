@@ -122,7 +122,7 @@ class CoefficientTable {
         lanes_(lanes_of(batch)),
         values_(5 * lanes_),
         ones_(lanes_, ~0u),
-        floor_(affine.relu ? 0.f : -std::numeric_limits<float>::infinity()) {
+        floor_(affine.relu ? 0.f : std::numeric_limits<float>::quiet_NaN()) {
     float *mean = values_.data(), *scale = mean + lanes_, *bias = scale + lanes_, *dmean = bias + lanes_,
           *dvar = dmean + lanes_;
     for (int64_t i = 0, C = batch.C; i < lanes_; ++i) {

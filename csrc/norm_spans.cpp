@@ -166,19 +166,22 @@ ALWAYS_INLINE void gradient(const T* dy, const T* x, T* dx, const Span& s, const
     const Affine<W> affine(k, lane, n);
     const Lanes floor = Lanes{} + k.floor;
     Lanes dmean[W], dvar[W];
-    Bits keep[W];
+    Bits keep[W], through[W];  // through: where dvar is not 0, as a product with 0 is NaN where x is not finite
     for (int w = 0; w < W; ++w) {
       load(k.dmean + lane + w * lanes, n, dmean[w]);
       load(k.dvar + lane + w * lanes, n, dvar[w]);
+      through[w] = (Bits)(dvar[w] != 0.f);
       copy_in(k.keep + lane + w * lanes, n, keep[w]);
     }
     for (int64_t r = 0; r < s.rows; ++r)
       UNROLL for (int w = 0; w < W; ++w) {
         const int64_t at = r * s.stride + lane + w * lanes;
-        Lanes in, d;
+        Lanes in, d, of_var;
         load(x + at, n, in);
         affine.behind_relu(w, in, dy + at, n, floor, d);
-        d = d * affine.scale[w] - dmean[w] - (in - affine.mean[w]) * dvar[w];
+        of_var = (in - affine.mean[w]) * dvar[w];
+        keep_only(of_var, through[w]);
+        d = d * affine.scale[w] - dmean[w] - of_var;
         keep_only(d, keep[w]);
         store(d, n, dx + at);
       }

@@ -16,7 +16,7 @@ struct Span {
   int64_t lane, block;  // first lane; index of the block of rows that it lies in
 };
 
-// Per lane of a span. A floor of minus infinity is no ReLU; keep is all ones where used, 0 elsewhere.
+// Per lane of a span. A floor of NaN, below which nothing is, is no ReLU; keep is all ones where used, 0 elsewhere.
 struct Coefficients {
   const float *mean, *scale, *bias, *dmean, *dvar;
   const uint32_t* keep;

@@ -151,6 +151,15 @@ def memory_format_of(*tensors: Tensor) -> torch.memory_format:
     return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format
 
 
+def dense(weight: Tensor) -> Tensor:
+    """weight [O, I, R, S] as [O, R, S, I] in memory without a gap, from a 16-byte boundary on; a copy where it is not.
+
+    GPU kernels know of an activation's strides, and not of a weight's.
+    """
+    fits = weight.is_contiguous(memory_format=torch.channels_last) and weight.data_ptr() % 16 == 0
+    return weight if fits else weight.clone(memory_format=torch.channels_last)
+
+
 def _packed(x: Tensor) -> tuple[Tensor, int]:
     """x as rows that `rows.py` takes, and the elements per channel there: 1 channels-last, H * W contiguous."""
     if not (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):

@@ -46,12 +46,15 @@ _CHUNK_BYTES = 6 << 20
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, relu: bool, packed: bool) -> Tensor:
+    """The "same" convolution, channels-last. oneDNN's own fused ReLU makes 0 of NaN; a pass in the cache does not."""
     R, S = weight.shape[2:]
     if packed:
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, [R // 2, S // 2], [stride] * 2, [1, 1], 1, "relu" if relu else "none", [], ""
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, [R // 2, S // 2], [stride] * 2, [1, 1], 1, "none", [], ""
         )
-    y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2))
+    else:
+        y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2))
+    y = y.contiguous(memory_format=torch.channels_last)
     return y.relu_() if relu else y
 
 

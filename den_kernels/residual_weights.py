@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._conv_cpu import dense
 from ._conv_direct import pack
 from ._extension import extension
 from ._handle import HasHandle
@@ -93,23 +94,24 @@ class ResidualWeights(HasHandle):
             if norm is not None:
                 _check_norm(norm, name, channels, conv1.weight)
         with torch.no_grad():
-            weight2, bias2 = conv2.weight.detach(), None if conv2.bias is None else conv2.bias.detach()
+            wide = torch.promote_types(conv1.weight.dtype, torch.float32)
+            weight2, bias2 = conv2.weight.detach(), None if conv2.bias is None else conv2.bias.detach().contiguous()
             if post_activation:
                 if bn1 is None:
                     raise ValueError(f"{_OP}: bn1 must be a batch norm in a post-activation block, got None")
                 scale1 = shift1 = None
-                scale2, shift2 = _affine(bn1, "bn1")
-                weight2, bias2 = _scaled(weight2, bias2, *_affine(bn2, "bn2"))
+                scale2, shift2 = _affine(bn1, "bn1", wide)
+                weight2, bias2 = _scaled(weight2, bias2, *_affine(bn2, "bn2", wide))
             else:
-                scale1, shift1 = (None, None) if bn1 is None else _affine(bn1, "bn1")
-                scale2, shift2 = _affine(bn2, "bn2")
+                scale1, shift1 = (None, None) if bn1 is None else _affine(bn1, "bn1", wide)
+                scale2, shift2 = _affine(bn2, "bn2", wide)
             group_of_channel = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
             weights = ResidualWeights(
                 scale1,
                 shift1,
                 conv1.weight.detach(),
                 scale2,
-                shift2 if conv1.bias is None else conv1.bias.to(scale2.dtype) * scale2 + shift2,
+                shift2 if conv1.bias is None else conv1.bias.to(wide) * scale2 + shift2,
                 weight2,
                 bias2,
                 groups,
@@ -182,7 +184,7 @@ class ResidualWeights(HasHandle):
     def _prepacked(self, copy: bool) -> "ResidualWeights":
         """The weights in the layouts that the device's kernels read, so that no call copies or reorders a weight."""
         if self.conv1.device.type == "cuda":
-            return replace(self, conv1=_channels_last(self.conv1), conv2=_channels_last(self.conv2))
+            return replace(self, conv1=dense(self.conv1), conv2=dense(self.conv2))
         if runs_direct(self.conv1.device, self.conv1.dtype, self.conv1.shape, self.conv2.shape):
             return self._packed(copy)
         if not _onednn(self.conv1.device, self.dtype):
@@ -253,16 +255,18 @@ def _check_norm(bn: nn.BatchNorm2d, name: str, channels: int, like: Tensor) -> N
             )
 
 
-def _affine(bn: nn.BatchNorm2d, name: str) -> tuple[Tensor, Tensor]:
-    """Batch norm with running statistics as scale and shift, in float32 or wider."""
+def _affine(bn: nn.BatchNorm2d, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Batch norm with running statistics as scale and shift [C] of `dtype`, whatever the dtypes of its own tensors."""
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(f"{_OP}: {name} must track running statistics, got {bn}")
-    wide = torch.promote_types(bn.running_mean.dtype, torch.float32)
+    wide = torch.promote_types(bn.running_var.dtype, dtype)
     scale = (bn.running_var.to(wide) + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight.to(wide)
     shift = -bn.running_mean.to(wide) * scale
-    return scale, shift if bn.bias is None else shift + bn.bias.to(wide)
+    if bn.bias is not None:
+        shift = shift + bn.bias.to(wide)
+    return scale.to(dtype), shift.to(dtype)
 
 
 def _scaled(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._conv_cpu import Geometry
+from .._conv_cpu import Geometry, dense
 from ..plan import Route, channels_of
 from . import choice
 from .choice import Shape, Side, Tile
@@ -136,7 +136,7 @@ def convolution_launch(
         PROLOGUE=prologue is not None, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
         RELU=epilogue.relu, ADD=epilogue.add, SKIP_EMPTY=skip_empty, PRECISION=product, BM=tile.rows,
         num_warps=tile.warps, num_stages=tile.stages,
-        **{name: source if tensor is None else tensor for name, tensor in pointers.items()}, **selection,
+        **{name: source if tensor is None else tensor.contiguous() for name, tensor in pointers.items()}, **selection,
     )  # fmt: skip
     return Launch(convolve_kernel, min(most, tile.programs * multiprocessors), arguments)
 
@@ -158,7 +158,7 @@ def convolve(
         return
     check_pixels(source, out)
     launch = convolution_launch(
-        channels_last(source), channels_last(weight), out, route, geometry, transposed, skip_empty, prologue, epilogue,
+        channels_last(source), dense(weight), out, route, geometry, transposed, skip_empty, prologue, epilogue,
         *architecture(source.device),
     )  # fmt: skip
     launch.run(source)

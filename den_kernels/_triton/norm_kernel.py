@@ -215,8 +215,6 @@ def gradient_kernel(
 ):  # fmt: skip
     share, c, c_ok, group = _block(C, ENDS, UNIFORM, BC)
     mean, inverse, scale, shift = _affine(statistics, weight, bias, c, c_ok, C, EPS, WEIGHT, BIAS)
-    dmean = tl.zeros_like(mean)
-    dvar = tl.zeros_like(mean)
     if THROUGH:
         part = scale / tl.maximum(tl.load(statistics + 2 * C + c, mask=c_ok, other=1.0), 1.0)
         dmean = part * tl.load(sums + c, mask=c_ok, other=0.0)
@@ -231,5 +229,8 @@ def gradient_kernel(
         if some:
             ok = there & (c_ok & used)[None, :]
             g, apart = _incoming(dy, x, place, ok, mean, scale, shift, RELU)
-            value = tl.where(ok, g * scale[None, :] - dmean[None, :] - apart * dvar[None, :], 0.0)
+            value = g * scale[None, :]
+            if THROUGH:
+                value = value - dmean[None, :] - apart * dvar[None, :]
+            value = tl.where(ok, value, 0.0)
         tl.store(dx + place, value.to(dx.dtype.element_ty), mask=there)
