@@ -10,10 +10,9 @@ instance from the first state to the last, so that its states stay in the core's
 or allocated on the way.  Elsewhere each edge runs over the rows of its instances, gathered for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,20 @@ from torch import Tensor
 from . import _conv_direct
 from ._conv_cpu import Geometry
 from ._extension import extension
+from .eager import (
+    in_range,
+    not_scriptable,
+    refuse_gradients,
+    refuse_symbols,
+    refuse_tangents,
+    refuse_transforms,
+    runs_eagerly,
+)
 from .plan import RoutingPlan
 from .rows import gather_rows, scatter_rows_
 
 _OP = "dynamic_graph"
+_NAME = "den_kernels::dynamic_graph"
 STATES_BYTES = 2 << 20  # an instance's states, at most: beyond, they leave the cache from one edge to the next
 
 
@@ -47,7 +56,7 @@ class GraphWeights:
     @staticmethod
     def pack(
         states: int, edges: Sequence[tuple[int, int]], weights: Sequence[Tensor], biases: Sequence[Tensor]
-    ) -> GraphWeights:
+    ) -> "GraphWeights":
         """The graph of these edges.  Raises ValueError for edges, weights or biases that do not fit each other."""
         edges, biases = tuple(edges), tuple(bias.contiguous() for bias in biases)
         weights = tuple(w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights)
@@ -102,6 +111,7 @@ def dynamic_graph_reference(
     return torch.stack(outs) if outs else torch.zeros_like(x)
 
 
+@not_scriptable
 def dynamic_graph(
     x: Tensor,  # [B, C, H, W]
     graph: GraphWeights,
@@ -115,13 +125,53 @@ def dynamic_graph(
     Equivalent to ``dynamic_graph_reference(x, graph, plan.levels, read_in, gates, read_out)``.  An edge costs nothing
     for an instance that does not keep it.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit each other.
+    Raises ValueError for shapes, dtypes or devices that do not fit each other and where a gradient is required,
+    RuntimeError inside torch.func.
     """
+    refuse_symbols(_OP, x)
     _check(x, graph, plan, read_in, gates, read_out)
+    refuse_gradients(_OP, x=x, read_in=read_in, gates=gates, read_out=read_out)
+    refuse_tangents(_OP, x, read_in, gates, read_out)
+    refuse_transforms(_OP)
+    if runs_eagerly(x, read_in, gates, read_out):
+        return in_range(_NAME, _run, x, graph, plan, read_in, gates, read_out)
+    ends = [end for edge in graph.edges for end in edge]
+    tensors = list(graph.weights), list(graph.biases), list(graph.direct)
+    return _op(x, plan.levels, plan.order, plan.offsets, read_in, gates, read_out, *tensors, graph.states, ends)
+
+
+def _run(
+    x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor
+) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     if graph.runs_whole(x):
         return _run_whole(x, graph, plan, read_in, gates, read_out)
     return _run_edges(x, graph, plan, read_in, gates, read_out)
+
+
+@torch.library.custom_op(_NAME, mutates_args=())
+def _op(
+    x: Tensor,
+    levels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    read_in: Tensor,
+    gates: Tensor,
+    read_out: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    direct: list[Tensor],
+    states: int,
+    ends: list[int],  # both of each edge
+) -> Tensor:
+    edges = tuple(zip(ends[::2], ends[1::2], strict=True))
+    graph = GraphWeights(states, edges, tuple(weights), tuple(biases), tuple(direct))
+    return _run(x, graph, RoutingPlan(levels, order, offsets, 1), read_in, gates, read_out)
+
+
+@_op.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _run_whole(
@@ -146,7 +196,7 @@ def _run_edges(
     for j in range(graph.states):
         v = x * _column(read_in, j)
         for e, (i, head) in enumerate(graph.edges):
-            if head == j and (count := int(plan.offsets[e, 1])):
+            if head == j and (count := int(plan.levels[:, e].sum())):
                 order = plan.order[e, :count]
                 rows = states[i] if count == len(x) else gather_rows(states[i], order, x.shape[1])
                 y = F.conv2d(rows, graph.weights[e], graph.biases[e], padding=_padding(graph)).relu_()
