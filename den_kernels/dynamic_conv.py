@@ -31,7 +31,16 @@ from . import _conv_cpu, _conv_direct, _triton
 from ._conv_arguments import autocast, check, pad, pair, sides
 from ._conv_cpu import Geometry, memory_format_of
 from ._conv_masked import equation, masked_backward, masked_forward
-from .eager import in_range, is_ordinary, is_transformed, not_scriptable, refuse_symbols, refuse_tangents, runs_eagerly
+from .eager import (
+    in_range,
+    is_ordinary,
+    is_transformed,
+    not_scriptable,
+    refuse_symbols,
+    refuse_tangents,
+    runs_eagerly,
+    savable,
+)
 from .plan import Route, as_route, channels_of
 
 
@@ -220,8 +229,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, levels, order, offsets, mask, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight, levels, order, offsets, mask)  # with versions: a plan's update_ is noticed
+    x, weight, _, *routing = inputs[:7]
+    ctx.geometry = inputs[7:]
+    ctx.save_for_backward(x, weight, *map(savable, routing))  # with versions: a plan's update_ is noticed
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -245,8 +255,12 @@ _dynamic_conv2d.register_autograd(_gradients, setup_context=_save)
 class _EagerConv(torch.autograd.Function):
     """The op on a CPU for ordinary tensors, without the price of calls through torch.library."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # with a setup_context each call would look at the signature
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_gradients)
 
 

@@ -38,6 +38,7 @@ from .eager import (
     refuse_symbols,
     refuse_tangents,
     runs_eagerly,
+    savable,
 )
 from .plan import Route, as_route
 
@@ -195,7 +196,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, selection, given, weight, bias, *ctx.settings = inputs
     ctx.training = given is None
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, selection, output[1], weight, bias)
+    ctx.save_for_backward(x, savable(selection), output[1], weight, bias)
 
 
 def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -222,8 +223,12 @@ _norm_forward.register_autograd(_gradients, setup_context=_save)
 class _EagerNorm(torch.autograd.Function):
     """The op on a CPU for ordinary tensors, without the price of a call through torch.library."""
 
-    forward = staticmethod(_norm_forward_cpu)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # with a setup_context calls take longer
+        output = _norm_forward_cpu(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_gradients)
 
 

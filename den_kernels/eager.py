@@ -58,6 +58,11 @@ def in_range(name: str, function: Callable[P, Value], *arguments: P.args, **keyw
         return function(*arguments, **keywords)
 
 
+def savable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as autograd can save it for the backward pass: of one made in inference mode a copy."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError in forward-mode differentiation: a custom op would answer with tangents of 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
