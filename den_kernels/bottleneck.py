@@ -66,7 +66,8 @@ def add_bottleneck_(out: Tensor, x: Tensor, route: Route, weights: BottleneckWei
         return in_range(_NAME, _run, out, x, route, weights)
     x = x.clone() if x is out else x
     tensors, *numbers = (getattr(weights, field.name) for field in fields(weights))
-    _op(out, x, route.levels, route.order, route.offsets, route.mask, list(tensors), *map(list, numbers))
+    given = [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
+    _op(out, x, route.levels, route.order, route.offsets, route.mask, given, *map(list, numbers))
     return out
 
 
@@ -78,12 +79,13 @@ def _op(
     order: Tensor,
     offsets: Tensor,
     mask: Tensor | None,
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],  # of BottleneckWeights; without elements for None (jit.trace takes no optional ones)
     block: Sequence[int],
     groups: Sequence[int],
 ) -> None:
     route = Route(levels, order, offsets, len(groups), mask)
-    _run(out, x, route, BottleneckWeights(tuple(tensors), tuple(block), tuple(groups)))
+    given = tuple(tensor if tensor.numel() else None for tensor in tensors)
+    _run(out, x, route, BottleneckWeights(given, tuple(block), tuple(groups)))
 
 
 def _run(out: Tensor, x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:

@@ -367,6 +367,8 @@ def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWei
     """
     if weights.stride != 1 or weights.conv2.shape[0] != x.shape[1]:
         return dynamic_residual(x, selection, weights)
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():  # ONNX leaves out ops that return nothing
+        return x.copy_(dynamic_residual(x, selection, weights))
     route = _checked(x, selection, weights)
     if runs_eagerly(x):
         in_range(f"{_NAME}_", _inplace, x, route, weights)
