@@ -1,4 +1,4 @@
-"""The ops' floating point operations, for `torch.utils.flop_counter.FlopCounterMode`: two a multiply-add of convolutions.
+"""Floating point operations of the ops, for `torch.utils.flop_counter.FlopCounterMode`: two a multiply-add.
 
 Counted is what the instances selected where that can be read without waiting (a CPU, values that are not fake), else
 the whole convolution. As everywhere in torch, batch norm and ReLU count nothing.
@@ -99,8 +99,6 @@ def _graph(x: Tensor, levels: Tensor, *arguments: Any, out_val: Tensor) -> int:
     )
 
 
-@register_flop_formula(
-    [_ops.dynamic_norm, _ops.dynamic_norm_backward, _ops.plan_levels, _ops.plan_masks], get_raw=True
-)
+@register_flop_formula([_ops.dynamic_norm, _ops.dynamic_norm_backward, _ops.plan_levels, _ops.plan_masks], get_raw=True)
 def _nothing(*_: Any, out_val: Any) -> int:
     return 0

@@ -52,15 +52,13 @@ def norm_torch_gradients(
     statistics: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    groups: Sequence[int],
-    eps: float,
-    relu: bool,
+    settings: tuple[Sequence[int], float, bool],  # groups, eps, relu
     wanted: Sequence[bool],  # of the gradients of x, weight and bias
 ) -> list[Tensor | None]:
     """The gradients of :func:`norm_torch`, which have gradients themselves; None where not wanted."""
     own = [None if t is None else t.view_as(t) for t in (x, weight, bias)]  # weight may be a function of x
     assert own[0] is not None
-    y, _ = norm_torch(own[0], selection, statistics, own[1], own[2], groups, eps, relu)
+    y, _ = norm_torch(own[0], selection, statistics, own[1], own[2], *settings)
     asked = [t for t, needed in zip(own, wanted, strict=True) if t is not None and needed]
     made = iter(torch.autograd.grad(y, asked, dy, create_graph=True))
     return [next(made) if needed else None for needed in wanted]

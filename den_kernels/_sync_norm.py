@@ -25,5 +25,5 @@ def kept_by_convert_sync_batchnorm(kind: Kind) -> Kind:
         return module
 
     convert_sync_batchnorm.__doc__ = replace.__doc__
-    nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(convert_sync_batchnorm)  # type: ignore[assignment,arg-type]
+    nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(convert_sync_batchnorm)  # type: ignore[assignment]
     return kind

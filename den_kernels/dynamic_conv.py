@@ -315,7 +315,6 @@ def convolve(
     refuse_symbols("dynamic_conv2d", x)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     check(x, weight, bias, groups)
-    refuse_tangents("dynamic_conv2d", x, weight, bias)
     out_sizes, in_sizes = sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
     route = as_route(selection, len(out_sizes) or len(in_sizes), x.shape[0])
     if route.order.device != x.device:
@@ -329,6 +328,7 @@ def convolve(
         )
     if runs_eagerly(x, weight, bias):
         return in_range(_NAME, _compute, x, weight, bias, route, geometry, packed)
+    refuse_tangents("dynamic_conv2d", x, weight, bias)
     if is_transformed():
         return equation(x, weight, bias, route.levels, route.mask, geometry)
     arguments = x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry

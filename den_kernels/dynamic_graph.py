@@ -21,15 +21,7 @@ from torch import Tensor
 from . import _conv_direct
 from ._conv_cpu import Geometry
 from ._extension import extension
-from .eager import (
-    in_range,
-    not_scriptable,
-    refuse_gradients,
-    refuse_symbols,
-    refuse_tangents,
-    refuse_transforms,
-    runs_eagerly,
-)
+from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import RoutingPlan
 from .rows import gather_rows, scatter_rows_
 
@@ -128,21 +120,19 @@ def dynamic_graph(
     Raises ValueError for shapes, dtypes or devices that do not fit each other and where a gradient is required,
     RuntimeError inside torch.func.
     """
-    refuse_symbols(_OP, x)
+    eager = runs_eagerly(x, read_in, gates, read_out)
+    if not eager:
+        refuse_symbols(_OP, x)
     _check(x, graph, plan, read_in, gates, read_out)
-    refuse_gradients(_OP, x=x, read_in=read_in, gates=gates, read_out=read_out)
-    refuse_tangents(_OP, x, read_in, gates, read_out)
-    refuse_transforms(_OP)
-    if runs_eagerly(x, read_in, gates, read_out):
+    if eager:
         return in_range(_NAME, _run, x, graph, plan, read_in, gates, read_out)
+    refuse_training(_OP, x=x, read_in=read_in, gates=gates, read_out=read_out)
     ends = [end for edge in graph.edges for end in edge]
     tensors = list(graph.weights), list(graph.biases), list(graph.direct)
     return _op(x, plan.levels, plan.order, plan.offsets, read_in, gates, read_out, *tensors, graph.states, ends)
 
 
-def _run(
-    x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor
-) -> Tensor:
+def _run(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     if graph.runs_whole(x):
         return _run_whole(x, graph, plan, read_in, gates, read_out)

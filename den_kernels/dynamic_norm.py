@@ -134,9 +134,7 @@ def _norm_forward_cpu(
 
 
 _NAME = "den_kernels::dynamic_norm"
-_norm_forward = torch.library.custom_op(_NAME, mutates_args=(), device_types="cpu")(
-    _norm_forward_cpu
-)
+_norm_forward = torch.library.custom_op(_NAME, mutates_args=(), device_types="cpu")(_norm_forward_cpu)
 
 
 @_norm_forward.register_fake
@@ -170,9 +168,7 @@ def _norm_backward_cpu(
     return dx, sums if need_sums else sums.new_empty(0)
 
 
-_norm_backward = torch.library.custom_op(f"{_NAME}_backward", mutates_args=(), device_types="cpu")(
-    _norm_backward_cpu
-)
+_norm_backward = torch.library.custom_op(f"{_NAME}_backward", mutates_args=(), device_types="cpu")(_norm_backward_cpu)
 
 
 @_norm_backward.register_fake
@@ -204,7 +200,7 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     need_dx, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     if torch.is_grad_enabled():  # create_graph: the gradients may have to have gradients
         given, wanted = None if ctx.training else statistics, (need_dx, need_weight, need_bias)
-        dx, dweight, dbias = norm_torch_gradients(dy, x, selection, given, weight, bias, *ctx.settings, wanted)
+        dx, dweight, dbias = norm_torch_gradients(dy, x, selection, given, weight, bias, tuple(ctx.settings), wanted)
         return dx, None, None, dweight, dbias, None, None, None
     need_sums = need_weight or need_bias
     arguments = dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, need_dx, need_sums

@@ -34,7 +34,7 @@ from torch import Tensor
 from . import _cuda, _triton
 from ._conv_direct import selections
 from ._extension import extension
-from .eager import in_range, not_scriptable, refuse_gradients, refuse_symbols, refuse_tangents, refuse_transforms, runs_eagerly
+from .eager import in_range, is_jit_traced, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import Route, as_route
 from .residual_weights import ResidualWeights
 from .rows import gather_rows, pool_rows, scatter_rows_
@@ -322,9 +322,6 @@ def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights, sho
         raise ValueError(f"{_OP}: x must be on {weights.conv1.device} as the weights are, got {x.device}")
     if x.dtype != weights.conv1.dtype:
         raise TypeError(f"{_OP}: x must have the weights' dtype {weights.conv1.dtype}, got {x.dtype}")
-    refuse_gradients(_OP, x=x, shortcut=shortcut)
-    refuse_tangents(_OP, x, shortcut)
-    refuse_transforms(_OP)
     if shortcut is not None:
         _check_shortcut(x, weights, shortcut)
     return as_route(selection, len(weights.groups), x.shape[0])
@@ -355,6 +352,7 @@ def dynamic_residual(
     route = _checked(x, selection, weights, shortcut)
     if runs_eagerly(x, shortcut):
         return in_range(_NAME, _functional, x, route, weights, shortcut)
+    refuse_training(_OP, x=x, shortcut=shortcut)
     return _functional_op(x, *_operands(route, weights), weights.stride, weights.relu, shortcut)
 
 
@@ -367,11 +365,12 @@ def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWei
     """
     if weights.stride != 1 or weights.conv2.shape[0] != x.shape[1]:
         return dynamic_residual(x, selection, weights)
-    if not torch.compiler.is_compiling() and torch._C._is_tracing():  # ONNX leaves out ops that return nothing
-        return x.copy_(dynamic_residual(x, selection, weights))
     route = _checked(x, selection, weights)
     if runs_eagerly(x):
         in_range(f"{_NAME}_", _inplace, x, route, weights)
-    else:
-        _inplace_op(x, *_operands(route, weights), weights.relu)
+        return x
+    refuse_training(_OP, x=x)
+    if is_jit_traced():  # the old ONNX exporter drops ops that return nothing
+        return x.copy_(_functional_op(x, *_operands(route, weights), weights.stride, weights.relu))
+    _inplace_op(x, *_operands(route, weights), weights.relu)
     return x

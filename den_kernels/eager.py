@@ -1,15 +1,21 @@
 """When an op may be called as the plain function that it is, and what the ops do not do."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-P, Value = ParamSpec("P"), TypeVar("Value")
+Value = TypeVar("Value")
+Function = TypeVar("Function", bound=Callable)
 _PLAIN = (Tensor, Parameter)
+
+# Asked in every call, so without a walk through torch's modules.
+_is_tracing, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
+_transforms, _profiler = torch._C._are_functorch_transforms_active, torch._C._autograd._profiler_enabled
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
@@ -17,9 +23,7 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
 
     Compilers, torch.jit.trace, dispatch modes, torch.func and forward-mode derivatives do.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_compiling() or _is_tracing() or _modes() or _transforms() or forward_ad._current_level >= 0:
         return False
     for tensor in tensors:  # noqa: SIM110 (a generator takes three times as long)
         if tensor is not None and type(tensor) not in _PLAIN:
@@ -42,20 +46,25 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
 def is_traced() -> bool:
     """Whether the call becomes part of a graph that runs with other values: nothing may be decided from these."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+    return is_compiling() or _is_tracing() or _transforms()
+
+
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace records the call (the old ONNX exporter is one)."""
+    return not is_compiling() and _is_tracing()
 
 
 def is_transformed() -> bool:
     """Whether torch.func transforms the call (grad, vjp, vmap, ...): a custom op takes part in none of them."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return _transforms()
 
 
-def in_range(name: str, function: Callable[P, Value], *arguments: P.args, **keywords: P.kwargs) -> Value:
+def in_range(name: str, function: Callable[..., Value], *arguments: Any) -> Value:
     """`function(*arguments)`, as a range of that name where a profiler runs: to it a plain function is no op."""
-    if not torch.autograd._profiler_enabled():
-        return function(*arguments, **keywords)
+    if not _profiler():
+        return function(*arguments)
     with torch.autograd.profiler.record_function(name):
-        return function(*arguments, **keywords)
+        return function(*arguments)
 
 
 def savable(tensor: Tensor | None) -> Tensor | None:
@@ -65,7 +74,7 @@ def savable(tensor: Tensor | None) -> Tensor | None:
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError in forward-mode differentiation: a custom op would answer with tangents of 0."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if is_compiling() or forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(
@@ -80,14 +89,17 @@ def refuse_transforms(op: str) -> None:
         raise RuntimeError(f"{op}: the call must be outside torch.func transforms, got one inside; loop over the batch")
 
 
-def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError where an op for inference would have to record a gradient."""
+def refuse_training(op: str, **tensors: Tensor | None) -> None:
+    """Raises for an op of inference where a gradient or a tangent has to be recorded (ValueError, RuntimeError), and
+    inside torch.func."""
     for name, tensor in tensors.items():
         if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(
                 f"{op}: {name} must not require a gradient (the op is for inference), got requires_grad=True; "
                 "use torch.no_grad(), or DynamicConv2d and DynamicBatchNorm2d to train"
             )
+    refuse_tangents(op, *tensors.values())
+    refuse_transforms(op)
 
 
 def refuse_symbols(op: str, x: Any) -> None:
@@ -101,7 +113,7 @@ def refuse_symbols(op: str, x: Any) -> None:
 def as_fx_leaf(module: nn.Module, x: Any, *arguments: Any) -> Any:
     """The node of a torch.fx graph that calls a module, not traced into. Raises TypeError where nothing traces."""
     op = type(module).__name__
-    if not isinstance(x, torch.fx.Proxy) or module is x.tracer.root:
+    if not isinstance(x, torch.fx.Proxy) or module is getattr(x.tracer, "root", None):
         refuse_symbols(op, x)
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *arguments), {})
 
@@ -115,7 +127,7 @@ def refuse_script(op: Any) -> NoReturn:
     )
 
 
-def not_scriptable(function: Callable[P, Value]) -> Callable[P, Value]:
+def not_scriptable(function: Function) -> Function:
     """The function itself, which torch.jit.script refuses in words of ours."""
     function.__prepare_scriptable__ = lambda: refuse_script(function)  # type: ignore[attr-defined]
     return function

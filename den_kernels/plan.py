@@ -276,7 +276,9 @@ class RoutingPlan:
         if check and not levels.is_cpu:
             check_levels(levels, groups)
         rows, order, offsets = (
-            in_range(_PLAN_LEVELS, plan_levels, levels, groups) if runs_eagerly(levels) else _plan_levels(levels, groups)
+            in_range(_PLAN_LEVELS, plan_levels, levels, groups)
+            if runs_eagerly(levels)
+            else _plan_levels(levels, groups)
         )
         return cls(rows.t(), order, offsets, groups)
 
@@ -294,9 +296,7 @@ class RoutingPlan:
                 f"RoutingPlan.from_masks: masks must be [B, N, G] with at least one group, got {list(masks.shape)}"
             )
         own = masks.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        rows, order, offsets = (
-            in_range(_PLAN_MASKS, plan_masks, own) if runs_eagerly(own) else _plan_masks(own)
-        )
+        rows, order, offsets = in_range(_PLAN_MASKS, plan_masks, own) if runs_eagerly(own) else _plan_masks(own)
         return cls(rows.t(), order, offsets, masks.shape[2], own)
 
     def __len__(self) -> int:

@@ -69,7 +69,9 @@ def assert_alike(ours, theirs, x=None):
         model(x, ROUTED).square().sum().backward()
     for (name, got), wanted in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         scale = float(wanted.grad.abs().max())
-        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got.grad, wanted.grad, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
         assert got.grad.stride() == wanted.grad.stride()
 
 

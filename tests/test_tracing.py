@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.call_kinds import INFERENCE, LEVELS, MODULES, OTHER_LEVELS, PLANS, SAME, images, module
 from den_kernels import (
     DynamicBatchNorm2d,
     DynamicConv2d,
@@ -16,6 +15,7 @@ from den_kernels import (
     dynamic_residual,
     dynamic_residual_,
 )
+from tests.call_kinds import INFERENCE, LEVELS, MODULES, OTHER_LEVELS, PLANS, SAME, images, module
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -100,7 +100,7 @@ def test_the_number_of_groups_must_be_given_in_a_trace():
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - PLANS - {"norm of the batch"}))
 def test_the_old_onnx_exporter_refuses_and_names_the_op(name, tmp_path):
     """A frozen block refuses before: an exporter reads the state_dict."""
-    with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="den_kernels::|must not be frozen"):
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match=r"den_kernels::|must not be frozen"):
         torch.onnx.export(module(name), (images(), LEVELS), tmp_path / "x.onnx", dynamo=False)
 
 
@@ -146,5 +146,5 @@ def test_layers_are_leaves_of_fx(selects):
 
 @pytest.mark.parametrize("name", ["conv", "norm", "residual", "residual in place", "graph", "plan of levels"])
 def test_fx_is_refused_by_all_that_is_no_leaf(name):
-    with pytest.raises((TypeError, torch.fx.proxy.TraceError), match="Proxy|symbolically traced"):
+    with pytest.raises((TypeError, torch.fx.proxy.TraceError), match=r"Proxy|symbolically traced"):
         torch.fx.symbolic_trace(module(name))
