@@ -5,15 +5,18 @@
 
 namespace den_kernels {
 
-// bind_cpu.cpp
+// bind_passes.cpp
 void bind_plan(pybind11::module_& m);
 void bind_rows(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
+
+// bind_direct.cpp
 void bind_dynamic_conv(pybind11::module_& m);
 void bind_dynamic_graph(pybind11::module_& m);
 void bind_dynamic_residual(pybind11::module_& m);
 void bind_dynamic_bottleneck(pybind11::module_& m);
 
+void bind_watch(pybind11::module_& m);     // bind_watch.cpp
 void bind_cuda_ops(pybind11::module_& m);  // bind_cuda.cpp; nothing in a build without CUDA
 
 }  // namespace den_kernels

@@ -55,20 +55,25 @@ void sum_bands(const ConvProblem<T>& p, int64_t block, T* dweight, Bytes bytes_o
   int64_t most = 0;
   for (const Band& band : bands) most = std::max<int64_t>(most, bytes_of(band));
   std::vector<const float*> sums(wanted, nullptr);
+  Failure failure;
 #pragma omp parallel num_threads(wanted)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #pragma omp single
     sums.resize(threads);
-    float* own = static_cast<float*>(scratch_of_thread(sums_size(p) * 4 + most));
-    std::memset(own, 0, sums_size(p) * sizeof(float));
-    sums[thread] = own;
-    for (int64_t i = thread; i < static_cast<int64_t>(bands.size()); i += threads)
-      if (bands[i].inputs.count) add(bands[i], own + sums_size(p), own);
+    failure.guard([&] {
+      float* own = static_cast<float*>(scratch_of_thread(sums_size(p) * 4 + most));
+      std::memset(own, 0, sums_size(p) * sizeof(float));
+      sums[thread] = own;
+      for (int64_t i = thread; i < static_cast<int64_t>(bands.size()); i += threads)
+        if (bands[i].inputs.count) add(bands[i], own + sums_size(p), own);
+    });
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < items; ++i) finish(p, sums, i / taps, i % taps, dweight);
+    for (int64_t i = 0; i < items; ++i)
+      if (!failure.any()) finish(p, sums, i / taps, i % taps, dweight);
   }
+  failure.rethrow();
 }
 
 }  // namespace

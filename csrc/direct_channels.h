@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -18,14 +17,6 @@ struct Selections {
   int64_t count(int64_t s) const { return offsets[s + 1] - offsets[s]; }
   bool has(int64_t s, int64_t group) const { return mask ? mask[order[offsets[s]] * G + group] : group < G - s; }
 };
-
-// The same as Python gives it: S, G and the addresses of order, offsets and mask (0: levels).
-using Route = std::array<uintptr_t, 5>;
-
-inline Selections selections_of(const Route& r) {
-  return {static_cast<int64_t>(r[0]), static_cast<int64_t>(r[1]), reinterpret_cast<const int32_t*>(r[2]),
-          reinterpret_cast<const int32_t*>(r[3]), reinterpret_cast<const bool*>(r[4])};
-}
 
 struct Run {
   int64_t first, width;

@@ -18,6 +18,7 @@
 
 #include "check.h"
 #include "direct_channels.h"
+#include "parallel.h"
 
 namespace den_kernels {
 
@@ -151,15 +152,19 @@ void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, 
   using Scratch = decltype(Chunk::scratch);
   const int64_t count = static_cast<int64_t>(chunks.size());
   if (count >= 2 * threads || threads == 1) {
+    Failure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t i = 0; i < count + rest_count; ++i) {
       if (i >= count) {
         rest(i - count);
         continue;
       }
-      chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes()));
-      run_chunk(chunks[i], 0, 1, [] {});
+      failure.guard([&] {
+        chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes()));
+        run_chunk(chunks[i], 0, 1, [] {});
+      });
     }
+    failure.rethrow();
     return;
   }
 #pragma omp parallel for schedule(static) num_threads(threads)

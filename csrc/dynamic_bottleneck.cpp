@@ -336,14 +336,17 @@ void dynamic_bottleneck(const BottleneckProblem<float>& p) {
   const int64_t threads = omp_get_max_threads();
   std::vector<Chunk> chunks = chunks_of(p, selected, threads);
   const int64_t count = static_cast<int64_t>(chunks.size());
+  Failure failure;
   if (count >= 2 * threads || threads == 1) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count; ++i) {
-      Chunk& chunk = chunks[i];
-      float* hidden_maps = static_cast<float*>(scratch_of_thread(chunk.map_bytes() + band_bytes(chunk)));
-      chunk.hidden = hidden_maps;
-      run_chunk(chunk, 0, 1, hidden_maps, hidden_maps + chunk.map_bytes() / 4, [] {});
-    }
+    for (int64_t i = 0; i < count; ++i)
+      failure.guard([&] {
+        Chunk& chunk = chunks[i];
+        float* hidden_maps = static_cast<float*>(scratch_of_thread(chunk.map_bytes() + band_bytes(chunk)));
+        chunk.hidden = hidden_maps;
+        run_chunk(chunk, 0, 1, hidden_maps, hidden_maps + chunk.map_bytes() / 4, [] {});
+      });
+    failure.rethrow();
     return;
   }
   for (Chunk& chunk : chunks) {
@@ -353,12 +356,18 @@ void dynamic_bottleneck(const BottleneckProblem<float>& p) {
 #pragma omp parallel num_threads(threads)
     {
       const int64_t thread = omp_get_thread_num();
-      float* own =
-          thread ? static_cast<float*>(scratch_of_thread(band_bytes(chunk))) : hidden_maps + chunk.map_bytes() / 4;
-      run_chunk(chunk, thread, omp_get_num_threads(), hidden_maps, own, [] {
-#pragma omp barrier
+      float* own = hidden_maps + chunk.map_bytes() / 4;
+      failure.guard([&] {
+        if (thread) own = static_cast<float*>(scratch_of_thread(band_bytes(chunk)));
       });
+#pragma omp barrier
+      // All threads or none: inside they wait for each other.
+      if (!failure.any())
+        run_chunk(chunk, thread, omp_get_num_threads(), hidden_maps, own, [] {
+#pragma omp barrier
+        });
     }
+    failure.rethrow();
   }
 }
 

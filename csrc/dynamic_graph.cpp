@@ -156,13 +156,19 @@ void dynamic_graph(const GraphProblem& p) {
   const Layout layout(p);
   const std::vector<int64_t> order = heavy_first(p);
   const int64_t bytes = p.N * layout.map.size(p.C) * 4, threads = omp_get_max_threads();
+  Failure failure;
 #pragma omp parallel num_threads(threads)
   {
-    float* scratch = static_cast<float*>(scratch_of_thread(bytes));
-    std::memset(scratch, 0, bytes);  // what lies around the maps is never written again
+    float* scratch = nullptr;
+    failure.guard([&] {
+      scratch = static_cast<float*>(scratch_of_thread(bytes));
+      std::memset(scratch, 0, bytes);  // what lies around the maps is never written again
+    });
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < p.B; ++i) run_instance(p, layout, order[i], scratch);
+    for (int64_t i = 0; i < p.B; ++i)
+      if (scratch) run_instance(p, layout, order[i], scratch);
   }
+  failure.rethrow();
 }
 
 #else

@@ -61,7 +61,7 @@ void bind_device(py::module_& m) {
 }  // namespace den_kernels
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled parts of den_kernels: raw pointers and sizes in, nothing of torch.";
+  m.doc() = "Compiled parts of den_kernels. Tensors come in through DLPack; nothing of torch is linked.";
   den_kernels::bind_device(m);
   den_kernels::bind_plan(m);
   den_kernels::bind_rows(m);
@@ -70,5 +70,6 @@ PYBIND11_MODULE(_C, m) {
   den_kernels::bind_dynamic_graph(m);
   den_kernels::bind_dynamic_residual(m);
   den_kernels::bind_dynamic_bottleneck(m);
+  den_kernels::bind_watch(m);
   den_kernels::bind_cuda_ops(m);
 }

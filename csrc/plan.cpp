@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "parallel.h"
 
 namespace den_kernels {
 namespace {
@@ -74,6 +75,7 @@ void sort_masks(const uint8_t* masks, int64_t B, int64_t G, int32_t* levels, int
 template <class T>
 int64_t plan_levels(const T* levels, int64_t B, int64_t N, int64_t G, Plan plan) {
   std::atomic<int64_t> bad{B * N};
+  Failure failure;
 #pragma omp parallel for schedule(static) if (B * N >= kWorthThreads)
   for (int64_t first = 0; first < N; first += kColumns) {
     const int64_t last = std::min(N, first + kColumns);
@@ -84,18 +86,23 @@ int64_t plan_levels(const T* levels, int64_t B, int64_t N, int64_t G, Plan plan)
       }
       continue;
     }
-    for (int64_t n = first; n < last; ++n) {
-      sort_levels(plan.levels + n * B, B, G, plan.order + n * B, plan.offsets + n * (G + 2));
-    }
+    failure.guard([&] {
+      for (int64_t n = first; n < last; ++n)
+        sort_levels(plan.levels + n * B, B, G, plan.order + n * B, plan.offsets + n * (G + 2));
+    });
   }
+  failure.rethrow();
   return bad < B * N ? bad.load() : -1;
 }
 
 void plan_masks(const uint8_t* masks, int64_t B, int64_t N, int64_t G, Plan plan) {
+  Failure failure;
 #pragma omp parallel for schedule(dynamic) if (B * N * G >= kWorthThreads)
-  for (int64_t n = 0; n < N; ++n) {
-    sort_masks(masks + n * B * G, B, G, plan.levels + n * B, plan.order + n * B, plan.offsets + n * (B + 1));
-  }
+  for (int64_t n = 0; n < N; ++n)
+    failure.guard([&] {
+      sort_masks(masks + n * B * G, B, G, plan.levels + n * B, plan.order + n * B, plan.offsets + n * (B + 1));
+    });
+  failure.rethrow();
 }
 
 template int64_t plan_levels(const int32_t*, int64_t, int64_t, int64_t, Plan);

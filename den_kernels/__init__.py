@@ -7,6 +7,7 @@ from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
 from .dynamic_residual import dynamic_residual, dynamic_residual_
+from .fold_cache import invalidate
 from .layers import DynamicConv2d
 from .plan import Route, RoutingPlan
 from .residual_weights import ResidualWeights
@@ -29,4 +30,5 @@ __all__ = [
     "dynamic_graph",
     "dynamic_residual",
     "dynamic_residual_",
+    "invalidate",
 ]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .plan import Route, read_route
 from .rows import gather_rows, scatter_rows_
 
 
@@ -117,22 +118,20 @@ def part_of(
     return Part(runs_of(in_each, both), runs_of(out_each, both), runs_of(out_each, bare), sum(both))
 
 
-def segments_of(
-    order: Tensor, offsets: Tensor, mask: Tensor | None, geometry: Geometry, in_channels: int, out_channels: int
-) -> list[Segment]:
+def segments_of(route: Route, geometry: Geometry, in_channels: int, out_channels: int) -> list[Segment]:
     """The segments of the route that hold instances, in order."""
     G = len(geometry.out_sizes) or len(geometry.in_sizes)
     sizes = tuple(geometry.out_sizes), tuple(geometry.in_sizes)
-    bounds, indices = offsets.tolist(), order.tolist()
+    bounds, indices = read_route(route)
     segments = []
     for s, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:
             continue
         members, first = indices[start:stop], indices[start]
-        selected = (True,) * (G - s) + (False,) * s if mask is None else tuple(mask[first].tolist())
+        selected = (True,) * (G - s) + (False,) * s if route.mask is None else tuple(route.mask[first].tolist())
         part = part_of(selected, in_channels, out_channels, geometry.groups, *sizes)
         neighbours = members == list(range(first, first + stop - start))
-        segments.append(Segment(order[start:stop], first if neighbours else -1, part))
+        segments.append(Segment(route.order[start:stop], first if neighbours else -1, part))
     return segments
 
 

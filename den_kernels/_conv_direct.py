@@ -5,7 +5,7 @@ packed for it, once where a layer keeps them; one packing serves all levels and 
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +30,15 @@ def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return x.dtype == torch.float32 and extension.has_dynamic_residual()
 
 
-def selections(route: Route) -> tuple[int, int, int, int, int]:
-    """A route as the direct kernels take it (csrc/direct_channels.h); it holds addresses of the route's tensors."""
-    order, offsets, mask = route.order, route.offsets, route.mask
-    assert mask is None or mask.is_contiguous()
-    address = 0 if mask is None else mask.data_ptr()
-    return offsets.shape[0] - 1, route.groups, order.data_ptr(), offsets.data_ptr(), address
+def selections(route: Route) -> tuple[int, Tensor, Tensor, Tensor | None]:
+    """A route as the direct kernels take it; they look at all that they index with (csrc/bind_direct.cpp)."""
+    return route.groups, route.order, route.offsets, route.mask
+
+
+def _window(kernel: Sequence[int], geometry: Geometry) -> Any:
+    """The C++ description of a convolution without its tensors."""
+    _, _, _, _, out_sizes, in_sizes = geometry
+    return extension.Window(kernel, geometry.stride, geometry.padding, geometry.dilation, in_sizes, out_sizes)
 
 
 def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -> Tensor:
@@ -45,14 +48,11 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -
     for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I).
     """
     O, I, R, S = weight.shape
-    rows, address = weight.contiguous(memory_format=torch.channels_last), 0 if scale is None else scale.data_ptr()
     if weight.dtype == torch.bfloat16:
-        widths = [0, *accumulate(in_sizes or (I,))]
-        packed = weight.new_empty(extension.packed_size_bf16(O, R, S, widths))
-        extension.pack_weights_bf16(rows.data_ptr(), address, packed.data_ptr(), O, R, S, widths)
+        packed = weight.new_empty(extension.packed_size_bf16(O, I, R, S, in_sizes))
     else:
         packed = weight.new_empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
-        extension.pack_weights(rows.data_ptr(), address, packed.data_ptr(), O, R * S, I)
+    extension.pack_weights(weight.contiguous(memory_format=torch.channels_last), scale, packed, in_sizes)
     return packed
 
 
@@ -61,11 +61,11 @@ def pack_turned(weight: Tensor, in_sizes: Sequence[int]) -> Tensor:
     O, I, R, S = weight.shape
     rows = weight.contiguous(memory_format=torch.channels_last)
     if weight.dtype == torch.bfloat16:
-        turned = weight.new_empty(I, R, S, O)
-        extension.turn_weights_bf16(rows.data_ptr(), turned.data_ptr(), O, R * S, I)
-        return pack(turned.permute(0, 3, 1, 2), in_sizes)
+        turned = weight.new_empty(I, R, S, O).permute(0, 3, 1, 2)
+        extension.pack_turned_weights(rows, turned)
+        return pack(turned, in_sizes)
     packed = weight.new_empty(-(-I // 16), -(-O // 16), R * S, 16, 16)
-    extension.pack_turned_weights(rows.data_ptr(), packed.data_ptr(), O, R * S, I)
+    extension.pack_turned_weights(rows, packed)
     return packed
 
 
@@ -79,18 +79,12 @@ def forward(
     geometry: Geometry,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last
     """All instances in one call; `packed` is of the whole weight, `shape` the output's."""
-    B, C, H, W = x.shape
-    _, C_out, H_out, W_out = shape
+    B, C_out, H_out, W_out = shape
     x = x.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
-    out = x.new_empty(B, H_out, W_out, C_out)
-    run = extension.dynamic_conv_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_conv
-    run(
-        x.data_ptr(), out.data_ptr(), selections(route), (B, H, W, C), (B, H_out, W_out, C_out), kernel,
-        geometry.stride, geometry.padding, geometry.dilation, geometry.in_sizes, geometry.out_sizes,
-        packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
-    )  # fmt: skip
-    return out.permute(0, 3, 1, 2)
+    out = x.new_empty(B, H_out, W_out, C_out).permute(0, 3, 1, 2)
+    extension.dynamic_conv(x, out, selections(route), _window(kernel, geometry), packed, bias)
+    return out
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, route: Route, geometry: Geometry) -> Tensor | None:
@@ -100,17 +94,11 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, route: Route, geome
     half = x.dtype == torch.bfloat16
     if half and (extension.bf16_isa() != "AMX" or tuple(geometry.stride) != (1, 1)):
         return None
-    B, C, H, W = x.shape
-    C_out, (R, S) = weight.shape[0], weight.shape[2:]
+    C_out, C, R, S = weight.shape
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
-    dweight = weight.new_empty(C_out, R, S, C)
-    run = extension.dynamic_conv_weight_gradient_bf16 if half else extension.dynamic_conv_weight_gradient
-    run(
-        x.data_ptr(), grad.data_ptr(), dweight.data_ptr(), selections(route), (B, H, W, C),
-        (B, *grad.shape[2:], C_out), (R, S), geometry.stride, geometry.padding, geometry.dilation,
-        geometry.in_sizes, geometry.out_sizes,
-    )  # fmt: skip
-    return dweight.permute(0, 3, 1, 2)
+    dweight = weight.new_empty(C_out, R, S, C).permute(0, 3, 1, 2)
+    extension.dynamic_conv_weight_gradient(x, grad, dweight, selections(route), _window((R, S), geometry))
+    return dweight
 
 
 def transposed(x: Tensor, weight: Tensor, geometry: Geometry) -> Geometry | None:

@@ -10,12 +10,15 @@ touched.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._conv_direct import pack, selections
 from ._extension import extension
+from ._handle import HasHandle
 from .eager import in_range, refuse_transforms, runs_eagerly
 from .plan import Route
 
@@ -23,12 +26,17 @@ _NAME = "den_kernels::add_bottleneck_"
 
 
 @dataclass(frozen=True)
-class BottleneckWeights:
+class BottleneckWeights(HasHandle):
     """The block's weights, batch norms folded, as the kernel reads them; made by :meth:`pack`."""
 
     tensors: tuple[Tensor | None, ...]  # scale1, shift1, conv1, bias1, conv2, bias2, conv3
-    block: tuple[int, ...]  # M, C_out, R, S, stride, cardinality
+    shape: tuple[int, ...]  # C, M, C_out, R, S, stride, cardinality
     groups: tuple[int, ...]  # sizes of the hidden channel groups
+
+    @cached_property
+    def handle(self) -> Any:
+        """The kernel's own object for these weights; ValueError or TypeError for tensors that do not fit it."""
+        return extension.BottleneckBlock(self.shape, self.groups, self.tensors)
 
     @staticmethod
     def pack(
@@ -46,7 +54,10 @@ class BottleneckWeights:
         packed = [pack(conv.weight.detach(), s) for conv, s in ((conv1, ()), (conv2, sizes), (conv3, sizes))]
         biases = [None if conv.bias is None else conv.bias.detach().float().contiguous() for conv in (conv1, conv2)]
         tensors = (*affine, packed[0], biases[0], packed[1], biases[1], packed[2])
-        return BottleneckWeights(tensors, (M, C_out, R, S, conv2.stride[0], conv2.groups), tuple(groups))
+        shape = (conv1.in_channels, M, C_out, R, S, conv2.stride[0], conv2.groups)
+        weights = BottleneckWeights(tensors, shape, tuple(groups))
+        _ = weights.handle  # checked here, not in the first call
+        return weights
 
 
 def _runs(conv1: nn.Conv2d, conv2: nn.Conv2d, C_out: int) -> bool:
@@ -80,17 +91,14 @@ def _op(
     offsets: Tensor,
     mask: Tensor | None,
     tensors: Sequence[Tensor],  # of BottleneckWeights; without elements for None (jit.trace takes no optional ones)
-    block: Sequence[int],
+    shape: Sequence[int],
     groups: Sequence[int],
 ) -> None:
     route = Route(levels, order, offsets, len(groups), mask)
     given = tuple(tensor if tensor.numel() else None for tensor in tensors)
-    _run(out, x, route, BottleneckWeights(given, tuple(block), tuple(groups)))
+    _run(out, x, route, BottleneckWeights(given, tuple(shape), tuple(groups)))
 
 
 def _run(out: Tensor, x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:
-    B, C, H, W = x.shape
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in weights.tensors]
-    run = extension.dynamic_bottleneck_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_bottleneck
-    run(x.data_ptr(), out.data_ptr(), selections(route), (B, H, W, C), weights.block, weights.groups, addresses)
+    weights.handle(x, out, selections(route))
     return out

@@ -41,7 +41,7 @@ from .eager import (
     runs_eagerly,
     savable,
 )
-from .plan import Route, as_route, channels_of
+from .plan import Route, as_route, channels_of, route_for
 
 
 def dynamic_conv2d_reference(
@@ -101,7 +101,7 @@ def _compute(
             groups=geometry.groups, out_groups=geometry.out_sizes, in_groups=geometry.in_sizes,
         )  # fmt: skip
     if not uses_direct(x, weight, route, geometry):
-        segments = _conv_cpu.segments_of(route.order, route.offsets, route.mask, geometry, x.shape[1], weight.shape[0])
+        segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
         return _conv_cpu.forward(x, weight, bias, segments, geometry)
     own = packed(x.dtype) if packed else _conv_direct.pack(weight, geometry.in_sizes)
     shape = geometry.out_shape(x, weight)
@@ -174,7 +174,7 @@ def _backward_cpu(
         dweight = None if dweight is None else dweight.contiguous(memory_format=memory_format_of(weight))
     if not any(rest):
         return dx, dweight, None
-    segments = _conv_cpu.segments_of(route.order, route.offsets, route.mask, geometry, x.shape[1], weight.shape[0])
+    segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
     others = _conv_cpu.backward(grad, x, weight, segments, geometry, rest)
     return dx if others[0] is None else others[0], dweight if others[1] is None else others[1], others[2]
 
@@ -316,9 +316,7 @@ def convolve(
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     check(x, weight, bias, groups)
     out_sizes, in_sizes = sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
-    route = as_route(selection, len(out_sizes) or len(in_sizes), x.shape[0])
-    if route.order.device != x.device:
-        raise ValueError(f"dynamic_conv2d: selection must be on {x.device} as x is, got {route.order.device}")
+    route = route_for(x, selection, len(out_sizes) or len(in_sizes), "dynamic_conv2d")
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     x, paddings = pad(x, weight, padding, strides, dilations)
     geometry = Geometry(strides, paddings, dilations, groups, out_sizes, in_sizes)

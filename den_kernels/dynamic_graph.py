@@ -12,6 +12,7 @@ or allocated on the way.  Elsewhere each edge runs over the rows of its instance
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 from . import _conv_direct
 from ._conv_cpu import Geometry
 from ._extension import extension
+from ._handle import HasHandle
 from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
-from .plan import RoutingPlan
+from .plan import RoutingPlan, read_route
 from .rows import gather_rows, scatter_rows_
 
 _OP = "dynamic_graph"
@@ -31,7 +33,7 @@ STATES_BYTES = 2 << 20  # an instance's states, at most: beyond, they leave the 
 
 
 @dataclass(frozen=True, eq=False)
-class GraphWeights:
+class GraphWeights(HasHandle):
     """A graph over states 0 to N - 1, and the convolutions of its edges: made by :meth:`pack`."""
 
     states: int
@@ -66,6 +68,9 @@ class GraphWeights:
             raise ValueError(f"{_OP}: weights must be [C, C, R, S] with odd R and S, got {list(shape)}")
         if any(w.shape != shape or bias.shape != shape[:1] for w, bias in zip(weights, biases, strict=True)):
             raise ValueError(f"{_OP}: weights must all be {list(shape)}, and biases [{shape[0]}], got others")
+        kind = weights[0].dtype, weights[0].device
+        if other := next((t for t in (*weights, *biases) if (t.dtype, t.device) != kind), None) is not None:
+            raise ValueError(f"{_OP}: weights and biases must all be {kind[0]} on {kind[1]}, got {other}")
         like = weights[0].new_empty(1, shape[1], 1, 1)
         runs = weights[0].dtype == torch.float32 and _conv_direct.runs_direct(
             like, weights[0], Geometry((1, 1), (shape[2] // 2, shape[3] // 2), (1, 1), 1, (), ())
@@ -73,6 +78,12 @@ class GraphWeights:
         return GraphWeights(
             states, edges, weights, biases, tuple(_conv_direct.pack(w, ()) for w in weights) if runs else ()
         )
+
+    @cached_property
+    def handle(self) -> Any:
+        """The direct kernel's own object for this graph, `extension.Graph`; of weights with `direct`."""
+        C, _, R, S = self.weights[0].shape
+        return extension.Graph(self.states, self.edges, C, (R, S), list(self.direct), list(self.biases))
 
     def runs_whole(self, x: Tensor) -> bool:
         """Whether one call runs the whole graph for maps as x's: a function of shapes and dtype."""
@@ -167,15 +178,10 @@ def _(x: Tensor, *_: Any) -> Tensor:
 def _run_whole(
     x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor
 ) -> Tensor:
-    B, C, H, W = x.shape
-    out = x.new_empty(B, H, W, C)
+    out = torch.empty_like(x)
     rows = [plan.levels.t().contiguous(), read_in.contiguous(), gates.contiguous(), read_out.contiguous()]
-    extension.dynamic_graph(
-        x.data_ptr(), out.data_ptr(), *(tensor.data_ptr() for tensor in rows), (B, H, W, C, graph.states),
-        graph.weights[0].shape[2:], graph.edges, [w.data_ptr() for w in graph.direct],
-        [bias.data_ptr() for bias in graph.biases],
-    )  # fmt: skip
-    return out.permute(0, 3, 1, 2)
+    graph.handle(x, out, *rows)
+    return out
 
 
 def _run_edges(
@@ -183,10 +189,13 @@ def _run_edges(
 ) -> Tensor:
     states: list[Tensor] = []
     out = torch.zeros_like(x)
+    for route in plan:
+        read_route(route)
+    counts = plan.levels.sum(0).tolist()
     for j in range(graph.states):
         v = x * _column(read_in, j)
         for e, (i, head) in enumerate(graph.edges):
-            if head == j and (count := int(plan.levels[:, e].sum())):
+            if head == j and (count := counts[e]):
                 order = plan.order[e, :count]
                 rows = states[i] if count == len(x) else gather_rows(states[i], order, x.shape[1])
                 y = F.conv2d(rows, graph.weights[e], graph.biases[e], padding=_padding(graph)).relu_()
@@ -214,6 +223,9 @@ def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, g
     if x.ndim != 4 or x.shape[1] != C or 0 in x.shape[2:]:
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(x.shape)}")
     B = len(x)
+    if not plan.levels.is_cpu or plan.levels.dtype != torch.int32:
+        got = f"{plan.levels.dtype} on {plan.levels.device}"
+        raise ValueError(f"{_OP}: plan must be of int32 levels on cpu, as x is, got {got}")
     if tuple(plan.levels.shape) != (B, E) or plan.groups != 1:
         raise ValueError(
             f"{_OP}: plan must hold {E} blocks of one group for {B} instances,"

@@ -40,7 +40,7 @@ from .eager import (
     runs_eagerly,
     savable,
 )
-from .plan import Route, as_route
+from .plan import Route, as_route, route_for
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -98,18 +98,6 @@ def _empty_channels_last(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _batch(x: Tensor, selection: Tensor, groups: Sequence[int]) -> Any:
-    """The C++ description of a batch; it points into `selection`, which must outlive it."""
-    B, _, H, W = x.shape
-    return extension.NormBatch(B, H * W, x.element_size(), selection.data_ptr(), groups)
-
-
-def _affine(statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Any:
-    """The C++ description of the affine map; it points into its arguments, which must outlive it."""
-    weight_pointer, bias_pointer = (0 if values is None else values.data_ptr() for values in (weight, bias))
-    return extension.NormAffine(statistics.data_ptr(), weight_pointer, bias_pointer, eps, relu)
-
-
 def _norm_forward_cpu(
     x: Tensor,  # [B, C, H, W] float32 or bfloat16; on a GPU also float16
     selection: Tensor,  # bool [B, G]
@@ -121,15 +109,15 @@ def _norm_forward_cpu(
     relu: bool,
 ) -> tuple[Tensor, Tensor]:  # channels-last, float32 [3, C]
     x, selection, weight, bias = _channels_last(x), selection.contiguous(), _float(weight), _float(bias)
-    batch = _batch(x, selection, groups)
+    batch = extension.NormBatch(x, selection, groups)
     if statistics is None:
         statistics = torch.empty(3, x.shape[1])
-        extension.norm_statistics(batch, x.data_ptr(), statistics.data_ptr())
+        extension.norm_statistics(batch, x, statistics)
         _check_counts(statistics[2], x.shape)
     else:
         statistics = statistics.clone(memory_format=torch.contiguous_format)
     y = torch.empty_like(x)
-    extension.norm_apply(batch, _affine(statistics, weight, bias, eps, relu), x.data_ptr(), y.data_ptr())
+    extension.norm_apply(batch, extension.NormAffine(batch, statistics, weight, bias, eps, relu), x, y)
     return y, statistics
 
 
@@ -158,13 +146,13 @@ def _norm_backward_cpu(
 ) -> tuple[Tensor, Tensor]:  # dx channels-last, float32 [2, C] dbias and dweight; empty where not needed
     dy, x, selection = _channels_last(dy), _channels_last(x), selection.contiguous()
     weight, bias = _float(weight), _float(bias)
-    batch, affine = _batch(x, selection, groups), _affine(statistics, weight, bias, eps, relu)
+    batch = extension.NormBatch(x, selection, groups)
+    affine = extension.NormAffine(batch, statistics, weight, bias, eps, relu)
     sums, dx = torch.empty(2, x.shape[1]), torch.empty_like(x) if need_dx else x.new_empty(0)
     if need_sums or training:
-        extension.norm_reduce(batch, affine, dy.data_ptr(), x.data_ptr(), sums.data_ptr())
+        extension.norm_reduce(batch, affine, dy, x, sums)
     if need_dx:
-        through = sums.data_ptr() if training else 0
-        extension.norm_gradient(batch, affine, dy.data_ptr(), x.data_ptr(), through, dx.data_ptr())
+        extension.norm_gradient(batch, affine, dy, x, sums if training else None, dx)
     return dx, sums if need_sums else sums.new_empty(0)
 
 
@@ -248,8 +236,6 @@ def _check(x: Tensor, route: Route, groups: Sequence[int], **vectors: Tensor | N
     C = x.shape[1]
     if sum(groups) != C or min(groups, default=0) < 0:
         raise ValueError(f"dynamic_batch_norm: groups must add up to the {C} channels of x, got {list(groups)}")
-    if route.levels.device != x.device:
-        raise ValueError(f"dynamic_batch_norm: route must be on {x.device} like x, got {route.levels.device}")
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (C,):
             raise ValueError(f"dynamic_batch_norm: {name} must be [{C}], got shape {list(vector.shape)}")
@@ -302,7 +288,7 @@ def dynamic_batch_norm(
     refuse_symbols("dynamic_batch_norm", x)
     if x.dim() != 4:
         raise ValueError(f"dynamic_batch_norm: x must be [B, C, H, W], got shape {list(x.shape)}")
-    route = as_route(route, len(groups), x.shape[0])
+    route = route_for(x, route, len(groups), "dynamic_batch_norm")
     _check(x, route, groups, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     refuse_tangents("dynamic_batch_norm", x, weight, bias)
     statistics = None

@@ -25,6 +25,7 @@ On a GPU the block is one CUDA kernel (csrc/dynamic_residual.cu) whose hidden ma
 `_cuda.choose_fused` has a layout for it, else two launches of the Triton convolution (`_triton/residual.py`).
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +34,8 @@ from torch import Tensor
 
 from . import _cuda, _triton
 from ._conv_direct import selections
-from ._extension import extension
 from .eager import in_range, is_jit_traced, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
-from .plan import Route, as_route
+from .plan import Route, read_route, route_for
 from .residual_weights import ResidualWeights
 from .rows import gather_rows, pool_rows, scatter_rows_
 
@@ -66,17 +66,15 @@ class Segment(NamedTuple):
 
 def segments(route: Route) -> list[Segment]:
     """The segments of a route that have work to do, read on the host (CPU routes only)."""
-    offsets, G = route.offsets.tolist(), route.groups
-    if route.mask is None:
-        runs = [(offsets[s], offsets[s + 1], (True,) * (G - s) + (False,) * s) for s in range(G)]
-    else:
-        firsts = [route.order[start] if start < offsets[-1] else None for start in offsets[:-1]]
-        runs = [
-            (offsets[s], offsets[s + 1], tuple(route.mask[first].tolist()))
-            for s, first in enumerate(firsts)
-            if first is not None
-        ]
-    return [Segment(start, end, groups) for start, end, groups in runs if end > start and any(groups)]
+    (offsets, order), G = read_route(route), route.groups
+    found = []
+    for s, (start, end) in enumerate(pairwise(offsets)):
+        if start < end:
+            groups = (
+                (True,) * (G - s) + (False,) * s if route.mask is None else tuple(route.mask[order[start]].tolist())
+            )
+            found.append(Segment(start, end, groups))
+    return [segment for segment in found if any(segment.groups)]
 
 
 def chunk_size(instances: int, map_bytes: int) -> int:
@@ -90,20 +88,7 @@ def chunk_size(instances: int, map_bytes: int) -> int:
 
 def _add_branch_direct(x: Tensor, shortcut: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
     """out = shortcut + branch(x) in C++; `out` may be `shortcut`, and `shortcut` may be `x`."""
-    assert weights.direct is not None
-    B, C, H, W = x.shape
-    C_out, M, R, S = weights.conv2.shape
-    bias2 = None if weights.bias2 is None else weights.bias2.float()
-    unpacked = weights.unpacked
-    scale2 = weights.scale2 if unpacked[0] else None
-    address = [0 if t is None else t.data_ptr() for t in (weights.scale1, weights.shift1, bias2, scale2)]
-    run = extension.dynamic_residual_bf16 if x.dtype == torch.bfloat16 else extension.dynamic_residual
-    run(
-        x.data_ptr(), shortcut.data_ptr(), out.data_ptr(), selections(route), [B, H, W, C], weights.stride,
-        [C_out, M, R, S], weights.groups, address[0], address[1], weights.direct[0].data_ptr(),
-        weights.bias1.data_ptr(), weights.direct[1].data_ptr(), address[2], address[3],
-        unpacked[1],
-    )  # fmt: skip
+    weights.handle(x, shortcut, out, selections(route))
 
 
 def _add_branch_onednn(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
@@ -324,7 +309,7 @@ def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights, sho
         raise TypeError(f"{_OP}: x must have the weights' dtype {weights.conv1.dtype}, got {x.dtype}")
     if shortcut is not None:
         _check_shortcut(x, weights, shortcut)
-    return as_route(selection, len(weights.groups), x.shape[0])
+    return route_for(x, selection, len(weights.groups), _OP)
 
 
 @not_scriptable

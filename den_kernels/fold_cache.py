@@ -2,51 +2,92 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
+from zlib import crc32
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ._extension import extension
 
 Value = TypeVar("Value")
+Source = tuple[Tensor, ...]
 
-# In C, for many tensors.
-_is_inference, _address = methodcaller("is_inference"), methodcaller("data_ptr")
-_version, _kind = attrgetter("_version"), attrgetter("dtype", "device")
+_versions = attrgetter("_version")  # in C, for many tensors
+
+
+class _Epoch:
+    """How often what is kept had to be forgotten."""
+
+    everywhere = 0  # times that invalidate() was called
+    devices = 0  # steps of optimisers, since there are values of tensors that the host cannot look at
+    hook: Any = None
+
+    @classmethod
+    def count_steps(cls) -> None:
+        """From now on a step of any optimiser counts."""
+        if cls.hook is None:
+            cls.hook = register_optimizer_step_post_hook(cls._step)
+
+    @classmethod
+    def _step(cls, *_: object) -> None:
+        cls.devices += 1
+
+
+def invalidate() -> None:
+    """Forget all packed and folded weights of all layers and blocks, so that the next call makes them anew.
+
+    Needed only after writes that nothing can notice cheaply: to a few elements of a large weight on a CPU, or to any
+    weight on a GPU, through `param.data`, NumPy or another library. Steps of optimisers, `load_state_dict`, in-place
+    operations, replaced parameters and writes to most of a weight on a CPU are noticed.
+    """
+    _Epoch.everywhere += 1
 
 
 class FoldCache(Generic[Value]):
-    """Holds what ``build()`` made of ``sources`` while every source is the same memory in the same version.
+    """Holds what ``build()`` made of ``sources`` while every source is the same tensor and holds the same.
 
-    The version counter moves with each in-place change (optimiser steps, ``load_state_dict``, running statistics) and
-    the address with each replacement (``.to()``, ``param.data = ...``). The cache keeps the memory it was built from
-    alive, so no later tensor can take its address. Writing through ``param.data`` or a NumPy view moves neither:
-    owners call :meth:`clear` when they change mode, which covers such writes around ``train()`` and ``eval()``.
-    Copies and pickles of a cache are empty.
+    The same tensor: address, sizes, strides, dtype, device and version counter. The counter moves with in-place
+    operations and `load_state_dict`, but not with fused optimisers nor with writes through ``param.data`` and NumPy
+    arrays. Therefore what a source on a CPU holds is looked at as well, in a microsecond a call: all of it up to 64 KB;
+    of a larger one a part in turn that spreads over the whole, so that a change of most of it is noticed at once and
+    one of a few elements within some calls (`extension.Watch.turns`). On other devices a step of any optimiser drops
+    the value. :func:`invalidate` covers the rest.
+
+    The cache keeps the memory it was built from alive, so no later tensor can take its address. Copies and pickles of
+    a cache are empty.
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[tuple, tuple[Tensor, ...], Value] | None = None
+        self._entry: tuple[tuple, Any, Source, Value] | None = None
         self._places: tuple[tuple[nn.Module, ...], list[tuple[dict[str, Any], str]]] | None = None
 
-    def get(self, sources: tuple[Tensor, ...], build: Callable[[], Value]) -> Value:
-        """The value of ``sources``, built anew if any of them changed since the last call."""
-        if any(map(_is_inference, sources)):  # such tensors carry no version
+    def get(self, sources: Source, build: Callable[[], Value], *settings: object) -> Value:
+        """The value of ``sources`` and ``settings``, built anew if any of them changed since the last call."""
+        try:
+            versions = tuple(map(_versions, sources))
+        except RuntimeError:  # inference tensors carry no version
             return build()
-        key = *map(_address, sources), *map(_version, sources), *map(_kind, sources)
         entry = self._entry
-        if entry is None or entry[0] != key:
-            entry = self._entry = (key, tuple(source.detach() for source in sources), build())
-        return entry[2]
+        key = _Epoch.everywhere, versions, settings
+        if entry is not None and entry[0] == key and entry[1].same(sources):
+            return entry[3]
+        watch = _watch(sources)  # before the value: what another thread writes meanwhile is noticed
+        value = build()
+        self._entry = key, watch, tuple(source.detach() for source in sources), value
+        return value
 
-    def of(self, modules: tuple[nn.Module, ...], build: Callable[[], Value]) -> Value:
+    def of(self, modules: tuple[nn.Module, ...], build: Callable[[], Value], *settings: object) -> Value:
         """:meth:`get` of all parameters and buffers of the modules.
 
         Where they stand is looked up once for a set of modules, and again when one of them is gone (parametrizations
         and pruning move them): asking many modules for their attributes takes longer than to run a small network.
         """
-        return self.get(self._tensors(modules), build)
+        return self.get(self._tensors(modules), build, *settings)
 
-    def _tensors(self, modules: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
+    def _tensors(self, modules: tuple[nn.Module, ...]) -> Source:
         if self._places is not None and self._places[0] == modules:
             with suppress(KeyError):
                 return tuple(t for entries, name in self._places[1] if (t := entries[name]) is not None)
@@ -63,3 +104,43 @@ class FoldCache(Generic[Value]):
 
     def __reduce__(self) -> tuple:
         return type(self), ()
+
+
+class _DeviceWatch:
+    """The tensors of another device, until an optimiser steps."""
+
+    def __init__(self, sources: Source) -> None:
+        _Epoch.count_steps()
+        self._key = self._key_of(sources)
+
+    @staticmethod
+    def _key_of(sources: Source) -> tuple:
+        return (_Epoch.devices, *((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in sources))
+
+    def same(self, sources: Source) -> bool:
+        return self._key_of(sources) == self._key
+
+
+class _PlainWatch:
+    """`extension.Watch` without the extension: everything is looked at in every call."""
+
+    def __init__(self, sources: Source) -> None:
+        self._key = self._key_of(sources)
+
+    @staticmethod
+    def _key_of(sources: Source) -> tuple:
+        return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, _sum(t.detach())) for t in sources)
+
+    def same(self, sources: Source) -> bool:
+        return self._key_of(sources) == self._key
+
+
+def _sum(tensor: Tensor) -> int:
+    dense = tensor.contiguous()
+    return crc32(dense.view(-1).view(torch.uint8).numpy().data) if dense.numel() else 0
+
+
+def _watch(sources: Source) -> Any:
+    if not all(source.is_cpu for source in sources):
+        return _DeviceWatch(sources)
+    return _PlainWatch(sources) if extension is None else extension.Watch(sources)

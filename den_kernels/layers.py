@@ -108,7 +108,7 @@ class DynamicConv2d(nn.Conv2d):
 
     def _packed_weight(self, dtype: torch.dtype) -> Tensor:
         cache = self._packed.setdefault(dtype, FoldCache())
-        return cache.get((self.weight,), lambda: pack(self.weight.detach().to(dtype), self.in_groups))
+        return cache.get((self.weight,), lambda: pack(self.weight.detach().to(dtype), self.in_groups), self.in_groups)
 
     def train(self, mode: bool = True) -> Self:
         for cache in self._packed.values():

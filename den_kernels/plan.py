@@ -127,10 +127,9 @@ def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         return plan_levels_torch(levels, groups)
     levels = (levels if levels.dtype == torch.int64 else levels.int()).contiguous()
     B, N = levels.shape
-    rows, order, offsets = _empty_plan(levels, B, N, groups + 1)
-    sort = extension.plan_levels_int64 if levels.dtype == torch.int64 else extension.plan_levels_int32
-    sort(levels.data_ptr(), B, N, groups, rows.data_ptr(), order.data_ptr(), offsets.data_ptr())
-    return rows, order, offsets
+    plan = _empty_plan(levels, B, N, groups + 1)
+    extension.plan_levels(levels, groups, *plan)
+    return plan
 
 
 _plan_levels = torch.library.custom_op(_PLAN_LEVELS, plan_levels, mutates_args=())
@@ -156,8 +155,7 @@ def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if on_cuda:
         _cuda.plan_masks(masks, levels, order, offsets)
         return levels, order, offsets
-    rows = masks.transpose(0, 1).contiguous()
-    extension.plan_masks(rows.data_ptr(), B, N, G, levels.data_ptr(), order.data_ptr(), offsets.data_ptr())
+    extension.plan_masks(masks.transpose(0, 1).contiguous(), levels, order, offsets)
     return levels, order, offsets
 
 
@@ -397,6 +395,49 @@ def as_route(
     if selection.shape != (batch,):
         raise ValueError(f"route: levels must be [{batch}], got {list(selection.shape)}")
     return RoutingPlan.from_levels(selection[:, None], groups)[0]
+
+
+def route_for(x: Tensor, selection: Route | Tensor, groups: int, op: str) -> Route:
+    """:func:`as_route` for the instances of `x` [B, ...], on its device: what every op calls with its selection.
+
+    Raises, beyond what `as_route` does, ValueError for a selection on another device and for a route whose tensors are
+    not those of a plan (on a CPU the kernels look at what they hold, too; on a GPU that would wait for the device).
+    """
+    route = as_route(selection, groups, x.shape[0])
+    order = route.order
+    if not (x.is_cpu and order.is_cpu) and (order.device != x.device or route.levels.device != x.device):
+        raise ValueError(f"{op}: selection must be on {x.device} as x is, got {route.levels.device}")
+    if isinstance(selection, Route) and not (x.is_cpu and extension is not None):
+        _check_route(route, x.shape[0], op)
+    return route
+
+
+def _check_route(route: Route, batch: int, op: str) -> None:
+    """Raises ValueError for a route whose tensors have not the dtypes, sizes and place of a plan's."""
+    segments = route.groups + 1 if route.mask is None else batch
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    wanted = {"levels": (torch.int32, (batch,)), "order": (torch.int32, (batch,))}
+    wanted |= {"offsets": (torch.int32, (segments + 1,)), "mask": (torch.bool, (batch, route.groups))}
+    for name, (dtype, shape) in wanted.items():
+        tensor = getattr(route, name)
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.shape != shape or tensor.device != route.order.device:
+            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{op}: route.{name} must be {dtype} {list(shape)} on {route.order.device}, got {got}")
+        if name != "levels" and not tensor.is_contiguous():
+            raise ValueError(f"{op}: route.{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def read_route(route: Route) -> tuple[list[int], list[int]]:
+    """offsets [S + 1] and order [B] of a route on a CPU; ValueError where they are not those of a plan."""
+    offsets, order = route.offsets.tolist(), route.order.tolist()
+    batch = len(order)
+    if offsets[0] != 0 or offsets[-1] != batch or sorted(offsets) != offsets:
+        raise ValueError(f"route: offsets must rise from 0 to {batch} instances, got {offsets}")
+    if batch and not 0 <= min(order) <= max(order) < batch:
+        raise ValueError(f"route: order must hold instances 0..{batch - 1}, got {min(order)}..{max(order)}")
+    return offsets, order
 
 
 def channels_of(

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ._conv_direct import pack
 from ._extension import extension
+from ._handle import HasHandle
 
 _OP = "dynamic_residual"
 
@@ -34,7 +36,7 @@ class HiddenWeights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ResidualWeights:
+class ResidualWeights(HasHandle):
     """A residual block's parameters, folded for inference: made by :meth:`fold`, read by :func:`dynamic_residual`."""
 
     scale1: Tensor | None  # float32 [C]: bn1 as an affine map; None where the block has no bn1 and ReLU
@@ -76,13 +78,20 @@ class ResidualWeights:
         Raises ValueError for convolutions of another kind, for batch norms without running statistics, and for a
         post-activation block without bn1.
         """
-        _check_convolution(conv1, "conv1", stride=None)
-        _check_convolution(conv2, "conv2", stride=1)
+        groups = tuple(getattr(conv1, "out_groups", None) or (conv1.out_channels,))
+        _check_convolution(conv1, "conv1", conv1, stride=None)
+        _check_convolution(conv2, "conv2", conv1, stride=1)
+        if sum(groups) != conv1.out_channels or min(groups) < 1:
+            raise ValueError(f"{_OP}: conv1.out_groups must add up to {conv1.out_channels} channels, got {groups}")
         if conv2.in_channels != conv1.out_channels or conv2.out_channels < conv1.in_channels:
             raise ValueError(
                 f"{_OP}: conv2 must take conv1's {conv1.out_channels} channels and give at least {conv1.in_channels}, "
                 f"got {conv2.in_channels} and {conv2.out_channels}"
             )
+        norms = (conv1.out_channels, conv2.out_channels) if post_activation else (conv1.in_channels, conv1.out_channels)
+        for name, norm, channels in (("bn1", bn1, norms[0]), ("bn2", bn2, norms[1])):
+            if norm is not None:
+                _check_norm(norm, name, channels, conv1.weight)
         with torch.no_grad():
             weight2, bias2 = conv2.weight.detach(), None if conv2.bias is None else conv2.bias.detach()
             if post_activation:
@@ -94,7 +103,6 @@ class ResidualWeights:
             else:
                 scale1, shift1 = (None, None) if bn1 is None else _affine(bn1, "bn1")
                 scale2, shift2 = _affine(bn2, "bn2")
-            groups = getattr(conv1, "out_groups", None) or (conv1.out_channels,)
             group_of_channel = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
             weights = ResidualWeights(
                 scale1,
@@ -109,7 +117,22 @@ class ResidualWeights:
                 conv1.stride[0],
                 post_activation,
             )
-            return weights._prepacked(copy)
+            packed = weights._prepacked(copy)
+            if packed.direct is not None:
+                _ = packed.handle  # checked here, not in the first call
+            return packed
+
+    @cached_property
+    def handle(self) -> Any:
+        """The direct kernel's own object for these weights, `extension.ResidualBlock`; of weights with `direct`.
+
+        Raises ValueError or TypeError for tensors that do not fit each other.
+        """
+        assert self.direct is not None
+        (C_out, M), (_, C, R, S) = self.conv2.shape[:2], self.conv1.shape
+        bias2 = None if self.bias2 is None else self.bias2.float()
+        tensors = (self.scale1, self.shift1, self.direct[0], self.scale2, self.bias1, self.direct[1], bias2)
+        return extension.ResidualBlock((C, M, C_out, R, S, self.stride), self.groups, tensors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +144,7 @@ class ResidualWeights:
         """Whether the direct kernel reads conv1 and conv2 where they are."""
         if self.direct is None:
             return False, False
-        return self.direct[0].shape == self.conv1.shape, self.direct[1].shape == self.conv2.shape
+        return self.direct[0].ndim == 4, self.direct[1].ndim == 4
 
     def released(self) -> "ResidualWeights":
         """Without the weights themselves where a direct kernel runs, which then reads packed copies; else unchanged.
@@ -150,9 +173,9 @@ class ResidualWeights:
     def _packed(self, copy: bool = True) -> "ResidualWeights":
         """What is not packed for the direct kernel yet, packed; without `copy` only what it cannot read where it is."""
         conv1, conv2 = self.direct or (self.conv1, self.conv2)
-        if conv1.shape == self.conv1.shape and (copy or not _may_stay(conv1, _WIDE[0])):
+        if conv1.ndim == 4 and (copy or not _may_stay(conv1, _WIDE[0])):
             conv1 = pack(conv1, (), self.scale2)
-        if conv2.shape == self.conv2.shape and (copy or not _may_stay(conv2, _WIDE[1])):
+        if conv2.ndim == 4 and (copy or not _may_stay(conv2, _WIDE[1])):
             conv2 = pack(conv2, self.groups)
         return replace(self, direct=(conv1, conv2))
 
@@ -196,7 +219,18 @@ def _may_stay(weight: Tensor, wide: int) -> bool:
     return readable and weight.shape[1] >= wide
 
 
-def _check_convolution(conv: nn.Conv2d, name: str, stride: int | None) -> None:
+def _check_convolution(conv: nn.Conv2d, name: str, first: nn.Conv2d, stride: int | None) -> None:
+    """Raises for a convolution of another kind, or whose tensors are not as it says or not where `first`'s are."""
+    weight, like = conv.weight, first.weight
+    shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+    if weight.shape != shape or (conv.bias is not None and conv.bias.shape != shape[:1]):
+        got = list(weight.shape), None if conv.bias is None else list(conv.bias.shape)
+        raise ValueError(f"{_OP}: {name} must have a weight {list(shape)} and a bias [{shape[0]}] or None, got {got}")
+    for part, tensor in (("weight", weight), ("bias", conv.bias)):
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{_OP}: {name}.{part} must be on {like.device} as conv1 is, got {tensor.device}")
+        if tensor is not None and tensor.dtype != like.dtype:
+            raise TypeError(f"{_OP}: {name}.{part} must be {like.dtype} as conv1 is, got {tensor.dtype}")
     padding = tuple(k // 2 for k in conv.kernel_size)
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     same = conv.padding == "same" or conv.padding == padding
@@ -206,6 +240,17 @@ def _check_convolution(conv: nn.Conv2d, name: str, stride: int | None) -> None:
         )
     if stride is not None and conv.stride[0] != stride:
         raise ValueError(f"{_OP}: {name} must have stride {stride}, got {conv.stride[0]}")
+
+
+def _check_norm(bn: nn.BatchNorm2d, name: str, channels: int, like: Tensor) -> None:
+    """Raises ValueError for a batch norm that does not have `channels` channels on the device of `like`."""
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(bn, part)
+        if tensor is not None and (tensor.shape != (channels,) or tensor.device != like.device):
+            raise ValueError(
+                f"{_OP}: {name}.{part} must be [{channels}] on {like.device},"
+                f" got {list(tensor.shape)} on {tensor.device}"
+            )
 
 
 def _affine(bn: nn.BatchNorm2d, name: str) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from ._extension import extension
 from .eager import is_ordinary
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _in_cpp(*dtypes: torch.dtype) -> bool:
-    if extension is None or any(dtype not in _CODES for dtype in dtypes):
+    if extension is None or any(dtype not in _DTYPES for dtype in dtypes):
         return False
     return dtypes[0] == dtypes[1] or torch.bfloat16 not in dtypes
 
@@ -35,20 +35,16 @@ def gather_rows(
 
     Equivalent to `relu(x[order, start:start + width] * scale + shift).to(dtype)`.
     """
-    _, C, H, W = x.shape
+    H, W = x.shape[2:]
     n, dtype = order.numel(), dtype or x.dtype
     if not _in_cpp(x.dtype, dtype):
         rows = x.permute(0, 2, 3, 1)[order.long(), :, :, start : start + width]
         if scale is not None and shift is not None:
             rows = rows.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift
         return (rows.relu() if relu else rows).to(dtype).permute(0, 3, 1, 2)
-    out = torch.empty(n, H, W, width, dtype=dtype)
-    extension.gather_rows(
-        x.data_ptr() + start * x.element_size(), out.data_ptr(), order.data_ptr(), n, H * W, C, width,
-        _CODES[x.dtype], _CODES[dtype], 0 if scale is None else scale.data_ptr(),
-        0 if shift is None else shift.data_ptr(), relu,
-    )  # fmt: skip
-    return out.permute(0, 3, 1, 2)
+    out = torch.empty(n, H, W, width, dtype=dtype).permute(0, 3, 1, 2)
+    extension.gather_rows(x, out, order, start, scale, shift, relu)
+    return out
 
 
 def scatter_rows_(
@@ -62,17 +58,13 @@ def scatter_rows_(
 
     Equivalent to `dst[order, start:start + width] = src` (or `+=`).
     """
-    _, C, H, W = dst.shape
-    n, width = src.shape[0], src.shape[1]
     if not _in_cpp(src.dtype, dst.dtype):
+        width = src.shape[1]
         rows = dst.permute(0, 2, 3, 1)[:, :, :, start : start + width]
         values = src.permute(0, 2, 3, 1).to(dst.dtype)
         rows.index_put_((order.long(),), values, accumulate=accumulate)
         return
-    extension.scatter_rows(
-        src.data_ptr(), dst.data_ptr() + start * dst.element_size(), order.data_ptr(), n, H * W, width, C,
-        _CODES[src.dtype], _CODES[dst.dtype], accumulate,
-    )  # fmt: skip
+    extension.scatter_rows(src, dst, order, start, accumulate)
 
 
 def pool_rows(x: Tensor, out_channels: int, stride: int) -> Tensor:
@@ -88,6 +80,6 @@ def pool_rows(x: Tensor, out_channels: int, stride: int) -> Tensor:
         pooled = x if stride == 1 else torch.nn.functional.avg_pool2d(x, stride, ceil_mode=True)
         padded = torch.nn.functional.pad(pooled, (0, 0, 0, 0, 0, out_channels - C))
         return padded.clone(memory_format=torch.channels_last)
-    out = torch.empty(B, -(-H // stride), -(-W // stride), out_channels, dtype=x.dtype)
-    extension.pool_rows(x.data_ptr(), out.data_ptr(), B, H, W, C, out_channels, stride, _CODES[x.dtype])
-    return out.permute(0, 3, 1, 2)
+    out = torch.empty(B, -(-H // stride), -(-W // stride), out_channels, dtype=x.dtype).permute(0, 3, 1, 2)
+    extension.pool_rows(x, out, stride)
+    return out

@@ -97,7 +97,7 @@ def test_segments_and_masked_composition_agree_with_the_reference_in_float64(pro
     )  # fmt: skip
     route = as_route(selection, len(problem.out_sizes) or len(problem.in_sizes), problem.batch)
     exact = dynamic_conv2d(x, weight, bias, route, **problem.keywords)
-    segments = _conv_cpu.segments_of(route.order, route.offsets, route.mask, geometry, x.shape[1], weight.shape[0])
+    segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
     by_segments = _conv_cpu.forward(x, weight, bias, segments, geometry)
     torch.testing.assert_close(by_segments, exact, rtol=1e-12, atol=1e-12)
     masked = masked_forward(x, weight, bias, route.levels, route.mask, geometry)

@@ -15,7 +15,7 @@ from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route, RoutingPlan
 from den_kernels.bottleneck import BottleneckWeights, add_bottleneck_
 from den_kernels.eager import refuse_tangents
 from den_kernels.fold_cache import FoldCache
-from den_kernels.plan import as_route
+from den_kernels.plan import route_for
 from den_kernels.rows import gather_rows, pool_rows, scatter_rows_
 
 
@@ -114,7 +114,9 @@ class BottleneckBlock(nn.Module):
             check_use(self, route)
         if route is not None and (frozen or (may_fold(self) and x.dtype == self.conv1.weight.dtype)):
             return self._infer(x.contiguous(memory_format=torch.channels_last), route, inplace)
-        return self.shortcut(x) + self.residual(x, route)
+        y = self.shortcut(x) + self.residual(x, route)
+        # Another thread may have frozen the block meanwhile, its weights are gone then.
+        return y if self._frozen is None else self.forward(x, route, inplace=inplace)
 
     def residual(self, x: Tensor, route: Route | None = None) -> Tensor:
         """All but the shortcut, over the selected channels; 0 for instances at level 0."""
@@ -125,7 +127,7 @@ class BottleneckBlock(nn.Module):
         return self.conv3(hidden, route)
 
     def _infer(self, x: Tensor, route: Route, inplace: bool) -> Tensor:
-        B, C, H, W = x.shape
+        _, C, H, W = x.shape
         weight = self.conv1.weight
         if self.conv1.in_channels != C or H == 0 or W == 0 or x.device != weight.device:
             wanted = f"[B, {self.conv1.in_channels}, H, W] with H and W of at least 1 on {weight.device}"
@@ -133,7 +135,7 @@ class BottleneckBlock(nn.Module):
         if x.dtype != weight.dtype:
             raise TypeError(f"BottleneckBlock: x must be {weight.dtype} as the weights are, got {x.dtype}")
         refuse_tangents("BottleneckBlock", x)
-        route = as_route(route, len(self.conv1.out_groups), B)
+        route = route_for(x, route, len(self.conv1.out_groups), "BottleneckBlock")
         out = x if inplace and self.shortcut.is_identity else pool_rows(x, self.conv3.out_channels, self.stride)
         folded = self._frozen or self.folded()
         if isinstance(folded, BottleneckWeights):
@@ -157,7 +159,10 @@ class BottleneckBlock(nn.Module):
         As the CPU's kernel reads them, where that runs.
         """
         layers = (self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3)
-        return self._folded.of(tuple(layer for layer in layers if layer is not None), self._fold)
+        kept = tuple(layer for layer in layers if layer is not None)
+        settings = self.conv1.out_groups, *(norm.eps for norm in (self.bn1, self.bn2, self.bn3) if norm is not None)
+        made = self._folded.of(kept, self._fold, *settings)
+        return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
 
     def _fold(self) -> _Folded | BottleneckWeights:
         affine = (None, None) if self.bn1 is None else norm_affine(self.bn1, self.conv1.weight.dtype)
@@ -169,7 +174,7 @@ class BottleneckBlock(nn.Module):
         """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""
         weights = self.folded()
         if isinstance(weights, BottleneckWeights):
-            self._frozen = weights
+            self._frozen = weights  # before the weights go: see forward() and folded()
             self._folded.clear()
             release(self, (self.conv1, self.conv2, self.conv3))
 

@@ -80,7 +80,9 @@ class ElasticBlock(nn.Module):
             return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self._frozen)
         if route is not None and may_fold(self) and x.dtype == self.conv1.weight.dtype:
             return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self.folded())
-        return self.shortcut(x) + self.residual(x, route)
+        y = self.shortcut(x) + self.residual(x, route)
+        # Another thread may have frozen the block meanwhile, its weights are gone then.
+        return y if self._frozen is None else self.forward(x, route, inplace=inplace)
 
     def residual(self, x: Tensor, route: Route | None = None) -> Tensor:
         """``conv2(relu(bn2(conv1(relu(bn1(x))))))`` over the selected channels; 0 for instances at level 0."""
@@ -93,14 +95,16 @@ class ElasticBlock(nn.Module):
         """Weights with both batch norms folded (eval mode), from the cache while nothing they depend on changed."""
         layers = conv1, bn1, conv2, bn2 = self.conv1, self.bn1, self.conv2, self.bn2
         sources = tuple(layer for layer in layers if layer is not None)
-        return self._folded.of(sources, lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2, copy=False))
+        settings = conv1.out_groups, *(norm.eps for norm in (bn1, bn2) if norm is not None)
+        made = self._folded.of(sources, lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2, copy=False), *settings)
+        return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
 
     def freeze(self) -> None:
         """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""
         weights = self.folded().released()
         if weights.direct is None:
             return
-        self._frozen = weights
+        self._frozen = weights  # before the weights go: see forward() and folded()
         self._folded.clear()
         release(self, (self.conv1, self.conv2))
 

@@ -161,10 +161,12 @@ class DagNetwork(nn.Module):
         gates = self.gates
         sources = gates.alpha, gates.beta, gates.gamma, gates.edge_levels, gates.kept_in, gates.kept_out
         made, key = self._routed.get(sources, dict), (batch.tasks, *batch.sizes)
-        if key not in made:
+        gates_of_batch = made.get(key)
+        if gates_of_batch is None:  # the dictionary is shared between threads: look at it once
+            gates_of_batch = self._route(batch)
             made.clear()
-            made[key] = self._route(batch)
-        return made[key]
+            made[key] = gates_of_batch
+        return gates_of_batch
 
     def _route(self, batch: TaskBatch) -> BatchGates:
         device = self.gates.gamma.device

@@ -7,8 +7,8 @@ interpolation; both belong to the stage: all its states and all tasks share them
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.dag.edge import Edge

@@ -1,0 +1,271 @@
+"""Every tensor that a binding of the extension takes is checked: another device, dtype, size or layout is an error.
+
+A binding that forgot one would read or write out of bounds, or end the process.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from den_kernels import RoutingPlan
+from den_kernels._extension import extension
+
+pytestmark = pytest.mark.skipif(
+    extension is None or not extension.has_dynamic_residual(),
+    reason="the direct kernels need the extension and AVX-512",
+)
+B, C, M, H = 6, 32, 32, 5
+
+
+def maps(channels: int, batch: int = B, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, channels, H, H).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def route_tensors(masks: bool = False) -> list:
+    levels = torch.tensor([0, 1, 2, 2, 1, 0])
+    chosen = levels[:, None] > torch.arange(2)
+    plan = RoutingPlan.from_masks(chosen[:, None]) if masks else RoutingPlan.from_levels(levels[:, None], 2)
+    return [plan[0].order, plan[0].offsets, plan[0].mask]
+
+
+def packed(O: int, I: int, taps: int) -> Tensor:
+    return torch.randn(-(-O // 16), -(-I // 16), taps, 16, 16)
+
+
+WINDOW = ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+def conv(x, out, order, offsets, mask, weight, bias):
+    window = extension.Window(*WINDOW, (), (16, 16))
+    extension.dynamic_conv(x, out, (2, order, offsets, mask), window, weight, bias)
+
+
+def gradient(x, grad, dweight, order, offsets, mask):
+    window = extension.Window(*WINDOW, (), (16, 16))
+    extension.dynamic_conv_weight_gradient(x, grad, dweight, (2, order, offsets, mask), window)
+
+
+def residual(x, shortcut, out, order, offsets, mask, *weights):
+    block = extension.ResidualBlock((C, M, C, 3, 3, 1), (16, 16), weights)
+    block(x, shortcut, out, (2, order, offsets, mask))
+
+
+def bottleneck(x, out, order, offsets, mask, *weights):
+    block = extension.BottleneckBlock((C, M, C, 3, 3, 1, 1), (16, 16), weights)
+    block(x, out, (2, order, offsets, mask))
+
+
+def graph(x, out, levels, read_in, gates, read_out, weight, bias):
+    made = extension.Graph(2, [(0, 1)], C, (3, 3), [weight], [bias])
+    made(x, out, levels, read_in, gates, read_out)
+
+
+def norm_forward(x, selection, statistics, weight, bias, y):
+    batch = extension.NormBatch(x, selection, (16, 16))
+    extension.norm_apply(batch, extension.NormAffine(batch, statistics, weight, bias, 1e-5, True), x, y)
+
+
+def norm_backward(dy, x, selection, statistics, sums, dx):
+    batch = extension.NormBatch(x, selection, (16, 16))
+    affine = extension.NormAffine(batch, statistics, None, None, 1e-5, False)
+    extension.norm_reduce(batch, affine, dy, x, sums)
+    extension.norm_gradient(batch, affine, dy, x, sums, dx)
+
+
+def norm_statistics(x, selection, statistics):
+    extension.norm_statistics(extension.NormBatch(x, selection, (16, 16)), x, statistics)
+
+
+def vector(n: int = C) -> Tensor:
+    return torch.rand(n) + 0.5
+
+
+def selection() -> Tensor:
+    return torch.ones(B, 2, dtype=torch.bool)
+
+
+def order(n: int = 4) -> Tensor:
+    return torch.arange(n, dtype=torch.int32)
+
+
+def unpacked_residual() -> list:
+    first, second = (torch.randn(C, C, 3, 3).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    return [vector(), vector(), first, vector(), vector(), second, vector()]
+
+
+# The call, and its tensors, in the order of its arguments. Each must fit, in the sizes above.
+CALLS: dict[str, tuple[Callable, Callable[[], list]]] = {
+    "plan_levels": (
+        lambda *tensors: extension.plan_levels(tensors[0], 2, *tensors[1:]),
+        lambda: [torch.ones(B, 3).long(), *torch.zeros(2, 3, B, dtype=torch.int32), torch.zeros(3, 4).int()],
+    ),
+    "plan_masks": (
+        lambda *tensors: extension.plan_masks(*tensors),
+        lambda: [torch.ones(3, B, 2).bool(), *torch.zeros(2, 3, B, dtype=torch.int32), torch.zeros(3, B + 1).int()],
+    ),
+    "gather_rows": (
+        lambda x, out, order, scale, shift: extension.gather_rows(x, out, order, 0, scale, shift, True),
+        lambda: [maps(C), maps(C, 4), order(), vector(), vector()],
+    ),
+    "scatter_rows": (
+        lambda rows, out, order: extension.scatter_rows(rows, out, order, 0, True),
+        lambda: [maps(C, 4), maps(C), order()],
+    ),
+    "pool_rows": (lambda x, out: extension.pool_rows(x, out, 1), lambda: [maps(C), maps(C)]),
+    "norm_statistics": (norm_statistics, lambda: [maps(C), selection(), torch.zeros(3, C)]),
+    "norm_apply": (
+        norm_forward,
+        lambda: [maps(C), selection(), torch.ones(3, C), vector(), vector(), maps(C)],
+    ),
+    "norm_gradient": (
+        norm_backward,
+        lambda: [maps(C), maps(C), selection(), torch.ones(3, C), torch.zeros(2, C), maps(C)],
+    ),
+    "pack_weights": (
+        lambda weight, scale, out: extension.pack_weights(weight, scale, out, (16, 16)),
+        lambda: [torch.randn(C, C, 3, 3).to(memory_format=torch.channels_last), vector(), packed(C, C, 9)],
+    ),
+    "pack_turned_weights": (
+        lambda weight, out: extension.pack_turned_weights(weight, out),
+        lambda: [torch.randn(C, C, 3, 3).to(memory_format=torch.channels_last), packed(C, C, 9)],
+    ),
+    "dynamic_conv": (conv, lambda: [maps(C), maps(C), *route_tensors(), packed(C, C, 9), vector()]),
+    "dynamic_conv, masks": (conv, lambda: [maps(C), maps(C), *route_tensors(True), packed(C, C, 9), vector()]),
+    "dynamic_conv_weight_gradient": (
+        gradient,
+        lambda: [maps(C), maps(C), torch.zeros(C, C, 3, 3).to(memory_format=torch.channels_last), *route_tensors()],
+    ),
+    "ResidualBlock": (
+        residual,
+        lambda: [maps(C), maps(C), maps(C), *route_tensors(), vector(), vector(), packed(M, C, 9), vector(), vector(),
+                 packed(C, M, 9), vector()],
+    ),
+    "ResidualBlock, unpacked": (
+        residual, lambda: [maps(C), maps(C), maps(C), *route_tensors(True), *unpacked_residual()]
+    ),
+    "BottleneckBlock": (
+        bottleneck,
+        lambda: [maps(C), maps(C), *route_tensors(), vector(), vector(), packed(M, C, 1), vector(), packed(M, M, 9),
+                 vector(), packed(C, M, 1)],
+    ),
+    "Graph": (
+        graph,
+        lambda: [maps(C), maps(C), torch.ones(1, B).int(), vector(2 * B).view(B, 2), vector(B).view(B, 1),
+                 vector(2 * B).view(B, 2), packed(C, C, 9), vector()],
+    ),
+}  # fmt: skip
+UNREAD = {("ResidualBlock", 9)}  # scale2, where conv1 is packed
+FITS = {  # other sizes, but ones that fit the other tensors
+    ("plan_masks", 0, "one column fewer"),  # fewer groups
+    ("gather_rows", 0, "one row fewer"),  # a batch that still holds the instances in order
+    ("scatter_rows", 1, "one row fewer"),
+    ("norm_statistics", 0, "one column fewer"),  # a smaller map
+    ("pack_turned_weights", 0, "one row fewer"),  # outputs that fill as many blocks of 16
+}
+
+
+def damages(tensor: Tensor) -> Iterator[tuple[str, object]]:
+    """What may come in the place of a tensor by mistake."""
+    yield "on another device", tensor.to("meta")
+    yield "of another dtype", tensor.to(torch.float64 if tensor.dtype != torch.float64 else torch.float32)
+    yield "one row fewer", tensor[1:].contiguous(memory_format=_format(tensor))
+    yield "one column fewer", tensor[..., 1:].contiguous(memory_format=_format(tensor))
+    yield "another axis", tensor[None]
+    yield "a view with gaps", torch.stack([tensor, tensor], -1)[..., 0]
+    yield "expanded", tensor[:1].expand(tensor.shape) if tensor.shape[0] > 1 else tensor[None]
+    yield "no tensor", 7
+    yield "a list", tensor.tolist()
+    yield "None", None
+
+
+def _format(tensor: Tensor) -> torch.memory_format:
+    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def optional(name: str, index: int) -> bool:
+    """Whether None may stand there: for a bias, a scale, sums that carry no gradient."""
+    wanted = {"norm_apply": {3, 4}, "norm_gradient": {4}, "pack_weights": {1}, "dynamic_conv": {6}}
+    wanted |= {"dynamic_conv, masks": {6}, "ResidualBlock": {12}, "ResidualBlock, unpacked": {12}}
+    return index in wanted.get(name, set())
+
+
+CASES = [
+    pytest.param(name, index, damage, id=f"{name}-{index}-{damage}")
+    for name, (_, tensors) in CALLS.items()
+    for index, tensor in enumerate(tensors())
+    if tensor is not None and (name, index) not in UNREAD
+    for damage, _ in damages(tensor)
+    if (name, index, damage) not in FITS and not (damage == "None" and optional(name, index))
+]
+
+
+@pytest.mark.parametrize("name", CALLS, ids=str)
+def test_tensors_that_fit_are_taken(name):
+    call, tensors = CALLS[name]
+    call(*tensors())
+
+
+@pytest.mark.parametrize(("name", "index", "damage"), CASES)
+def test_every_tensor_of_every_binding_is_checked(name, index, damage):
+    call, tensors = CALLS[name]
+    arguments = tensors()
+    arguments[index] = dict(damages(arguments[index]))[damage]
+    with pytest.raises((ValueError, TypeError)):
+        call(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [(0, 6), (0, -1), (0, 10**6), (0, -(2**31)), (1, 50), (1, -4), (1, 7)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", [n for n in CALLS if n.startswith(("dynamic_conv", "Residual", "Bottleneck"))])
+def test_what_a_route_holds_is_checked(name, index, value):
+    call, tensors = CALLS[name]
+    arguments = tensors()
+    first = next(i for i, tensor in enumerate(arguments) if tensor is not None and tensor.dtype == torch.int32)
+    route = arguments[first + index]
+    route[index] = value  # order[0]; offsets[1]
+    with pytest.raises(ValueError, match=r"route\.(order|offsets) must be"):
+        call(*arguments)
+
+
+@pytest.mark.parametrize("rows", ["gather_rows", "scatter_rows"])
+@pytest.mark.parametrize("value", [-1, 6, 10**6])
+def test_rows_outside_the_batch_are_refused(rows, value):
+    call, tensors = CALLS[rows]
+    arguments = tensors()
+    arguments[2][1] = value
+    with pytest.raises(ValueError, match="order must be instances of the batch"):
+        call(*arguments)
+
+
+def test_an_error_says_what_was_expected_and_what_came():
+    _, tensors = CALLS["dynamic_conv"]
+    x, *others = tensors()
+    with pytest.raises(ValueError, match=r"dynamic_conv2d: x must be a tensor on cpu, got meta"):
+        conv(x.to("meta"), *others)
+    with pytest.raises(
+        TypeError, match=r"weight must be float32 \[2, 2, 9, 16, 16\] contiguous, got float64 \[2, 2, 9"
+    ):
+        conv(x, *others[:4], others[4].double(), others[5])
+
+
+def test_pairs_are_both_or_none():
+    call, tensors = CALLS["gather_rows"]
+    with pytest.raises(ValueError, match="scale and shift must be both"):
+        call(*tensors()[:4], None)
+    make = partial(extension.ResidualBlock, (C, M, C, 3, 3, 1), (16, 16))
+    with pytest.raises(ValueError, match="scale1 and shift1 must be both"):
+        make((vector(), None, packed(M, C, 9), vector(), vector(), packed(C, M, 9), None))
+
+
+@pytest.mark.parametrize("groups", [(16,), (16, 17), (16, -16, 32), ()], ids=str)
+def test_groups_make_up_the_channels(groups):
+    weights = (None, None, packed(M, C, 9), vector(), vector(), packed(C, M, 9), None)
+    with pytest.raises(ValueError, match="groups must be"):
+        extension.ResidualBlock((C, M, C, 3, 3, 1), groups, weights)
