@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import _flops  # noqa: F401 (registers)
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm

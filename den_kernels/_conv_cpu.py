@@ -228,8 +228,9 @@ def _weight_of(weight: Tensor, part: Part, geometry: Geometry) -> Tensor:
     return taken if geometry.groups > 1 else _take(taken, 1, part.inputs)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float16 on a CPU is computed in float32."""
+    return torch.float32 if x.dtype == torch.float16 and x.is_cpu else x.dtype
 
 
 def _convolve(
@@ -253,7 +254,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, segments: Sequence[Segment], geometry: Geometry
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """The segments one after the other. x is read where it is selected, and nowhere else."""
-    dtype, format = _compute_dtype(x), memory_format_of(x, weight)
+    dtype, format = compute_dtype(x), memory_format_of(x, weight)
     if dtype != x.dtype:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if is_plain(segments, weight.shape[0]):
@@ -309,7 +310,7 @@ def backward(
     output_mask: Sequence[bool],  # which of the three gradients are wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias, segment by segment; None where `output_mask` does not ask for one."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     sums, dx = _Sums(weight, geometry.groups, output_mask), None
     if output_mask[0]:
         dx = allocate(x.shape, x.dtype, memory_format_of(x), (segment.part.inputs for segment in segments))

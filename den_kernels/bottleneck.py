@@ -9,7 +9,7 @@ touched.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from ._conv_direct import pack, selections
 from ._extension import extension
 from ._handle import HasHandle
+from .eager import in_range, refuse_transforms, runs_eagerly
 from .plan import Route
+
+_NAME = "den_kernels::add_bottleneck_"
 
 
 @dataclass(frozen=True)
@@ -69,5 +72,33 @@ def _runs(conv1: nn.Conv2d, conv2: nn.Conv2d, C_out: int) -> bool:
 
 def add_bottleneck_(out: Tensor, x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:
     """Add the branch of `x` [B, C, H, W] to `out` [B, C_out, H_out, W_out], which may be `x`; both channels-last."""
+    refuse_transforms("add_bottleneck_")
+    if runs_eagerly(out, x):
+        return in_range(_NAME, _run, out, x, route, weights)
+    x = x.clone() if x is out else x
+    tensors, *numbers = (getattr(weights, field.name) for field in fields(weights))
+    given = [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
+    _op(out, x, route.levels, route.order, route.offsets, route.mask, given, *map(list, numbers))
+    return out
+
+
+@torch.library.custom_op(_NAME, mutates_args=("out",))
+def _op(
+    out: Tensor,
+    x: Tensor,
+    levels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    tensors: Sequence[Tensor],  # of BottleneckWeights; without elements for None (jit.trace takes no optional ones)
+    shape: Sequence[int],
+    groups: Sequence[int],
+) -> None:
+    route = Route(levels, order, offsets, len(groups), mask)
+    given = tuple(tensor if tensor.numel() else None for tensor in tensors)
+    _run(out, x, route, BottleneckWeights(given, tuple(shape), tuple(groups)))
+
+
+def _run(out: Tensor, x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:
     weights.handle(x, out, selections(route))
     return out

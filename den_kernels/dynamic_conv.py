@@ -26,13 +26,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _conv_cpu, _conv_direct, _triton
 from ._conv_arguments import autocast, check, pad, pair, sides
 from ._conv_cpu import Geometry, memory_format_of
-from ._conv_masked import masked_backward, masked_forward
-from .eager import is_ordinary, refuse_tangents, runs_eagerly
+from ._conv_masked import equation, masked_backward, masked_forward
+from .eager import (
+    in_range,
+    is_ordinary,
+    is_transformed,
+    not_scriptable,
+    refuse_symbols,
+    refuse_tangents,
+    runs_eagerly,
+    savable,
+)
 from .plan import Route, as_route, channels_of, route_for
 
 
@@ -54,7 +62,8 @@ def dynamic_conv2d_reference(
     selected = as_route(selection, len(out_groups) or len(in_groups), B).selection()
     reads = channels_of(selected, in_groups, C_in).tolist()
     writes = channels_of(selected, out_groups, C_out).tolist()
-    out = x.new_zeros(F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation, groups).shape)
+    shape = F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation, groups).shape
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x, weight)).zero_()
     ins, outs = C_in // groups, C_out // groups
     for b in range(B):
         for k in range(groups):
@@ -87,11 +96,10 @@ def _compute(
             return kernels.forward(x, weight, bias, route, geometry)
         return masked_forward(x, weight, bias, route.levels, route.mask, geometry)
     if x.dtype == torch.float64:
-        out = dynamic_conv2d_reference(
+        return dynamic_conv2d_reference(
             x, weight, bias, route, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
             groups=geometry.groups, out_groups=geometry.out_sizes, in_groups=geometry.in_sizes,
         )  # fmt: skip
-        return out.contiguous(memory_format=memory_format_of(x, weight))
     if not uses_direct(x, weight, route, geometry):
         segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
         return _conv_cpu.forward(x, weight, bias, segments, geometry)
@@ -132,7 +140,8 @@ def _forward(
     return _compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
 
 
-_dynamic_conv2d = torch.library.custom_op("den_kernels::dynamic_conv2d", _forward, mutates_args=())
+_NAME = "den_kernels::dynamic_conv2d"
+_dynamic_conv2d = torch.library.custom_op(_NAME, _forward, mutates_args=())
 
 
 @_dynamic_conv2d.register_fake
@@ -162,6 +171,7 @@ def _backward_cpu(
     if output_mask[1]:
         dweight = _conv_direct.weight_gradient(grad, x, weight, route, geometry)
         rest[1] = dweight is None
+        dweight = None if dweight is None else dweight.contiguous(memory_format=memory_format_of(weight))
     if not any(rest):
         return dx, dweight, None
     segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
@@ -169,7 +179,7 @@ def _backward_cpu(
     return dx if others[0] is None else others[0], dweight if others[1] is None else others[1], others[2]
 
 
-@torch.library.custom_op("den_kernels::dynamic_conv2d_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
 def _dynamic_conv2d_backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,
@@ -218,40 +228,43 @@ def _(
     return first, second, third
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, _, levels, order, offsets, mask, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight, levels, order, offsets, mask)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, *routing = inputs[:7]
+    ctx.geometry = inputs[7:]
+    ctx.save_for_backward(x, weight, *map(savable, routing))  # with versions: a plan's update_ is noticed
 
 
-def _autograd(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = _dynamic_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, levels, order, offsets, mask = ctx.saved_tensors
+    geometry, wanted = Geometry(*ctx.geometry), list(ctx.needs_input_grad[:3])
+    gradients: Sequence[Tensor | None]
+    if torch.is_grad_enabled():  # create_graph: the gradients may have to have gradients
+        gradients = masked_backward(grad, x, weight, levels, mask, geometry, wanted)
+    elif x.is_cpu and is_ordinary(grad, x, weight):
+        route = _route(levels, order, offsets, mask, geometry)
+        gradients = in_range(f"{_NAME}_backward", _backward_cpu, grad, x, weight, route, geometry, wanted)
+    else:
+        gradients = _dynamic_conv2d_backward(grad, x, weight, levels, order, offsets, mask, *geometry, wanted)
     kept = [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
-    return *kept, *(None,) * (4 + len(ctx.geometry))
+    return *kept, *(None,) * (4 + len(geometry))
 
 
-_dynamic_conv2d.register_autograd(_autograd, setup_context=_setup_context)
+_dynamic_conv2d.register_autograd(_gradients, setup_context=_save)
 
 
 class _EagerConv(torch.autograd.Function):
     """The op on a CPU for ordinary tensors, without the price of calls through torch.library."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, route: Route, geometry: Geometry) -> Tensor:
-        return _compute(x, weight, bias, route, geometry)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # with a setup_context each call would look at the signature
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, ctx.route, ctx.geometry = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        return *_backward_cpu(grad, x, weight, ctx.route, ctx.geometry, ctx.needs_input_grad[:3]), None, None
+    backward = staticmethod(_gradients)
 
 
+@not_scriptable
 def dynamic_conv2d(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
@@ -269,7 +282,8 @@ def dynamic_conv2d(
 
     x, weight, bias: one dtype of float16 (computed in float32 on a CPU), bfloat16, float32, float64; any strides. The
     result is channels-last in memory if x or weight is, else contiguous. Autocast and autograd work as for `F.conv2d`,
-    except that there is no second derivative and no forward-mode one.
+    except that there is no forward-mode derivative. Gradients of gradients, and all inside torch.func, come from the
+    equation: the whole convolution is computed.
 
     selection: integer levels [B] in 0..G (the first `levels[b]` groups), a bool mask [B, G], or a Route of a plan.
     out_groups, in_groups: the G channel groups of each side, as an int (equal groups) or their sizes; None: that side
@@ -298,9 +312,9 @@ def convolve(
     packed: Callable[[torch.dtype], Tensor] | None = None,
 ) -> Tensor:
     """`dynamic_conv2d` for layers that keep their packed weight: `packed` gives it in a dtype when it is needed."""
+    refuse_symbols("dynamic_conv2d", x)
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     check(x, weight, bias, groups)
-    refuse_tangents("dynamic_conv2d", x, weight, bias)
     out_sizes, in_sizes = sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
     route = route_for(x, selection, len(out_sizes) or len(in_sizes), "dynamic_conv2d")
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
@@ -311,7 +325,11 @@ def convolve(
             f"dynamic_conv2d: the dilated kernel {list(weight.shape[2:])} must fit the padded map, got {list(x.shape)}"
         )
     if runs_eagerly(x, weight, bias):
-        return _compute(x, weight, bias, route, geometry, packed)
+        return in_range(_NAME, _compute, x, weight, bias, route, geometry, packed)
+    refuse_tangents("dynamic_conv2d", x, weight, bias)
+    if is_transformed():
+        return equation(x, weight, bias, route.levels, route.mask, geometry)
+    arguments = x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry
     if x.is_cpu and is_ordinary(x, weight, bias):
-        return _EagerConv.apply(x, weight, bias, route, geometry)
-    return _dynamic_conv2d(x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)
+        return in_range(_NAME, _EagerConv.apply, *arguments)
+    return _dynamic_conv2d(*arguments)

@@ -10,8 +10,6 @@ instance from the first state to the last, so that its states stay in the core's
 or allocated on the way.  Elsewhere each edge runs over the rows of its instances, gathered for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +23,12 @@ from . import _conv_direct
 from ._conv_cpu import Geometry
 from ._extension import extension
 from ._handle import HasHandle
+from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import RoutingPlan, read_route
 from .rows import gather_rows, scatter_rows_
 
 _OP = "dynamic_graph"
+_NAME = "den_kernels::dynamic_graph"
 STATES_BYTES = 2 << 20  # an instance's states, at most: beyond, they leave the cache from one edge to the next
 
 
@@ -50,7 +50,7 @@ class GraphWeights(HasHandle):
     @staticmethod
     def pack(
         states: int, edges: Sequence[tuple[int, int]], weights: Sequence[Tensor], biases: Sequence[Tensor]
-    ) -> GraphWeights:
+    ) -> "GraphWeights":
         """The graph of these edges.  Raises ValueError for edges, weights or biases that do not fit each other."""
         edges, biases = tuple(edges), tuple(bias.contiguous() for bias in biases)
         weights = tuple(w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights)
@@ -114,6 +114,7 @@ def dynamic_graph_reference(
     return torch.stack(outs) if outs else torch.zeros_like(x)
 
 
+@not_scriptable
 def dynamic_graph(
     x: Tensor,  # [B, C, H, W]
     graph: GraphWeights,
@@ -127,13 +128,51 @@ def dynamic_graph(
     Equivalent to ``dynamic_graph_reference(x, graph, plan.levels, read_in, gates, read_out)``.  An edge costs nothing
     for an instance that does not keep it.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit each other.
+    Raises ValueError for shapes, dtypes or devices that do not fit each other and where a gradient is required,
+    RuntimeError inside torch.func.
     """
+    eager = runs_eagerly(x, read_in, gates, read_out)
+    if not eager:
+        refuse_symbols(_OP, x)
     _check(x, graph, plan, read_in, gates, read_out)
+    if eager:
+        return in_range(_NAME, _run, x, graph, plan, read_in, gates, read_out)
+    refuse_training(_OP, x=x, read_in=read_in, gates=gates, read_out=read_out)
+    ends = [end for edge in graph.edges for end in edge]
+    tensors = list(graph.weights), list(graph.biases), list(graph.direct)
+    return _op(x, plan.levels, plan.order, plan.offsets, read_in, gates, read_out, *tensors, graph.states, ends)
+
+
+def _run(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     if graph.runs_whole(x):
         return _run_whole(x, graph, plan, read_in, gates, read_out)
     return _run_edges(x, graph, plan, read_in, gates, read_out)
+
+
+@torch.library.custom_op(_NAME, mutates_args=())
+def _op(
+    x: Tensor,
+    levels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    read_in: Tensor,
+    gates: Tensor,
+    read_out: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    direct: list[Tensor],
+    states: int,
+    ends: list[int],  # both of each edge
+) -> Tensor:
+    edges = tuple(zip(ends[::2], ends[1::2], strict=True))
+    graph = GraphWeights(states, edges, tuple(weights), tuple(biases), tuple(direct))
+    return _run(x, graph, RoutingPlan(levels, order, offsets, 1), read_in, gates, read_out)
+
+
+@_op.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _run_whole(
@@ -150,7 +189,9 @@ def _run_edges(
 ) -> Tensor:
     states: list[Tensor] = []
     out = torch.zeros_like(x)
-    counts = [read_route(route)[0][1] for route in plan]
+    for route in plan:
+        read_route(route)
+    counts = plan.levels.sum(0).tolist()
     for j in range(graph.states):
         v = x * _column(read_in, j)
         for e, (i, head) in enumerate(graph.edges):

@@ -15,19 +15,32 @@ do. On a GPU nothing is read back from the device.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _triton
-from ._all_reduce import all_reduce
 from ._conv_arguments import group_sizes
 from ._conv_cpu import memory_format_of
 from ._extension import extension
-from .eager import is_ordinary, refuse_tangents, runs_eagerly
-from .plan import Route, as_route, channels_of, route_for
+from ._norm_torch import norm_torch, norm_torch_gradients
+from ._sync_norm import kept_by_convert_sync_batchnorm
+from .eager import (
+    as_fx_leaf,
+    in_range,
+    is_ordinary,
+    is_traced,
+    is_transformed,
+    not_scriptable,
+    refuse_script,
+    refuse_symbols,
+    refuse_tangents,
+    runs_eagerly,
+    savable,
+)
+from .plan import Route, as_route, route_for
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -70,44 +83,6 @@ def dynamic_batch_norm_reference(
     return y
 
 
-# PyTorch operations: any device, any dtype, differentiable.
-
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values[:, None, None]
-
-
-def _norm_torch(
-    x: Tensor,  # [B, C, H, W]
-    selection: Tensor,  # bool [B, G]
-    statistics: Tensor | None,  # [3, C] mean, variance, count; None: those of the batch
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: Sequence[int],
-    eps: float,
-    relu: bool,
-    process_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:  # [B, C, H, W], [3, C]
-    used = channels_of(selection, groups)[:, :, None, None]
-    values = torch.where(used, x.to(torch.promote_types(x.dtype, torch.float32)), 0)
-    if statistics is None:
-        count = (used.sum(0) * (x.shape[2] * x.shape[3])).flatten().to(values.dtype)
-        total, count = all_reduce(torch.stack([values.sum((0, 2, 3)), count]), process_group)
-        n = count.clamp(min=1)
-        mean = total / n
-        centred = torch.where(used, values - _per_channel(mean), 0)
-        var = all_reduce(centred.square().sum((0, 2, 3)), process_group) / n
-        statistics = torch.stack([mean, var, count])
-    else:
-        mean, var, _ = statistics
-        centred = torch.where(used, values - _per_channel(mean), 0)
-    scale = torch.rsqrt(var + eps)
-    y = centred * _per_channel(scale if weight is None else scale * weight)
-    if bias is not None:
-        y = y + _per_channel(bias)
-    return torch.where(used, y.relu() if relu else y, 0).to(x.dtype), statistics.detach()
-
-
 # The four passes, two in each op: C++ on a CPU, Triton on a GPU. All maps are channels-last in memory.
 
 
@@ -146,9 +121,8 @@ def _norm_forward_cpu(
     return y, statistics
 
 
-_norm_forward = torch.library.custom_op("den_kernels::dynamic_norm", mutates_args=(), device_types="cpu")(
-    _norm_forward_cpu
-)
+_NAME = "den_kernels::dynamic_norm"
+_norm_forward = torch.library.custom_op(_NAME, mutates_args=(), device_types="cpu")(_norm_forward_cpu)
 
 
 @_norm_forward.register_fake
@@ -182,9 +156,7 @@ def _norm_backward_cpu(
     return dx, sums if need_sums else sums.new_empty(0)
 
 
-_norm_backward = torch.library.custom_op("den_kernels::dynamic_norm_backward", mutates_args=(), device_types="cpu")(
-    _norm_backward_cpu
-)
+_norm_backward = torch.library.custom_op(f"{_NAME}_backward", mutates_args=(), device_types="cpu")(_norm_backward_cpu)
 
 
 @_norm_backward.register_fake
@@ -208,15 +180,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, selection, given, weight, bias, *ctx.settings = inputs
     ctx.training = given is None
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, selection, output[1], weight, bias)
+    ctx.save_for_backward(x, savable(selection), output[1], weight, bias)
 
 
 def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, selection, statistics, weight, bias = ctx.saved_tensors
     need_dx, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    if torch.is_grad_enabled():  # create_graph: the gradients may have to have gradients
+        given, wanted = None if ctx.training else statistics, (need_dx, need_weight, need_bias)
+        dx, dweight, dbias = norm_torch_gradients(dy, x, selection, given, weight, bias, tuple(ctx.settings), wanted)
+        return dx, None, None, dweight, dbias, None, None, None
     need_sums = need_weight or need_bias
-    backward: Any = _norm_backward_cpu if x.is_cpu and runs_eagerly(dy, x, weight, bias) else _norm_backward
-    dx, sums = backward(dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, need_dx, need_sums)
+    arguments = dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, need_dx, need_sums
+    if x.is_cpu and runs_eagerly(dy, x, weight, bias):
+        dx, sums = in_range(f"{_NAME}_backward", _norm_backward_cpu, *arguments)
+    else:
+        dx, sums = _norm_backward(*arguments)
     dweight = sums[1].to(weight.dtype) if need_weight else None
     dbias = sums[0].to(bias.dtype) if need_bias else None
     return dx if need_dx else None, None, None, dweight, dbias, None, None, None
@@ -228,8 +207,12 @@ _norm_forward.register_autograd(_gradients, setup_context=_save)
 class _EagerNorm(torch.autograd.Function):
     """The op on a CPU for ordinary tensors, without the price of a call through torch.library."""
 
-    forward = staticmethod(_norm_forward_cpu)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # with a setup_context calls take longer
+        output = _norm_forward_cpu(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_gradients)
 
 
@@ -271,6 +254,7 @@ def _update_running(running_mean: Tensor, running_var: Tensor, statistics: Tenso
         running.copy_(running.to(batch.dtype).lerp(batch, weight))
 
 
+@not_scriptable
 def dynamic_batch_norm(
     x: Tensor,  # [B, C, H, W]
     route: Route | Tensor,
@@ -301,6 +285,7 @@ def dynamic_batch_norm(
     training, as `F.batch_norm` does, where that can be known without waiting for the device: on a CPU, without a
     process group. Elsewhere such a channel gives its bias.
     """
+    refuse_symbols("dynamic_batch_norm", x)
     if x.dim() != 4:
         raise ValueError(f"dynamic_batch_norm: x must be [B, C, H, W], got shape {list(x.shape)}")
     route = route_for(x, route, len(groups), "dynamic_batch_norm")
@@ -311,26 +296,29 @@ def dynamic_batch_norm(
         running = torch.stack([running_mean, running_var, torch.ones_like(running_mean)])
         statistics = running.to(torch.promote_types(x.dtype, torch.float32))
     selection = route.selection()
-    if process_group is None and _has_kernels(x):
-        run = _EagerNorm.apply if x.is_cpu and is_ordinary(x, weight, bias) else _norm_forward
-        y, batch = run(_channels_last(x), selection, statistics, weight, bias, list(groups), eps, relu)
+    arguments = selection, statistics, weight, bias, list(groups), eps, relu
+    if process_group is None and _has_kernels(x) and not is_transformed():
+        x_rows = _channels_last(x)
+        eager = x.is_cpu and is_ordinary(x, weight, bias)
+        y, batch = in_range(_NAME, _EagerNorm.apply, x_rows, *arguments) if eager else _norm_forward(x_rows, *arguments)
     else:
-        y, batch = _norm_torch(x, selection, statistics, weight, bias, groups, eps, relu, process_group)
-        if statistics is None and x.is_cpu and process_group is None and not torch.compiler.is_compiling():
+        y, batch = norm_torch(x, *arguments, process_group)
+        if statistics is None and x.is_cpu and process_group is None and not is_traced():
             _check_counts(batch[2], x.shape)
     if training and running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, batch, momentum)
-    return y.contiguous(memory_format=memory_format_of(x))
+    return y if is_transformed() else y.contiguous(memory_format=memory_format_of(x))
 
 
+@kept_by_convert_sync_batchnorm
 class DynamicBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` of which each instance may use some channel groups only: see `dynamic_batch_norm`.
 
     `groups`: the sizes of the channel groups, or a number of equal ones; None: one group of all channels. Parameters,
     buffers and `state_dict` are those of `nn.BatchNorm2d`. With `momentum=None` running statistics are the cumulative
     average over `num_batches_tracked` steps; a channel that a step does not use keeps its average, and the step counts.
-    `process_group`: the processes whose batches are normalised together while training; None: each its own. (In
-    `nn.SyncBatchNorm` None means all of them: here pass `torch.distributed.group.WORLD`.)
+    `process_group`: the processes whose batches are normalised together while training; "world": all there are then;
+    None: each its own. `nn.SyncBatchNorm.convert_sync_batchnorm` keeps this module and sets its group.
 
         norm(x)                 # nn.BatchNorm2d
         norm(x, levels)         # integer [B]: instance b uses the first levels[b] groups
@@ -338,6 +326,8 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         norm(x, plan[i])        # a route of a RoutingPlan
         norm(x, plan[i], relu=True)   # with the ReLU that follows, in the same pass
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -350,7 +340,7 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         dtype: torch.dtype | None = None,
         *,
         groups: int | Sequence[int] | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.groups = group_sizes(groups, num_features, "groups", op="DynamicBatchNorm2d") or (num_features,)
@@ -358,7 +348,10 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, selection: Route | Tensor | None = None, relu: bool = False) -> Tensor:
         """x [B, C, H, W] -> the same shape. `selection`: Route, integer [B] or bool [B, G]; None: every channel."""
-        if selection is None and self.process_group is None:
+        if not isinstance(x, Tensor):
+            return as_fx_leaf(self, x, selection, relu)
+        process_group = self._group()
+        if selection is None and process_group is None:
             y = super().forward(x)
             return y.relu() if relu else y
         self._check_input_dim(x)
@@ -369,8 +362,15 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
             x, selection, self.weight, self.bias,
             self.running_mean if tracked else None, self.running_var if tracked else None,
             groups=self.groups, training=self.training, momentum=self._advance(), eps=self.eps, relu=relu,
-            process_group=self.process_group,
+            process_group=process_group,
         )  # fmt: skip
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The processes to share statistics with now; None for this one alone."""
+        if self.process_group is None or not self.training or not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group == "world" else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
 
     def _advance(self) -> float | Tensor:
         """Count a training step; the weight of its batch in the running statistics."""

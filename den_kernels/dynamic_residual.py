@@ -34,12 +34,13 @@ from torch import Tensor
 
 from . import _cuda, _triton
 from ._conv_direct import selections
-from .eager import refuse_tangents, runs_eagerly
+from .eager import in_range, is_jit_traced, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import Route, read_route, route_for
 from .residual_weights import ResidualWeights
 from .rows import gather_rows, pool_rows, scatter_rows_
 
 _OP = "dynamic_residual"
+_NAME = "den_kernels::dynamic_residual"
 
 # Maps of a chunk that should stay in the private caches of the cores between its two convolutions, in bytes.
 _CHUNK_BYTES = 6 << 20
@@ -224,7 +225,7 @@ def _weights_of(operands: tuple, groups: list[int], direct: list[Tensor], stride
     )
 
 
-@torch.library.custom_op("den_kernels::dynamic_residual", mutates_args=())
+@torch.library.custom_op(_NAME, mutates_args=())
 def _functional_op(
     x: Tensor,
     levels: Tensor,
@@ -256,7 +257,7 @@ def _(x: Tensor, *operands: Any) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("den_kernels::dynamic_residual_", mutates_args=("x",))
+@torch.library.custom_op(f"{_NAME}_", mutates_args=("x",))
 def _inplace_op(
     x: Tensor,
     levels: Tensor,
@@ -301,6 +302,7 @@ def _check_shortcut(x: Tensor, weights: ResidualWeights, shortcut: Tensor) -> No
 
 
 def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights, shortcut: Tensor | None = None) -> Route:
+    refuse_symbols(_OP, x)
     C = weights.conv1.shape[1]
     if x.dim() != 4 or x.shape[1] != C or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(x.shape)}")
@@ -308,18 +310,12 @@ def _checked(x: Tensor, selection: Route | Tensor, weights: ResidualWeights, sho
         raise ValueError(f"{_OP}: x must be on {weights.conv1.device} as the weights are, got {x.device}")
     if x.dtype != weights.conv1.dtype:
         raise TypeError(f"{_OP}: x must have the weights' dtype {weights.conv1.dtype}, got {x.dtype}")
-    for name, tensor in (("x", x), ("shortcut", shortcut)):
-        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                f"{_OP}: {name} must not require a gradient (the op is for inference), got requires_grad=True; "
-                "use torch.no_grad(), or DynamicConv2d and DynamicBatchNorm2d to train"
-            )
-    refuse_tangents(_OP, x, shortcut)
     if shortcut is not None:
         _check_shortcut(x, weights, shortcut)
     return route_for(x, selection, len(weights.groups), _OP)
 
 
+@not_scriptable
 def dynamic_residual(
     x: Tensor, selection: Route | Tensor, weights: ResidualWeights, shortcut: Tensor | None = None
 ) -> Tensor:
@@ -343,10 +339,12 @@ def dynamic_residual(
     """
     route = _checked(x, selection, weights, shortcut)
     if runs_eagerly(x, shortcut):
-        return _functional(x, route, weights, shortcut)
+        return in_range(_NAME, _functional, x, route, weights, shortcut)
+    refuse_training(_OP, x=x, shortcut=shortcut)
     return _functional_op(x, *_operands(route, weights), weights.stride, weights.relu, shortcut)
 
 
+@not_scriptable
 def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Tensor:
     """:func:`dynamic_residual`, in place where the block keeps the shape of `x`; else the new map is returned.
 
@@ -357,7 +355,10 @@ def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWei
         return dynamic_residual(x, selection, weights)
     route = _checked(x, selection, weights)
     if runs_eagerly(x):
-        _inplace(x, route, weights)
-    else:
-        _inplace_op(x, *_operands(route, weights), weights.relu)
+        in_range(f"{_NAME}_", _inplace, x, route, weights)
+        return x
+    refuse_training(_OP, x=x)
+    if is_jit_traced():  # the old ONNX exporter drops ops that return nothing
+        return x.copy_(_functional_op(x, *_operands(route, weights), weights.stride, weights.relu))
+    _inplace_op(x, *_operands(route, weights), weights.relu)
     return x

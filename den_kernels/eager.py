@@ -1,21 +1,34 @@
-"""When an op may be called as the plain function that it is."""
+"""When an op may be called as the plain function that it is, and what the ops do not do."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import Parameter
+
+Value = TypeVar("Value")
+Function = TypeVar("Function", bound=Callable)
+_PLAIN = (Tensor, Parameter)
+
+# Asked in every call, so without a walk through torch's modules.
+_is_tracing, _modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
+_transforms, _profiler = torch._C._are_functorch_transforms_active, torch._C._autograd._profiler_enabled
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
     """Whether nothing traces or transforms the call and its tensors are plain.
 
-    Compilers, dispatch modes, torch.func and forward-mode derivatives do.
+    Compilers, torch.jit.trace, dispatch modes, torch.func and forward-mode derivatives do.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_compiling() or _is_tracing() or _modes() or _transforms() or forward_ad._current_level >= 0:
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return all(tensor is None or type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 (a generator takes three times as long)
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return True
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
@@ -24,16 +37,97 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     A call through `torch.library.custom_op` costs about 20 microseconds, and the first one in a process imports the
     whole of torch._dynamo: two seconds and 75 MB. Inference needs neither.
     """
-    records = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return not records and is_ordinary(*tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return False
+    return is_ordinary(*tensors)
+
+
+def is_traced() -> bool:
+    """Whether the call becomes part of a graph that runs with other values: nothing may be decided from these."""
+    return is_compiling() or _is_tracing() or _transforms()
+
+
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace records the call (the old ONNX exporter is one)."""
+    return not is_compiling() and _is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms the call (grad, vjp, vmap, ...): a custom op takes part in none of them."""
+    return _transforms()
+
+
+def in_range(name: str, function: Callable[..., Value], *arguments: Any) -> Value:
+    """`function(*arguments)`, as a range of that name where a profiler runs: to it a plain function is no op."""
+    if not _profiler():
+        return function(*arguments)
+    with torch.autograd.profiler.record_function(name):
+        return function(*arguments)
+
+
+def savable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as autograd can save it for the backward pass: of one made in inference mode a copy."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError in forward-mode differentiation: a custom op would answer with tangents of 0."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if is_compiling() or forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(
             f"{op}: inputs must be without tangents, as there is no forward-mode derivative (forward_ad, "
             "torch.func.jvp); got one with a tangent. Use backward()"
         )
+
+
+def refuse_transforms(op: str) -> None:
+    """Raises RuntimeError inside torch.func (grad, vjp, vmap, ...), for an op that takes part in none of it."""
+    if is_transformed():
+        raise RuntimeError(f"{op}: the call must be outside torch.func transforms, got one inside; loop over the batch")
+
+
+def refuse_training(op: str, **tensors: Tensor | None) -> None:
+    """Raises for an op of inference where a gradient or a tangent has to be recorded (ValueError, RuntimeError), and
+    inside torch.func."""
+    for name, tensor in tensors.items():
+        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{op}: {name} must not require a gradient (the op is for inference), got requires_grad=True; "
+                "use torch.no_grad(), or DynamicConv2d and DynamicBatchNorm2d to train"
+            )
+    refuse_tangents(op, *tensors.values())
+    refuse_transforms(op)
+
+
+def refuse_symbols(op: str, x: Any) -> None:
+    """Raises TypeError for anything but a tensor; torch.fx calls functions with symbols that stand for tensors."""
+    if not isinstance(x, Tensor):
+        symbol = isinstance(x, torch.fx.Proxy)
+        hint = " of torch.fx: the call must be inside a module that is a leaf of the tracer" if symbol else ""
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}{hint}")
+
+
+def as_fx_leaf(module: nn.Module, x: Any, *arguments: Any) -> Any:
+    """The node of a torch.fx graph that calls a module, not traced into. Raises TypeError where nothing traces."""
+    op = type(module).__name__
+    if not isinstance(x, torch.fx.Proxy) or module is getattr(x.tracer, "root", None):
+        refuse_symbols(op, x)
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *arguments), {})
+
+
+def refuse_script(op: Any) -> NoReturn:
+    """Raises RuntimeError: what torch.jit.script calls first on a function or module that has it as an attribute."""
+    name = getattr(op, "__name__", type(op).__name__)
+    raise RuntimeError(
+        f"{name}: the call must be made from Python, as TorchScript cannot compile it; got torch.jit.script. Use "
+        "torch.export or torch.jit.trace"
+    )
+
+
+def not_scriptable(function: Function) -> Function:
+    """The function itself, which torch.jit.script refuses in words of ours."""
+    function.__prepare_scriptable__ = lambda: refuse_script(function)  # type: ignore[attr-defined]
+    return function

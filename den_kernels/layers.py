@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._conv_arguments import group_sizes
 from ._conv_direct import pack
 from .dynamic_conv import convolve
+from .eager import as_fx_leaf, refuse_script
 from .fold_cache import FoldCache
 from .plan import Route
 
@@ -24,10 +25,13 @@ class DynamicConv2d(nn.Conv2d):
     `conv(x, selection)` computes for each instance only the groups that it selected: integer levels [B] in 0..G (the
     first groups), a bool mask [B, G], or a Route, shared with other layers. See `dynamic_conv2d` for what holds then.
 
-    out_groups, in_groups: the channel groups of each side, as an int (equal groups) or their sizes. New weights are
-    channels-last in memory. Raises ValueError where groups do not add up to the channels, do not lie on the boundaries
-    of `groups` (cardinality), or differ in number between the sides.
+    out_groups, in_groups: the channel groups of each side, as an int (equal groups) or their sizes. Weights lie in
+    memory as those of `nn.Conv2d`; training is fastest once they are channels-last (`.to(memory_format=...)`). Raises
+    ValueError where groups do not add up to the channels, do not lie on the boundaries of `groups` (cardinality), or
+    differ in number between the sides.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -56,7 +60,6 @@ class DynamicConv2d(nn.Conv2d):
                 f"DynamicConv2d: in_groups must have {len(self.out_groups)} groups as out_groups, "
                 f"got {len(self.in_groups)}"
             )
-        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
         # The weight as the direct convolution reads it, by dtype: autocast computes in another than the weight's.
         self._packed: dict[torch.dtype, FoldCache[Tensor]] = {}
 
@@ -91,6 +94,8 @@ class DynamicConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, selection: Route | Tensor | None = None) -> Tensor:
         """x: [B, C_in, H, W]; selection: levels [B], mask [B, G], Route, or None for the whole convolution."""
+        if not isinstance(x, Tensor):
+            return as_fx_leaf(self, x, selection)
         if selection is None:
             return super().forward(x)
         padding: str | tuple[int, ...] = self.padding

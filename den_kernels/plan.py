@@ -12,18 +12,19 @@ On a CPU the sort is C++ (csrc/plan.cpp), on a CUDA device one kernel for all bl
 without the extension, torch ops. The references below are the definition; all agree exactly.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from . import _cuda
 from ._extension import extension
-from .eager import runs_eagerly
+from .eager import in_range, is_ordinary, is_traced, runs_eagerly
 
+_PLAN_LEVELS, _PLAN_MASKS = "den_kernels::plan_levels", "den_kernels::plan_masks"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -131,12 +132,17 @@ def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return plan
 
 
-_plan_levels = torch.library.custom_op("den_kernels::plan_levels", plan_levels, mutates_args=())
+_plan_levels = torch.library.custom_op(_PLAN_LEVELS, plan_levels, mutates_args=())
 
 
 @_plan_levels.register_fake
 def _(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_plan(levels, levels.shape[0], levels.shape[1], groups + 1)
+
+
+@_plan_levels.register_vmap
+def _(info: Any, in_dims: tuple, levels: Tensor, groups: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return _plan_stacked(_plan_levels, levels.movedim(in_dims[0], 1), groups)
 
 
 def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,12 +159,26 @@ def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return levels, order, offsets
 
 
-_plan_masks = torch.library.custom_op("den_kernels::plan_masks", plan_masks, mutates_args=())
+_plan_masks = torch.library.custom_op(_PLAN_MASKS, plan_masks, mutates_args=())
 
 
 @_plan_masks.register_fake
 def _(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_plan(masks, masks.shape[0], masks.shape[1], masks.shape[0])
+
+
+@_plan_masks.register_vmap
+def _(info: Any, in_dims: tuple, masks: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return _plan_stacked(_plan_masks, masks.movedim(in_dims[0], 1))
+
+
+def _plan_stacked(
+    plan: Callable[..., tuple[Tensor, ...]], selections: Tensor, *settings: int
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The plans of V batches, selections [B, V, N, ...], as vmap wants them: one plan of V * N blocks."""
+    V, N = selections.shape[1:3]
+    made = plan(selections.flatten(1, 2).contiguous(), *settings)
+    return tuple(tensor.unflatten(0, (V, N)) for tensor in made), (0, 0, 0)
 
 
 def _empty_plan(like: Tensor, B: int, N: int, segments: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,7 +273,11 @@ class RoutingPlan:
             raise ValueError(f"RoutingPlan.from_levels: groups must be at least 1, got {groups}")
         if check and not levels.is_cpu:
             check_levels(levels, groups)
-        rows, order, offsets = (plan_levels if runs_eagerly(levels) else _plan_levels)(levels, groups)
+        rows, order, offsets = (
+            in_range(_PLAN_LEVELS, plan_levels, levels, groups)
+            if runs_eagerly(levels)
+            else _plan_levels(levels, groups)
+        )
         return cls(rows.t(), order, offsets, groups)
 
     @classmethod
@@ -270,7 +294,7 @@ class RoutingPlan:
                 f"RoutingPlan.from_masks: masks must be [B, N, G] with at least one group, got {list(masks.shape)}"
             )
         own = masks.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        rows, order, offsets = (plan_masks if runs_eagerly(own) else _plan_masks)(own)
+        rows, order, offsets = in_range(_PLAN_MASKS, plan_masks, own) if runs_eagerly(own) else _plan_masks(own)
         return cls(rows.t(), order, offsets, masks.shape[2], own)
 
     def __len__(self) -> int:
@@ -293,7 +317,7 @@ class RoutingPlan:
 
     def idle(self) -> list[bool]:
         """Which of the N blocks no instance uses. False for all elsewhere than on a CPU, where it would wait."""
-        if not self.levels.is_cpu or torch.compiler.is_compiling() or self.batch_size == 0:
+        if not self.levels.is_cpu or not is_ordinary(self.levels) or self.batch_size == 0:
             return [False] * len(self)
         used: list[int] = self.levels.amax(0).tolist()
         return [level == 0 for level in used]
@@ -337,8 +361,8 @@ def _not_levels(name: str, got: object) -> str:
 
 
 def _highest_level(levels: Tensor) -> int:
-    if not levels.is_cpu or torch.compiler.is_compiling():
-        where = levels.device if not levels.is_cpu else "levels inside torch.compile"
+    if not levels.is_cpu or is_traced():
+        where = levels.device if not levels.is_cpu else "levels of a traced call"
         raise ValueError(
             f"RoutingPlan.from_levels: groups must be given here (finding the highest level would wait for the data), "
             f"got None for {where}"

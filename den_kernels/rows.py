@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._extension import extension
+from .eager import is_ordinary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,7 +76,7 @@ def pool_rows(x: Tensor, out_channels: int, stride: int) -> Tensor:
     B, C, H, W = x.shape
     if stride == 1 and out_channels == C:
         return x.clone(memory_format=torch.channels_last)
-    if not x.is_cpu or not _in_cpp(x.dtype, x.dtype):
+    if not x.is_cpu or not _in_cpp(x.dtype, x.dtype) or not is_ordinary(x):
         pooled = x if stride == 1 else torch.nn.functional.avg_pool2d(x, stride, ceil_mode=True)
         padded = torch.nn.functional.pad(pooled, (0, 0, 0, 0, 0, out_channels - C))
         return padded.clone(memory_format=torch.channels_last)

@@ -247,17 +247,6 @@ def test_called_as_an_op_it_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch)
     assert all(map(torch.equal, plain, both_ways()))
 
 
-def test_a_second_derivative_is_refused_in_cpp(implementation: str) -> None:
-    x, levels = torch.randn(4, 16, 5, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
-    y = dynamic_batch_norm(x, levels, None, None, None, None, groups=SIZES, training=True)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    if implementation == "torch":
-        assert torch.autograd.grad(dx.square().sum(), x)[0].isfinite().all()
-    else:
-        with pytest.raises(RuntimeError, match="no autograd formula"):
-            torch.autograd.grad(dx.square().sum(), x)
-
-
 def test_nan_in_a_used_channel_passes_through_like_in_batch_norm() -> None:
     x = torch.randn(3, 16, 4, 4)
     x[0, 5, 0, 0] = float("nan")

@@ -33,6 +33,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(M)
         self.conv2 = DynamicConv2d(M, out_channels, kernel, 1, padding, bias=bias, in_groups=groups)
         self.groups = groups
+        self.to(memory_format=torch.channels_last)
         for bn in (self.bn1, self.bn2):
             if bn is not None:
                 bn.running_mean.normal_(0, 0.3)

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
+from den_kernels._conv_cpu import memory_format_of
 from den_kernels.dynamic_conv import dynamic_conv2d_reference
 from den_kernels.layers import DynamicConv2d
 from den_kernels.plan import RoutingPlan
@@ -103,17 +105,58 @@ def test_from_conv_refuses_what_computes_something_else(conv):
         DynamicConv2d.from_conv(conv)
 
 
-def test_new_weights_are_channels_last_and_stay_so():
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weights_lie_in_memory_as_those_of_conv2d_and_stay_so(format):
     conv = DynamicConv2d(4, 8, 3, out_groups=2)
+    assert conv.weight.is_contiguous()
+    conv.to(memory_format=format)
     copies = [
         conv, copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)), copy.deepcopy(conv).half(), conv.to(torch.float64),
     ]  # fmt: skip
     for made in copies:
-        assert made.weight.is_contiguous(memory_format=torch.channels_last)
+        assert made.weight.is_contiguous(memory_format=format)
         assert made.out_groups == (4, 4)
-    other = DynamicConv2d(4, 8, 3)
-    other.load_state_dict(nn.Conv2d(4, 8, 3).state_dict())
-    assert other.weight.is_contiguous(memory_format=torch.channels_last)
+    conv.load_state_dict(nn.Conv2d(4, 8, 3).state_dict())
+    assert conv.weight.is_contiguous(memory_format=format)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "slice": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[:, : t.shape[1]],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda t: t[:, :, :1, :1].expand(t.shape),
+}
+SHAPES = {  # batch, channels in and out, size, kernel, cardinality
+    "wide": (3, 16, 32, 5, 3, 1), "narrow": (3, 3, 6, 4, 3, 1), "pointwise": (2, 16, 16, 4, 1, 1),
+    "one_channel_in": (2, 1, 4, 6, 3, 1), "one_channel_out": (2, 4, 1, 6, 3, 1), "one_pixel": (2, 16, 16, 1, 1, 1),
+    "one_pixel_out": (2, 16, 16, 1, 3, 1), "depthwise": (2, 8, 8, 5, 3, 8), "one_instance": (1, 16, 16, 5, 3, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_lie_in_memory_as_those_of_conv2d(shape, dtype):
+    """Levels that select all, none and some: eager, with gradients, and as fake tensors."""
+    B, C, O, size, kernel, cardinality = SHAPES[shape]
+    groups = cardinality if cardinality > 1 else min(2, O) if O > 1 else 1
+    for layout, weight_format in product(LAYOUTS, (torch.contiguous_format, torch.channels_last)):
+        conv = DynamicConv2d(C, O, kernel, padding=kernel // 2, groups=cardinality, out_groups=groups)
+        conv = conv.to(dtype).to(memory_format=weight_format)
+        x = LAYOUTS[layout](torch.randn(B, C, size, size).to(dtype))
+        for levels in (torch.full((B,), groups), torch.zeros(B, dtype=torch.int64), torch.arange(B) % (groups + 1)):
+            with torch.no_grad():
+                wanted = nn.functional.conv2d(x, conv.weight, conv.bias, 1, kernel // 2, 1, cardinality).stride()
+                assert conv(x, levels).stride() == wanted, (layout, weight_format, levels)
+            assert conv(x, levels).stride() == wanted, (layout, weight_format, levels)
+            for leaf, made in zip((x, conv.weight), gradients(conv, x, levels), strict=True):
+                format = memory_format_of(leaf)
+                assert made.is_contiguous(memory_format=format), (layout, weight_format, levels)
+
+
+def gradients(conv, x, levels):
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(conv(leaf, levels).sum(), [leaf, conv.weight])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

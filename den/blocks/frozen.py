@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from den_kernels import Route
+from den_kernels.eager import refuse_transforms
 from den_kernels.residual_weights import stand_in
 
 
@@ -17,9 +18,10 @@ def release(block: nn.Module, convs: Iterable[nn.Conv2d]) -> None:
 
 
 def check_use(block: nn.Module, route: Route | None) -> None:
-    """ValueError unless a frozen block is run as it can be."""
+    """ValueError unless a frozen block is run as it can be, RuntimeError inside torch.func."""
     if route is None or block.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         raise ValueError(f"{type(block).__name__}: a frozen block must run with a route and without gradients")
+    refuse_transforms(type(block).__name__)
 
 
 def check_mode(block: nn.Module, mode: bool) -> None:

@@ -7,6 +7,7 @@ interpolation; both belong to the stage: all its states and all tasks share them
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ class StageEnds(nn.Module):
         self.stage, self.out_size = stage, config.map_size()
         self.read_in = Edge(config.channels, config.groups, channels, kernel_size=1)
         self.read_out = DynamicConv2d(channels, config.channels, 1, bias=False, out_groups=config.groups)
+        self.to(memory_format=torch.channels_last)
 
     def read(self, x: Tensor, route: Route | None) -> Tensor:
         """Maps of the first stage [B, C, H, W] -> of this one."""

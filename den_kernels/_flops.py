@@ -1,0 +1,104 @@
+"""Floating point operations of the ops, for `torch.utils.flop_counter.FlopCounterMode`: two a multiply-add.
+
+Counted is what the instances selected where that can be read without waiting (a CPU, values that are not fake), else
+the whole convolution. As everywhere in torch, batch norm and ReLU count nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import bottleneck, dynamic_conv, dynamic_graph, dynamic_norm, dynamic_residual, plan  # noqa: F401 (the ops)
+from ._conv_cpu import part_of
+
+_ops = torch.ops.den_kernels
+
+
+def _selected(levels: Tensor, mask: Tensor | None, groups: int) -> Iterator[tuple[tuple[bool, ...], int]]:
+    """Each set of groups that instances selected, and how many did."""
+    selection = levels if mask is None else mask
+    if not selection.is_cpu or isinstance(selection, FakeTensor):
+        yield (True,) * groups, len(selection)
+        return
+    rows = levels[:, None] > torch.arange(groups) if mask is None else mask
+    yield from Counter(map(tuple, rows.tolist())).items()
+
+
+def _products(
+    weight: Tensor, pixels: int, levels: Tensor, mask: Tensor | None, groups: int, out_sizes: Sequence[int],
+    in_sizes: Sequence[int],
+) -> int:  # fmt: skip
+    """Multiply-adds of a dynamic convolution that writes maps of `pixels`; `groups` is the cardinality."""
+    C_out, C_in = weight.shape[0], weight.shape[1] * groups
+    total, G = 0, len(out_sizes) or len(in_sizes)
+    for selected, count in _selected(levels, mask, G):
+        part = part_of(selected, C_in, C_out, groups, tuple(out_sizes), tuple(in_sizes))
+        ins, outs = (sum(run.width for run in runs) for runs in (part.inputs, part.outputs))
+        total += count * (ins * outs // part.groups if part.groups else 0)
+    return total * prod(weight.shape[2:]) * pixels
+
+
+@register_flop_formula(_ops.dynamic_conv2d, get_raw=True)
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, order: Tensor, offsets: Tensor,
+    mask: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None, *, out_val: Tensor,
+) -> int:  # fmt: skip
+    pixels = prod(out_val.shape[2:])
+    return 2 * _products(weight, pixels, levels, mask, groups, out_sizes or (), in_sizes or ())
+
+
+@register_flop_formula(_ops.dynamic_conv2d_backward, get_raw=True)
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None, output_mask: Sequence[bool], *, out_val: Any,
+) -> int:  # fmt: skip
+    once = _products(weight, prod(grad.shape[2:]), levels, mask, groups, out_sizes or (), in_sizes or ())
+    return 2 * once * sum(output_mask[:2])
+
+
+@register_flop_formula([_ops.dynamic_residual, _ops.dynamic_residual_], get_raw=True)
+def _residual(
+    x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, scale1: Tensor | None,
+    shift1: Tensor | None, conv1: Tensor, scale2: Tensor, bias1: Tensor, conv2: Tensor, bias2: Tensor | None,
+    group_of_channel: Tensor, groups: Sequence[int], *_: Any, out_val: Tensor | None,
+) -> int:  # fmt: skip
+    pixels = prod((x if out_val is None else out_val).shape[2:])
+    return 2 * (
+        _products(conv1, pixels, levels, mask, 1, groups, ()) + _products(conv2, pixels, levels, mask, 1, (), groups)
+    )
+
+
+@register_flop_formula(_ops.add_bottleneck_, get_raw=True)
+def _bottleneck(
+    out: Tensor, x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
+    tensors: Sequence[Tensor | None], block: Sequence[int], groups: Sequence[int], *, out_val: Any,
+) -> int:  # fmt: skip
+    M, C_out, R, S, _, cardinality = block[-6:]
+    total = 0
+    for selected, count in _selected(levels, mask, len(groups)):
+        width = sum(size for size, chosen in zip(groups, selected, strict=True) if chosen)
+        middle = R * S * width * (width if cardinality == 1 else M // cardinality)
+        total += count * (prod(x.shape[1:]) * width + prod(out.shape[2:]) * (middle + width * C_out))
+    return 2 * total
+
+
+@register_flop_formula(_ops.dynamic_graph, get_raw=True)
+def _graph(x: Tensor, levels: Tensor, *arguments: Any, out_val: Tensor) -> int:
+    weights = arguments[5]
+    return 2 * sum(
+        _products(weight, prod(x.shape[2:]), levels[:, e], None, 1, (weight.shape[0],), ())
+        for e, weight in enumerate(weights)
+    )
+
+
+@register_flop_formula([_ops.dynamic_norm, _ops.dynamic_norm_backward, _ops.plan_levels, _ops.plan_masks], get_raw=True)
+def _nothing(*_: Any, out_val: Any) -> int:
+    return 0

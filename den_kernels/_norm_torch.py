@@ -1,0 +1,64 @@
+"""Batch norm over the channels in use in PyTorch operations: any device, any dtype; gradients have gradients."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._all_reduce import all_reduce
+from .plan import channels_of
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def norm_torch(
+    x: Tensor,  # [B, C, H, W]
+    selection: Tensor,  # bool [B, G]
+    statistics: Tensor | None,  # [3, C] mean, variance, count; None: those of the batch
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: Sequence[int],
+    eps: float,
+    relu: bool,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, C, H, W], [3, C]
+    used = channels_of(selection, groups)[:, :, None, None]
+    values = torch.where(used, x.to(torch.promote_types(x.dtype, torch.float32)), 0)
+    if statistics is None:
+        count = (used.sum(0) * (x.shape[2] * x.shape[3])).flatten().to(values.dtype)
+        total, count = all_reduce(torch.stack([values.sum((0, 2, 3)), count]), process_group)
+        n = count.clamp(min=1)
+        mean = total / n
+        centred = torch.where(used, values - _per_channel(mean), 0)
+        var = all_reduce(centred.square().sum((0, 2, 3)), process_group) / n
+        statistics = torch.stack([mean, var, count])
+    else:
+        mean, var, _ = statistics
+        centred = torch.where(used, values - _per_channel(mean), 0)
+    scale = torch.rsqrt(var + eps)
+    y = centred * _per_channel(scale if weight is None else scale * weight)
+    if bias is not None:
+        y = y + _per_channel(bias)
+    return torch.where(used, y.relu() if relu else y, 0).to(x.dtype), statistics.detach()
+
+
+def norm_torch_gradients(
+    dy: Tensor,
+    x: Tensor,
+    selection: Tensor,
+    statistics: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[Sequence[int], float, bool],  # groups, eps, relu
+    wanted: Sequence[bool],  # of the gradients of x, weight and bias
+) -> list[Tensor | None]:
+    """The gradients of :func:`norm_torch`, which have gradients themselves; None where not wanted."""
+    own = [None if t is None else t.view_as(t) for t in (x, weight, bias)]  # weight may be a function of x
+    assert own[0] is not None
+    y, _ = norm_torch(own[0], selection, statistics, own[1], own[2], *settings)
+    asked = [t for t, needed in zip(own, wanted, strict=True) if t is not None and needed]
+    made = iter(torch.autograd.grad(y, asked, dy, create_graph=True))
+    return [next(made) if needed else None for needed in wanted]

@@ -1,0 +1,131 @@
+"""Each op as a module of (x [4, 16, 6, 6], levels [4] in 0..4), for tests of what may be done with a call."""
+
+import torch
+from torch import Tensor, nn
+
+from den.blocks import BottleneckShape, ElasticBlock
+from den_kernels import (
+    DynamicBatchNorm2d,
+    DynamicConv2d,
+    GraphWeights,
+    ResidualWeights,
+    RoutingPlan,
+    dynamic_graph,
+    dynamic_residual,
+    dynamic_residual_,
+)
+
+GROUPS = 4
+LEVELS = torch.tensor([1, 0, 3, 4])
+OTHER_LEVELS = torch.tensor([4, 2, 0, 1])
+SAME = {"kernel_size": 3, "padding": 1}
+
+
+def images(seed: int = 0) -> Tensor:
+    return torch.randn(4, 16, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+class Routed(nn.Module):
+    """A block that takes routes, given levels."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, levels: Tensor) -> Tensor:
+        return self.block(x, RoutingPlan.from_levels(levels[:, None], GROUPS)[0])
+
+
+class Masked(nn.Module):
+    """A module whose selection is a mask, no prefix of the groups."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, levels: Tensor) -> Tensor:
+        return self.module(x, (levels[:, None] + torch.arange(GROUPS)) % 3 == 1)
+
+
+class Planned(nn.Module):
+    """The numbers of a plan."""
+
+    def __init__(self, masks: bool) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def forward(self, x: Tensor, levels: Tensor) -> Tensor:
+        chosen = levels[:, None]
+        if self.masks:
+            plan = RoutingPlan.from_masks((chosen[..., None] + torch.arange(GROUPS)) % 3 == 1)
+        else:
+            plan = RoutingPlan.from_levels(chosen, GROUPS)
+        return torch.cat([plan.levels.flatten(), plan.order.flatten(), plan.offsets.flatten()])
+
+
+class Residual(nn.Module):
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        conv1, conv2 = DynamicConv2d(16, 16, **SAME, out_groups=GROUPS), nn.Conv2d(16, 16, **SAME)
+        self.weights = ResidualWeights.fold(conv1, nn.BatchNorm2d(16), conv2, nn.BatchNorm2d(16))
+        self.inplace = inplace
+
+    def forward(self, x: Tensor, levels: Tensor) -> Tensor:
+        if self.inplace:
+            return dynamic_residual_(x.clone(), levels, self.weights)
+        return dynamic_residual(x, levels, self.weights)
+
+
+class Graph(nn.Module):
+    """Three states; an instance keeps as many edges as its level says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        edges = ((0, 1), (0, 2), (1, 2))
+        self.graph = GraphWeights.pack(
+            3, edges, [torch.randn(16, 16, 3, 3) for _ in edges], [torch.randn(16) for _ in edges]
+        )
+
+    def forward(self, x: Tensor, levels: Tensor) -> Tensor:
+        plan = RoutingPlan.from_levels((levels[:, None] > torch.arange(3)).long(), 1)
+        ones = x.new_ones(x.shape[0], 3)
+        return dynamic_graph(x, self.graph, plan, ones, ones, ones)
+
+
+def frozen(block: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        block.eval().freeze()
+    return Routed(block)
+
+
+MODULES = {
+    "conv": lambda: DynamicConv2d(16, 16, **SAME, out_groups=GROUPS),
+    "conv in": lambda: DynamicConv2d(16, 16, **SAME, in_groups=GROUPS),
+    "conv mask": lambda: Masked(DynamicConv2d(16, 16, **SAME, out_groups=GROUPS)),
+    "conv route": lambda: Routed(DynamicConv2d(16, 16, **SAME, out_groups=GROUPS)),
+    "norm": lambda: DynamicBatchNorm2d(16, groups=GROUPS),
+    "norm of the batch": lambda: DynamicBatchNorm2d(16, groups=GROUPS, track_running_stats=False),
+    "norm mask": lambda: Masked(DynamicBatchNorm2d(16, groups=GROUPS)),
+    "block": lambda: Routed(ElasticBlock(16, 16, GROUPS + 1)),
+    "bottleneck": lambda: Routed(BottleneckShape(16, 16, 16, 6, 1).build(GROUPS + 1)),
+    "residual": Residual,
+    "residual in place": lambda: Residual(inplace=True),
+    "graph": Graph,
+    "frozen block": lambda: frozen(ElasticBlock(16, 16, GROUPS + 1)),
+    "frozen bottleneck": lambda: frozen(BottleneckShape(16, 16, 16, 6, 1).build(GROUPS + 1)),
+    "plan of levels": lambda: Planned(masks=False),
+    "plan of masks": lambda: Planned(masks=True),
+}
+INFERENCE = {"residual", "residual in place", "graph", "frozen block", "frozen bottleneck"}
+PLANS = {"plan of levels", "plan of masks"}
+
+
+def module(name: str) -> nn.Module:
+    """One of them in eval mode, with seeded weights."""
+    torch.manual_seed(0)
+    made = MODULES[name]().eval()
+    for norm in made.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+            nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return made
