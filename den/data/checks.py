@@ -51,6 +51,8 @@ def all_classes(op: str, where: str | Path, labels: np.ndarray, classes: int) ->
 def text(op: str, where: str | Path, content: bytes) -> str:
     """The text of a list, without a byte-order mark; ValueError when it is not UTF-8."""
     with blamed(op, where, "be text in UTF-8"):
+        if b"\0" in content:
+            raise ValueError("a NUL byte")
         return content.decode("utf-8-sig")
 
 
