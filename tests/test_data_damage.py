@@ -69,7 +69,7 @@ TINY = {  # what is done to a file, and the split that reads it
     "wnids: empty": ("wnids.txt", edited(lambda _: ""), "must list 200 classes, one a line, got 0"),
     "wnids: one twice": ("wnids.txt", lines(lambda each: [each[1], *each[1:]]), "200 classes, one a line, got 199"),
     "wnids: words behind": ("wnids.txt", lines(lambda each: [f"{line}\tdog" for line in each]), "one a line"),
-    "wnids: another class": ("wnids.txt", edited(lambda text: text.replace(NAMES[3], "n99999999")), NAMES[3]),
+    "wnids: another class": ("wnids.txt", edited(lambda text: text.replace(NAMES[3], "n99999999")), "(n0{7}3|n9{8})"),
     "list: a byte-order mark": ("{list}", before(b"\xef\xbb\xbf"), "right"),
     "list: CRLF": ("{list}", edited(lambda text: text.replace("\n", "\r\n")), "right"),
     "list: spaces for tabs": ("{list}", edited(lambda text: text.replace("\t", "  ")), "right"),
@@ -94,7 +94,7 @@ def test_lists_of_tiny_imagenet_are_read_right_or_refused(tmp_path, published, c
         assert sorted(found.labels.tolist()) == list(range(200))
         assert found.images[:, 0, 0, 0].tolist() == found.labels.tolist()
     else:
-        with pytest.raises(ValueError, match=rf"^load_set: .*tiny-imagenet-200.*{wanted.format(list=listed)}"):
+        with pytest.raises(ValueError, match=rf"^load_set: .*tiny-imagenet-200.*{wanted.replace('{list}', listed)}"):
             load_set("tinyimagenet", split, tmp_path)
 
 

@@ -59,8 +59,10 @@ def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[I
     sets = []
     for name, (images, labels) in wanted.items():
         pixels = scaled[name] if split == "train" else _scaled(images, size)
-        classes = int(train[name][1].max()) + 1
-        sets.append(ImageSet(name, pixels, labels, classes, mean, std, pad=max(1, size // 14), flip=False))
+        first, last = (int(bound) for bound in train[name][1].aminmax())
+        sets.append(
+            ImageSet(name, pixels, labels - first, last - first + 1, mean, std, pad=max(1, size // 14), flip=False)
+        )
     return sets
 
 
@@ -76,7 +78,7 @@ def _same_characters(root: Path | None, train: dict[str, tuple[Tensor, Tensor]],
 
 
 def _read(root: Path | None, split: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Images uint8 [n, H, W] and labels int64 [n] of each alphabet, in the order of their names or numbers."""
+    """Images uint8 [n, H, W] and labels int64 [n] of each alphabet, consecutive, in the order of names or numbers."""
     if root is not None and any(holds_anything(root / name) or (root / f"{name}.zip").is_file() for name in ARCHIVES):
         return _read_archives(root, split)
     pieces = () if root is None else find_pieces(root, "omniglot_small", split)
@@ -165,13 +167,9 @@ def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _by_alphabet(images: Tensor, labels: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Split by `c`; the characters of an alphabet, consecutive in `y`, are numbered from 0."""
-    sets = {}
-    for alphabet in labels["c"].unique().tolist():
-        member = labels["c"] == alphabet
-        characters = labels["y"][member]
-        sets[f"alphabet{alphabet}"] = images[member], characters - characters.min()
-    return sets
+    """Split by `c`; the characters of an alphabet are consecutive in `y`."""
+    members = {alphabet: labels["c"] == alphabet for alphabet in labels["c"].unique().tolist()}
+    return {f"alphabet{alphabet}": (images[member], labels["y"][member]) for alphabet, member in members.items()}
 
 
 def _scaled(images: Tensor, size: int) -> Tensor:  # uint8 [n, H, W] -> uint8 [n, 1, size, size]
