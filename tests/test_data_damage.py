@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
+from den.dag.config import DagDataConfig
+from den.dag.scenarios import load_tasks
 from den.data import cifar, load_set, stl10
 from den.data.checks import matching, rows, whole_labels
 from tests.image_files import (
@@ -289,6 +291,13 @@ def test_pieces_must_go_together_and_hold_the_labels_of_their_set(tmp_path):
     labels = {"fine": np.array([1, 100]), "coarse": np.array([1, 2])}
     write_piece(tmp_path / "cifar100-train-0.npz", random_images(2, 32), labels)
     refused("cifar100", r"cifar100-train-0\.npz, fine, must hold whole labels of 0\.\.99, got 100")
+
+
+def test_tasks_of_cifar100_that_lack_a_class_are_told(tmp_path):
+    fine = np.arange(99)
+    write_piece(tmp_path / "cifar100-test.npz", random_images(99, 32), {"fine": fine, "coarse": fine // 5}, tile=33)
+    with pytest.raises(ValueError, match="must have 20 coarse labels of 5 classes, got 4 in coarse19"):
+        load_tasks(DagDataConfig("cifar100", tmp_path), "test")
 
 
 def test_second_copies_of_pieces_are_not_counted(tmp_path):

@@ -20,17 +20,17 @@ def fingerprint(files: Iterable[Path], root: Path) -> str:
     digest = hashlib.sha256(str(FORMAT).encode())
     try:
         for path in files:
-            for line in _states(str(path), os.path.relpath(path, root)):
+            for line in _states(path, os.path.relpath(path, root)):
                 digest.update(os.fsencode(line))
     except OSError as error:
         raise ValueError(f"load_set: files in {root} must be readable, got {error}") from error
     return digest.hexdigest()[:16]
 
 
-def _states(path: str, name: str) -> Iterator[str]:
-    """A line for each file, in the order of the names; a set of 110,000 takes under a second."""
+def _states(place: Path | os.DirEntry[str], name: str) -> Iterator[str]:
+    """A line for each file, in the order of the names; a set of 100,000 takes about a second."""
     try:
-        state = os.stat(path)
+        state = place.stat()
     except FileNotFoundError:  # to be told by the decoding, which knows what it lacks
         yield f"{name} missing\n"
         return
@@ -38,9 +38,10 @@ def _states(path: str, name: str) -> Iterator[str]:
         yield f"{name}\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\n"
         return
     yield f"{name}/\n"
-    for own in sorted(os.listdir(path)):
-        if not own.startswith("."):
-            yield from _states(f"{path}/{own}", f"{name}/{own}")
+    with os.scandir(place) as entries:
+        own = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in own:
+        yield from _states(entry, f"{name}/{entry.name}")
 
 
 def homes(own: Path) -> list[tuple[Path, str]]:
