@@ -149,13 +149,17 @@ def test_both_splits_of_imagenet50_must_have_the_same_classes(tmp_path, publishe
 
 
 def test_a_task_numbers_its_classes_alike_in_both_splits_also_where_one_has_no_images(tmp_path):
-    y, c = np.array([5, 8]), np.array([0, 0])
-    write_jpegs(tmp_path / "tin50.val0.npz", random_images(2, 64), y=y, c=c)
+    dogs, y = np.array([4, 5, 6, 7, 8]), np.array([5, 8])
+    write_jpegs(tmp_path / "tin50.train0.npz", random_images(5, 64), y=dogs, c=np.zeros(5, int))
+    write_jpegs(tmp_path / "tin50.val0.npz", random_images(2, 64), y=y, c=np.array([0, 0]))
     assert load_set("tin50-0", "test", tmp_path).labels.tolist() == [1, 4]
     with pytest.raises(ValueError, match=r"must hold images of 'tin50-3' \(test\), got none"):
         load_set("tin50-3", "test", tmp_path)
     write_jpegs(tmp_path / "tin50.val0.npz", random_images(2, 64), y=y, c=np.array([0, 3]))
-    with pytest.raises(ValueError, match=r"class 8 in .* must be of kind 0 of tin50, got 3"):
+    with pytest.raises(ValueError, match=r"class 8 of tin50 in .* must be of one kind, got 0 and 3"):
+        load_set("tin50", "test", tmp_path)
+    write_jpegs(tmp_path / "tin50.val0.npz", random_images(2, 64), y=y + 10, c=np.array([0, 0]))
+    with pytest.raises(ValueError, match=r"kind 0 of tin50 in .* must be of 5 classes, got 7"):
         load_set("tin50", "test", tmp_path)
 
 

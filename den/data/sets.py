@@ -57,7 +57,7 @@ class Kind:
     pad: int = 4  # the paper pads all but ImageNet
     size: int | None = None  # the side that its pictures, of any size, are decoded to; None: all have the same
     tasks: int = 0  # that it can be divided into
-    groups: tuple[tuple[int, ...], ...] = ()  # the classes of each of these; (): as many a task, in their order
+    task_labels: tuple[str, ...] = ()  # which of these, and number within it; (): classes in order, as many a task
     archive: Archive | None = None
 
 
@@ -80,7 +80,7 @@ KINDS = {
     ),
     "tinyimagenet": Kind(tinyimagenet.open_tinyimagenet, 200, *_TINY, archive=tinyimagenet.ARCHIVE),
     "tin50": Kind(
-        tinyimagenet.open_tin50, 50, *_TINY, tasks=10, groups=tinyimagenet.GROUPS, archive=tinyimagenet.ARCHIVE
+        tinyimagenet.open_tin50, 50, *_TINY, tasks=10, task_labels=("c", "k"), archive=tinyimagenet.ARCHIVE
     ),
     "imagenet50": Kind(open_imagenet50, 50, *_IMAGENET, pad=0, size=84, tasks=10),
     "miniimagenet": Kind(open_miniimagenet, 50, *_IMAGENET, pad=0, size=84, tasks=10),
@@ -143,13 +143,11 @@ def _read(name: str, base: str, task: int | None, size: int | None, split: str, 
     y, classes = labels[kind.label], kind.classes
     if task is not None:
         share = classes // kind.tasks
-        group = kind.groups[task] if kind.groups else range(task * share, (task + 1) * share)
-        place = torch.full((classes,), -1)  # of a class within the task, whether or not this split has images of it
-        place[list(group)] = torch.arange(len(group))
-        member = (place[y] >= 0).nonzero().flatten()
+        group, number = (labels[each] for each in kind.task_labels) if kind.task_labels else (y // share, y % share)
+        member = (group == task).nonzero().flatten()
         if not len(member):
             raise ValueError(f"load_set: {root} must hold images of {name!r} ({split}), got none")
-        images, y, classes = images[member], place[y[member]], len(group)
+        images, y, classes = images[member], number[member], share
     return ImageSet(name, images, y, classes, kind.mean, kind.std, pad=kind.pad)
 
 

@@ -8,6 +8,7 @@ the publishers has no labels.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -41,7 +42,7 @@ KINDS = {  # of tin50: positions of their classes among the sorted names of all 
     "landscape": (194, 195, 196, 197, 198),
 }
 TIN50 = sorted(itertools.chain(*KINDS.values()))
-GROUPS = tuple(tuple(map(TIN50.index, members)) for members in KINDS.values())  # of labels of tin50, by kind
+KIND_OF = {TIN50.index(position): kind for kind, members in enumerate(KINDS.values()) for position in members}
 
 
 def open_tinyimagenet(root: Path, split: str) -> Found:
@@ -50,27 +51,45 @@ def open_tinyimagenet(root: Path, split: str) -> Found:
 
 
 def open_tin50(root: Path, split: str) -> Found:
-    """50 classes, labels `y` in the order of their names (kind k is `GROUPS[k]`); ValueError when `root` has it in
+    """50 classes, labels `y`, the kind `c` of each and its number `k` within that; ValueError when `root` has it in
     neither form."""
-    if pieces := find_pieces(root, "tin50", {"train": "train", "test": "val"}[split]):
-        return Found(pieces, lambda: _checked_kinds(pieces))
+    both = {part: find_pieces(root, "tin50", piece) for part, piece in (("train", "train"), ("test", "val"))}
+    if both[split]:
+        return Found((*both["train"], *both["test"]), lambda: _numbered(both[split], (*both["train"], *both["test"])))
     return _found(root, split, TIN50)
+
+
+def _numbered(pieces: tuple[Path, ...], both: tuple[Path, ...]) -> Pixels:
+    """Pieces of one split; classes are numbered within their kind by those of both: either may lack some."""
+    opened, known = (open_pieces(each, {"y": len(TIN50), "c": len(KINDS)}) for each in (pieces, both))
+    kinds: dict[int, int] = {}
+    for y, c in sorted(set(zip(known.labels["y"].tolist(), known.labels["c"].tolist(), strict=True))):
+        if kinds.setdefault(y, c) != c:
+            raise ValueError(
+                f"load_set: class {y} of tin50 in {both[0].parent} must be of one kind, got {kinds[y]} and {c}"
+            )
+    own = opened.labels["y"]
+    return dataclasses.replace(opened, labels={"y": own, **_kind_labels(own, kinds, both[0])})
+
+
+def _kind_labels(y: np.ndarray, kinds: dict[int, int], where: Path) -> dict[str, np.ndarray]:
+    """Kind `c` and number `k` within it of each label, from the kinds of all classes."""
+    members = {c: [label for label in sorted(kinds) if kinds[label] == c] for c in kinds.values()}
+    share = len(TIN50) // len(KINDS)
+    if large := [c for c, each in members.items() if len(each) > share]:
+        raise ValueError(
+            f"load_set: kind {large[0]} of tin50 in {where.parent} must be of {share} classes, got"
+            f" {len(members[large[0]])}"
+        )
+    numbers = {label: each.index(label) for each in members.values() for label in each}
+    c, k = (np.array([table[label] for label in y.tolist()], np.int64) for table in (kinds, numbers))
+    return {"c": c, "k": k}
 
 
 def _found(root: Path, split: str, classes: list[int]) -> Found:
     archive, place = find(root, "tinyimagenet", [ARCHIVE])
     files = (place / "wnids.txt", place / {"train": "train", "test": "val"}[split]) if place.is_dir() else (place,)
     return Found(files, lambda: _decode(archive, place, split, classes))
-
-
-def _checked_kinds(pieces: tuple[Path, ...]) -> Pixels:
-    opened = open_pieces(pieces, {"y": len(TIN50), "c": len(KINDS)})
-    kind_of = np.array([kind for y in range(len(TIN50)) for kind, group in enumerate(GROUPS) if y in group])
-    wrong = (kind_of[opened.labels["y"]] != opened.labels["c"]).nonzero()[0]
-    if len(wrong):
-        y, c = (opened.labels[kind][wrong[0]] for kind in ("y", "c"))
-        raise ValueError(f"load_set: class {y} in {pieces[0].parent} must be of kind {kind_of[y]} of tin50, got {c}")
-    return opened
 
 
 def _decode(archive: Archive, place: Path, split: str, classes: list[int]) -> Pixels:
@@ -89,7 +108,8 @@ def _decode(archive: Archive, place: Path, split: str, classes: list[int]) -> Pi
     named = (
         (member_name(place, file), content) for file, content in zip(files, read(archive, place, files), strict=True)
     )
-    return Pixels((len(y), SIZE, SIZE, 3), {"y": y}, pictures(named, size=(SIZE, SIZE)))
+    labels = {"y": y} if classes != TIN50 else {"y": y, **_kind_labels(y, KIND_OF, place)}
+    return Pixels((len(y), SIZE, SIZE, 3), labels, pictures(named, size=(SIZE, SIZE)))
 
 
 def _training(archive: Archive, place: Path, chosen: list[str], names: list[str]) -> tuple[list[str], np.ndarray]:
