@@ -20,7 +20,9 @@ residuals 5.4 MB) and needs nothing but the standard library to read.
 import gzip
 import hashlib
 import lzma
+import os
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +34,22 @@ XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp"
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in a gzipped idx file: two zero bytes, dtype 8 (uint8), rank, big-endian sizes, values."""
-    content = gzip.decompress(path.read_bytes())
+    """The array in a gzipped idx file: two zero bytes, dtype 8 (uint8), rank, big-endian sizes, values.
+
+    Raises ValueError for a file that is damaged or of another kind.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"read_idx: {path} must be a complete gzip file, got {error}") from error
     if content[:3] != b"\0\0\x08":
         raise ValueError(f"read_idx: {path} must be an idx file of bytes, got header {content[:3]!r}")
-    rank = content[3]
-    shape = np.frombuffer(content, ">u4", rank, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    rank, sizes = content[3], content[4 : 4 + 4 * content[3]]
+    shape = np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4").tolist()
+    values = np.frombuffer(content[4 + 4 * rank :], np.uint8)
+    if len(shape) != rank or values.size != np.prod(shape, dtype=object):
+        raise ValueError(f"read_idx: {path} must hold {shape} values as its header says, got {values.size}")
+    return values.reshape(shape)
 
 
 def balanced_index(labels: np.ndarray, per_class: int, seed: int = 0) -> np.ndarray:
@@ -53,6 +64,11 @@ def pack(originals: Path, output: Path) -> None:
     for split, (stem, per_class) in PER_CLASS.items():
         images = read_idx(originals / f"{stem}-images-idx3-ubyte.gz")
         labels = read_idx(originals / f"{stem}-labels-idx1-ubyte.gz")
+        if len(images) != len(labels) or np.bincount(labels, minlength=1).min() < per_class:
+            raise ValueError(
+                f"pack: {originals}/{stem}-* must hold an image for each label and {per_class} of every class, got"
+                f" {len(images)} images and {np.bincount(labels).tolist()} labels"
+            )
         index = balanced_index(labels, per_class)
         pixels = images[index].tobytes()
         stream = lzma.compress(pixels, lzma.FORMAT_XZ, filters=XZ)
@@ -62,7 +78,9 @@ def pack(originals: Path, output: Path) -> None:
         arrays[f"{split}_sha256"] = np.frombuffer(hashlib.sha256(pixels).digest(), np.uint8)
         print(f"{split}: {len(index)} images, {len(stream):,} bytes, sha256 {hashlib.sha256(pixels).hexdigest()}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(output, **arrays)
+    whole = output.with_name(f".{output.stem}.npz")
+    np.savez(whole, **arrays)
+    os.replace(whole, output)  # half a file never has its name
     print(f"{output}: {output.stat().st_size:,} bytes")
 
 

@@ -74,9 +74,7 @@ def test_packed_file_is_small_and_carries_its_licence():
 
 
 def test_packing_script_writes_what_it_read(tmp_path, monkeypatch):
-    script = Path(__file__).parent.parent / "scripts" / "pack_fashion.py"
-    packing = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("pack_fashion", script))
-    spec.loader.exec_module(packing)
+    packing = packing_script()
     generator = np.random.default_rng(0)
     originals = {}
     for stem in ("train", "t10k"):
@@ -97,6 +95,40 @@ def test_packing_script_writes_what_it_read(tmp_path, monkeypatch):
             assert np.bincount(packed[f"{split}_labels"]).tolist() == [count // 4] * 4
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no gzip", "must be a complete gzip file"),
+        (gzip.compress(b"\0\0\x08\x01" * 20)[:-9], "must be a complete gzip file"),
+        (gzip.compress(b"\0\0\x0d\x01\0\0\0\0"), "must be an idx file of bytes"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x03ab"), r"must hold \[3\] values as its header says, got 2"),
+        (gzip.compress(b"\0\0\x08\x03\0\0"), r"must hold \[\] values as its header says, got 0"),
+    ],
+)
+def test_damaged_originals_are_named_by_the_packing_script(tmp_path, content, message):
+    packing = packing_script()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte\.gz {message}"):
+        packing.pack(tmp_path, tmp_path / "packed.npz")
+    assert not (tmp_path / "packed.npz").exists()
+
+
+def test_too_few_originals_are_told(tmp_path):
+    packing = packing_script()
+    for kind, shape in (("images-idx3", (3, 28, 28)), ("labels-idx1", (3,))):
+        header = b"\0\0\x08" + bytes([len(shape)]) + np.array(shape, ">u4").tobytes()
+        (tmp_path / f"train-{kind}-ubyte.gz").write_bytes(gzip.compress(header + bytes(np.prod(shape))))
+    with pytest.raises(ValueError, match=r"1200 of every class, got 3 images and \[3\] labels"):
+        packing.pack(tmp_path, tmp_path / "packed.npz")
+
+
+def packing_script():
+    script = Path(__file__).parent.parent / "scripts" / "pack_fashion.py"
+    packing = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("pack_fashion", script))
+    spec.loader.exec_module(packing)
+    return packing
+
+
 def test_changed_fashion_pixels_are_noticed(tmp_path, monkeypatch):
     with (resources.files("den.data") / "packed" / "fashion.npz").open("rb") as file, np.load(file) as packed:
         arrays = dict(packed)
@@ -107,6 +139,9 @@ def test_changed_fashion_pixels_are_noticed(tmp_path, monkeypatch):
     np.savez(tmp_path / "packed" / "fashion.npz", **arrays)
     monkeypatch.setattr("den.data.sets.resources.files", lambda _: tmp_path)
     with pytest.raises(ValueError, match="fashion test must match their sha256"):
+        load_set("fashion", "test")
+    (tmp_path / "packed" / "fashion.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"fashion\.npz must be complete, got .*; reinstall the package"):
         load_set("fashion", "test")
 
 

@@ -69,7 +69,15 @@ def _load(data: DagDataConfig, split: str, root: Path | None) -> list[ImageSet |
         return [cityscapes.load_cityscapes(root, split, data.classes or cityscapes.CLASSES)]
     if data.scenario == "pascal":
         return [load_pascal_context(root, split, data.size or 512)]
-    return [*by_coarse_label(load_set("cifar100", split, root), load_set("cifar100-coarse", split, root).labels)]
+    sets = by_coarse_label(load_set("cifar100", split, root), load_set("cifar100-coarse", split, root).labels)
+    if [each.classes for each in sets] != [
+        5
+    ] * 20:  # numbered by rank, a class that lacks images would shift the others
+        got = ", ".join(f"{each.classes} in {each.name}" for each in sets if each.classes != 5)
+        raise ValueError(
+            f"load_set: cifar100 {split} in {root} must have 20 coarse labels of 5 classes, got {got or len(sets)}"
+        )
+    return [*sets]
 
 
 def by_coarse_label(fine: ImageSet, coarse: Tensor) -> list[ImageSet]:

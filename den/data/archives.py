@@ -1,19 +1,20 @@
 """The archives in which image sets are published: found in a data root, checked, read without unpacking, fetched.
 
-An archive may lie in the root as it was downloaded, or unpacked; the file, whose checksum is published, comes first.
+An archive may lie in the root as it was downloaded, or unpacked; the file, whose checksum is published, comes first,
+and a folder in which nothing lies counts as none.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-BROKEN = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+from den.data.checks import blamed
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,23 @@ def find(root: Path, name: str, archives: Sequence[Archive]) -> tuple[Archive, P
         if (root / archive.file).is_file():
             return archive, root / archive.file
     for archive in archives:
-        if (root / archive.folder).is_dir():
+        if holds_anything(root / archive.folder):
             return archive, root / archive.folder
     files = " or ".join(archive.file for archive in archives)
     raise ValueError(
         f"load_set: data root of {name!r} must hold {files}, packed or unpacked, got {root}"
         f" (get it from {archives[0].page}, or with den fetch {name} --data-root {root})"
     )
+
+
+def holds_anything(folder: Path) -> bool:
+    """Whether it is a folder with more in it than hidden files."""
+    return folder.is_dir() and any(not name.startswith(".") for name in os.listdir(folder))
+
+
+def member_name(place: Path, name: str) -> str:
+    """What to call a member of an archive in a message: its path where it is unpacked."""
+    return str(place / name) if place.is_dir() else f"{name} of {place}"
 
 
 def check(archive: Archive, place: Path) -> None:
@@ -62,15 +73,12 @@ def read(archive: Archive, place: Path, names: Sequence[str]) -> Iterator[bytes]
     """
     members = _zip_members if place.suffix == ".zip" else _tar_members
     contents = _folder_members(place, names) if place.is_dir() else members(place, archive.folder, names)
-    try:
-        yield from contents
-    except (KeyError, FileNotFoundError) as error:
-        missing = error.filename if isinstance(error, FileNotFoundError) else error.args[0]
-        raise ValueError(
-            f"load_set: {place} must be complete, got one without {missing}; unpack {archive.file} again"
-        ) from error
-    except BROKEN as error:
-        raise ValueError(f"load_set: {place} must be a complete archive, got {error}") from error
+    with blamed("load_set", place, "be complete", hint=f"; unpack {archive.file} again"):
+        try:
+            yield from contents
+        except (KeyError, FileNotFoundError) as error:
+            missing = error.filename if isinstance(error, FileNotFoundError) else error.args[0]
+            raise ValueError(f"one without {missing}") from error
 
 
 def _folder_members(place: Path, names: Sequence[str]) -> Iterator[bytes]:

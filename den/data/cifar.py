@@ -10,15 +10,17 @@ import codecs
 import io
 import itertools
 import pickle
-import zipfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from den.data.archives import Archive, check, find, read
+from den.data.checks import all_classes, blamed, whole_labels
+from den.data.decode import opened, rgb
+from den.data.pieces import joined
 from den.data.store import Found, Pixels
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -69,7 +71,9 @@ VERSIONS = {
         ),
     ),
 }
+CLASSES = {"y": 10, "fine": 100, "coarse": 20}  # by kind of label
 TEST_IMAGES = 10_000
+PIECE = re.compile(r"cifar100-(train|test)(-\d+)?\.npz")  # and not a browser's second copy of one
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
@@ -82,12 +86,13 @@ ALLOWED = {
 
 def open_cifar(name: str, root: Path, split: str) -> Found:
     """cifar10 with labels `y`, or cifar100 with `fine` and `coarse`; ValueError when `root` has neither version."""
-    pieces = tuple(sorted(root.glob(f"{name}-{split}*.npz"))) if name == "cifar100" else ()
+    pieces = tuple(path for path in sorted(root.glob(f"{name}-{split}*.npz")) if PIECE.fullmatch(path.name))
     if pieces:
         return Found(pieces, lambda: open_tiles(pieces))
     archive, place = find(root, name, [version.archive for version in VERSIONS[name]])
     version = next(version for version in VERSIONS[name] if version.archive == archive)
-    return Found((place,), lambda: _decode(version, place, split))
+    files = tuple(place / member for member in version.members[split]) if place.is_dir() else (place,)
+    return Found(files, lambda: _decode(version, place, split))
 
 
 def _decode(version: Version, place: Path, split: str) -> Pixels:
@@ -97,17 +102,26 @@ def _decode(version: Version, place: Path, split: str) -> Pixels:
     expected = version.images if split == "train" else TEST_IMAGES
     images, labels = [], {kind: [] for kind in version.labels}
     for name, content in zip(names, read(version.archive, place, names), strict=True):
-        try:
+        where = f"{name} of {place}"
+        with blamed("load_set", where, "be a file of CIFAR"):
             pixels, kinds = parse(content, version.labels)
-        except (ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"load_set: {name} of {place} must be a file of CIFAR, got {error}") from error
-        if len(pixels) != expected or any(len(values) != expected for values in kinds.values()):
-            raise ValueError(f"load_set: {name} of {place} must have {expected} images, got {len(pixels)}")
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (expected, PIXELS):
+            got = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+            raise ValueError(
+                f"load_set: {where} must have {expected} images, uint8 [{expected}, {PIXELS}] of red, green and blue"
+                f" planes, got {got}"
+            )
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         for kind, values in kinds.items():
-            labels[kind].append(values)
-    count = sum(map(len, images))
-    return Pixels((count, 32, 32, 3), {kind: np.concatenate(values) for kind, values in labels.items()}, images)
+            labels[kind].append(whole_labels("load_set", where, values, CLASSES[kind]))
+            if len(labels[kind][-1]) != expected:
+                raise ValueError(
+                    f"load_set: {where} must have {expected} labels, got {len(labels[kind][-1])} of {kind}"
+                )
+    joint = {kind: np.concatenate(values) for kind, values in labels.items()}
+    for kind, values in joint.items():
+        all_classes("load_set", f"{kind} labels of {split} in {place}", values, CLASSES[kind])
+    return Pixels((len(names) * expected, 32, 32, 3), joint, images)
 
 
 def _parse_binary(content: bytes, labels: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -116,9 +130,9 @@ def _parse_binary(content: bytes, labels: dict[str, str]) -> tuple[np.ndarray, d
     return records[:, len(labels) :], {kind: records[:, k] for k, kind in enumerate(labels)}
 
 
-def _parse_pickle(content: bytes, labels: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _parse_pickle(content: bytes, labels: dict[str, str]) -> tuple[Any, dict[str, Any]]:
     batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
-    return batch["data"], {kind: np.array(batch[key]) for kind, key in labels.items()}
+    return batch["data"], {kind: batch[key] for kind, key in labels.items()}
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -135,24 +149,24 @@ def open_tiles(paths: tuple[Path, ...]) -> Pixels:
 
     A piece holds `shape` ([n, H, W, 3]), `tile` (images per picture), `blob` (uint8, lossless pictures one after the
     other, each a column of images), `offsets` (where picture i begins, and the end) and one array per kind of label.
+
+    Raises ValueError for a piece that is not complete, and for labels that are not CIFAR-100's.
     """
-    images, labels = [], {}
+    images, labels = [], []
     for path in paths:
-        try:
+        with blamed("load_set", path, "be a complete piece"):
             pixels, kinds = _read_tiles(path)
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"load_set: {path} must be a complete piece, got {error}") from error
         images.append(pixels)
-        for kind, values in kinds.items():
-            labels.setdefault(kind, []).append(values)
-    count = sum(map(len, images))
-    return Pixels((count, *images[0].shape[1:]), {k: np.concatenate(v) for k, v in labels.items()}, images)
+        labels.append(kinds)
+    kinds = {kind: CLASSES[kind] for kind in ("fine", "coarse")}
+    shape, joint = joined("load_set", paths, [pixels.shape for pixels in images], labels, kinds)
+    return Pixels(shape, joint, images)
 
 
 def _read_tiles(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     with np.load(path, allow_pickle=False) as piece:
-        shape, offsets, blob = tuple(piece["shape"]), piece["offsets"], piece["blob"]
+        shape, offsets, blob = tuple(piece["shape"].tolist()), piece["offsets"], piece["blob"]
         kinds = {key: piece[key] for key in piece.files if key not in ("shape", "offsets", "blob", "tile")}
     spans = itertools.pairwise(offsets)
-    columns = [np.asarray(Image.open(io.BytesIO(blob[begin:end].tobytes())).convert("RGB")) for begin, end in spans]
+    columns = [np.asarray(rgb(opened(io.BytesIO(blob[begin:end].tobytes())))) for begin, end in spans]
     return np.concatenate(columns).reshape(shape), kinds

@@ -12,6 +12,7 @@ from den.data.npy_scenes import load_npy_scenes
 from den.data.scenes import SceneSet
 
 CLASSES = 19
+LARGEST = 128  # disparity in pixels; the published one ends at 126, what is handed on is often scaled to 0..1
 SINGLE_TASK = {  # by task and classes: single-task networks in the AdaShare protocol (Sun et al., NeurIPS 2020)
     ("segmentation", CLASSES): {"miou": 0.402, "pixel_accuracy": 0.747},
     ("depth", 1): {"abs_error": 0.017, "rel_error": 0.33},
@@ -20,4 +21,5 @@ SINGLE_TASK = {  # by task and classes: single-task networks in the AdaShare pro
 
 def load_cityscapes(root: Path | str | None, split: str, classes: int = CLASSES) -> SceneSet:
     """Tasks `segmentation` and `depth` (disparity, as in the literature); ValueError as of `load_npy_scenes`."""
-    return load_npy_scenes("cityscapes", root, split, ("segmentation", "depth"), classes, inverse_depth=True)
+    kinds = ("segmentation", "depth")
+    return load_npy_scenes("cityscapes", root, split, kinds, classes, farthest=LARGEST, inverse_depth=True)

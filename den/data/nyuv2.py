@@ -12,6 +12,7 @@ from den.data.npy_scenes import load_npy_scenes
 from den.data.scenes import SceneSet
 
 CLASSES = 40
+FARTHEST = 20  # metres; the camera sees 10
 SINGLE_TASK = {  # by task and classes: single-task networks in the AdaShare protocol (Sun et al., NeurIPS 2020)
     ("segmentation", CLASSES): {"miou": 0.275, "pixel_accuracy": 0.589},
     ("depth", 1): {"abs_error": 0.62, "rel_error": 0.25},
@@ -20,4 +21,4 @@ SINGLE_TASK = {  # by task and classes: single-task networks in the AdaShare pro
 
 def load_nyuv2(root: Path | str | None, split: str, classes: int = CLASSES) -> SceneSet:
     """Tasks `segmentation`, `depth` and `normals`; ValueError as of `load_npy_scenes`."""
-    return load_npy_scenes("nyuv2", root, split, ("segmentation", "depth", "normals"), classes)
+    return load_npy_scenes("nyuv2", root, split, ("segmentation", "depth", "normals"), classes, farthest=FARTHEST)

@@ -3,7 +3,8 @@
 Two layouts are read from a data root:
 
 - the official archives, as they are or unpacked: `images_background.zip` and `images_evaluation.zip`, in which
-  `images_background/Alphabet_name/character01/0001_01.png` is drawer 1's character; 50 alphabets, 105x105;
+  `images_background/Alphabet_name/character01/0001_01.png` is drawer 1's character; 50 alphabets, 105x105; where both
+  are there, the archive is read;
 - packed pieces `omniglot_small.{split}*.npz`, see `den.data.pieces`; 8 alphabets.
 
 Drawers 1 to 15 of every character are the training split, 16 to 20 the test split; this split is not official.  Ink is
@@ -23,12 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from den.data.archives import holds_anything
+from den.data.checks import blamed
+from den.data.decode import opened, rgb
 from den.data.images import ImageSet, pixel_moments
 from den.data.pieces import find_pieces, open_pieces
 
 ARCHIVES = ("images_background", "images_evaluation")
-TRAIN_DRAWERS = 15
-MEMBER = re.compile(r"(?:^|/)(images_(?:background|evaluation))/([^/]+)/character(\d+)/\d+_(\d+)\.png$")
+ALPHABETS, CHARACTERS = 50, 1623
+DRAWERS, TRAIN_DRAWERS = 20, 15
+MEMBER = re.compile(r"(?:^|/)images_(?:background|evaluation)/([^/]+)/character(\d+)/\d+_(\d+)\.png$", re.IGNORECASE)
+PICTURE = re.compile(r"(?:^|/)character[^/]*/[^./][^/]*\.png$", re.IGNORECASE)  # drawings, also those of other names
 
 
 def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[ImageSet]:
@@ -37,7 +43,8 @@ def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[I
     Images are scaled by averaging over areas.  Normalisation constants are those of the training images of all
     alphabets, for both splits; augmentation shifts and does not mirror.
 
-    Raises ValueError for an unknown split, a size below 1, a root without the set, files that are damaged.
+    Raises ValueError for an unknown split, a size below 1, a root without the set, files that are damaged, characters
+    that lack a drawing which others have, and splits of different characters.
     """
     if split not in ("train", "test"):
         raise ValueError(f"load_omniglot: split must be 'train' or 'test', got {split!r}")
@@ -46,19 +53,33 @@ def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[I
     root = None if root is None else Path(root)
     wanted = _read(root, split)
     train = wanted if split == "train" else _read(root, "train")
+    _same_characters(root, train, wanted)
     scaled = {name: _scaled(images, size) for name, (images, _) in train.items()}
     mean, std = pixel_moments(torch.cat(list(scaled.values())))
     sets = []
     for name, (images, labels) in wanted.items():
         pixels = scaled[name] if split == "train" else _scaled(images, size)
-        classes = int(max(labels.max(), train[name][1].max())) + 1
-        sets.append(ImageSet(name, pixels, labels, classes, mean, std, pad=max(1, size // 14), flip=False))
+        first, last = (int(bound) for bound in train[name][1].aminmax())
+        sets.append(
+            ImageSet(name, pixels, labels - first, last - first + 1, mean, std, pad=max(1, size // 14), flip=False)
+        )
     return sets
 
 
+def _same_characters(root: Path | None, train: dict[str, tuple[Tensor, Tensor]], wanted: dict) -> None:
+    """ValueError when one split has an alphabet or a character that the other lacks: their labels would differ."""
+    characters = [{name: labels.unique().tolist() for name, (_, labels) in split.items()} for split in (train, wanted)]
+    if characters[0] != characters[1]:
+        names = characters[0].keys() | characters[1].keys()
+        name = min(name for name in names if characters[0].get(name) != characters[1].get(name))
+        raise ValueError(
+            f"load_omniglot: {root} must hold the same characters for training and testing, got others of {name}"
+        )
+
+
 def _read(root: Path | None, split: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Images uint8 [n, H, W] and labels int64 [n] of each alphabet, in the order of their names or numbers."""
-    if root is not None and any((root / name).is_dir() or (root / f"{name}.zip").is_file() for name in ARCHIVES):
+    """Images uint8 [n, H, W] and labels int64 [n] of each alphabet, consecutive, in the order of names or numbers."""
+    if root is not None and any(holds_anything(root / name) or (root / f"{name}.zip").is_file() for name in ARCHIVES):
         return _read_archives(root, split)
     pieces = () if root is None else find_pieces(root, "omniglot_small", split)
     if not pieces:
@@ -66,60 +87,89 @@ def _read(root: Path | None, split: str) -> dict[str, tuple[Tensor, Tensor]]:
             "load_omniglot: data root must hold images_background and images_evaluation (folders or .zip) or"
             f" omniglot_small.{split}*.npz, got {root} (use --data-root)"
         )
-    packed = open_pieces(pieces)
+    packed = open_pieces(pieces, {"y": CHARACTERS, "c": ALPHABETS}, rank=3)
     images = torch.from_numpy(np.concatenate(list(packed.parts)) * np.uint8(255))  # [N, H, W]
-    return _by_alphabet(images, {kind: torch.from_numpy(values).long() for kind, values in packed.labels.items()})
+    return _by_alphabet(images, {kind: torch.from_numpy(values) for kind, values in packed.labels.items()})
 
 
 def _read_archives(root: Path, split: str) -> dict[str, tuple[Tensor, Tensor]]:
-    from PIL import Image
-
-    found: dict[str, list[tuple[int, int, np.ndarray]]] = {}
+    found: dict[str, dict[tuple[int, int], str]] = {}  # by alphabet, character and drawer: the file
+    inks: dict[str, np.ndarray] = {}
     for name, content in _members(root):
         match = MEMBER.search(name)
-        if match is None or (int(match[4]) <= TRAIN_DRAWERS) != (split == "train"):
-            continue
-        try:
-            ink = 255 - np.asarray(Image.open(io.BytesIO(content)).convert("L"))
-        except OSError as error:
-            raise ValueError(f"load_omniglot: {name} must be a PNG, got {error}") from error
-        found.setdefault(match[2], []).append((int(match[3]) - 1, int(match[4]), ink))
-    if not found:
+        if match is None or int(match[2]) < 1 or not 1 <= int(match[3]) <= DRAWERS:
+            raise ValueError(f"load_omniglot: {name} must be named ALPHABET/character01/0001_01.png and so on")
+        drawings, place = found.setdefault(match[1], {}), (int(match[2]) - 1, int(match[3]))
+        if place in drawings:
+            raise ValueError(f"load_omniglot: {name} must be the only drawing of its drawer, got {drawings[place]} too")
+        drawings[place] = name
+        if (place[1] <= TRAIN_DRAWERS) == (split == "train"):
+            inks[name] = _ink(name, content, inks)
+    if not inks:
         raise ValueError(
             f"load_omniglot: archives in {root} must hold {ARCHIVES[0]}/ALPHABET/character01/*.png, got none"
         )
+    for alphabet, drawings in found.items():
+        _complete(root, alphabet, drawings)
     sets = {}
-    for name in sorted(found):
-        drawings = sorted(found[name], key=lambda drawing: drawing[:2])
-        images = torch.from_numpy(np.stack([ink for _, _, ink in drawings]))
-        sets[name] = images, torch.tensor([label for label, _, _ in drawings])
+    for alphabet in sorted(found):
+        kept = [(label, found[alphabet][label, drawer]) for label, drawer in sorted(found[alphabet])]
+        kept = [(label, name) for label, name in kept if name in inks]
+        if kept:
+            images = torch.from_numpy(np.stack([inks[name] for _, name in kept]))
+            sets[alphabet] = images, torch.tensor([label for label, _ in kept])
     return sets
+
+
+def _ink(name: str, content: bytes, others: dict[str, np.ndarray]) -> np.ndarray:
+    """uint8 [H, W], 255 where there is ink, of the size of the others."""
+    with blamed("load_omniglot", name, "be a PNG"):
+        ink = 255 - np.asarray(rgb(opened(io.BytesIO(content))).convert("L"))
+    shape = next(iter(others.values()), ink).shape
+    if ink.shape != shape:
+        raise ValueError(f"load_omniglot: {name} must be of {shape[1]}x{shape[0]} pixels, got {ink.shape[::-1]}")
+    if ink.mean() > 127:
+        raise ValueError(f"load_omniglot: {name} must be black ink on white paper, got more black than white")
+    return ink
+
+
+def _complete(root: Path, alphabet: str, drawings: dict[tuple[int, int], str]) -> None:
+    """ValueError when a character is left out, or lacks a drawer that another character of its alphabet has."""
+    characters, drawers = {label for label, _ in drawings}, {drawer for _, drawer in drawings}
+    for label in range(max(characters) + 1):
+        if absent := [drawer for drawer in sorted(drawers) if (label, drawer) not in drawings]:
+            raise ValueError(
+                f"load_omniglot: character{label + 1:02d} of {alphabet} in {root} must have a drawing of drawer"
+                f" {absent[0]}, as others have, got {len(drawers) - len(absent)} of {len(drawers)}; unpack it again"
+            )
 
 
 def _members(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every PNG of the archives."""
+    """Name and content of every drawing in the archives and folders."""
     for name in ARCHIVES:
-        if (root / name).is_dir():
-            for path in sorted((root / name).glob("*/*/*.png")):
-                yield path.relative_to(root).as_posix(), path.read_bytes()
-        elif (path := root / f"{name}.zip").is_file():
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    for member in archive.namelist():
-                        if member.endswith(".png"):
-                            yield member, archive.read(member)
-            except (OSError, EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(f"load_omniglot: {path} must be a complete archive, got {error}") from error
+        if (path := root / f"{name}.zip").is_file():
+            yield from _zip_members(path)
+        elif holds_anything(folder := root / name):
+            for path in sorted(folder.glob("*/*/*")):
+                if PICTURE.search(path.as_posix()):
+                    with blamed("load_omniglot", path, "be readable"):
+                        content = path.read_bytes()
+                    yield path.as_posix(), content
+        elif (root / name).is_dir():
+            raise ValueError(f"load_omniglot: {root / name} must hold {name} or have {name}.zip beside it, got nothing")
+
+
+def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
+    with blamed("load_omniglot", path, "be a complete archive"), zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            if PICTURE.search(member) and not member.startswith("__MACOSX/"):
+                yield f"{path}/{member}", archive.read(member)
 
 
 def _by_alphabet(images: Tensor, labels: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Split by `c`; the characters of an alphabet, consecutive in `y`, are numbered from 0."""
-    sets = {}
-    for alphabet in labels["c"].unique().tolist():
-        member = labels["c"] == alphabet
-        characters = labels["y"][member]
-        sets[f"alphabet{alphabet}"] = images[member], characters - characters.min()
-    return sets
+    """Split by `c`; the characters of an alphabet are consecutive in `y`."""
+    members = {alphabet: labels["c"] == alphabet for alphabet in labels["c"].unique().tolist()}
+    return {f"alphabet{alphabet}": (images[member], labels["y"][member]) for alphabet, member in members.items()}
 
 
 def _scaled(images: Tensor, size: int) -> Tensor:  # uint8 [n, H, W] -> uint8 [n, 1, size, size]

@@ -14,7 +14,7 @@ down first where they are larger.
 
 from __future__ import annotations
 
-import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from den.data.checks import blamed, rows
+from den.data.decode import opened, rgb
 from den.data.scenes import MEAN, NOTHING, Scene, SceneSet, checked_target, nearest
 from den.tasks import IGNORE, Task
 
@@ -49,8 +51,9 @@ def load_pascal_context(root: Path | str | None, split: str, size: int = 512) ->
     `split` is "train" or "test" (val.txt).  Parts are unlabelled in images without any.  Normals count wherever they
     are given; the class mask that some authors lay over them is not part of the tree.
 
-    Raises ValueError for an unknown split, a size below 1, a root without the tree or a list without names; when a
-    scene is read, for files that are missing, damaged or of another size.
+    Raises ValueError for an unknown split, a size below 1, a root without the tree or a list that is malformed or names
+    images that are not there; when a scene is read, for files that are missing, damaged, of another size, or with
+    values that the set does not have.
     """
     if split not in SPLITS:
         raise ValueError(f"load_pascal_context: split must be 'train' or 'test', got {split!r}")
@@ -62,11 +65,27 @@ def load_pascal_context(root: Path | str | None, split: str, size: int = 512) ->
             f"load_pascal_context: data root must be the PASCAL_MT tree, with ImageSets/Context/{SPLITS[split]}.txt and"
             f" JPEGImages, got {root} (use --data.root)"
         )
-    names = names_file.read_text().split()
-    if not names:
-        raise ValueError(f"load_pascal_context: {names_file} must name at least one image, got an empty data set")
+    names = _listed(names_file, Path(root) / "JPEGImages")
     tasks = tuple(Task(name, classes, size, 3, kind) for name, (kind, classes) in TASKS.items())
     return SceneSet("pascal", tasks, PascalScenes(Path(root), names, size), torch.arange(len(names)))
+
+
+def _listed(path: Path, images: Path) -> list[str]:
+    """The names in a list, one a line; ValueError when one of them is there twice or has no image."""
+    with blamed("load_pascal_context", path, "be readable"):
+        content = path.read_bytes()
+    lines = rows("load_pascal_context", path, content, 1)
+    names = [line[0] for line in lines]
+    if not names:
+        raise ValueError(f"load_pascal_context: {path} must name at least one image, got an empty data set")
+    there = {file.stem for file in images.glob("[!.]*.jpg")}
+    for name, count in Counter(names).items():
+        if name not in there or count > 1:
+            got = f"{name} {count} times" if count > 1 else f"{name}, of which {images} has no .jpg"
+            raise ValueError(f"load_pascal_context: {path} must name images that are there, each once, got {got}")
+    if wide := [line for line in lines if len(line) > 1]:
+        raise ValueError(f"load_pascal_context: {path} must name one image a line, got {' '.join(wide[0])!r}")
+    return names
 
 
 class PascalScenes:
@@ -77,7 +96,7 @@ class PascalScenes:
         self._readers: dict[str, Callable[[str], Tensor]] = {
             "segmentation": self._segmentation,
             "parts": self._parts,
-            "saliency": lambda name: (self._pixels(f"sal_distill/{name}.png", "L") > 127).float()[None],
+            "saliency": self._saliency,
             "normals": lambda name: self._pixels(f"normals_distill/{name}.png", "RGB").permute(2, 0, 1) / 127.5 - 1,
             "edges": lambda name: boundaries(self._label_map(name))[None],
         }
@@ -98,37 +117,42 @@ class PascalScenes:
         voc = f"semseg/VOC12/{name}.png"
         return self._pixels(voc if (self.root / voc).is_file() else f"semseg/pascal-context/{name}.png", None).long()
 
+    def _saliency(self, name: str) -> Tensor:
+        values = self._pixels(f"sal_distill/{name}.png", "L")
+        if values.max() == 1:
+            raise ValueError(
+                f"load_pascal_context: {self.root}/sal_distill/{name}.png must hold saliency of 0..255, got 0..1"
+            )
+        return (values > 127).float()[None]
+
     def _parts(self, name: str) -> Tensor:
-        annotation = self._annotation(f"human_parts/{name}.mat", "anno")
+        place = f"human_parts/{name}.mat"
+        annotation = self._annotation(place, "anno")
         labels = np.zeros(self._pixels(f"JPEGImages/{name}.jpg", "L").shape, np.int64)
-        try:
-            for person in _listed(annotation["objects"]):
-                for part in _listed(person["parts"]) if person["class_ind"] == PERSON else ():
+        with blamed("load_pascal_context", self.root / place, f"hold parts of {name} as PASCAL-Part has them"):
+            for person in _items(annotation["objects"]):
+                for part in _items(person["parts"]) if person["class_ind"] == PERSON else ():
                     labels[np.asarray(part["mask"], bool)] = LABEL_OF_PART[part["part_name"]]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"load_pascal_context: parts of {name} must be PASCAL-Part's, got {error!r}") from error
         return torch.from_numpy(labels if labels.any() else np.full_like(labels, IGNORE))
 
     def _label_map(self, name: str) -> Tensor:
-        return torch.from_numpy(self._annotation(f"pascal-context/trainval/{name}.mat", "LabelMap").astype(np.int64))
+        place = f"pascal-context/trainval/{name}.mat"
+        values = self._annotation(place, "LabelMap")
+        with blamed("load_pascal_context", self.root / place, "hold a LabelMap of whole numbers [H, W]"):
+            if values.ndim != 2 or values.dtype.kind not in "iuf" or (values % 1 != 0).any():
+                raise ValueError(f"{values.dtype} {list(values.shape)}")
+            return torch.from_numpy(values.astype(np.int64))
 
     def _annotation(self, place: str, key: str) -> Any:
         from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
 
-        try:
+        with blamed("load_pascal_context", self.root / place, f"hold {key}"):
             return loadmat(self.root / place, simplify_cells=True)[key]
-        except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
-            raise ValueError(f"load_pascal_context: {place} must hold {key}, got {error}") from error
 
     def _pixels(self, place: str, mode: str | None) -> Tensor:  # uint8 [H, W] or [H, W, 3]
-        from PIL import Image
-
-        try:
-            with Image.open(self.root / place) as picture:
-                return torch.from_numpy(np.array(picture if mode is None else picture.convert(mode)))
-        except OSError as error:
-            raise ValueError(f"load_pascal_context: {place} must be a picture, got {error}") from error
+        with blamed("load_pascal_context", self.root / place, "be a picture"):
+            picture = opened(self.root / place)
+            return torch.from_numpy(np.array(picture if mode is None else rgb(picture).convert(mode)))
 
 
 def boundaries(labels: Tensor) -> Tensor:
@@ -160,6 +184,6 @@ def _fitting(height: int, width: int, size: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _listed(value: Any) -> list[Any]:
+def _items(value: Any) -> list[Any]:
     """The objects of a MATLAB struct array, which a file with one object holds as the object itself."""
     return [value] if isinstance(value, dict) else list(value)

@@ -15,55 +15,75 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import zipfile
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from den.data.checks import blamed, whole_labels
 from den.data.decode import pictures
 from den.data.store import Pixels
 
 PAYLOAD = ("meta", "data", "scan", "len", "head0", "head1", "grey")
-BROKEN = (OSError, KeyError, ValueError, EOFError, IndexError, lzma.LZMAError, zipfile.BadZipFile)
 END_OF_IMAGE = b"\xff\xd9"
 
 
 def find_pieces(root: Path, name: str, split: str) -> tuple[Path, ...]:
     """The pieces of a split in their order; none where there are none."""
-    return tuple(sorted(root.glob(f"{name}.{split}[0-9]*.npz"), key=lambda path: (len(path.name), path.name)))
+    piece = re.compile(rf"{re.escape(name)}\.{split}\d+\.npz")  # and not a browser's second copy of one
+    found = (path for path in root.glob(f"{name}.{split}[0-9]*.npz") if piece.fullmatch(path.name))
+    return tuple(sorted(found, key=lambda path: (len(path.name), path.name)))
 
 
-def open_pieces(paths: tuple[Path, ...]) -> Pixels:
-    """All of these pieces, one after the other.
+def open_pieces(paths: tuple[Path, ...], kinds: dict[str, int], rank: int = 4) -> Pixels:
+    """All of these pieces, one after the other, with the labels `kinds`, each of 0..classes - 1.
 
-    Raises ValueError for a piece that is incomplete, of an unknown kind, or whose pixels do not match their sha256;
-    about its pixels when these are read.
+    rank: of the pixels: 3 for bits, 4 for colours.
+
+    Raises ValueError for a piece that is incomplete, of an unknown kind, with other labels or sizes than these, or
+    whose pixels do not match their sha256; about its pixels when these are read.
     """
-    opened = [_labels(path) for path in paths]
-    shapes = [shape for shape, _ in opened]
-    labels = {kind: np.concatenate([labels[kind] for _, labels in opened]) for kind in opened[0][1]}
-    return Pixels((sum(shape[0] for shape in shapes), *shapes[0][1:]), labels, map(piece_pixels, paths))
+    shapes, labels = [], []
+    for path in paths:
+        with blamed("load_set", path, "be a complete packed piece"), np.load(path, allow_pickle=False) as piece:
+            shapes.append(tuple(map(int, json.loads(piece["meta"].tobytes())["shape"])))
+            labels.append({key: piece[key] for key in piece.files if key not in PAYLOAD})
+        if len(shapes[-1]) != rank:
+            raise ValueError(f"load_set: {path} must hold pixels of {rank} axes, got {list(shapes[-1])}")
+    shape, joint = joined("load_set", paths, shapes, labels, kinds)
+    return Pixels(shape, joint, map(piece_pixels, paths))
 
 
-def _labels(path: Path) -> tuple[tuple[int, ...], dict[str, np.ndarray]]:
-    try:
-        with np.load(path, allow_pickle=False) as piece:
-            meta = json.loads(piece["meta"].tobytes())
-            return tuple(meta["shape"]), {key: piece[key] for key in piece.files if key not in PAYLOAD}
-    except BROKEN as error:
-        raise ValueError(f"load_set: {path} must be a complete packed piece, got {error}") from error
+def joined(
+    op: str,
+    paths: Sequence[Path],
+    shapes: Sequence[tuple[int, ...]],  # of the pixels of each
+    labels: Sequence[dict[str, np.ndarray]],  # of each, by kind
+    kinds: dict[str, int],  # classes of the kinds that are wanted
+) -> tuple[tuple[int, ...], dict[str, np.ndarray]]:
+    """Shape and labels of several pieces, one after the other; ValueError for one that does not go with the others."""
+    parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+    for path, shape, own in zip(paths, shapes, labels, strict=True):
+        if shape[1:] != shapes[0][1:]:
+            raise ValueError(f"{op}: {path} must hold images {list(shapes[0][1:])} as the first, got {list(shape[1:])}")
+        for kind, classes in kinds.items():
+            values = whole_labels(op, f"{path}, {kind},", own.get(kind, ()), classes)
+            if len(values) != shape[0]:
+                raise ValueError(f"{op}: {path} must hold {shape[0]} labels {kind}, got {len(values)}")
+            parts[kind].append(values)
+    count = sum(shape[0] for shape in shapes)
+    return (count, *shapes[0][1:]), {kind: np.concatenate(values) for kind, values in parts.items()}
 
 
 def piece_pixels(path: Path) -> np.ndarray:
     """Pixels of a piece: uint8 [n, H, W, 3]; of bits 0 or 1, [n, H, W].  ValueError as of `open_pieces`."""
-    try:
+    with blamed("load_set", path, "be a complete packed piece"):
         with np.load(path, allow_pickle=False) as piece:
             arrays = {key: piece[key] for key in piece.files if key in PAYLOAD}
         meta = json.loads(arrays.pop("meta").tobytes())
         pixels = np.ascontiguousarray(KINDS[meta["kind"]](arrays, meta["shape"]))
-    except BROKEN as error:
-        raise ValueError(f"load_set: {path} must be a complete packed piece, got {error}") from error
     if hashlib.sha256(pixels.tobytes()).hexdigest() != meta.get("sha256"):
         raise ValueError(f"load_set: pixels of {path} must match their sha256; the file is damaged")
     return pixels
@@ -103,7 +123,7 @@ def _jpeg(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:
             zip(arrays["grey"].tolist(), arrays["len"].tolist(), ends.tolist(), strict=True)
         )
     )
-    return np.concatenate(list(pictures(files))).reshape(shape)
+    return np.concatenate(list(pictures(files, size=(shape[2], shape[1])))).reshape(shape)
 
 
 KINDS: dict[str, Any] = {"bits": _bits, "med": _median_edge, "jpeg": _jpeg}

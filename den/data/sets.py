@@ -35,6 +35,7 @@ import torch
 from den.data import cifar, stl10, tinyimagenet
 from den.data.archives import Archive
 from den.data.archives import fetch as fetch_archive
+from den.data.checks import blamed
 from den.data.cifar import open_cifar
 from den.data.imagenet import open_imagenet50, open_miniimagenet
 from den.data.images import ImageSet, pixel_moments, resized, stratified_split
@@ -56,7 +57,7 @@ class Kind:
     pad: int = 4  # the paper pads all but ImageNet
     size: int | None = None  # the side that its pictures, of any size, are decoded to; None: all have the same
     tasks: int = 0  # that it can be divided into
-    task_label: str = ""  # whose values are these tasks; "": classes in their order, five a task
+    task_labels: tuple[str, ...] = ()  # which of these, and number within it; (): classes in order, as many a task
     archive: Archive | None = None
 
 
@@ -79,7 +80,7 @@ KINDS = {
     ),
     "tinyimagenet": Kind(tinyimagenet.open_tinyimagenet, 200, *_TINY, archive=tinyimagenet.ARCHIVE),
     "tin50": Kind(
-        tinyimagenet.open_tin50, 50, *_TINY, tasks=10, task_label="c", archive=tinyimagenet.ARCHIVE
+        tinyimagenet.open_tin50, 50, *_TINY, tasks=10, task_labels=("c", "k"), archive=tinyimagenet.ARCHIVE
     ),
     "imagenet50": Kind(open_imagenet50, 50, *_IMAGENET, pad=0, size=84, tasks=10),
     "miniimagenet": Kind(open_miniimagenet, 50, *_IMAGENET, pad=0, size=84, tasks=10),
@@ -141,9 +142,12 @@ def _read(name: str, base: str, task: int | None, size: int | None, split: str, 
     images, labels = stored(found, Path(root), "-".join(map(str, (base.removesuffix("-coarse"), split, *decoded))))
     y, classes = labels[kind.label], kind.classes
     if task is not None:
-        tasks = labels[kind.task_label] if kind.task_label else y // (classes // kind.tasks)
-        member = (tasks == task).nonzero().flatten()
-        images, y, classes = images[member], y[member].unique(return_inverse=True)[1], classes // kind.tasks
+        share = classes // kind.tasks
+        group, number = (labels[each] for each in kind.task_labels) if kind.task_labels else (y // share, y % share)
+        member = (group == task).nonzero().flatten()
+        if not len(member):
+            raise ValueError(f"load_set: {root} must hold images of {name!r} ({split}), got none")
+        images, y, classes = images[member], number[member], share
     return ImageSet(name, images, y, classes, kind.mean, kind.std, pad=kind.pad)
 
 
@@ -162,9 +166,10 @@ def _digits(split: str) -> ImageSet:
 
 def _fashion(split: str) -> ImageSet:
     source = resources.files("den.data").joinpath("packed", "fashion.npz")
-    with source.open("rb") as file, np.load(file, allow_pickle=False) as packed:
-        stream, labels, expected = (packed[f"{split}_{key}"] for key in ("images", "labels", "sha256"))
-    pixels = lzma.decompress(stream.tobytes())
+    with blamed("load_set", source, "be complete", hint="; reinstall the package"):
+        with source.open("rb") as file, np.load(file, allow_pickle=False) as packed:
+            stream, labels, expected = (packed[f"{split}_{key}"] for key in ("images", "labels", "sha256"))
+        pixels = lzma.decompress(stream.tobytes())
     if hashlib.sha256(pixels).digest() != expected.tobytes():
         raise ValueError(f"load_set: pixels of fashion {split} must match their sha256; reinstall the package")
     images = torch.from_numpy(np.frombuffer(pixels, np.uint8).copy()).view(-1, 1, 28, 28)

@@ -1,21 +1,36 @@
-"""Decoded once: the pixels of a set as a memory-mapped file beside its data root."""
+"""Decoded once: the pixels of a set as a memory-mapped file beside its data root.
+
+    ROOT/den-cache/NAME-FINGERPRINT/images.npy, labels.npz   a whole entry; readers hold a shared lock on images.npy
+    ROOT/den-cache/.NAME-FINGERPRINT/lock, set/...           one that is being made, by the process that holds the lock
+
+Locks are the kernel's, so those of a killed process are free at once.  On a file system without locks every process
+makes an entry of its own, the first to end gives it its name, and nothing is cleared.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import math
 import os
-import stat
-import tempfile
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from den.data.locks import claimed, clear, shared
+from den.data.places import fingerprint, homes
+
 FOLDER = "den-cache"
+IMAGES, LABELS = "images.npy", "labels.npz"
+WRITTEN = "images.written"  # in labels.npz beside the labels: when images.npy was last changed, in seconds
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class Pixels:
 class Found:
     """A split in a data root: the files that it comes from, and how they are decoded."""
 
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # and folders, with all that lies in them
     decode: Callable[[], Pixels]
 
 
@@ -39,53 +54,110 @@ def stored(found: Found, root: Path, name: str) -> tuple[Tensor, dict[str, Tenso
     """Images uint8 [N, 3, H, W], channels-last in memory, and labels int64 [N] of each kind.
 
     The first time they are decoded into ROOT/den-cache (where the root is not to be written, into the user's cache
-    folder), later they are mapped from there.  A file that has changed since is decoded anew.  An interruption leaves
-    nothing behind: a folder gets its name when it is complete.
+    folder), later they are mapped from there.  They are decoded anew when any of the files has changed, come or gone
+    since, or when what was decoded is damaged.  Entries of before and what killed processes left are removed; an
+    interruption leaves nothing behind.
 
-    Raises ValueError for files that cannot be decoded.
+    Raises ValueError for files that cannot be decoded or change meanwhile, and where there is no room.
     """
-    entry = _home(root) / f"{name}-{_fingerprint(found.files)}"
-    if not entry.is_dir():
-        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".", ignore_cleanup_errors=True) as folder:
-            _write(found.decode(), Path(folder) / "set", name)
-            try:
-                os.rename(Path(folder) / "set", entry)
-            except OSError:
-                if not entry.is_dir():  # else another process was faster
-                    raise
-    pixels = np.load(entry / "images.npy", mmap_mode="c")
-    with np.load(entry / "labels.npz") as labels:
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), {key: torch.from_numpy(labels[key]) for key in labels}
+    key = fingerprint(found.files, root)
+    entries = [home / f"{prefix}{name}-{key}" for home, prefix in homes(root / FOLDER)]
+    clear(entries[-1], (IMAGES, LABELS))
+    for entry in entries:
+        if whole := _opened(entry):
+            return whole
+    try:
+        whole = _decoded(found, root, name, key, entries[-1])
+    except OSError as error:
+        raise ValueError(
+            f"load_set: {entries[-1].parent} must take the decoded images of {name}, got {error}"
+        ) from error
+    if whole is None:
+        raise ValueError(f"load_set: {entries[-1]} must be readable once it is written, got other files")
+    return whole
+
+
+def _decoded(found: Found, root: Path, name: str, key: str, entry: Path) -> tuple[Tensor, dict[str, Tensor]] | None:
+    with claimed(entry) as folder:
+        if whole := _opened(entry):  # made by another process while this one waited
+            return whole
+        _write(found.decode(), folder / "set", name)
+        if fingerprint(found.files, root) != key:
+            raise ValueError(f"load_set: files of {name} in {root} must not change while they are decoded; try again")
+        shutil.rmtree(entry, ignore_errors=True)  # what is there is damaged
+        os.rename(folder / "set", entry)
+        return _opened(entry)
+
+
+def _opened(entry: Path) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """An entry, its images mapped; None where there is none, or it is not as it was written.
+
+    The mapping keeps a duplicate of the descriptor, and with it the lock, as long as the images are in use.
+    """
+    try:
+        with (entry / IMAGES).open("rb") as file:
+            shared(file, entry / IMAGES)
+            if np.lib.format.read_magic(file) != (1, 0):
+                return None
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            state, offset = os.fstat(file.fileno()), file.tell()
+            with np.load(entry / LABELS, allow_pickle=False) as arrays:
+                labels = {kind: arrays[kind] for kind in arrays.files}
+            as_written = int(labels.pop(WRITTEN)) == int(state.st_mtime) and dtype == np.uint8 and len(shape) == 4
+            fits = state.st_size == offset + math.prod(shape) and all(
+                each.shape == shape[:1] for each in labels.values()
+            )
+            if not (as_written and fits):
+                return None
+            pixels = np.memmap(file, np.uint8, "c", offset, shape)
+    except Exception:  # whatever is wrong with it, it is decoded anew
+        return None
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), {kind: torch.from_numpy(each) for kind, each in labels.items()}
 
 
 def _write(pixels: Pixels, folder: Path, name: str) -> None:
+    """Written through the file, not through a mapping, in which a full disk would be a SIGBUS."""
     folder.mkdir()
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, pixels.shape)
-    done = 0
-    with tqdm(total=len(images), desc=f"decode {name}", unit="image", leave=False, dynamic_ncols=True) as bar:
+    count, *size = pixels.shape
+    if count == 0:
+        raise ValueError(f"load_set: {name} must hold at least one image, got an empty data set")
+    with (folder / IMAGES).open("wb") as file, _bar(count, name) as bar:
+        header = {"descr": "|u1", "fortran_order": False, "shape": tuple(pixels.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        _reserve(file, math.prod(pixels.shape))
+        done = 0
         for part in pixels.parts:
-            images[done : done + len(part)] = part
+            if part.dtype != np.uint8 or list(part.shape[1:]) != size:
+                raise ValueError(
+                    f"load_set: {name} must have images uint8 {size}, got {part.dtype} {list(part.shape[1:])}"
+                )
+            file.write(np.ascontiguousarray(part))
             done += len(part)
             bar.update(len(part))
-    if done != len(images):
-        raise ValueError(f"load_set: {name} must have {len(images)} images, got {done}")
-    images.flush()
-    np.savez(folder / "labels.npz", **{key: values.astype(np.int64) for key, values in pixels.labels.items()})
+        if done != count:
+            raise ValueError(f"load_set: {name} must have {count} images, got {done}")
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut leaves zeros under a name that says whole
+    written = int(time.time()) // 2 * 2 - 10  # even, as some file systems keep times, and before any later change
+    os.utime(folder / IMAGES, (written, written))
+    labels = {kind: values.astype(np.int64) for kind, values in pixels.labels.items()}
+    np.savez(folder / LABELS, **labels, **{WRITTEN: np.int64(written)})
 
 
-def _fingerprint(files: Iterable[Path]) -> str:
-    """Changes with the place, size or time of a file."""
-    text = [f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Room for `size` more bytes, so that a full disk is told before hours of decoding; OSError when there is none."""
+    try:
+        os.posix_fallocate(file.fileno(), file.tell(), size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, f"{error.strerror} ({size / 1e6:,.0f} MB are needed)") from error
+        # a file system that cannot reserve: writing will tell
 
 
-def _home(root: Path) -> Path:
-    """Where decoded sets go.  A folder without write permission is left alone, even by a user who could write to it."""
-    home = root / FOLDER
-    place = home if home.is_dir() else root
-    if not (place.stat().st_mode & stat.S_IWUSR and os.access(place, os.W_OK)):
-        import pooch
-
-        home = Path(pooch.os_cache("den"))
-    home.mkdir(parents=True, exist_ok=True)
-    return home
+def _bar(count: int, name: str) -> tqdm:
+    try:
+        terminal = sys.stderr.isatty()
+    except (AttributeError, ValueError):  # stderr is closed
+        terminal = False
+    return tqdm(total=count, desc=f"decode {name}", unit="image", leave=False, dynamic_ncols=True, disable=not terminal)
