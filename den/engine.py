@@ -297,7 +297,7 @@ def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet],
 
 
 def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElasticNetwork:
-    """The network of `network` for `tasks`, its weights drawn with `seed`; the global generators are left as they were."""
+    """The network of `network` for `tasks`, its weights drawn with `seed`; global generators stay as they were."""
     selector = SelectorConfig(network.selector_channels) if network.selector_channels else None
     config = ModelConfig(
         tuple(tasks),

@@ -69,7 +69,7 @@ class RunFolder:
             write_whole(self.path / "versions.json", _json(versions()), sync=False)
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tensors and record of the last checkpoint; ValueError when it is damaged, with what the run can go on from."""
+        """The last checkpoint's tensors and record; ValueError when damaged, with what the run can go on from."""
         try:
             return load_checkpoint(self.last)
         except ValueError as error:
@@ -82,7 +82,7 @@ class RunFolder:
             raise ValueError(f"{error} ({name} is whole, after {updates} updates: {self._way_on([name])})") from error
 
     def rewind(self, epoch: int) -> None:
-        """Drop the metrics of epochs after `epoch`, which the checkpoint does not know, and lines that are not whole."""
+        """Drop lines that are not whole, and the metrics of epochs after `epoch`, unknown to the checkpoint."""
         lines = _whole_lines(self.metrics) if self.metrics.exists() else []
         kept = [line for line in lines if line["epoch"] <= epoch]
         with self._writing():
@@ -128,8 +128,10 @@ class RunFolder:
     def _check_free(self) -> None:
         """A start that was broken off before its first checkpoint may be repeated."""
         found = [name for name in WRITTEN if (self.path / name).exists()]
-        if any(name in CHECKPOINTS for name in found):
-            raise ValueError(f"train: out must be a folder without a run, got {self.path} ({self._way_on(found)})")
+        if checkpoints := [name for name in found if name in CHECKPOINTS]:
+            raise ValueError(
+                f"train: out must be a folder without a run, got {self.path} ({self._way_on(checkpoints)})"
+            )
         if found and not self._is_broken_off():
             raise ValueError(
                 f"train: out must be a folder without {', '.join(found)}, which would be replaced, got {self.path}"

@@ -52,8 +52,8 @@ class RunLock:
                     return file
                 file.close()
                 raise ValueError(
-                    f"train: out must be a folder that no other process trains in, got {self.path.parent}: {holder} does"
-                    " (wait for it, end it, or choose another --out)"
+                    f"train: out must be a folder that no other process trains in, got {self.path.parent}, in use by"
+                    f" {holder} (wait for it, end it, or choose another --out)"
                 ) from error
             if self._is_current(file):
                 file.truncate(0)
@@ -71,4 +71,4 @@ class RunLock:
 
 def _holder(file: IO[str]) -> str:
     file.seek(0)
-    return file.read().strip() or "another one"
+    return file.read().strip() or "another process"

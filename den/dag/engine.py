@@ -267,7 +267,7 @@ def weight_groups(model: Network, config: DagTrainConfig) -> list[dict[str, Any]
 
 
 def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> Network:
-    """The network of `config`; its weights are drawn with the seed, the global generators are left as they were."""
+    """The network of `config`; its weights are drawn with the seed, global generators stay as they were."""
     network = config.network
     shape: dict[str, Any] = {
         name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates", "stages")
