@@ -181,6 +181,8 @@ def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Wait until the disk has the folder's names, on file systems that can be asked to."""
+    if not hasattr(os, "O_DIRECTORY"):  # no POSIX system: folders cannot be opened
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

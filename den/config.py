@@ -225,9 +225,6 @@ class DemoConfig:
     seed: Annotated[int, SEED] = 0
     """Seed of both runs."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, "demo")
-
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The JSON form of a config: nested dicts, lists, strings and numbers."""
