@@ -35,7 +35,7 @@ def den_config(out: Path) -> TrainConfig:
 
 def dag_config(out: Path) -> DagTrainConfig:
     return DagTrainConfig(
-        out=out, epoch_steps=2, progress=False, data=DagDataConfig(batch_size=12),
+        out=out, epoch_steps=1, progress=False, data=DagDataConfig(batch_size=12),
         network=DagNetworkConfig(states=4, flow=2, channels=8, trunk_size=4),
         training=DagTraining(steps=20, shares=(0.2, 0.5, 0.3)),
     )  # fmt: skip
@@ -62,13 +62,13 @@ def run(kind: str, out: Path) -> None:
 
 
 def run_killed(kind: str, out: Path) -> int:
-    """The same in processes that are killed, each after 0 to 3 checkpoints and a moment; how many there were."""
+    """The same in processes that are killed, each after 0 to 2 checkpoints and a moment; how many there were."""
     moments = random.Random(kind)
     for killed in range(1000):
         if not (pid := os.fork()):
             run(kind, out)
             os._exit(0)
-        begin, saves = time.monotonic(), moments.choice((0, 1, 2, 3))
+        begin, saves = time.monotonic(), moments.choice((0, 1, 2))
         ended = wait_for_saves(out / "last.safetensors", saves, pid)
         if not ended:
             time.sleep(moments.uniform(0, (time.monotonic() - begin) / (saves or 1) or 0.3))

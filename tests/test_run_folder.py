@@ -74,14 +74,14 @@ def test_a_start_that_was_broken_off_before_its_first_checkpoint_may_be_repeated
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert (config.out / "config.json").exists()
-    with pytest.raises(ValueError, match="must be a folder without config.json, versions.json, metrics.jsonl, which"):
+    with pytest.raises(ValueError, match=r"must be a folder without config\.json, .*, metrics\.jsonl, which"):
         train(dataclasses.replace(config, seed=1))
     train(config)
 
 
 def test_a_start_with_wrong_settings_leaves_no_folder(config):
-    data = dataclasses.replace(config.data, tasks=("mnist",))
-    with pytest.raises(ValueError, match="name must be one of"):
+    data = dataclasses.replace(config.data, batch_size=1)
+    with pytest.raises(ValueError, match="batch_size must give every task an image"):
         train(dataclasses.replace(config, data=data))
     assert not config.out.exists()
 
@@ -242,13 +242,15 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", ["log", "rewind", "begin"])
 def test_a_full_disk_is_told_in_one_line(config, monkeypatch, call):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
     with RunFolder(config, resume=False) as folder:
         folder.begin()
+        calls = {"log": lambda: folder.log({"epoch": 1}), "rewind": lambda: folder.rewind(1), "begin": folder.begin}
         with monkeypatch.context() as patch:
-            patch.setattr("den.checkpoint.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            patch.setattr("den.checkpoint.os.fsync", full)
             with pytest.raises(
-                ValueError, match=rf"out must be a folder that can be written, got {config.out}: .*No space"
+                ValueError, match=rf"folder that can be written, got {config.out}: .*space"
             ):
-                {"log": lambda: folder.log({"epoch": 1}), "rewind": lambda: folder.rewind(1), "begin": folder.begin}[
-                    call
-                ]()
+                calls[call]()
