@@ -68,10 +68,10 @@ def run_killed(kind: str, out: Path) -> int:
         if not (pid := os.fork()):
             run(kind, out)
             os._exit(0)
-        begin, saves = time.monotonic(), moments.choice((0, 1, 2))
+        saves = moments.choice((0, 1, 2))
         ended = wait_for_saves(out / "last.safetensors", saves, pid)
         if not ended:
-            time.sleep(moments.uniform(0, (time.monotonic() - begin) / (saves or 1) or 0.3))
+            time.sleep(moments.uniform(0, 0.03 if saves else 0.3))
             os.kill(pid, signal.SIGKILL)
             ended = os.waitpid(pid, 0)[1] == 0
         if ended:
@@ -80,13 +80,16 @@ def run_killed(kind: str, out: Path) -> int:
 
 
 def wait_for_saves(path: Path, count: int, pid: int) -> bool:
-    """Wait until a file has been replaced `count` times, or its process has ended well: whether it has."""
-    seen = path.stat().st_ino if path.exists() else 0
+    """Wait until a file has been replaced `count` times, or its process has ended: whether it has."""
+    seen = path.stat().st_mtime_ns if path.exists() else 0
     while count:
-        if os.waitpid(pid, os.WNOHANG) != (0, 0):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            if status:
+                raise RuntimeError(f"the run ended with status {status}")
             return True
-        if path.exists() and path.stat().st_ino != seen:
-            seen, count = path.stat().st_ino, count - 1
+        if path.exists() and path.stat().st_mtime_ns != seen:
+            seen, count = path.stat().st_mtime_ns, count - 1
         time.sleep(0.001)
     return False
 

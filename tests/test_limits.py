@@ -7,12 +7,13 @@ import math
 import pytest
 
 from den import cli
+from den.bench import BenchConfig
 from den.config import DemoConfig, PhaseConfig, SelectorTraining, TrainConfig, from_dict, read_config
 from den.dag.config import DagTrainConfig
 from den.limits import Range, check_ranges, settings
 from den.scenarios import ScenarioOptions, scenario_config
 
-KINDS = {"den": TrainConfig, "dag": DagTrainConfig, "demo": DemoConfig}
+KINDS = {"den": TrainConfig, "dag": DagTrainConfig, "demo": DemoConfig, "bench": BenchConfig}
 NUMBERS = [(kind, setting) for kind, made in KINDS.items() for setting in settings(made()) if setting.kind]
 
 
@@ -39,7 +40,7 @@ def make_with(kind: str, setting, value) -> None:
         )
 
     config = changed(KINDS[kind](), setting.name)
-    check_ranges(config)  # the command checks that of the demonstration
+    check_ranges(config)  # the commands demo and bench check theirs
 
 
 @pytest.mark.parametrize(("kind", "setting"), NUMBERS, ids=lambda x: getattr(x, "name", x))
