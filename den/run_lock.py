@@ -7,8 +7,8 @@ import errno
 import os
 import socket
 import warnings
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 try:
     import fcntl
@@ -37,9 +37,9 @@ class RunLock:
         self.path.unlink(missing_ok=True)  # while it is still locked: who opens it now sees that it is gone
         self._file.close()
 
-    def _acquire(self) -> IO[str]:
+    def _acquire(self) -> FileIO:
         while True:
-            file = open(self.path, "a+")  # noqa: SIM115 (its life is that of the lock)
+            file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 (its life is that of the lock)
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,19 +56,19 @@ class RunLock:
                     f" {holder} (wait for it, end it, or choose another --out)"
                 ) from error
             if self._is_current(file):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
+                with contextlib.suppress(OSError):  # a full disk: locked all the same
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return file
             file.close()  # its holder released it in between
 
-    def _is_current(self, file: IO[str]) -> bool:
+    def _is_current(self, file: FileIO) -> bool:
         """Whether the file that was locked still has its name."""
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         return False
 
 
-def _holder(file: IO[str]) -> str:
+def _holder(file: FileIO) -> str:
     file.seek(0)
-    return file.read().strip() or "another process"
+    return file.read().decode(errors="replace").strip() or "another process"

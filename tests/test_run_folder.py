@@ -250,7 +250,5 @@ def test_a_full_disk_is_told_in_one_line(config, monkeypatch, call):
         calls = {"log": lambda: folder.log({"epoch": 1}), "rewind": lambda: folder.rewind(1), "begin": folder.begin}
         with monkeypatch.context() as patch:
             patch.setattr("den.checkpoint.os.fsync", full)
-            with pytest.raises(
-                ValueError, match=rf"folder that can be written, got {config.out}: .*space"
-            ):
+            with pytest.raises(ValueError, match=rf"folder that can be written, got {config.out}: .*space"):
                 calls[call]()
