@@ -32,7 +32,7 @@ class BenchConfig:
     """Time only these beside ours."""
     all_cases: bool = False
     """Also the cases that add little: several times as long."""
-    case_seconds: Annotated[float, Range(0, open_low=True)] = 0.7
+    case_seconds: Annotated[float, Range(0)] = 0.7
     """Time to spend on the rounds of a case."""
     out: Path = Path("runs/bench")
     """Folder for the measurements, the tables and the figures."""

@@ -81,7 +81,8 @@ def check_ranges(config: Any, where: str = "config") -> None:
                 raise TypeError(f"{where}: {setting.name} must be {setting.kind.__name__}, got {value!r}")
             if setting.range is not None and value not in setting.range:
                 finite = "finite and " if value in (math.inf, -math.inf) else ""
-                raise ValueError(f"{where}: {setting.name} must be {finite}{setting.range}, got {_shown(value)}")
+                shown = _shown(setting.value)
+                raise ValueError(f"{where}: {setting.name} must be {finite}{setting.range}, got {shown}")
 
 
 def _number(hint: Any) -> type | None:
@@ -101,7 +102,9 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _shown(value: float) -> str:
-    """A number as it was given; of a huge one its size."""
+def _shown(value: Any) -> str:
+    """A number, or tuples of them as lists, as it was given; of a huge one its size."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_shown, value))}]"
     huge = isinstance(value, int) and value.bit_length() > 128
     return f"a number of {value.bit_length()} bits" if huge else str(value)

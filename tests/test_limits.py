@@ -76,7 +76,7 @@ def test_ranges(range_):
         ({"seed": 10**20}, r"seed must be in 0\.\.4294967295, got 100000000000000000000"),
         ({"seed": 10**5000}, r"seed must be in 0\.\.4294967295, got a number of 16610 bits"),
         ({"data": {"shares": [1, 2, 3]}}, r"data\.shares must be one for each of 2 tasks, got \[1\.0, 2\.0, 3\.0\]"),
-        ({"network": {"stages": [[8, 1], [0, 1]]}}, r"network\.stages must be at least 1, got 0"),
+        ({"network": {"stages": [[8, 1], [0, 1]]}}, r"network\.stages must be at least 1, got \[\[8, 1\], \[0, 1\]\]"),
         (
             {"selector": {"phase": {"steps": 3, "rate": 1, "patience": 0}}},
             r"selector\.phase\.patience must be at least 1",
