@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
+
+from den.limits import Range, check_ranges
 
 # The folder comes last on the path: an installed den_kernels is measured, not its sources without an extension.
 PROGRAM = """import runpy, sys
@@ -29,7 +32,7 @@ class BenchConfig:
     """Time only these beside ours."""
     all_cases: bool = False
     """Also the cases that add little: several times as long."""
-    case_seconds: float = 0.7
+    case_seconds: Annotated[float, Range(0)] = 0.7
     """Time to spend on the rounds of a case."""
     out: Path = Path("runs/bench")
     """Folder for the measurements, the tables and the figures."""
@@ -44,6 +47,7 @@ def main(config: BenchConfig) -> int:
 
     Raises ValueError outside a checkout, or where pytest or pytest-benchmark is missing.
     """
+    check_ranges(config, "bench")
     if not Path("benchmarks/report.py").is_file():
         raise ValueError(
             "bench: current folder must be a checkout of the project, which holds benchmarks/, got "

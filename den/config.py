@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from den.limits import SEED, Range, check_ranges
+
 T = TypeVar("T")
 Mode = Literal[
     "den", "dense", "random", "nestednet", "packnet", "routing", "cross-stitch", "blockdrop", "adashare"
@@ -25,15 +27,15 @@ class DataConfig:
     tasks: tuple[str, ...] = ("digits", "fashion")
     """Image sets, one task each: digits, fashion, cifar10, cifar100, cifar100-coarse, stl10, tinyimagenet, tin50,
     imagenet50, miniimagenet; tin50-0 to tin50-9 are tasks of five classes; stl10@32 is scaled to 32x32 pixels."""
-    shares: tuple[float, ...] = ()
+    shares: Annotated[tuple[float, ...], Range(0, open_low=True)] = ()
     """Share of every batch that each task gets, in the order of tasks; empty: equal shares."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
     """Folder of the sets that do not come with the install."""
-    share: Annotated[float, tyro.conf.arg(aliases=("--share",))] = 1.0
+    share: Annotated[float, tyro.conf.arg(aliases=("--share",)), Range(1e-6, 1)] = 1.0
     """Share of every training set that is used, of every class alike, chosen by the seed."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(1)] = 128
     """Images in a batch, all tasks together."""
-    validation: float = 0.05
+    validation: Annotated[float, Range(0, 0.9)] = 0.05
     """Share of every training set that is held out: epochs are measured on it and "best" is chosen by it.  0: train on
     everything, measure epochs on the test set, and let "best" be the last."""
 
@@ -45,15 +47,15 @@ class NetworkConfig:
     backbone: str = "wrn14_1"
     """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50_bottleneck, vgg16, vgg19,
     simpleconvnet."""
-    stages: tuple[tuple[int, int], ...] = ()
+    stages: Annotated[tuple[tuple[int, int], ...], Range(1)] = ()
     """Channels and blocks of each stage, overriding the name's; empty: the name's."""
-    stem: int | None = None
+    stem: Annotated[int | None, Range(0)] = None
     """Channels of the stems; None: the name's."""
-    levels: int = 4
-    """Levels of every block, 2 to 5."""
-    trunk_size: int | None = 16
+    levels: Annotated[int, Range(2, 16)] = 4
+    """Levels of every block: 2, and as many more as its channels can be halved."""
+    trunk_size: Annotated[int | None, Range(1)] = 16
     """Side in pixels of the maps that the first block sees; None: 32, or the images' own where there is no stem."""
-    selector_channels: tuple[int, ...] = ()
+    selector_channels: Annotated[tuple[int, ...], Range(1)] = ()
     """Channels of the selector's convolutions; empty: as wide as its share of the FLOPs allows."""
 
 
@@ -61,17 +63,17 @@ class NetworkConfig:
 class PhaseConfig:
     """One phase: training of one of the two networks while the other rests."""
 
-    steps: int
+    steps: Annotated[int, Range(0)]
     """Updates; with until="converge" the most there may be."""
-    rate: float
+    rate: Annotated[float, Range(0)]
     """Learning rate at the start of the phase."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """cosine: falls to 0 within the phase.  step: divided by 10 after 1/2 and 3/4 of the phase.  constant: stays."""
     until: Literal["steps", "converge"] = "steps"
     """converge: end when the mean training loss of an epoch has not fallen for `patience` epochs."""
-    patience: int = 3
+    patience: Annotated[int, Range(1)] = 3
     """Epochs without a fall after which a phase has converged."""
-    tolerance: float = 0.005
+    tolerance: Annotated[float, Range(0, 1)] = 0.005
     """Relative fall of the loss that counts as one."""
 
 
@@ -85,21 +87,21 @@ class EstimatorTraining:
     """Stages 2 and on, on structures of the selector."""
     finish: PhaseConfig = PhaseConfig(steps=0, rate=0.01)
     """After the last stage, on structures of the selector (the authors' schedule ends so); steps=0: none."""
-    decay: float = 0.5
+    decay: Annotated[float, Range(0, 1)] = 0.5
     """The rate of `later` is multiplied by this after every stage (Algorithm 1, line 9)."""
-    decay_at: tuple[int, ...] = ()
+    decay_at: Annotated[tuple[int, ...], Range(1)] = ()
     """Stages that begin with such a decay; empty: all after the second."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(0, 1, open_high=True)] = 0.9
     """Nesterov momentum."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range(0)] = 1e-4
     """Weight decay of the convolution and head weights."""
     decay_all: bool = True
     """Let weight decay act on biases and norm parameters too."""
-    tau: float = 0.75
+    tau: Annotated[float, Range(0, 1)] = 0.75
     """Equation 8: probability of the full structure; otherwise any structure, all alike."""
     initial: Literal["equation8", "uniform", "selector"] = "equation8"
     """Initial distribution of structures.  uniform: any structure, all alike.  selector: drawn from it, untrained."""
-    initial_share: float = 0.3
+    initial_share: Annotated[float, Range(0, 1)] = 0.3
     """Share of structures that `later` and `finish` still draw from the initial distribution (of "selector": from the
     selector as it then is), so that the other levels stay alive."""
     structures: Literal["sample", "argmax"] = "sample"
@@ -112,22 +114,22 @@ class SelectorTraining:
 
     phase: PhaseConfig = PhaseConfig(steps=500, rate=1e-3)
     """Every stage's selector phase."""
-    decay: float = 0.5
+    decay: Annotated[float, Range(0, 1)] = 0.5
     """Its rate is multiplied by this after every stage (Algorithm 1, line 13)."""
-    decay_at: tuple[int, ...] = ()
+    decay_at: Annotated[tuple[int, ...], Range(1)] = ()
     """Stages that begin with such a decay; empty: all after the first."""
-    rho: float = 0.3
+    rho: Annotated[float, Range(0)] = 0.3
     """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
-    budget: float | None = None
+    budget: Annotated[float | None, Range(0.01, 1)] = None
     """Share of the full structure's FLOPs that the likeliest structures of every task are to cost: rho is made larger
     for a task that costs more, smaller for one that costs less.  None: rho stays, and the tasks cost what they cost."""
-    samples: int = 4
+    samples: Annotated[int, Range(1)] = 4
     """|Z|: structures sampled for every image."""
     baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
     """What a sample's cost is compared with: the other samples of its image; a running mean of its task; nothing."""
-    entropy_bonus: float = 0.1
+    entropy_bonus: Annotated[float, Range(0)] = 0.1
     """Weight of the entropy that keeps the structures varied; falls linearly to 0 within every phase."""
-    exploration: float = 0.99
+    exploration: Annotated[float, Range(0, 1)] = 0.99
     """A sample is drawn at random with probability exploration ** step; 0: never."""
 
 
@@ -135,37 +137,37 @@ class SelectorTraining:
 class MethodConfig:
     """Numbers of the compared methods, which have no part in the others."""
 
-    levels: tuple[int, ...] = ()
+    levels: Annotated[tuple[int, ...], Range(0)] = ()
     """NestedNet, PackNet*: the level of each task, in the order of tasks, no two alike.  Empty: the last task gets the
     highest, the one before it the next lower, and so on."""
-    random_flops: float | None = None
+    random_flops: Annotated[float | None, Range(0, 1)] = None
     """Random selector: share of the full structure's FLOPs that its structures cost in the mean.  None: what uniform
     structures cost."""
-    routing_rate: float = 0.02
+    routing_rate: Annotated[float, Range(0)] = 0.02
     """Routing: learning rate of the policy tables."""
-    routing_memory: float = 0.05
+    routing_memory: Annotated[float, Range(0, 1)] = 0.05
     """Routing: weight of the newest batch in the running mean of the returns."""
-    stitch: float = 0.1
+    stitch: Annotated[float, Range(0, 1)] = 0.1
     """Cross-stitch: initial weight of the other tasks' copies together; a copy's own has the rest."""
-    stitch_factor: float = 10.0
+    stitch_factor: Annotated[float, Range(0)] = 10.0
     """Cross-stitch: learning rate of the stitches over that of the other weights."""
-    drop_bound: float = 0.8
+    drop_bound: Annotated[float, Range(0.5, 1)] = 0.8
     """BlockDrop: alpha of the bounded sampling, alpha s + (1 - alpha) (1 - s)."""
-    drop_penalty: float = 1.0
+    drop_penalty: Annotated[float, Range(0)] = 1.0
     """BlockDrop: gamma, what a wrong answer costs while the policy alone trains."""
-    drop_penalty_joint: float = 5.0
+    drop_penalty_joint: Annotated[float, Range(0)] = 5.0
     """BlockDrop: gamma while policy and network train together (estimator.finish)."""
-    drop_curriculum: float = 0.5
+    drop_curriculum: Annotated[float, Range(0, 1)] = 0.5
     """BlockDrop: share of the policy's phase after which all blocks may be dropped; before, only the last ones."""
-    share_rounds: int = 10
+    share_rounds: Annotated[int, Range(1)] = 10
     """AdaShare: rounds of the search (selector.phase); each trains the weights and then the policy."""
-    share_temperature: float = 5.0
+    share_temperature: Annotated[float, Range(0.01)] = 5.0
     """AdaShare: temperature of the Gumbel-softmax in the first round."""
-    share_cooling: float = 0.965
+    share_cooling: Annotated[float, Range(0.01, 1)] = 0.965
     """AdaShare: what every round multiplies it by."""
-    share_sparsity: float = 0.02
+    share_sparsity: Annotated[float, Range(0)] = 0.02
     """AdaShare: weight of the sparsity loss."""
-    share_sharing: float = 0.02
+    share_sharing: Annotated[float, Range(0)] = 0.02
     """AdaShare: weight of the sharing loss."""
 
 
@@ -178,15 +180,15 @@ class TrainConfig:
     mode: Mode = "den"
     """den: Algorithm 1.  dense: the same estimator at its full structure only, for estimator.first.  The others are the
     methods that it is compared with (`den.baselines`), on the same network, data and seed."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of initial weights, shuffling, augmentation and sampling."""
     device: str = "auto"
     """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: training computes in it where autocast does; weights stay float32."""
-    stages: int = 2
+    stages: Annotated[int, Range(1)] = 2
     """S of Algorithm 1."""
-    epoch_steps: int | None = None
+    epoch_steps: Annotated[int | None, Range(1)] = None
     """Updates between measurements and checkpoints; None: one pass over the largest task."""
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -199,32 +201,15 @@ class TrainConfig:
     """Name of the paper's experiment that these settings come from; reports group runs by it."""
 
     def __post_init__(self) -> None:
-        limits = {
-            "stages": (self.stages, 1, None),
-            "epoch_steps": (self.epoch_steps, 1, None),
-            "data.validation": (self.data.validation, 0, 0.9),
-            "data.share": (self.data.share, 1e-6, 1),
-            "estimator.first.steps": (self.estimator.first.steps, 1, None),
-            "estimator.tau": (self.estimator.tau, 0, 1),
-            "estimator.initial_share": (self.estimator.initial_share, 0, 1),
-            "selector.rho": (self.selector.rho, 0, None),
-            "selector.budget": (self.selector.budget, 0.01, 1),
-            "selector.exploration": (self.selector.exploration, 0, 1),
-            "methods.random_flops": (self.methods.random_flops, 0, 1),
-            "methods.routing_rate": (self.methods.routing_rate, 0, None),
-            "methods.routing_memory": (self.methods.routing_memory, 0, 1),
-            "methods.stitch": (self.methods.stitch, 0, 1),
-            "methods.drop_bound": (self.methods.drop_bound, 0.5, 1),
-            "methods.drop_curriculum": (self.methods.drop_curriculum, 0, 1),
-            "methods.share_rounds": (self.methods.share_rounds, 1, None),
-            "methods.share_temperature": (self.methods.share_temperature, 0.01, None),
-            "methods.share_cooling": (self.methods.share_cooling, 0.01, 1),
-            "selector.samples": (self.selector.samples, 2 if self.selector.baseline == "leave-one-out" else 1, None),
-        }
-        for name, (value, low, high) in limits.items():
-            if value is not None and not (low <= value and (high is None or value <= high)):
-                bound = f"at least {low}" if high is None else f"in {low}..{high}"
-                raise ValueError(f"config: {name} must be {bound}, got {value}")
+        check_ranges(self)
+        estimator, selector = self.estimator, self.selector
+        if estimator.first.steps < 1:
+            raise ValueError(f"config: estimator.first.steps must be at least 1, got {estimator.first.steps}")
+        if selector.baseline == "leave-one-out" and selector.samples < 2:
+            raise ValueError(f"config: selector.samples must be at least 2, got {selector.samples}")
+        shares, tasks = list(self.data.shares), len(self.data.tasks)
+        if len(shares) not in (0, tasks):
+            raise ValueError(f"config: data.shares must be one for each of {tasks} tasks, got {shares}")
         if not self.data.tasks or len(set(self.data.tasks)) != len(self.data.tasks):
             raise ValueError(f"config: data.tasks must be different image sets, got {list(self.data.tasks)}")
 
@@ -237,7 +222,7 @@ class DemoConfig:
     """Folder for the runs, the table and the figures."""
     quick: bool = False
     """A shorter schedule, for a check that everything works."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of both runs."""
 
 
@@ -261,17 +246,17 @@ def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
     given = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     try:
         return kind(**given)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('config: ')}") from error
 
 
 def read_config(kind: type[T], path: Path) -> T:
-    """`from_dict` of a JSON file; ValueError when it cannot be read."""
+    """`from_dict` of a JSON file; ValueError, which names the file, when it cannot be read or its values do not fit."""
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"config: {path} must be a readable JSON file, got {error}") from error
-    return from_dict(kind, values, where=Path(path).name)
+    return from_dict(kind, values, where=str(path))
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

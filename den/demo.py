@@ -21,6 +21,7 @@ from den.config import (
 from den.data import load_set
 from den.figures.comparison import draw_all
 from den.heap import keep_allocations_on_the_heap
+from den.limits import check_ranges
 from den.model import DeepElasticNetwork
 from den.train import train
 
@@ -35,6 +36,7 @@ def main(config: DemoConfig) -> None:
 
     Raises ValueError for a folder that cannot be written or holds runs of other settings.
     """
+    check_ranges(config, "demo")
     keep_allocations_on_the_heap()
     start = time.perf_counter()
     folder = config.out / "quick" if config.quick else config.out

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from den.baselines import method_of
 from den.checkpoint import (
-    load_checkpoint,
     load_weights,
     optimiser_tensors,
     prefixed,
+    reading,
     restore_optimiser,
     save_checkpoint,
     unprefixed,
 )
-from den.config import EstimatorTraining, NetworkConfig, TrainConfig
+from den.config import EstimatorTraining, NetworkConfig, TrainConfig, from_dict
 from den.count import count_flops
 from den.data import Batch, ImageSet, load_set
 from den.data.images import stratified_split
@@ -34,9 +34,12 @@ from den.model import DeepElasticNetwork
 from den.model_config import ModelConfig
 from den.objective import Objective, RunningBaseline
 from den.phases import Phase
+from den.randomness import random_state, seeded, set_random_state
 from den.run_folder import RunFolder
 from den.selector import SelectorConfig
 from den.tasks import Task
+
+Place = TypeVar("Place")
 
 
 @dataclass
@@ -56,12 +59,35 @@ class Position:
 class Engine:
     """A run of `config`: created in its folder, or continued from the last checkpoint there.
 
-    Use it as a context manager: that closes the folder and, on any exit, leaves the last checkpoint as it is.
+    From its construction on it holds the folder, and the global generators go on from the run's seed.  Use it as a
+    context manager: that closes the folder, leaves the last checkpoint as it is on any exit, and puts the generators
+    back where they stood.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
-        self.config = config
+        self.config, self.meter = config, Meter()
         self.device = choose_device(config.device)
+        self._bar: tqdm | None = None
+        with contextlib.ExitStack() as stack:
+            self.folder = stack.enter_context(RunFolder(config, resume=resume))
+            stack.enter_context(seeded(config.seed, self.device))
+            stack.callback(self._close_bar)
+            self._build()
+            if resume:
+                self._restore()
+            self.folder.begin()
+            if not resume:
+                self._save(self.folder.last, self.folder.best)
+            self._exit = stack.pop_all()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def _build(self) -> None:
+        config = self.config
         train_sets = [load_set(name, "train", config.data.root) for name in config.data.tasks]
         train_sets, held_out = hold_out(train_sets, config)
         train_sets, self.held_out = ([s.to(self.device) for s in sets] for sets in (train_sets, held_out))
@@ -76,22 +102,7 @@ class Engine:
             "selector": torch.optim.Adam(self.method.policy_parameters(), lr=config.selector.phase.rate),
         }
         self.position = Position()
-        self.meter = Meter()
-        self.folder = RunFolder(config, resume=resume)
         self._full_flops = full_flops(self.model)
-        self._bar: tqdm | None = None
-        if resume:
-            self._restore()
-        else:
-            self._save(best=True)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self.folder.close()
 
     @property
     def progress(self) -> float:
@@ -176,7 +187,8 @@ class Engine:
         if here.step == phase.settings.steps or self._converged(phase, means["loss"]):
             self._leave()
         self.meter.clear()
-        self._save(best=self._is_best(phase, reports))
+        best = [self.folder.best] if self._is_best(phase, reports) else []
+        self._save(*best, self.folder.last)  # last: where the run stands is known to all that was written before
 
     def _converged(self, phase: Phase, loss: float) -> bool:
         here, settings = self.position, phase.settings
@@ -189,6 +201,9 @@ class Engine:
     def _leave(self) -> None:
         here = self.position
         here.phase, here.step, here.lowest_loss, here.stale_epochs = here.phase + 1, 0, math.inf, 0
+        self._close_bar()
+
+    def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -204,46 +219,42 @@ class Engine:
         self.position.best_score = score
         return True
 
-    def _save(self, *, best: bool) -> None:
+    def _save(self, *paths: Path) -> None:
         tensors = prefixed("model", self.model.state_dict())
         for name, optimiser in self.optimisers.items():
             tensors |= prefixed(f"optimiser.{name}", optimiser_tensors(optimiser))
         batches = self.batches.state_dict()
         tensors |= prefixed("batches", {k: v for k, v in batches.items() if isinstance(v, Tensor)})
-        tensors |= {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
-        kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (the state of code that is not ours)
+        states, generators = random_state(self.device)
+        tensors |= {"generator": self.generator.get_state(), **states}
         record: dict[str, Any] = {
             "model": self.model.config.to_dict(),
             "position": dataclasses.asdict(self.position),
             "cursors": batches["cursors"],
             "baseline": self.baseline.means,
-            "python": random.getstate(),
-            "numpy": [kind, key.tolist(), *rest],
+            **generators,
         }
-        save_checkpoint(self.folder.last, tensors, record)
-        if best:
-            save_checkpoint(self.folder.best, tensors, record)
+        for path in paths:
+            save_checkpoint(path, tensors, record)
 
     def _restore(self) -> None:
         path = self.folder.last
-        tensors, record = load_checkpoint(path)
+        tensors, record = self.folder.load()
         load_weights(self.model, tensors, path)
-        try:
+        with reading(path):
             for name, optimiser in self.optimisers.items():
                 restore_optimiser(optimiser, unprefixed(f"optimiser.{name}", tensors))
             self.batches.load_state_dict({**unprefixed("batches", tensors), "cursors": record["cursors"]})
-            self.position = Position(**record["position"])
-            self.baseline.means = record["baseline"]
+            self.position = restored_position(Position, record["position"])
+            self.baseline.means = {task: record["baseline"][task] for task in self.config.data.tasks}
             self.generator.set_state(tensors["generator"])
-            torch.set_rng_state(tensors["torch"])
-            version, state, following = record["python"]
-            random.setstate((version, tuple(state), following))
-            np.random.set_state(tuple(record["numpy"]))  # noqa: NPY002
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"load_checkpoint: {path} must be a training checkpoint, got one without {error}"
-            ) from error
+            set_random_state(tensors, record, self.device)
         self.folder.rewind(self.position.epoch)
+
+
+def restored_position(kind: type[Place], values: dict[str, Any]) -> Place:
+    """A position of class `kind` from a checkpoint's record; KeyError or ValueError for one that is not whole."""
+    return from_dict(kind, {field.name: values[field.name] for field in dataclasses.fields(kind)}, "position")
 
 
 class Meter:
@@ -286,7 +297,7 @@ def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet],
 
 
 def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElasticNetwork:
-    """The network of `network` for `tasks`, its weights drawn with `seed`; the global generator is left as it was."""
+    """The network of `network` for `tasks`, its weights drawn with `seed`; global generators stay as they were."""
     selector = SelectorConfig(network.selector_channels) if network.selector_channels else None
     config = ModelConfig(
         tuple(tasks),
@@ -297,8 +308,7 @@ def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElast
         trunk_size=network.trunk_size,
         selector=selector,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return DeepElasticNetwork(config)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from den.checkpoint import read_record
+from den.checkpoint import read_updates
 from den.config import from_dict, to_dict
 from den.count import ParameterCounts, count_parameters
 from den.data import ImageSet
@@ -123,7 +123,7 @@ def evaluate_run(
         results.append(_result(model, reports[name], image_set, timing))
     device = next(model.parameters()).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    updates = read_record(run.checkpoint)["position"]["total_steps"]
+    updates = read_updates(run.checkpoint)
     record = Evaluation(
         to_dict(run.config), run.checkpoint.stem, updates, count_parameters(model), tuple(results), where, budget=budget
     )
@@ -175,7 +175,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def is_current(record: Evaluation, checkpoint: Path) -> bool:
     """Whether a record tells of this checkpoint as it is now, after all its updates."""
-    return checkpoint.stem == record.checkpoint and read_record(checkpoint)["position"]["total_steps"] == record.updates
+    return checkpoint.stem == record.checkpoint and read_updates(checkpoint) == record.updates
 
 
 def result_lines(result: TaskResult) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from den.config import (
     DataConfig,
@@ -14,6 +15,7 @@ from den.config import (
     SelectorTraining,
     TrainConfig,
 )
+from den.limits import Range, check_ranges
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class ScenarioOptions:
     """Name of the backbone, which the number of levels follows; None: the paper's first."""
     rho: float = 0.1
     """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
-    budget: float = 1.0
+    budget: Annotated[float, Range(0, open_low=True)] = 1.0
     """Share of the full schedule: every phase has that share of its updates, and its rate falls that much sooner."""
     tasks: tuple[str, ...] = ()
     """Image sets, one task each, instead of the paper's; tin50-0..9 stands for tin50-0 to tin50-9."""
@@ -71,8 +73,7 @@ def scenario_config(name: str, options: ScenarioOptions | None = None) -> TrainC
     if name not in SCENARIOS:
         raise ValueError(f"den train: scenario must be one of {', '.join(SCENARIOS)}, got {name!r}")
     options, scenario = options or ScenarioOptions(), SCENARIOS[name]
-    if not options.budget > 0:
-        raise ValueError(f"den train: budget must be above 0, got {options.budget}")
+    check_ranges(options, "den train")
     backbone = options.backbone or scenario.backbones[0]
     tasks = expand_tasks(options.tasks or scenario.tasks)
     return TrainConfig(
@@ -111,12 +112,12 @@ def _selector(options: ScenarioOptions) -> SelectorTraining:
 
 
 def _steps(full: int, budget: float) -> int:
-    """At least one.
+    """At least one, and few enough to count.
 
     >>> [_steps(4_693, budget) for budget in (1, 0.1, 1e-6)]
     [4693, 469, 1]
     """
-    return max(1, round(full * budget))
+    return max(1, round(min(full * budget, 1e15)))
 
 
 def _trunk_size(backbone: str, tasks: tuple[str, ...]) -> int:

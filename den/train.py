@@ -31,7 +31,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
 
     resume: continue the run in that folder from its last checkpoint, with the losses it would have had uninterrupted.
 
-    Raises ValueError for settings that do not fit, a folder that cannot be used, and a loss that is not finite.
+    The global generators of Python, numpy and torch begin at `config.seed` meanwhile, or where the checkpoint has them,
+    and stand afterwards where they stood before the call.
+
+    Raises ValueError for settings that do not fit, a folder that is in use or cannot be used, and a loss that is not
+    finite.
     """
     if config.mode in METHODS:
         return train_method(config, resume)

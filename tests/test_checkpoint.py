@@ -1,12 +1,24 @@
 """Checkpoints: whole or not at all, and only our own."""
 
 import json
+import os
 
 import pytest
 import safetensors.torch
 import torch
 
-from den.checkpoint import load_checkpoint, load_model, optimiser_tensors, prefixed, restore_optimiser, save_checkpoint
+from den.checkpoint import (
+    load_checkpoint,
+    load_model,
+    optimiser_tensors,
+    prefixed,
+    read_record,
+    read_updates,
+    restore_optimiser,
+    save_checkpoint,
+    write_whole,
+)
+from den.dag.engine import load_network
 from den.model import create_model
 from den.tasks import Task
 
@@ -150,3 +162,91 @@ def test_record_is_plain_json_in_the_header_of_a_safetensors_file(tmp_path):
     with safetensors.safe_open(path, framework="np") as file:
         assert json.loads(file.metadata()["record"]) == {"epoch": 4}
         assert file.get_tensor("x").tolist() == [1.0, 1.0]
+
+
+GOOD = {"format": "den-checkpoint-1", "channels_last": "[]"}
+METADATA = {
+    "no record": lambda meta: meta.pop("record"),
+    "no channels_last": lambda meta: meta.pop("channels_last"),
+    "unknown name": lambda meta: meta.update(channels_last='["x"]'),
+    "a vector": lambda meta: meta.update(channels_last='["model.estimator.norm.weight"]'),
+    "a number": lambda meta: meta.update(channels_last="5"),
+    "no JSON": lambda meta: meta.update(record="{"),
+    "a list": lambda meta: meta.update(record="[]"),
+    "null": lambda meta: meta.update(record="null"),
+    "empty": lambda meta: meta.update(record="{}"),
+    "deep": lambda meta: meta.update(record="[" * 100_000),
+    "deep objects": lambda meta: meta.update(record='{"model":' * 50_000),
+    "a huge number": lambda meta: meta.update(record='{"model": ' + "1" * 5000 + "}"),
+    "a model of nothing": lambda meta: meta.update(record='{"model": {}}'),
+    "a model that is a number": lambda meta: meta.update(record='{"model": 3}'),
+    "tasks that are a number": lambda meta: meta.update(record='{"model": {"tasks": 3}}'),
+    "a task without classes": lambda meta: meta.update(record='{"model": {"tasks": [{"name": "a"}]}}'),
+    "levels that are text": lambda meta: meta.update(
+        record='{"model": {"tasks": [{"name": "a", "classes": 3, "size": 8, "channels": 1}], "levels": "4"}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", METADATA)
+def test_damaged_headers_are_told_with_the_file(tmp_path, damage):
+    path, model = tmp_path / "m.safetensors", small_model()
+    tensors = {name: t.contiguous() for name, t in prefixed("model", model.state_dict()).items()}
+    metadata = {**GOOD, "record": json.dumps({"model": model.config.to_dict()})}
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    load_model(path)
+    METADATA[damage](metadata)
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    with pytest.raises(ValueError, match=rf"load_checkpoint: {path} must be a complete checkpoint"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 100, b"\x00" * 100, b"\x05\0\0\0\0\0\0\0{{{{{", b"x"])
+def test_what_is_no_checkpoint_at_all_is_told_with_the_file(tmp_path, content):
+    (path := tmp_path / "m.safetensors").write_bytes(content)
+    for read in (load_model, load_network, read_record, read_updates):
+        with pytest.raises(ValueError, match=rf"load_checkpoint: {path} must be"):
+            read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=rf"load_checkpoint: {path} must be"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("position", [None, 3, {}, {"total_steps": "4"}, {"total_steps": None}])
+def test_updates_of_a_damaged_position_are_told_with_the_file(tmp_path, position):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, {}, {} if position is None else {"position": position})
+    with pytest.raises(ValueError, match=rf"load_checkpoint: {path} must be a complete checkpoint"):
+        read_updates(path)
+    save_checkpoint(path, {}, {"position": {"total_steps": 4}})
+    assert read_updates(path) == 4
+
+
+@pytest.mark.parametrize("record", [{"dag": 3}, {"dag": {}}, {"dag": {"tasks": [{"nme": "a"}]}}, {"dag": {"tasks": 3}}])
+def test_damaged_networks_over_a_graph_are_told_with_the_file(tmp_path, record):
+    save_checkpoint(path := tmp_path / "m.safetensors", {}, record)
+    with pytest.raises(ValueError, match=rf"load_checkpoint: {path} must be a complete checkpoint that fits"):
+        load_network(path)
+    save_checkpoint(path, {}, {**record, "network": "Another"})
+    with pytest.raises(ValueError, match=rf"load_checkpoint: {path} must be .* without 'Another'"):
+        load_network(path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, events = tmp_path / "f", []
+    path.write_bytes(b"before")
+    plain = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def seen(name):
+        def call(*arguments):
+            events.append((name, path.read_bytes()))
+            return plain[name](*arguments)
+
+        return call
+
+    for name in plain:
+        monkeypatch.setattr(f"den.checkpoint.os.{name}", seen(name))
+    write_whole(path, b"after")
+    assert events == [("fsync", b"before"), ("replace", b"before"), ("fsync", b"after")]  # the file, then its folder
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]

@@ -21,7 +21,7 @@ from den.baselines.nestednet import NestedNet
 from den.baselines.packnet import PackNet
 from den.baselines.random_selector import RandomSelector
 from den.baselines.routing import Routing
-from den.checkpoint import load_checkpoint, load_weights
+from den.checkpoint import load_checkpoint, load_weights, reading
 from den.config import TrainConfig
 from den.method import ComparedMethod, Method
 from den.model import DeepElasticNetwork
@@ -50,7 +50,9 @@ def load_method(path: Path, config: TrainConfig) -> Method:
         ValueError: a checkpoint that is missing, damaged or of another method or network.
     """
     tensors, record = load_checkpoint(path)
-    method = method_of(DeepElasticNetwork(ModelConfig.from_dict(record["model"])), config)
+    with reading(path):
+        model = DeepElasticNetwork(ModelConfig.from_dict(record["model"]))
+    method = method_of(model, config)
     load_weights(method.model, tensors, path)
     method.model.eval()
     return method

@@ -20,6 +20,7 @@ from den.model import DeepElasticNetwork
 from den.model_config import ModelConfig
 from den.objective import Objective
 from den.phases import Phase
+from den.randomness import seeded
 from den.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import RoutingPlan
 
@@ -36,8 +37,7 @@ class CrossStitch(ComparedMethod):
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         super().__init__(model, config)
         device = model.estimator.level_flops.device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             model.estimator = StitchedEstimator(model.config, config.methods.stitch).to(device)
 
     def structures(self, images: Images, task: Tasks) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from den.checkpoint import (
     load_checkpoint,
+    load_weights,
     optimiser_tensors,
     prefixed,
+    reading,
     restore_optimiser,
     save_checkpoint,
     unprefixed,
@@ -31,8 +33,9 @@ from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.scenarios import load_tasks
 from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
-from den.engine import Meter
+from den.engine import Meter, restored_position
 from den.phases import schedule_factor
+from den.randomness import random_state, seeded, set_random_state
 from den.run_folder import RunFolder
 from den.tasks import Task
 
@@ -59,10 +62,36 @@ class Position:
 
 
 class DagEngine:
-    """A run of `config`: created in its folder, or continued from the last checkpoint there.  A context manager."""
+    """A run of `config`: created in its folder, or continued from the last checkpoint there.
+
+    A context manager, which holds the folder and the global generators as `den.engine.Engine` does.
+    """
 
     def __init__(self, config: DagTrainConfig, *, resume: bool = False) -> None:
         self.config, self.position, self.meter = config, Position(), Meter()
+        self._bar: tqdm | None = None
+        with ExitStack() as stack:
+            self.folder = stack.enter_context(RunFolder(config, resume=resume))
+            stack.enter_context(seeded(config.seed))
+            stack.callback(self._close_bar)
+            self._build()
+            if resume:
+                self._restore()
+            elif config.start is not None:
+                self._take_over(Path(config.start) / SEARCHED)
+            self.folder.begin()
+            if not resume:
+                self._save()
+            self._exit = stack.pop_all()
+
+    def __enter__(self) -> DagEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def _build(self) -> None:
+        config = self.config
         sets, self.held_out = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
         tasks = [task for each in sets for task in each.tasks]
         if len(config.training.loss_weights) not in (0, len(tasks)):
@@ -79,21 +108,6 @@ class DagEngine:
             ),
             "gates": torch.optim.Adam(self.model.gates.parameters(), training.gate_rate),
         }  # fmt: skip
-        self.folder = RunFolder(config, resume=resume)  # type: ignore[arg-type]
-        self._bar: tqdm | None = None
-        if resume:
-            self._restore()
-        else:
-            if config.start is not None:
-                self._take_over(Path(config.start) / SEARCHED)
-            self._save()
-
-    def __enter__(self) -> DagEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close_bar()
-        self.folder.close()
 
     def stage(self, name: str, batches: str = "all") -> Iterator[Batch]:
         """Batches of a stage, from where it stands to its end; none if it is done.  Every epoch is logged and saved."""
@@ -196,20 +210,26 @@ class DagEngine:
             state = batches.state_dict()
             cursors[name] = state.pop("cursors")
             tensors |= prefixed(f"batches.{name}", state)
+        states, generators = random_state()
+        tensors |= states
         record = {
             "dag": self.model.config.to_dict(), "network": type(self.model).__name__,
             "position": dataclasses.asdict(self.position), "cursors": cursors,
+            **generators,
         }  # fmt: skip
         save_checkpoint(path or self.folder.last, tensors, record)
 
     def _restore(self) -> None:
         path = self.folder.last
-        tensors, record = load_checkpoint(path)
+        tensors, record = self.folder.load()
         load_weights(self.model, tensors, path)
-        for name, optimiser in self.optimisers.items():
-            restore_optimiser(optimiser, unprefixed(f"optimiser.{name}", tensors))
-        self._restore_batches(tensors, record)
-        self.position = Position(**record["position"])
+        with reading(path):
+            for name, optimiser in self.optimisers.items():
+                restore_optimiser(optimiser, unprefixed(f"optimiser.{name}", tensors))
+            self._restore_batches(tensors, record)
+            self.position = restored_position(Position, record["position"])
+            if "python" in record:  # older checkpoints have no generators
+                set_random_state(tensors, record)
         self.folder.rewind(self.position.epoch)
 
     def _restore_batches(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -220,17 +240,9 @@ class DagEngine:
         """The searched network of another run, ready to be reduced; its batches go on from where they stood."""
         tensors, record = load_checkpoint(path)
         load_weights(self.model, tensors, path)
-        self._restore_batches(tensors, record)
+        with reading(path):
+            self._restore_batches(tensors, record)
         self.position = Position(stage=2, total_steps=sum(self.steps[:2]))
-
-
-def load_weights(model: Network, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the weights of a checkpoint into `model`; ValueError when they are another network's."""
-    try:
-        model.load_state_dict(unprefixed("model", tensors))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"load_checkpoint: {path} must hold the weights of this network, got {reason}") from error
 
 
 def load_network(path: Path) -> Network:
@@ -239,7 +251,8 @@ def load_network(path: Path) -> Network:
     if "dag" not in record:
         raise ValueError(f"load_checkpoint: {path} must hold a network of den dag train, got another")
     kinds = {kind.__name__: kind for kind in NETWORKS.values()}
-    model = kinds[record.get("network", DagNetwork.__name__)](DagConfig.from_dict(record["dag"]))
+    with reading(path):
+        model = kinds[record.get("network", DagNetwork.__name__)](DagConfig.from_dict(record["dag"]))
     load_weights(model, tensors, path)
     return model.eval()
 
@@ -254,7 +267,7 @@ def weight_groups(model: Network, config: DagTrainConfig) -> list[dict[str, Any]
 
 
 def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> Network:
-    """The network of `config`; its weights are drawn with the seed, the global generator is left as it was."""
+    """The network of `config`; its weights are drawn with the seed, global generators stay as they were."""
     network = config.network
     shape: dict[str, Any] = {
         name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates", "stages")
@@ -263,8 +276,7 @@ def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> Network:
         shape["gates"] = "bare"
     if dense := [task for task in tasks if task.dense]:
         shape["trunk_size"] = quarter(dense[0])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         model = NETWORKS.get(config.mode, DagNetwork)(DagConfig(tuple(tasks), **shape))
     whole, states = model.graph.whole(), model.graph.states
     first = tuple(network.read_in or j == 0 for j in range(states))

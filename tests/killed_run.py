@@ -1,0 +1,99 @@
+"""A program: trains a tiny run in folder argv[2] with argv[1] ("den" or "dag"), killed (SIGKILL) at random moments and
+continued, until it ends; prints how many times it was killed.  Processes are forked, so that each costs no imports."""
+
+import dataclasses
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.utils.tensorboard
+
+import den.dag.engine
+import den.engine
+from den.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
+from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining
+from den.dag.search import train as train_dag
+from den.data import load_set
+from den.train import train
+
+DIGITS = load_set("digits", "train").subset(torch.arange(80))
+
+
+def den_config(out: Path) -> TrainConfig:
+    return TrainConfig(
+        out=out, stages=1, epoch_steps=2, progress=False,
+        data=DataConfig(tasks=("digits",), batch_size=10, validation=0.2),
+        network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
+        estimator=EstimatorTraining(first=PhaseConfig(10, 0.05), finish=PhaseConfig(4, 0.01)),
+        selector=SelectorTraining(phase=PhaseConfig(6, 1e-3)),
+    )  # fmt: skip
+
+
+def dag_config(out: Path) -> DagTrainConfig:
+    return DagTrainConfig(
+        out=out, epoch_steps=1, progress=False, data=DagDataConfig(batch_size=12),
+        network=DagNetworkConfig(states=4, flow=2, channels=8, trunk_size=4),
+        training=DagTraining(steps=20, shares=(0.2, 0.5, 0.3)),
+    )  # fmt: skip
+
+
+def two_tasks(data: object, split: str) -> list:
+    """Digits below five, and the others."""
+    found = []
+    for name, first in (("low", 0), ("high", 5)):
+        part = DIGITS.subset(((DIGITS.labels >= first) & (DIGITS.labels < first + 5)).nonzero().flatten())
+        found.append(dataclasses.replace(part, name=name, labels=part.labels - first, classes=5))
+    return found
+
+
+KINDS = {"den": (train, den_config), "dag": (train_dag, dag_config)}
+
+
+def run(kind: str, out: Path) -> None:
+    """Train, or continue, in this process."""
+    den.engine.load_set = lambda name, split, root: DIGITS
+    den.dag.engine.load_tasks = two_tasks
+    trains, config = KINDS[kind]
+    trains(config(out), resume=(out / "last.safetensors").exists())
+
+
+def run_killed(kind: str, out: Path) -> int:
+    """The same in processes that are killed, each after 0 to 2 checkpoints and a moment; how many there were."""
+    moments = random.Random(kind)
+    for killed in range(1000):
+        if not (pid := os.fork()):
+            run(kind, out)
+            os._exit(0)
+        saves = moments.choice((0, 1, 2))
+        ended = wait_for_saves(out / "last.safetensors", saves, pid)
+        if not ended:
+            time.sleep(moments.uniform(0, 0.03 if saves else 0.3))
+            os.kill(pid, signal.SIGKILL)
+            ended = os.waitpid(pid, 0)[1] == 0
+        if ended:
+            return killed
+    raise RuntimeError("the run never ended")
+
+
+def wait_for_saves(path: Path, count: int, pid: int) -> bool:
+    """Wait until a file has been replaced `count` times, or its process has ended: whether it has."""
+    seen = path.stat().st_mtime_ns if path.exists() else 0
+    while count:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            if status:
+                raise RuntimeError(f"the run ended with status {status}")
+            return True
+        if path.exists() and path.stat().st_mtime_ns != seen:
+            seen, count = path.stat().st_mtime_ns, count - 1
+        time.sleep(0.001)
+    return False
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # threads would not survive the fork
+    print(run_killed(sys.argv[1], Path(sys.argv[2])))
