@@ -158,9 +158,9 @@ def test_the_best_run_on_held_out_images_is_chosen(tmp_path, stored_run, few_ima
     [
         ([], "runs must be at least one run folder, got none"),
         (["{tmp}/den", "--budget-flops", "0.5", "--budget-ms", "1"], "budget must be in FLOPs or in milliseconds"),
-        (["{tmp}/den", "--budget-flops", "1.5"], "limit must be at most 1, the full structure's FLOPs, got 1.5"),
-        (["{tmp}/den", "--budget-flops", "-1"], "limit must be at least 0, the cheapest structure's, got -1"),
-        (["{tmp}/den", "--budget-ms", "-1"], "limit must be at least"),
+        (["{tmp}/den", "--budget-flops", "1.5"], "budget-flops must be in (0, 1], got 1.5"),
+        (["{tmp}/den", "--budget-flops", "-1"], "budget-flops must be in (0, 1], got -1"),
+        (["{tmp}/den", "--budget-ms", "-1"], "budget-ms must be above 0 and finite, got -1"),
         (["{tmp}/dense", "--budget-flops", "0.5"], "must have a selector to meet a budget, got mode 'dense'"),
         (["{tmp}/den", "{tmp}/none-held-out", "--budget-flops", "0.5"], "must hold images out, got validation 0"),
         (["{tmp}/den", "{tmp}/others", "--budget-flops", "0.5"], "must be of the same tasks, got fashion"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,18 +30,30 @@ class DagTrain:
     settings: Annotated[DagTrainConfig, tyro.conf.arg(name="")] = field(default_factory=DagTrainConfig)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run `den dag` with `arguments`; ValueError and OSError for wrong input."""
-    command = parse(list(arguments))
-    if isinstance(command, DagReportConfig):
+def command(arguments: list[str]) -> Callable[[], int]:
+    """What the arguments of `den dag` ask for, with all that it needs imported; called, it returns the exit status.
+
+    Raises ValueError and OSError for wrong input.
+    """
+    parsed = parse(arguments)
+    if isinstance(parsed, DagReportConfig):
         from den.dag.report import report
 
-        print(report(command), end="")
-        return
+        return partial(_report, report, parsed)
     from den.dag.search import train
 
-    train(command.settings, resume=command.resume)
-    print(f"den: finished; measure it with: den dag report {command.settings.out}")
+    return partial(_train, train, parsed)
+
+
+def _report(report: Callable[[DagReportConfig], str], settings: DagReportConfig) -> int:
+    print(report(settings), end="")
+    return 0
+
+
+def _train(train: Callable[..., object], parsed: DagTrain) -> int:
+    train(parsed.settings, resume=parsed.resume)
+    print(f"den: finished; measure it with: den dag report {parsed.settings.out}")
+    return 0
 
 
 def parse(arguments: list[str]) -> DagTrain | DagReportConfig:
@@ -48,7 +61,7 @@ def parse(arguments: list[str]) -> DagTrain | DagReportConfig:
 
     Raises ValueError for a scenario that is unknown or not that of the stored settings.
     """
-    from den.cli import base_settings
+    from den.commands import base_settings
     from den.dag.scenarios import named_settings
 
     default = DagTrain()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from den.checkpoint import (
     load_checkpoint,
@@ -33,6 +32,7 @@ from den.dag.scenarios import load_tasks
 from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
 from den.engine import Meter
 from den.phases import schedule_factor
+from den.progress import Progress
 from den.run_folder import RunFolder
 from den.tasks import Task
 
@@ -80,7 +80,7 @@ class DagEngine:
             "gates": torch.optim.Adam(self.model.gates.parameters(), training.gate_rate),
         }  # fmt: skip
         self.folder = RunFolder(config, resume=resume)  # type: ignore[arg-type]
-        self._bar: tqdm | None = None
+        self._bar: Progress | None = None
         if resume:
             self._restore()
         else:
@@ -103,7 +103,7 @@ class DagEngine:
         total = self.steps[here.stage]
         self.model.gates.requires_grad_(name == "search")
         if self.config.progress and total:
-            self._bar = tqdm(total=total, initial=here.step, desc=name, dynamic_ncols=True)
+            self._bar = Progress(total, name, unit="update", initial=here.step)
         while here.step < total:
             self.model.train()
             for group in self.optimisers["weights"].param_groups:
@@ -113,7 +113,7 @@ class DagEngine:
             here.total_steps += 1
             if self._bar is not None:
                 self._bar.update()
-                self._bar.set_postfix_str(self.meter.text(), refresh=False)
+                self._bar.note(self.meter.text(), refresh=False)
             if here.step == total or here.step % self.epoch_steps == 0:
                 self._end_epoch(name)
         here.stage, here.step = here.stage + 1, 0

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from den.progress import Progress
 
 FOLDER = "den-cache"
 
@@ -62,7 +63,7 @@ def _write(pixels: Pixels, folder: Path, name: str) -> None:
     folder.mkdir()
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, pixels.shape)
     done = 0
-    with tqdm(total=len(images), desc=f"decode {name}", unit="image", leave=False, dynamic_ncols=True) as bar:
+    with Progress(len(images), f"decode {name}", unit="image", leave=False) as bar:
         for part in pixels.parts:
             images[done : done + len(part)] = part
             done += len(part)
