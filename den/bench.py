@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,11 +10,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from den.files import check_folder, is_writable
+
 # The folder comes last on the path: an installed den_kernels is measured, not its sources without an extension.
 PROGRAM = """import runpy, sys
 sys.path.append(".")
 del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)"""
+RESULTS = Path("benchmarks/results")
 NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 
 
@@ -49,12 +53,18 @@ def main(config: BenchConfig) -> int:
             "bench: current folder must be a checkout of the project, which holds benchmarks/, got "
             f"{Path.cwd()}; clone the repository and run den bench in it"
         )
+    if not 0 < config.case_seconds < math.inf:
+        raise ValueError(f"bench: case-seconds must be above 0 and finite, got {config.case_seconds:g}")
+    if config.read is not None and not config.read.is_file():
+        raise ValueError(f"bench: read must be a JSON file of an earlier run, got {config.read}")
+    if config.keep and not is_writable(RESULTS):
+        raise ValueError(f"bench: {RESULTS} must be writable to keep results there")
+    check_folder(config.out, "bench: out")
     run, status = config.read or config.out / "run.json", 0
     if config.read is None:
         missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
         if missing:
             raise ValueError(f"bench: {' and '.join(missing)} must be installed; pip install {' '.join(missing)}")
-        config.out.mkdir(parents=True, exist_ok=True)
         run.unlink(missing_ok=True)
         status = _python(measure_arguments(config, run))
         if not run.is_file():  # nothing was selected, or pytest did not get that far

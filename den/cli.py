@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from den.terminal import INTERRUPTED, UNREAD, WRONG, complain, interrupts_end_the_process, standard_streams
+from den.terminal import ended, interrupts_end_the_process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,23 +13,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0, or 2 after wrong input (told in one line), 130 after an interrupt, 141 where nobody reads the output any more.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with standard_streams():
-            with interrupts_end_the_process():
-                from den.commands import command
+    words = list(sys.argv[1:] if arguments is None else arguments)
 
-                run = command(arguments)
-            return run()
-    except BrokenPipeError:
-        return UNREAD
-    except (ValueError, OSError) as error:
-        complain(f"error: {error}")
-        return WRONG
-    except KeyboardInterrupt:
-        training = "train" in arguments[:2]
-        complain("interrupted" + "; continue with the same command and --resume --out FOLDER" * training)
-        return INTERRUPTED
+    def run() -> int:
+        with interrupts_end_the_process():
+            from den.commands import command
+
+            prepared = command(words)
+        return prepared()
+
+    resumable = "; continue with the same command and --resume --out FOLDER" if "train" in words[:2] else ""
+    return ended(run, f"interrupted{resumable}")
 
 
 if __name__ == "__main__":

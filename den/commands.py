@@ -12,6 +12,7 @@ import tyro
 
 from den.bench import BenchConfig
 from den.config import DemoConfig, TrainConfig, read_config
+from den.files import check_folder
 from den.measure_settings import Evaluate
 from den.report.settings import Report
 from den.scenarios import ScenarioOptions, scenario_config
@@ -131,8 +132,12 @@ def _prepared(settings: Train | Fetch | Evaluate | Report | DemoConfig | BenchCo
 
         return partial(_train, train, settings)
     if isinstance(settings, Fetch):
-        from den.data import fetch_set
+        if not settings.names:
+            raise ValueError("fetch: names must be at least one image set, got none")
+        from den.data.sets import fetch_set, published_archive
 
+        for name in settings.names:
+            published_archive(name)
         return partial(_fetch, fetch_set, settings)
     if isinstance(settings, Evaluate):
         from den.measure import main as measure
@@ -171,6 +176,7 @@ def _train(train: Callable[..., object], command: Train) -> int:
 
 
 def _fetch(fetch_set: Callable[[str, Path], object], command: Fetch) -> int:
+    check_folder(command.data_root, "fetch: data-root")
     for name in command.names:
         print(fetch_set(name, command.data_root), flush=True)
     return 0

@@ -268,7 +268,7 @@ def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
 def read_config(kind: type[T], path: Path) -> T:
     """`from_dict` of a JSON file; ValueError when it cannot be read."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"config: {path} must be a readable JSON file, got {error}") from error
     return from_dict(kind, values, where=Path(path).name)

@@ -34,7 +34,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not resume:
                 _write_json(self.path / "config.json", to_dict(config))
-                self.metrics.write_text("")
+                self.metrics.write_text("", encoding="utf-8")
             _write_json(self.path / "versions.json", versions())
         except OSError as error:
             raise ValueError(f"train: out must be a folder that can be written, got {self.path}: {error}") from error
@@ -51,12 +51,12 @@ class RunFolder:
 
     def rewind(self, epoch: int) -> None:
         """Drop the metrics of epochs after `epoch`, which the checkpoint does not know."""
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        self.metrics.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= epoch))
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
+        self.metrics.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= epoch), "utf-8")
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard at step line["step"]."""
-        with open(self.metrics, "a") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -79,7 +79,7 @@ def stored_config(path: Path) -> TrainConfig:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def versions() -> dict[str, str]:
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 WRONG, INTERRUPTED, UNREAD = 2, 130, 141  # exit statuses; the last two are those of a process ended by the signal
@@ -22,6 +22,22 @@ def complain(text: str) -> None:
     """Write one line to stderr, if anybody takes it."""
     with contextlib.suppress(OSError, ValueError):  # a full disk, a closed file
         print("den:", *text.split(), file=sys.stderr, flush=True)
+
+
+def ended(run: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit status of a command: what `run` returns, or 2 after wrong input (told in one line), 130 after an
+    interrupt, 141 where nobody reads the output any more."""
+    try:
+        with standard_streams():
+            return run()
+    except BrokenPipeError:
+        return UNREAD
+    except (ValueError, OSError) as error:
+        complain(f"error: {error}")
+        return WRONG
+    except KeyboardInterrupt:
+        complain(interrupted)
+        return INTERRUPTED
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ def command(arguments: list[str]) -> Callable[[], int]:
 
 def _report(report: Callable[[DagReportConfig], str], settings: DagReportConfig) -> int:
     print(report(settings), end="")
+    if settings.out is not None:
+        print(f"den: the drawings are in {settings.out}")
     return 0
 
 

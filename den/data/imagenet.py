@@ -58,7 +58,7 @@ def open_miniimagenet(root: Path, split: str, size: int) -> Found:
         )
     by_class: dict[str, list[str]] = {}
     for path in lists:
-        for row in csv.DictReader(io.StringIO(path.read_text())):
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))):
             by_class.setdefault(row["label"], []).append(row["filename"])
     files, labels = [], []
     for label, name in enumerate(sorted(by_class)[:CLASSES]):

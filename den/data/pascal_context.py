@@ -62,7 +62,7 @@ def load_pascal_context(root: Path | str | None, split: str, size: int = 512) ->
             f"load_pascal_context: data root must be the PASCAL_MT tree, with ImageSets/Context/{SPLITS[split]}.txt and"
             f" JPEGImages, got {root} (use --data.root)"
         )
-    names = names_file.read_text().split()
+    names = names_file.read_text(encoding="utf-8").split()
     if not names:
         raise ValueError(f"load_pascal_context: {names_file} must name at least one image, got an empty data set")
     tasks = tuple(Task(name, classes, size, 3, kind) for name, (kind, classes) in TASKS.items())
