@@ -77,9 +77,12 @@ def check_kind(folder: Path, kind: str) -> None:
     if not path.is_file():
         return
     record = read_record(path)
+    if kind in record:
+        return
     for other, command in COMMANDS.items():
-        if kind not in record and other in record:
+        if other in record:
+            measured = "den dag report" if other == "dag" else "den evaluate or den report"
             raise ValueError(
-                f"run: {folder} must be a run of {COMMANDS[kind]}, got one of {command}: measure it with"
-                f" {'den dag report' if other == 'dag' else 'den evaluate or den report'}"
+                f"run: {folder} must be a run of {COMMANDS[kind]}, got one of {command}: measure it with {measured}"
             )
+    raise ValueError(f"run: {path} must be a checkpoint of {COMMANDS[kind]}, got one without {kind!r}")
