@@ -179,6 +179,8 @@ def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) 
             if timed and is_current(record, folder / f"{checkpoint}.safetensors", config):
                 training = training_of(folder, config, checkpoint)
                 return Measurable(folder, config, dataclasses.replace(record, training=training), checkpoint, place)
+    training_of(folder, config, checkpoint)
+    open_run(folder, checkpoint)  # here, not after others have been measured
     if is_writable(folder):
         return Measurable(folder, config, None, checkpoint, folder)
     if elsewhere is None:
