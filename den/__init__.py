@@ -1,8 +1,6 @@
 """Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from den.backbones import BACKBONES, Backbone, named_backbone, resnet, resnext, vgg, wide_resnet
     from den.count import ImageFlops, ParameterCounts, count_flops, count_parameters, image_flops, parameter_fractions
@@ -59,6 +57,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    from importlib import import_module
+
     if (module := f"den.{name}") in _HOMES:
         return import_module(module)
     if name not in _HOME_OF:

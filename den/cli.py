@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from den.terminal import ended, interrupts_end_the_process
+try:
+    from den.terminal import ended, interrupts_end_the_process
+except KeyboardInterrupt:  # before there is anything that could tell it better
+    print("den: interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
