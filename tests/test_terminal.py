@@ -4,11 +4,18 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end: an installed den stays the one tested
+
+import den.progress
 from den.progress import Progress, progress
+from den.run_folder import read_metrics
 from den.terminal import UNREAD, complain, ended, standard_streams
+from den.train import train
+from tests.small_runs import cut_sets, small_config
 
 
 def run(code: str, shell: str = "") -> subprocess.CompletedProcess:
@@ -118,6 +125,25 @@ def test_a_stderr_that_takes_nothing_ends_no_work(monkeypatch, terminal, error):
     bar.close()
     assert bar.done == 2
     complain("error: nobody hears it")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_training_goes_on_without_a_stderr_and_draws_no_bar_in_a_log(tmp_path, monkeypatch, capsys, terminal):
+    cut_sets(monkeypatch)
+    monkeypatch.setattr("den.progress.SECONDS", 0)
+    train(small_config(tmp_path / "log", "den", progress=True))
+    told = capsys.readouterr().err
+    assert "\r" not in told
+    assert "stage 1 estimator: 5 of 5 updates, loss " in told
+    monkeypatch.setattr(sys, "stderr", Gone(terminal, BrokenPipeError(32, "gone")))
+    train(small_config(tmp_path / "gone", "den", progress=True))
+    losses = [[line["train"]["loss"] for line in read_metrics(tmp_path / name)] for name in ("log", "gone")]
+    assert losses[0] == losses[1]
+
+
+def test_all_progress_is_told_in_one_place():
+    sources = Path(den.progress.__file__).parent.rglob("*.py")
+    assert [path.name for path in sources if "tqdm" in path.read_text(encoding="utf-8")] == ["progress.py"]
 
 
 @pytest.mark.parametrize("stream", [None, "closed"])
