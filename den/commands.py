@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -74,9 +75,11 @@ def command(arguments: list[str]) -> Callable[[], int]:
         return partial(_print, f"den {__version__}")
     scenario = arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-")
     if scenario or arguments[:1] == ["dag"]:
-        from den.dag.cli import command as dag
+        from den.dag.cli import main as dag
 
-        return dag(arguments if scenario else arguments[1:])
+        arguments = arguments if scenario else arguments[1:]
+        import_module("den.dag.report" if arguments[:1] == ["report"] else "den.dag.search")  # what `dag` will need
+        return partial(_done, dag, arguments)
     return _prepared(_parse(arguments))
 
 

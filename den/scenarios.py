@@ -72,8 +72,10 @@ def scenario_config(name: str, options: ScenarioOptions | None = None) -> TrainC
     if name not in SCENARIOS:
         raise ValueError(f"den train: scenario must be one of {', '.join(SCENARIOS)}, got {name!r}")
     options, scenario = options or ScenarioOptions(), SCENARIOS[name]
-    if not 0 < options.budget < math.inf:
-        raise ValueError(f"den train: budget must be above 0 and finite, got {options.budget}")
+    if not options.budget > 0:
+        raise ValueError(f"den train: budget must be above 0, got {options.budget}")
+    if options.budget == math.inf:
+        raise ValueError(f"den train: budget must be finite, got {options.budget}")
     backbone = options.backbone or scenario.backbones[0]
     tasks = expand_tasks(options.tasks or scenario.tasks)
     return TrainConfig(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,32 +29,20 @@ class DagTrain:
     settings: Annotated[DagTrainConfig, tyro.conf.arg(name="")] = field(default_factory=DagTrainConfig)
 
 
-def command(arguments: list[str]) -> Callable[[], int]:
-    """What the arguments of `den dag` ask for, with all that it needs imported; called, it returns the exit status.
-
-    Raises ValueError and OSError for wrong input.
-    """
-    parsed = parse(arguments)
-    if isinstance(parsed, DagReportConfig):
+def main(arguments: Sequence[str]) -> None:
+    """Run `den dag` with `arguments`; ValueError and OSError for wrong input."""
+    command = parse(list(arguments))
+    if isinstance(command, DagReportConfig):
         from den.dag.report import report
 
-        return partial(_report, report, parsed)
+        print(report(command), end="")
+        if command.out is not None:
+            print(f"den: the drawings are in {command.out}")
+        return
     from den.dag.search import train
 
-    return partial(_train, train, parsed)
-
-
-def _report(report: Callable[[DagReportConfig], str], settings: DagReportConfig) -> int:
-    print(report(settings), end="")
-    if settings.out is not None:
-        print(f"den: the drawings are in {settings.out}")
-    return 0
-
-
-def _train(train: Callable[..., object], parsed: DagTrain) -> int:
-    train(parsed.settings, resume=parsed.resume)
-    print(f"den: finished; measure it with: den dag report {parsed.settings.out}")
-    return 0
+    train(command.settings, resume=command.resume)
+    print(f"den: finished; measure it with: den dag report {command.settings.out}")
 
 
 def parse(arguments: list[str]) -> DagTrain | DagReportConfig:
