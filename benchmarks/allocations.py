@@ -35,7 +35,8 @@ def call_peak(call: Callable[[], object], device: str = "cpu") -> int:
 
 def available() -> int | None:
     """Bytes that the system can still give without swapping; None where it does not say."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE) if MEMINFO.exists() else None
+    text = MEMINFO.read_text(encoding="utf-8") if MEMINFO.exists() else ""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
     return None if found is None else int(found.group(1)) * 1024
 
 

@@ -94,7 +94,7 @@ def processor_name() -> str:
     """The processor's name as the system gives it."""
     information = Path("/proc/cpuinfo")
     if information.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
+        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(encoding="utf-8"), re.MULTILINE)
         if found:
             return found.group(1)
     return platform.processor() or platform.machine()

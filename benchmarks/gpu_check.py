@@ -44,6 +44,7 @@ from benchmarks import (  # noqa: E402
     gpu_tuning,
 )
 from benchmarks.gpu_worker import Check, Context, work  # noqa: E402
+from den.terminal import ended  # noqa: E402
 
 FORMAT = 1
 RESULTS = ROOT / "benchmarks" / "results"
@@ -107,7 +108,7 @@ def new_document(gpu: str) -> dict[str, Any]:
 def load(path: Path, gpu: str) -> dict[str, Any]:
     """What an earlier run kept; a new document where there is none of this format and GPU."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return new_document(gpu)
     same = isinstance(document, dict) and (document.get("format"), document.get("gpu")) == (FORMAT, gpu)
@@ -120,7 +121,7 @@ def keep(document: dict[str, Any], path: Path) -> None:
     document["targets"] = [target.line(rows) for target in gpu_table.TARGETS]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -207,4 +208,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -111,7 +111,8 @@ def build_helpers() -> Iterator[dict[str, str]]:
         package = Path(folder) / "pybind11"
         package.mkdir()
         (package / "__init__.py").touch()
-        (package / "setup_helpers.py").write_text(f"INCLUDE = {str(include)!r}\n{HELPERS}")
+        helpers = f"INCLUDE = {str(include)!r}\n{HELPERS}"
+        (package / "setup_helpers.py").write_text(helpers, encoding="utf-8")
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         yield os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 

@@ -72,7 +72,7 @@ class Worker:
 
     def last_words(self) -> str:
         """How a process ended."""
-        text = self.file.with_suffix(".log").read_text(errors="replace").splitlines()
+        text = self.file.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
         return f"worker ended with status {self.process.returncode}: {' | '.join(text[-3:])[-400:]}"
 
 

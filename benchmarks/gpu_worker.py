@@ -103,7 +103,7 @@ def is_dead(context: Context) -> bool:
 def read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """The names of the checks that a worker began, and the results that it left."""
     begun, rows = [], []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
         except ValueError:  # cut off in the middle
@@ -117,7 +117,7 @@ def read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
     """One line, on disk when this returns."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())

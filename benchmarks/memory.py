@@ -28,12 +28,12 @@ _RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs: resets the peak resident siz
 
 def is_measurable() -> bool:
     """Whether this system tells a process its peak resident size."""
-    return STATUS.exists() and "VmHWM" in STATUS.read_text()
+    return STATUS.exists() and "VmHWM" in STATUS.read_text(encoding="utf-8")
 
 
 def resident(field: str) -> int:
     """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, in bytes."""
-    return read_status(STATUS.read_text(), field)
+    return read_status(STATUS.read_text(encoding="utf-8"), field)
 
 
 def read_status(text: str, field: str) -> int:
@@ -86,13 +86,13 @@ def measure(provider: str, case: Case) -> dict[str, int]:
     with torch.inference_mode(False), torch.no_grad():
         forward = build(provider, case)
     release()
-    CLEAR.write_text(_RESET_PEAK)
+    CLEAR.write_text(_RESET_PEAK, encoding="utf-8")
     with torch.inference_mode():
         forward()
         first_peak = resident("VmHWM")
         release()
         kept = resident("VmRSS")
-        CLEAR.write_text(_RESET_PEAK)
+        CLEAR.write_text(_RESET_PEAK, encoding="utf-8")
         for _ in range(3):
             forward()
     peak = resident("VmHWM")

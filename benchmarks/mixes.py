@@ -59,7 +59,7 @@ def mix_structures(mix: str, costs: Tensor, batch: int, seed: int = 0) -> Tensor
 @functools.cache
 def recording() -> dict:
     """The file of recorded levels: where they come from, and a string of levels for each image of each task."""
-    return json.loads(RECORDED.read_text())
+    return json.loads(RECORDED.read_text(encoding="utf-8"))
 
 
 def recorded(task: str, batch: int) -> Tensor:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"record_levels: {error}", file=sys.stderr)
         return 1
-    options.out.write_text(json.dumps(found) + "\n")
+    options.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
     print(f"{options.out}: {found['flops_ratios']} times fewer FLOPs, steps {found['steps']}")
     return 0
 

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from den.terminal import ended
+
 from . import losses, results, tables
 from .targets import Row
 
@@ -76,7 +78,7 @@ def rows_asked_for(path: Path | None) -> list[Row]:
     if path is None:
         return [row for kept in results.results_files() for row in results.load(kept)]
     try:
-        return results.rows_of_run(json.loads(path.read_text()))
+        return results.rows_of_run(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be a JSON of pytest --benchmark-json, got one without {error}") from error
 
@@ -85,7 +87,7 @@ def write(rows: Sequence[Row], text: str, folder: Path) -> list[Path]:
     """The text as Markdown and the figures of every machine; the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "report.md"]
-    paths[0].write_text(text)
+    paths[0].write_text(text, encoding="utf-8")
     try:
         from .figures import draw_all
     except ImportError as error:
@@ -113,9 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rows = rows_asked_for(options.json)
         if options.json and (options.keep or options.readme):
-            results.keep(json.loads(options.json.read_text()))
+            results.keep(json.loads(options.json.read_text(encoding="utf-8")))
         if options.readme:
-            README.write_text(with_section(README.read_text(), readme_section(results.results_files())))
+            text = with_section(README.read_text(encoding="utf-8"), readme_section(results.results_files()))
+            README.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
@@ -132,4 +135,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -33,14 +33,14 @@ def merge(kept: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 def load(path: Path) -> list[Row]:
     """The rows of a results file; none where there is no file."""
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def store(path: Path, rows: Sequence[Row]) -> None:
     """Write a results file, one row a line, so that a rerun changes the lines of its cases only."""
     lines = ",\n".join(json.dumps(row, sort_keys=True) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('{"rows": [\n' + lines + "\n]}\n")
+    path.write_text('{"rows": [\n' + lines + "\n]}\n", encoding="utf-8")
 
 
 def keep(run: dict[str, Any], folder: Path = RESULTS) -> list[Path]:
@@ -56,5 +56,5 @@ def keep(run: dict[str, Any], folder: Path = RESULTS) -> list[Path]:
 
 def results_files(folder: Path = RESULTS) -> list[Path]:
     """The kept results of pytest-benchmark, the newest measurement first; those of gpu_check have another form."""
-    found = [path for path in sorted(folder.glob("*.json")) if "rows" in json.loads(path.read_text())]
+    found = [path for path in sorted(folder.glob("*.json")) if "rows" in json.loads(path.read_text(encoding="utf-8"))]
     return sorted(found, key=lambda path: max((row["measured"] for row in load(path)), default=""), reverse=True)

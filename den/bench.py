@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+from den.files import check_folder, is_writable
 from den.limits import Range, check_ranges
 
 # The folder comes last on the path: an installed den_kernels is measured, not its sources without an extension.
@@ -17,6 +19,7 @@ PROGRAM = """import runpy, sys
 sys.path.append(".")
 del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)"""
+RESULTS = Path("benchmarks/results")
 NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 
 
@@ -45,7 +48,8 @@ class BenchConfig:
 def main(config: BenchConfig) -> int:
     """Measure and report; the exit status of what failed first, 0 if nothing did.
 
-    Raises ValueError outside a checkout, or where pytest or pytest-benchmark is missing.
+    Raises ValueError, before anything is measured: outside a checkout, for values that mean nothing, where pytest or
+    pytest-benchmark is missing or a folder cannot be written to.
     """
     check_ranges(config, "bench")
     if not Path("benchmarks/report.py").is_file():
@@ -53,12 +57,18 @@ def main(config: BenchConfig) -> int:
             "bench: current folder must be a checkout of the project, which holds benchmarks/, got "
             f"{Path.cwd()}; clone the repository and run den bench in it"
         )
+    if not 0 <= config.case_seconds < math.inf:
+        raise ValueError(f"bench: case-seconds must be at least 0 and finite, got {config.case_seconds:g}")
+    if config.read is not None and not config.read.is_file():
+        raise ValueError(f"bench: read must be a JSON file of an earlier run, got {config.read}")
+    if config.keep and not is_writable(RESULTS):
+        raise ValueError(f"bench: {RESULTS} must be writable to keep results there")
     run, status = config.read or config.out / "run.json", 0
     if config.read is None:
         missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
         if missing:
             raise ValueError(f"bench: {' and '.join(missing)} must be installed; pip install {' '.join(missing)}")
-        config.out.mkdir(parents=True, exist_ok=True)
+        check_folder(config.out, "bench: out")
         run.unlink(missing_ok=True)
         status = _python(measure_arguments(config, run))
         if not run.is_file():  # nothing was selected, or pytest did not get that far

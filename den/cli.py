@@ -1,171 +1,33 @@
-"""The command line: den train, fetch, evaluate, report, demo, bench, info, dag."""
+"""The entry point of the command line.  The commands are in `den.commands`, which is imported within."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
 
-import tyro
-
-from den.bench import BenchConfig
-from den.config import DemoConfig, TrainConfig, read_config
-from den.measure import Evaluate
-from den.report.settings import Report
-from den.scenarios import ScenarioOptions, scenario_config
-
-HELP = (
-    "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
-    " den dag --help: networks over one graph, a topology for each task."
-)
-Settings = TypeVar("Settings", bound=Any)
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a Deep Elastic Network (Algorithm 1), or its dense baseline with --mode dense.
-
-    An experiment of the paper may come first, m1, m2, m3 or c1: see den train m1 --help.
-    """
-
-    config: Path | None = None
-    """JSON file of settings, such as a run's config.json; options given here come before it."""
-    resume: bool = False
-    """Continue the run in --out from its last checkpoint, with the settings that it was started with."""
-    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-
-
-@dataclass(frozen=True)
-class Info:
-    """Show versions, devices, which implementations are active, and what is missing."""
-
-
-@dataclass(frozen=True)
-class TrainScenario:
-    """Train as an experiment of the paper does, on the schedule of the paper or a share of it."""
-
-    options: Annotated[ScenarioOptions, tyro.conf.arg(name="")] = field(default_factory=ScenarioOptions)
-    resume: bool = False
-    """Continue the run in --out from its last checkpoint; give the same options again."""
-    settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-
-
-@dataclass(frozen=True)
-class Fetch:
-    """Download the archives of image sets, and check them."""
-
-    names: tyro.conf.Positional[tuple[str, ...]]
-    """Image sets: cifar10, cifar100, stl10, tinyimagenet."""
-    data_root: Path
-    """Folder for the archives."""
+try:
+    from den.terminal import ended, interrupts_end_the_process
+except KeyboardInterrupt:  # before there is anything that could tell it better
+    print("den: interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after wrong input (told in one line), 130 after an interrupt."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments in (["--version"], ["-V"]):
-        from den_kernels import __version__
+    """Run a command; returns the exit status.
 
-        print(f"den {__version__}")
-        return 0
-    try:
-        scenario = arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-")
-        if scenario or arguments[:1] == ["dag"]:
-            from den.dag.cli import main as dag
+    0, or 2 after wrong input (told in one line), 130 after an interrupt, 141 where nobody reads the output any more.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
 
-            dag(arguments if scenario else arguments[1:])
-            return 0
-        return _run(_parse(arguments))
-    except (ValueError, OSError) as error:
-        print(f"den: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("den: interrupted; continue a training run with its command and --resume --out FOLDER", file=sys.stderr)
-        return 130
+    def run() -> int:
+        with interrupts_end_the_process():
+            from den.commands import command
 
+            prepared = command(words)
+        return prepared()
 
-def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info:
-    if arguments[:1] == ["train"] and arguments[1:2] and not arguments[1].startswith("-"):
-        return _parse_scenario(arguments[1], arguments[2:])
-    train = Train(settings=base_settings(TrainConfig, arguments)) if arguments[:1] == ["train"] else Train()
-    command = (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Fetch, tyro.conf.subcommand("fetch")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Report, tyro.conf.subcommand("report")]
-        | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
-        | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
-        | Annotated[Info, tyro.conf.subcommand("info")]
-    )
-    return tyro.cli(command, args=arguments, prog="den", description=HELP)  # type: ignore[call-overload]
-
-
-def _parse_scenario(name: str, arguments: list[str]) -> Train:
-    """The options that make the scenario first, then all: those of `TrainConfig` change what came of the former."""
-    settings = scenario_config(name)  # an unknown name first of all
-    if not {"-h", "--help"}.intersection(arguments):
-        options, _ = tyro.cli(ScenarioOptions, args=arguments, prog=f"den train {name}", return_unknown_args=True)
-        settings = scenario_config(name, options)
-    default = TrainScenario(settings=settings)
-    command = tyro.cli(TrainScenario, args=arguments, prog=f"den train {name}", default=default)
-    return Train(resume=command.resume, settings=command.settings)
-
-
-def base_settings(kind: type[Settings], arguments: list[str]) -> Settings:
-    """The settings that the options of `train` change: of --config, of the run to be resumed, or the defaults."""
-    if path := _option(arguments, "--config"):
-        return read_config(kind, Path(path))
-    if "--resume" in arguments:
-        return read_config(kind, Path(_option(arguments, "--out") or kind().out) / "config.json")
-    return kind()
-
-
-def _option(arguments: list[str], name: str) -> str | None:
-    """The value of an option, given as "--name value" or "--name=value"."""
-    for position, argument in enumerate(arguments):
-        if argument == name and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(name + "="):
-            return argument[len(name) + 1 :]
-    return None
-
-
-def _run(command: Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info) -> int:
-    if isinstance(command, Train):
-        from den.train import train
-
-        train(command.settings, resume=command.resume)
-        print(f"den: finished; measure it with: den evaluate {command.settings.out}")
-    elif isinstance(command, Fetch):
-        from den.data import fetch_set
-
-        if not command.names:
-            raise ValueError("fetch: names must be at least one image set, got none")
-        for name in command.names:
-            print(fetch_set(name, command.data_root))
-    elif isinstance(command, Evaluate):
-        from den.measure import main as measure
-
-        measure(command)
-    elif isinstance(command, Report):
-        from den.report.command import main as report
-
-        report(command)
-    elif isinstance(command, DemoConfig):
-        from den.demo import main as demo
-
-        demo(command)
-    elif isinstance(command, BenchConfig):
-        from den.bench import main as bench
-
-        return bench(command)
-    else:
-        from den_kernels.info import format_report
-
-        print(format_report())
-    return 0
+    resumable = "; continue with the same command and --resume --out FOLDER" if "train" in words[:2] else ""
+    return ended(run, f"interrupted{resumable}")
 
 
 if __name__ == "__main__":

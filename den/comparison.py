@@ -13,6 +13,7 @@ from torch import Tensor
 
 from den.data import ImageSet
 from den.evaluate import TaskReport, Timing, evaluate, full_flops, static_candidates, time_per_image
+from den.files import write_text
 from den.model import DeepElasticNetwork
 
 SAME_COST = 1.03  # a static structure may cost 3 % more than the network that it is compared with
@@ -214,4 +215,4 @@ def write_json(path: Path, found: Sequence[Comparison], extra: dict[str, Any]) -
         }
         for c in found
     }
-    path.write_text(json.dumps({**extra, "tasks": tasks}, indent=2) + "\n")
+    write_text(path, json.dumps({**extra, "tasks": tasks}, indent=2) + "\n")

@@ -20,6 +20,7 @@ from den.config import (
 )
 from den.data import load_set
 from den.figures.comparison import draw_all
+from den.files import check_folder, write_text
 from den.heap import keep_allocations_on_the_heap
 from den.limits import check_ranges
 from den.model import DeepElasticNetwork
@@ -40,6 +41,7 @@ def main(config: DemoConfig) -> None:
     keep_allocations_on_the_heap()
     start = time.perf_counter()
     folder = config.out / "quick" if config.quick else config.out
+    check_folder(folder, "demo: out")
     print(_greeting(config, folder), flush=True)
     networks = train_both(config)
     print("\n3. Comparison on the test images", flush=True)
@@ -52,11 +54,12 @@ def main(config: DemoConfig) -> None:
         text += "\nThis was the quick schedule: it shows that everything runs; its numbers are not the promise.\n"
     else:
         text += f"\nWhat this is to show:\n{check_lines(lines)}\n"
-    print("\n" + text, flush=True)
-    figures = draw_all(found, networks["den"], folder)
     seconds = time.perf_counter() - start
-    (folder / "table.txt").write_text(text)
+    write_text(folder / "table.txt", text)
     write_json(folder / "results.json", found, {"quick": config.quick, "seed": config.seed, "seconds": seconds})
+    figures = draw_all(found, networks["den"], folder)
+    print("\n" + text, flush=True)
+    seconds = time.perf_counter() - start
     print(f"Figures and results ({seconds / 60:.1f} minutes in all): {folder}/")
     for path in figures:
         print(f"  {path.name}")

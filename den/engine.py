@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from den.baselines import method_of
 from den.checkpoint import (
@@ -34,6 +33,7 @@ from den.model import DeepElasticNetwork
 from den.model_config import ModelConfig
 from den.objective import Objective, RunningBaseline
 from den.phases import Phase
+from den.progress import Progress
 from den.randomness import random_state, seeded, set_random_state
 from den.run_folder import RunFolder
 from den.selector import SelectorConfig
@@ -67,7 +67,7 @@ class Engine:
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         self.config, self.meter = config, Meter()
         self.device = choose_device(config.device)
-        self._bar: tqdm | None = None
+        self._bar: Progress | None = None
         with contextlib.ExitStack() as stack:
             self.folder = stack.enter_context(RunFolder(config, resume=resume))
             stack.enter_context(seeded(config.seed, self.device))
@@ -154,7 +154,7 @@ class Engine:
         if self._bar is not None:
             self._bar.update()
             if self.device.type == "cpu" or here.step % 50 == 0:
-                self._bar.set_postfix_str(self.meter.text(), refresh=False)
+                self._bar.note(self.meter.text(), refresh=False)
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -170,7 +170,7 @@ class Engine:
         self.method.prepare(self, phase)
         if self._bar is None and self.config.progress:
             name = f"stage {phase.stage} {phase.network}"
-            self._bar = tqdm(total=phase.settings.steps, initial=self.position.step, desc=name, dynamic_ncols=True)
+            self._bar = Progress(phase.settings.steps, name, unit="update", initial=self.position.step)
 
     def _end_epoch(self, phase: Phase) -> None:
         """Measure, log, decide whether the phase has ended, save."""
@@ -183,7 +183,7 @@ class Engine:
         held_out = {name: report.summary() for name, report in reports.items()}
         self.folder.log({**where, "rate": rate, "train": means, "held_out": held_out})
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self.meter.text()} | {_held_out_text(reports)}")
+            self._bar.note(f"{self.meter.text()} | {_held_out_text(reports)}")
         if here.step == phase.settings.steps or self._converged(phase, means["loss"]):
             self._leave()
         self.meter.clear()

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from den.checkpoint import read_updates
-from den.config import from_dict, to_dict
+from den.config import TrainConfig, from_dict, to_dict
 from den.count import ParameterCounts, count_parameters
 from den.data import ImageSet
 from den.evaluate import TaskReport, Timing, evaluate, time_per_image
+from den.files import write_text
+from den.progress import progress
 from den.run_folder import versions
+from den.run_state import Training, training_of
 from den.runs import Run
 
 VERSION = 1
@@ -78,7 +79,13 @@ class Evaluation:
     machine: str  # device and threads
     versions: dict = field(default_factory=versions)
     budget: Budget | None = None
+    training: Training | None = None  # how far the run had come; None: not known
     version: int = VERSION
+
+    @property
+    def unfinished(self) -> str:
+        """How far a run had come that had not finished, in words; of a finished one nothing."""
+        return self.training.words if self.training else ""
 
     @property
     def method(self) -> str:
@@ -116,16 +123,18 @@ def evaluate_run(
     """
     model, results, reports = run.model, [], {}
     rule = None if run.choice == "selected" else run.structures
-    for image_set in tqdm(sets, desc=f"evaluate {run.folder.name}", leave=False, disable=not run.config.progress):
+    for image_set in progress(sets, f"evaluate {run.folder.name}", shown=run.config.progress):
         name = image_set.name
         reports[name] = evaluate(model, [image_set], run.choice)[name]
         timing = time_per_image(model, image_set, structures=rule) if time else None
         results.append(_result(model, reports[name], image_set, timing))
     device = next(model.parameters()).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    updates = read_updates(run.checkpoint)
+    updates, checkpoint = read_updates(run.checkpoint), run.checkpoint.stem
+    training = training_of(run.folder, run.config, checkpoint)
+    parameters, results = count_parameters(model), tuple(results)
     record = Evaluation(
-        to_dict(run.config), run.checkpoint.stem, updates, count_parameters(model), tuple(results), where, budget=budget
+        to_dict(run.config), checkpoint, updates, parameters, results, where, budget=budget, training=training
     )
     return record, reports
 
@@ -151,9 +160,7 @@ def _result(model: Any, report: TaskReport, image_set: ImageSet, timing: Timing 
 
 def write_evaluation(path: Path, record: Evaluation) -> None:
     """Write a record as JSON, as a whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(to_dict(record), indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(to_dict(record), indent=1) + "\n")
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -163,19 +170,29 @@ def read_evaluation(path: Path) -> Evaluation:
         ValueError: no JSON, a record of another version, keys or values that do not fit.
     """
     try:
-        values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"evaluation: {path} must be a readable JSON file, got {error}") from error
     found = values.get("version") if isinstance(values, dict) else None
     if found != VERSION:
         again = f"measure the run again: den evaluate {path.parent}"
         raise ValueError(f"evaluation: version of {path} must be {VERSION}, got {found} ({again})")
-    return from_dict(Evaluation, values, where=path.name)
+    return from_dict(Evaluation, values, where=str(path))
 
 
-def is_current(record: Evaluation, checkpoint: Path) -> bool:
-    """Whether a record tells of this checkpoint as it is now, after all its updates."""
-    return checkpoint.stem == record.checkpoint and read_updates(checkpoint) == record.updates
+def is_current(record: Evaluation, checkpoint: Path, config: TrainConfig) -> bool:
+    """Whether a record tells of this checkpoint of a run of these settings as it is now, after all its updates."""
+    try:
+        same = _settled(from_dict(TrainConfig, record.settings)) == _settled(config)
+    except ValueError:  # of another version, or another command
+        return False
+    return same and checkpoint.stem == record.checkpoint and read_updates(checkpoint) == record.updates
+
+
+def _settled(config: TrainConfig) -> TrainConfig:
+    """Settings without what may change between training and measuring."""
+    data = dataclasses.replace(config.data, root=None)
+    return dataclasses.replace(config, out=Path(), device="auto", progress=True, data=data)
 
 
 def result_lines(result: TaskResult) -> list[str]:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-import tyro
-
+from den.config import TrainConfig
 from den.data import ImageSet
 from den.device import choose_device
-from den.engine import hold_out
-from den.evaluate import TaskReport, best_static, evaluate
+from den.evaluate import TaskReport, best_static
 from den.evaluation import (
     NAME,
     Budget,
@@ -26,73 +22,109 @@ from den.evaluation import (
     result_lines,
     write_evaluation,
 )
-from den.operating import at_flops, at_milliseconds
+from den.files import check_folder, is_writable
+from den.measure_settings import Evaluate
+from den.run_folder import stored_config
+from den.run_state import check_kind, training_of
 from den.runs import Run, open_run
-
-STEERED_ON = 2000  # images of each task, at most
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Measure trained runs on their test sets; the numbers are also written to evaluation.json of the run folder."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The run folders.  With a budget: the best of them on held-out images is measured."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which of a run's checkpoints: the last one, or the best on held-out images."""
-    data_root: Path | None = None
-    """Folder of the sets that do not come with the install; None: where the run had them."""
-    static: int = 0
-    """Compare with the best of this many single structures of the same cost, chosen on the test images themselves."""
-    time: bool = False
-    """Measure the time per image, with the full structure and with the selected ones."""
-    budget_flops: float | None = None
-    """Shift the selector, without training, until every task costs this share of the full structure's FLOPs."""
-    budget_ms: float | None = None
-    """Shift the selector, without training, until an image of every task takes this long here, in batches of 256."""
-    device: str = "auto"
-    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
+from den.steering import choose_point
 
 
 def main(command: Evaluate) -> None:
-    """Print a line of results per task, and those of the comparisons asked for; ValueError for wrong input."""
-    if not command.runs:
-        raise ValueError("evaluate: runs must be at least one run folder, got none")
-    if command.budget_flops is not None and command.budget_ms is not None:
-        raise ValueError("evaluate: budget must be in FLOPs or in milliseconds, got both")
+    """Print a line of results per task, and those of the comparisons asked for; ValueError for wrong input.
+
+    All that can be wrong is looked at before anything is measured, and a record is written before it is printed.
+    """
+    command.check()
+    folders = record_folders(command.runs, command.out)
     runs = [opened(folder, command.checkpoint, command.device) for folder in command.runs]
+    sets = SetsOfRuns(command.data_root)
+    for run in runs:
+        sets.of(run.config)
+        training = training_of(run.folder, run.config, command.checkpoint)
+        if training and not training.finished:
+            print(f"{run.folder}: {training.words}", flush=True)
     if command.budget_flops is not None or command.budget_ms is not None:
         unit, limit = ("flops", command.budget_flops) if command.budget_ms is None else ("ms", command.budget_ms)
         run, budget = choose_point(runs, Budget(unit, limit, {}), command.data_root)
         shown = ", ".join(f"{task} {weight:.4g}" for task, weight in budget.weights.items())
-        print(f"{run.folder}: lambda of the cost at run time: {shown}")
-        _report(run, command, budget)
+        print(f"{run.folder}: lambda of the cost at run time: {shown}", flush=True)
+        _report(run, sets.of(run.config), command, budget, folders[run.folder])
         return
     for run in runs:
         if len(runs) > 1:
-            print(f"{run.folder}:")
-        _report(run, command, None)
+            print(f"{run.folder}:", flush=True)
+        _report(run, sets.of(run.config), command, None, folders[run.folder])
+
+
+def record_folders(runs: tuple[Path, ...], out: Path | None) -> dict[Path, Path]:
+    """Where the record of each run goes: its own folder, or `out`, with several runs a folder of each in it.
+
+    Raises:
+        ValueError: one that cannot be written to, or two runs of the same name with `out`.
+    """
+    if out is None:
+        for run in runs:
+            if run.is_dir() and not is_writable(run):
+                raise ValueError(f"{_unwritable(run)}; write elsewhere with --out FOLDER")
+        return {run: run for run in runs}
+    several = len(set(runs)) > 1
+    places = {run: out / run.resolve().name if several else out for run in runs}
+    if len(set(places.values())) < len(places) and several:
+        given = ", ".join(map(str, runs))
+        raise ValueError(f"evaluate: runs must have different names to be written to {out}, got {given}")
+    for place in places.values():
+        check_folder(place, "evaluate: out")
+    return places
+
+
+def _unwritable(run: Path) -> str:
+    return f"evaluate: run folder must be writable for its {NAME}, got {run}"
 
 
 def opened(folder: Path, checkpoint: Literal["last", "best"], device: str = "auto") -> Run:
     """A run with its network on a device, frozen: nothing is trained here, and its weights are kept once."""
+    check_kind(folder, "model")
     run = open_run(folder, checkpoint)
     run.model.to(choose_device(device)).freeze()
     return run
 
 
-def _report(run: Run, command: Evaluate, budget: Budget | None) -> None:
-    sets = sets_of(run, command.data_root)
+class SetsOfRuns:
+    """The test images of runs; each set is loaded once.
+
+    data_root: folder of the sets that do not come with the install; None: where the runs had them.
+    """
+
+    def __init__(self, data_root: Path | None = None) -> None:
+        self._root = data_root
+        self._loaded: dict[tuple[str, Path | None], ImageSet] = {}
+
+    def of(self, config: TrainConfig) -> list[ImageSet]:
+        """The test images of each task of a run; ValueError where they are missing or damaged."""
+        from den.data import load_set
+
+        root = self._root or config.data.root
+        for name in config.data.tasks:
+            if (name, root) not in self._loaded:
+                self._loaded[name, root] = load_set(name, "test", root)
+        return [self._loaded[name, root] for name in config.data.tasks]
+
+
+def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | None, folder: Path) -> None:
     timed = command.time or command.budget_ms is not None
     record, reports = evaluate_run(run, sets, time=timed, budget=budget)
+    path = folder / file_name(budget)
+    write_evaluation(path, record)
     for image_set, result in zip(sets, record.tasks, strict=True):
         lines = result_lines(result)
         if command.static:
             lines.insert(1, _static_line(run, image_set, reports[image_set.name], command.static))
         if budget is not None:
             lines.append(_budget_line(result, budget))
-        print("\n".join(lines))
-    write_evaluation(run.folder / file_name(budget), record)
+        print("\n".join(lines), flush=True)
+    if command.out is not None:
+        print(f"{run.folder}: the numbers are in {path}")
 
 
 def _budget_line(result: TaskResult, budget: Budget) -> str:
@@ -118,93 +150,62 @@ def file_name(budget: Budget | None) -> str:
     return NAME if budget is None else f"evaluation.{budget.unit}-{budget.limit:g}.json"
 
 
+@dataclass(frozen=True, eq=False)
+class Measurable:
+    """A run whose record is there, or can be made: nothing is missing for it."""
+
+    folder: Path
+    config: TrainConfig
+    record: Evaluation | None  # of the checkpoint as it is; None: to be measured
+    checkpoint: Literal["last", "best"]
+    place: Path  # where the record is, or will be
+
+
+def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) -> Measurable:
+    """A run and its record, if it is current; one without times is not with `time`.
+
+    elsewhere: the folder for the record of a run whose own folder cannot be written to.
+
+    Raises:
+        ValueError: no run there, a record of another version, a folder that cannot be written to.
+    """
+    check_kind(folder, "model")
+    config, checkpoint = stored_config(folder), "last"
+    for place in (folder, *([elsewhere] if elsewhere else [])):
+        if (place / NAME).exists():
+            record = read_evaluation(place / NAME)
+            checkpoint = record.checkpoint
+            timed = record.tasks and (record.tasks[0].timing or not time)
+            if timed and is_current(record, folder / f"{checkpoint}.safetensors", config):
+                training = training_of(folder, config, checkpoint)
+                return Measurable(folder, config, dataclasses.replace(record, training=training), checkpoint, place)
+    training_of(folder, config, checkpoint)
+    open_run(folder, checkpoint)  # here, not after others have been measured
+    if is_writable(folder):
+        return Measurable(folder, config, None, checkpoint, folder)
+    if elsewhere is None:
+        raise ValueError(_unwritable(folder))
+    check_folder(elsewhere, "report: out")
+    return Measurable(folder, config, None, checkpoint, elsewhere)
+
+
+def measured(run: Measurable, sets: SetsOfRuns, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:
+    """The record of a run, measured and written where there is none, and those of its operating points."""
+    record = run.record
+    if record is None:
+        record, _ = evaluate_run(opened(run.folder, run.checkpoint), sets.of(run.config), time=time)
+        write_evaluation(run.place / NAME, record)
+    points = [read_evaluation(other) for other in sorted(run.folder.glob("evaluation.*-*.json"))]
+    return record, [point for point in points if point.updates == record.updates and point.budget]
+
+
 def evaluations(folder: Path, data_root: Path | None = None, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:
     """The record of a run and those of its operating points.
 
-    The run is measured where it has no record, one of fewer updates, or with `time` one without times.
+    The run is measured where it has no record, one of fewer updates or other settings, or with `time` one without
+    times.
 
     Raises:
-        ValueError: no run there, or a record of another version.
+        ValueError: no run there, a record of another version, a folder that cannot be written to.
     """
-    path = folder / NAME
-    record = read_evaluation(path) if path.exists() else None
-    checkpoint = folder / f"{record.checkpoint if record else 'last'}.safetensors"
-    if record is None or not is_current(record, checkpoint) or (time and record.tasks[0].timing is None):
-        run = opened(folder, checkpoint.stem)
-        record, _ = evaluate_run(run, sets_of(run, data_root), time=time)
-        write_evaluation(path, record)
-    points = [read_evaluation(other) for other in sorted(folder.glob("evaluation.*-*.json"))]
-    return record, [point for point in points if point.updates == record.updates]
-
-
-def sets_of(run: Run, data_root: Path | None) -> list[ImageSet]:
-    """The test images of each task of a run."""
-    from den.data import load_set
-
-    return [load_set(name, "test", data_root or run.config.data.root) for name in run.config.data.tasks]
-
-
-def unseen_images(run: Run, data_root: Path | None) -> tuple[list[ImageSet], list[ImageSet]]:
-    """Training images of each task without the augmentation: those to steer by, and those held out, to choose by.
-
-    The former are those held out and, where these are fewer than `STEERED_ON`, others that fill them up: steering needs
-    no labels.  The latter are empty where the run had none held out.
-    """
-    from den.data import load_set
-
-    config, root = run.config, data_root or run.config.data.root
-    kept, held = [load_set(name, "train", root) for name in config.data.tasks], []
-    if config.data.validation > 0:
-        kept, held = hold_out(kept, config)
-    steering = [_filled(held[k : k + 1], rest) for k, rest in enumerate(kept)]
-    return steering, held
-
-
-def _filled(first: list[ImageSet], rest: ImageSet) -> ImageSet:
-    """At most `STEERED_ON` images: of `first`, and what is left over of `rest`, each spread evenly."""
-    parts, room = [], STEERED_ON
-    for part in (*first, rest):
-        count = min(len(part), room)
-        if count:
-            parts.append(part.subset(torch.arange(count) * len(part) // count))
-        room -= count
-    images, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels"))
-    return dataclasses.replace(rest, images=images, labels=labels)
-
-
-def choose_point(runs: Sequence[Run], budget: Budget, data_root: Path | None = None) -> tuple[Run, Budget]:
-    """The operating point within a budget: of the run that is the most accurate there on held-out images.
-
-    Returns:
-        The run with its network steered, and the budget with the lambda of each task.
-
-    Raises:
-        ValueError: a run without a selector, runs of different tasks, several runs of which one held no images out, a
-            budget that no structure meets.
-    """
-    best: tuple[float, Run, Budget] | None = None
-    for run in runs:
-        _check(run, runs)
-        steering, held_out = unseen_images(run, data_root)
-        meet = at_flops if budget.unit == "flops" else at_milliseconds
-        model, weights = meet(run.model, steering, budget.limit)
-        point = dataclasses.replace(run, model=model, structures=model.select)
-        accuracy = 0.0
-        if len(runs) > 1:
-            accuracy = sum(r.accuracy for r in evaluate(model, held_out).values()) / len(held_out)
-            print(f"{run.folder}: accuracy {100 * accuracy:.2f} % on held-out images within the budget")
-        if best is None or accuracy > best[0]:
-            best = accuracy, point, dataclasses.replace(budget, weights=weights)
-    return best[1], best[2]
-
-
-def _check(run: Run, runs: Sequence[Run]) -> None:
-    config = run.config
-    if config.mode != "den":
-        raise ValueError(
-            f"evaluate: run must have a selector to meet a budget, got mode {config.mode!r} ({run.folder})"
-        )
-    if config.data.tasks != runs[0].config.data.tasks:
-        raise ValueError(f"evaluate: runs must be of the same tasks, got {', '.join(config.data.tasks)} ({run.folder})")
-    if len(runs) > 1 and config.data.validation == 0:
-        raise ValueError(f"evaluate: runs to choose among must hold images out, got validation 0 ({run.folder})")
+    return measured(look_up(folder, time=time), SetsOfRuns(data_root), time)

@@ -92,7 +92,7 @@ class RunFolder:
         """Append one line to metrics.jsonl, on the disk when this returns, and its numbers to TensorBoard at step
         line["step"]."""
         with self._writing():
-            with open(self.metrics, "a") as file:
+            with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

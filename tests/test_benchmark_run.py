@@ -185,6 +185,23 @@ def test_den_bench_names_what_is_not_installed(monkeypatch, capsys):
     assert "pytest-benchmark must be installed; pip install pytest-benchmark" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--case-seconds", "nan"], "case-seconds must be at least 0 and finite, got nan"),
+        (["--case-seconds", "inf"], "case-seconds must be at least 0 and finite, got inf"),
+        (["--case-seconds", "-1"], "case-seconds must be at least 0 and finite, got -1"),
+        (["--read", "absent.json"], "read must be a JSON file of an earlier run, got absent.json"),
+        (["--out", "pyproject.toml/bench"], "out must be a folder that can be written, got pyproject.toml/bench"),
+    ],
+)
+def test_den_bench_measures_nothing_that_it_could_not_report(monkeypatch, capsys, options, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(den.bench, "_python", lambda arguments: pytest.fail("measured in vain"))
+    assert main(["bench", *options]) == 2
+    assert capsys.readouterr().err.startswith(f"den: error: bench: {message}")
+
+
 def test_den_bench_passes_its_options_on():
     config = BenchConfig(select="conv", marker="op", provider=("bucket",), all_cases=True, case_seconds=0.1, keep=True)
     arguments = den.bench.measure_arguments(config, Path("run.json"))

@@ -129,6 +129,13 @@ def test_options_come_before_the_settings_file(tmp_path, small_sets):
         (["train", "--out", "{tmp}/run", "--network.backbone", "vgg11"], "vgg11"),
         (["train", "--out", "{tmp}/run", "--stages", "0"], "stages must be at least 1, got 0"),
         (["evaluate", "{tmp}/absent"], "config.json must be a readable JSON file"),
+        (["train", "m1", "--budget", "inf"], "budget must be finite, got inf"),
+        (["train", "m1", "--budget", "nan"], "budget must be above 0, got nan"),
+        (["report", "{tmp}/absent", "--out", "{tmp}/file"], "report: out must be a folder that can be written"),
+        (["demo", "--out", "{tmp}/file"], "demo: out must be a folder that can be written"),
+        (["fetch", "--data-root", "{tmp}/new"], "fetch: names must be at least one image set, got none"),
+        (["fetch", "cifar10", "digits", "--data-root", "{tmp}/new"], "name must be one of cifar10"),
+        (["fetch", "cifar10", "--data-root", "{tmp}/file"], "fetch: data-root must be a folder that can be written"),
     ],
 )
 def test_wrong_input_is_told_in_one_line(tmp_path, capsys, arguments, message):
@@ -139,6 +146,7 @@ def test_wrong_input_is_told_in_one_line(tmp_path, capsys, arguments, message):
     assert error.startswith("den: error: ")
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("arguments", [["train", "--colour", "red"], ["fly"], ["train", "--seed", "one"]])
@@ -192,6 +200,21 @@ def test_demo_is_given_its_settings(monkeypatch):
     assert (seen[0].quick, seen[0].out) == (True, Path("somewhere"))
 
 
-def test_version_as_a_process():
-    found = subprocess.run([sys.executable, "-m", "den.cli", "--version"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("module", ["den", "den.cli"])
+def test_version_as_a_process(module):
+    found = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
     assert found.stdout.startswith("den ")
+
+
+def test_what_the_package_exports_is_there_when_asked_for():
+    import den
+
+    assert {name: getattr(den, name).__name__ for name in ("create_model", "Task")} == {
+        "create_model": "create_model",
+        "Task": "Task",
+    }
+    assert set(den.__all__) <= set(dir(den))
+    assert all(getattr(den, name) is not None for name in den.__all__)
+    assert den.model.create_model is den.create_model
+    with pytest.raises(AttributeError, match="module 'den' has no attribute 'resnet9000'"):
+        _ = den.resnet9000

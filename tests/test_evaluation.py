@@ -158,9 +158,20 @@ def test_the_best_run_on_held_out_images_is_chosen(tmp_path, stored_run, few_ima
     [
         ([], "runs must be at least one run folder, got none"),
         (["{tmp}/den", "--budget-flops", "0.5", "--budget-ms", "1"], "budget must be in FLOPs or in milliseconds"),
-        (["{tmp}/den", "--budget-flops", "1.5"], "limit must be at most 1, the full structure's FLOPs, got 1.5"),
-        (["{tmp}/den", "--budget-flops", "-1"], "limit must be at least 0, the cheapest structure's, got -1"),
-        (["{tmp}/den", "--budget-ms", "-1"], "limit must be at least"),
+        (["{tmp}/den", "--budget-flops", "1.5"], "budget-flops must be in (0, 1], got 1.5"),
+        (["{tmp}/den", "--budget-flops", "-1"], "budget-flops must be in (0, 1], got -1"),
+        (["{tmp}/den", "--budget-flops", "0"], "budget-flops must be in (0, 1], got 0"),
+        (["{tmp}/den", "--budget-flops", "nan"], "budget-flops must be in (0, 1], got nan"),
+        (["{tmp}/den", "--budget-flops", "inf"], "budget-flops must be in (0, 1], got inf"),
+        (["{tmp}/den", "--budget-ms", "nan"], "budget-ms must be above 0 and finite, got nan"),
+        (["{tmp}/den", "--budget-ms", "inf"], "budget-ms must be above 0 and finite, got inf"),
+        (["{tmp}/den", "--budget-ms", "0"], "budget-ms must be above 0 and finite, got 0"),
+        (["{tmp}/den", "--static", "-5"], "static must be in 0..20,000, got -5"),
+        (
+            ["{tmp}/den", "--static", "1000000000000000000000"],
+            "static must be in 0..20,000, got 1000000000000000000000",
+        ),
+        (["{tmp}/den", "--budget-ms", "-1"], "budget-ms must be above 0 and finite, got -1"),
         (["{tmp}/dense", "--budget-flops", "0.5"], "must have a selector to meet a budget, got mode 'dense'"),
         (["{tmp}/den", "{tmp}/none-held-out", "--budget-flops", "0.5"], "must hold images out, got validation 0"),
         (["{tmp}/den", "{tmp}/others", "--budget-flops", "0.5"], "must be of the same tasks, got fashion"),
@@ -180,3 +191,4 @@ def test_wrong_input_is_told_in_one_line(tmp_path, stored_run, few_images, capsy
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("den: error: ")
     assert message in error[-1]
+    assert not list(tmp_path.rglob("evaluation*"))

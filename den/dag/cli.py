@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
         from den.dag.report import report
 
         print(report(command), end="")
+        if command.out is not None:
+            print(f"den: the drawings are in {command.out}")
         return
     from den.dag.search import train
 
@@ -48,7 +50,7 @@ def parse(arguments: list[str]) -> DagTrain | DagReportConfig:
 
     Raises ValueError for a scenario that is unknown or not that of the stored settings.
     """
-    from den.cli import base_settings
+    from den.commands import base_settings
     from den.dag.scenarios import named_settings
 
     default = DagTrain()

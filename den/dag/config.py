@@ -163,5 +163,7 @@ class DagReportConfig:
     """Folder of the images; None: where the run had them."""
     markdown: Path | None = None
     """Write the tables to this file, in Markdown."""
+    out: Path | None = None
+    """Folder for the drawings; None: each run's own, as graph.png."""
     time: bool = True
     """Measure milliseconds."""

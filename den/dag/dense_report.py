@@ -42,10 +42,10 @@ def delta_tables(runs: Sequence[RunReport]) -> str:
 
 
 def single_task_references(runs: Sequence[RunReport]) -> dict[tuple[str, str], Metrics]:
-    """By scenario and task: what networks of this task alone reach."""
+    """By scenario and task: what networks of this task alone reach that have been trained to the end."""
     alone: dict[tuple[str, str], list[Metrics]] = {}
     for run in runs:
-        for task in run.model.tasks if _alone(run) else ():
+        for task in run.model.tasks if _alone(run) and run.finished else ():
             alone.setdefault((run.config.data.scenario, task.name), []).append(run.results[task.name].metrics)
     return {key: {name: statistics.mean(each[name] for each in found) for name in found[0]}
             for key, found in alone.items()}  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from den.checkpoint import (
     load_checkpoint,
@@ -35,6 +34,7 @@ from den.dag.scenarios import load_tasks
 from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
 from den.engine import Meter, restored_position
 from den.phases import schedule_factor
+from den.progress import Progress
 from den.randomness import random_state, seeded, set_random_state
 from den.run_folder import RunFolder
 from den.tasks import Task
@@ -69,7 +69,7 @@ class DagEngine:
 
     def __init__(self, config: DagTrainConfig, *, resume: bool = False) -> None:
         self.config, self.position, self.meter = config, Position(), Meter()
-        self._bar: tqdm | None = None
+        self._bar: Progress | None = None
         with ExitStack() as stack:
             self.folder = stack.enter_context(RunFolder(config, resume=resume))
             stack.enter_context(seeded(config.seed))
@@ -117,7 +117,7 @@ class DagEngine:
         total = self.steps[here.stage]
         self.model.gates.requires_grad_(name == "search")
         if self.config.progress and total:
-            self._bar = tqdm(total=total, initial=here.step, desc=name, dynamic_ncols=True)
+            self._bar = Progress(total, name, unit="update", initial=here.step)
         while here.step < total:
             self.model.train()
             for group in self.optimisers["weights"].param_groups:
@@ -127,7 +127,7 @@ class DagEngine:
             here.total_steps += 1
             if self._bar is not None:
                 self._bar.update()
-                self._bar.set_postfix_str(self.meter.text(), refresh=False)
+                self._bar.note(self.meter.text(), refresh=False)
             if here.step == total or here.step % self.epoch_steps == 0:
                 self._end_epoch(name)
         here.stage, here.step = here.stage + 1, 0

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from den.config import read_config
-from den.dag.config import DagReportConfig, DagTrainConfig
+from den.dag.comparison import comparison, reference, verdicts
+from den.dag.config import DagDataConfig, DagReportConfig, DagTrainConfig
 from den.dag.dense_report import delta_tables
 from den.dag.drawing import draw_graph
-from den.dag.engine import load_network
 from den.dag.evaluate import TaskCost, TaskResult, deployed_parameters, evaluate_tasks, task_costs, time_tasks
 from den.dag.gates import SPREAD_WARNING
 from den.dag.network import DagNetwork
+from den.dag.runs import OpenedRun, open_run
 from den.dag.scenarios import load_tasks, named_settings
+from den.data import ImageSet, SceneSet
+from den.files import check_file, check_folder, is_writable, write_text
+from den.progress import progress
+from den.run_state import Training
 from den.tables import markdown_table
 
 PEERS = {
@@ -44,11 +47,17 @@ class RunReport:
     results: dict[str, TaskResult]
     costs: list[TaskCost]
     seconds: dict[str, float]  # of a batch in each task's extracted network; empty where not measured
+    state: Training | None = None  # how far the run has come; None: not known
 
     @property
     def dense(self) -> bool:
         """Whether a task is dense."""
         return any(task.dense for task in self.model.tasks)
+
+    @property
+    def finished(self) -> bool:
+        """Whether something can be concluded from it."""
+        return self.state is None or self.state.finished
 
     @property
     def accuracy(self) -> float:
@@ -70,7 +79,14 @@ class RunReport:
 
     @property
     def training(self) -> str:
-        return f"{self.config.training.steps:,} updates, seed {self.config.seed}"
+        updates = f"{self.updates} updates" if self.finished else self.state.words
+        return f"{updates}, seed {self.config.seed}"
+
+    @property
+    def updates(self) -> str:
+        """Those of the whole run, "4,000"; of an unfinished one those done too: "40 of 4,000"."""
+        steps = f"{self.config.training.steps:,}"
+        return steps if self.finished else f"{self.state.updates:,} of {steps}"
 
     def label(self, first: RunReport) -> str:
         """What the run is, and which of its settings are not those of the first run."""
@@ -91,29 +107,66 @@ class RunReport:
 
 def measure(path: Path, data_root: Path | None = None, time: bool = True) -> RunReport:
     """Evaluate the last checkpoint of a run on its test sets; ValueError where there is none."""
-    config = read_config(DagTrainConfig, path / "config.json")
-    model = load_network(path / "last.safetensors")
-    sets = load_tasks(config.data, "test", data_root)
-    seconds = time_tasks(model, sets, timed_images(model)) if time else {}
-    return RunReport(path, config, model, evaluate_tasks(model, sets), task_costs(model), seconds)
+    run = open_run(path)
+    return measured(run, load_tasks(run.config.data, "test", data_root), time)
+
+
+def measured(run: OpenedRun, sets: list[ImageSet | SceneSet], time: bool) -> RunReport:
+    """A run evaluated on its test sets."""
+    seconds = time_tasks(run.model, sets, timed_images(run.model)) if time else {}
+    results, costs = evaluate_tasks(run.model, sets), task_costs(run.model)
+    return RunReport(run.path, run.config, run.model, results, costs, seconds, run.state)
 
 
 def report(settings: DagReportConfig) -> str:
-    """Measure the runs, draw each run's graph beside its checkpoint, write and return the tables."""
-    found = [measure(path, settings.data_root, settings.time) for path in settings.runs]
-    for run in found:
-        draw_graph(run.model, run.path / "graph.png")
+    """Measure the runs, draw each run's graph beside its checkpoint, write and return the tables.
+
+    Raises ValueError, before anything is measured, for a run, images or a place to write that are missing.
+    """
+    if not settings.runs:
+        raise ValueError("dag report: runs must be at least one run folder, got none")
+    drawings = drawing_places(settings.runs, settings.out)
+    if settings.markdown is not None:
+        check_file(settings.markdown, "dag report: markdown")
+    runs = [open_run(path) for path in settings.runs]
+    loaded: dict[DagDataConfig, list[ImageSet | SceneSet]] = {}
+    for data in dict.fromkeys(run.config.data for run in runs):
+        loaded[data] = load_tasks(data, "test", settings.data_root)
+    found = [measured(run, loaded[run.config.data], settings.time) for run in progress(runs, "runs")]
     if any(run.dense for run in found):
         parts = [delta_tables(found)]
     else:
         parts = [] if len(found) == 1 else [comparison(found), verdicts(found)]
     for run in found:
-        parts.append(f"### {run.label(found[0])}, {run.training}\n\n{task_table(run)}\n\n{remarks(run)}")
+        parts.append(f"### {run.label(reference(found))}, {run.training}\n\n{task_table(run)}\n\n{remarks(run)}")
     text = "\n\n".join(parts) + "\n"
     if settings.markdown is not None:
-        settings.markdown.parent.mkdir(parents=True, exist_ok=True)
-        settings.markdown.write_text(heading(found) + text)
+        write_text(settings.markdown, heading(found, runs[0].versions) + text)
+    for run in found:
+        draw_graph(run.model, drawings[run.path])
     return text
+
+
+def drawing_places(runs: Sequence[Path], out: Path | None) -> dict[Path, Path]:
+    """The file of each run's drawing: graph.png in its folder, or one of its name in `out`.
+
+    Raises:
+        ValueError: a folder that cannot be written to, or two runs of the same name with `out`.
+    """
+    if out is None:
+        for run in runs:
+            if run.is_dir() and not is_writable(run):
+                raise ValueError(
+                    f"dag report: run folder must be writable for its graph.png, got {run};"
+                    " draw elsewhere with --out FOLDER"
+                )
+        return {run: run / "graph.png" for run in runs}
+    places = {run: out / f"{run.resolve().name}-graph.png" for run in runs}
+    if len(set(places.values())) < len(places):
+        given = ", ".join(map(str, runs))
+        raise ValueError(f"dag report: runs must have different names to be drawn in {out}, got {given}")
+    check_folder(out, "dag report: out")
+    return places
 
 
 def task_table(run: RunReport) -> str:
@@ -160,59 +213,13 @@ def timed_images(model: DagNetwork) -> int:
     return 4 if any(task.dense for task in model.tasks) else 32
 
 
-def comparison(runs: Sequence[RunReport]) -> str:
-    """A row per kind of run and number of updates: means over its seeds, and what the first kind has above each, seed
-    by seed, after as many updates."""
-    groups: dict[tuple[str, int], dict[int, RunReport]] = {}
-    for run in runs:
-        groups.setdefault((run.label(runs[0]), run.config.training.steps), {})[run.config.seed] = run
-    first = runs[0].kind
-    rows = []
-    for (label, steps), group in groups.items():
-        accuracy = [run.accuracy for run in group.values()]
-        peers = groups.get((first, steps), {}) if label != first else {}
-        gains = [100 * (peers[seed].accuracy - run.accuracy) for seed, run in group.items() if seed in peers]
-        of_task = [statistics.mean(cost.parameters for cost in run.costs) for run in group.values()]
-        rows.append([
-            label, f"{steps:,}", ", ".join(map(str, sorted(group))), f"{statistics.mean(accuracy):.2%}",
-            f"{100 * statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "",
-            ", ".join(f"{gain:+.2f}" for gain in gains),
-            f"{statistics.mean(deployed_parameters(run.model) for run in group.values()):,.0f}",
-            f"{statistics.mean(of_task):,.0f}",
-            f"{statistics.mean(run.mean_flops for run in group.values()) / 1e6:.2f}",
-            f"{statistics.mean(run.topologies for run in group.values()):.1f}",
-        ])  # fmt: skip
-    head = ("network", "updates", "seeds", "mean accuracy", "deviation, points", f"{first} better by, points",
-            "parameters, all tasks", "parameters, one task", "MFLOP, one task", "topologies")  # fmt: skip
-    return markdown_table(head, rows)
-
-
-def verdicts(runs: Sequence[RunReport]) -> str:
-    """Whether the first kind of run is at least as accurate as each of the others, after as many updates; over the
-    seeds that both have."""
-    accuracy: dict[tuple[str, int], dict[int, float]] = {}
-    for run in runs:
-        accuracy.setdefault((run.label(runs[0]), run.config.training.steps), {})[run.config.seed] = run.accuracy
-    first, lines = runs[0].kind, ["What this is to show:", ""]
-    for (label, steps), theirs in accuracy.items():
-        seeds = sorted(set(theirs) & set(accuracy.get((first, steps), {})))
-        if label == first or not seeds:
-            continue
-        ours, other = (statistics.mean(each[seed] for seed in seeds) for each in (accuracy[first, steps], theirs))
-        lines.append(
-            f"- {'yes' if ours >= other else '**no**'}: after {steps:,} updates {first} at least as accurate as"
-            f" {label}: {ours:.2%} against {other:.2%} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        )
-    return "\n".join(lines)
-
-
-def heading(runs: Sequence[RunReport]) -> str:
+def heading(runs: Sequence[RunReport], versions: dict[str, str]) -> str:
     """Title, the commands that made the runs, versions."""
     first = runs[0]
     measured = "Measured" if first.dense else "Accuracy"
     commands = "\n".join(command_of(run.config) for run in runs)
-    versions = json.loads((first.path / "versions.json").read_text())
-    used = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch") if name in versions)
+    known = [f"{name} {versions[name]}" for name in ("python", "torch") if name in versions]
+    used = ", ".join(known or ["versions unknown"])
     return (
         f"# Networks over one graph, {first.config.data.scenario}\n\n"
         "Written by `den dag report`, from runs of these commands (and `--data.root FOLDER`):\n\n"

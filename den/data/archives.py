@@ -111,8 +111,11 @@ def fetch(archive: Archive, root: Path) -> Path:
     """
     import pooch
 
+    from den.progress import Progress
+
+    bar = Progress(0, archive.file, unit="byte")
     try:
-        pooch.retrieve(archive.url, f"md5:{archive.md5}", fname=archive.file, path=root, progressbar=True)
+        pooch.retrieve(archive.url, f"md5:{archive.md5}", fname=archive.file, path=root, progressbar=bar)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

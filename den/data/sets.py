@@ -109,12 +109,17 @@ def set_names() -> tuple[str, ...]:
 
 def fetch_set(name: str, root: Path) -> Path:
     """Download the archive of a set into `root`; ValueError for a set that cannot be had so."""
+    return fetch_archive(published_archive(name), root)
+
+
+def published_archive(name: str) -> Archive:
+    """The archive that a set can be fetched in; ValueError for a set that cannot be had so."""
     base, _, _ = _parse(name)
     archive = KINDS[base].archive if base in KINDS else None
     if archive is None:
         fetchable = ", ".join(known for known, kind in KINDS.items() if kind.archive)
         raise ValueError(f"fetch: name must be one of {fetchable}, got {name!r}")
-    return fetch_archive(archive, root)
+    return archive
 
 
 def _parse(name: str) -> tuple[str, int | None, int | None]:

@@ -13,7 +13,6 @@ import errno
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from den.data.locks import claimed, clear, shared
 from den.data.places import fingerprint, homes
+from den.progress import Progress
 
 FOLDER = "den-cache"
 IMAGES, LABELS = "images.npy", "labels.npz"
@@ -121,7 +120,7 @@ def _write(pixels: Pixels, folder: Path, name: str) -> None:
     count, *size = pixels.shape
     if count == 0:
         raise ValueError(f"load_set: {name} must hold at least one image, got an empty data set")
-    with (folder / IMAGES).open("wb") as file, _bar(count, name) as bar:
+    with (folder / IMAGES).open("wb") as file, Progress(count, f"decode {name}", unit="image", leave=False) as bar:
         header = {"descr": "|u1", "fortran_order": False, "shape": tuple(pixels.shape)}
         np.lib.format.write_array_header_1_0(file, header)
         file.flush()
@@ -153,11 +152,3 @@ def _reserve(file: BinaryIO, size: int) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(error.errno, f"{error.strerror} ({size / 1e6:,.0f} MB are needed)") from error
         # a file system that cannot reserve: writing will tell
-
-
-def _bar(count: int, name: str) -> tqdm:
-    try:
-        terminal = sys.stderr.isatty()
-    except (AttributeError, ValueError):  # stderr is closed
-        terminal = False
-    return tqdm(total=count, desc=f"decode {name}", unit="image", leave=False, dynamic_ncols=True, disable=not terminal)

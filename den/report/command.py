@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from den.comparison import check_lines
 from den.evaluate import TaskReport, task_report
@@ -18,8 +19,10 @@ from den.figures.neighbours import neighbours
 from den.figures.selection import favourites, level_probabilities, structure_histogram
 from den.figures.style import save_all
 from den.figures.tradeoff import accuracy_against, sweep
-from den.measure import evaluations, opened, sets_of
+from den.files import check_folder, write_text
+from den.measure import SetsOfRuns, look_up, measured, opened
 from den.operating import selector_logits
+from den.progress import progress
 from den.report.groups import Group, Row, Section, group_runs, sections, settings_of
 from den.report.settings import Report
 from den.report.tables import NOTES, Table, build_table, heading, machines
@@ -34,46 +37,68 @@ class Found:
     folders: dict[int, Path]  # by id of the record
     records: list[Evaluation]
     points: dict[int, list[Evaluation]]  # operating points at run time, by id of the run's record
+    sets: SetsOfRuns
 
 
 def main(command: Report) -> None:
-    """Write the report and print its tables and words; ValueError for wrong input."""
+    """Write the report, then print its tables and words; ValueError for wrong input, before anything is measured."""
     if not command.runs:
         raise ValueError("report: runs must be at least one run folder, got none")
+    check_folder(command.out, "report: out")
     found = gather(command)
-    command.out.mkdir(parents=True, exist_ok=True)
-    parts = ["# Report\n\nWritten by `den report`."]
+    texts, parts = [], ["# Report\n\nWritten by `den report`."]
     for section in sections(group_runs(found.records)):
         table = build_table(section)
         write_tables(table, command.out)
-        text = section_text(table, found.points)
-        print(text, flush=True)
+        texts.append(section_text(table, found.points, found.folders))
         names = draw(section, found, command) if command.figures else []
-        parts.append("\n\n".join([text, *(f"![{name.stem}]({name.name})" for name in names)]))
-    (command.out / "report.md").write_text("\n\n".join(parts) + "\n")
+        parts.append("\n\n".join([texts[-1], *(f"![{name.stem}]({name.name})" for name in names)]))
+    write_text(command.out / "report.md", "\n\n".join(parts) + "\n")
+    print("\n\n".join(texts))
     print(f"\nden: the report is {command.out / 'report.md'}")
 
 
 def gather(command: Report) -> Found:
-    """The records of the runs, measured where there is none."""
-    found = Found({}, [], {})
-    for folder in tqdm(dict.fromkeys(command.runs), desc="runs", leave=False, disable=None):
-        record, points = evaluations(folder, command.data_root, command.time)
+    """The records of the runs, measured where there is none.
+
+    Raises ValueError, before the first is measured, where a run, its images or a place for its record are missing.
+    """
+    folders = {folder.resolve(): folder for folder in reversed(command.runs)}
+    runs = [
+        look_up(folder, time=command.time, elsewhere=command.out / "measured" / _unique_name(place))
+        for place, folder in reversed(folders.items())
+    ]
+    found = Found({}, [], {}, SetsOfRuns(command.data_root))
+    for run in runs:
+        if run.record is None or (command.figures and run.config.mode == "den"):
+            found.sets.of(run.config)
+    for run in progress(runs, "runs"):
+        record, points = measured(run, found.sets, command.time)
+        if run.record is None and run.place != run.folder:
+            print(f"den: {run.folder} cannot be written to; what was measured of it is in {run.place}", flush=True)
         found.records.append(record)
-        found.folders[id(record)], found.points[id(record)] = folder, points
+        found.folders[id(record)], found.points[id(record)] = run.folder, points
     return found
+
+
+def _unique_name(folder: Path) -> str:
+    """A name that no other folder has."""
+    return f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"
 
 
 def write_tables(table: Table, out: Path) -> None:
     """The table of a section as Markdown, CSV and LaTeX."""
     name = slug(table.section.title)
-    (out / f"{name}.md").write_text(markdown_table(table.short_head, table.rows) + "\n")
-    (out / f"{name}.csv").write_text(csv_table(table.head, table.rows))
-    (out / f"{name}.tex").write_text(latex_table(table.short_head, table.rows))
+    write_text(out / f"{name}.md", markdown_table(table.short_head, table.rows) + "\n")
+    write_text(out / f"{name}.csv", csv_table(table.head, table.rows))
+    write_text(out / f"{name}.tex", latex_table(table.short_head, table.rows))
 
 
-def section_text(table: Table, points: Points | None = None) -> str:
-    """Title, table, notes and what holds or not, in Markdown; points: operating points of the runs."""
+def section_text(table: Table, points: Points | None = None, folders: Mapping[int, Path] | None = None) -> str:
+    """Title, table, notes and what holds or not, in Markdown.
+
+    points, folders: operating points and folders of the runs, by the ids of their records.
+    """
     checks = verdicts(table, points)
     failed = sum(check.holds is False for check in checks)
     words = f"{failed} of {len(checks)} claims do not hold" if checks else "No claim can be held against these runs"
@@ -82,8 +107,25 @@ def section_text(table: Table, points: Points | None = None) -> str:
         f"{heading(table)} Measured on: {machines(table.section)}.",
         markdown_table(table.short_head, table.rows),
         NOTES,
+        *_repetitions(table.section, folders or {}),
         f"{words} (?: not decided by these runs):" + (f"\n\n```\n{check_lines(checks)}\n```" if checks else ""),
     ])  # fmt: skip
+
+
+def _repetitions(section: Section, folders: Mapping[int, Path]) -> list[str]:
+    """Which of several runs of the same settings and seed is shown, and why."""
+    lines = [
+        f"{_name(other, folders)} has the settings and the seed {other.seed} of {_name(shown, folders)}, which was"
+        " given first and is shown alone."
+        for row in section.rows
+        for group in row.groups
+        for other, shown in group.repeated
+    ]
+    return ["\n".join(lines)] if lines else []
+
+
+def _name(record: Evaluation, folders: Mapping[int, Path]) -> str:
+    return f"`{folders[id(record)].name}`" if id(record) in folders else f"`{Path(record.settings['out']).name}`"
 
 
 def slug(text: str) -> str:
@@ -92,7 +134,7 @@ def slug(text: str) -> str:
 
 
 def draw(section: Section, found: Found, command: Report) -> list[Path]:
-    """The figures of a section; returns their paths."""
+    """The figures of a section, of what selectors chose only where they have been trained; returns their paths."""
     name = slug(section.title)
     records = [record for row in section.rows for group in row.groups for record in group.records]
     points = [point for record in records for point in found.points[id(record)]]
@@ -102,14 +144,14 @@ def draw(section: Section, found: Found, command: Report) -> list[Path]:
     for setting, groups in sweeps(section):
         drawings[f"{name}-sweep-{slug(setting)}"] = sweep(setting, groups)
     for row in section.rows:
-        if row.method == "den":
-            drawings |= _selection_figures(f"{name}-{slug(row.label)}", row, found, command)
+        if row.method == "den" and not row.unfinished:
+            drawings |= _selection_figures(f"{name}-{slug(row.label)}", row, found)
     return save_all(drawings, command.out)
 
 
 def sweeps(section: Section) -> Iterator[tuple[str, list[Group]]]:
     """Settings, by flat name, in which two or more groups of a method differ while all their others are the same."""
-    groups = [group for row in section.rows if row.method == "den" for group in row.groups]
+    groups = [group for row in section.finished if row.method == "den" for group in row.groups]
     families: dict[tuple[str, str], list[Group]] = {}
     flat = {id(group): settings_of(group.first) for group in groups}
     for one, other in itertools.combinations(groups, 2):
@@ -125,13 +167,13 @@ def sweeps(section: Section) -> Iterator[tuple[str, list[Group]]]:
         yield name, sorted(members, key=lambda g: values[id(g)]) if numbers else members
 
 
-def _selection_figures(name: str, row: Row, found: Found, command: Report) -> dict[str, Figure]:
+def _selection_figures(name: str, row: Row, found: Found) -> dict[str, Figure]:
     """What the selector of a row's first run chose: figures 3, 6 and 7 of the paper."""
     drawings: dict[str, Figure] = {}
     for group in row.groups:
         record = group.first
         run = opened(found.folders[id(record)], record.checkpoint)
-        sets = sets_of(run, command.data_root)
+        sets = found.sets.of(run.config)
         chances = [selector_logits(run.model, image_set).log_softmax(-1) for image_set in sets]
         model = run.model.cpu()
         reports: Sequence[TaskReport] = [

@@ -33,6 +33,7 @@ class Group:
     """Runs that differ in nothing but their seed."""
 
     records: tuple[Evaluation, ...]
+    repeated: tuple[tuple[Evaluation, Evaluation], ...] = ()  # a run left out, and the one of its seed that is shown
 
     @property
     def first(self) -> Evaluation:
@@ -59,6 +60,11 @@ class Row:
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(task for group in self.groups for task in group.tasks)
+
+    @property
+    def unfinished(self) -> str:
+        """How far its runs have come, in words; of finished ones nothing."""
+        return "; ".join(dict.fromkeys(g.first.unfinished for g in self.groups if g.first.unfinished))
 
     def results(self, task: str) -> list[TaskResult]:
         return [result for group in self.groups for result in group.results(task)]
@@ -99,18 +105,32 @@ class Section:
         return f"{self.scenario.upper() if self.scenario else ' + '.join(self.tasks)}, {self.backbone}"
 
     @property
+    def finished(self) -> list[Row]:
+        """The rows that something can be concluded from."""
+        return [row for row in self.rows if not row.unfinished]
+
+    @property
     def dense(self) -> Row | None:
-        """The baseline: a dense network for each task where there are such, else one for all."""
-        rows = [row for row in self.rows if row.method == "dense" and set(row.tasks) == set(self.tasks)]
+        """The baseline: a dense network for each task where there are such, else one for all; finished."""
+        rows = [row for row in self.finished if row.method == "dense" and set(row.tasks) == set(self.tasks)]
         return max(rows, key=lambda row: len(row.groups), default=None)
 
 
 def group_runs(records: Sequence[Evaluation]) -> list[Group]:
-    """Runs of the same settings but for the seed; of the same seed the first counts."""
-    found: dict[str, dict[int, Evaluation]] = {}
+    """Runs of the same settings but for the seed; of the same seed the first counts.
+
+    Runs that have not finished stand apart from those that have, and from those that have come less far.
+    """
+    found: dict[str, dict[int, list[Evaluation]]] = {}
     for record in records:
-        found.setdefault(json.dumps(settings_of(record)), {}).setdefault(record.seed, record)
-    return [Group(tuple(seeds[seed] for seed in sorted(seeds))) for seeds in found.values()]
+        key = json.dumps([settings_of(record), record.unfinished])
+        found.setdefault(key, {}).setdefault(record.seed, []).append(record)
+    groups = []
+    for seeds in found.values():
+        alike = [seeds[seed] for seed in sorted(seeds)]
+        repeated = tuple((other, first) for first, *others in alike for other in others)
+        groups.append(Group(tuple(records[0] for records in alike), repeated))
+    return groups
 
 
 def settings_of(record: Evaluation) -> dict[str, Any]:
@@ -188,12 +208,12 @@ def method_of(record: Evaluation) -> tuple[str, float | None]:
 
 
 def method_label(record: Evaluation) -> str:
-    """A method in words, with what it was trained for."""
+    """A method in words, with what it was trained for, and how far where it has not finished."""
     method, rho = method_of(record)
     if method == "den":
         budget = record.settings["selector"].get("budget")
-        return f"DEN (rho = {rho:g})" if budget is None else f"DEN (budget {budget:g})"
-    return method
+        method = f"DEN (rho = {rho:g})" if budget is None else f"DEN (budget {budget:g})"
+    return f"{method}, {record.unfinished}" if record.unfinished else method
 
 
 def differences(groups: Sequence[Group]) -> list[str]:

@@ -21,14 +21,20 @@ COMPARED = ("random", "blockdrop", "nestednet", "packnet", "routing", "cross-sti
 
 
 def verdicts(table: Table, points: Points | None = None) -> list[Check]:
-    """Every claim that these runs can be held against.
+    """Every claim that these runs can be held against; of runs that have not finished only that they have not.
 
     points: with them, the dense network and the compared methods are held against the operating point of fitting FLOPs.
     """
     section = table.section
-    rows = [row for row in section.rows if row.method == "den"]
+    rows = [row for row in section.finished if row.method == "den"]
     found = [check for row in rows for check in _row_checks(table, row, points or {})]
-    return [*found, *_rho_checks(section, rows)]
+    unfinished = [_unfinished(row) for row in section.rows if row.unfinished]
+    return [*found, *_rho_checks(section, rows), *unfinished]
+
+
+def _unfinished(row: Row) -> Check:
+    label = row.label.replace(f", {row.unfinished}", "")
+    return Check(f"{label}, {', '.join(row.tasks)}: trained to the end", row.unfinished, False)
 
 
 def _row_checks(table: Table, row: Row, points: Points) -> Iterator[Check]:
@@ -39,7 +45,7 @@ def _row_checks(table: Table, row: Row, points: Points) -> Iterator[Check]:
         if dense is not None and task in dense.tasks:
             limit = dense.stat("flops", task).mean / LEAST_SAVING
             yield _against_dense(_within(variants, limit, task), dense, task)
-        for other in section.rows:
+        for other in section.finished:
             if other.method.split()[0] in COMPARED and task in other.tasks:
                 limit = SAME_COST * other.stat("flops", task).mean
                 yield _against(_within(variants, limit, task), other, task)

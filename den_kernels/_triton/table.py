@@ -50,7 +50,7 @@ def tiles(arch: int) -> dict[Key, Fields]:
     if not path.exists():
         return {}
     try:
-        return parse(path.read_text(), arch, triton_version())
+        return parse(path.read_text(encoding="utf-8"), arch, triton_version())
     except (OSError, ValueError) as error:
         warnings.warn(f"den_kernels: {path.name} is ignored, launches follow the rules: {error}", stacklevel=2)
         return {}

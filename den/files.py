@@ -1,0 +1,58 @@
+"""Files that a command writes: UTF-8 whatever the locale, whole or not at all, and places checked before long work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, as a whole or not at all.
+
+    Bytes of file names that the locale could not decode are written as they are where they are UTF-8, else as U+FFFD.
+    """
+    content = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8")
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, by trying.  One without write permission is left alone, even by a user
+    who could write to it."""
+    try:
+        if not folder.stat().st_mode & stat.S_IWUSR:
+            return False
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Make a folder that is to be written to, with those above it.
+
+    Raises:
+        ValueError: it cannot be made or written to; `what`: the option, as "report: out".
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{what} must be a folder that can be written, got {folder}: {error}") from error
+    if not is_writable(folder):
+        raise ValueError(f"{what} must be a folder that can be written, got {folder}")
+
+
+def check_file(path: Path, what: str) -> None:
+    """Make the folder of a file that is to be written; ValueError, as `check_folder`, where it could not be."""
+    check_folder(path.parent, what)
+    if path.is_dir():
+        raise ValueError(f"{what} must be a file, got {path}, which is a folder")
