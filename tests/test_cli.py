@@ -129,7 +129,7 @@ def test_options_come_before_the_settings_file(tmp_path, small_sets):
         (["train", "--out", "{tmp}/run", "--network.backbone", "vgg11"], "vgg11"),
         (["train", "--out", "{tmp}/run", "--stages", "0"], "stages must be at least 1, got 0"),
         (["evaluate", "{tmp}/absent"], "config.json must be a readable JSON file"),
-        (["train", "m1", "--budget", "inf"], "budget must be finite, got inf"),
+        (["train", "m1", "--budget", "inf"], "budget must be finite and above 0, got inf"),
         (["train", "m1", "--budget", "nan"], "budget must be above 0, got nan"),
         (["report", "{tmp}/absent", "--out", "{tmp}/file"], "report: out must be a folder that can be written"),
         (["demo", "--out", "{tmp}/file"], "demo: out must be a folder that can be written"),
