@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "amx_pack.h"
 #include "amx_tiles.h"
@@ -116,10 +117,11 @@ struct Place {
 // Four tiles, or what is left of them: `outputs` tiles of channels of the block of outputs at `slot`.
 template <int outputs, class Finish>
 void four_tiles(const Convolution& c, int64_t tile, int64_t slot, const int64_t* taps, int64_t tap_count,
-                const bf16* weight, const Finish& finish) {
+                const Finish& finish) {
   constexpr int at_once = 4 / outputs;
   const Map& m = c.map;
   const Tiling& cut = c.tiling;
+  const bf16* weight = c.weights.weights + c.outputs.blocks[slot].index * 2 * c.weights.steps * 512;
   alignas(64) float sums[4 * 256];
   for (int64_t last = std::min(tile + 4, c.tiles()); tile < last; tile += at_once) {
     Place places[at_once];
@@ -137,28 +139,43 @@ void four_tiles(const Convolution& c, int64_t tile, int64_t slot, const int64_t*
   }
 }
 
-// The weights of `tiles` tiles of outputs, zeros for the inputs that are not selected: the map has zeros there too, whose
-// products with what is not finite would be NaN.
-inline std::vector<bf16> of_selected(const Convolution& c, const Cutting& cut, const bf16* weight, int64_t tiles) {
+// The weights, zeros for the inputs that are not selected: the map has zeros there too, whose products with what is not
+// finite would be NaN.
+inline std::vector<bf16> of_selected(const Convolution& c) {
   const bool narrow = is_narrow(c.inputs.end);
-  std::vector<bf16> made(weight, weight + tiles * c.weights.steps * 512);
-  for (int64_t n = 0; n < tiles * c.weights.steps; ++n) {
-    const int64_t step = n % c.weights.steps;
+  const Cutting cut = narrow ? cutting_of(c.inputs.end, c.S) : Cutting{32, c.S, 16};
+  const Block& last = c.outputs.blocks.back();
+  const int64_t steps = c.weights.steps, count = (last.index * 2 + 1 + (last.lanes > 0xFFFF)) * steps;
+  std::vector<bf16> made(c.weights.weights, c.weights.weights + count * 512);
+  for (int64_t n = 0; n < count; ++n) {
     uint32_t lanes = 0;
     for (const Block& block : c.inputs.blocks)
-      if (narrow || block.index == step / (c.R * c.S)) lanes = block.lanes;
+      if (narrow || block.index == n % steps / (c.R * c.S)) lanes = block.lanes;
     for (int64_t k = 0; k < cut.pairs * 2; ++k) {
-      const int64_t channel = narrow ? (step % cut.steps * cut.pairs * 2 + k) % cut.unit : k;
+      const int64_t channel = narrow ? (n % steps % cut.steps * cut.pairs * 2 + k) % cut.unit : k;
       for (int64_t o = 0; o < 16 && !(lanes >> channel & 1); ++o) made[n * 512 + (k / 2 * 16 + o) * 2 + k % 2] = bf16{0};
     }
   }
   return made;
 }
 
+template <class Finish>
+void convolve(const Convolution& c, int64_t begin, int64_t end, const Finish& finish);
+
+template <class Finish>
+__attribute__((noinline)) void convolve_selected(const Convolution& c, int64_t begin, int64_t end,
+                                                 const Finish& finish) {
+  const std::vector<bf16> weights = of_selected(c);
+  Convolution made = c;
+  made.weights = {weights.data(), c.weights.steps, true};
+  convolve(made, begin, end, finish);
+}
+
 // Items begin..end of a convolution: for each block of outputs, four tiles at a time. finish.run<outputs>(place,
 // slot, sums) takes the sums of a tile, [pixel][instance][outputs * 16].
 template <class Finish>
 void convolve(const Convolution& c, int64_t begin, int64_t end, const Finish& finish) {
+  if (!c.weights.finite && !c.outputs.blocks.empty()) return convolve_selected(c, begin, end, finish);
   int64_t taps[max_taps], tap_count = 0;
   const bool narrow = is_narrow(c.inputs.end);
   const Cutting cut = narrow ? cutting_of(c.inputs.end, c.S) : Cutting{32, c.S, 16};
@@ -166,17 +183,10 @@ void convolve(const Convolution& c, int64_t begin, int64_t end, const Finish& fi
     for (int64_t s = 0; s < cut.steps; ++s)
       taps[tap_count++] = c.map.at(r, 0) + s * (narrow ? cut.pairs * 2 : c.map.pixel());
   configure_tiles(c.tiling.span * c.map.together, cut.pairs);
-  std::vector<bf16> finite;
   for (int64_t i = begin, quads = c.quads(); i < end; ++i) {
     const int64_t slot = i / quads, tile = i % quads * 4;
-    const Block& block = c.outputs.blocks[slot];
-    const bool two = block.lanes > 0xFFFF;
-    const bf16* weight = c.weights.weights + block.index * 2 * c.weights.steps * 512;
-    if (!c.weights.finite) {
-      if (i == begin || tile == 0) finite = of_selected(c, cut, weight, 1 + two);
-      weight = finite.data();
-    }
-    (two ? four_tiles<2, Finish> : four_tiles<1, Finish>)(c, tile, slot, taps, tap_count, weight, finish);
+    const auto run = c.outputs.blocks[slot].lanes > 0xFFFF ? four_tiles<2, Finish> : four_tiles<1, Finish>;
+    run(c, tile, slot, taps, tap_count, finish);
   }
   _tile_release();
 }
