@@ -12,17 +12,19 @@ from torch import Tensor
 
 from ._conv_cpu import Geometry, memory_format_of
 from ._extension import extension
+from .eager import refuse_recording
 from .plan import Route
 
 
-def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = False) -> bool:
     """Whether the direct convolution takes the call: a function of what the tensors are, not of what they hold.
 
-    Channels-last, no cardinality, at most 49 taps; in bfloat16 also dilation 1 and channels divisible by 16.
+    Channels-last, or where the weight is packed already: then it pays to convert the maps. No cardinality, at most 49
+    taps; in bfloat16 also dilation 1 and channels divisible by 16.
     """
-    if extension is None or geometry.groups != 1:
+    if extension is None or geometry.groups != 1 or weight.shape[2] * weight.shape[3] > 49:
         return False
-    if memory_format_of(x, weight) != torch.channels_last or weight.shape[2] * weight.shape[3] > 49:
+    if not packed and memory_format_of(x, weight) != torch.channels_last:
         return False
     if x.dtype == torch.bfloat16:
         fits = tuple(geometry.dilation) == (1, 1) and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
@@ -45,8 +47,9 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -
     """[O, I, R, S], times scale (float32 [O]), as the direct kernels read it.
 
     float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/dynamic_bf16.h,
-    for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I).
+    for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I). RuntimeError in a trace.
     """
+    refuse_recording("pack")
     O, I, R, S = weight.shape
     if weight.dtype == torch.bfloat16:
         packed = weight.new_empty(extension.packed_size_bf16(O, I, R, S, in_sizes))

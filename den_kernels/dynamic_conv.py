@@ -100,21 +100,24 @@ def _compute(
             x, weight, bias, route, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
             groups=geometry.groups, out_groups=geometry.out_sizes, in_groups=geometry.in_sizes,
         )  # fmt: skip
-    if not uses_direct(x, weight, route, geometry):
+    if not uses_direct(x, weight, route, geometry, packed is not None):
         segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
         return _conv_cpu.forward(x, weight, bias, segments, geometry)
     own = packed(x.dtype) if packed else _conv_direct.pack(weight, geometry.in_sizes)
     shape = geometry.out_shape(x, weight)
-    return _conv_direct.forward(x, own, weight.shape[2:], bias, route, shape, geometry)
+    out = _conv_direct.forward(x, own, weight.shape[2:], bias, route, shape, geometry)
+    if memory_format_of(x, weight) == torch.channels_last:
+        return out
+    return torch.empty(shape, dtype=x.dtype).copy_(out)  # contiguous() would leave strides that could be either
 
 
-def uses_direct(x: Tensor, weight: Tensor, route: Route, geometry: Geometry) -> bool:
+def uses_direct(x: Tensor, weight: Tensor, route: Route, geometry: Geometry, packed: bool = False) -> bool:
     """Whether a call on a CPU takes the direct convolution.
 
     Where no level is below the highest, the whole is one ordinary convolution, which oneDNN does faster.
     """
     all_full = route.mask is None and int(route.offsets[1]) == x.shape[0]
-    return not all_full and _conv_direct.runs_direct(x, weight, geometry)
+    return not all_full and _conv_direct.runs_direct(x, weight, geometry, packed)
 
 
 def _route(levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, geometry: Geometry) -> Route:

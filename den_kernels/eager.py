@@ -7,6 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 
 Value = TypeVar("Value")
@@ -81,6 +82,12 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
             f"{op}: inputs must be without tangents, as there is no forward-mode derivative (forward_ad, "
             "torch.func.jvp); got one with a tangent. Use backward()"
         )
+
+
+def refuse_recording(op: str) -> None:
+    """Raises RuntimeError while torch.jit.trace or make_fx records: what is written by no op is not in the graph."""
+    if not is_compiling() and (_is_tracing() or get_proxy_mode() is not None):
+        raise RuntimeError(f"{op}: weights must be packed before the call that is traced, got them inside")
 
 
 def refuse_transforms(op: str) -> None:

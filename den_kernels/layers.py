@@ -26,7 +26,7 @@ class DynamicConv2d(nn.Conv2d):
     first groups), a bool mask [B, G], or a Route, shared with other layers. See `dynamic_conv2d` for what holds then.
 
     out_groups, in_groups: the channel groups of each side, as an int (equal groups) or their sizes. Weights lie in
-    memory as those of `nn.Conv2d`; training is fastest once they are channels-last (`.to(memory_format=...)`). Raises
+    memory as those of `nn.Conv2d`; channels-last ones train faster, and so do maps (`.to(memory_format=...)`). Raises
     ValueError where groups do not add up to the channels, do not lie on the boundaries of `groups` (cardinality), or
     differ in number between the sides.
     """

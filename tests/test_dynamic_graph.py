@@ -153,3 +153,32 @@ def test_arguments_that_do_not_fit_are_refused(index, value, message):
     x, levels, *rows = arguments
     with pytest.raises(ValueError, match=f"dynamic_graph: {message}"):
         dynamic_graph(x, graph_of(8), RoutingPlan.from_levels(levels, 1), *rows)
+
+
+def test_a_plan_made_from_masks():
+    graph, (x, levels, *rows) = graph_of(16), problem(5, 16, (6, 6))
+    levels[:, 1] = 0  # an edge that nobody keeps has one segment, as one that all keep
+    levels[:, 2] = 1
+    plan = RoutingPlan.from_masks(levels[:, :, None] > 0)
+    for each in (graph, without_direct(graph)):
+        wanted = dynamic_graph(x, each, RoutingPlan.from_levels(levels, 1), *rows)
+        assert torch.equal(dynamic_graph(x, each, plan, *rows), wanted)
+
+
+def test_gradients_are_refused():
+    graph, (x, levels, *rows) = graph_of(16), problem(5, 16, (6, 6))
+    rows[1].requires_grad_()
+    plan = RoutingPlan.from_levels(levels, 1)
+    with pytest.raises(ValueError, match="gates must not require a gradient"):
+        dynamic_graph(x, graph, plan, *rows)
+    with torch.no_grad():
+        assert dynamic_graph(x, graph, plan, *rows).isfinite().all()
+
+
+def test_opcheck():
+    graph, (x, levels, *rows) = graph_of(16), problem(5, 16, (6, 6))
+    plan = RoutingPlan.from_levels(levels, 1)
+    ends = [end for edge in EDGES for end in edge]
+    tensors = list(graph.weights), list(graph.biases), list(graph.direct)
+    arguments = (x, plan.levels, plan.order, plan.offsets, *rows, *tensors, STATES, ends)
+    torch.library.opcheck(torch.ops.den_kernels.dynamic_graph.default, arguments)

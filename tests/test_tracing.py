@@ -15,7 +15,7 @@ from den_kernels import (
     dynamic_residual,
     dynamic_residual_,
 )
-from tests.call_kinds import INFERENCE, LEVELS, MODULES, OTHER_LEVELS, PLANS, SAME, images, module
+from tests.call_kinds import INFERENCE, LEVELS, MODULES, OTHER_LEVELS, PLANS, SAME, Graph, Residual, images, module
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -90,6 +90,16 @@ def test_a_traced_module_is_saved_and_loaded(tmp_path):
         traced(module("block"), images(), LEVELS).save(str(tmp_path / "block.pt"))
         loaded = torch.jit.load(str(tmp_path / "block.pt"))
         torch.testing.assert_close(loaded(images(1), OTHER_LEVELS), module("block")(images(1), OTHER_LEVELS), **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["traced", "made_fx"])
+@pytest.mark.parametrize("kind", ["residual", "graph"])
+def test_weights_are_packed_before(kind, way):
+    if not Residual().weights.direct:
+        pytest.skip("without a direct kernel nothing is packed outside of torch's ops")
+    inside = {"residual": Residual, "graph": Graph}[kind]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weights must be packed before"):
+        WAYS[way](lambda x, levels: inside().requires_grad_(False)(x, levels), images(), LEVELS)
 
 
 def test_the_number_of_groups_must_be_given_in_a_trace():
