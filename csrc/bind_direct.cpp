@@ -90,9 +90,25 @@ ConvProblem<T> conv_problem(const Tensor& x, const Tensor& y, const py::tuple& r
   const Selections selected = selections_of(route, op, B);
   check_groups(w.in_sizes, selected.G, C, op, "in_groups");
   check_groups(w.out_sizes, selected.G, C_out, op, "out_groups");
-  return {B, x.size(2), x.size(3), C, size[0], size[1], C_out, w.kernel[0], w.kernel[1], {w.stride[0], w.stride[1]},
-          {w.padding[0], w.padding[1]}, {w.dilation[0], w.dilation[1]}, selected, w.in_sizes, w.out_sizes, maps,
-          nullptr, nullptr, nullptr};
+  return {B,
+          x.size(2),
+          x.size(3),
+          C,
+          size[0],
+          size[1],
+          C_out,
+          w.kernel[0],
+          w.kernel[1],
+          {w.stride[0], w.stride[1]},
+          {w.padding[0], w.padding[1]},
+          {w.dilation[0], w.dilation[1]},
+          selected,
+          w.in_sizes,
+          w.out_sizes,
+          maps,
+          nullptr,
+          nullptr,
+          nullptr};
 }
 
 // What the bfloat16 kernels ask for beyond what the float32 ones do.
@@ -135,11 +151,11 @@ void run_weight_gradient(const Tensor& x, const Tensor& grad, py::handle dweight
 void bind_dynamic_conv(py::module_& m) {
   py::class_<Window>(m, "Window", "Kernel, stride, padding and dilation [2], and the sizes of both sides' groups.")
       .def(py::init<Pair, Pair, Pair, Pair, Ints, Ints>());
-  m.def("dynamic_conv", [](py::handle x, py::handle out, const py::tuple& route, const Window& w, py::handle weight,
-                           py::handle bias) {
-    const Tensor in(x, "dynamic_conv2d", "x"), made(out, "dynamic_conv2d", "out");
-    (in.is<bf16>() ? run_conv<bf16> : run_conv<float>)(in, made, route, w, weight, bias);
-  });
+  m.def("dynamic_conv",
+        [](py::handle x, py::handle out, const py::tuple& route, const Window& w, py::handle weight, py::handle bias) {
+          const Tensor in(x, "dynamic_conv2d", "x"), made(out, "dynamic_conv2d", "out");
+          (in.is<bf16>() ? run_conv<bf16> : run_conv<float>)(in, made, route, w, weight, bias);
+        });
   m.def("dynamic_conv_weight_gradient",
         [](py::handle x, py::handle grad, py::handle dweight, const py::tuple& route, const Window& w) {
           const Tensor in(x, "dynamic_conv2d", "x"), dy(grad, "dynamic_conv2d", "grad");
@@ -213,8 +229,15 @@ struct ResidualHandle {
 
   // shape: C, M, C_out, R, S, stride. conv1 and conv2 packed; of float32 also as they are, four axes, channels-last.
   ResidualHandle(const std::array<int64_t, 6>& shape, Ints groups, std::array<py::object, 7> weights)
-      : C(shape[0]), M(shape[1]), C_out(shape[2]), R(shape[3]), S(shape[4]), stride(shape[5]),
-        sizes(std::move(groups)), half(Tensor(weights[2], op, "conv1").is<bf16>()), tensors(std::move(weights)) {
+      : C(shape[0]),
+        M(shape[1]),
+        C_out(shape[2]),
+        R(shape[3]),
+        S(shape[4]),
+        stride(shape[5]),
+        sizes(std::move(groups)),
+        half(Tensor(weights[2], op, "conv1").is<bf16>()),
+        tensors(std::move(weights)) {
     check(stride >= 1, op, "stride", "at least 1", stride);
     check(R % 2 && S % 2 && R * S <= max_taps, op, "kernel", "odd and of at most 49 taps", R * S);
     check(!sizes.empty(), op, "groups", "at least one", sizes.size());
@@ -332,8 +355,16 @@ struct BottleneckHandle {
 
   // shape: C, M, C_out, R, S, stride, cardinality.
   BottleneckHandle(const std::array<int64_t, 7>& shape, Ints groups, std::array<py::object, 7> weights)
-      : C(shape[0]), M(shape[1]), C_out(shape[2]), R(shape[3]), S(shape[4]), stride(shape[5]), cardinality(shape[6]),
-        sizes(std::move(groups)), half(Tensor(weights[2], op, "conv1").is<bf16>()), tensors(std::move(weights)) {
+      : C(shape[0]),
+        M(shape[1]),
+        C_out(shape[2]),
+        R(shape[3]),
+        S(shape[4]),
+        stride(shape[5]),
+        cardinality(shape[6]),
+        sizes(std::move(groups)),
+        half(Tensor(weights[2], op, "conv1").is<bf16>()),
+        tensors(std::move(weights)) {
     check(stride >= 1, op, "stride", "at least 1", stride);
     check(R % 2 && S % 2 && R * S <= max_taps, op, "kernel", "odd and of at most 49 taps", R * S);
     check(cardinality >= 1 && M % cardinality == 0, op, "cardinality", "a divisor of the hidden channels", cardinality);

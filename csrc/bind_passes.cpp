@@ -170,8 +170,8 @@ struct BatchView {
     }
     check(batch.C == maps.size(1), op, "groups", "adding up to the channels of x", batch.C);
     const Tensor used(selection, op, "selection");
-    batch.selection = reinterpret_cast<const uint8_t*>(
-        used.dense<const bool>({batch.B, static_cast<int64_t>(groups.size())}));
+    batch.selection =
+        reinterpret_cast<const uint8_t*>(used.dense<const bool>({batch.B, static_cast<int64_t>(groups.size())}));
     const int64_t P = batch.P;
     while (2 * batch.fold * batch.C <= folded_lanes && P % (2 * batch.fold) == 0 && P > 0) batch.fold *= 2;
   }
@@ -215,10 +215,10 @@ void bind_norm(py::module_& m) {
         return BatchView(op, x, std::move(selection), groups);
       }));
   py::class_<AffineView>(m, "NormAffine", "Of a batch: statistics float32 [3, C], weight and bias [C] or None.")
-      .def(py::init([](const BatchView& batch, py::object statistics, py::object weight, py::object bias, float eps,
-                       bool relu) {
-        return AffineView(op, batch.batch.C, std::move(statistics), std::move(weight), std::move(bias), eps, relu);
-      }));
+      .def(py::init(
+          [](const BatchView& batch, py::object statistics, py::object weight, py::object bias, float eps, bool relu) {
+            return AffineView(op, batch.batch.C, std::move(statistics), std::move(weight), std::move(bias), eps, relu);
+          }));
   m.def("norm_statistics", [](const BatchView& batch, py::handle x, py::handle statistics) {
     const void* in = batch.maps(x, "x");
     float* out = Tensor(statistics, op, "statistics").dense<float>({3, batch.batch.C});

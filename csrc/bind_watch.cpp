@@ -23,8 +23,13 @@ struct Watched {
   Checksums sums;
 
   explicit Watched(const dlpack::View& v)
-      : data(begin(v)), device(v.device), device_index(v.device_index), code(v.code), bits(v.bits),
-        layout(v.sizes, v.sizes + v.ndim), sums(begin(v), v.device == dlpack::cpu ? bytes_of(v) : 0) {
+      : data(begin(v)),
+        device(v.device),
+        device_index(v.device_index),
+        code(v.code),
+        bits(v.bits),
+        layout(v.sizes, v.sizes + v.ndim),
+        sums(begin(v), v.device == dlpack::cpu ? bytes_of(v) : 0) {
     layout.insert(layout.end(), v.strides, v.strides + v.ndim);
   }
 

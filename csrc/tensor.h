@@ -29,7 +29,8 @@ struct View {
 };
 }  // namespace dlpack
 
-// The tensor behind a Python object, which must outlive the view; false for what is none, or on a device without memory.
+// The tensor behind a Python object, which must outlive the view; false for what is none, or on a device without
+// memory.
 bool view_of(pybind11::handle object, dlpack::View& view);
 
 template <class T>
