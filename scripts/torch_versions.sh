@@ -18,7 +18,7 @@ try() ( # VERSION: installs, tests, says what ran
   echo "torch==$1" >"$folder/constraint" # this version, whatever else a machine's own settings ask for
   PIP_CONSTRAINT="$folder/constraint" DEN_KERNELS_CUDA=0 python -m pip install ".[test]"
   export PYTHONSAFEPATH=1 # the installed package, not the source tree
-  python -m pytest -q -p no:cacheprovider --basetemp "$folder/pytest" "${files[@]}"
+  python -m pytest -q -n 2 -p no:cacheprovider --basetemp "$folder/pytest" "${files[@]}"
   python -c 'import torch; from importlib.metadata import version; print("ran", torch.__version__, version("triton"))'
 )
 
