@@ -1,4 +1,4 @@
-"""Build of den_kernels._C: C++ always, CUDA when an nvcc is found. No torch is needed.
+"""Build of den_kernels._C: C++ always, CUDA when an nvcc of 12.4 or newer is found. No torch is needed.
 
 DEN_KERNELS_CUDA=0 leaves CUDA out, DEN_KERNELS_CUDA=1 makes its absence an error; the build alone reads it.
 """
@@ -15,7 +15,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 ARCHS = ("80", "90", "100", "120")  # each also runs on later ones of its major version; PTX of 80 is for all others
-WHEELS = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl"
+WHEELS = "'cuda-toolkit[nvcc,cccl]==13.0.*', for drivers from 580 on"  # PTX of newer ones needs newer drivers still
 MISSING = f"den_kernels: no nvcc found, building without CUDA (set CUDA_HOME, or pip install {WHEELS})"
 
 

@@ -75,12 +75,12 @@ def weight_gradient_launch(
     partial = torch.empty(splits, NC, R, S, KC // geometry.groups, dtype=torch.float32, device=grad.device)
     arguments: dict[str, Any] = dict(
         grad=grad, source=source, partial=partial, levels=route.levels,
-        B=B, splits=splits, H=H, W=W, OH=OH, OW=OW,
+        B=B, H=H, W=W, OH=OH, OW=OW,
         grad_b=instance_stride(grad), grad_h=grad.stride(2), grad_w=grad.stride(3),
         source_b=instance_stride(source), source_h=source.stride(2), source_w=source.stride(3),
         NC=NC, KC=KC, CARDINALITY=geometry.groups, R=R, S=S, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],
         PAD_H=geometry.padding[0], PAD_W=geometry.padding[1], DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1],
-        K_TILES=k_tiles, WHOLE=OH * OW % tile.rows == 0, PRECISION=product,
+        K_TILES=k_tiles, WHOLE=OH * OW % tile.rows == 0, PRECISION=product, splits=splits,
         BN=tile.columns, BK=tile.depth, BP=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **users,
     )  # fmt: skip
     return Launch(weight_gradient_kernel, min(tiles * splits, tile.programs * multiprocessors), arguments)

@@ -38,11 +38,11 @@ def _widths(levels, instance, WIDTHS: tl.constexpr):
 @triton.jit
 def _reduce(
     grad, source, levels, order, users, bits_n, bits_k, n, k, n_ok, k_ok, split, off_h, off_w,
-    splits, H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
+    H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
     NC: tl.constexpr, KC: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     N_WIDTHS: tl.constexpr, K_WIDTHS: tl.constexpr, N_WIDE: tl.constexpr, K_WIDE: tl.constexpr,
     N_BITS: tl.constexpr, K_BITS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    splits, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     pixels = OH * OW
     share = tl.cdiv(tl.cdiv(users * pixels, BP), splits) * BP
@@ -86,7 +86,7 @@ def weight_gradient_kernel(
     source,  # [B, H, W, KC], strides source_b, source_h, source_w, 1
     partial,  # float32 [splits, NC, R, S, KC / CARDINALITY]
     levels, order, offsets, counts, bits_n, bits_k,
-    B, splits, H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
+    B, H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
     NC: tl.constexpr, KC: tl.constexpr, CARDINALITY: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
@@ -94,7 +94,7 @@ def weight_gradient_kernel(
     LISTS: tl.constexpr,  # "" for levels, "n" or "k": the side whose units have lists of instances
     N_WIDE: tl.constexpr, K_WIDE: tl.constexpr, N_BITS: tl.constexpr, K_BITS: tl.constexpr,
     WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    splits, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     NG: tl.constexpr = NC // CARDINALITY
     KG: tl.constexpr = KC // CARDINALITY
@@ -123,9 +123,9 @@ def weight_gradient_kernel(
         acc = _reduce(
             grad, source, levels, instances, users, bits_n, bits_k, n, k, n_ok, k_ok, split,
             tap // S * DIL_H - PAD_H, tap % S * DIL_W - PAD_W,
-            splits, H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
+            H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
             NC, KC, STRIDE_H, STRIDE_W, N_WIDTHS, K_WIDTHS, N_WIDE, K_WIDE,
-            N_BITS, K_BITS, WHOLE, PRECISION, BN, BK, BP,
+            N_BITS, K_BITS, WHOLE, PRECISION, splits, BN, BK, BP,
         )  # fmt: skip
         at = partial + split.to(tl.int64) * (NC * R * S * KG) + tap * KG
         ok = n_ok[:, None] & k_ok[None, :]
