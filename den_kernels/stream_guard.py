@@ -11,7 +11,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,50 +42,6 @@ class _Built(NamedTuple):
     tensors: list[Tensor]
     done: Any  # the event behind it
     streams: set[int]  # those that may read it
-    captured: list[bool]  # whether a graph reads it: empty or not
-
-
-class StreamGuard:
-    """Stands between the value of a cache and the streams that read it; does nothing on a CPU.
-
-    `value = guard.build(sources, build)` in place of `build()`, and `guard.use()` before the value is handed out.
-    """
-
-    def __init__(self) -> None:
-        self._built: list[_Built] = []
-        self._captured: list[list[Tensor]] = []
-
-    def build(self, sources: tuple[Tensor, ...], build: Callable[[], Value]) -> Value:
-        """What `build` makes of `sources`; a RuntimeError where these lie on a GPU that captures a graph."""
-        self._built = []
-        on_gpu = any(source.device.type == "cuda" for source in sources)
-        if on_gpu and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "den_kernels: folded weights must be there before a CUDA graph is captured, got new or changed weights "
-                "inside the capture; run the network once before capturing, or freeze() it"
-            )
-        value = build()
-        if on_gpu:
-            self._built = list(_mark(value))
-        return value
-
-    def use(self) -> None:
-        """Let the current stream read the value, whatever happens to it afterwards."""
-        for built in self._built:
-            if torch.cuda.is_current_stream_capturing():  # it may not wait for work outside; that is done by now
-                self._keep(built)
-                continue
-            stream: Any = torch.cuda.current_stream(built.device)
-            if stream.cuda_stream not in built.streams:
-                stream.wait_event(built.done)
-                for tensor in built.tensors:
-                    tensor.record_stream(stream)
-                built.streams.add(stream.cuda_stream)
-
-    def _keep(self, built: _Built) -> None:
-        if not built.captured:
-            built.captured.append(True)
-            self._captured.append(built.tensors)
 
 
 def _mark(value: Any) -> Iterator[_Built]:
@@ -95,4 +51,41 @@ def _mark(value: Any) -> Iterator[_Built]:
             by_device.setdefault(tensor.device, []).append(tensor)
     for device, tensors in by_device.items():
         stream: Any = torch.cuda.current_stream(device)
-        yield _Built(device, tensors, stream.record_event(), {stream.cuda_stream}, [])
+        yield _Built(device, tensors, stream.record_event(), {stream.cuda_stream})
+
+
+class Guarded(Generic[Value]):
+    """What ``build()`` makes of ``sources``, for all streams; on a CPU it is just that.
+
+    ``captured`` is a list of the cache, as long-lived as that: values that a graph reads are put there. Raises
+    RuntimeError where the sources lie on a GPU that captures a graph.
+    """
+
+    def __init__(self, sources: tuple[Tensor, ...], build: Callable[[], Value], captured: list[Any]) -> None:
+        on_gpu = any(source.device.type == "cuda" for source in sources)
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "den_kernels: folded weights must be there before a CUDA graph is captured, got new or changed weights "
+                "inside the capture; run the network once before capturing, or freeze() it"
+            )
+        self._value, self._captured = build(), captured
+        self._built = list(_mark(self._value)) if on_gpu else []
+
+    def get(self) -> Value:
+        """The value, which the current stream may read whatever happens to it afterwards."""
+        if self._built:
+            self._share()
+        return self._value
+
+    def _share(self) -> None:
+        if torch.cuda.is_current_stream_capturing():  # it may not wait for work outside, which is done by now
+            if not any(value is self._value for value in self._captured):
+                self._captured.append(self._value)
+            return
+        for built in self._built:
+            stream: Any = torch.cuda.current_stream(built.device)
+            if stream.cuda_stream not in built.streams:
+                stream.wait_event(built.done)
+                for tensor in built.tensors:
+                    tensor.record_stream(stream)
+                built.streams.add(stream.cuda_stream)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from den_kernels.stream_guard import StreamGuard, tensors_of
+from den_kernels.stream_guard import Guarded, tensors_of
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tests.simulated_gpu import simulated
@@ -22,16 +22,15 @@ class Pair:
 
 
 class Cache:
-    """One value, kept: what `FoldCache` does with a guard."""
+    """One value, kept: what `FoldCache` does with it."""
 
     def __init__(self) -> None:
-        self.guard, self.value = StreamGuard(), None
+        self.entry, self.captured = None, []
 
     def get(self, source: Tensor) -> Pair:
-        if self.value is None:
-            self.value = self.guard.build((source,), lambda: Pair(source * 2, source + 1))
-        self.guard.use()
-        return self.value
+        if self.entry is None:
+            self.entry = Guarded((source,), lambda: Pair(source * 2, source + 1), self.captured)
+        return self.entry.get()
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def test_memory_is_kept_for_every_stream_that_read_it_and_told_once(source, side
 def test_a_value_built_anew_is_waited_for_anew(source, side):
     cache = Cache()
     for _ in range(2):
-        cache.value = None
+        cache.entry = None
         cache.get(source)
         with torch.cuda.stream(side):
             got = cache.get(source)
@@ -97,7 +96,7 @@ def test_nothing_is_built_while_a_graph_is_captured(source):
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         cache.get(source)
-    assert cache.value is None
+    assert cache.entry is None
     assert cache.get(source).scale.cpu().tolist() == [2.0] * 4  # a call outside is right
 
 
@@ -111,9 +110,9 @@ def test_what_a_graph_reads_lives_as_long_as_the_cache(source):
         y = captured.scale + captured.shift
         cache.get(source)
     source.add_(1)
-    cache.value = None
+    cache.entry = None
     assert cache.get(source).scale is not captured.scale
-    assert [list(map(id, kept)) for kept in cache.guard._captured] == [[id(captured.scale), id(captured.shift)]]
+    assert [id(kept) for kept in cache.captured] == [id(captured)]
     graph.replay()
     assert y.cpu().tolist() == [4.0] * 4
     assert captured.scale.readers == []  # a capturing stream cannot be waited for
