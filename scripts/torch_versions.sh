@@ -32,7 +32,8 @@ for version in "$@"; do
     rm "$log"
   else
     failed=1
-    echo "torch $version: FAILED, $(grep -E '(passed|failed|error)' "$log" | tail -n 1 | tr -d '=') ($log)"
+    said=$(grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -n 1)
+    echo "torch $version: FAILED, ${said:-$(tail -n 1 "$log")} ($log)"
   fi
   rm -rf "${folder:?}"/*
 done
