@@ -4,7 +4,9 @@ Triton keeps a compiled kernel under a key: the constants, the types, which inte
 addresses are multiples of 16. A stand-in for the driver lets the launcher make its keys here; nothing is compiled.
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from den_kernels._triton import dynamic_conv, norm  # noqa: E402
 from den_kernels._triton.launch import Launch  # noqa: E402
 from den_kernels._triton.residual import add_branch  # noqa: E402
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tests.test_gpu_launchers import folded  # noqa: E402
 
 GROUPS = (16, 16, 32)
