@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from den_kernels._triton import dynamic_conv, norm  # noqa: E402
 from den_kernels._triton.launch import Launch  # noqa: E402
 from den_kernels._triton.residual import add_branch  # noqa: E402
+
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from tests.test_gpu_launchers import folded  # noqa: E402
 
