@@ -1,4 +1,4 @@
-"""Build of den_kernels._C: C++ always, CUDA when an nvcc is found. No torch is needed.
+"""Build of den_kernels._C: C++ always, CUDA when an nvcc of 12.4 or newer is found. No torch is needed.
 
 DEN_KERNELS_CUDA=0 leaves CUDA out, DEN_KERNELS_CUDA=1 makes its absence an error; the build alone reads it.
 """
@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-ARCHS = ("80", "90a", "100a")
-WHEELS = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl"
+ARCHS = ("80", "90", "100", "120")  # each also runs on later ones of its major version; PTX of 80 is for all others
+WHEELS = "'cuda-toolkit[nvcc,cccl]==13.0.*', for drivers from 580 on"  # PTX of newer ones needs newer drivers still
 MISSING = f"den_kernels: no nvcc found, building without CUDA (set CUDA_HOME, or pip install {WHEELS})"
 
 
@@ -54,9 +54,10 @@ class Build(build_ext):
 
     def compile_cuda(self, nvcc, ext):
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-        archs = [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known]
+        archs = [arch for arch in ARCHS if f"compute_{arch}" in known]
         flags = ["-O3", "-std=c++17", "-DDEN_KERNELS_WITH_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
         flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + ["-t", str(len(archs))]
+        flags += ["-gencode=arch=compute_80,code=compute_80"]
 
         def compile_one(source):
             os.makedirs(self.build_temp, exist_ok=True)

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "cuda_ops.h"
+#include "device.h"
 
 namespace py = pybind11;
 
@@ -85,6 +86,13 @@ void fused_residual(int type, const std::array<int, 9>& sizes, const std::vector
 void bind_cuda_ops(py::module_& m) {
   m.def("fused_residual_cuda", &fused_residual, py::arg("type"), py::arg("sizes"), py::arg("widths"),
         py::arg("addresses"), py::arg("holds_shortcut"), py::arg("relu"), py::arg("layout"), py::arg("stream"));
+  m.def(
+      "kernel_status_cuda",
+      [](int device) {
+        const KernelStatus status = kernel_status(device);
+        return py::make_tuple(status.code, status.message, status.driver);
+      },
+      py::arg("device"), "(CUDA error or 0 where the kernels run, what it means, the driver's newest CUDA: 12040).");
   m.attr("plan_groups_cuda") = kPlanGroups;
   m.attr("plan_mask_groups_cuda") = kPlanMaskGroups;
   bind_levels<int32_t>(m, "plan_levels_int32_cuda");

@@ -18,6 +18,8 @@ void plan_levels_cuda(const T* levels, int64_t stride_b, int64_t stride_n, int64
 // plan_masks of plan.h in one launch: masks [N, B, G] bytes 0 or 1.
 void plan_masks_cuda(const uint8_t* masks, int64_t B, int64_t N, int64_t G, Plan plan, void* stream);
 
+const void* plan_kernel_cuda();  // of plan_levels_cuda, to ask the runtime about
+
 constexpr int kFusedGroups = 32;  // channel groups that fused_residual_cuda takes
 
 // How the work of fused_residual_cuda lies on the chip. den_kernels/_cuda.py chooses it.

@@ -19,9 +19,17 @@ struct CudaDevices {
   std::string reason;  // why there are none; empty when there are some
 };
 
+// Whether the library's kernels run on a device, as the CUDA runtime says of one of them.
+struct KernelStatus {
+  int code;             // of the runtime: 0 where they run, 35 driver too old, 209 no code for the device, ...
+  std::string message;  // what the runtime says of the code
+  int driver;           // the newest CUDA that the driver knows: 12040 is 12.4, 0 without a driver
+};
+
 #ifdef DEN_KERNELS_WITH_CUDA
-CudaDevices cuda_devices();  // device.cu
-int cuda_version();          // of the toolkit that compiled the library: 13000 is 13.0
+CudaDevices cuda_devices();              // device.cu
+KernelStatus kernel_status(int device);  // device.cu; leaves the current device and a capture as they are
+int cuda_version();                      // of the toolkit that compiled the library: 13000 is 13.0
 #endif
 
 }  // namespace den_kernels

@@ -187,6 +187,10 @@ void plan_levels_cuda(const T* levels, int64_t stride_b, int64_t stride_n, int64
 template void plan_levels_cuda(const int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t, Plan, void*);
 template void plan_levels_cuda(const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, Plan, void*);
 
+#ifdef __CUDACC__
+const void* plan_kernel_cuda() { return reinterpret_cast<const void*>(&plan_levels_kernel<int32_t>); }
+#endif
+
 void plan_masks_cuda(const uint8_t* masks, int64_t B, int64_t N, int64_t G, Plan plan, void* stream) {
   check_sizes("plan_masks_cuda", B, N, G, kPlanMaskGroups);
   if (N == 0) return;

@@ -85,11 +85,16 @@ def pad(
     return x, (reach[0] // 2, reach[1] // 2)
 
 
+@torch.compiler.assume_constant_result  # torch.compile of 2.11 cannot look into it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of a convolution: all but float64 become its dtype."""
     tensors = [x, *others]
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float32, torch.float16, torch.bfloat16)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ._cuda_layout import FusedLayout, FusedProblem, fused_layout
+from ._cuda_support import runs_on
 from ._extension import extension
+from .float32 import allows_tf32
 
 if TYPE_CHECKING:
     from .plan import Route
@@ -16,16 +18,6 @@ if TYPE_CHECKING:
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _layout = lru_cache(maxsize=1024)(fused_layout)
-
-
-@lru_cache(maxsize=64)
-def _capable(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether the extension has kernels for this device: compiled with CUDA, compute capability 8.0 or more."""
-    return device.type == "cuda" and extension is not None and extension.with_cuda and _capable(device)
 
 
 def _stream(tensor: Tensor) -> int:
@@ -78,7 +70,7 @@ def layout_of(
     """
     if not runs_on(x.device) or x.dtype not in _TYPES or route.mask is not None:
         return None
-    if x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+    if x.dtype == torch.float32 and not allows_tf32():
         return None
     convolutions = weights.conv1, weights.conv2
     if any(tuple(conv.shape[2:]) != (3, 3) for conv in convolutions):

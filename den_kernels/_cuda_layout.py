@@ -100,7 +100,7 @@ def fused_layout(p: FusedProblem) -> FusedLayout | None:
     """The layout of a problem, None where the fused kernel does not take it or should not.
 
     >>> fused_layout(FusedProblem(512, 16, 16, 128, 128, (32, 64, 128), 1, 2, 132, 227 << 10))
-    FusedLayout(instances=1, rows=16, columns=2, hidden_columns=2, taps1=1, bytes1=256, taps2=3, bytes2=64, blocks=132)
+    FusedLayout(instances=1, rows=16, columns=2, hidden_columns=2, taps1=1, bytes1=256, taps2=1, bytes2=64, blocks=132)
     """
     channels = (p.C, p.C_out, *p.widths)
     if p.stride not in (1, 2) or len(p.widths) > 32 or any(c % 16 or c == 0 for c in channels) or p.C_out < p.C:

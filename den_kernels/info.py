@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _extension
+from . import __version__, _cuda_support, _extension
 
 _OPS = (
     "routing plan", "dynamic convolution", "dynamic batch norm", "residual block, inference",
@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu(),
         "cuda": cuda,
         "extension": _describe_extension(),
-        "implementations": {"cpu": _on_cpu(), "cuda": _on_cuda()},
+        "implementations": {"cpu": _on_cpu(), "cuda": _on_cuda(cuda)},
         "missing": _missing(cuda),
     }
 
@@ -74,7 +74,7 @@ def _extension_line(extension: dict[str, Any]) -> str:
         return f"C++ on {openmp}; built without CUDA"
     toolkit = ".".join(map(str, extension["cuda_version"]))
     archs = ", ".join(f"sm_{arch}" for arch in extension["cuda_archs"])
-    return f"C++ on {openmp}; CUDA {toolkit} for {archs}"
+    return f"C++ on {openmp}; CUDA {toolkit} for {archs}, PTX for others"
 
 
 def _cpu() -> dict[str, Any]:
@@ -97,6 +97,7 @@ def _cuda() -> dict[str, Any]:
                 "compute_capability": (found.major, found.minor),
                 "multiprocessors": found.multi_processor_count,
                 "memory": found.total_memory,
+                "refusal": _refusal(i, (found.major, found.minor)),
             }
         )
     if devices:
@@ -106,6 +107,13 @@ def _cuda() -> dict[str, Any]:
     extension = _extension.extension
     known = extension is not None and extension.with_cuda
     return {"devices": [], "reason": extension.cuda_devices()[1] if known else "torch finds no CUDA device"}
+
+
+def _refusal(index: int, capability: tuple[int, int]) -> str:
+    """Why a GPU runs no CUDA kernel of ours, "" where it does or where another line says that there is none for it."""
+    extension = _extension.extension
+    known = extension is not None and extension.with_cuda and torch.version.cuda is not None
+    return _cuda_support.refusal(index) if known and capability >= (8, 0) else ""
 
 
 def _describe_extension() -> dict[str, Any]:
@@ -156,9 +164,10 @@ def _on_cpu() -> dict[str, str]:
     return dict(zip(_OPS, texts, strict=True))
 
 
-def _on_cuda() -> dict[str, str]:
+def _on_cuda(cuda: dict[str, Any]) -> dict[str, str]:
     extension = _extension.extension
-    in_cuda = extension is not None and extension.with_cuda
+    refused = [gpu["refusal"] for gpu in cuda["devices"]]
+    in_cuda = extension is not None and extension.with_cuda and (not refused or not all(refused))
     plan = "CUDA, one launch for all blocks" if in_cuda else "PyTorch, without host synchronisation"
     convolutions, edges = "dynamic convolutions, one by one", "dynamic convolutions, edge by edge"
     if find_spec("triton") is None:
@@ -198,6 +207,11 @@ def _missing(cuda: dict[str, Any]) -> list[str]:
             "nothing is saved; torch's CUDA builds bring it, else pip install triton"
         )
     for i, gpu in enumerate(cuda["devices"]):
+        if gpu["refusal"]:
+            texts.append(
+                f"the CUDA kernels on cuda:{i}, where they do not run: {gpu['refusal']}; the plan takes several "
+                "launches, not one, and a residual block is not fused"
+            )
         if tuple(gpu["compute_capability"]) < (8, 0):
             texts.append(f"compute capability 8.0 on cuda:{i}: the GPU kernels do not run there, and nothing is saved")
     return texts

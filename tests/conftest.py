@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,13 @@ def threads_unchanged() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say whose machine code was looked at."""
+    reports = [report for status in ("passed", "failed") for report in terminalreporter.getreports(status)]
+    if any("test_machine_code" in report.nodeid for report in reports):
+        terminalreporter.write_line(f"machine code: Triton {version('triton')}")
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """A GPU that is none: tensors on "cuda" whose values lie in CPU memory, for what runs on a GPU only.
 
 It finds what a CPU forgives: operands on different devices, reading a value back where the host must not wait, and
-values that a captured graph would not see anew. Its graphs are lists of operations that a replay runs again into the
-same memory. Kernels run as the CPU's. Streams, events and the times they give mean nothing.
+values that a captured graph would not see anew; and streams that read what another has not written yet. Its graphs are
+lists of operations that a replay runs again into the same memory. Kernels run as the CPU's. Times mean nothing.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from den_kernels import plan
+from tests.simulated_streams import Event, Stream, Writes, on, synchronize
 
 GPU = torch.device("cuda", 0)
 PROPERTIES = SimpleNamespace(
@@ -35,6 +36,7 @@ class OnGpu(Tensor):
     """A tensor on the simulated GPU; `values` lies in CPU memory."""
 
     values: Tensor
+    readers: list[Stream]  # as `record_stream` was told
 
     @staticmethod
     def __new__(cls, values: Tensor) -> "OnGpu":
@@ -42,8 +44,12 @@ class OnGpu(Tensor):
             cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
             device="meta",  # a torch without CUDA has no guard for its devices
         )  # fmt: skip
-        made.values = values
+        made.values, made.readers = values, []
         return made
+
+    def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
+        """Another stream reads it."""
+        self.readers.append(stream)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -66,6 +72,7 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.recording: list[tuple] | None = None
         self.waiting = "default"
+        self.writes = Writes()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = dict(keywords or {})
@@ -79,7 +86,10 @@ class Device(TorchDispatchMode):
         self._check(name, tensors, to_gpu, target)
         if target is not None and to_gpu:
             keywords["device"] = torch.device("cpu")
+        self.writes.check(name, values_of(tensors))
         made = run(function, arguments, keywords, to_gpu)
+        if is_not_a_view(made, tensors):
+            self.writes.note(values_of(tree_flatten(made)[0]))
         if self.recording is not None and (to_gpu or any(here)):
             self.recording.append((function, arguments, keywords, made))
         return made
@@ -97,6 +107,19 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
         if waits and self.waiting == "error":
             raise RuntimeError(f"{name}: called a synchronizing CUDA operation")
+
+
+def values_of(parts: list) -> list[Tensor]:
+    """The memory of those that are on the GPU."""
+    return [part.values for part in parts if isinstance(part, OnGpu)]
+
+
+def is_not_a_view(made: Any, tensors: list[Tensor]) -> bool:
+    """Whether an operation wrote something: a new tensor, or one that it was given and returns."""
+    given = {id(t) for t in tensors}
+    memory = {t.untyped_storage().data_ptr() for t in values_of(tensors)}
+    results = [t for t in tree_flatten(made)[0] if isinstance(t, OnGpu)]
+    return any(id(t) in given or t.values.untyped_storage().data_ptr() not in memory for t in results)
 
 
 def run(function: Any, arguments: Any, keywords: Any, to_gpu: bool) -> Any:
@@ -123,40 +146,27 @@ class Graph:
 
     def replay(self) -> None:
         """Run them again and put what they make where they put it first."""
+        assert Device.current is not None
         for function, arguments, keywords, made in self.operations:
             again = run(function, arguments, keywords, True)
             for old, new in zip(tree_flatten(made)[0], tree_flatten(again)[0], strict=True):
                 if isinstance(old, OnGpu) and old.values.data_ptr() != new.values.data_ptr():
                     old.values.copy_(new.values)
+            Device.current.writes.note(values_of(tree_flatten(made)[0]))
 
 
 @contextlib.contextmanager
 def capturing(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     """`torch.cuda.graph`."""
     assert Device.current is not None
+    synchronize()
     Device.current.recording = graph.operations
     try:
-        yield
+        with on(Stream()):
+            yield
+            synchronize()
     finally:
         Device.current.recording = None
-
-
-class Event:
-    """`torch.cuda.Event`."""
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        self.timed = enable_timing
-
-    def record(self) -> None:
-        """Nothing is in flight."""
-
-    synchronize = record
-
-    def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds, made up."""
-        assert self.timed
-        assert end.timed
-        return 0.25
 
 
 class Generator(torch.Generator):
@@ -181,14 +191,15 @@ def set_waiting(mode: str) -> None:
 @contextlib.contextmanager
 def simulated(monkeypatch: Any) -> Iterator[None]:
     """In here `torch.cuda` is the simulated GPU."""
-    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
+    Stream.current = Stream()
     changes: dict[str, Any] = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
-        "synchronize": lambda device=None: None, "current_device": lambda: 0, "set_device": lambda device: None,
+        "synchronize": synchronize, "current_device": lambda: 0, "set_device": lambda device: None,
         "get_device_name": lambda device=None: PROPERTIES.name, "get_device_properties": lambda device=None: PROPERTIES,
         "get_device_capability": lambda device=None: (9, 0), "CUDAGraph": Graph, "graph": capturing, "Event": Event,
-        "Stream": lambda device=None: stream, "current_stream": lambda device=None: stream,
-        "stream": contextlib.nullcontext, "set_sync_debug_mode": set_waiting,
+        "Stream": Stream, "current_stream": lambda device=None: Stream.current, "stream": on,
+        "is_current_stream_capturing": lambda: bool(Device.current and Device.current.recording is not None),
+        "set_sync_debug_mode": set_waiting,
     }  # fmt: skip
     for name, change in changes.items():
         monkeypatch.setattr(torch.cuda, name, change)

@@ -3,12 +3,15 @@
 import importlib.util
 import os
 import stat
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +102,47 @@ def test_cuda_that_was_asked_for_and_is_missing_is_an_error(setup, monkeypatch):
 
 def test_setup_stays_short():
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 80
+
+
+def requirement(text: str) -> SpecifierSet:
+    """The versions of the one package whose requirement begins with `text` in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    (found,) = [need for need in map(Requirement, needs) if need.name == text]
+    return found.specifier
+
+
+def test_every_torch_that_is_tested_is_admitted_and_brings_its_own_triton():
+    torch, triton = requirement("torch"), requirement("triton")
+    assert {"2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"} == set(
+        torch.filter(["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0", "2.16.0"])
+    )
+    assert all(version in triton for version in ("3.6.0", "3.7.1", "3.8.0", "3.9.0"))
+
+
+def test_only_ci_is_bound_to_one_version():
+    lines = [line.partition("#")[0].strip() for line in (ROOT / ".ci/constraints.txt").read_text().splitlines()]
+    pins = {pin.name: pin.specifier for pin in map(Requirement, filter(None, lines))}
+    for name, pin in pins.items():
+        (version,) = pin
+        assert version.operator == "=="
+        assert version.version in requirement(name)
+    assert set(pins) == {"torch", "triton"}
+    assert "PIP_CONSTRAINT" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize(("versions", "status", "said"), [((), 2, "usage: "), (("9.8", "9.9"), 1, "torch 9.8: FAILED")])
+def test_a_version_that_cannot_be_installed_is_one_line(tmp_path, versions, status, said):
+    executable(tmp_path / "bin/python3", "#!/bin/sh\nexit 7\n")
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "tmp")}
+    command = ["bash", str(ROOT / "scripts/torch_versions.sh"), *versions]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == status
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len(lines) == max(1, len(versions))
+    assert lines[0].startswith(said)
+    assert {path.suffix for path in (tmp_path / "tmp").iterdir()} <= {".log"}  # environments are removed
 
 
 def test_nothing_of_torch_is_needed_to_build():

@@ -7,6 +7,7 @@ import dataclasses
 import re
 import warnings
 from importlib import import_module
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,47 @@ def test_tf32_follows_the_flag_of_torch(launches, monkeypatch, allowed, precisio
     assert [launch.arguments["PRECISION"] for launch in launches] == [precision] * 3
     kernels.forward(x.bfloat16(), weight.bfloat16(), None, meta_route("levels", 2), geometry)
     assert launches[3].arguments["PRECISION"] == "tf32"  # said of float32 alone
+
+
+@pytest.fixture
+def settings_of_float32():
+    """torch.backends, whose settings for float32 are as before afterwards."""
+    backends = torch.backends
+    places = (backends, backends.cudnn, backends.cudnn.conv)
+    before, allowed = [place.fp32_precision for place in places], backends.cudnn.allow_tf32
+    yield backends
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
+    backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision"),
+    [
+        ([("cudnn.conv", "ieee")], "ieee"),
+        ([("cudnn.conv", "none"), ("", "ieee")], "ieee"),
+        ([("cudnn.conv", "none"), ("", "tf32")], "tf32"),
+        ([("cudnn.conv", "none"), ("cudnn", "ieee")], "ieee"),
+        ([("cudnn.conv", "none"), ("", "bf16")], "ieee"),
+    ],
+    ids=["conv", "all-ieee", "all-tf32", "cudnn", "all-bf16"],
+)
+def test_the_new_settings_for_float32_are_followed(launches, settings_of_float32, monkeypatch, changes, precision):
+    """By Triton and the fused kernel; after most of them, reading `allow_tf32` is an error."""
+    from den_kernels._triton import dynamic_conv as kernels
+
+    for place, value in changes:
+        (attrgetter(place)(torch.backends) if place else torch.backends).fp32_precision = value
+    x, weight = torch.empty(2, 64, 4, 4, device=META), torch.empty(64, 64, 3, 3, device=META)
+    kernels.forward(x, weight, None, meta_route("levels", 2), Geometry((1, 1), (1, 1), (1, 1), 1, GROUPS, ()))
+    assert launches[0].arguments["PRECISION"] == precision
+    problem = good_problem()
+    wide = {name: getattr(problem["weights"], name).float() for name in ("conv1", "conv2")}
+    problem = replaced(problem | {"x": problem["x"].float()}, **wide)
+    properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(_cuda, "runs_on", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert (_cuda.layout_of(**problem) is not None) == (precision == "tf32")
 
 
 @pytest.mark.parametrize("kind", ["aligned", "misaligned", "contiguous"])

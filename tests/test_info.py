@@ -79,9 +79,23 @@ def test_a_gpu_is_described_with_what_it_lacks(monkeypatch, capability):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
+    monkeypatch.setattr(info, "_refusal", lambda index, capability: "")
     report = info.format_report()
     assert f"cuda:0  Some GPU, sm_{capability[0]}{capability[1]}, 132 SMs, 141 GiB" in report
     assert ("compute capability 8.0 on cuda:0" in report) == (capability < (8, 0))
+
+
+def test_a_gpu_on_which_the_cuda_kernels_do_not_run(monkeypatch):
+    class Properties:
+        name, multi_processor_count, total_memory, major, minor = "Some GPU", 132, 141 * 2**30, 9, 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
+    monkeypatch.setattr(info, "_refusal", lambda index, capability: "the driver knows CUDA 12.4")
+    report = info.format_report()
+    assert "- the CUDA kernels on cuda:0, where they do not run: the driver knows CUDA 12.4; the plan takes" in report
+    assert "CUDA C++" not in report.split("Active on cuda")[1].split("Missing")[0]
+    assert "CUDA, one launch" not in report
 
 
 def test_what_runs_on_a_gpu_depends_on_triton(monkeypatch):

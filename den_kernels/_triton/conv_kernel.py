@@ -180,7 +180,8 @@ def _store(
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+# What depends on the batch and on where the rows of its plan lie is not compiled in.
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["levels", "order", "offsets"])
 def convolve_kernel(
     source,  # [B, H, W, KC], strides source_b, source_h, source_w, 1
     weight,  # [out channels, R, S, in channels / CARDINALITY]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._conv_cpu import Geometry, dense
+from ..float32 import allows_tf32
 from ..plan import Route, channels_of
 from . import choice
 from .choice import Shape, Side, Tile
@@ -50,6 +51,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.channels_last)
 
 
+def instance_stride(x: Tensor) -> int:
+    """Elements from an instance of x [B, C, H, W] to the next; of one alone, which may say anything, as if dense."""
+    return x.stride(0) if x.shape[0] > 1 else x[0].numel()
+
+
 def check_pixels(*maps: Tensor) -> None:
     """Elements are counted in 64 bits, pixels of a batch in 32."""
     for x in maps:
@@ -65,9 +71,10 @@ def _select(mask: Tensor, side: Side, unit: int) -> Selected:
     return Selected(units.contiguous(), chosen.sum(1, dtype=torch.int32), bits.to(torch.uint8).contiguous())
 
 
-def _gemm(route: Route, n: Side, k: Side, cardinality: int, skip_empty: bool, tile: Tile) -> tuple[dict, Shape]:
-    """What the kernel must know of the selection."""
-    nothing = route.order
+def _gemm(
+    route: Route, n: Side, k: Side, cardinality: int, skip_empty: bool, tile: Tile, nothing: Tensor
+) -> tuple[dict, Shape]:
+    """What the kernel must know of the selection; `nothing` stands for the tensors that it does not read."""
     if route.mask is None:
         shape = choice.shape_of_levels(n, k, route.groups, cardinality, skip_empty, tile)
         n_mask = k_mask = choice.ALL
@@ -91,8 +98,8 @@ def _tiles_at_most(shape: Shape, instances: int, pixels: int, classes: int, rows
 
 
 def precision(dtype: torch.dtype) -> str:
-    """TF32 where torch's flag for convolutions allows it."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "ieee"
+    """TF32 where torch's settings for convolutions allow it."""
+    return "tf32" if dtype != torch.float32 or allows_tf32() else "ieee"
 
 
 def convolution_launch(
@@ -114,7 +121,7 @@ def convolution_launch(
     n, k = (Side(c, s) for c, s in zip((NC, KC), sizes[::-1] if transposed else sizes, strict=True))
     product = precision(source.dtype)
     tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, prologue is not None, product == "ieee")
-    selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile)
+    selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile, source)
     stride, classes = geometry.stride, geometry.stride[0] * geometry.stride[1] if transposed else 1
     pixels = -(-OH // (stride[0] if transposed else 1)) * -(-OW // (stride[1] if transposed else 1))
     most = _tiles_at_most(shape, B, pixels, classes, tile.rows, route.mask is not None)
@@ -126,8 +133,8 @@ def convolution_launch(
     arguments = dict(
         source=source, weight=weight, out=out, levels=route.levels, order=route.order, offsets=route.offsets,
         B=B, H=H, W=W, OH=OH, OW=OW,
-        source_b=source.stride(0), source_h=source.stride(2), source_w=source.stride(3),
-        out_b=out.stride(0), out_h=out.stride(2), out_w=out.stride(3),
+        source_b=instance_stride(source), source_h=source.stride(2), source_w=source.stride(3),
+        out_b=instance_stride(out), out_h=out.stride(2), out_w=out.stride(3),
         NC=NC, KC=KC, CARDINALITY=geometry.groups, R=weight.shape[2], S=weight.shape[3],
         STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=geometry.padding[0], PAD_W=geometry.padding[1],
         DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1], SKIP_H=skip[0], SKIP_W=skip[1], TRANSPOSED=transposed,

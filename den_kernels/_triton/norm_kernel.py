@@ -15,6 +15,9 @@ Moments are joined as Chan, Golub and LeVeque (1979) do: a common offset of the 
 import triton
 import triton.language as tl
 
+# What depends on the batch and on where the rows of its plan lie is not compiled in.
+_OF_THE_BATCH = {"do_not_specialize": ["B", "shares"], "do_not_specialize_on_alignment": ["selection"]}
+
 
 @triton.jit
 def _block(C: tl.constexpr, ENDS: tl.constexpr, UNIFORM: tl.constexpr, BC: tl.constexpr):
@@ -57,7 +60,7 @@ def _join(count, mean, squares, other_count, other_mean, other_squares):
     return count + other_count, mean + apart * share, squares + other_squares + apart * apart * (count * share)
 
 
-@triton.jit
+@triton.jit(**_OF_THE_BATCH)
 def statistics_kernel(
     x,  # [B, pixels, C]
     selection,  # uint8 [B, G]
@@ -90,7 +93,7 @@ def statistics_kernel(
     tl.store(at + 2 * C, squares, mask=c_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def fold_kernel(
     partial,  # float32 [shares, 3, C] count, mean, squares
     statistics,  # float32 [3, C] mean, variance, count
@@ -135,7 +138,7 @@ def _affine(
     return mean, inverse, scale, shift
 
 
-@triton.jit
+@triton.jit(**_OF_THE_BATCH)
 def apply_kernel(
     x, y,  # [B, pixels, C]
     selection, statistics, weight, bias,
@@ -173,7 +176,7 @@ def _incoming(dy, x, place, ok, mean, scale, shift, RELU: tl.constexpr):
     return g, apart
 
 
-@triton.jit
+@triton.jit(**_OF_THE_BATCH)
 def reduce_kernel(
     dy, x,  # [B, pixels, C]
     selection, statistics, weight, bias,
@@ -202,7 +205,7 @@ def reduce_kernel(
     tl.store(at + C, tl.sum(sum_gx, 0) * inverse, mask=c_ok)
 
 
-@triton.jit
+@triton.jit(**_OF_THE_BATCH)
 def gradient_kernel(
     dy, x, dx,  # [B, pixels, C]
     selection, statistics, weight, bias,

@@ -9,7 +9,7 @@ from .._conv_cpu import Geometry
 from ..plan import Route, channels_of
 from . import choice
 from .choice import Side, Tile
-from .convolve import channels_last, check_pixels, precision
+from .convolve import channels_last, check_pixels, instance_stride, precision
 from .launch import Launch, architecture
 from .weight_gradient_kernel import weight_gradient_kernel
 
@@ -21,18 +21,20 @@ def _lists(mask: Tensor, side: Side, unit: int) -> tuple[Tensor, Tensor]:
     return order.contiguous(), chosen.sum(1, dtype=torch.int32)
 
 
-def _of_levels(route: Route, n: Side, k: Side, cardinality: int, tile: Tile) -> dict[str, Any]:
-    """The instances that use a tile: the first ones in the order of the route."""
+def _of_levels(route: Route, n: Side, k: Side, cardinality: int, tile: Tile, nothing: Tensor) -> dict[str, Any]:
+    """The instances that use a tile: the first ones in the order of the route. `nothing` is not read."""
     wide = choice.wide_sides(n, k, cardinality, tile)
     return dict(
-        order=route.order, offsets=route.offsets, counts=route.order, bits_n=route.order, bits_k=route.order,
+        order=route.order, offsets=route.offsets, counts=route.order, bits_n=nothing, bits_k=nothing,
         N_WIDTHS=n.widths(route.groups), K_WIDTHS=k.widths(route.groups), LISTS="",
         N_WIDE=wide[0], K_WIDE=wide[1], N_BITS=False, K_BITS=False,
     )  # fmt: skip
 
 
-def _of_mask(mask: Tensor, order: Tensor, n: Side, k: Side, cardinality: int, tile: Tile) -> dict[str, Any]:
-    """Those on the list of the tile's unit; without lists, all of them."""
+def _of_mask(
+    mask: Tensor, order: Tensor, n: Side, k: Side, cardinality: int, tile: Tile, nothing: Tensor
+) -> dict[str, Any]:
+    """Those on the list of the tile's unit; without lists, all of them. `nothing` is not read."""
     lists = choice.listed_side(n, k, cardinality, tile)
     offsets = counts = torch.full((2,), mask.shape[0], dtype=torch.int32, device=mask.device)
     if lists:
@@ -40,7 +42,7 @@ def _of_mask(mask: Tensor, order: Tensor, n: Side, k: Side, cardinality: int, ti
     bits: dict[str, Any] = {}
     for name, side in (("n", n), ("k", k)):
         wanted = bool(side.sizes) and lists != name
-        chosen = channels_of(mask, side.sizes, side.channels).to(torch.uint8).contiguous() if wanted else order
+        chosen = channels_of(mask, side.sizes, side.channels).to(torch.uint8).contiguous() if wanted else nothing
         bits |= {f"bits_{name}": chosen, f"{name.upper()}_BITS": wanted}
     return dict(
         order=order, offsets=offsets, counts=counts, N_WIDTHS=(n.channels,), K_WIDTHS=(k.channels,), LISTS=lists,
@@ -64,20 +66,21 @@ def weight_gradient_launch(
     tile = choice.choose_weight_tile(n, k, grad.dtype, arch, route.mask is not None, product == "ieee")
     k_tiles = choice.k_tiles(NC, KC, geometry.groups, tile)
     if route.mask is None:
-        users = _of_levels(route, n, k, geometry.groups, tile)
+        users = _of_levels(route, n, k, geometry.groups, tile, grad)
     else:
-        users = _of_mask(route.mask, route.order, n, k, geometry.groups, tile)
+        users = _of_mask(route.mask, route.order, n, k, geometry.groups, tile, grad)
     R, S = kernel
     tiles = -(-NC // tile.columns) * k_tiles * R * S
     splits = choice.choose_splits(tiles, B * OH * OW, tile, multiprocessors)
     partial = torch.empty(splits, NC, R, S, KC // geometry.groups, dtype=torch.float32, device=grad.device)
     arguments: dict[str, Any] = dict(
         grad=grad, source=source, partial=partial, levels=route.levels,
-        B=B, H=H, W=W, OH=OH, OW=OW, grad_b=grad.stride(0), grad_h=grad.stride(2), grad_w=grad.stride(3),
-        source_b=source.stride(0), source_h=source.stride(2), source_w=source.stride(3),
+        B=B, H=H, W=W, OH=OH, OW=OW,
+        grad_b=instance_stride(grad), grad_h=grad.stride(2), grad_w=grad.stride(3),
+        source_b=instance_stride(source), source_h=source.stride(2), source_w=source.stride(3),
         NC=NC, KC=KC, CARDINALITY=geometry.groups, R=R, S=S, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],
         PAD_H=geometry.padding[0], PAD_W=geometry.padding[1], DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1],
-        K_TILES=k_tiles, WHOLE=OH * OW % tile.rows == 0, PRECISION=product, SPLITS=splits,
+        K_TILES=k_tiles, WHOLE=OH * OW % tile.rows == 0, PRECISION=product, splits=splits,
         BN=tile.columns, BK=tile.depth, BP=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **users,
     )  # fmt: skip
     return Launch(weight_gradient_kernel, min(tiles * splits, tile.programs * multiprocessors), arguments)

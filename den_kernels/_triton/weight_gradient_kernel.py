@@ -2,8 +2,8 @@
 
     dweight[n, r, s, k] = sum over instances b that use n and k, over pixels p:  grad[b, p, n] * source[b, p at r, s, k]
 
-A tile is BN output channels times BK input channels of one tap, over one of SPLITS shares of the pixels; the shares are
-added up afterwards in a fixed order, so the result does not depend on how programs are scheduled.
+A tile is BN output channels times BK input channels of one tap, over one of `splits` shares of the pixels; the shares
+are added up afterwards in a fixed order, so the result does not depend on how programs are scheduled.
 
 - levels: the instances that use a tile's first channels are the first of `order`; how many, the offsets of the route
   say. Where a group ends inside a tile (WIDE), an instance's loads end at the width of its level.
@@ -42,10 +42,10 @@ def _reduce(
     NC: tl.constexpr, KC: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     N_WIDTHS: tl.constexpr, K_WIDTHS: tl.constexpr, N_WIDE: tl.constexpr, K_WIDE: tl.constexpr,
     N_BITS: tl.constexpr, K_BITS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    splits, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     pixels = OH * OW
-    share = tl.cdiv(tl.cdiv(users * pixels, BP), SPLITS) * BP
+    share = tl.cdiv(tl.cdiv(users * pixels, BP), splits) * BP
     first = split * share
     acc = tl.zeros((BN, BK), dtype=tl.float32)
     for start in range(first, tl.minimum(first + share, users * pixels), BP):
@@ -79,11 +79,12 @@ def _reduce(
     return acc
 
 
-@triton.jit
+# What depends on the batch and on where the rows of its plan lie is not compiled in.
+@triton.jit(do_not_specialize=["B", "splits"], do_not_specialize_on_alignment=["levels", "order", "offsets", "counts"])
 def weight_gradient_kernel(
     grad,  # [B, OH, OW, NC], strides grad_b, grad_h, grad_w, 1
     source,  # [B, H, W, KC], strides source_b, source_h, source_w, 1
-    partial,  # float32 [SPLITS, NC, R, S, KC / CARDINALITY]
+    partial,  # float32 [splits, NC, R, S, KC / CARDINALITY]
     levels, order, offsets, counts, bits_n, bits_k,
     B, H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
     NC: tl.constexpr, KC: tl.constexpr, CARDINALITY: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -93,16 +94,16 @@ def weight_gradient_kernel(
     LISTS: tl.constexpr,  # "" for levels, "n" or "k": the side whose units have lists of instances
     N_WIDE: tl.constexpr, K_WIDE: tl.constexpr, N_BITS: tl.constexpr, K_BITS: tl.constexpr,
     WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    splits, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     NG: tl.constexpr = NC // CARDINALITY
     KG: tl.constexpr = KC // CARDINALITY
-    total = tl.cdiv(NC, BN) * (K_TILES * R * S * SPLITS)
+    total = tl.cdiv(NC, BN) * (K_TILES * R * S * splits)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
         tap = tile % (R * S)
         k_tile = tile // (R * S) % K_TILES
-        split = tile // (R * S * K_TILES) % SPLITS
-        n_tile = tile // (R * S * K_TILES * SPLITS)
+        split = tile // (R * S * K_TILES) % splits
+        n_tile = tile // (R * S * K_TILES * splits)
         n_first = n_tile * BN
         k_first = n_first // NG * KG + k_tile * BK
         k_end = (tl.minimum(n_first + BN, NC) - 1) // NG * KG + KG
@@ -124,7 +125,7 @@ def weight_gradient_kernel(
             tap // S * DIL_H - PAD_H, tap % S * DIL_W - PAD_W,
             H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
             NC, KC, STRIDE_H, STRIDE_W, N_WIDTHS, K_WIDTHS, N_WIDE, K_WIDE,
-            N_BITS, K_BITS, WHOLE, PRECISION, SPLITS, BN, BK, BP,
+            N_BITS, K_BITS, WHOLE, PRECISION, splits, BN, BK, BP,
         )  # fmt: skip
         at = partial + split.to(tl.int64) * (NC * R * S * KG) + tap * KG
         ok = n_ok[:, None] & k_ok[None, :]
