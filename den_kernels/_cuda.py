@@ -90,6 +90,30 @@ def _problem(x: Tensor, weights: "ResidualWeights") -> FusedProblem:
     return FusedProblem(B, H, W, C, weights.conv2.shape[0], widths, weights.stride, x.itemsize, *chip)
 
 
+def addresses_of(weights: "ResidualWeights") -> tuple[int, ...]:
+    """Addresses of scale1, shift1, conv1, scale2, bias1, conv2 and bias2 (0: None), as the fused kernel reads them.
+
+    Raises ValueError for sizes, devices or layouts, TypeError for dtypes that are not those of the kernel.
+    """
+    (C_out, M), C, conv1 = weights.conv2.shape[:2], weights.conv1.shape[1], weights.conv1
+    vectors = {"scale1": C, "shift1": C, "scale2": M, "bias1": M, "bias2": C_out}
+    wanted = {"conv1": (conv1.dtype, (M, C, 3, 3)), "conv2": (conv1.dtype, (C_out, M, 3, 3))}
+    for name in ("scale1", "shift1", "conv1", "scale2", "bias1", "conv2", "bias2"):
+        tensor = getattr(weights, name)
+        if tensor is None and name in ("scale1", "shift1", "bias2"):
+            continue
+        dtype, shape = wanted.get(name) or (torch.float32, (vectors[name],))
+        if tensor.dtype != dtype:
+            raise TypeError(f"dynamic_residual: {name} must be {dtype}, got {tensor.dtype}")
+        format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        fits = tensor.shape == shape and tensor.device == conv1.device and tensor.is_contiguous(memory_format=format)
+        if not fits:
+            got = f"{list(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
+            raise ValueError(f"dynamic_residual: {name} must be {list(shape)} on {conv1.device}, {format}, got {got}")
+    operands = (weights.scale1, weights.shift1, conv1, weights.scale2, weights.bias1, weights.conv2, weights.bias2)
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in operands)
+
+
 def fused_residual(
     x: Tensor,  # [B, C, H, W] channels-last
     out: Tensor,  # [B, C_out, Ho, Wo] channels-last
@@ -106,12 +130,7 @@ def fused_residual(
     """
     B, C, H, W = x.shape
     C_out, Ho, Wo = out.shape[1:]
-    bias2 = None if weights.bias2 is None else weights.bias2.float()
-    tensors = (
-        *(x, out, route.order, route.offsets, weights.scale1, weights.shift1, weights.conv1, weights.scale2),
-        *(weights.bias1, weights.conv2, bias2),
-    )
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    addresses = [*(t.data_ptr() for t in (x, out, route.order, route.offsets)), *weights.addresses]
     sizes = [B, H, W, C, Ho, Wo, C_out, weights.conv1.shape[0], weights.stride]
     widths = [0, *accumulate(weights.groups)]
     with torch.cuda.device(x.device):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._extension import extension
+from .stream_guard import Guarded
 
 Value = TypeVar("Value")
 Source = tuple[Tensor, ...]
@@ -56,12 +57,14 @@ class FoldCache(Generic[Value]):
     one of a few elements within some calls (`extension.Watch.turns`). On other devices a step of any optimiser drops
     the value. :func:`invalidate` covers the rest.
 
-    The cache keeps the memory it was built from alive, so no later tensor can take its address. Copies and pickles of
-    a cache are empty.
+    The cache keeps the memory it was built from alive, so no later tensor can take its address. On a GPU all streams
+    may read the value, and none is built while a CUDA graph is captured: see `stream_guard`. Copies and pickles of a
+    cache are empty.
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[tuple, Any, Source, Value] | None = None
+        self._entry: tuple[tuple, Any, Source, Guarded[Value]] | None = None
+        self._captured: list[Any] = []  # values that CUDA graphs read
         self._places: tuple[tuple[nn.Module, ...], list[tuple[dict[str, Any], str]]] | None = None
 
     def get(self, sources: Source, build: Callable[[], Value], *settings: object) -> Value:
@@ -73,11 +76,11 @@ class FoldCache(Generic[Value]):
         entry = self._entry
         key = _Epoch.everywhere, versions, settings
         if entry is not None and entry[0] == key and entry[1].same(sources):
-            return entry[3]
+            return entry[3].get()
         watch = _watch(sources)  # before the value: what another thread writes meanwhile is noticed
-        value = build()
+        value = Guarded(sources, build, self._captured)
         self._entry = key, watch, tuple(source.detach() for source in sources), value
-        return value
+        return value.get()
 
     def of(self, modules: tuple[nn.Module, ...], build: Callable[[], Value], *settings: object) -> Value:
         """:meth:`get` of all parameters and buffers of the modules.

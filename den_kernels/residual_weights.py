@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import _cuda
 from ._conv_cpu import dense
 from ._conv_direct import pack
 from ._extension import extension
@@ -46,7 +47,7 @@ class ResidualWeights(HasHandle):
     scale2: Tensor  # float32 [M]: bn2 as an affine map
     bias1: Tensor  # float32 [M]: bn2's shift, conv1's bias scaled
     conv2: Tensor  # [C_out, M, R, S], the parameter itself; of a post-activation block with bn2's scale
-    bias2: Tensor | None  # [C_out]
+    bias2: Tensor | None  # float32 [C_out]
     groups: tuple[int, ...]  # sizes of the hidden channel groups, adding up to M
     group_of_channel: Tensor  # int64 [M]: the group that a hidden channel belongs to
     stride: int  # of conv1 and of the average-pooled shortcut
@@ -95,7 +96,8 @@ class ResidualWeights(HasHandle):
                 _check_norm(norm, name, channels, conv1.weight)
         with torch.no_grad():
             wide = torch.promote_types(conv1.weight.dtype, torch.float32)
-            weight2, bias2 = conv2.weight.detach(), None if conv2.bias is None else conv2.bias.detach().contiguous()
+            weight2 = conv2.weight.detach()
+            bias2 = None if conv2.bias is None else conv2.bias.detach().to(wide).contiguous()
             if post_activation:
                 if bn1 is None:
                     raise ValueError(f"{_OP}: bn1 must be a batch norm in a post-activation block, got None")
@@ -132,9 +134,13 @@ class ResidualWeights(HasHandle):
         """
         assert self.direct is not None
         (C_out, M), (_, C, R, S) = self.conv2.shape[:2], self.conv1.shape
-        bias2 = None if self.bias2 is None else self.bias2.float()
-        tensors = (self.scale1, self.shift1, self.direct[0], self.scale2, self.bias1, self.direct[1], bias2)
+        tensors = (self.scale1, self.shift1, self.direct[0], self.scale2, self.bias1, self.direct[1], self.bias2)
         return extension.ResidualBlock((C, M, C_out, R, S, self.stride), self.groups, tensors)
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """What the fused kernel of a GPU takes of these weights: see `_cuda.addresses_of`."""
+        return _cuda.addresses_of(self)
 
     @property
     def dtype(self) -> torch.dtype:

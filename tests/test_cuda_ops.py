@@ -41,6 +41,27 @@ def test_nothing_of_it_runs_on_a_cpu():
     assert _cuda.choose_fused(x, as_route(torch.tensor([1, 2]), 3, 2), folded()) is None
 
 
+WRONG = {
+    "scale1": lambda t: t.double(),
+    "shift1": lambda t: t[1:],
+    "bias1": lambda t: torch.stack([t, t], 1)[:, 0],
+    "scale2": lambda t: t.to("meta"),
+    "conv2": lambda t: t.float() if t.dtype != torch.float32 else t.half(),
+    "conv1": lambda t: t.contiguous(),
+    "bias2": lambda t: torch.zeros(3),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_weights_are_looked_at_before_their_addresses_are_taken(name):
+    weights = folded(32, 32)
+    weights = dataclasses.replace(weights, bias2=torch.zeros(32), direct=None)
+    assert len(weights.addresses) == 7
+    wrong = dataclasses.replace(weights, **{name: WRONG[name](getattr(weights, name))})
+    with pytest.raises((ValueError, TypeError), match=f"dynamic_residual: {name} must be"):
+        _ = wrong.addresses
+
+
 @with_cuda
 @no_gpu
 def test_errors_of_the_runtime_name_the_call():
