@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from den.files import check_folder, is_writable
+from den.files import check_folder, check_own, is_writable
 from den.limits import Range, check_ranges
 
 # The folder comes last on the path: an installed den_kernels is measured, not its sources without an extension.
@@ -57,8 +56,6 @@ def main(config: BenchConfig) -> int:
             "bench: current folder must be a checkout of the project, which holds benchmarks/, got "
             f"{Path.cwd()}; clone the repository and run den bench in it"
         )
-    if not 0 <= config.case_seconds < math.inf:
-        raise ValueError(f"bench: case-seconds must be at least 0 and finite, got {config.case_seconds:g}")
     if config.read is not None and not config.read.is_file():
         raise ValueError(f"bench: read must be a JSON file of an earlier run, got {config.read}")
     if config.keep and not is_writable(RESULTS):
@@ -69,6 +66,7 @@ def main(config: BenchConfig) -> int:
         if missing:
             raise ValueError(f"bench: {' and '.join(missing)} must be installed; pip install {' '.join(missing)}")
         check_folder(config.out, "bench: out")
+        check_own(run, '"machine_info"', "bench: out")
         run.unlink(missing_ok=True)
         status = _python(measure_arguments(config, run))
         if not run.is_file():  # nothing was selected, or pytest did not get that far

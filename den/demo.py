@@ -20,7 +20,7 @@ from den.config import (
 )
 from den.data import load_set
 from den.figures.comparison import draw_all
-from den.files import check_folder, write_text
+from den.files import check_folder, check_own, write_text
 from den.heap import keep_allocations_on_the_heap
 from den.limits import check_ranges
 from den.model import DeepElasticNetwork
@@ -42,6 +42,7 @@ def main(config: DemoConfig) -> None:
     start = time.perf_counter()
     folder = config.out / "quick" if config.quick else config.out
     check_folder(folder, "demo: out")
+    check_own(folder / "results.json", '"quick"', "demo: out")
     print(_greeting(config, folder), flush=True)
     networks = train_both(config)
     print("\n3. Comparison on the test images", flush=True)

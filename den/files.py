@@ -51,6 +51,18 @@ def check_folder(folder: Path, what: str) -> None:
         raise ValueError(f"{what} must be a folder that can be written, got {folder}")
 
 
+def check_own(path: Path, mark: str, what: str) -> None:
+    """Raises ValueError for a file that would be replaced and is not ours: `mark` stands in every one that is."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ValueError(f"{what} must be a folder that can be written, got {path}: {error}") from error
+    if mark.encode() not in content:
+        raise ValueError(f"{what} must be a folder without {path.name} of another program, got {path} (choose another)")
+
+
 def check_file(path: Path, what: str) -> None:
     """Make the folder of a file that is to be written; ValueError, as `check_folder`, where it could not be."""
     check_folder(path.parent, what)

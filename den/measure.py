@@ -22,7 +22,7 @@ from den.evaluation import (
     result_lines,
     write_evaluation,
 )
-from den.files import check_folder, is_writable
+from den.files import check_folder, check_own, is_writable
 from den.measure_settings import Evaluate
 from den.run_folder import stored_config
 from den.run_state import check_kind, training_of
@@ -75,6 +75,7 @@ def record_folders(runs: tuple[Path, ...], out: Path | None) -> dict[Path, Path]
         raise ValueError(f"evaluate: runs must have different names to be written to {out}, got {given}")
     for place in places.values():
         check_folder(place, "evaluate: out")
+        check_own(place / NAME, '"checkpoint"', "evaluate: out")
     return places
 
 

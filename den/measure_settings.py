@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-MOST_STATIC = 20_000  # structures that are drawn to choose from
+from den.limits import Range, check_ranges
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,13 @@ class Evaluate:
     """Which of a run's checkpoints: the last one, or the best on held-out images."""
     data_root: Path | None = None
     """Folder of the sets that do not come with the install; None: where the run had them."""
-    static: int = 0
+    static: Annotated[int, Range(0, 20_000)] = 0
     """Compare with the best of this many single structures of the same cost, chosen on the test images themselves."""
     time: bool = False
     """Measure the time per image, with the full structure and with the selected ones."""
-    budget_flops: float | None = None
+    budget_flops: Annotated[float | None, Range(0, 1, open_low=True)] = None
     """Shift the selector, without training, until every task costs this share of the full structure's FLOPs."""
-    budget_ms: float | None = None
+    budget_ms: Annotated[float | None, Range(0, open_low=True)] = None
     """Shift the selector, without training, until an image of every task takes this long here, in batches of 256."""
     device: str = "auto"
     """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
@@ -41,9 +40,4 @@ class Evaluate:
             raise ValueError("evaluate: runs must be at least one run folder, got none")
         if self.budget_flops is not None and self.budget_ms is not None:
             raise ValueError("evaluate: budget must be in FLOPs or in milliseconds, got both")
-        if self.budget_flops is not None and not 0 < self.budget_flops <= 1:
-            raise ValueError(f"evaluate: budget-flops must be in (0, 1], got {self.budget_flops:g}")
-        if self.budget_ms is not None and not 0 < self.budget_ms < math.inf:
-            raise ValueError(f"evaluate: budget-ms must be above 0 and finite, got {self.budget_ms:g}")
-        if not 0 <= self.static <= MOST_STATIC:
-            raise ValueError(f"evaluate: static must be in 0..{MOST_STATIC:,}, got {self.static}")
+        check_ranges(self, "evaluate")

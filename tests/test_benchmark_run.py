@@ -188,9 +188,9 @@ def test_den_bench_names_what_is_not_installed(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--case-seconds", "nan"], "case-seconds must be at least 0 and finite, got nan"),
-        (["--case-seconds", "inf"], "case-seconds must be at least 0 and finite, got inf"),
-        (["--case-seconds", "-1"], "case-seconds must be at least 0 and finite, got -1"),
+        (["--case-seconds", "nan"], "case_seconds must be at least 0, got nan"),
+        (["--case-seconds", "inf"], "case_seconds must be finite and at least 0, got inf"),
+        (["--case-seconds", "-1"], "case_seconds must be at least 0, got -1"),
         (["--read", "absent.json"], "read must be a JSON file of an earlier run, got absent.json"),
         (["--out", "pyproject.toml/bench"], "out must be a folder that can be written, got pyproject.toml/bench"),
     ],

@@ -8,7 +8,8 @@ import pytest
 
 import den
 import den_kernels
-from den.files import check_file, check_folder, is_writable, write_text
+from den import cli
+from den.files import check_file, check_folder, check_own, is_writable, write_text
 
 PACKAGES = [Path(package.__file__).parent for package in (den, den_kernels)]
 SOURCES = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]
@@ -71,3 +72,31 @@ def test_a_folder_without_write_permission_is_left_alone(tmp_path):
             check_folder(tmp_path, "report: out")
     finally:
         tmp_path.chmod(stat.S_IRWXU)
+
+
+def test_a_file_of_another_program_is_told_from_an_own_one(tmp_path):
+    path = tmp_path / "results.json"
+    check_own(path, '"quick"', "demo: out")  # there is none
+    path.write_text('{"quick": true}', encoding="utf-8")
+    check_own(path, '"quick"', "demo: out")
+    path.write_bytes(b"\xff mine")
+    with pytest.raises(ValueError, match=r"demo: out must be a folder without results\.json of another program"):
+        check_own(path, '"quick"', "demo: out")
+
+
+@pytest.mark.parametrize(("file", "arguments"), [
+    ("results.json", ["demo", "--quick", "--out", "{out}"]),
+    ("report.md", ["report", "{run}", "--out", "{out}"]),
+    ("evaluation.json", ["evaluate", "{run}", "--out", "{out}"]),
+    ("run.json", ["bench", "--out", "{out}"]),
+], ids=lambda value: value if isinstance(value, str) else value[0])  # fmt: skip
+def test_no_command_replaces_a_file_of_another_program(tmp_path, stored_run, capsys, monkeypatch, file, arguments):
+    monkeypatch.chdir(Path(__file__).parents[1])  # den bench wants a checkout
+    out = tmp_path / "out"
+    stored_run(tmp_path / "run")
+    path = out / ("quick" if arguments[0] == "demo" else "") / file
+    path.parent.mkdir(parents=True)
+    path.write_text("mine", encoding="utf-8")
+    assert cli.main([a.format(out=out, run=tmp_path / "run") for a in arguments]) == 2
+    assert "of another program" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == "mine"

@@ -19,7 +19,7 @@ from den.figures.neighbours import neighbours
 from den.figures.selection import favourites, level_probabilities, structure_histogram
 from den.figures.style import save_all
 from den.figures.tradeoff import accuracy_against, sweep
-from den.files import check_folder, write_text
+from den.files import check_folder, check_own, write_text
 from den.measure import SetsOfRuns, look_up, measured, opened
 from den.operating import selector_logits
 from den.progress import progress
@@ -28,6 +28,8 @@ from den.report.settings import Report
 from den.report.tables import NOTES, Table, build_table, heading, machines
 from den.report.verdicts import Points, verdicts
 from den.tables import csv_table, latex_table, markdown_table
+
+WRITTEN_BY = "Written by `den report`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,9 @@ def main(command: Report) -> None:
     if not command.runs:
         raise ValueError("report: runs must be at least one run folder, got none")
     check_folder(command.out, "report: out")
+    check_own(command.out / "report.md", WRITTEN_BY, "report: out")
     found = gather(command)
-    texts, parts = [], ["# Report\n\nWritten by `den report`."]
+    texts, parts = [], [f"# Report\n\n{WRITTEN_BY}."]
     for section in sections(group_runs(found.records)):
         table = build_table(section)
         write_tables(table, command.out)
