@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Asked here, because torch.compile of 2.11 cannot look into the question.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "privateuseone")
+_WITH_AUTOCAST = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+
 
 def group_sizes(
     groups: int | Sequence[int] | None, channels: int, name: str, cardinality: int = 1, op: str = "dynamic_conv2d"
@@ -85,16 +89,11 @@ def pad(
     return x, (reach[0] // 2, reach[1] // 2)
 
 
-@torch.compiler.assume_constant_result  # torch.compile of 2.11 cannot look into it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
 def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of a convolution: all but float64 become its dtype."""
     tensors = [x, *others]
     device = x.device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if device not in _WITH_AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float32, torch.float16, torch.bfloat16)
