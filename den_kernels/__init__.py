@@ -1,8 +1,9 @@
 """Convolutions over only the channel groups that each instance of a batch selected."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from . import _flops  # noqa: F401 (registers)
+from ._on_import import when_imported
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
@@ -11,6 +12,9 @@ from .fold_cache import invalidate
 from .layers import DynamicConv2d
 from .plan import Route, RoutingPlan
 from .residual_weights import ResidualWeights
+
+# Who counts operations imports that module, which imports triton, which whoever does not need not wait for.
+when_imported("torch.utils.flop_counter", lambda: import_module("den_kernels._flops"))
 
 try:
     __version__ = version("den-kernels")

@@ -1,5 +1,8 @@
 """What FlopCounterMode counts and a profiler shows: every op, whether or not it goes through torch.library."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -98,3 +101,23 @@ def test_a_profiler_shows_the_backward_pass(name):
         function(x, LEVELS).square().sum().backward()
     shown = {event.key for event in seen.key_averages()}
     assert {f"den_kernels::{RANGES[name]}", f"den_kernels::{RANGES[name]}_backward"} <= shown
+
+
+@pytest.mark.parametrize("first", ["den_kernels", "torch.utils.flop_counter"])
+def test_formulas_are_there_whichever_module_is_imported_first(first):
+    program = f"""
+import sys, importlib
+import {first}
+import den_kernels, torch
+if {first!r} == "den_kernels":
+    assert "torch.utils.flop_counter" not in sys.modules and "triton" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+assert not any(type(finder).__module__ == "den_kernels._on_import" for finder in sys.meta_path)
+conv = den_kernels.DynamicConv2d(4, 4, 1, out_groups=2)
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    conv(torch.zeros(2, 4, 3, 3), torch.tensor([1, 2]))
+print(counter.get_total_flops())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) == 2 * 9 * 4 * (2 + 4)
