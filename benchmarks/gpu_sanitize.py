@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from den_kernels import DynamicConv2d, ResidualWeights, _cuda
-from den_kernels.plan import as_route, plan_levels, plan_masks
+from den_kernels.plan import as_route
+from den_kernels.plan_sort import plan_levels, plan_masks
 from den_kernels.testing import make_levels
 
 from .gpu_blocks import random_norm

@@ -13,6 +13,8 @@ void bind_norm(pybind11::module_& m);
 // bind_direct.cpp
 void bind_dynamic_conv(pybind11::module_& m);
 void bind_dynamic_graph(pybind11::module_& m);
+
+// bind_blocks.cpp
 void bind_dynamic_residual(pybind11::module_& m);
 void bind_dynamic_bottleneck(pybind11::module_& m);
 

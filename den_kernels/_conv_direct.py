@@ -33,7 +33,7 @@ def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = Fa
 
 
 def selections(route: Route) -> tuple[int, Tensor, Tensor, Tensor | None]:
-    """A route as the direct kernels take it; they look at all that they index with (csrc/bind_direct.cpp)."""
+    """A route as the direct kernels take it; they look at all that they index with (csrc/bind_operands.h)."""
     return route.groups, route.order, route.offsets, route.mask
 
 

@@ -7,194 +7,29 @@ contents written by `RoutingPlan.update_`.
     levels of a block, G = 2     [1, 0, 2, 1, 2]
     order                        [2, 4, 0, 3, 1]     instances 2 and 4 use two groups, 0 and 3 one, 1 none
     offsets                      [0, 2, 4, 5]        segment s is order[offsets[s]:offsets[s + 1]], of level G - s
-
-On a CPU the sort is C++ (csrc/plan.cpp), on a CUDA device one kernel for all blocks (csrc/plan.cu); elsewhere, and
-without the extension, torch ops. The references below are the definition; all agree exactly.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from . import _cuda
 from ._extension import extension
 from .eager import in_range, is_ordinary, is_traced, runs_eagerly
+from .plan_sort import (
+    PLAN_LEVELS,
+    PLAN_MASKS,
+    check_levels,
+    plan_levels,
+    plan_levels_op,
+    plan_masks,
+    plan_masks_op,
+)
 
-_PLAN_LEVELS, _PLAN_MASKS = "den_kernels::plan_levels", "den_kernels::plan_masks"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def plan_levels_reference(
-    levels: Tensor,  # integer [B, N]
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # levels int32 [N, B], order int32 [N, B], offsets int32 [N, groups + 2]
-    """What `plan_levels` computes, as plain loops. Levels must be in 0..groups."""
-    B, N = levels.shape
-    orders, offsets = [], []
-    for column in levels.t().tolist():
-        order: list[int] = []
-        starts = [0]
-        for level in range(groups, -1, -1):
-            order += [b for b in range(B) if column[b] == level]
-            starts.append(len(order))
-        orders.append(order)
-        offsets.append(starts)
-    return levels.t().contiguous().int(), _int32(orders, N, B), _int32(offsets, N, groups + 2)
-
-
-def plan_masks_reference(
-    masks: Tensor,  # bool [B, N, G]
-) -> tuple[Tensor, Tensor, Tensor]:  # levels int32 [N, B], order int32 [N, B], offsets int32 [N, B + 1]
-    """What `plan_masks` computes, as plain loops."""
-    B, N, _ = masks.shape
-    orders, offsets = [], []
-    for n in range(N):
-        mask = masks[:, n].tolist()
-        keys = [(-sum(bits), [not bit for bit in bits]) for bits in mask]
-        order = sorted(range(B), key=keys.__getitem__)
-        starts = [i for i in range(B) if i == 0 or mask[order[i]] != mask[order[i - 1]]]
-        orders.append(order)
-        offsets.append(starts + [B] * (B + 1 - len(starts)))
-    return masks.sum(2).t().contiguous().int(), _int32(orders, N, B), _int32(offsets, N, B + 1)
-
-
-def _int32(rows: list[list[int]], *shape: int) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32).reshape(shape)
-
-
-def plan_levels_torch(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`plan_levels` in torch ops that never wait for the device. Levels are clamped to 0..groups."""
-    levels = levels if levels.dtype == torch.int64 else levels.int()
-    levels = levels.t().clamp(0, groups).int().contiguous()
-    segments, order = (groups - levels).sort(dim=1, stable=True)
-    return levels, order.int(), _offsets(segments, groups + 1)
-
-
-def plan_masks_torch(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`plan_masks` in torch ops that never wait for the device."""
-    masks = masks.transpose(0, 1)
-    levels = masks.sum(2, dtype=torch.int32).contiguous()
-    words = _mask_words(masks, levels)  # int64 [W, N, B]
-    order = torch.arange(levels.shape[1], device=masks.device).expand_as(levels)
-    for word in words.flip(0):  # least significant word first: the sort is stable
-        order = order.gather(1, word.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    words = words.gather(2, order.expand_as(words))
-    changes = (words[:, :, 1:] != words[:, :, :-1]).any(dim=0)
-    segments = torch.nn.functional.pad(changes.cumsum(1, dtype=torch.int32), (1, 0))[:, : levels.shape[1]]
-    return levels, order.int(), _offsets(segments, levels.shape[1])
-
-
-def _mask_words(
-    masks: Tensor,  # bool [N, B, G]
-    levels: Tensor,  # int32 [N, B]
-) -> Tensor:  # int64 [W, N, B]
-    """Sorting keys, most significant word first: the count, then the mask with its first group as the highest bit."""
-    N, B, G = masks.shape
-    head = 62 - G.bit_length()  # bits of the mask that fit beside the count
-    words = -(-max(G - head, 0) // 62)
-    bits = torch.nn.functional.pad(masks, (62 - head, head + 62 * words - G)).view(N, B, words + 1, 62)
-    places = 2 ** torch.arange(61, -1, -1, device=masks.device)
-    keys = (bits * places).sum(3).movedim(2, 0)
-    return torch.cat([keys[:1] + (levels.long() << head), keys[1:]])
-
-
-def _offsets(
-    segments: Tensor,  # integer [N, B], ascending: the segment of each place in the order
-    count: int,
-) -> Tensor:  # int32 [N, count + 1]
-    bounds = torch.arange(count + 1, dtype=segments.dtype, device=segments.device)
-    bounds = bounds.expand(segments.shape[0], -1).contiguous()
-    return torch.searchsorted(segments.contiguous(), bounds, out_int32=True)
-
-
-def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Plan N blocks from levels [B, N]: levels int32 [N, B], order int32 [N, B], offsets int32 [N, groups + 2].
-
-    On a CPU a level outside 0..groups is a ValueError; elsewhere it is clamped.
-    """
-    if not levels.is_cpu:
-        if not _cuda.plans_levels(levels.device, groups):
-            return plan_levels_torch(levels, groups)
-        plan = _empty_plan(levels, levels.shape[0], levels.shape[1], groups + 1)
-        _cuda.plan_levels(levels, groups, *plan)
-        return plan
-    if extension is None:
-        check_levels(levels, groups)
-        return plan_levels_torch(levels, groups)
-    levels = (levels if levels.dtype == torch.int64 else levels.int()).contiguous()
-    B, N = levels.shape
-    plan = _empty_plan(levels, B, N, groups + 1)
-    extension.plan_levels(levels, groups, *plan)
-    return plan
-
-
-_plan_levels = torch.library.custom_op(_PLAN_LEVELS, plan_levels, mutates_args=())
-
-
-@_plan_levels.register_fake
-def _(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_plan(levels, levels.shape[0], levels.shape[1], groups + 1)
-
-
-@_plan_levels.register_vmap
-def _(info: Any, in_dims: tuple, levels: Tensor, groups: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return _plan_stacked(_plan_levels, levels.movedim(in_dims[0], 1), groups)
-
-
-def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Plan N blocks from masks [B, N, G]: levels int32 [N, B], order int32 [N, B], offsets int32 [N, B + 1]."""
-    B, N, G = masks.shape
-    on_cuda = _cuda.plans_masks(masks.device, G)
-    if not on_cuda and (extension is None or not masks.is_cpu):
-        return plan_masks_torch(masks)
-    levels, order, offsets = _empty_plan(masks, B, N, B)
-    if on_cuda:
-        _cuda.plan_masks(masks, levels, order, offsets)
-        return levels, order, offsets
-    extension.plan_masks(masks.transpose(0, 1).contiguous(), levels, order, offsets)
-    return levels, order, offsets
-
-
-_plan_masks = torch.library.custom_op(_PLAN_MASKS, plan_masks, mutates_args=())
-
-
-@_plan_masks.register_fake
-def _(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_plan(masks, masks.shape[0], masks.shape[1], masks.shape[0])
-
-
-@_plan_masks.register_vmap
-def _(info: Any, in_dims: tuple, masks: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return _plan_stacked(_plan_masks, masks.movedim(in_dims[0], 1))
-
-
-def _plan_stacked(
-    plan: Callable[..., tuple[Tensor, ...]], selections: Tensor, *settings: int
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The plans of V batches, selections [B, V, N, ...], as vmap wants them: one plan of V * N blocks."""
-    V, N = selections.shape[1:3]
-    made = plan(selections.flatten(1, 2).contiguous(), *settings)
-    return tuple(tensor.unflatten(0, (V, N)) for tensor in made), (0, 0, 0)
-
-
-def _empty_plan(like: Tensor, B: int, N: int, segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = ((N, B), (N, B), (N, segments + 1))
-    levels, order, offsets = (torch.empty(shape, dtype=torch.int32, device=like.device) for shape in shapes)
-    return levels, order, offsets
-
-
-def check_levels(levels: Tensor, groups: int) -> None:
-    """Raise ValueError for the first level [B, N] outside 0..groups. Waits for the device."""
-    outside = (levels < 0) | (levels > groups)
-    if bool(outside.any()):
-        b, n = outside.nonzero()[0].cpu().tolist()
-        raise ValueError(
-            f"plan_levels: levels must be in 0..{groups}, got {int(levels[b, n])} for instance {b}, block {n}"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,9 +109,9 @@ class RoutingPlan:
         if check and not levels.is_cpu:
             check_levels(levels, groups)
         rows, order, offsets = (
-            in_range(_PLAN_LEVELS, plan_levels, levels, groups)
+            in_range(PLAN_LEVELS, plan_levels, levels, groups)
             if runs_eagerly(levels)
-            else _plan_levels(levels, groups)
+            else plan_levels_op(levels, groups)
         )
         return cls(rows.t(), order, offsets, groups)
 
@@ -294,7 +129,7 @@ class RoutingPlan:
                 f"RoutingPlan.from_masks: masks must be [B, N, G] with at least one group, got {list(masks.shape)}"
             )
         own = masks.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        rows, order, offsets = in_range(_PLAN_MASKS, plan_masks, own) if runs_eagerly(own) else _plan_masks(own)
+        rows, order, offsets = in_range(PLAN_MASKS, plan_masks, own) if runs_eagerly(own) else plan_masks_op(own)
         return cls(rows.t(), order, offsets, masks.shape[2], own)
 
     def __len__(self) -> int:

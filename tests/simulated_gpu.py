@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from den_kernels import plan
+from den_kernels import plan_sort
 from tests.simulated_streams import Event, Stream, Writes, on, synchronize
 
 GPU = torch.device("cuda", 0)
@@ -27,8 +27,8 @@ PROPERTIES = SimpleNamespace(
 
 # Operators that do something else on a GPU than on a CPU.
 ON_GPU = {
-    "den_kernels.plan_levels.default": plan.plan_levels_torch,
-    "den_kernels.plan_masks.default": plan.plan_masks_torch,
+    "den_kernels.plan_levels.default": plan_sort.plan_levels_torch,
+    "den_kernels.plan_masks.default": plan_sort.plan_masks_torch,
 }
 
 

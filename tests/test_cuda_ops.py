@@ -9,7 +9,8 @@ from torch import nn
 from den_kernels import RoutingPlan, _cuda
 from den_kernels._extension import extension
 from den_kernels.dynamic_residual import _add_branch_masked, dynamic_residual_reference
-from den_kernels.plan import as_route, plan_levels, plan_masks
+from den_kernels.plan import as_route
+from den_kernels.plan_sort import plan_levels, plan_masks
 from den_kernels.residual_weights import ResidualWeights
 from den_kernels.testing import assert_as_accurate, make_levels
 

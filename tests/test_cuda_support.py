@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from den_kernels import RoutingPlan, _cuda, _cuda_support, plan
+from den_kernels import RoutingPlan, _cuda, _cuda_support, plan_sort
 from den_kernels._extension import extension
 
 BUILT = {"built": (13, 0), "archs": ["80", "90", "100", "120"]}
@@ -96,12 +96,12 @@ class OnGpu(Tensor):
 def test_a_plan_is_made_all_the_same(machine, monkeypatch):
     """By torch ops: it was CUDA error 209 or 35 in every plan."""
     machine(*REFUSED["no code at all"][:2])
-    made = plan.plan_levels_torch
-    monkeypatch.setattr(plan, "plan_levels_torch", lambda levels, groups: made(levels.as_subclass(Tensor), groups))
+    made = plan_sort.plan_levels_torch
+    monkeypatch.setattr(plan_sort, "plan_levels_torch", lambda levels, groups: made(levels.as_subclass(Tensor), groups))
     levels = torch.tensor([[2, 0], [0, 1], [3, 3]])
     with pytest.warns(UserWarning, match="do not run"):
-        got = plan.plan_levels(levels.as_subclass(OnGpu), 3)
-    for mine, expected in zip(got, plan.plan_levels_reference(levels, 3), strict=True):
+        got = plan_sort.plan_levels(levels.as_subclass(OnGpu), 3)
+    for mine, expected in zip(got, plan_sort.plan_levels_reference(levels, 3), strict=True):
         assert torch.equal(mine, expected)
 
 

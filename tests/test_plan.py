@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from den_kernels import Route, RoutingPlan
-from den_kernels.plan import (
-    as_route,
+from den_kernels.plan import as_route
+from den_kernels.plan_sort import (
     plan_levels,
     plan_levels_reference,
     plan_levels_torch,

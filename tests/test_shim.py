@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den_kernels._cuda_layout import FusedLayout, FusedProblem, fused_layout
-from den_kernels.plan import Route, RoutingPlan, plan_levels_reference, plan_masks_reference
-from den_kernels.plan import plan_levels as plan_levels_cpu
-from den_kernels.plan import plan_masks as plan_masks_cpu
+from den_kernels.plan import Route, RoutingPlan
+from den_kernels.plan_sort import plan_levels as plan_levels_cpu
+from den_kernels.plan_sort import plan_levels_reference, plan_masks_reference
+from den_kernels.plan_sort import plan_masks as plan_masks_cpu
 from den_kernels.testing import assert_as_accurate, make_levels
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,223 @@
+// The direct residual and bottleneck blocks in Python, as handles that hold a block's weights (see bind_direct.cpp),
+// and the packing of weights.
+#include "bind.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <utility>
+
+#include "bind_operands.h"
+#include "direct_chunks.h"
+#include "dynamic_bottleneck.h"
+#include "dynamic_residual.h"
+
+namespace py = pybind11;
+
+namespace den_kernels {
+namespace {
+
+// A residual block's weights.
+struct ResidualHandle {
+  int64_t C, M, C_out, R, S, stride;
+  Ints sizes;
+  bool half;  // bfloat16
+  ResidualBlock<float> floats{};
+  ResidualBlock<bf16> halves{};
+  std::array<py::object, 7> tensors;  // scale1, shift1, conv1, scale2, bias1, conv2, bias2
+
+  // shape: C, M, C_out, R, S, stride. conv1 and conv2 packed; of float32 also as they are, four axes, channels-last.
+  ResidualHandle(const std::array<int64_t, 6>& shape, Ints groups, std::array<py::object, 7> weights)
+      : C(shape[0]),
+        M(shape[1]),
+        C_out(shape[2]),
+        R(shape[3]),
+        S(shape[4]),
+        stride(shape[5]),
+        sizes(std::move(groups)),
+        half(Tensor(weights[2], op, "conv1").is<bf16>()),
+        tensors(std::move(weights)) {
+    check(stride >= 1, op, "stride", "at least 1", stride);
+    check(R % 2 && S % 2 && R * S <= max_taps, op, "kernel", "odd and of at most 49 taps", R * S);
+    check(!sizes.empty(), op, "groups", "at least one", sizes.size());
+    check_groups(sizes, static_cast<int64_t>(sizes.size()), M, op, "groups");
+    half ? fill(halves) : fill(floats);
+  }
+
+  template <class T>
+  void fill(ResidualBlock<T>& b) {
+    const auto& [scale1, shift1, conv1, scale2, bias1, conv2, bias2] = tensors;
+    b.C = C, b.C_out = C_out, b.M = M, b.R = R, b.S = S, b.stride = stride, b.sizes = sizes;
+    b.scale1 = dense_or_null<const float>(scale1, op, "scale1", {C});
+    b.shift1 = dense_or_null<const float>(shift1, op, "shift1", {C});
+    check(!b.scale1 == !b.shift1, op, "scale1 and shift1", "both tensors or both None", "one of them");
+    b.bias1 = Tensor(bias1, op, "bias1").dense<const float>({M});
+    b.bias2 = dense_or_null<const float>(bias2, op, "bias2", {C_out});
+    b.scale2 = nullptr, b.unpacked2 = false;
+    if constexpr (std::is_same_v<T, float>) {
+      const Tensor first(conv1, op, "conv1"), second(conv2, op, "conv2");
+      if (first.dim() == 4) {
+        b.conv1 = first.maps<const float>({M, C, R, S});
+        b.scale2 = Tensor(scale2, op, "scale2").dense<const float>({M});
+      }
+      b.unpacked2 = second.dim() == 4;
+      if (b.unpacked2) b.conv2 = second.maps<const float>({C_out, M, R, S});
+    }
+    if (!b.scale2) b.conv1 = packed_weight<T>(conv1, op, "conv1", M, C, R, S, {});
+    if (!b.unpacked2) b.conv2 = packed_weight<T>(conv2, op, "conv2", C_out, M, R, S, sizes);
+  }
+
+  template <class T>
+  void run_as(ResidualBlock<T> b, const Tensor& x, py::handle shortcut, py::handle out, const py::tuple& route) const {
+    b.x = x.maps<const T>({any_size, C, any_size, any_size});
+    b.B = x.size(0), b.H = x.size(2), b.W = x.size(3);
+    b.Ho = (b.H + stride - 1) / stride, b.Wo = (b.W + stride - 1) / stride;
+    b.shortcut = Tensor(shortcut, op, "shortcut").maps<const T>({b.B, C_out, b.Ho, b.Wo});
+    b.out = Tensor(out, op, "out").maps<T>({b.B, C_out, b.Ho, b.Wo});
+    b.route = selections_of(route, op, b.B);
+    check(b.route.G == static_cast<int64_t>(sizes.size()), op, "route", "of the block's groups", b.route.G);
+    py::gil_scoped_release unlocked;
+    dynamic_residual(b);
+  }
+
+  void run(py::handle x, py::handle shortcut, py::handle out, const py::tuple& route) const {
+    const Tensor maps(x, op, "x");
+    half ? run_as(halves, maps, shortcut, out, route) : run_as(floats, maps, shortcut, out, route);
+  }
+
+  static constexpr char op[] = "dynamic_residual";
+};
+
+void pack(py::handle weight, py::handle scale, py::handle packed, const Ints& in_sizes) {
+  const char* op = "pack_weights";
+  const Tensor from(weight, op, "weight"), to(packed, op, "packed");
+  from.any_maps({any_size, any_size, any_size, any_size});
+  const int64_t O = from.size(0), I = from.size(1), R = from.size(2), S = from.size(3);
+  const float* scales = dense_or_null<const float>(scale, op, "scale", {O});
+  check_groups(in_sizes, static_cast<int64_t>(in_sizes.size()), I, op, "in_groups");
+  if (from.is<bf16>()) {
+    const Ints widths = widths_of(in_sizes, I);
+    const bf16* in = from.maps<const bf16>({O, I, R, S});
+    pack_weights_bf16(in, scales, to.dense<bf16>({packed_size_bf16(O, R, S, widths)}), O, R, S, widths);
+  } else {
+    const float* in = from.maps<const float>({O, I, R, S});
+    pack_weights(in, scales, to.dense<float>({(O + 15) / 16, (I + 15) / 16, R * S, 16, 16}), O, R * S, I);
+  }
+}
+
+// Of the transposed convolution. float32: packed; bfloat16: turned, [I, O, R, S] channels-last.
+void pack_turned(py::handle weight, py::handle packed) {
+  const char* op = "pack_turned_weights";
+  const Tensor from(weight, op, "weight"), to(packed, op, "packed");
+  from.any_maps({any_size, any_size, any_size, any_size});
+  const int64_t O = from.size(0), I = from.size(1), R = from.size(2), S = from.size(3);
+  if (from.is<bf16>()) {
+    turn_weights_bf16(from.maps<const bf16>({O, I, R, S}), to.maps<bf16>({I, O, R, S}), O, R * S, I);
+  } else {
+    float* out = to.dense<float>({(I + 15) / 16, (O + 15) / 16, R * S, 16, 16});
+    pack_turned_weights(from.maps<const float>({O, I, R, S}), out, O, R * S, I);
+  }
+}
+
+}  // namespace
+
+void bind_dynamic_residual(py::module_& m) {
+  m.def("has_dynamic_residual", &has_dynamic_residual);
+  m.def("has_dynamic_residual_bf16", &has_dynamic_residual_bf16);
+  m.def("bf16_isa", &bf16_isa, "The instructions that bfloat16 runs with here, or an empty string.");
+  m.def(
+      "packed_size_bf16",
+      [](int64_t O, int64_t I, int64_t R, int64_t S, const Ints& sizes) {
+        return packed_size_bf16(O, R, S, widths_of(sizes, I));
+      },
+      "Values of a packed bfloat16 weight [O, I, R, S], for the prefixes of I that sizes add up to.");
+  m.def("pack_weights", &pack, "weight [O, I, R, S] channels-last, scale [O] or None, packed, sizes of I's groups.");
+  m.def("pack_turned_weights", &pack_turned, "weight [O, I, R, S] channels-last; packed, or of bfloat16 turned.");
+  py::class_<ResidualHandle>(m, "ResidualBlock",
+                             "(C, M, C_out, R, S, stride), sizes of the hidden groups, (scale1, shift1, conv1, scale2, "
+                             "bias1, conv2, bias2)")
+      .def(py::init<std::array<int64_t, 6>, Ints, std::array<py::object, 7>>())
+      .def("__call__", &ResidualHandle::run,
+           "out = shortcut + branch(x): x [B, C, H, W], shortcut and out [B, C_out, Ho, Wo], channels-last; a route.");
+}
+
+namespace {
+
+// A bottleneck block's weights.
+struct BottleneckHandle {
+  int64_t C, M, C_out, R, S, stride, cardinality;
+  Ints sizes;
+  bool half;
+  BottleneckProblem<float> floats{};
+  BottleneckProblem<bf16> halves{};
+  std::array<py::object, 7> tensors;  // scale1, shift1, conv1, bias1, conv2, bias2, conv3
+
+  // shape: C, M, C_out, R, S, stride, cardinality.
+  BottleneckHandle(const std::array<int64_t, 7>& shape, Ints groups, std::array<py::object, 7> weights)
+      : C(shape[0]),
+        M(shape[1]),
+        C_out(shape[2]),
+        R(shape[3]),
+        S(shape[4]),
+        stride(shape[5]),
+        cardinality(shape[6]),
+        sizes(std::move(groups)),
+        half(Tensor(weights[2], op, "conv1").is<bf16>()),
+        tensors(std::move(weights)) {
+    check(stride >= 1, op, "stride", "at least 1", stride);
+    check(R % 2 && S % 2 && R * S <= max_taps, op, "kernel", "odd and of at most 49 taps", R * S);
+    check(cardinality >= 1 && M % cardinality == 0, op, "cardinality", "a divisor of the hidden channels", cardinality);
+    check(!sizes.empty(), op, "groups", "at least one", sizes.size());
+    check_groups(sizes, static_cast<int64_t>(sizes.size()), M, op, "groups");
+    for (const int64_t size : sizes)
+      check(size % (M / cardinality) == 0 || cardinality == 1, op, "groups", "whole cardinality groups", size);
+    half ? fill(halves) : fill(floats);
+  }
+
+  template <class T>
+  void fill(BottleneckProblem<T>& b) {
+    const auto& [scale1, shift1, conv1, bias1, conv2, bias2, conv3] = tensors;
+    const Ints prefixes = cardinality == 1 ? sizes : Ints();
+    b.C = C, b.M = M, b.C_out = C_out, b.R = R, b.S = S, b.stride = stride, b.cardinality = cardinality;
+    b.sizes = sizes;
+    b.scale1 = dense_or_null<const float>(scale1, op, "scale1", {C});
+    b.shift1 = dense_or_null<const float>(shift1, op, "shift1", {C});
+    check(!b.scale1 == !b.shift1, op, "scale1 and shift1", "both tensors or both None", "one of them");
+    b.bias1 = Tensor(bias1, op, "bias1").dense<const float>({M});
+    b.bias2 = Tensor(bias2, op, "bias2").dense<const float>({M});
+    b.conv1 = packed_weight<T>(conv1, op, "conv1", M, C, 1, 1, {});
+    b.conv2 = packed_weight<T>(conv2, op, "conv2", M, M / cardinality, R, S, prefixes);
+    b.conv3 = packed_weight<T>(conv3, op, "conv3", C_out, M, 1, 1, prefixes);
+  }
+
+  template <class T>
+  void run_as(BottleneckProblem<T> b, const Tensor& x, py::handle out, const py::tuple& route) const {
+    b.x = x.maps<const T>({any_size, C, any_size, any_size});
+    b.B = x.size(0), b.H = x.size(2), b.W = x.size(3);
+    b.out = Tensor(out, op, "out").maps<T>({b.B, C_out, b.Ho(), b.Wo()});
+    b.route = selections_of(route, op, b.B);
+    check(b.route.G == static_cast<int64_t>(sizes.size()), op, "route", "of the block's groups", b.route.G);
+    py::gil_scoped_release unlocked;
+    dynamic_bottleneck(b);
+  }
+
+  void run(py::handle x, py::handle out, const py::tuple& route) const {
+    const Tensor maps(x, op, "x");
+    half ? run_as(halves, maps, out, route) : run_as(floats, maps, out, route);
+  }
+
+  static constexpr char op[] = "dynamic_bottleneck";
+};
+
+}  // namespace
+
+void bind_dynamic_bottleneck(py::module_& m) {
+  py::class_<BottleneckHandle>(m, "BottleneckBlock",
+                               "(C, M, C_out, R, S, stride, cardinality), sizes of the hidden groups, (scale1, shift1, "
+                               "conv1, bias1, conv2, bias2, conv3)")
+      .def(py::init<std::array<int64_t, 7>, Ints, std::array<py::object, 7>>())
+      .def("__call__", &BottleneckHandle::run,
+           "out += branch(x): x [B, C, H, W], out [B, C_out, Ho, Wo], channels-last; a route.");
+}
+
+}  // namespace den_kernels
