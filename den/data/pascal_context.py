@@ -14,6 +14,7 @@ down first where they are larger.
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from den.data.checks import blamed, rows
 from den.data.decode import opened, rgb
+from den.data.mat import check
 from den.data.scenes import MEAN, NOTHING, Scene, SceneSet, checked_target, nearest
 from den.tasks import IGNORE, Task
 
@@ -147,7 +149,9 @@ class PascalScenes:
         from scipy.io import loadmat
 
         with blamed("load_pascal_context", self.root / place, f"hold {key}"):
-            return loadmat(self.root / place, simplify_cells=True)[key]
+            content = (self.root / place).read_bytes()
+            check(content)
+            return loadmat(io.BytesIO(content), simplify_cells=True)[key]
 
     def _pixels(self, place: str, mode: str | None) -> Tensor:  # uint8 [H, W] or [H, W, 3]
         with blamed("load_pascal_context", self.root / place, "be a picture"):
