@@ -13,22 +13,21 @@ SIZES = (64, 64, 128)
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "dtype", "arch", "prologue", "tile"),
+    ("n", "k", "dtype", "arch", "tile"),
     [
-        (256, 256, HALF, 90, False, (128, 128, 64, 8, 3)),
-        (256, 256, HALF, 80, False, (128, 128, 32, 8, 4)),
-        (64, 64, HALF, 90, False, (128, 64, 64, 4, 3)),
-        (64, 64, HALF, 90, True, (128, 64, 32, 4, 3)),  # a step passes through registers
-        (256, 256, FULL, 90, False, (128, 128, 32, 8, 3)),
-        (64, 64, FULL, 80, True, (64, 64, 32, 4, 3)),
-        (10, 3, HALF, 90, False, (128, 16, 16, 4, 3)),  # an instruction has 16 columns and steps of 16
-        (128, 128, HALF, 90, False, (128, 128, 64, 8, 3)),
-        (128, 128, HALF, 100, False, (128, 128, 32, 8, 3)),  # deeper steps spill
-        (256, 128, HALF, 100, False, (128, 128, 64, 8, 3)),
+        (256, 256, HALF, 90, (128, 128, 64, 8, 3)),
+        (256, 256, HALF, 80, (128, 128, 32, 8, 4)),
+        (64, 64, HALF, 90, (128, 64, 64, 4, 3)),
+        (256, 256, FULL, 90, (128, 128, 32, 8, 3)),
+        (64, 64, FULL, 80, (64, 64, 32, 4, 3)),
+        (10, 3, HALF, 90, (128, 16, 16, 4, 3)),  # an instruction has 16 columns and steps of 16
+        (128, 128, HALF, 90, (128, 128, 64, 8, 3)),
+        (128, 128, HALF, 100, (128, 128, 32, 8, 3)),  # deeper steps spill
+        (256, 128, HALF, 100, (128, 128, 64, 8, 3)),
     ],
 )
-def test_tile_of_a_convolution(n, k, dtype, arch, prologue, tile):
-    assert choice.choose_tile(n, k, dtype, arch, prologue)[:5] == tile
+def test_tile_of_a_convolution(n, k, dtype, arch, tile):
+    assert choice.choose_tile(n, k, dtype, arch)[:5] == tile
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -36,7 +35,7 @@ def test_tiles_without_tensor_cores(arch, monkeypatch):
     """Small enough that operands and sums share the registers, and no table is read: it was tuned with TF32."""
     monkeypatch.setattr(choice, "_tuned", lambda *problem: pytest.fail("a tuned tile is asked for"))
     assert choice.choose_tile(256, 256, FULL, arch, ieee=True)[:5] == (64, 64, 16, 8, 2)
-    assert choice.choose_tile(10, 3, FULL, arch, prologue=True, ieee=True)[:5] == (64, 16, 16, 8, 2)
+    assert choice.choose_tile(10, 3, FULL, arch, ieee=True)[:5] == (64, 16, 16, 8, 2)
     dense, elastic = Side(256, ()), Side(256, SIZES)
     assert choice.choose_weight_tile(elastic, dense, FULL, arch, False, ieee=True)[:5] == (32, 64, 64, 4, 5)
 

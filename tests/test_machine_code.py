@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from den_kernels._triton import norm  # noqa: E402
-from den_kernels._triton.convolve import Epilogue, Prologue, convolution_launch  # noqa: E402
+from den_kernels._triton.convolve import Epilogue, convolution_launch  # noqa: E402
 from den_kernels._triton.launch import Launch  # noqa: E402
 from den_kernels._triton.weight_gradient import weight_gradient_launch  # noqa: E402
 
@@ -98,15 +98,15 @@ def a_launch(
     vector = empty(width, dtype=torch.float32)
     if kind.endswith("weight"):
         return weight_gradient_launch(y, x, (3, 3), route, geometry, arch, 132)
-    prologue, epilogue, inference = None, Epilogue(), not kind.endswith("data")
+    epilogue, inference = Epilogue(), not kind.endswith("data")
     if kind == "conv1 block":
-        prologue, epilogue = Prologue(vector, vector), Epilogue(vector, vector, relu=True)
+        epilogue = Epilogue(vector, vector, relu=True)
     elif kind == "conv2 block":
         epilogue = Epilogue(add=True)
     elif kind.endswith("data"):
         x, y = y, x
     block = kind.endswith("block")
-    return convolution_launch(x, weight, y, route, geometry, not inference, block, prologue, epilogue, arch, 132)
+    return convolution_launch(x, weight, y, route, geometry, not inference, block, epilogue, arch, 132)
 
 
 KINDS = ("conv1 block", "conv2 block", "conv1 data", "conv2 data", "conv1 weight", "conv2 weight")
@@ -122,12 +122,12 @@ CASES = [
 def planned_bytes(launch: Launch, kind: str, arch: int) -> int:
     """Shared memory of the stages that are on their way at a time.
 
-    Operands that pass through registers save a stage: before Hopper, behind a prologue, in narrow weight gradients. In
-    all weight gradients two stages go by before a load, because the instance and its pixels are loaded ahead of it.
+    Operands that pass through registers save a stage: before Hopper, and in narrow weight gradients. In all weight
+    gradients two stages go by before a load, because the instance and its pixels are loaded ahead of it.
     """
     a = launch.arguments
     narrow = kind.endswith("weight") and a["BN"] < 64
-    stages = a["num_stages"] - (arch < 90 or kind == "conv1 block" or narrow) - 2 * kind.endswith("weight")
+    stages = a["num_stages"] - (arch < 90 or narrow) - 2 * kind.endswith("weight")
     rungs = [(a["BM"], bn, bk) for bn, bk in zip(a["BNS"], a["BKS"], strict=True)] if "BNS" in a else []
     steps = [(bm + bn) * bk for bm, bn, bk in rungs] or [a["BP"] * (a["BN"] + a["BK"])]
     return stages * max(steps) * a["source"].dtype.itemsize

@@ -68,7 +68,7 @@ def _tuned(kind: str, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile | N
     return Tile(*found) if found else None
 
 
-def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, prologue: bool = False, ieee: bool = False) -> Tile:
+def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, ieee: bool = False) -> Tile:
     """The tile of a convolution that writes up to n channels from up to k; `arch` is 80 for compute capability 8.0.
 
     A tuned one where the table of the architecture has it (table.py), else by rule. With a prologue, or before Hopper
@@ -78,12 +78,12 @@ def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, prologue: bool = 
     """
     if ieee:
         return Tile(64, ceil_power(n, 16, 64), 16, 8, 2, 2)
-    tuned = _tuned("prologue" if prologue else "convolve", n, k, dtype, arch)
+    tuned = _tuned("convolve", n, k, dtype, arch)
     if tuned:
         return tuned
     columns = ceil_power(n, 16, 128)
-    rows, depth = (64 if prologue or columns < 128 else 128, 32) if dtype == torch.float32 else (128, 64)
-    if dtype != torch.float32 and (prologue or (arch < 90 and columns == 128)):
+    rows, depth = (64 if columns < 128 else 128, 32) if dtype == torch.float32 else (128, 64)
+    if dtype != torch.float32 and arch < 90 and columns == 128:
         depth = 32
     if arch >= 100 and columns == 128 and n <= 128:  # ptxas 12.9 spills a few addresses with deeper steps
         depth = 32

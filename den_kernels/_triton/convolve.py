@@ -26,13 +26,6 @@ class Epilogue(NamedTuple):
 PLAIN = Epilogue()
 
 
-class Prologue(NamedTuple):
-    """`relu(source * scale + shift)` on the way in; the padding stays zero."""
-
-    scale: Tensor  # float32 [channels read]
-    shift: Tensor
-
-
 class Selected(NamedTuple):
     """The channels that each instance selected on one side of the GEMM, for a mask."""
 
@@ -103,7 +96,6 @@ def convolution_launch(
     geometry: Geometry,
     transposed: bool,
     skip_empty: bool,
-    prologue: Prologue | None,
     epilogue: Epilogue,
     arch: int,
     multiprocessors: int,
@@ -113,16 +105,13 @@ def convolution_launch(
     sizes = (tuple(geometry.out_sizes), tuple(geometry.in_sizes))
     n, k = (Side(c, s) for c, s in zip((NC, KC), sizes[::-1] if transposed else sizes, strict=True))
     product = precision(source.dtype)
-    tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, prologue is not None, product == "ieee")
+    tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, product == "ieee")
     selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile)
     stride, classes = geometry.stride, geometry.stride[0] * geometry.stride[1] if transposed else 1
     pixels = -(-OH // (stride[0] if transposed else 1)) * -(-OW // (stride[1] if transposed else 1))
     most = _tiles_at_most(shape, B, pixels, classes, tile.rows, route.mask is not None)
     skip = [s // gcd(s, d) if transposed else 1 for s, d in zip(stride, geometry.dilation, strict=True)]
-    pointers: dict[str, Any] = {
-        "bias": epilogue.bias, "scale_out": epilogue.scale,
-        "scale_in": prologue and prologue.scale, "shift_in": prologue and prologue.shift,
-    }  # fmt: skip
+    pointers: dict[str, Any] = {"bias": epilogue.bias, "scale_out": epilogue.scale}
     arguments = dict(
         source=source, weight=weight, out=out, levels=route.levels, order=route.order, offsets=route.offsets,
         B=B, H=H, W=W, OH=OH, OW=OW,
@@ -133,7 +122,7 @@ def convolution_launch(
         DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1], SKIP_H=skip[0], SKIP_W=skip[1], TRANSPOSED=transposed,
         N_WIDTHS=shape.n_widths, K_WIDTHS=shape.k_widths, COLUMNS=shape.columns, RUNG=shape.rung,
         BNS=shape.bns, BKS=shape.bks, EVENS=shape.evens,
-        PROLOGUE=prologue is not None, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
+        BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
         RELU=epilogue.relu, ADD=epilogue.add, SKIP_EMPTY=skip_empty, PRECISION=product, BM=tile.rows,
         num_warps=tile.warps, num_stages=tile.stages,
         **{name: source if tensor is None else tensor for name, tensor in pointers.items()}, **selection,
@@ -150,7 +139,6 @@ def convolve(
     *,
     transposed: bool = False,  # source is the gradient of the output, out that of the input
     skip_empty: bool = False,  # leave instances at level 0 alone where out is not elastic
-    prologue: Prologue | None = None,
     epilogue: Epilogue = PLAIN,
 ) -> None:
     """Convolve each instance over the channel groups that it selected, in one launch; the host waits for nothing."""
@@ -158,7 +146,7 @@ def convolve(
         return
     check_pixels(source, out)
     launch = convolution_launch(
-        channels_last(source), channels_last(weight), out, route, geometry, transposed, skip_empty, prologue, epilogue,
+        channels_last(source), channels_last(weight), out, route, geometry, transposed, skip_empty, epilogue,
         *architecture(source.device),
     )  # fmt: skip
     launch.run(source)

@@ -1,8 +1,9 @@
-"""The residual block on a GPU as two launches of the convolution kernel.
+"""The residual block on a GPU as launches of the convolution kernel.
 
-The first reads the stream, through bn1 and ReLU where they stand before it, and writes the selected hidden channels
-through the next norm and ReLU; the second reads those and adds to the stream, with a ReLU behind where the block has
-one. Neither touches an instance at level 0, and no hidden channel is cleared.
+The first convolution reads the activated stream, relu(bn1(x)) where the block has these, which a pass over the instances
+above level 0 wrote, and writes the selected hidden channels through the next norm and ReLU; the second reads those and
+adds to the stream, with a ReLU behind where the block has one. None of them touches an instance at level 0, and no
+hidden channel is cleared.
 """
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from .._conv_cpu import Geometry
 from ..plan import Route
 from ..residual_weights import ResidualWeights
-from .convolve import Epilogue, Prologue, convolve
+from .convolve import Epilogue, convolve
+from .norm import activate
 
 
 def add_branch(
@@ -24,15 +26,14 @@ def add_branch(
     R, S = weights.conv1.shape[2:]
     first = Geometry((weights.stride,) * 2, (R // 2, S // 2), (1, 1), 1, weights.groups, ())
     second = Geometry((1, 1), tuple(side // 2 for side in weights.conv2.shape[2:]), (1, 1), 1, (), weights.groups)
-    prologue = None
+    activated = x
     if weights.scale1 is not None and weights.shift1 is not None:
-        prologue = Prologue(weights.scale1, weights.shift1)
+        activated = activate(x, route.levels, weights.scale1, weights.shift1)
     shape = first.out_shape(x, weights.conv1)
     hidden = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     convolve(
-        x, weights.conv1, hidden, route, first, prologue=prologue,
-        epilogue=Epilogue(weights.bias1, weights.scale2, relu=True),
-    )  # fmt: skip
+        activated, weights.conv1, hidden, route, first, epilogue=Epilogue(weights.bias1, weights.scale2, relu=True)
+    )
     convolve(
         hidden, weights.conv2, out, route, second, skip_empty=True,
         epilogue=Epilogue(weights.bias2, add=True, relu=weights.relu),

@@ -2,10 +2,10 @@
 
 One file an architecture, tables/sm_<arch>.json:
 
-    {"format": 1, "arch": 90, "gpu": "NVIDIA H200", "triton": "3.6.0", "tiles": [
+    {"format": 2, "arch": 90, "gpu": "NVIDIA H200", "triton": "3.6.0", "tiles": [
     {"dtype": "bfloat16", "k": 64, "kind": "convolve", "n": 64, "tile": [128, 64, 64, 4, 3, 2]}, ...]}
 
-kind: "convolve", "prologue" (a convolution with one), "weight" (the gradient of a weight under levels).
+kind: "convolve", "weight" (the gradient of a weight under levels).
 n, k: channels written and read, rounded up to a power of two from 16 to 512. Never a count of instances or tiles.
 tile: the fields of `choice.Tile`.
 
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = Path(__file__).parent / "tables"
-KINDS = ("convolve", "prologue", "weight")
+KINDS = ("convolve", "weight")
 WIDTHS = tuple(2**i for i in range(4, 10))
 
 Key = tuple[str, int, int, str]
