@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import choice, table
+from ._triton import choice, rules, table
 from ._triton.choice import Side, Tile
 from ._triton.clock import median_seconds
 from ._triton.launch import architecture
@@ -215,7 +215,7 @@ def tune(
         entries.pop(problem.key, None)
         if found.tile != found.rule:
             entries[problem.key] = tuple(found.tile)
-        write(table.render(entries, arch, gpu, table.triton_version()), table.file_of(arch, folder))
+        write(table.render(entries, arch, gpu, rules.installed()), table.file_of(arch, folder))
     return results
 
 

@@ -140,6 +140,8 @@ def run_block(block: nn.Module, shape: BlockShape, dtype: torch.dtype, masked: b
     if len(block.layers()) == 2:
         weights = ResidualWeights.fold(block.conv1, block.bn1, block.conv2, block.bn2)
         residual.add_branch(stream, x, route, weights)
+        if block.bn1 is not None and x.shape == stream.shape:  # and what it writes where another such block follows
+            residual.add_branch(stream, x, route, weights, following=residual.Next(weights, route))
 
 
 def launches_of(network: str, dtype: torch.dtype, arch: int, masked: bool = False) -> list[Launch]:

@@ -21,7 +21,7 @@ _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _WRITES_NO_REGISTER = re.compile(
     r"[A-Z]*SETP|FCHK|R2P|BAR|WARPSYNC|NANOSLEEP|B[RS]\w*|CALL|RET|EXIT|YIELD|NOP|WARPGROUP|DEPBAR|LDGSTS|CCTL|MEMBAR"
 )
-_OUT_OF_LINE = ("BRX", "BRXU", "JMX", "JMP", "RET")  # where these lead the walk does not see
+_OUT_OF_LINE = ("BRX", "BRXU", "JMX", "JMP")  # where these lead the walk does not see
 
 
 class Instruction(NamedTuple):
@@ -128,7 +128,7 @@ def _next(
         raise ValueError(f"find: the listing must branch to labels only, got {instruction}")
     if base == "CALL" and any(groups):
         raise ValueError(f"find: no subroutine must be called while a product is in flight, got {instruction}")
-    if base == "EXIT":
+    if base in ("EXIT", "RET"):
         return [] if always else [i + 1]
     if base == "BRA":
         target = labels[_TARGET.search(instruction.operands)[1]]

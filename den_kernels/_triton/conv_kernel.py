@@ -155,21 +155,36 @@ def _multiply(
 
 @triton.jit
 def _store(
-    acc, out, bias, scale_out, at, live, n, n_ok,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
+    acc, out, bias, scale_out, following, scale_next, shift_next, levels_next, at, instance, live, idle, n, n_ok,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
-    """out = relu(out + acc * scale_out + bias), of which every part may be left out."""
+    """out = relu(out + acc * scale_out + bias), of which every part may be left out.
+
+    NEXT: following = relu(out * scale_next + shift_next) as well, for the instances with a level in levels_next. The
+    instances of an `idle` tile are there for that alone: out stays as it is.
+    """
     if SCALE:
         acc *= tl.load(scale_out + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    pointers = out + at[:, None] + n[None, :]
+    place = at[:, None] + n[None, :]
     ok = live[:, None] & n_ok[None, :]
+    if NEXT:
+        acc = tl.where(idle != 0, 0.0, acc)
     if ADD:
-        acc += tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+        acc += tl.load(out + place, mask=ok, other=0.0).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=ok)
+    value = acc.to(out.dtype.element_ty)
+    if NEXT:
+        tl.store(out + place, value, mask=ok & (idle == 0))
+        used = tl.load(levels_next + instance, mask=live, other=0) > 0
+        factor = tl.load(scale_next + n, mask=n_ok, other=0.0)[None, :]
+        offset = tl.load(shift_next + n, mask=n_ok, other=0.0)[None, :]
+        acc = tl.maximum(value.to(tl.float32) * factor + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(following + place, acc.to(out.dtype.element_ty), mask=ok & used[:, None])
+    else:
+        tl.store(out + place, value, mask=ok)
 
 
 @triton.jit
@@ -178,6 +193,7 @@ def convolve_kernel(
     weight,  # [out channels, R, S, in channels / CARDINALITY]
     out,  # [B, OH, OW, NC], strides out_b, out_h, out_w, 1
     bias, scale_out,  # per channel
+    following, scale_next, shift_next, levels_next,  # a second output with out's strides, its affine map, its route
     levels, order, offsets,  # of the route; with masks the offsets are not read
     units_n, counts_n, bits_n, units_k, counts_k, bits_k,  # of masks: [B, units], [B], [B, channels] on each side
     B, H, W, OH, OW, source_b, source_h, source_w, out_b, out_h, out_w,
@@ -189,7 +205,7 @@ def convolve_kernel(
     BNS: tl.constexpr, BKS: tl.constexpr, EVENS: tl.constexpr,  # of each rung
     MASKED: tl.constexpr, N_MASK: tl.constexpr, K_MASK: tl.constexpr, SKIP_EMPTY: tl.constexpr,
     BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr,
+    NEXT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     CLASSES: tl.constexpr = STRIDE_H * STRIDE_W if TRANSPOSED else 1
     GRID_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
@@ -261,4 +277,10 @@ def convolve_kernel(
                         NC, KC, CARDINALITY, R, S, STEP_H, STEP_W, SKIP_H, SKIP_W, TRANSPOSED,
                         K_MASK, EVENS[r], PRECISION, BM, BN, BK,
                     )  # fmt: skip
-                    _store(acc, out, bias, scale_out, at, live, n, n_ok, BIAS, SCALE, ADD, RELU)
+                    idle = 0
+                    if NEXT:
+                        idle = (tl.load(levels + place) == 0).to(tl.int32) if MASKED else (k_width == 0).to(tl.int32)
+                    _store(
+                        acc, out, bias, scale_out, following, scale_next, shift_next, levels_next,
+                        at, instance, live, idle, n, n_ok, BIAS, SCALE, ADD, RELU, NEXT,
+                    )  # fmt: skip

@@ -14,6 +14,15 @@ from .conv_kernel import convolve_kernel
 from .launch import Launch, architecture
 
 
+class Following(NamedTuple):
+    """A second output: `relu(out * scale + shift)` of the instances that the next block uses, which it reads."""
+
+    map: Tensor  # as out, with its strides
+    scale: Tensor  # float32 [channels written]
+    shift: Tensor  # float32 [channels written]
+    levels: Tensor  # int32 [B] of the next block
+
+
 class Epilogue(NamedTuple):
     """What happens to the sums before they are written: `relu(there + sum * scale + bias)`, what there is of it."""
 
@@ -21,6 +30,7 @@ class Epilogue(NamedTuple):
     scale: Tensor | None = None  # float32 [channels written]
     add: bool = False  # to what is there
     relu: bool = False
+    following: Following | None = None  # of the sum, for instances at level 0 too
 
 
 PLAIN = Epilogue()
@@ -106,12 +116,17 @@ def convolution_launch(
     n, k = (Side(c, s) for c, s in zip((NC, KC), sizes[::-1] if transposed else sizes, strict=True))
     product = precision(source.dtype)
     tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, product == "ieee")
+    after = epilogue.following
+    skip_empty = skip_empty and after is None
     selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile)
     stride, classes = geometry.stride, geometry.stride[0] * geometry.stride[1] if transposed else 1
     pixels = -(-OH // (stride[0] if transposed else 1)) * -(-OW // (stride[1] if transposed else 1))
     most = _tiles_at_most(shape, B, pixels, classes, tile.rows, route.mask is not None)
     skip = [s // gcd(s, d) if transposed else 1 for s, d in zip(stride, geometry.dilation, strict=True)]
-    pointers: dict[str, Any] = {"bias": epilogue.bias, "scale_out": epilogue.scale}
+    pointers: dict[str, Any] = {
+        "bias": epilogue.bias, "scale_out": epilogue.scale, "following": after and after.map,
+        "scale_next": after and after.scale, "shift_next": after and after.shift, "levels_next": after and after.levels,
+    }  # fmt: skip
     arguments = dict(
         source=source, weight=weight, out=out, levels=route.levels, order=route.order, offsets=route.offsets,
         B=B, H=H, W=W, OH=OH, OW=OW,
@@ -123,8 +138,8 @@ def convolution_launch(
         N_WIDTHS=shape.n_widths, K_WIDTHS=shape.k_widths, COLUMNS=shape.columns, RUNG=shape.rung,
         BNS=shape.bns, BKS=shape.bks, EVENS=shape.evens,
         BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
-        RELU=epilogue.relu, ADD=epilogue.add, SKIP_EMPTY=skip_empty, PRECISION=product, BM=tile.rows,
-        num_warps=tile.warps, num_stages=tile.stages,
+        RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None, SKIP_EMPTY=skip_empty,
+        PRECISION=product, BM=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
         **{name: source if tensor is None else tensor for name, tensor in pointers.items()}, **selection,
     )  # fmt: skip
     return Launch(convolve_kernel, min(most, tile.programs * multiprocessors), arguments)

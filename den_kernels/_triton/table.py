@@ -7,10 +7,10 @@ One file an architecture, tables/sm_<arch>.json:
 
 kind: "convolve", "weight" (the gradient of a weight under levels).
 n, k: channels written and read, rounded up to a power of two from 16 to 512. Never a count of instances or tiles.
-tile: the fields of `choice.Tile`.
+tile: the fields of `rules.Tile`.
 
 A table of another format, or that another version of Triton was tuned with, is ignored with one warning: launches then
-follow the rules of choice.py, as they do where there is no table or no entry.
+follow the rules (rules.py), as they do where there is no table or no entry.
 """
 
 import json
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import rules
 
 FORMAT = 2
 FOLDER = Path(__file__).parent / "tables"
@@ -50,16 +52,10 @@ def tiles(arch: int) -> dict[Key, Fields]:
     if not path.exists():
         return {}
     try:
-        return parse(path.read_text(), arch, triton_version())
+        return parse(path.read_text(), arch, rules.installed())
     except (OSError, ValueError) as error:
         warnings.warn(f"den_kernels: {path.name} is ignored, launches follow the rules: {error}", stacklevel=2)
         return {}
-
-
-def triton_version() -> str:
-    import triton
-
-    return str(triton.__version__)
 
 
 def _release(version: str) -> list[str]:

@@ -93,9 +93,7 @@ class Run:
         where = architecture(self.x.device)
         if self.problem.kind == "weight":
             return weight_gradient_launch(self.grad, self.x, (3, 3), self.route, self.geometry, *where)
-        return convolution_launch(
-            self.x, self.weight, self.out, self.route, self.geometry, False, False, PLAIN, *where
-        )
+        return convolution_launch(self.x, self.weight, self.out, self.route, self.geometry, False, False, PLAIN, *where)
 
     def bits(self) -> Tensor:
         """A fresh copy of the result, 0 where nothing is written."""

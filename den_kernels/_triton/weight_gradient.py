@@ -72,8 +72,8 @@ def weight_gradient_launch(
     splits = choice.choose_splits(tiles, B * OH * OW, tile, multiprocessors)
     partial = torch.empty(splits, NC, R, S, KC // geometry.groups, dtype=torch.float32, device=grad.device)
     arguments: dict[str, Any] = dict(
-        grad=grad, source=source, partial=partial, levels=route.levels,
-        B=B, H=H, W=W, OH=OH, OW=OW, grad_b=grad.stride(0), grad_h=grad.stride(2), grad_w=grad.stride(3),
+        grad=grad, source=source, partial=partial, B=B, H=H, W=W, OH=OH, OW=OW,
+        grad_b=grad.stride(0), grad_h=grad.stride(2), grad_w=grad.stride(3),
         source_b=source.stride(0), source_h=source.stride(2), source_w=source.stride(3),
         NC=NC, KC=KC, CARDINALITY=geometry.groups, R=R, S=S, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],
         PAD_H=geometry.padding[0], PAD_W=geometry.padding[1], DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1],
