@@ -144,12 +144,20 @@ def run_block(block: nn.Module, shape: BlockShape, dtype: torch.dtype, masked: b
             residual.add_branch(stream, x, route, weights, following=residual.Next(weights, route))
 
 
-def launches_of(network: str, dtype: torch.dtype, arch: int, masked: bool = False) -> list[Launch]:
-    """Every launch of a network's blocks (training and inference, BATCH images of 32 x 32), each kernel once."""
+def block_kinds(network: str) -> tuple[BlockShape, ...]:
+    """The different blocks of a network on maps of 32 x 32, in order."""
     backbone = BACKBONES[network]
-    kinds = dict.fromkeys(backbone.shapes(backbone.stages, backbone.stem, 32))
+    return tuple(dict.fromkeys(backbone.shapes(backbone.stages, backbone.stem, 32)))
+
+
+def launches_of(
+    network: str, dtype: torch.dtype, arch: int, masked: bool = False, only: int | None = None
+) -> list[Launch]:
+    """Every launch of a network's blocks, or of one kind of them, in training and inference, each kernel once."""
     with Caught(arch) as caught:
-        for i, shape in enumerate(kinds):
+        for i, shape in enumerate(block_kinds(network)):
+            if only is not None and i != only:
+                continue
             block = shape.build(4, first=i == 0).to(META, memory_format=torch.channels_last).eval()
             for module in block.modules():
                 if isinstance(module, nn.Conv2d):

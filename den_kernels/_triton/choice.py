@@ -91,6 +91,8 @@ def shape_of_levels(n: Side, k: Side, groups: int, cardinality: int, skip_empty:
     chosen = []
     for n_width, k_width in zip(n_widths, k_widths, strict=True):
         rung = ceil_power(n_width, 16, tile.columns), ceil_power(k_width, 16, tile.depth)
+        if k_width == 0 and rungs:  # takes no step
+            rung = rungs[-1]
         if rung not in rungs and len(rungs) < 3:
             rungs.append(rung)
         chosen.append(rungs.index(rung) if rung in rungs else len(rungs) - 1)

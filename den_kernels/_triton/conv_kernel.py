@@ -178,11 +178,11 @@ def _store(
     value = acc.to(out.dtype.element_ty)
     if NEXT:
         tl.store(out + place, value, mask=ok & (idle == 0))
-        used = tl.load(levels_next + instance, mask=live, other=0) > 0
         factor = tl.load(scale_next + n, mask=n_ok, other=0.0)[None, :]
         offset = tl.load(shift_next + n, mask=n_ok, other=0.0)[None, :]
         acc = tl.maximum(value.to(tl.float32) * factor + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(following + place, acc.to(out.dtype.element_ty), mask=ok & used[:, None])
+        used = (tl.load(levels_next + instance, mask=live, other=0) > 0)[:, None] & n_ok[None, :]
+        tl.store(following + place, acc.to(out.dtype.element_ty), mask=used)
     else:
         tl.store(out + place, value, mask=ok)
 

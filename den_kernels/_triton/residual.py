@@ -53,17 +53,18 @@ def add_branch(
         activated, weights.conv1, hidden, route, first, epilogue=Epilogue(weights.bias1, weights.scale2, relu=True)
     )
     after = None if following is None else _after(out, following)
+    fused = after if out.dtype != torch.float32 else None  # its elements leave no registers for a second output
     convolve(
         hidden, weights.conv2, out, route, second, skip_empty=True,
-        epilogue=Epilogue(weights.bias2, add=True, relu=weights.relu, following=after),
+        epilogue=Epilogue(weights.bias2, add=True, relu=weights.relu, following=fused),
     )  # fmt: skip
-    return after and after.map
+    if after is None or fused is not None:
+        return after and after.map
+    return activate(out, after.levels, after.scale, after.shift)
 
 
 def _after(out: Tensor, following: Next) -> Following | None:
     scale, shift = following.weights.scale1, following.weights.shift1
-    return (
-        None
-        if scale is None or shift is None
-        else Following(torch.empty_like(out), scale, shift, following.route.levels)
-    )
+    if scale is None or shift is None:
+        return None
+    return Following(torch.empty_like(out), scale, shift, following.route.levels)
