@@ -29,9 +29,10 @@ from typing import NamedTuple
 import torch
 
 from ._triton import choice, rules, table
-from ._triton.choice import Side, Tile
+from ._triton.choice import Side
 from ._triton.clock import median_seconds
 from ._triton.launch import architecture
+from ._triton.rules import Tile
 from ._triton.trial import Problem, Run, problems, ragged, runs
 
 VALUES = {

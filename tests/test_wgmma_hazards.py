@@ -20,6 +20,7 @@ def listing(*lines: str) -> str:
 
 
 A_IN_REGISTERS = "HGMMA.64x32x16.F32.BF16 R24, R60, gdesc[UR8], R24, gsb0"
+GROUP_OPENS = "HGMMA.64x32x16.F32.BF16 R40, R56, gdesc[UR8], R40"
 A_IN_SHARED = "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
 WAIT_ALL, ONE_MAY_RUN = (f"WARPGROUP.DEPBAR.LE gsb0, 0x{left}" for left in (0, 1))
 
@@ -37,7 +38,7 @@ WAIT_ALL, ONE_MAY_RUN = (f"WARPGROUP.DEPBAR.LE gsb0, 0x{left}" for left in (0, 1
         ([A_IN_SHARED, "FADD R9, R24, R25", WAIT_ALL], [("sums", "0010")]),
         ([A_IN_SHARED, WAIT_ALL, "FADD R9, R24, R25"], []),
         ([A_IN_REGISTERS, ONE_MAY_RUN, "MOV R60, RZ"], [("A", "0020")]),
-        (["HGMMA.64x32x16.F32.BF16 R40, R56, gdesc[UR8], R40", A_IN_REGISTERS, ONE_MAY_RUN, "MOV R56, RZ"], [("A", "0030")]),
+        ([GROUP_OPENS, A_IN_REGISTERS, ONE_MAY_RUN, "MOV R56, RZ"], [("A", "0030")]),
         ([A_IN_REGISTERS, "HGMMA.64x32x16.F32.BF16 R24, R64, gdesc[UR8], R24, gsb0", ONE_MAY_RUN, "MOV R60, RZ"], []),
         ([A_IN_REGISTERS, "@P0 BRA `(.L_x_0)", WAIT_ALL, ".L_x_0:", "MOV R60, RZ"], [("A", "0030")]),  # one path waits
         ([A_IN_REGISTERS, "@P0 EXIT", "BRA `(.L_x_0)", "MOV R60, RZ", ".L_x_0:", WAIT_ALL, "MOV R60, RZ"], []),

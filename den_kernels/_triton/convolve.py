@@ -9,9 +9,10 @@ from torch import Tensor
 from .._conv_cpu import Geometry
 from ..plan import Route, channels_of
 from . import choice
-from .choice import Shape, Side, Tile
+from .choice import Shape, Side
 from .conv_kernel import convolve_kernel
 from .launch import Launch, architecture
+from .rules import Tile
 
 
 class Following(NamedTuple):

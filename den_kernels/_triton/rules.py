@@ -54,7 +54,9 @@ _3_6: Rules = {
     ("weight", 100, "tf32"): {ANY: Tile(32, 128, 128, 4, 5, 2)},
     ("weight", 100, "ieee"): {ANY: Tile(32, 64, 64, 4, 5, 2)},
 }
-RULES: dict[tuple[int, int], Rules] = {(3, 6): _3_6, (3, 7): _3_6, (3, 8): _3_6}
+_3_7 = _3_6 | {("convolve", 80, "half"): {64: Tile(128, 64, 32, 4, 4, 2), ANY: Tile(64, 128, 32, 4, 4, 2)}}
+_3_8 = _3_7 | {("convolve", 100, "tf32"): {ANY: Tile(128, 64, 32, 4, 3, 2)}}
+RULES: dict[tuple[int, int], Rules] = {(3, 6): _3_6, (3, 7): _3_7, (3, 8): _3_8}
 
 
 def numbers_of(dtype: torch.dtype, ieee: bool) -> str:
@@ -98,6 +100,4 @@ def describe(version: str | None = None) -> str:
     release = ".".join(map(str, release_of(version)))
     if version.split(".")[:2] == release.split("."):
         return f"launch rules of Triton {release}"
-    return (
-        f"launch rules of Triton {release}, the newest known: none were made for Triton {version or 'as it is absent'}"
-    )
+    return f"launch rules of Triton {release}, the newest known: there are none for {version or 'an absent Triton'}"

@@ -8,9 +8,10 @@ from torch import Tensor
 from .._conv_cpu import Geometry
 from ..plan import Route, channels_of
 from . import choice
-from .choice import Side, Tile
+from .choice import Side
 from .convolve import channels_last, check_pixels, precision
 from .launch import Launch, architecture
+from .rules import Tile
 from .weight_gradient_kernel import weight_gradient_kernel
 
 

@@ -15,7 +15,7 @@ from den_kernels import tune
 from den_kernels._conv_cpu import Geometry
 from den_kernels._triton import dynamic_conv as kernels
 from den_kernels._triton import rules, table
-from den_kernels._triton.choice import Tile
+from den_kernels._triton.rules import Tile
 from den_kernels._triton.trial import Problem, even_mix, ragged, runs
 from den_kernels.plan import as_route
 from den_kernels.testing import ConvProblem
