@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Looks at the machine code of WRN-32-4's launches as other releases of Triton compile them; each given version of Triton
-# is laid over the installed packages for its run. What is compiled once is kept in a cache folder of each version.
+# Looks at the machine code of WRN-32-4's launches (bfloat16 on every kind of chip, TF32 on Hopper) as other releases of
+# Triton compile them; each given version is laid over the installed packages for its run.
 #
 #   scripts/machine_code.sh 3.7.1 3.8.0
-#   FILTER="wrn32_4 and bf16" scripts/machine_code.sh 3.8.0      another choice of tests (pytest -k)
+#   FILTER=wrn32_4 scripts/machine_code.sh 3.8.0                 another choice of tests (pytest -k): masks and IEEE too
 #   FOLDER=~/tritons scripts/machine_code.sh 3.8.0               keeps versions and caches there, for the next time
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: scripts/machine_code.sh VERSION..." >&2; exit 2; }
@@ -22,5 +22,5 @@ for version; do
   echo "Triton $version"
   TRITON_CACHE_DIR=$FOLDER/cache-$version PYTHONPATH=$place:$PWD${PYTHONPATH:+:$PYTHONPATH} \
     python -m pytest tests/test_machine_code.py tests/test_wgmma_hazards.py -q -p no:cacheprovider -n "$workers" \
-    -k "${FILTER:-wrn32_4 or hazard}"
+    -k "${FILTER:-hazard or (wrn32_4 and levels and (bf16 or (tf32 and sm_90)))}"
 done
