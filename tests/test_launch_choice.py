@@ -90,10 +90,10 @@ def test_an_unknown_triton_takes_the_newest_rules_and_says_so(version, release, 
 
 def test_launches_follow_the_installed_triton(monkeypatch):
     tiles = {}
-    for version in ("3.6.0", "3.7.1"):
+    for version in ("3.6.0", "3.8.0"):
         monkeypatch.setattr(rules, "installed", lambda version=version: version)
-        tiles[version] = choice.choose_tile(64, 64, HALF, 80)
-    assert tiles["3.6.0"] != tiles["3.7.1"]
+        tiles[version] = choice.choose_tile(64, 64, FULL, 100)
+    assert tiles["3.6.0"] != tiles["3.8.0"]
 
 
 def test_a_level_that_reads_nothing_needs_no_tile_of_its_own():
