@@ -47,8 +47,8 @@ def test_cards_between_take_the_rules_of_their_kind(arch, like):
 def test_tiles_without_tensor_cores(arch, monkeypatch):
     """Small enough that operands and sums share the registers, and no table is read: it was tuned with TF32."""
     monkeypatch.setattr(choice, "_tuned", lambda *problem: pytest.fail("a tuned tile is asked for"))
-    assert choice.choose_tile(256, 256, FULL, arch, ieee=True)[:5] == (64, 64, 16, 4, 3)
-    assert choice.choose_tile(10, 3, FULL, arch, ieee=True)[:5] == (64, 16, 16, 4, 3)
+    assert choice.choose_tile(256, 256, FULL, arch, ieee=True)[:5] == (32, 64, 16, 4, 3)
+    assert choice.choose_tile(10, 3, FULL, arch, ieee=True)[:5] == (32, 16, 16, 4, 3)
     dense, elastic = Side(256, ()), Side(256, SIZES)
     assert choice.choose_weight_tile(elastic, dense, FULL, arch, False, ieee=True)[:5] == (32, 64, 64, 4, 5)
 

@@ -54,12 +54,14 @@ def cases() -> list:
 def planned_bytes(launch: Launch, arch: int) -> int:
     """Shared memory of the steps that are on their way at a time.
 
-    Before Hopper a step is on its way in registers. In a weight gradient two stages go by before a load, because the
-    instance is loaded ahead of it; a narrow one takes the instruction of a warp, whose operands pass through registers.
+    Before Hopper, and without tensor cores, a step is on its way in registers. In a weight gradient two stages go by
+    before a load, because the instance is loaded ahead of it; a narrow one takes the instruction of a warp, whose
+    operands pass through registers.
     """
     a = launch.arguments
     weight = "BP" in a
-    stages = a["num_stages"] - (arch < 90 or (weight and a["BN"] < 64)) - 2 * weight
+    ieee = a["PRECISION"] == "ieee" and a["source"].dtype == torch.float32
+    stages = a["num_stages"] - (arch < 90 or ieee or (weight and a["BN"] < 64)) - 2 * weight
     rungs = [(a["BM"] + bn) * bk for bn, bk in zip(a["BNS"], a["BKS"], strict=True)] if "BNS" in a else []
     return stages * max(rungs or [a["BP"] * (a["BN"] + a["BK"])]) * a["source"].dtype.itemsize
 

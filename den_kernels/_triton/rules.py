@@ -37,13 +37,13 @@ ANY = 1 << 30
 _3_6: Rules = {
     ("convolve", 80, "half"): {64: Tile(64, 64, 64, 4, 3, 2), ANY: Tile(64, 128, 32, 4, 4, 2)},
     ("convolve", 80, "tf32"): {ANY: Tile(64, 64, 32, 4, 3, 2)},
-    ("convolve", 80, "ieee"): {ANY: Tile(64, 64, 16, 4, 3, 2)},
+    ("convolve", 80, "ieee"): {ANY: Tile(32, 64, 16, 4, 3, 2)},
     ("convolve", 90, "half"): {64: Tile(128, 64, 64, 4, 3, 2), ANY: Tile(64, 128, 64, 4, 4, 2)},
     ("convolve", 90, "tf32"): {64: Tile(64, 64, 32, 4, 3, 2), ANY: Tile(64, 128, 32, 4, 4, 2)},
-    ("convolve", 90, "ieee"): {ANY: Tile(64, 64, 16, 4, 3, 2)},
+    ("convolve", 90, "ieee"): {ANY: Tile(32, 64, 16, 4, 3, 2)},
     ("convolve", 100, "half"): {64: Tile(128, 64, 32, 4, 4, 2), ANY: Tile(128, 64, 64, 4, 3, 2)},
     ("convolve", 100, "tf32"): {ANY: Tile(64, 64, 32, 4, 3, 2)},
-    ("convolve", 100, "ieee"): {ANY: Tile(64, 64, 16, 4, 3, 2)},
+    ("convolve", 100, "ieee"): {ANY: Tile(32, 64, 16, 4, 3, 2)},
     ("weight", 80, "half"): {ANY: Tile(64, 128, 128, 4, 5, 2)},
     ("weight", 80, "tf32"): {ANY: Tile(32, 128, 128, 4, 5, 2)},
     ("weight", 80, "ieee"): {ANY: Tile(32, 64, 64, 4, 5, 2)},
@@ -54,9 +54,12 @@ _3_6: Rules = {
     ("weight", 100, "tf32"): {ANY: Tile(32, 128, 128, 4, 5, 2)},
     ("weight", 100, "ieee"): {ANY: Tile(32, 64, 64, 4, 5, 2)},
 }
-_3_7 = _3_6 | {("weight", 100, "half"): {ANY: Tile(128, 64, 64, 4, 5, 2)}}
-_3_8 = _3_7 | {
-    ("convolve", 100, "tf32"): {ANY: Tile(128, 64, 32, 4, 3, 2)},
+_3_7 = _3_6 | {
+    ("weight", 100, "half"): {ANY: Tile(128, 64, 64, 4, 5, 2)},
+    ("weight", 100, "tf32"): {ANY: Tile(64, 64, 64, 4, 5, 2)},
+}
+_3_8 = _3_6 | {
+    ("convolve", 100, "tf32"): {64: Tile(64, 64, 32, 4, 4, 2), ANY: Tile(128, 64, 32, 4, 3, 2)},
     ("weight", 100, "half"): {ANY: Tile(128, 64, 64, 4, 4, 2)},
 }
 RULES: dict[tuple[int, int], Rules] = {(3, 6): _3_6, (3, 7): _3_7, (3, 8): _3_8}
