@@ -111,7 +111,7 @@ def apply_launch(
     x: Tensor, y: Tensor, selection: Tensor, affine: Affine, groups: Sequence[int], multiprocessors: int
 ) -> Launch:
     """Of `apply_kernel`."""
-    launch = _walk(apply_kernel, x, selection, groups, 8192, multiprocessors)
+    launch = _walk(apply_kernel, x, selection, groups, 4096, multiprocessors)
     return launch.extended(_affine(x, affine) | {"y": y})
 
 
