@@ -62,8 +62,11 @@ def planned_bytes(launch: Launch, arch: int) -> int:
     weight = "BP" in a
     ieee = a["PRECISION"] == "ieee" and a["source"].dtype == torch.float32
     stages = a["num_stages"] - (arch < 90 or ieee or (weight and a["BN"] < 64)) - 2 * weight
-    rungs = [(a["BM"] + bn) * bk for bn, bk in zip(a["BNS"], a["BKS"], strict=True)] if "BNS" in a else []
-    return stages * max(rungs or [a["BP"] * (a["BN"] + a["BK"])]) * a["source"].dtype.itemsize
+    if weight:
+        return stages * a["BP"] * (a["BN"] + a["BK"]) * a["source"].dtype.itemsize
+    steps = a["R"] * a["S"] * -(-a["KC"] // a["CARDINALITY"] // max(a["BKS"]))  # of the longest loop
+    widest = max((a["BM"] + bn) * bk for bn, bk in zip(a["BNS"], a["BKS"], strict=True))
+    return min(stages, steps) * widest * a["source"].dtype.itemsize
 
 
 def assert_sound(code: Code, arch: int) -> None:

@@ -98,9 +98,9 @@ def test_a_tile_is_scored_through_the_launchers(monkeypatch):
 def test_the_tuning_step_writes_a_table(monkeypatch, tmp_path):
     times = (0.9**i for i in range(1000))  # every tile faster than the one before
     monkeypatch.setattr(tune, "median_seconds", lambda call, device: next(times))
-    monkeypatch.setattr(tune, "VALUES", {"rows": (64,), "programs": (2,)})
+    monkeypatch.setattr(tune, "VALUES", {"rows": (128,), "programs": (2,)})
     row = gpu_tuning.tune(TINY, tmp_path)
     table.tiles.cache_clear()
     assert row["searched"] == row["problems"] == 1
     kept = table.parse(Path(row["table"]).read_text(), 80, rules.installed())
-    assert kept == {("convolve", 16, 16, "bfloat16"): (64, 16, 16, 4, 3, 2)}
+    assert kept == {("convolve", 16, 16, "bfloat16"): (128, 16, 16, 4, 3, 2)}
