@@ -21,6 +21,7 @@ from den_kernels.info import describe
 
 from . import gpu_clock
 from .gpu_worker import Check, Context, Unavailable
+from .precision import float32_products
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -139,13 +140,9 @@ def rate(name: str) -> Any:
     def measure(context: Context) -> dict[str, Any]:
         size = context.size(8192, 64)
         dtype, tf32 = gpu_clock.RATES[name]
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        try:
-            a, b = (torch.randn(size, size, device=context.place).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=context.place).to(dtype) for _ in range(2))
+        with float32_products(tf32):
             return {"rate": 2 * size**3 / best_of(lambda: a @ b, context)}
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
 
     return measure
 

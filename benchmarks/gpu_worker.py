@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 BATCH = 77  # odd, and more than half of the multiprocessors of any GPU here: fewer instances get no fused kernel
+PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute")
 DEAD = 3  # exit status: the device answers nothing in this process any more
 
 
@@ -71,6 +73,16 @@ def synchronize(context: Context) -> None:
     """Wait for the device, where there is one to wait for."""
     if context.is_cuda:
         torch.cuda.synchronize()
+
+
+def find_program(name: str, context: Context) -> str:
+    """The path of a tool of the CUDA toolkit. Raises Unavailable where it, or a GPU, is missing."""
+    if not context.is_cuda:
+        raise Unavailable("a CUDA device is needed")
+    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES]))
+    if found is None:
+        raise Unavailable(f"{name} is not installed")
+    return found
 
 
 def outcome(check: Check, context: Context) -> dict[str, Any]:

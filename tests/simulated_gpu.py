@@ -199,7 +199,7 @@ def simulated(monkeypatch: Any) -> Iterator[None]:
         "get_device_capability": lambda device=None: (9, 0), "CUDAGraph": Graph, "graph": capturing, "Event": Event,
         "Stream": Stream, "current_stream": lambda device=None: Stream.current, "stream": on,
         "is_current_stream_capturing": lambda: bool(Device.current and Device.current.recording is not None),
-        "set_sync_debug_mode": set_waiting,
+        "set_sync_debug_mode": set_waiting, "_sleep": lambda cycles: None,
     }  # fmt: skip
     for name, change in changes.items():
         monkeypatch.setattr(torch.cuda, name, change)
