@@ -35,6 +35,7 @@ class Context:
     tiny: bool = False  # sizes for a CPU, or for an interpreter of the kernels: values count, times do not
     seconds: float = 0.4  # for the rounds of one timing
     compiles: bool = True  # the dense side through torch.compile as well
+    rehearse: bool = False  # on a simulated GPU (rehearsal.py), so that every line has run before it meets a card
     warm: bool = False  # run every timed function once, so that its kernels are compiled, and take no time
     rates: Mapping[str, float] = field(default_factory=dict)  # measured: FLOP/s by dtype, bytes/s as "copy"
 

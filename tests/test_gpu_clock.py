@@ -8,14 +8,14 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu_clock  # noqa: E402
-from benchmarks.gpu_clock import Contender  # noqa: E402
-from benchmarks.gpu_numerics import numerics  # noqa: E402
-from benchmarks.gpu_times import fast_convolutions  # noqa: E402
-from benchmarks.gpu_worker import Context  # noqa: E402
-from den_kernels._triton import clock  # noqa: E402
-from den_kernels.float32 import allows_tf32  # noqa: E402
-from tests.simulated_gpu import Graph, simulated  # noqa: E402
+from benchmarks import gpu_clock
+from benchmarks.gpu_clock import Contender
+from benchmarks.gpu_numerics import numerics
+from benchmarks.gpu_times import fast_convolutions
+from benchmarks.gpu_worker import Context
+from den_kernels._triton import clock
+from den_kernels.float32 import allows_tf32
+from tests.simulated_gpu import Graph, simulated
 
 GPU = torch.device("cuda:0")
 
