@@ -18,7 +18,6 @@ by what.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -169,8 +168,8 @@ def run_step(name: str, document: dict[str, Any], left: float, options: argparse
     try:
         context = dataclasses.replace(context_of(options), warm=step.warm, rates=document["rates"])
         checks = [check.name for check in step.checks(context)]
-        workers = 1 if options.tiny else step.workers
-        rows = gpu_pool.run(name, checks, context, min(left, step.seconds), CHECK, workers)
+        most = 2 if options.rehearse else 1 if options.tiny else step.workers
+        rows = gpu_pool.run(name, checks, context, min(left, step.seconds), CHECK, min(most, step.workers))
     except Exception as error:  # a step that cannot even be listed must not lose the others
         rows = [gpu_pool.failure(name, f"{type(error).__name__}: {error}")]
     if name == "smoke":
@@ -218,13 +217,12 @@ def as_worker(step: str, context: str, share: str, file: str) -> int:
     given = Context.of_text(context)
     first, count = (int(part) for part in share.split("/"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))  # references run on the CPU, in every worker
-    with rehearsal.stage() if given.rehearse else contextlib.nullcontext() as account:
-        if given.is_cuda:
-            torch.cuda.set_device(given.place)
-        checks = gpu_tuning.checks(given) if step == "tune" else STEPS[step].checks(given)
-        if account is not None:
-            checks = rehearsal.rehearsed(checks, account)
-        return work(checks, given, Path(file), (first, count))
+    checks = gpu_tuning.checks(given) if step == "tune" else STEPS[step].checks(given)
+    if given.rehearse:
+        return rehearsal.rehearse(checks, given, Path(file), (first, count))
+    if given.is_cuda:
+        torch.cuda.set_device(given.place)
+    return work(checks, given, Path(file), (first, count))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -247,7 +245,7 @@ def rehearse(options: argparse.Namespace) -> int:
             f"gpu_check: --out must be outside {RESULTS} where --rehearse is given, got {options.out}", file=sys.stderr
         )
         return 2
-    options.device, options.tiny = "cuda:0", True
+    options.device, options.tiny, options.tune = "cuda:0", True, options.tune or 5.0
     with tempfile.TemporaryDirectory() as folder:
         options.out = options.out or Path(folder)  # which is removed
         with mock.patch.dict(os.environ, rehearsal.environment(Path(folder))):

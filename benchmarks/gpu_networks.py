@@ -70,7 +70,7 @@ def time_network(mode: str, context: Context) -> Row:
         dense = made["uniform"].dense(torch.bfloat16).to(context.place)
         here = {mix: on(network, context) for mix, network in made.items()}
         images = here["uniform"].images
-        sets = [images, *(torch.randn_like(images) for _ in range(3))]
+        sets = [images, *(torch.randn_like(images) for _ in range(context.size(3, 1)))]
         calls = dense_networks(dense, images, mode, context)
         error = check_full_network(here["full"], dense)
         contenders = [Contender(name, "dense", lambda i, call=call: call(sets[i])) for name, call in calls.items()]

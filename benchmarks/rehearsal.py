@@ -9,6 +9,8 @@ built. compute-sanitizer and ncu are stood in for by scripts that run the same p
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import runpy
 import stat
@@ -27,12 +29,14 @@ from den_kernels import _cuda
 from den_kernels.float32 import allows_tf32
 from den_kernels.rows import pool_rows
 
-from .gpu_worker import Check, Context
+from .gpu_worker import Check, Context, share_of, work
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("compute-sanitizer", "ncu")
 # Operators run as on a GPU in these checks, their kernels interpreted; everywhere else they are the CPU's.
-INTERPRETED = ("smoke", "composition", "graph: block, new masks", "conv mask/bfloat16", "norm levels/bfloat16")
+INTERPRETED = ("smoke", "composition", "graph: block, new masks", "norm levels/bfloat16")
+# Their launches are interpreted while kernels are compiled (`Context.warm`), and left out while they are timed.
+TIMED = ("conv-", "block/")
 # torch traces these itself, and takes no tensor of a simulated GPU; builds and rates are those of this machine.
 ON_CPU = ("export", "opcheck", "extension", "rate")
 METRICS = {
@@ -66,13 +70,21 @@ class Account:
     """What computed the current check."""
 
     def __init__(self) -> None:
-        self.launches = self.stand_ins = 0
+        self.begin(False, True)
 
-    def text(self, interpreted: bool) -> str:
+    def begin(self, as_on_gpu: bool, interprets: bool) -> None:
+        """Another check."""
+        self.as_on_gpu, self.interprets = as_on_gpu, interprets
+        self.launches = self.left_out = self.stand_ins = 0
+
+    def text(self) -> str:
         """In words."""
-        operators = "operators as on a GPU" if interpreted else "operators of the CPU"
-        fused = f", {self.stand_ins} launches of CUDA kernels by PyTorch" if self.stand_ins else ""
-        return f"{operators}, {self.launches} launches in Triton's interpreter{fused}"
+        counts = {
+            "launches interpreted": self.launches, "launches left out": self.left_out,
+            "CUDA launches by PyTorch": self.stand_ins,
+        }  # fmt: skip
+        operators = "operators as on a GPU" if self.as_on_gpu else "operators of the CPU"
+        return ", ".join([operators, *(f"{count} {what}" for what, count in counts.items() if count)])
 
 
 @contextlib.contextmanager
@@ -107,6 +119,9 @@ def interpreted(account: Account) -> Callable[..., dict[str, Any]]:
             with _disable_current_modes():
                 launch.kernel[(launch.programs,)](**arguments)
 
+        if not account.interprets:
+            account.left_out += 1
+            return launch.arguments
         device, values = Device.current, values_of(list(launch.arguments.values()))
         account.launches += 1
         plain = {n: getattr(t, "values", t) if isinstance(t, Tensor) else t for n, t in launch.arguments.items()}
@@ -166,26 +181,36 @@ def operators() -> dict[str, Callable[..., Any]]:
     }
 
 
-def rehearsed(checks: list[Check], account: Account) -> list[Check]:
-    """The checks, each of which says what computed it."""
-    return [Check(check.name, lambda context, check=check: rehearse(check, context, account)) for check in checks]
+def rehearse(checks: list[Check], context: Context, file: Path, share: tuple[int, int]) -> int:
+    """`gpu_worker.work` on the stage, or on the CPU what cannot be on it; each row says what computed it."""
+    mine = set(share_of([check.name for check in checks], share))
+    here = [check for check in checks if check.name in mine]
+    on_cpu = [check for check in here if check.name.startswith(ON_CPU)]
+    work(
+        [Check(name, functools.partial(run_on_cpu, run)) for name, run in on_cpu],
+        dataclasses.replace(context, device="cpu"),
+        file,
+    )
+    with stage() as account:
+        return work(
+            [Check(check.name, functools.partial(run_on_stage, check, account)) for check in here if check not in on_cpu],
+            context, file,
+        )  # fmt: skip
 
 
-def rehearse(check: Check, context: Context, account: Account) -> dict[str, Any]:
-    """Run one check on the stage, or on the CPU where it cannot be on it."""
+def run_on_cpu(run: Callable[[Context], dict[str, Any]], context: Context) -> dict[str, Any]:
+    """One check without a GPU."""
+    return run(context) | {"computed": "on the CPU"}
+
+
+def run_on_stage(check: Check, account: Account, context: Context) -> dict[str, Any]:
+    """One check on the simulated GPU."""
     from tests.simulated_gpu import Device
 
-    if check.name.startswith(ON_CPU):
-        assert Device.current is not None
-        with _disable_current_modes():
-            return check.run(Context("cpu", context.tiny, context.seconds, False)) | {"computed": "on the CPU"}
     as_on_gpu = check.name.startswith(INTERPRETED) and os.environ.get("TRITON_INTERPRET") == "1"
-    account.launches = account.stand_ins = 0
-    Device.operators = operators() if as_on_gpu else {}
-    try:
-        return check.run(context) | {"computed": account.text(as_on_gpu)}
-    finally:
-        Device.operators = {}
+    account.begin(as_on_gpu, context.warm or not check.name.startswith(TIMED))
+    with mock.patch.object(Device, "operators", operators() if as_on_gpu else {}):
+        return check.run(context) | {"computed": account.text()}
 
 
 def tool(name: str, arguments: list[str]) -> int:
