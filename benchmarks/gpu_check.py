@@ -75,7 +75,8 @@ def timed(context: Context) -> list[Check]:
 def autotuned(context: Context) -> list[Check]:
     """Network and blocks once more, against dense ones whose kernels torch.compile searches for, which takes long."""
     mode = gpu_times.TUNED
-    return [*gpu_networks.inference_checks(context, mode), *gpu_times.block_checks(context, mode)]
+    networks = [] if context.tiny else gpu_networks.inference_checks(context, mode)
+    return [*networks, *gpu_times.block_checks(context, mode)]
 
 
 class Step(NamedTuple):

@@ -41,7 +41,7 @@ def training_checks(context: Context) -> list[Check]:
 
 def networks(context: Context) -> dict[str, ElasticNetwork]:
     """The network on the CPU with the structures of every mix; they share weights and images."""
-    name, batch = ("wrn8_1", 8) if context.tiny else ("wrn32_4", 256)
+    name, batch = ("wrn8_1", 2 if context.rehearse else 8) if context.tiny else ("wrn32_4", 256)
     uniform = ElasticNetwork.make(Case("network", name, batch, "2x" if context.tiny else f"{UNIFORM}x", "bfloat16"))
     return {
         mix: uniform if level is None else dataclasses.replace(uniform, levels=torch.full_like(uniform.levels, level))

@@ -15,7 +15,7 @@ import os
 import runpy
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from den_kernels import _cuda
 from den_kernels.float32 import allows_tf32
+from den_kernels.plan_sort import plan_levels, plan_levels_torch, plan_masks, plan_masks_torch
 from den_kernels.rows import pool_rows
 
 from .gpu_worker import Check, Context, share_of, work
@@ -98,8 +99,8 @@ def stage() -> Iterator[Account]:
         patches.setattr(torch, "compile", lambda module, **_: module)
         patches.setattr(torch.cuda.profiler, "start", lambda: None)
         patches.setattr(torch.cuda.profiler, "stop", lambda: None)
-        patches.setattr(_cuda, "layout_of", layout_of)
-        patches.setattr(_cuda, "fused_residual", stand_in(account))
+        for name, function in stand_ins(account).items():
+            patches.setattr(_cuda, name, function)
         patches.setattr(Device, "operators", {})
         with contextlib.suppress(ImportError):  # without Triton its kernels are left out, as on a GPU
             from den_kernels._triton.launch import Launch
@@ -151,8 +152,13 @@ class StandIn:
         return False
 
 
-def stand_in(account: Account) -> Callable[..., None]:
-    """`_cuda.fused_residual` by PyTorch's operations."""
+def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
+    """What `_cuda` has of the extension, by PyTorch's operations."""
+
+    def fill(outputs: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        account.stand_ins += 1
+        for output, values in zip(outputs, made, strict=True):
+            output.copy_(values)
 
     def fused_residual(x: Tensor, out: Tensor, route: Any, weights: Any, layout: Any, *, holds_shortcut: bool) -> None:
         from den_kernels.dynamic_residual import _add_branch_masked
@@ -164,7 +170,14 @@ def stand_in(account: Account) -> Callable[..., None]:
         if weights.relu:
             out.relu_()
 
-    return fused_residual
+    return {
+        "layout_of": layout_of,
+        "fused_residual": fused_residual,
+        "plans_levels": lambda device, groups: device.type == "cuda",
+        "plans_masks": lambda device, groups: device.type == "cuda",
+        "plan_levels": lambda levels, groups, *plan: fill(plan, plan_levels_torch(levels, groups)),
+        "plan_masks": lambda masks, *plan: fill(plan, plan_masks_torch(masks)),
+    }
 
 
 def operators() -> dict[str, Callable[..., Any]]:
@@ -172,6 +185,8 @@ def operators() -> dict[str, Callable[..., Any]]:
     names = ("dynamic_conv", "dynamic_residual", "_triton.norm")  # the package has functions of the first two names
     dynamic_conv, dynamic_residual, norm = (import_module(f"den_kernels.{name}") for name in names)
     return {
+        "den_kernels.plan_levels.default": plan_levels,
+        "den_kernels.plan_masks.default": plan_masks,
         "den_kernels.dynamic_conv2d.default": dynamic_conv._forward,
         "den_kernels.dynamic_conv2d_backward.default": dynamic_conv._dynamic_conv2d_backward._init_fn,
         "den_kernels.dynamic_residual.default": dynamic_residual._functional_op._init_fn,
@@ -192,10 +207,8 @@ def rehearse(checks: list[Check], context: Context, file: Path, share: tuple[int
         file,
     )
     with stage() as account:
-        return work(
-            [Check(check.name, functools.partial(run_on_stage, check, account)) for check in here if check not in on_cpu],
-            context, file,
-        )  # fmt: skip
+        staged = [check for check in here if check not in on_cpu]
+        return work([Check(one.name, functools.partial(run_on_stage, one, account)) for one in staged], context, file)
 
 
 def run_on_cpu(run: Callable[[Context], dict[str, Any]], context: Context) -> dict[str, Any]:
