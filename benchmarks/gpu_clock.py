@@ -75,10 +75,21 @@ def ready(contender: Contender, sets: int, context: Context) -> Timed:
             contender.call(i)
 
     over_sets()
-    once = min(elapsed(over_sets, context.place) for _ in range(2))
-    times = 1 if context.tiny else max(1, min(16, math.ceil(SHORTEST / max(once, 1e-9))))
-    run, graph = capture(lambda: [over_sets() for _ in range(times)], context.place)
+    run, graph = capture(over_sets, context.place)
+    once = min(elapsed(run, context.place) for _ in range(2))
+    times = 1 if context.tiny else repeats(once)
+    if times > 1:
+        run, graph = capture(lambda: [over_sets() for _ in range(times)], context.place)
     return Timed(run, times * sets, graph)
+
+
+def repeats(seconds: float) -> int:
+    """How often something of so many seconds runs in one timing, at most 16 times.
+
+    >>> repeats(1e-3), repeats(6e-5), repeats(1e-6)
+    (1, 4, 16)
+    """
+    return max(1, min(16, math.ceil(SHORTEST / max(seconds, 1e-9))))
 
 
 def interleave(runs: dict[str, Timed], context: Context) -> tuple[dict[str, list[float]], int]:

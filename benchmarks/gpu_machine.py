@@ -21,6 +21,7 @@ from den_kernels.info import describe
 
 from . import gpu_clock
 from .gpu_worker import Check, Context, Unavailable
+from .precision import float32_products
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,11 +51,21 @@ def Pybind11Extension(name, sources, cxx_std):
     return Extension(name, sources, include_dirs=[INCLUDE], extra_compile_args=flags, language="c++")
 """
 
+# Says whether a process that starts now can load the extension, and whether that has the CUDA kernels.
+LOADED = """
+from den_kernels._extension import extension, reason
+print(reason if extension is None else f"cuda {extension.with_cuda}")
+"""
+
+
+def build_checks(context: Context) -> list[Check]:
+    """A step of its own: the processes that start after it load what it built."""
+    return [Check("extension", build_extension)]
+
 
 def checks(context: Context) -> list[Check]:
-    """Build, describe, measure."""
+    """Describe, measure."""
     return [
-        Check("extension", build_extension),
         Check("machine", machine),
         *[Check(f"rate {name}", rate(name)) for name in gpu_clock.RATES],
         Check("rate copy", copy_rate),
@@ -130,6 +141,11 @@ def build_extension(context: Context) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError("setup.py failed: " + (done.stderr or done.stdout)[-500:])
+    loaded = answer(sys.executable, "-c", LOADED)
+    if loaded == "cuda False" and context.is_cuda:
+        raise Unavailable("setup.py found no nvcc of CUDA 12.4 or newer: built without the CUDA kernels")
+    if loaded not in ("cuda True", "cuda False"):
+        raise RuntimeError(f"setup.py succeeded, but a new process says: {loaded or 'an error'}")
     return {"built": True, "reason": reason or "it was built without CUDA"}
 
 
@@ -139,13 +155,9 @@ def rate(name: str) -> Any:
     def measure(context: Context) -> dict[str, Any]:
         size = context.size(8192, 64)
         dtype, tf32 = gpu_clock.RATES[name]
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        try:
-            a, b = (torch.randn(size, size, device=context.place).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=context.place).to(dtype) for _ in range(2))
+        with float32_products(tf32):
             return {"rate": 2 * size**3 / best_of(lambda: a @ b, context)}
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
 
     return measure
 

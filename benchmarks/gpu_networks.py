@@ -41,7 +41,7 @@ def training_checks(context: Context) -> list[Check]:
 
 def networks(context: Context) -> dict[str, ElasticNetwork]:
     """The network on the CPU with the structures of every mix; they share weights and images."""
-    name, batch = ("wrn8_1", 8) if context.tiny else ("wrn32_4", 256)
+    name, batch = ("wrn8_1", 2 if context.rehearse else 8) if context.tiny else ("wrn32_4", 256)
     uniform = ElasticNetwork.make(Case("network", name, batch, "2x" if context.tiny else f"{UNIFORM}x", "bfloat16"))
     return {
         mix: uniform if level is None else dataclasses.replace(uniform, levels=torch.full_like(uniform.levels, level))
@@ -70,7 +70,7 @@ def time_network(mode: str, context: Context) -> Row:
         dense = made["uniform"].dense(torch.bfloat16).to(context.place)
         here = {mix: on(network, context) for mix, network in made.items()}
         images = here["uniform"].images
-        sets = [images, *(torch.randn_like(images) for _ in range(3))]
+        sets = [images, *(torch.randn_like(images) for _ in range(context.size(3, 1)))]
         calls = dense_networks(dense, images, mode, context)
         error = check_full_network(here["full"], dense)
         contenders = [Contender(name, "dense", lambda i, call=call: call(sets[i])) for name, call in calls.items()]

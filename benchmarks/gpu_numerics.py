@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .gpu_worker import Context
+from .precision import float32_products
 
 # Names of the ways to compute: the dtype, and whether float32 may be rounded to TF32 (as torch's flag says).
 DTYPES = {
@@ -27,23 +28,17 @@ def ways(context: Context) -> tuple[str, ...]:
 @contextlib.contextmanager
 def numerics(tf32: bool) -> Iterator[None]:
     """TF32 or not, and uninitialised memory full of NaN, so that an element that nobody wrote is seen."""
-    flags = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [flag.allow_tf32 for flag in flags]
     strict, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
-        for flag in flags:
-            flag.allow_tf32 = tf32
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
-        with warnings.catch_warnings():
+        with float32_products(tf32), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

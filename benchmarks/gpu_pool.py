@@ -17,6 +17,7 @@ from .gpu_worker import Context, append, read, share_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, "-m", "benchmarks.gpu_check")
+OUT_OF_TIME = "out of time"
 PERIOD = 0.1  # seconds between two looks at the workers
 Row = dict[str, Any]
 
@@ -93,7 +94,7 @@ def run(
     """The results of all checks of a step, in order; those that did not fit the limit (seconds) are skipped."""
     end = time.monotonic() + limit
     if limit < 1:
-        return [{"case": name, "status": "skipped", "reason": "out of time", "seconds": 0.0} for name in names]
+        return [{"case": name, "status": "skipped", "reason": OUT_OF_TIME, "seconds": 0.0} for name in names]
     count = max(1, min(workers, len(names), os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as folder:
         started: list[Worker] = []
@@ -125,7 +126,7 @@ def announce(workers: Sequence[Worker]) -> None:
 
 def progress(row: Row) -> str:
     """One line."""
-    note = str(row.get("error") or row.get("reason") or "")
+    note = str(row.get("error") or row.get("reason") or row.get("computed") or "")
     return f"{row['status']:<7} {row['seconds']:7.2f} s  {row['case']}  {note[:160]}".rstrip()
 
 
@@ -135,6 +136,6 @@ def collect(names: Sequence[str], files: Sequence[tuple[list[str], list[Row]]]) 
     begun = {name for found, _ in files for name in found}
     for name in names:
         if name not in rows:
-            reason = "out of time while it ran" if name in begun else "out of time"
+            reason = f"{OUT_OF_TIME} while it ran" if name in begun else OUT_OF_TIME
             rows[name] = {"case": name, "status": "skipped", "reason": reason, "seconds": 0.0}
     return [rows[name] for name in names]

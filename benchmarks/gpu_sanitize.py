@@ -7,8 +7,6 @@ reach every template instance: plans of levels and masks, fused blocks in three 
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +22,12 @@ from den_kernels.testing import make_levels
 
 from .gpu_blocks import random_norm
 from .gpu_numerics import DTYPES, numerics
-from .gpu_worker import BATCH, Check, Context, Unavailable
+from .gpu_worker import BATCH, Check, Context, Unavailable, find_program
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FOUND = 9  # exit status of a tool that found an error
-PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+NO_DEVICE = "Device not supported"  # said where the tool is older than the GPU, or may not debug it
 
 
 class Block(NamedTuple):
@@ -57,23 +55,21 @@ BLOCKS = (
 
 def checks(context: Context) -> list[Check]:
     """One for each tool."""
-    return [Check(f"sanitize {tool}", functools.partial(sanitize, tool)) for tool in TOOLS]
-
-
-def find_sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES]))
+    tools = TOOLS[: context.size(len(TOOLS), 1)]
+    return [Check(f"sanitize {tool}", functools.partial(sanitize, tool)) for tool in tools]
 
 
 def sanitize(tool: str, context: Context) -> dict[str, Any]:
     """Run the kernels under a tool: what it says in the end, an AssertionError where it found something."""
-    program = find_sanitizer()
-    if not context.is_cuda or program is None:
-        raise Unavailable("compute-sanitizer is not installed" if context.is_cuda else "a CUDA device is needed")
+    program = find_program("compute-sanitizer", context)
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5", sys.executable]
     run = [*command, "-m", "benchmarks.gpu_sanitize", context.device]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     summary = next((line for line in reversed(lines) if "SUMMARY" in line), "no summary")
+    refused = next((line for line in lines if NO_DEVICE in line), None)
+    if done.returncode and refused:
+        raise Unavailable(f"compute-sanitizer: {refused.strip('= ')}")
     assert done.returncode == 0, f"{tool} ended with {done.returncode}: {' | '.join(lines[:12])[:500]} | {summary}"
     assert any(line.startswith("kernels ran:") for line in lines), f"{tool}: the kernels did not run: {lines[-3:]}"
     return {"summary": summary, "ran": next(line for line in lines if line.startswith("kernels ran:"))}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .gpu_numerics import numerics
 from .gpu_worker import Check, Context, Unavailable
 from .harness import Work
 from .mixes import mix_levels
+from .precision import float32_products
 
 Row = dict[str, Any]
 Function = Callable[[Tensor], Tensor]
@@ -155,19 +157,16 @@ def time_convolution(shape: Shape, side: str, rate: str, context: Context) -> Ro
         return compete(contenders, len(xs), works, rate, context) | {"shape": shape.name, "relative_error": worst}
 
 
-class fast_convolutions:
+@contextlib.contextmanager
+def fast_convolutions(tf32: bool) -> Iterator[None]:
     """TF32 by a flag, cuDNN's fastest algorithm."""
-
-    def __init__(self, tf32: bool) -> None:
-        self.wanted = (tf32, True)
-
-    def __enter__(self) -> None:
-        cudnn = torch.backends.cudnn
-        self.before = (cudnn.allow_tf32, cudnn.benchmark)
-        cudnn.allow_tf32, cudnn.benchmark = self.wanted
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = self.before
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with float32_products(tf32):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def agrees(

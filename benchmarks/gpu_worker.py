@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 BATCH = 77  # odd, and more than half of the multiprocessors of any GPU here: fewer instances get no fused kernel
+PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute")
 DEAD = 3  # exit status: the device answers nothing in this process any more
 
 
@@ -33,6 +35,7 @@ class Context:
     tiny: bool = False  # sizes for a CPU, or for an interpreter of the kernels: values count, times do not
     seconds: float = 0.4  # for the rounds of one timing
     compiles: bool = True  # the dense side through torch.compile as well
+    rehearse: bool = False  # on a simulated GPU (rehearsal.py), so that every line has run before it meets a card
     warm: bool = False  # run every timed function once, so that its kernels are compiled, and take no time
     rates: Mapping[str, float] = field(default_factory=dict)  # measured: FLOP/s by dtype, bytes/s as "copy"
 
@@ -71,6 +74,16 @@ def synchronize(context: Context) -> None:
     """Wait for the device, where there is one to wait for."""
     if context.is_cuda:
         torch.cuda.synchronize()
+
+
+def find_program(name: str, context: Context) -> str:
+    """The path of a tool of the CUDA toolkit. Raises Unavailable where it, or a GPU, is missing."""
+    if not context.is_cuda:
+        raise Unavailable("a CUDA device is needed")
+    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES]))
+    if found is None:
+        raise Unavailable(f"{name} is not installed")
+    return found
 
 
 def outcome(check: Check, context: Context) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import floors
 from .allocations import call_peak, skip_when_exhausted
 from .clocks import Clock, clock_of
+from .precision import float32_products
 
 Role = Literal["ours", "dense", "tuned", "alternative", "floor"]
 Result = Tensor | Sequence[Tensor]
@@ -280,13 +281,8 @@ def chosen(providers: Sequence[Provider], names: Sequence[str]) -> list[Provider
 @contextlib.contextmanager
 def mode(case: Case, trains: bool) -> Iterator[None]:
     """Inference mode unless the case trains; on a GPU float32 is not rounded to TF32, for anybody."""
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with contextlib.nullcontext() if trains else torch.inference_mode():
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
+    with float32_products(False), contextlib.nullcontext() if trains else torch.inference_mode():
+        yield
 
 
 def describe(case: Case, settings: Settings) -> dict[str, Any]:

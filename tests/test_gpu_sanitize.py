@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import gpu_blocks, gpu_check, gpu_proofs, gpu_sanitize  # noqa: E402
+from benchmarks import gpu_blocks, gpu_check, gpu_proofs, gpu_sanitize, gpu_worker  # noqa: E402
 from benchmarks.gpu_worker import BATCH, Context, Unavailable, outcome  # noqa: E402
 from den_kernels._cuda_layout import FusedProblem, fused_layout  # noqa: E402
 
@@ -68,7 +68,9 @@ echo "========= COMPUTE-SANITIZER"
         ("echo 'kernels ran: 4 plans'; echo '========= ERROR SUMMARY: 0 errors'", "ok", "0 errors"),
         ("echo '========= Invalid __global__ read'; echo 'ERROR SUMMARY: 1 error'; exit 9", "failed", "Invalid __glob"),
         ("echo '========= ERROR SUMMARY: 0 errors'", "failed", "the kernels did not run"),
-        ("echo '========= Device not supported'; exit 1", "failed", "ended with 1"),
+        ("echo '========= Device not supported'; exit 1", "skipped", "compute-sanitizer: Device not supported"),
+        ("echo '========= Target application returned an error'; exit 1", "failed", "ended with 1"),
+        ("echo '========= Device not supported'", "failed", "the kernels did not run"),
     ],
 )
 def test_what_the_tool_says_counts(body, status, words, tmp_path, monkeypatch):
@@ -80,7 +82,7 @@ def test_what_the_tool_says_counts(body, status, words, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.gpu_worker.synchronize", lambda context: None)
     row = outcome(gpu_sanitize.checks(CPU)[0], CPU)
     assert row["status"] == status
-    assert words in (row["summary"] if status == "ok" else row["error"])
+    assert words in row[{"ok": "summary", "failed": "error", "skipped": "reason"}[status]]
 
 
 def test_without_the_tool_or_a_gpu_it_is_skipped(monkeypatch):
@@ -88,7 +90,8 @@ def test_without_the_tool_or_a_gpu_it_is_skipped(monkeypatch):
         gpu_sanitize.sanitize("memcheck", CPU)
     assert "sanitize" in gpu_check.STEPS
     monkeypatch.setattr(Context, "is_cuda", True)
-    monkeypatch.setattr(gpu_sanitize, "find_sanitizer", lambda: None)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(gpu_worker, "PLACES", ())
     with pytest.raises(Unavailable, match="compute-sanitizer is not installed"):
         gpu_sanitize.sanitize("memcheck", CPU)
 
