@@ -55,6 +55,10 @@ class OnGpu(Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return GPU
 
+    def tolist(self) -> list:
+        """Reads it back; torch itself refuses it for subclasses."""
+        return self.cpu().tolist()
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         raise RuntimeError(f"{function} on a simulated GPU outside of it")
@@ -83,7 +87,7 @@ class Device(TorchDispatchMode):
             target = GPU  # where torch takes a wrapper to be
         to_gpu = torch.device(target).type == "cuda" if target is not None else any(here)
         name = str(function)
-        self._check(name, tensors, to_gpu, target)
+        self._check(name, tensors, to_gpu, target, bool(keywords.get("non_blocking")))
         if target is not None and to_gpu:
             keywords["device"] = torch.device("cpu")
         self.writes.check(name, values_of(tensors))
@@ -94,7 +98,7 @@ class Device(TorchDispatchMode):
             self.recording.append((function, arguments, keywords, made))
         return made
 
-    def _check(self, name: str, tensors: list[Tensor], to_gpu: bool, target: Any) -> None:
+    def _check(self, name: str, tensors: list[Tensor], to_gpu: bool, target: Any, unhindered: bool) -> None:
         mixed = {isinstance(t, OnGpu) for t in tensors if t.dim()} == {True, False}
         allowed = "copy" in name or ("index" in name and isinstance(tensors[0], OnGpu))  # indices may be on the CPU
         if mixed and not allowed:
@@ -102,6 +106,10 @@ class Device(TorchDispatchMode):
         reads = ("_local_scalar_dense", "nonzero", "aten.equal", "unique", "masked_select", "bincount")
         back = target is not None and not to_gpu and any(isinstance(t, OnGpu) for t in tensors)
         crosses = "copy_" in name and mixed
+        sent = "_to_copy" in name and to_gpu and not any(isinstance(t, OnGpu) for t in tensors)
+        if sent and self.recording is not None:
+            raise RuntimeError(f"{name}: a captured graph would copy from memory that is the host's again")
+        crosses = crosses or (sent and not unhindered)
         waits = back or crosses or (any(isinstance(t, OnGpu) for t in tensors) and any(read in name for read in reads))
         if waits and self.recording is not None:
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")

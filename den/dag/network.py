@@ -64,7 +64,7 @@ class DagNetwork(nn.Module):
         degrees = [len(self.graph.incoming[j]) for _, j in self.graph.edges]
         self.register_buffer("in_degrees", torch.tensor(degrees, dtype=torch.float32), persistent=False)
         self._host: FoldCache[tuple[list[list[int]], list[list[bool]]]] = FoldCache()
-        self._routed: FoldCache[dict[tuple, BatchGates]] = FoldCache()
+        self._routed: FoldCache[BatchGates] = FoldCache()
         self._packed: FoldCache[GraphWeights] = FoldCache()
         self._ends: FoldCache[MixedEnds] = FoldCache()
 
@@ -160,18 +160,11 @@ class DagNetwork(nn.Module):
             return self._route(batch)
         gates = self.gates
         sources = gates.alpha, gates.beta, gates.gamma, gates.edge_levels, gates.kept_in, gates.kept_out
-        made, key = self._routed.get(sources, dict), (batch.tasks, *batch.sizes)
-        gates_of_batch = made.get(key)
-        if gates_of_batch is None:  # the dictionary is shared between threads: look at it once
-            gates_of_batch = self._route(batch)
-            made.clear()
-            made[key] = gates_of_batch
-        return gates_of_batch
+        return self._routed.get(sources, lambda: self._route(batch), batch.tasks, *batch.sizes)
 
     def _route(self, batch: TaskBatch) -> BatchGates:
-        device = self.gates.gamma.device
-        tasks = torch.tensor([k for k, n in zip(batch.tasks, batch.sizes, strict=True) for _ in range(n)])
-        tasks = tasks.to(device).long()
+        made = (torch.full((n,), k, device=self.in_degrees.device) for k, n in zip(batch.tasks, batch.sizes, strict=True))
+        tasks = torch.cat(tuple(made))  # not sent there from the host, which would wait
         a, g, b = (rows.index_select(0, tasks) for rows in self.gates.values(self.config.gates == "bare"))
         used, ends = (
             [rows[k] for k in batch.tasks]
@@ -201,7 +194,7 @@ class DagNetwork(nn.Module):
         return tuple(e for e in range(len(self.edges)) if any(edges[e] for edges in kept))
 
     def train(self, mode: bool = True) -> DagNetwork:
-        for cache in (self._routed, self._host, self._packed, self._ends):
+        for cache in (self._routed, self._packed, self._ends):
             cache.clear()
         return super().train(mode)
 
