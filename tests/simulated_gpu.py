@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from den_kernels import plan_sort
+from den_kernels import eager, plan_sort
 from tests.simulated_streams import Event, Stream, Writes, on, synchronize
 
 GPU = torch.device("cuda", 0)
@@ -54,6 +54,10 @@ class OnGpu(Tensor):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return GPU
+
+    def data_ptr(self) -> int:
+        """Where its values lie."""
+        return self.values.data_ptr()
 
     def tolist(self) -> list:
         """Reads it back; torch itself refuses it for subclasses."""
@@ -215,6 +219,8 @@ def simulated(monkeypatch: Any) -> Iterator[None]:
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # a wrapper's version cannot be set in it
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    modes = eager._modes
+    monkeypatch.setattr(eager, "_modes", lambda: max(0, modes() - 1))  # the device itself is no tracer
     with Device() as Device.current:
         yield
     Device.current = None
