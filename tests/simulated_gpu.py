@@ -211,10 +211,12 @@ def simulated(monkeypatch: Any) -> Iterator[None]:
         "get_device_capability": lambda device=None: (9, 0), "CUDAGraph": Graph, "graph": capturing, "Event": Event,
         "Stream": Stream, "current_stream": lambda device=None: Stream.current, "stream": on,
         "is_current_stream_capturing": lambda: bool(Device.current and Device.current.recording is not None),
-        "set_sync_debug_mode": set_waiting,
+        "set_sync_debug_mode": set_waiting, "mem_get_info": lambda device=None: (1 << 33, 1 << 34),
+        "get_rng_state_all": lambda: [], "manual_seed_all": lambda seed: None,
     }  # fmt: skip
     for name, change in changes.items():
         monkeypatch.setattr(torch.cuda, name, change)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # a wrapper's version cannot be set in it

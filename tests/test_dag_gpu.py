@@ -1,7 +1,9 @@
-"""DAG networks and their peers on a simulated GPU: the CPU's values, nothing that waits, and CUDA graphs that follow."""
+"""DAG networks and their peers on a simulated GPU: the CPU's values, nothing that waits, graphs that follow."""
 
 import copy
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -188,14 +190,34 @@ def test_nothing_is_kept_of_a_capture_that_came_first(model, monkeypatch):
     with simulated(monkeypatch):
         model.to("cuda:0")
         there = on_gpu(batch)
-        if not isinstance(model, CrossStitchNetwork):
-            pass
         with (
             pytest.raises(RuntimeError, match="run the network once before capturing"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
             model(there.images, there.tasks)
         close(model(there.images, there.tasks), expected)
+
+
+@pytest.mark.parametrize("model", [NETWORKS["mixed"]], indirect=True)
+@torch.no_grad()
+def test_gates_of_a_batch_belong_to_no_capture(model, monkeypatch):
+    batch, seen = batch_of(model.tasks), []
+    route, model = model.route, model.eval()
+    monkeypatch.setattr(model, "route", lambda batch: (seen.append(weakref.ref(gates := route(batch))), gates)[1])
+    expected = model(batch.images, batch.tasks)
+    with simulated(monkeypatch):
+        model.to("cuda:0")
+        there = on_gpu(batch)
+        model(there.images[:2], there.tasks[:2])
+        with pytest.raises(RuntimeError, match="before a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(there.images, there.tasks)  # what it made of another batch would hold what only a replay computes
+        close(model(there.images, there.tasks), expected)
+        seen.clear()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(there.images, there.tasks)
+        model(there.images[:2], there.tasks[:2])
+        gc.collect()
+        assert seen[0]() is not None  # the graph reads them: their memory is nobody else's
 
 
 @torch.no_grad()

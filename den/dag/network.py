@@ -163,8 +163,8 @@ class DagNetwork(nn.Module):
         return self._routed.get(sources, lambda: self._route(batch), batch.tasks, *batch.sizes)
 
     def _route(self, batch: TaskBatch) -> BatchGates:
-        made = (torch.full((n,), k, device=self.in_degrees.device) for k, n in zip(batch.tasks, batch.sizes, strict=True))
-        tasks = torch.cat(tuple(made))  # not sent there from the host, which would wait
+        device, parts = self.in_degrees.device, zip(batch.tasks, batch.sizes, strict=True)
+        tasks = torch.cat([torch.full((n,), k, device=device) for k, n in parts])  # sending it there would wait
         a, g, b = (rows.index_select(0, tasks) for rows in self.gates.values(self.config.gates == "bare"))
         used, ends = (
             [rows[k] for k in batch.tasks]
