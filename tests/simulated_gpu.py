@@ -55,6 +55,10 @@ class OnGpu(Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return GPU
 
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
     def data_ptr(self) -> int:
         """Where its values lie."""
         return self.values.data_ptr()
@@ -194,6 +198,15 @@ def tensor(data: Any, *, device: Any = None, make: Any = torch.tensor, **keyword
     return made if device is None else made.to(device)
 
 
+def to(tensor: Tensor, *arguments: Any, move: Any = Tensor.to, **keywords: Any) -> Tensor:
+    """`Tensor.to`; "cuda" is the one GPU there is, which torch itself looks for only where it has CUDA."""
+    return move(
+        tensor,
+        *(GPU if isinstance(each, str | torch.device) and str(each) == "cuda" else each for each in arguments),
+        **keywords,
+    )
+
+
 def set_waiting(mode: str) -> None:
     """`torch.cuda.set_sync_debug_mode`."""
     assert Device.current is not None
@@ -216,6 +229,7 @@ def simulated(monkeypatch: Any) -> Iterator[None]:
     }  # fmt: skip
     for name, change in changes.items():
         monkeypatch.setattr(torch.cuda, name, change)
+    monkeypatch.setattr(Tensor, "to", to)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "tensor", tensor)

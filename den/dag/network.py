@@ -169,8 +169,7 @@ class DagNetwork(nn.Module):
         used, ends = (
             [rows[k] for k in batch.tasks]
             for rows in self._host.get(
-                (self.gates.edge_levels, self.gates.kept_in, self.gates.kept_out),
-                lambda: (self.gates.block_levels().tolist(), self.gates.kept_out.tolist()),
+                (self.gates.edge_levels, self.gates.kept_in, self.gates.kept_out), self._read_kept
             )
         )
         plan, groups = None, self.config.groups
@@ -179,6 +178,10 @@ class DagNetwork(nn.Module):
         runs = tuple(_runs([row[e] > 0 for row in used], batch.sizes) for e in range(len(used[0])))
         out_runs = tuple(_runs([row[j] for row in ends], batch.sizes) for j in range(self.graph.states))
         return BatchGates(a, g / self.in_degrees, b, plan, runs, out_runs)
+
+    def _read_kept(self) -> tuple[list[list[int]], list[list[bool]]]:
+        """Levels of all blocks, and which states are read out, by task; the one thing that waits for a GPU."""
+        return self.gates.block_levels().tolist(), self.gates.kept_out.tolist()
 
     def keep(self, task: int, kept: SubGraph) -> None:
         """Let a task keep only `kept` of the graph."""
