@@ -200,11 +200,8 @@ def tensor(data: Any, *, device: Any = None, make: Any = torch.tensor, **keyword
 
 def to(tensor: Tensor, *arguments: Any, move: Any = Tensor.to, **keywords: Any) -> Tensor:
     """`Tensor.to`; "cuda" is the one GPU there is, which torch itself looks for only where it has CUDA."""
-    return move(
-        tensor,
-        *(GPU if isinstance(each, str | torch.device) and str(each) == "cuda" else each for each in arguments),
-        **keywords,
-    )
+    there = (GPU if isinstance(each, str | torch.device) and str(each) == "cuda" else each for each in arguments)
+    return move(tensor, *there, **keywords)
 
 
 def set_waiting(mode: str) -> None:
