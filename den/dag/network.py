@@ -51,6 +51,9 @@ class DagNetwork(nn.Module):
     A batch of several tasks runs every edge once, over the instances whose task keeps it.  Several tasks of the same
     images are a list that holds the same tensor for each: ``model([x, x, x], ["segmentation", "depth", "normals"])``.
     After the stems an instance is then an image and a task, and one plan routes all of them.
+
+    On a GPU a call waits for nothing, but once after every change of what the tasks keep.  A CUDA graph may be captured
+    when a batch of as many images of the same tasks has run before, and then serves other images.
     """
 
     def __init__(self, config: DagConfig) -> None:
