@@ -67,10 +67,6 @@ class OnGpu(Tensor):
         """Where its values lie."""
         return self.values.data_ptr()
 
-    def tolist(self) -> list:
-        """Reads it back; torch itself refuses it for subclasses."""
-        return self.cpu().tolist()
-
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         raise RuntimeError(f"{function} on a simulated GPU outside of it")
