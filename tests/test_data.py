@@ -104,6 +104,7 @@ def test_packing_script_writes_what_it_read(tmp_path, monkeypatch):
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x03ab"), r"must hold \[3\] values as its header says, got 2"),
         (gzip.compress(b"\0\0\x08\x03\0\0"), r"must hold \[\] values as its header says, got 0"),
     ],
+    ids=["no gzip", "cut", "of another type", "too few values", "no sizes"],  # the bytes hold the time
 )
 def test_damaged_originals_are_named_by_the_packing_script(tmp_path, content, message):
     packing = packing_script()
