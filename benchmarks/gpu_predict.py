@@ -1,8 +1,8 @@
 """What to expect of a GPU before it is measured: ``python -m benchmarks.gpu_predict --tflops 790 --tbps 4.3``.
 
 For every residual block of WRN-32-4 and ResNet-42: floors (FLOPs over the matrix rate, bytes over the bandwidth), and
-times predicted with the shares of the rate in `SHARES`, of the dense block, of two Triton launches, and of the fused
-kernel, which can also be bound by the weights that it streams from L2.
+times predicted with the shares of the rate in `SHARES`, of the dense block, of two Triton launches behind a pass that
+writes relu(bn1(x)), and of the fused kernel, which can also be bound by the weights that it streams from L2.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def predict(
     traffic = fused_traffic(p, counts)
     maps = (traffic.loaded + traffic.stored) / bandwidth
     rows = p.H // p.stride
+    activation = 2 * p.itemsize * p.C * p.H * p.W * sum(counts[1:]) / bandwidth  # read and written
     hidden = 2 * p.itemsize * rows * rows * sum(n * w for n, w in zip(counts[1:], p.widths, strict=True)) / bandwidth
     full = fused_traffic(p, (0, 0, 0, B))
     dense_maps = (full.loaded + full.stored + 2 * p.itemsize * B * rows * rows * p.widths[-1]) / bandwidth
@@ -83,7 +84,7 @@ def predict(
         work[1] / flops,
         maps,
         max(work[0] / flops / SHARES["dense"], dense_maps),
-        max(work[1] / flops / SHARES["composition"], maps + hidden),
+        max(work[1] / flops / SHARES["composition"], maps + hidden) + activation,
         max(work[1] / flops / SHARES["fused"], maps, traffic.streamed / L2_BYTES),
         work[0] / work[1],
     )

@@ -259,7 +259,7 @@ def compiled(module: nn.Module, example: Tensor, mode: str, context: Context) ->
 
 
 def ways_of_ours(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> dict[str, Callable[..., None]]:
-    """What `dynamic_residual_` is made of and runs here: two Triton launches, the fused kernel; each adds to a map."""
+    """What `dynamic_residual_` is made of and runs here: Triton launches, the fused kernel; each adds to a map."""
     found: dict[str, Callable[..., None]] = {}
     try:
         from den_kernels._triton.residual import add_branch

@@ -36,7 +36,7 @@ def tune(context: Context, folder: Path | None = None) -> Row:
     if not context.is_cuda and folder is None:
         raise Unavailable("launches are tuned on a GPU")
     dtypes = (torch.bfloat16, torch.float32)
-    todo = problems(("prologue", "convolve", "weight"), (256, 128, 64, 512), dtypes)
+    todo = problems(("convolve", "weight"), (256, 128, 64, 512), dtypes)
     if context.tiny:
         todo = [Problem("convolve", 16, 4, 2, torch.bfloat16)]
     found = tuner.tune(todo, context.place, context.seconds, folder, lambda line: print(line, flush=True))

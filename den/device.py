@@ -1,6 +1,9 @@
 """Where a network is trained and measured."""
 
 import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
 
 
 def choose_device(name: str) -> torch.device:
@@ -19,6 +22,20 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"config: device must be there, got {name!r} with {torch.cuda.device_count()} GPUs")
     return device
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; the host does not wait until a GPU has done what it was given before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def machine_name(device: torch.device) -> str:
+    """What a device is, in words: the GPU's name, or the CPU and how many threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, threads: {torch.get_num_threads()}"
 
 
 def wait_for(device: torch.device) -> None:

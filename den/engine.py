@@ -140,7 +140,7 @@ class Engine:
         here = self.position
         phase = self.phases[here.phase]
         if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
-            self._check_finite(objective.loss.item())
+            check_finite(objective.loss.item(), here.total_steps)
         optimisers = [self.optimisers[name] for name in phase.trained]
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
@@ -156,11 +156,6 @@ class Engine:
             if self.device.type == "cpu" or here.step % 50 == 0:
                 self._bar.note(self.meter.text(), refresh=False)
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            step = self.position.total_steps
-            raise ValueError(f"train: loss must stay finite, got {loss} at step {step} (lower the rate)")
-
     def _epoch_steps(self) -> int:
         return self.config.epoch_steps or self.batches.epoch_steps
 
@@ -175,7 +170,7 @@ class Engine:
     def _end_epoch(self, phase: Phase) -> None:
         """Measure, log, decide whether the phase has ended, save."""
         here, means = self.position, self.meter.means()
-        self._check_finite(means["loss"])
+        check_finite(means["loss"], here.total_steps)
         here.epoch += 1
         reports = evaluate(self.model, self.held_out, self.method.choice(phase))
         where = {"epoch": here.epoch, "step": here.total_steps, "stage": phase.stage, "phase": phase.network}
@@ -255,6 +250,12 @@ class Engine:
 def restored_position(kind: type[Place], values: dict[str, Any]) -> Place:
     """A position of class `kind` from a checkpoint's record; KeyError or ValueError for one that is not whole."""
     return from_dict(kind, {field.name: values[field.name] for field in dataclasses.fields(kind)}, "position")
+
+
+def check_finite(loss: float, step: int) -> None:
+    """ValueError for a loss, after so many updates, that is not finite."""
+    if not math.isfinite(loss):
+        raise ValueError(f"train: loss must stay finite, got {loss} at step {step} (lower the rate)")
 
 
 class Meter:

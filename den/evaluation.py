@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from den.checkpoint import read_updates
 from den.config import TrainConfig, from_dict, to_dict
 from den.count import ParameterCounts, count_parameters
 from den.data import ImageSet
+from den.device import machine_name
 from den.evaluate import TaskReport, Timing, evaluate, time_per_image
 from den.files import write_text
 from den.progress import progress
@@ -129,7 +128,7 @@ def evaluate_run(
         timing = time_per_image(model, image_set, structures=rule) if time else None
         results.append(_result(model, reports[name], image_set, timing))
     device = next(model.parameters()).device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    where = machine_name(device)
     updates, checkpoint = read_updates(run.checkpoint), run.checkpoint.stem
     training = training_of(run.folder, run.config, checkpoint)
     parameters, results = count_parameters(model), tuple(results)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
+from den.device import CPU
 
 
 @contextmanager

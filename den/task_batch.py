@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from den.device import sent
 from den.tasks import Task, find_task
 
 TaskName = str | int | Task
@@ -123,7 +124,7 @@ def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Ten
                 " (give a list of images, one entry per task)"
             )
         _checked(images, tasks[position], like)
-    order = torch.argsort(task, stable=True).to(images.device)
+    order = sent(torch.argsort(task, stable=True), images.device)
     parts = images.index_select(0, order).split([counts[position] for position in positions])
     return TaskBatch(positions, parts, order, "instance")
 

@@ -22,7 +22,8 @@ On a CPU an instance at level 0 is not touched, and the others go one of two way
   read once (gather, bn1, ReLU) and added to once (scatter).
 
 On a GPU the block is one CUDA kernel (csrc/dynamic_residual.cu) whose hidden map never leaves the chip, where
-`_cuda.choose_fused` has a layout for it, else two launches of the Triton convolution (`_triton/residual.py`).
+`_cuda.choose_fused` has a layout for it, else two launches of the Triton convolution, behind a
+pass that writes relu(bn1(x)) (`_triton/residual.py`).
 """
 
 from itertools import pairwise

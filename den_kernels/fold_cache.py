@@ -55,7 +55,7 @@ class FoldCache(Generic[Value]):
     arrays. Therefore what a source on a CPU holds is looked at as well, in a microsecond a call: all of it up to 64 KB;
     of a larger one a part in turn that spreads over the whole, so that a change of most of it is noticed at once and
     one of a few elements within some calls (`extension.Watch.turns`). On other devices a step of any optimiser drops
-    the value. :func:`invalidate` covers the rest.
+    the value, unless all sources hold integers, which none learns. :func:`invalidate` covers the rest.
 
     The cache keeps the memory it was built from alive, so no later tensor can take its address. On a GPU all streams
     may read the value, and none is built while a CUDA graph is captured: see `stream_guard`. Copies and pickles of a
@@ -118,7 +118,11 @@ class _DeviceWatch:
 
     @staticmethod
     def _key_of(sources: Source) -> tuple:
-        return (_Epoch.devices, *((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in sources))
+        learned = any(t.is_floating_point() or t.is_complex() for t in sources)
+        return (
+            _Epoch.devices if learned else 0,
+            *((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in sources),
+        )
 
     def same(self, sources: Source) -> bool:
         return self._key_of(sources) == self._key

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import __version__, _cuda_support, _extension
+from ._triton import rules
 
 _OPS = (
     "routing plan", "dynamic convolution", "dynamic batch norm", "residual block, inference",
@@ -172,9 +173,10 @@ def _on_cuda(cuda: dict[str, Any]) -> dict[str, str]:
     convolutions, edges = "dynamic convolutions, one by one", "dynamic convolutions, edge by edge"
     if find_spec("triton") is None:
         return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 4, edges), strict=True))
-    block = "CUDA C++, one launch, where the map fits; else Triton, two launches" if in_cuda else "Triton, two launches"
+    launches = "Triton, two launches and the pass before them"
+    block = f"CUDA C++, one launch, where the map fits; else {launches}" if in_cuda else launches
     texts = (plan, "Triton, one launch", "Triton, active instances only", block, convolutions, edges)
-    return dict(zip(_OPS, texts, strict=True))
+    return dict(zip(_OPS, texts, strict=True)) | {"tiles": rules.describe()}
 
 
 def _missing(cuda: dict[str, Any]) -> list[str]:

@@ -1,14 +1,14 @@
 """Tune the Triton launches for the GPU of this machine, offline.
 
-    python -m den_kernels.tune [--seconds 300] [--kinds convolve prologue weight] [--channels 64 128 256 512]
+    python -m den_kernels.tune [--seconds 300] [--kinds convolve weight] [--channels 64 128 256 512]
                                [--dtypes bfloat16 float32] [--out FOLDER]
 
-Every kind of launch (a convolution, one with bn and ReLU on its way in, a weight gradient) is tried at each width and
-dtype, at the map sizes of a residual network with 256 images, all at the full level and mixed evenly. The search goes
-from the tile that the rules choose, one field after another (rows, columns, depth, warps, stages, programs), as long as
-that gains. A tile counts only after its result was compared with float64 element by element; one that wins must then
-give the same bits three times and pass another, ragged problem, and one of 8 or more warps (miscompiled before on
-Hopper: pytorch issues 173068, 177823, 183989) must also be 3 % faster than the best of fewer.
+Every kind of launch (a convolution, a weight gradient) is tried at each width and dtype, at the map sizes of a residual
+network with 256 images, all at the full level and mixed evenly. The search goes from the tile that the rules choose,
+one field after another (rows, columns, depth, warps, stages, programs), as long as that gains. A tile counts only after
+its result was compared with float64 element by element; one that wins must then give the same bits three times and pass
+another, ragged problem, and one of 8 or more warps (miscompiled before on Hopper: pytorch issues 173068, 177823,
+183989) must also be 3 % faster than the best of fewer.
 
 What gains 2 % or more over the rules goes into FOLDER/sm_<architecture>.json after every problem; without --out that
 is the table of this installation (`_triton/table.py` says what it holds). Its keys are kind, widths and dtype, never
@@ -28,10 +28,11 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import choice, table
-from ._triton.choice import Side, Tile
+from ._triton import choice, rules, table
+from ._triton.choice import Side
 from ._triton.clock import median_seconds
 from ._triton.launch import architecture
+from ._triton.rules import Tile
 from ._triton.trial import Problem, Run, problems, ragged, runs
 
 VALUES = {
@@ -65,7 +66,7 @@ def rule(problem: Problem, arch: int) -> Tile:
             sides = Side(problem.channels, problem.groups), Side(problem.channels, ())
             return choice.choose_weight_tile(*sides, problem.dtype, arch, False)
         C = problem.channels
-        return choice.choose_tile(C, C, problem.dtype, arch, problem.kind == "prologue")
+        return choice.choose_tile(C, C, problem.dtype, arch)
 
 
 def shared_bytes(kind: str, tile: Tile, dtype: torch.dtype) -> int:
@@ -215,7 +216,7 @@ def tune(
         entries.pop(problem.key, None)
         if found.tile != found.rule:
             entries[problem.key] = tuple(found.tile)
-        write(table.render(entries, arch, gpu, table.triton_version()), table.file_of(arch, folder))
+        write(table.render(entries, arch, gpu, rules.installed()), table.file_of(arch, folder))
     return results
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from den_kernels import plan_sort
+from den_kernels import eager, plan_sort
 from tests.simulated_streams import Event, Stream, Writes, on, synchronize
 
 GPU = torch.device("cuda", 0)
@@ -59,6 +59,14 @@ class OnGpu(Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return GPU
 
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    def data_ptr(self) -> int:
+        """Where its values lie."""
+        return self.values.data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         raise RuntimeError(f"{function} on a simulated GPU outside of it")
@@ -91,7 +99,7 @@ class Device(TorchDispatchMode):
             target = GPU  # where torch takes a wrapper to be
         to_gpu = torch.device(target).type == "cuda" if target is not None else any(here)
         name = str(function)
-        self._check(name, tensors, to_gpu, target)
+        self._check(name, tensors, to_gpu, target, bool(keywords.get("non_blocking")))
         if target is not None and to_gpu:
             keywords["device"] = torch.device("cpu")
         self.writes.check(name, values_of(tensors))
@@ -102,7 +110,7 @@ class Device(TorchDispatchMode):
             self.recording.append((function, arguments, keywords, made))
         return made
 
-    def _check(self, name: str, tensors: list[Tensor], to_gpu: bool, target: Any) -> None:
+    def _check(self, name: str, tensors: list[Tensor], to_gpu: bool, target: Any, unhindered: bool) -> None:
         mixed = {isinstance(t, OnGpu) for t in tensors if t.dim()} == {True, False}
         allowed = "copy" in name or ("index" in name and isinstance(tensors[0], OnGpu))  # indices may be on the CPU
         if mixed and not allowed:
@@ -110,6 +118,10 @@ class Device(TorchDispatchMode):
         reads = ("_local_scalar_dense", "nonzero", "aten.equal", "unique", "masked_select", "bincount")
         back = target is not None and not to_gpu and any(isinstance(t, OnGpu) for t in tensors)
         crosses = "copy_" in name and mixed
+        sent = "_to_copy" in name and to_gpu and not any(isinstance(t, OnGpu) for t in tensors)
+        if sent and self.recording is not None:
+            raise RuntimeError(f"{name}: a captured graph would copy from memory that is the host's again")
+        crosses = crosses or (sent and not unhindered)
         waits = back or crosses or (any(isinstance(t, OnGpu) for t in tensors) and any(read in name for read in reads))
         if waits and self.recording is not None:
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
@@ -190,6 +202,12 @@ def tensor(data: Any, *, device: Any = None, make: Any = torch.tensor, **keyword
     return made if device is None else made.to(device)
 
 
+def to(tensor: Tensor, *arguments: Any, move: Any = Tensor.to, **keywords: Any) -> Tensor:
+    """`Tensor.to`; "cuda" is the one GPU there is, which torch itself looks for only where it has CUDA."""
+    there = (GPU if isinstance(each, str | torch.device) and str(each) == "cuda" else each for each in arguments)
+    return move(tensor, *there, **keywords)
+
+
 def set_waiting(mode: str) -> None:
     """`torch.cuda.set_sync_debug_mode`."""
     assert Device.current is not None
@@ -208,13 +226,19 @@ def simulated(monkeypatch: Any) -> Iterator[None]:
         "Stream": Stream, "current_stream": lambda device=None: Stream.current, "stream": on,
         "is_current_stream_capturing": lambda: bool(Device.current and Device.current.recording is not None),
         "set_sync_debug_mode": set_waiting, "_sleep": lambda cycles: None,
+        "mem_get_info": lambda device=None: (1 << 33, 1 << 34),
+        "get_rng_state_all": lambda: [], "manual_seed_all": lambda seed: None,
     }  # fmt: skip
     for name, change in changes.items():
         monkeypatch.setattr(torch.cuda, name, change)
+    monkeypatch.setattr(Tensor, "to", to)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # a wrapper's version cannot be set in it
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    modes = eager._modes
+    monkeypatch.setattr(eager, "_modes", lambda: max(0, modes() - 1))  # the device itself is no tracer
     with Device() as Device.current:
         yield
     Device.current = None

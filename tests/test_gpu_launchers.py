@@ -85,14 +85,16 @@ def test_norms_and_blocks_read_nothing_back(launches, kind):
     norm.backward(x, x, route.selection(), statistics, vector, vector, GROUPS, 1e-5, True, True, True, True)
     assert len(launches) == 5
     add_branch(x, x, route, folded(64, 64, 1, device=META))
-    first, second = launches[5:]
+    before, first, second = launches[5:]
+    assert before.kernel.fn.__name__ == "activate_kernel"
+    assert first.arguments["source"] is before.arguments["y"]
     assert first.arguments["RELU"]
     assert second.arguments["ADD"]
     assert second.arguments["SKIP_EMPTY"]
     assert not second.arguments["RELU"]
     add_branch(x, x, route, folded(64, 64, 1, post=True, device=META))
-    assert not launches[7].arguments["PROLOGUE"]
-    assert launches[8].arguments["RELU"]
+    assert [launch.kernel.fn.__name__ for launch in launches[8:]] == ["convolve_kernel"] * 2
+    assert launches[9].arguments["RELU"]
 
 
 @pytest.mark.parametrize(("allowed", "precision"), [(True, "tf32"), (False, "ieee")])

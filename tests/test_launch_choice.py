@@ -5,47 +5,101 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from den_kernels._triton import choice
-from den_kernels._triton.choice import ALL, BITS, UNITS, Side, Tile
+from den_kernels._triton import choice, rules, table
+from den_kernels._triton.choice import ALL, BITS, UNITS, Side
+from den_kernels._triton.rules import Tile
+from den_kernels.tune import shared_bytes
 
 HALF, FULL = torch.bfloat16, torch.float32
 SIZES = (64, 64, 128)
 
 
+@pytest.fixture(autouse=True)
+def _triton_3_6(monkeypatch):
+    """Rules do not depend on what is installed here."""
+    monkeypatch.setattr(rules, "installed", lambda: "3.6.0")
+
+
 @pytest.mark.parametrize(
-    ("n", "k", "dtype", "arch", "prologue", "tile"),
+    ("n", "k", "dtype", "arch", "tile"),
     [
-        (256, 256, HALF, 90, False, (128, 128, 64, 8, 3)),
-        (256, 256, HALF, 80, False, (128, 128, 32, 8, 4)),
-        (64, 64, HALF, 90, False, (128, 64, 64, 4, 3)),
-        (64, 64, HALF, 90, True, (128, 64, 32, 4, 3)),  # a step passes through registers
-        (256, 256, FULL, 90, False, (128, 128, 32, 8, 3)),
-        (64, 64, FULL, 80, True, (64, 64, 32, 4, 3)),
-        (10, 3, HALF, 90, False, (128, 16, 16, 4, 3)),  # an instruction has 16 columns and steps of 16
-        (128, 128, HALF, 90, False, (128, 128, 64, 8, 3)),
-        (128, 128, HALF, 100, False, (128, 128, 32, 8, 3)),  # deeper steps spill
-        (256, 128, HALF, 100, False, (128, 128, 64, 8, 3)),
+        (256, 256, HALF, 90, (64, 128, 64, 4, 4)),
+        (128, 128, HALF, 90, (64, 128, 64, 4, 4)),
+        (64, 64, HALF, 90, (128, 64, 64, 4, 3)),
+        (256, 256, HALF, 80, (64, 128, 32, 4, 4)),
+        (256, 256, FULL, 90, (64, 128, 32, 4, 4)),
+        (64, 64, FULL, 80, (64, 64, 32, 4, 3)),
+        (10, 3, HALF, 90, (128, 16, 16, 4, 3)),  # an instruction has 16 columns and steps of 16
+        (256, 128, HALF, 100, (128, 64, 64, 4, 3)),  # its matrix instruction has 128 rows
     ],
 )
-def test_tile_of_a_convolution(n, k, dtype, arch, prologue, tile):
-    assert choice.choose_tile(n, k, dtype, arch, prologue)[:5] == tile
+def test_tile_of_a_convolution(n, k, dtype, arch, tile):
+    assert choice.choose_tile(n, k, dtype, arch)[:5] == tile
+
+
+@pytest.mark.parametrize(("arch", "like"), [(86, 80), (89, 80), (103, 100), (110, 100), (120, 80), (121, 80), (75, 80)])
+def test_cards_between_take_the_rules_of_their_kind(arch, like):
+    for dtype in (HALF, FULL):
+        assert choice.choose_tile(256, 64, dtype, arch) == choice.choose_tile(256, 64, dtype, like)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_tiles_without_tensor_cores(arch, monkeypatch):
     """Small enough that operands and sums share the registers, and no table is read: it was tuned with TF32."""
     monkeypatch.setattr(choice, "_tuned", lambda *problem: pytest.fail("a tuned tile is asked for"))
-    assert choice.choose_tile(256, 256, FULL, arch, ieee=True)[:5] == (64, 64, 16, 8, 2)
-    assert choice.choose_tile(10, 3, FULL, arch, prologue=True, ieee=True)[:5] == (64, 16, 16, 8, 2)
+    assert choice.choose_tile(256, 256, FULL, arch, ieee=True)[:5] == (32, 64, 16, 4, 3)
+    assert choice.choose_tile(10, 3, FULL, arch, ieee=True)[:5] == (32, 16, 16, 4, 3)
     dense, elastic = Side(256, ()), Side(256, SIZES)
     assert choice.choose_weight_tile(elastic, dense, FULL, arch, False, ieee=True)[:5] == (32, 64, 64, 4, 5)
 
 
-@pytest.mark.parametrize(("arch", "warps"), [(80, 8), (90, 8), (100, 4)])
-def test_warps_of_a_weight_gradient(arch, warps):
-    """Blackwell holds the sums outside the registers, and with 8 warps spills at this tile."""
-    tile = choice.choose_weight_tile(Side(128, (32, 32, 64)), Side(128, ()), HALF, arch, False)
-    assert tile[1:4] == (64, 128, warps)
+def test_every_release_has_every_rule_sound_and_with_four_warps():
+    """Convolutions of 8 and more warps were miscompiled on Hopper, and no GPU has shown that ours are not."""
+    keys = rules.RULES[3, 6].keys()
+    for release, found in rules.RULES.items():
+        assert found.keys() == keys, release
+        for (kind, chip, numbers), tiles in found.items():
+            assert max(tiles) == rules.ANY
+            assert list(tiles) == sorted(tiles)
+            for tile in tiles.values():
+                assert table.is_sound(tile, 512, 512)
+                assert tile.warps == 4
+                dtype = HALF if numbers == "half" else FULL
+                shared = shared_bytes(kind, tile._replace(stages=tile.stages - (chip < 90)), dtype)
+                assert kind == "weight" or shared <= {80: 99, 90: 227, 100: 227}[chip] << 10
+
+
+@pytest.mark.parametrize(
+    ("version", "release", "words"),
+    [
+        ("3.6.0", (3, 6), "launch rules of Triton 3.6"),
+        ("3.7.1+git0a1b2c3d", (3, 7), "launch rules of Triton 3.7"),
+        ("3.99.0", max(rules.RULES), "the newest known: there are none for 3.99.0"),
+        ("3.5.1", max(rules.RULES), "the newest known: there are none for 3.5.1"),
+        ("unknown", max(rules.RULES), "the newest known: there are none for unknown"),
+        ("", max(rules.RULES), "the newest known: there are none for an absent Triton"),
+    ],
+)
+def test_an_unknown_triton_takes_the_newest_rules_and_says_so(version, release, words):
+    assert rules.release_of(version) == release
+    assert words in rules.describe(version)
+    known = version.startswith(("3.6", "3.7"))
+    assert ("newest" not in rules.describe(version)) == known
+    assert rules.find("convolve", 90, "half", 64, version) == rules.RULES[release]["convolve", 90, "half"][64]
+
+
+def test_launches_follow_the_installed_triton(monkeypatch):
+    tiles = {}
+    for version in ("3.6.0", "3.8.0"):
+        monkeypatch.setattr(rules, "installed", lambda version=version: version)
+        tiles[version] = choice.choose_tile(64, 64, FULL, 100)
+    assert tiles["3.6.0"] != tiles["3.8.0"]
+
+
+def test_a_level_that_reads_nothing_needs_no_tile_of_its_own():
+    shape = choice.shape_of_levels(Side(64, ()), Side(64, (16, 16, 32)), 3, 1, False, Tile(128, 64, 64, 4, 3, 2))
+    assert shape.k_widths == (64, 32, 16, 0)
+    assert (shape.rung, shape.bks) == ((0, 1, 2, 2), (64, 32, 16))
 
 
 def test_every_level_runs_on_a_tile_that_fits_its_width():

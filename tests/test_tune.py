@@ -12,16 +12,17 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from den_kernels import tune
-from den_kernels._triton import choice, table
-from den_kernels._triton.choice import Side, Tile
+from den_kernels._triton import choice, rules, table
+from den_kernels._triton.choice import Side
 from den_kernels._triton.launch import Launch
+from den_kernels._triton.rules import Tile
 from den_kernels._triton.trial import Problem, problems
 
 HALF, FULL = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
 ENTRIES = {
     ("convolve", 64, 64, "bfloat16"): (64, 32, 32, 4, 4, 3),
-    ("prologue", 64, 64, "bfloat16"): (256, 64, 64, 8, 2, 1),
+    ("convolve", 32, 64, "bfloat16"): (256, 32, 64, 8, 2, 1),
     ("weight", 64, 64, "float32"): (32, 64, 32, 4, 3, 2),
 }
 
@@ -36,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def written(folder, arch: int = 90, **changes) -> None:
-    text = table.render(ENTRIES, arch, "NVIDIA H200", table.triton_version())
+    text = table.render(ENTRIES, arch, "NVIDIA H200", rules.installed())
     table.file_of(arch, folder).write_text(json.dumps(json.loads(text) | changes))
 
 
@@ -58,7 +59,7 @@ def test_installed_tables_are_sound():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 2}, "format must be 1, got 2"),
+        ({"format": 1}, "format must be 2, got 1"),
         ({"arch": 80}, "arch must be 90, got 80"),
         ({"triton": "3.5.0"}, "triton must be 3.6, got 3.5.0"),
         ({"tiles": {}}, "tiles must be a list, got dict"),
@@ -109,7 +110,7 @@ def test_launches_follow_the_table_of_their_architecture(folder):
     written(folder)
     table.tiles.cache_clear()
     assert choice.choose_tile(64, 64, HALF, 90) == Tile(*ENTRIES["convolve", 64, 64, "bfloat16"])
-    assert choice.choose_tile(50, 40, HALF, 90, prologue=True) == Tile(*ENTRIES["prologue", 64, 64, "bfloat16"])
+    assert choice.choose_tile(20, 40, HALF, 90) == Tile(*ENTRIES["convolve", 32, 64, "bfloat16"])
     sides = Side(64, (32, 32)), Side(64, ())
     assert choice.choose_weight_tile(*sides, FULL, 90, False) == Tile(*ENTRIES["weight", 64, 64, "float32"])
     assert choice.choose_weight_tile(*sides, FULL, 90, True) == weight_rule  # masks keep within a group
@@ -218,11 +219,11 @@ def test_what_gains_is_written_and_the_rest_kept(landscape, folder, tmp_path):
     lines = []
     todo = [Problem("convolve", 128, 16, 8, HALF), Problem("weight", 64, 32, 8, FULL)]
     results = tune.tune(todo, CPU, 60.0, None, lines.append)
-    kept = table.parse(table.file_of(80).read_text(), 80, table.triton_version())
+    kept = table.parse(table.file_of(80).read_text(), 80, rules.installed())
     assert kept["convolve", 128, 128, "bfloat16"] == tuple(results[0].tile)
     assert kept["convolve", 64, 64, "bfloat16"] == ENTRIES["convolve", 64, 64, "bfloat16"]
     assert len(lines) == 2
-    assert re.match(r"convolve 128 bfloat16: \(256, .* rule \(.*x, \d+ tried", lines[0])
+    assert re.match(r"convolve 128 bfloat16: \(128, 128, 64, .* rule \(.*x, \d+ tried", lines[0])
 
 
 def test_out_of_time_is_said(landscape, folder):

@@ -158,10 +158,9 @@ class BottleneckBlock(nn.Module):
 
         As the CPU's kernel reads them, where that runs.
         """
-        layers = (self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3)
+        layers = bn1, conv1, bn2, _, bn3, _ = self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3
         kept = tuple(layer for layer in layers if layer is not None)
-        settings = self.conv1.out_groups, *(norm.eps for norm in (self.bn1, self.bn2, self.bn3) if norm is not None)
-        made = self._folded.of(kept, self._fold, *settings)
+        made = self._folded.of(kept, self._fold, conv1.out_groups, bn1 and bn1.eps, bn2.eps, bn3.eps)
         return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
 
     def _fold(self) -> _Folded | BottleneckWeights:

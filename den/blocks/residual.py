@@ -95,7 +95,7 @@ class ElasticBlock(nn.Module):
         """Weights with both batch norms folded (eval mode), from the cache while nothing they depend on changed."""
         layers = conv1, bn1, conv2, bn2 = self.conv1, self.bn1, self.conv2, self.bn2
         sources = tuple(layer for layer in layers if layer is not None)
-        settings = conv1.out_groups, *(norm.eps for norm in (bn1, bn2) if norm is not None)
+        settings = conv1.out_groups, bn1 and bn1.eps, bn2.eps
         made = self._folded.of(sources, lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2, copy=False), *settings)
         return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
 

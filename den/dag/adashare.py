@@ -16,6 +16,7 @@ from den.dag.engine import DagEngine, new_network
 from den.dag.graph import Graph, SubGraph
 from den.dag.losses import task_loss
 from den.data import Batch
+from den.device import sent
 
 
 def adashare_step(engine: DagEngine, batch: Batch) -> None:
@@ -30,19 +31,21 @@ def adashare_step(engine: DagEngine, batch: Batch) -> None:
     with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
         loss, measured = task_loss(model, batch, weights)
     sparsity, sharing = sparsity_loss(gates.gamma), sharing_loss(gates.gamma, edge_weights(model.graph, gates.gamma))
-    measured = {**measured, **first, "sparsity": sparsity.item(), "sharing": sharing.item()}
+    measured = {**measured, **first, "sparsity": sparsity.detach(), "sharing": sharing.detach()}
     engine.learn(loss + peers.sparsity * sparsity + peers.sharing * sharing, measured, "gates")
 
 
 def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """Differences of two Gumbel variables, as many as `like` has elements."""
     eps = torch.finfo(torch.float32).eps
-    return torch.rand(like.shape, generator=generator).clamp(eps, 1 - eps).logit().to(like)
+    noise = torch.rand(like.shape, generator=generator).clamp(eps, 1 - eps).logit()
+    return sent(noise.to(like.dtype), like.device)
 
 
 def edge_weights(graph: Graph, like: Tensor) -> Tensor:
     """What an edge (i, j) counts in the sharing loss: (N - j) / N, so that the tasks part late."""
-    return like.new_tensor([(graph.states - j) / graph.states for _, j in graph.edges])
+    weights = [(graph.states - j) / graph.states for _, j in graph.edges]
+    return sent(torch.tensor(weights, dtype=like.dtype), like.device)
 
 
 @torch.no_grad()

@@ -141,6 +141,8 @@ class DagTrainConfig:
     training: DagTraining = field(default_factory=DagTraining)
     reduction: ReductionConfig = field(default_factory=ReductionConfig)
     peers: PeerConfig = field(default_factory=PeerConfig)
+    device: str = "auto"
+    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: training computes in it where autocast does; weights stay float32."""
     progress: bool = True
@@ -167,3 +169,5 @@ class DagReportConfig:
     """Folder for the drawings; None: each run's own, as graph.png."""
     time: bool = True
     """Measure milliseconds."""
+    device: str = "auto"
+    """Where to measure; auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""

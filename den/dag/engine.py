@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -32,7 +31,8 @@ from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.scenarios import load_tasks
 from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
-from den.engine import Meter, restored_position
+from den.device import choose_device
+from den.engine import Meter, check_finite, restored_position
 from den.phases import schedule_factor
 from den.progress import Progress
 from den.randomness import random_state, seeded, set_random_state
@@ -69,10 +69,11 @@ class DagEngine:
 
     def __init__(self, config: DagTrainConfig, *, resume: bool = False) -> None:
         self.config, self.position, self.meter = config, Position(), Meter()
+        self.device = choose_device(config.device)
         self._bar: Progress | None = None
         with ExitStack() as stack:
             self.folder = stack.enter_context(RunFolder(config, resume=resume))
-            stack.enter_context(seeded(config.seed))
+            stack.enter_context(seeded(config.seed, self.device))
             stack.callback(self._close_bar)
             self._build()
             if resume:
@@ -92,12 +93,13 @@ class DagEngine:
 
     def _build(self) -> None:
         config = self.config
-        sets, self.held_out = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
+        parts = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
+        sets, self.held_out = ([each.to(self.device) for each in part] for part in parts)
         tasks = [task for each in sets for task in each.tasks]
         if len(config.training.loss_weights) not in (0, len(tasks)):
             given = list(config.training.loss_weights)
             raise ValueError(f"config: training.loss_weights must be one for each of {len(tasks)} tasks, got {given}")
-        self.model = new_network(config, tasks)
+        self.model = new_network(config, tasks).to(self.device)
         self.steps = stage_steps(config)
         self.batches = make_batches(sets, config)
         training = config.training
@@ -127,7 +129,8 @@ class DagEngine:
             here.total_steps += 1
             if self._bar is not None:
                 self._bar.update()
-                self._bar.note(self.meter.text(), refresh=False)
+                if self.device.type == "cpu" or here.step % 50 == 0:
+                    self._bar.note(self.meter.text(), refresh=False)
             if here.step == total or here.step % self.epoch_steps == 0:
                 self._end_epoch(name)
         here.stage, here.step = here.stage + 1, 0
@@ -138,7 +141,7 @@ class DagEngine:
 
     def autocast(self) -> torch.autocast:
         """The precision that the settings ask for."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def rate(self) -> float:
         """Learning rate of the weights at the update at hand."""
@@ -148,13 +151,13 @@ class DagEngine:
         done = here.step + sum(self.steps[: here.stage])
         return training.rate * schedule_factor("cosine", done / sum(self.steps[:2]))
 
-    def learn(self, loss: Tensor, measured: dict[str, Tensor | float] | None, *optimisers: str) -> None:
+    def learn(self, loss: Tensor, measured: dict[str, Tensor] | None, *optimisers: str) -> None:
         """One step of each of the optimisers on a loss; the others' parameters are left as they are.
 
         measured: what the update's line in the metrics is averaged from; None: another call of the same update says it.
         """
-        if not math.isfinite(value := loss.item()):
-            raise ValueError(f"train: loss must stay finite, got {value} at step {self.position.total_steps}")
+        if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
+            check_finite(loss.item(), self.position.total_steps)
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -181,14 +184,16 @@ class DagEngine:
         return peers.temperature * peers.cooling ** (self.position.step // self.epoch_steps)
 
     def _end_epoch(self, stage: str) -> None:
-        here, gates = self.position, self.model.gates
+        here, gates, means = self.position, self.model.gates, self.meter.means()
+        for value in means.values():
+            check_finite(value, here.total_steps)
         here.epoch += 1
         drawn = self.config.mode == "adashare" and stage == "search"  # measured as it trains, but for the noise
         with gates.drawn(torch.zeros_like(gates.gamma), self.temperature) if drawn else nullcontext():
             held_out = {name: dataclasses.asdict(r) for name, r in evaluate_tasks(self.model, self.held_out).items()}
         edges = gates.gamma.detach().sigmoid().sum(1)
         self.folder.log({
-            "epoch": here.epoch, "step": here.total_steps, "stage": stage, "train": self.meter.means(),
+            "epoch": here.epoch, "step": here.total_steps, "stage": stage, "train": means,
             "held_out": held_out,
             "gates": {"mean_edges": edges.mean().item(), "edges": edges.tolist(), "spread": gates.spread().tolist()},
         })  # fmt: skip
@@ -210,7 +215,7 @@ class DagEngine:
             state = batches.state_dict()
             cursors[name] = state.pop("cursors")
             tensors |= prefixed(f"batches.{name}", state)
-        states, generators = random_state()
+        states, generators = random_state(self.device)
         tensors |= states
         record = {
             "dag": self.model.config.to_dict(), "network": type(self.model).__name__,
@@ -229,7 +234,7 @@ class DagEngine:
             self._restore_batches(tensors, record)
             self.position = restored_position(Position, record["position"])
             if "python" in record:  # older checkpoints have no generators
-                set_random_state(tensors, record)
+                set_random_state(tensors, record, self.device)
         self.folder.rewind(self.position.epoch)
 
     def _restore_batches(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:

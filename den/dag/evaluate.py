@@ -17,6 +17,7 @@ from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.data import ImageSet, SceneSet
+from den.device import wait_for
 from den.tasks import find_task
 
 BATCH, DENSE_BATCH = 250, 8
@@ -51,7 +52,10 @@ class TaskCost:
 def evaluate_tasks(
     model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = BATCH
 ) -> dict[str, TaskResult]:
-    """Results of every task of the sets, by its name; the model's mode is as before afterwards."""
+    """Results of every task of the sets, by its name; the model's mode is as before afterwards.
+
+    The sets' batches lie on the model's device, see their ``to``.
+    """
     training = model.training
     model.eval()
     try:
@@ -110,20 +114,22 @@ def deployed_parameters(model: DagNetwork | PeerNetwork) -> int:
     return weights + gates
 
 
-@torch.inference_mode()
 def time_tasks(
     model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = 32, rounds: int = 9
 ) -> dict[str, float]:
     """Seconds that a batch of each task takes in its extracted network: medians of interleaved rounds."""
-    examples = [example for each in sets for example in each.examples(slice(0, batch_size))]
-    images = {name: part for name, part, _ in examples}
-    alone = {name: _alone(model, name) for name in images}
-    seconds: dict[str, list[float]] = {name: [] for name in alone}
-    for _ in range(rounds + 1):
-        for name, network in alone.items():
-            start = time.perf_counter()
-            network(images[name])
-            seconds[name].append(time.perf_counter() - start)
+    with torch.inference_mode():
+        examples = [example for each in sets for example in each.examples(slice(0, batch_size))]
+        images = {name: part for name, part, _ in examples}
+        alone = {name: _alone(model, name) for name in images}
+        seconds: dict[str, list[float]] = {name: [] for name in alone}
+        for _ in range(rounds + 1):
+            for name, network in alone.items():
+                wait_for(images[name].device)
+                start = time.perf_counter()
+                network(images[name])
+                wait_for(images[name].device)
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 

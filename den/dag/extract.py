@@ -46,7 +46,7 @@ class SubNetwork(nn.Module):
         self._gates = [
             gate / len(model.graph.incoming[j]) for gate, (_, j) in zip(gates, model.graph.edges, strict=True)
         ]
-        self.train(model.training).to(model.gates.gamma)
+        self.train(model.training).to(model.gates.gamma.device, model.gates.gamma.dtype)
 
     def _take_stage_ends(self, model: DagNetwork) -> None:
         """Of each later stage the read-in and the read-out, where the task keeps one of its states'."""

@@ -16,17 +16,19 @@ from den.tasks import find_task
 
 def task_loss(
     model: DagNetwork | PeerNetwork, batch: Batch, weights: Sequence[float] = ()
-) -> tuple[Tensor, dict[str, Tensor | float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tasks of their mean losses, weighted (empty: by 1), and what to report of it: the mean of the losses,
-    the accuracy over the images of classification tasks, and the losses of dense tasks."""
+    the accuracy over the images of classification tasks, and the losses of dense tasks, on the model's device."""
     outputs = model(batch.images, batch.tasks)
     tasks = [model.tasks[find_task(name, model.tasks)] for name in batch.tasks]
     parts = list(zip(tasks, outputs, batch.labels, strict=True))
     losses = torch.stack([KINDS[task.kind].loss(output, target) for task, output, target in parts])
-    measured: dict[str, Tensor | float] = {"loss": losses.sum().item() / len(losses)}
+    told = losses.detach()
+    measured = {"loss": told.sum().double() / len(told)}
     hits = [output.argmax(1) == target for task, output, target in parts if not task.dense]
     if hits:
-        measured["accuracy"] = torch.cat(hits).float().mean().item()
-    dense = {task.name: value for task, value in zip(tasks, losses.tolist(), strict=True) if task.dense}
-    total = (losses * losses.new_tensor(weights)).sum() if weights else losses.sum()
-    return total, {**measured, **{f"loss_{name}": value for name, value in dense.items()}}
+        measured["accuracy"] = torch.cat(hits).float().mean()
+    dense = {f"loss_{task.name}": loss for task, loss in zip(tasks, told, strict=True) if task.dense}
+    if weights:
+        losses = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
+    return losses.sum(), {**measured, **dense}

@@ -51,6 +51,9 @@ class DagNetwork(nn.Module):
     A batch of several tasks runs every edge once, over the instances whose task keeps it.  Several tasks of the same
     images are a list that holds the same tensor for each: ``model([x, x, x], ["segmentation", "depth", "normals"])``.
     After the stems an instance is then an image and a task, and one plan routes all of them.
+
+    On a GPU a call waits for nothing, but once after every change of what the tasks keep.  A CUDA graph may be captured
+    when a batch of as many images of the same tasks has run before, and then serves other images.
     """
 
     def __init__(self, config: DagConfig) -> None:
@@ -64,7 +67,7 @@ class DagNetwork(nn.Module):
         degrees = [len(self.graph.incoming[j]) for _, j in self.graph.edges]
         self.register_buffer("in_degrees", torch.tensor(degrees, dtype=torch.float32), persistent=False)
         self._host: FoldCache[tuple[list[list[int]], list[list[bool]]]] = FoldCache()
-        self._routed: FoldCache[dict[tuple, BatchGates]] = FoldCache()
+        self._routed: FoldCache[BatchGates] = FoldCache()
         self._packed: FoldCache[GraphWeights] = FoldCache()
         self._ends: FoldCache[MixedEnds] = FoldCache()
 
@@ -160,24 +163,16 @@ class DagNetwork(nn.Module):
             return self._route(batch)
         gates = self.gates
         sources = gates.alpha, gates.beta, gates.gamma, gates.edge_levels, gates.kept_in, gates.kept_out
-        made, key = self._routed.get(sources, dict), (batch.tasks, *batch.sizes)
-        gates_of_batch = made.get(key)
-        if gates_of_batch is None:  # the dictionary is shared between threads: look at it once
-            gates_of_batch = self._route(batch)
-            made.clear()
-            made[key] = gates_of_batch
-        return gates_of_batch
+        return self._routed.get(sources, lambda: self._route(batch), batch.tasks, *batch.sizes)
 
     def _route(self, batch: TaskBatch) -> BatchGates:
-        device = self.gates.gamma.device
-        tasks = torch.tensor([k for k, n in zip(batch.tasks, batch.sizes, strict=True) for _ in range(n)])
-        tasks = tasks.to(device).long()
+        device, parts = self.in_degrees.device, zip(batch.tasks, batch.sizes, strict=True)
+        tasks = torch.cat([torch.full((n,), k, device=device) for k, n in parts])  # sending it there would wait
         a, g, b = (rows.index_select(0, tasks) for rows in self.gates.values(self.config.gates == "bare"))
         used, ends = (
             [rows[k] for k in batch.tasks]
             for rows in self._host.get(
-                (self.gates.edge_levels, self.gates.kept_in, self.gates.kept_out),
-                lambda: (self.gates.block_levels().tolist(), self.gates.kept_out.tolist()),
+                (self.gates.edge_levels, self.gates.kept_in, self.gates.kept_out), self._read_kept
             )
         )
         plan, groups = None, self.config.groups
@@ -186,6 +181,10 @@ class DagNetwork(nn.Module):
         runs = tuple(_runs([row[e] > 0 for row in used], batch.sizes) for e in range(len(used[0])))
         out_runs = tuple(_runs([row[j] for row in ends], batch.sizes) for j in range(self.graph.states))
         return BatchGates(a, g / self.in_degrees, b, plan, runs, out_runs)
+
+    def _read_kept(self) -> tuple[list[list[int]], list[list[bool]]]:
+        """Levels of all blocks, and which states are read out, by task; the one thing that waits for a GPU."""
+        return self.gates.block_levels().tolist(), self.gates.kept_out.tolist()
 
     def keep(self, task: int, kept: SubGraph) -> None:
         """Let a task keep only `kept` of the graph."""
@@ -201,7 +200,7 @@ class DagNetwork(nn.Module):
         return tuple(e for e in range(len(self.edges)) if any(edges[e] for edges in kept))
 
     def train(self, mode: bool = True) -> DagNetwork:
-        for cache in (self._routed, self._host, self._packed, self._ends):
+        for cache in (self._routed, self._packed, self._ends):
             cache.clear()
         return super().train(mode)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from den.dag.comparison import comparison, reference, verdicts
 from den.dag.config import DagDataConfig, DagReportConfig, DagTrainConfig
 from den.dag.dense_report import delta_tables
@@ -17,6 +19,7 @@ from den.dag.network import DagNetwork
 from den.dag.runs import OpenedRun, open_run
 from den.dag.scenarios import load_tasks, named_settings
 from den.data import ImageSet, SceneSet
+from den.device import CPU, choose_device, machine_name
 from den.files import check_file, check_folder, is_writable, write_text
 from den.progress import progress
 from den.run_state import Training
@@ -33,7 +36,7 @@ PEERS = {
 # Settings that the tables show by other means, or that change no result.
 TOLD = {
     "out", "start", "seed", "mode", "epoch_steps", "progress", "data.root", "training.steps", "reduction.ranking",
-    "reduction.guard",
+    "reduction.guard", "device",
 }  # fmt: skip
 
 
@@ -105,14 +108,16 @@ class RunReport:
         return len({cost.kept for cost in self.costs})
 
 
-def measure(path: Path, data_root: Path | None = None, time: bool = True) -> RunReport:
-    """Evaluate the last checkpoint of a run on its test sets; ValueError where there is none."""
+def measure(path: Path, data_root: Path | None = None, time: bool = True, device: str = "auto") -> RunReport:
+    """Evaluate the last checkpoint of a run on its test sets; ValueError where there is none, or no such device."""
+    place = choose_device(device)
     run = open_run(path)
-    return measured(run, load_tasks(run.config.data, "test", data_root), time)
+    run.model.to(place)
+    return measured(run, [each.to(place) for each in load_tasks(run.config.data, "test", data_root)], time)
 
 
 def measured(run: OpenedRun, sets: list[ImageSet | SceneSet], time: bool) -> RunReport:
-    """A run evaluated on its test sets."""
+    """A run evaluated on its test sets, which lie on its network's device."""
     seconds = time_tasks(run.model, sets, timed_images(run.model)) if time else {}
     results, costs = evaluate_tasks(run.model, sets), task_costs(run.model)
     return RunReport(run.path, run.config, run.model, results, costs, seconds, run.state)
@@ -121,8 +126,9 @@ def measured(run: OpenedRun, sets: list[ImageSet | SceneSet], time: bool) -> Run
 def report(settings: DagReportConfig) -> str:
     """Measure the runs, draw each run's graph beside its checkpoint, write and return the tables.
 
-    Raises ValueError, before anything is measured, for a run, images or a place to write that are missing.
+    Raises ValueError, before anything is measured, for a run, images, a device or a place to write that are missing.
     """
+    device = choose_device(settings.device)
     if not settings.runs:
         raise ValueError("dag report: runs must be at least one run folder, got none")
     drawings = drawing_places(settings.runs, settings.out)
@@ -131,7 +137,9 @@ def report(settings: DagReportConfig) -> str:
     runs = [open_run(path) for path in settings.runs]
     loaded: dict[DagDataConfig, list[ImageSet | SceneSet]] = {}
     for data in dict.fromkeys(run.config.data for run in runs):
-        loaded[data] = load_tasks(data, "test", settings.data_root)
+        loaded[data] = [each.to(device) for each in load_tasks(data, "test", settings.data_root)]
+    for run in runs:
+        run.model.to(device)
     found = [measured(run, loaded[run.config.data], settings.time) for run in progress(runs, "runs")]
     if any(run.dense for run in found):
         parts = [delta_tables(found)]
@@ -141,7 +149,7 @@ def report(settings: DagReportConfig) -> str:
         parts.append(f"### {run.label(reference(found))}, {run.training}\n\n{task_table(run)}\n\n{remarks(run)}")
     text = "\n\n".join(parts) + "\n"
     if settings.markdown is not None:
-        write_text(settings.markdown, heading(found, runs[0].versions) + text)
+        write_text(settings.markdown, heading(found, runs[0].versions, device) + text)
     for run in found:
         draw_graph(run.model, drawings[run.path])
     return text
@@ -213,17 +221,18 @@ def timed_images(model: DagNetwork) -> int:
     return 4 if any(task.dense for task in model.tasks) else 32
 
 
-def heading(runs: Sequence[RunReport], versions: dict[str, str]) -> str:
-    """Title, the commands that made the runs, versions."""
+def heading(runs: Sequence[RunReport], versions: dict[str, str], device: torch.device = CPU) -> str:
+    """Title, the commands that made the runs, where they are measured, versions."""
     first = runs[0]
     measured = "Measured" if first.dense else "Accuracy"
     commands = "\n".join(command_of(run.config) for run in runs)
     known = [f"{name} {versions[name]}" for name in ("python", "torch") if name in versions]
     used = ", ".join(known or ["versions unknown"])
+    place = "a CPU" if device.type == "cpu" else machine_name(device)
     return (
         f"# Networks over one graph, {first.config.data.scenario}\n\n"
         "Written by `den dag report`, from runs of these commands (and `--data.root FOLDER`):\n\n"
-        f"```bash\n{commands}\n```\n\nOn a CPU; {used}. {measured} on the test split after the last update; nothing"
+        f"```bash\n{commands}\n```\n\nOn {place}; {used}. {measured} on the test split after the last update; nothing"
         " was chosen by it." + ("" if first.dense else " Mean accuracy is over tasks.") + "\n\n"
     )
 

@@ -58,7 +58,7 @@ def search_step(engine: DagEngine, batch: Batch) -> None:
     """One update of the weights and one of the gates, as the variant has it."""
     training, model = engine.config.training, engine.model
     edges = len(model.graph.edges)
-    first: dict[str, Tensor | float] = {}
+    first: dict[str, Tensor] = {}
     if training.search == "alternating":
         with engine.autocast():
             loss, first = task_loss(model, batch, training.loss_weights)
@@ -69,7 +69,7 @@ def search_step(engine: DagEngine, batch: Batch) -> None:
     with engine.autocast():
         loss, measured = task_loss(model, batch, training.loss_weights)
     squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
-    measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.item()}
+    measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.detach()}
     updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
     engine.learn(loss + training.squeeze * squeeze, measured, *updated)
     model.edges.requires_grad_(True)
@@ -105,9 +105,10 @@ def reestimate_norms(model: DagNetwork, batches: MixedTaskBatches, count: int) -
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
     model.train()
-    for _ in range(count):
+    for number in range(1, count + 1):
+        for norm in norms:
+            norm.momentum = 1 / number  # with None torch reads from the device how many there were
         batch = batches.next()
         model(batch.images, batch.tasks)
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from den.device import sent
 from den.tasks import Task
 
 Example = tuple[str, Tensor, Tensor]  # task, images [n, C, H, W], targets [n, ...]
@@ -71,7 +72,7 @@ class ImageSet:
 
     def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
         """The same with the images augmented."""
-        return [(self.name, self.augmented(index, generator), self.labels[index.to(self.labels.device)])]
+        return [(self.name, self.augmented(index, generator), self.labels[sent(index, self.labels.device)])]
 
     def to(self, device: torch.device) -> ImageSet:
         """The same set for a device: batches lie there, and the images too, if they fit (`fits`).
@@ -89,7 +90,7 @@ class ImageSet:
     def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Normalised images as they are: float32 [n, C, H, W], channels-last."""
         if isinstance(index, Tensor):
-            index = index.to(self.images.device)
+            index = sent(index, self.images.device)
         return self._normalise(self.images[index].permute(0, 2, 3, 1))
 
     def augmented(self, index: Tensor, generator: torch.Generator) -> Tensor:
@@ -105,7 +106,7 @@ class ImageSet:
         if self.flip:
             mirrored = torch.rand(count, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        index, rows, columns = (places.to(device) for places in (index, rows - self.pad, columns - self.pad))
+        index, rows, columns = (sent(places, device) for places in (index, rows - self.pad, columns - self.pad))
         pixels = self.images.permute(0, 2, 3, 1)[
             index[:, None, None], rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
         ]
@@ -113,9 +114,8 @@ class ImageSet:
         return self._normalise(pixels.mul_((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]))
 
     def _normalise(self, pixels: Tensor) -> Tensor:  # uint8 [n, H, W, C] -> float32 [n, C, H, W]
-        if pixels.device != self.labels.device:  # the images stay on the host, the batches do not
-            pixels = pixels.contiguous().pin_memory().to(self.labels.device, non_blocking=True)
-        mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
+        pixels = sent(pixels.contiguous(), self.labels.device)  # of images that stay on the host
+        mean, std = (sent(torch.tensor(values), pixels.device) for values in (self.mean, self.std))
         values = pixels.contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
         return values.permute(0, 3, 1, 2)
 
@@ -164,7 +164,7 @@ def stratified_split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor
 
     The second part holds ceil(held_out * N) positions, the classes in proportion to their sizes.
     """
-    generator = torch.Generator().manual_seed(seed)
+    labels, generator = labels.cpu(), torch.Generator().manual_seed(seed)  # positions for images on any device
     sizes = labels.bincount().tolist()
     counts = apportion(math.ceil(held_out * len(labels)), sizes)
     kept, held = [], []

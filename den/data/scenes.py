@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.data.images import Example
+from den.device import CPU, sent
 from den.tasks import IGNORE, Task
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
@@ -40,6 +41,7 @@ class SceneSet:
         index: int64 [N].
         inverse_depth: whether what is called depth is its inverse (disparity), which grows where an image is zoomed
             into.
+        device: where batches lie.
     """
 
     name: str
@@ -47,9 +49,14 @@ class SceneSet:
     read: Callable[[int, Sequence[Task]], Scene]
     index: Tensor
     inverse_depth: bool = False
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def to(self, device: torch.device) -> SceneSet:
+        """The same set for a device: batches lie there; what they are made of is read and changed on the host."""
+        return dataclasses.replace(self, device=device)
 
     def only(self, names: Sequence[str]) -> SceneSet:
         """The same scenes for some of the tasks."""
@@ -90,8 +97,9 @@ class SceneSet:
         return self._stacked(scenes)
 
     def _stacked(self, scenes: list[Scene]) -> list[Example]:
-        images = normalised(torch.stack([scene.image for scene in scenes]))
-        return [(t.name, images, torch.stack([scene.targets[t.name] for scene in scenes])) for t in self.tasks]
+        images = sent(normalised(torch.stack([scene.image for scene in scenes])), self.device)
+        targets = (torch.stack([scene.targets[task.name] for scene in scenes]) for task in self.tasks)
+        return [(t.name, images, sent(each, self.device)) for t, each in zip(self.tasks, targets, strict=True)]
 
 
 def augmented(

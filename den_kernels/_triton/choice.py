@@ -1,4 +1,4 @@
-"""How the kernels are launched: pure functions of the problem, the dtype and the architecture."""
+"""How the kernels are launched: functions of the problem, the dtype, the architecture and the release of Triton."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import table
+from . import rules, table
+from .rules import Tile
 
 # How a side of the GEMM follows a mask, as conv_kernel.py reads it.
 ALL, BITS, UNITS = 0, 1, 2
@@ -29,17 +30,6 @@ class Side(NamedTuple):
         if not self.sizes:
             return (self.channels,) * (groups + 1)
         return tuple(reversed((0, *accumulate(self.sizes))))
-
-
-class Tile(NamedTuple):
-    """The largest tile of a kernel and how it is run."""
-
-    rows: int  # pixels
-    columns: int  # channels written
-    depth: int  # channels read in a step
-    warps: int
-    stages: int
-    programs: int  # on a multiprocessor at a time
 
 
 class Shape(NamedTuple):
@@ -68,27 +58,17 @@ def _tuned(kind: str, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile | N
     return Tile(*found) if found else None
 
 
-def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, prologue: bool = False, ieee: bool = False) -> Tile:
+def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, ieee: bool = False) -> Tile:
     """The tile of a convolution that writes up to n channels from up to k; `arch` is 80 for compute capability 8.0.
 
-    A tuned one where the table of the architecture has it (table.py), else by rule. With a prologue, or before Hopper
-    with many columns, a step passes through registers, so that it is smaller. IEEE float32 (`ieee`) knows no tensor
-    core: operands lie in registers beside the sums, and with larger tiles, fewer warps or more stages some spill;
-    tables, tuned with TF32, do not count.
+    A tuned one where the table of the architecture has it (table.py), else by rule (rules.py). IEEE float32 (`ieee`)
+    knows no tensor core; tables, tuned with TF32, do not count there.
     """
-    if ieee:
-        return Tile(64, ceil_power(n, 16, 64), 16, 8, 2, 2)
-    tuned = _tuned("prologue" if prologue else "convolve", n, k, dtype, arch)
+    tuned = None if ieee else _tuned("convolve", n, k, dtype, arch)
     if tuned:
         return tuned
-    columns = ceil_power(n, 16, 128)
-    rows, depth = (64 if prologue or columns < 128 else 128, 32) if dtype == torch.float32 else (128, 64)
-    if dtype != torch.float32 and (prologue or (arch < 90 and columns == 128)):
-        depth = 32
-    if arch >= 100 and columns == 128 and n <= 128:  # ptxas 12.9 spills a few addresses with deeper steps
-        depth = 32
-    stages = 3 if arch >= 90 or columns < 128 else 4
-    return Tile(rows, columns, ceil_power(k, 16, depth), 8 if columns == 128 else 4, stages, 2)
+    tile = rules.find("convolve", arch, rules.numbers_of(dtype, ieee), n)
+    return tile._replace(columns=ceil_power(n, 16, tile.columns), depth=ceil_power(k, 16, tile.depth))
 
 
 def unit_of(sizes: Sequence[int], most: int) -> int:
@@ -111,6 +91,8 @@ def shape_of_levels(n: Side, k: Side, groups: int, cardinality: int, skip_empty:
     chosen = []
     for n_width, k_width in zip(n_widths, k_widths, strict=True):
         rung = ceil_power(n_width, 16, tile.columns), ceil_power(k_width, 16, tile.depth)
+        if k_width == 0 and rungs:  # takes no step
+            rung = rungs[-1]
         if rung not in rungs and len(rungs) < 3:
             rungs.append(rung)
         chosen.append(rungs.index(rung) if rung in rungs else len(rungs) - 1)
@@ -150,22 +132,22 @@ def _is_even(rung: int, chosen: Sequence[int], k_widths: Sequence[int], bk: int,
 def choose_weight_tile(n: Side, k: Side, dtype: torch.dtype, arch: int, masked: bool, ieee: bool = False) -> Tile:
     """The tile of a weight gradient: pixels of a step, output channels, input channels of one tap.
 
-    Tuned for levels where the table of the architecture has it. By rule, on an elastic side a tile is as wide as 128 or
-    the groups allow, but not under 64: there a wider tile that some instances fill in part costs less than reading the
-    other side once more. For masks it stays within a group. In IEEE float32 it is at most 64 wide, as in `choose_tile`.
+    Tuned for levels where the table of the architecture has it. By rule, on an elastic side a tile is as wide as the
+    rule or the groups allow, but not under 64: there a wider tile that some instances fill in part costs less than
+    reading the other side once more. For masks it stays within a group.
     """
     tuned = None if masked or ieee else _tuned("weight", n.channels, k.channels, dtype, arch)
     if tuned:
         return tuned
+    numbers = rules.numbers_of(dtype, ieee)
+    most = rules.find("weight", arch, numbers, 0)
     sides = []
-    for side in (n, k):
-        width = ceil_power(side.channels, 16, 64 if ieee else 128)
+    for side, width in ((n, most.columns), (k, most.depth)):
+        width = ceil_power(side.channels, 16, width)
         if side.sizes:
             width = max(unit_of(side.sizes, width), 16 if masked else min(width, 64))
         sides.append(width)
-    rows = 32 if dtype == torch.float32 else 64
-    few = 64 * (128 if arch >= 100 else 64)  # sums for 4 warps: Blackwell has them in a memory of their own
-    return Tile(rows, sides[0], sides[1], 4 if sides[0] * sides[1] <= few else 8, 5, 2)
+    return rules.find("weight", arch, numbers, sides[0] * sides[1])._replace(columns=sides[0], depth=sides[1])
 
 
 def k_tiles(n_channels: int, k_channels: int, cardinality: int, tile: Tile) -> int:

@@ -15,6 +15,9 @@ Work is a list of tiles that every program reads off the route itself:
   no tile. A segment runs on its *rung*: a tile shape that fits its widths.
 - masks: a tile lies within one instance. Where the groups allow it, its columns and its K steps follow a list of the
   *units* (BN or BK channels) that the instance selected; else the loads are masked channel by channel.
+
+Nothing is calculated between a load and the product: what would be must lie in registers, and on Hopper the loop then
+writes to registers that a product in flight still reads (Triton 3.6 and 3.7). Activations are in the map already.
 """
 
 import triton
@@ -94,23 +97,14 @@ def tap_range(
 
 
 @triton.jit
-def _affine_relu(a, scale, shift, inside, k, k_ok):
-    """relu(a * scale[k] + shift[k]), and 0 where `inside` does not hold: the padding is that of the activated map."""
-    s = tl.load(scale + k, mask=k_ok, other=0.0)
-    t = tl.load(shift + k, mask=k_ok, other=0.0)
-    value = tl.maximum(a.to(tl.float32) * s[None, :] + t[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(inside, value, 0.0).to(a.dtype)
-
-
-@triton.jit
 def _multiply(
-    source, weight, scale_in, shift_in, units, bits,
+    source, weight, units, bits,
     base, row, column, live, n, n_first, k_width, k_steps,
     tap_h, tap_w, taps_h, taps_w, off_h, off_w, H, W, source_h, source_w,
     NC: tl.constexpr, KC: tl.constexpr, CARDINALITY: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, SKIP_H: tl.constexpr, SKIP_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PROLOGUE: tl.constexpr, K_MASK: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, K_MASK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The products of a tile [BM, BN], summed over taps and channels in one loop that is pipelined as a whole."""
     NG: tl.constexpr = NC // CARDINALITY
@@ -145,8 +139,6 @@ def _multiply(
             a_ok = a_ok & k_ok[None, :]
             w_ok = w_ok & k_ok[:, None]
         a = tl.load(source + (base + h * source_h + w * source_w)[:, None] + k[None, :], mask=a_ok, other=0.0)
-        if PROLOGUE:
-            a = _affine_relu(a, scale_in, shift_in, a_ok, k, k_ok)
         place = ((tap_h + th * SKIP_H) * S + tap_w + tw * SKIP_W) * IN
         if TRANSPOSED:
             place += n[None, :] + k[:, None] * (R * S * IN)
@@ -163,30 +155,46 @@ def _multiply(
 
 @triton.jit
 def _store(
-    acc, out, bias, scale_out, at, live, n, n_ok,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
+    acc, out, bias, scale_out, following, scale_next, shift_next, levels_next, at, instance, live, idle, n, n_ok,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
-    """out = relu(out + acc * scale_out + bias), of which every part may be left out."""
+    """out = relu(out + acc * scale_out + bias), of which every part may be left out.
+
+    NEXT: following = relu(out * scale_next + shift_next) as well, for the instances with a level in levels_next. The
+    instances of an `idle` tile are there for that alone: out stays as it is.
+    """
     if SCALE:
         acc *= tl.load(scale_out + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    pointers = out + at[:, None] + n[None, :]
+    place = at[:, None] + n[None, :]
     ok = live[:, None] & n_ok[None, :]
+    if NEXT:
+        acc = tl.where(idle != 0, 0.0, acc)
     if ADD:
-        acc += tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+        acc += tl.load(out + place, mask=ok, other=0.0).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=ok)
+    value = acc.to(out.dtype.element_ty)
+    if NEXT:
+        tl.store(out + place, value, mask=ok & (idle == 0))
+        factor = tl.load(scale_next + n, mask=n_ok, other=0.0)[None, :]
+        offset = tl.load(shift_next + n, mask=n_ok, other=0.0)[None, :]
+        acc = tl.maximum(value.to(tl.float32) * factor + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        used = (tl.load(levels_next + instance, mask=live, other=0) > 0)[:, None] & n_ok[None, :]
+        tl.store(following + place, acc.to(out.dtype.element_ty), mask=used)
+    else:
+        tl.store(out + place, value, mask=ok)
 
 
 # What depends on the batch and on where the rows of its plan lie is not compiled in.
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["levels", "order", "offsets"])
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["levels", "order", "offsets", "levels_next"])
 def convolve_kernel(
     source,  # [B, H, W, KC], strides source_b, source_h, source_w, 1
     weight,  # [out channels, R, S, in channels / CARDINALITY]
     out,  # [B, OH, OW, NC], strides out_b, out_h, out_w, 1
-    bias, scale_in, shift_in, scale_out,  # per channel
+    bias, scale_out,  # per channel
+    following, scale_next, shift_next, levels_next,  # a second output with out's strides, its affine map, its route
     levels, order, offsets,  # of the route; with masks the offsets are not read
     units_n, counts_n, bits_n, units_k, counts_k, bits_k,  # of masks: [B, units], [B], [B, channels] on each side
     B, H, W, OH, OW, source_b, source_h, source_w, out_b, out_h, out_w,
@@ -197,8 +205,8 @@ def convolve_kernel(
     N_WIDTHS: tl.constexpr, K_WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, RUNG: tl.constexpr,  # of each segment
     BNS: tl.constexpr, BKS: tl.constexpr, EVENS: tl.constexpr,  # of each rung
     MASKED: tl.constexpr, N_MASK: tl.constexpr, K_MASK: tl.constexpr, SKIP_EMPTY: tl.constexpr,
-    PROLOGUE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
+    NEXT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     CLASSES: tl.constexpr = STRIDE_H * STRIDE_W if TRANSPOSED else 1
     GRID_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
@@ -264,11 +272,16 @@ def convolve_kernel(
                     if N_MASK == 1:
                         n_ok = n_ok & (tl.load(bits_n + place * NC + n, mask=n_ok, other=0) != 0)
                     acc = _multiply(
-                        source, weight, scale_in, shift_in,
-                        units_k + place * (KC // BK), bits_k + place * KC,
+                        source, weight, units_k + place * (KC // BK), bits_k + place * KC,
                         base, row, column, live, n, n_first, k_width, k_steps,
                         tap_h, tap_w, taps_h, taps_w, off_h, off_w, H, W, source_h, source_w,
-                        NC, KC, CARDINALITY, R, S, STEP_H, STEP_W, SKIP_H, SKIP_W, TRANSPOSED, PROLOGUE,
+                        NC, KC, CARDINALITY, R, S, STEP_H, STEP_W, SKIP_H, SKIP_W, TRANSPOSED,
                         K_MASK, EVENS[r], PRECISION, BM, BN, BK,
                     )  # fmt: skip
-                    _store(acc, out, bias, scale_out, at, live, n, n_ok, BIAS, SCALE, ADD, RELU)
+                    idle = 0
+                    if NEXT:
+                        idle = (tl.load(levels + place) == 0).to(tl.int32) if MASKED else (k_width == 0).to(tl.int32)
+                    _store(
+                        acc, out, bias, scale_out, following, scale_next, shift_next, levels_next,
+                        at, instance, live, idle, n, n_ok, BIAS, SCALE, ADD, RELU, NEXT,
+                    )  # fmt: skip

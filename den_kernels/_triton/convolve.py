@@ -10,9 +10,19 @@ from .._conv_cpu import Geometry, dense
 from ..float32 import allows_tf32
 from ..plan import Route, channels_of
 from . import choice
-from .choice import Shape, Side, Tile
+from .choice import Shape, Side
 from .conv_kernel import convolve_kernel
 from .launch import Launch, architecture
+from .rules import Tile
+
+
+class Following(NamedTuple):
+    """A second output: `relu(out * scale + shift)` of the instances that the next block uses, which it reads."""
+
+    map: Tensor  # as out, with its strides
+    scale: Tensor  # float32 [channels written]
+    shift: Tensor  # float32 [channels written]
+    levels: Tensor  # int32 [B] of the next block
 
 
 class Epilogue(NamedTuple):
@@ -22,16 +32,10 @@ class Epilogue(NamedTuple):
     scale: Tensor | None = None  # float32 [channels written]
     add: bool = False  # to what is there
     relu: bool = False
+    following: Following | None = None  # of the sum, for instances at level 0 too
 
 
 PLAIN = Epilogue()
-
-
-class Prologue(NamedTuple):
-    """`relu(source * scale + shift)` on the way in; the padding stays zero."""
-
-    scale: Tensor  # float32 [channels read]
-    shift: Tensor
 
 
 class Selected(NamedTuple):
@@ -110,7 +114,6 @@ def convolution_launch(
     geometry: Geometry,
     transposed: bool,
     skip_empty: bool,
-    prologue: Prologue | None,
     epilogue: Epilogue,
     arch: int,
     multiprocessors: int,
@@ -120,15 +123,17 @@ def convolution_launch(
     sizes = (tuple(geometry.out_sizes), tuple(geometry.in_sizes))
     n, k = (Side(c, s) for c, s in zip((NC, KC), sizes[::-1] if transposed else sizes, strict=True))
     product = precision(source.dtype)
-    tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, prologue is not None, product == "ieee")
+    tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, product == "ieee")
+    after = epilogue.following
+    skip_empty = skip_empty and after is None
     selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile, source)
     stride, classes = geometry.stride, geometry.stride[0] * geometry.stride[1] if transposed else 1
     pixels = -(-OH // (stride[0] if transposed else 1)) * -(-OW // (stride[1] if transposed else 1))
     most = _tiles_at_most(shape, B, pixels, classes, tile.rows, route.mask is not None)
     skip = [s // gcd(s, d) if transposed else 1 for s, d in zip(stride, geometry.dilation, strict=True)]
     pointers: dict[str, Any] = {
-        "bias": epilogue.bias, "scale_out": epilogue.scale,
-        "scale_in": prologue and prologue.scale, "shift_in": prologue and prologue.shift,
+        "bias": epilogue.bias, "scale_out": epilogue.scale, "following": after and after.map,
+        "scale_next": after and after.scale, "shift_next": after and after.shift, "levels_next": after and after.levels,
     }  # fmt: skip
     arguments = dict(
         source=source, weight=weight, out=out, levels=route.levels, order=route.order, offsets=route.offsets,
@@ -140,9 +145,9 @@ def convolution_launch(
         DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1], SKIP_H=skip[0], SKIP_W=skip[1], TRANSPOSED=transposed,
         N_WIDTHS=shape.n_widths, K_WIDTHS=shape.k_widths, COLUMNS=shape.columns, RUNG=shape.rung,
         BNS=shape.bns, BKS=shape.bks, EVENS=shape.evens,
-        PROLOGUE=prologue is not None, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
-        RELU=epilogue.relu, ADD=epilogue.add, SKIP_EMPTY=skip_empty, PRECISION=product, BM=tile.rows,
-        num_warps=tile.warps, num_stages=tile.stages,
+        BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
+        RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None, SKIP_EMPTY=skip_empty,
+        PRECISION=product, BM=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
         **{name: source if tensor is None else tensor.contiguous() for name, tensor in pointers.items()}, **selection,
     )  # fmt: skip
     return Launch(convolve_kernel, min(most, tile.programs * multiprocessors), arguments)
@@ -157,7 +162,6 @@ def convolve(
     *,
     transposed: bool = False,  # source is the gradient of the output, out that of the input
     skip_empty: bool = False,  # leave instances at level 0 alone where out is not elastic
-    prologue: Prologue | None = None,
     epilogue: Epilogue = PLAIN,
 ) -> None:
     """Convolve each instance over the channel groups that it selected, in one launch; the host waits for nothing."""
@@ -165,7 +169,7 @@ def convolve(
         return
     check_pixels(source, out)
     launch = convolution_launch(
-        channels_last(source), dense(weight), out, route, geometry, transposed, skip_empty, prologue, epilogue,
+        channels_last(source), dense(weight), out, route, geometry, transposed, skip_empty, epilogue,
         *architecture(source.device),
     )  # fmt: skip
     launch.run(source)

@@ -1,4 +1,5 @@
-"""The passes of `dynamic_batch_norm` on tensors: statistics and apply forward, reduce and gradient backward.
+"""The passes of `dynamic_batch_norm` on tensors: statistics and apply forward, reduce and gradient backward; and
+`activate`, the folded norm and ReLU in front of a residual block at inference.
 
 All maps are channels-last in memory. A pass reads what the instances use of its maps once; `apply` and `gradient` write
 the whole of theirs. Nothing waits for the device.
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .choice import ceil_power, unit_of
 from .launch import Launch, architecture
-from .norm_kernel import apply_kernel, fold_kernel, gradient_kernel, reduce_kernel, statistics_kernel
+from .norm_kernel import activate_kernel, apply_kernel, fold_kernel, gradient_kernel, reduce_kernel, statistics_kernel
 
 
 class Affine(NamedTuple):
@@ -72,9 +73,10 @@ def _walk(
     """What all passes over a batch share: which channels are used, and who reads what."""
     B, C, H, W = x.shape
     tile = choose_tile(groups, H * W, x.element_size(), tile_bytes)
+    selection = selection.view(torch.uint8) if selection.dtype == torch.bool else selection
     shares = choose_shares(C, B * -(-H * W // tile.rows), tile, multiprocessors)
     arguments = dict(
-        x=x, selection=selection.view(torch.uint8), B=B, pixels=H * W, shares=shares,
+        x=x, selection=selection, B=B, pixels=H * W, shares=shares,
         C=C, ENDS=tuple(accumulate(groups)), UNIFORM=tile.uniform,
         BR=tile.rows, BC=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
@@ -109,7 +111,7 @@ def apply_launch(
     x: Tensor, y: Tensor, selection: Tensor, affine: Affine, groups: Sequence[int], multiprocessors: int
 ) -> Launch:
     """Of `apply_kernel`."""
-    launch = _walk(apply_kernel, x, selection, groups, 8192, multiprocessors)
+    launch = _walk(apply_kernel, x, selection, groups, 4096, multiprocessors)
     return launch.extended(_affine(x, affine) | {"y": y})
 
 
@@ -136,6 +138,25 @@ def gradient_launch(
     launch = _walk(gradient_kernel, x, selection, groups, 4096, multiprocessors)
     through = {"sums": x if sums is None else sums, "THROUGH": sums is not None}
     return launch.extended(_affine(x, affine) | through | {"dy": dy, "dx": dx})
+
+
+def activate_launch(x: Tensor, y: Tensor, levels: Tensor, scale: Tensor, shift: Tensor, multiprocessors: int) -> Launch:
+    """Of `activate_kernel`."""
+    launch = _walk(activate_kernel, x, levels, (x.shape[1],), 8192, multiprocessors)
+    return launch.extended({"y": y, "scale": scale, "shift": shift})
+
+
+def activate(
+    x: Tensor,  # [B, C, H, W] channels-last
+    levels: Tensor,  # int32 [B]
+    scale: Tensor,  # float32 [C]
+    shift: Tensor,  # float32 [C]
+) -> Tensor:  # as x
+    """relu(x * scale + shift) of the instances above level 0. Of the others nothing is read or written."""
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    if x.numel():
+        activate_launch(x, y, levels, scale, shift, architecture(x.device)[1]).run(x)
+    return y
 
 
 def _statistics(x: Tensor, selection: Tensor, groups: Sequence[int]) -> Tensor:

@@ -1,4 +1,5 @@
-"""The four passes of a batch norm over the channels that each instance uses, and the fold of the first one's parts.
+"""The four passes of a batch norm over the channels that each instance uses, the fold of the first one's parts, and the
+pass of a folded norm at inference.
 
 A program owns a block of BC channels and walks every shares-th tile of BR pixels of one instance. A tile whose channels
 the instance does not use is not read. Every share leaves its part of a sum in its own row of `partial`, and the rows
@@ -8,6 +9,7 @@ are added up in a fixed order, so the result does not depend on how programs are
     apply       x -> y = relu((x - mean) * scale + shift), scale = weight / sqrt(variance + EPS)
     reduce      dy, x -> sum of g and of g * xhat of each share, g = dy where y > 0, xhat = (x - mean) / sqrt(...)
     gradient    dy, x -> dx = scale * (g - sum of g / count - xhat * sum of g * xhat / count), or scale * g
+    activate    x -> y = relu(x * scale + shift) of the instances above level 0
 
 Moments are joined as Chan, Golub and LeVeque (1979) do: a common offset of the values does not cancel.
 """
@@ -237,3 +239,27 @@ def gradient_kernel(
                 value = value - dmean[None, :] - apart * dvar[None, :]
             value = tl.where(ok, value, 0.0)
         tl.store(dx + place, value.to(dx.dtype.element_ty), mask=there)
+
+
+@triton.jit(**_OF_THE_BATCH)
+def activate_kernel(
+    x, y,  # [B, pixels, C]
+    selection,  # int32 [B]: levels
+    scale, shift,  # float32 [C]
+    B, pixels, shares,
+    C: tl.constexpr, ENDS: tl.constexpr, UNIFORM: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    share, c, c_ok, group = _block(C, ENDS, UNIFORM, BC)
+    factor = tl.load(scale + c, mask=c_ok, other=0.0)[None, :]
+    offset = tl.load(shift + c, mask=c_ok, other=0.0)[None, :]
+    r = tl.arange(0, BR)
+    for tile in range(share, B * tl.cdiv(pixels, BR), shares):
+        b = tile // tl.cdiv(pixels, BR)
+        _, some = _selected(selection, b, group, 1, UNIFORM)
+        if some:
+            place, rows = _place(tile, b, pixels, r, c, C, BR)
+            ok = (r < rows)[:, None] & c_ok[None, :]
+            value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32) * factor + offset
+            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(y + place, value.to(y.dtype.element_ty), mask=ok)

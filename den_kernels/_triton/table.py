@@ -2,15 +2,15 @@
 
 One file an architecture, tables/sm_<arch>.json:
 
-    {"format": 1, "arch": 90, "gpu": "NVIDIA H200", "triton": "3.6.0", "tiles": [
+    {"format": 2, "arch": 90, "gpu": "NVIDIA H200", "triton": "3.6.0", "tiles": [
     {"dtype": "bfloat16", "k": 64, "kind": "convolve", "n": 64, "tile": [128, 64, 64, 4, 3, 2]}, ...]}
 
-kind: "convolve", "prologue" (a convolution with one), "weight" (the gradient of a weight under levels).
+kind: "convolve", "weight" (the gradient of a weight under levels).
 n, k: channels written and read, rounded up to a power of two from 16 to 512. Never a count of instances or tiles.
-tile: the fields of `choice.Tile`.
+tile: the fields of `rules.Tile`.
 
 A table of another format, or that another version of Triton was tuned with, is ignored with one warning: launches then
-follow the rules of choice.py, as they do where there is no table or no entry.
+follow the rules (rules.py), as they do where there is no table or no entry.
 """
 
 import json
@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+from . import rules
+
+FORMAT = 2
 FOLDER = Path(__file__).parent / "tables"
-KINDS = ("convolve", "prologue", "weight")
+KINDS = ("convolve", "weight")
 WIDTHS = tuple(2**i for i in range(4, 10))
 
 Key = tuple[str, int, int, str]
@@ -50,16 +52,10 @@ def tiles(arch: int) -> dict[Key, Fields]:
     if not path.exists():
         return {}
     try:
-        return parse(path.read_text(encoding="utf-8"), arch, triton_version())
+        return parse(path.read_text(encoding="utf-8"), arch, rules.installed())
     except (OSError, ValueError) as error:
         warnings.warn(f"den_kernels: {path.name} is ignored, launches follow the rules: {error}", stacklevel=2)
         return {}
-
-
-def triton_version() -> str:
-    import triton
-
-    return str(triton.__version__)
 
 
 def _release(version: str) -> list[str]:

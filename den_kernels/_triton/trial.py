@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .._conv_cpu import Geometry
 from ..plan import Route, RoutingPlan
 from ..testing import channel_mask, masked_conv2d
 from . import choice, table
-from .convolve import Epilogue, Prologue, convolution_launch, convolve
+from .convolve import PLAIN, convolution_launch, convolve
 from .launch import Launch, architecture
 from .weight_gradient import weight_gradient, weight_gradient_launch
 
@@ -48,9 +48,9 @@ class Run:
         B, C, P, dtype = problem.batch, problem.channels, problem.size, problem.dtype
         generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*shape: int, like: torch.dtype = dtype) -> Tensor:
-            made = torch.randn(shape, generator=generator, device=device).to(like)
-            return made.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else made
+        def normal(*shape: int) -> Tensor:
+            made = torch.randn(shape, generator=generator, device=device).to(dtype)
+            return made.contiguous(memory_format=torch.channels_last)
 
         self.problem, self.levels = problem, levels.to(device)
         self.route: Route = RoutingPlan.from_levels(self.levels[:, None], 3)[0]
@@ -58,7 +58,6 @@ class Run:
         self.in_groups: tuple[int, ...] = problem.groups if side == "in" else ()
         self.geometry = Geometry((1, 1), (1, 1), (1, 1), 1, self.out_groups, self.in_groups)
         self.x, self.weight, self.grad = normal(B, C, P, P), normal(C, C, 3, 3), normal(B, C, P, P)
-        self.scale, self.shift, self.bias = (normal(C, like=torch.float32) for _ in range(3))
         self.out = torch.empty_like(self.x)
         self.exact = self._exact()
 
@@ -74,12 +73,7 @@ class Run:
             with torch.enable_grad():
                 leaf = weight.requires_grad_()
                 return torch.autograd.grad(convolved(x, leaf), leaf, grad)[0]
-        if self.problem.kind == "convolve":
-            return convolved(x, weight)
-        per_channel = [values.double()[:, None, None] for values in (self.scale, self.shift, self.bias)]
-        a = (x * per_channel[0] + per_channel[1]).relu()
-        y = (convolved(a, weight) * per_channel[0] + per_channel[2]).relu()
-        return torch.where(self._written(), y, 0)
+        return convolved(x, weight)
 
     def _written(self) -> Tensor:
         """bool, broadcast against the result."""
@@ -91,25 +85,15 @@ class Run:
         """Launch with the tile that the table gives now; the result, of which some may not be written."""
         if self.problem.kind == "weight":
             return weight_gradient(self.grad, self.x, self.weight, self.route, self.geometry)
-        convolve(self.x, self.weight, self.out, self.route, self.geometry, **self._around())
+        convolve(self.x, self.weight, self.out, self.route, self.geometry)
         return self.out
-
-    def _around(self) -> dict[str, Any]:
-        if self.problem.kind == "convolve":
-            return {}
-        epilogue = Epilogue(self.bias, self.scale, relu=True)
-        return {"prologue": Prologue(self.scale, self.shift), "epilogue": epilogue}
 
     def launch(self) -> Launch:
         """What `call` launches."""
         where = architecture(self.x.device)
         if self.problem.kind == "weight":
             return weight_gradient_launch(self.grad, self.x, (3, 3), self.route, self.geometry, *where)
-        around = {"prologue": None, "epilogue": Epilogue()} | self._around()
-        return convolution_launch(
-            self.x, self.weight, self.out, self.route, self.geometry, False, False,
-            around["prologue"], around["epilogue"], *where,
-        )  # fmt: skip
+        return convolution_launch(self.x, self.weight, self.out, self.route, self.geometry, False, False, PLAIN, *where)
 
     def bits(self) -> Tensor:
         """A fresh copy of the result, 0 where nothing is written."""
@@ -138,9 +122,7 @@ def even_mix(batch: int) -> Tensor:
 def runs(problem: Problem, device: torch.device) -> list[Run]:
     """What is checked and timed; their times count alike."""
     full, mixed = torch.full((problem.batch,), 3), even_mix(problem.batch)
-    pairs = [("out", mixed), ("out", full)]
-    if problem.kind != "prologue":
-        pairs.append(("in", mixed))
+    pairs = [("out", mixed), ("out", full), ("in", mixed)]
     return [Run(problem, side, levels, device) for side, levels in pairs]
 
 

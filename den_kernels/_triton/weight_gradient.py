@@ -8,9 +8,10 @@ from torch import Tensor
 from .._conv_cpu import Geometry
 from ..plan import Route, channels_of
 from . import choice
-from .choice import Side, Tile
+from .choice import Side
 from .convolve import channels_last, check_pixels, instance_stride, precision
 from .launch import Launch, architecture
+from .rules import Tile
 from .weight_gradient_kernel import weight_gradient_kernel
 
 
@@ -74,8 +75,7 @@ def weight_gradient_launch(
     splits = choice.choose_splits(tiles, B * OH * OW, tile, multiprocessors)
     partial = torch.empty(splits, NC, R, S, KC // geometry.groups, dtype=torch.float32, device=grad.device)
     arguments: dict[str, Any] = dict(
-        grad=grad, source=source, partial=partial, levels=route.levels,
-        B=B, H=H, W=W, OH=OH, OW=OW,
+        grad=grad, source=source, partial=partial, B=B, H=H, W=W, OH=OH, OW=OW,
         grad_b=instance_stride(grad), grad_h=grad.stride(2), grad_w=grad.stride(3),
         source_b=instance_stride(source), source_h=source.stride(2), source_w=source.stride(3),
         NC=NC, KC=KC, CARDINALITY=geometry.groups, R=R, S=S, STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1],

@@ -26,18 +26,20 @@ def _users(offsets, n_first, k_first, N_WIDTHS: tl.constexpr, K_WIDTHS: tl.const
 
 
 @triton.jit
-def _widths(levels, instance, WIDTHS: tl.constexpr):
-    """The channels that the level of each instance keeps; WIDTHS are those of levels G, ..., 1, 0."""
-    level = tl.load(levels + instance)
-    width = tl.zeros_like(level)
-    for s in tl.static_range(len(WIDTHS)):
-        width = tl.where(level == len(WIDTHS) - 1 - s, WIDTHS[s], width)
+def _widths(offsets, position, WIDTHS: tl.constexpr):
+    """The channels that the instances at these places of the order keep; WIDTHS are those of levels G, ..., 1, 0.
+
+    From the offsets, which do not change in the loop: a level read there would hold up the copy that needs it.
+    """
+    width = tl.zeros_like(position) + WIDTHS[0]
+    for s in tl.static_range(1, len(WIDTHS)):
+        width = tl.where(position >= tl.load(offsets + s), WIDTHS[s], width)
     return width
 
 
 @triton.jit
 def _reduce(
-    grad, source, levels, order, users, bits_n, bits_k, n, k, n_ok, k_ok, split, off_h, off_w,
+    grad, source, order, offsets, users, bits_n, bits_k, n, k, n_ok, k_ok, split, off_h, off_w,
     H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
     NC: tl.constexpr, KC: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     N_WIDTHS: tl.constexpr, K_WIDTHS: tl.constexpr, N_WIDE: tl.constexpr, K_WIDE: tl.constexpr,
@@ -52,10 +54,12 @@ def _reduce(
         m = start + tl.arange(0, BP)
         live = m < users * pixels
         if WHOLE:  # all of one instance: BP divides its pixels
+            position = start // pixels + tl.zeros((BP,), tl.int32)
             instance = (tl.load(order + start // pixels) + tl.zeros((BP,), tl.int32)).to(tl.int64)
             pixel = start % pixels + tl.arange(0, BP)
         else:
-            instance = tl.load(order + m // pixels, mask=live, other=0).to(tl.int64)
+            position = m // pixels
+            instance = tl.load(order + position, mask=live, other=0).to(tl.int64)
             pixel = m % pixels
         i = pixel // OW
         j = pixel % OW
@@ -65,9 +69,9 @@ def _reduce(
         g_ok = live[None, :] & n_ok[:, None]
         a_ok = inside[:, None] & k_ok[None, :]
         if N_WIDE:
-            g_ok = g_ok & (n[:, None] < _widths(levels, instance, N_WIDTHS)[None, :])
+            g_ok = g_ok & (n[:, None] < _widths(offsets, position, N_WIDTHS)[None, :])
         if K_WIDE:
-            a_ok = a_ok & (k[None, :] < _widths(levels, instance, K_WIDTHS)[:, None])
+            a_ok = a_ok & (k[None, :] < _widths(offsets, position, K_WIDTHS)[:, None])
         if N_BITS:
             g_ok = g_ok & (tl.load(bits_n + instance[None, :] * NC + n[:, None], mask=g_ok, other=0) != 0)
         if K_BITS:
@@ -80,12 +84,12 @@ def _reduce(
 
 
 # What depends on the batch and on where the rows of its plan lie is not compiled in.
-@triton.jit(do_not_specialize=["B", "splits"], do_not_specialize_on_alignment=["levels", "order", "offsets", "counts"])
+@triton.jit(do_not_specialize=["B", "splits"], do_not_specialize_on_alignment=["order", "offsets", "counts"])
 def weight_gradient_kernel(
     grad,  # [B, OH, OW, NC], strides grad_b, grad_h, grad_w, 1
     source,  # [B, H, W, KC], strides source_b, source_h, source_w, 1
     partial,  # float32 [splits, NC, R, S, KC / CARDINALITY]
-    levels, order, offsets, counts, bits_n, bits_k,
+    order, offsets, counts, bits_n, bits_k,
     B, H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
     NC: tl.constexpr, KC: tl.constexpr, CARDINALITY: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -121,7 +125,7 @@ def weight_gradient_kernel(
         n_ok = n < NC
         k_ok = k < k_end
         acc = _reduce(
-            grad, source, levels, instances, users, bits_n, bits_k, n, k, n_ok, k_ok, split,
+            grad, source, instances, offsets, users, bits_n, bits_k, n, k, n_ok, k_ok, split,
             tap // S * DIL_H - PAD_H, tap % S * DIL_W - PAD_W,
             H, W, OH, OW, grad_b, grad_h, grad_w, source_b, source_h, source_w,
             NC, KC, STRIDE_H, STRIDE_W, N_WIDTHS, K_WIDTHS, N_WIDE, K_WIDE,

@@ -14,8 +14,8 @@ from benchmarks.gpu_worker import Context
 from den_kernels import tune
 from den_kernels._conv_cpu import Geometry
 from den_kernels._triton import dynamic_conv as kernels
-from den_kernels._triton import table
-from den_kernels._triton.choice import Tile
+from den_kernels._triton import rules, table
+from den_kernels._triton.rules import Tile
 from den_kernels._triton.trial import Problem, even_mix, ragged, runs
 from den_kernels.plan import as_route
 from den_kernels.testing import ConvProblem
@@ -69,7 +69,7 @@ def test_the_kernel_that_is_timed_computes_the_convolution():
         gpu_times.agrees(lambda x: call(x) * 1.01, x, weight, route, "tf32", keywords)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("convolve", HALF), ("prologue", HALF), ("weight", FULL)])
+@pytest.mark.parametrize(("kind", "dtype"), [("convolve", HALF), ("weight", FULL)])
 def test_runs_of_the_tuner_are_right_and_tell_wrong_from_right(kind, dtype, monkeypatch):
     problem = Problem(kind, 16, 4, 4, dtype)
     tested = runs(problem, CPU)
@@ -98,9 +98,9 @@ def test_a_tile_is_scored_through_the_launchers(monkeypatch):
 def test_the_tuning_step_writes_a_table(monkeypatch, tmp_path):
     times = (0.9**i for i in range(1000))  # every tile faster than the one before
     monkeypatch.setattr(tune, "median_seconds", lambda call, device: next(times))
-    monkeypatch.setattr(tune, "VALUES", {"rows": (64,), "programs": (2,)})
+    monkeypatch.setattr(tune, "VALUES", {"rows": (128,), "programs": (2,)})
     row = gpu_tuning.tune(TINY, tmp_path)
     table.tiles.cache_clear()
     assert row["searched"] == row["problems"] == 1
-    kept = table.parse(Path(row["table"]).read_text(), 80, table.triton_version())
-    assert kept == {("convolve", 16, 16, "bfloat16"): (64, 16, 16, 4, 3, 2)}
+    kept = table.parse(Path(row["table"]).read_text(), 80, rules.installed())
+    assert kept == {("convolve", 16, 16, "bfloat16"): (128, 16, 16, 4, 3, 2)}

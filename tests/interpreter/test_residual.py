@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu_numerics import close_by_instance
 from den_kernels import DynamicConv2d
-from den_kernels._triton import residual
+from den_kernels._triton import norm, residual
 from den_kernels._triton.convolve import convolve
 from den_kernels._triton.residual import add_branch
 from den_kernels.dynamic_residual import dynamic_residual_reference
@@ -109,6 +109,35 @@ def test_hidden_channels_that_are_not_selected_are_not_even_written(monkeypatch)
     assert hidden[~used].isnan().all()
     assert not hidden[used].isnan().any()
     assert not x.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("selection", ["levels", "mask", "odd mask"])
+def test_a_block_writes_what_the_next_one_reads(selection, dtype):
+    """The same bits as a pass gives, for all that the next block uses, at level 0 here or not; nothing else."""
+    groups = (5, 11, 8) if selection == "odd mask" else (16, 16, 32)
+    first, second = (fold(random_block(16, sum(groups), 16, groups, 1), dtype) for _ in range(2))
+    here, there = torch.tensor([3, 0, 1, 0, 2]), torch.tensor([1, 2, 0, 0, 3])
+    if selection != "levels":
+        here, there = (torch.arange(3) < chosen[:, None] for chosen in (here, there))
+    routes = as_route(here, 3, 5), as_route(there, 3, 5)
+    x = torch.randn(5, 16, 6, 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[1, 0, 0] = -0.0  # an instance at level 0 keeps its bits
+    alone = x.clone(memory_format=torch.channels_last)
+    add_branch(alone, alone, routes[0], first)
+    passed = norm.activate(alone, routes[1].levels, second.scale1, second.shift1)
+    before = x.clone()
+    activated = add_branch(x, x, routes[0], first, following=residual.Next(second, routes[1]))
+    assert torch.equal(x, alone)
+    assert torch.equal(x[1].signbit(), before[1].signbit())
+    used = routes[1].levels > 0
+    assert torch.equal(activated[used], passed[used])
+    assert activated[~used].isnan().all()
+    assert passed[~used].isnan().all()
+    after = alone.clone(memory_format=torch.channels_last)
+    add_branch(after, after, routes[1], second)
+    assert add_branch(x, x, routes[1], second, activated) is None
+    assert torch.equal(x, after)
 
 
 def test_instance_at_level_0_is_neither_read_nor_written():

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from den_kernels._triton import choice
-from den_kernels._triton.choice import Side, Tile
+from den_kernels._triton.choice import Side
 from den_kernels._triton.conv_kernel import count_tiles, find_tile
+from den_kernels._triton.rules import Tile
 from den_kernels.plan import as_route
 from den_kernels.testing import LEVEL_KINDS, make_levels
 
