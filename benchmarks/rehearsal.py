@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("compute-sanitizer", "ncu")
 # Operators run as on a GPU in these checks, their kernels interpreted; everywhere else they are the CPU's.
 INTERPRETED = ("smoke", "composition", "graph: block, new masks", "norm levels/bfloat16")
-# Their launches are interpreted while kernels are compiled (`Context.warm`), and left out while they are timed.
+# Their launches are interpreted while kernels are compiled (`Context.warm`), and left out while they are timed. The
+# tuner's are left out in the replays that it times.
 TIMED = ("conv-", "block/")
 # torch traces these itself, and takes no tensor of a simulated GPU; builds and rates are those of this machine.
 ON_CPU = ("export", "opcheck", "extension", "rate")
@@ -71,11 +72,11 @@ class Account:
     """What computed the current check."""
 
     def __init__(self) -> None:
-        self.begin(False, True)
+        self.begin(False)
 
-    def begin(self, as_on_gpu: bool, interprets: bool) -> None:
-        """Another check."""
-        self.as_on_gpu, self.interprets = as_on_gpu, interprets
+    def begin(self, as_on_gpu: bool, interprets: bool = True, replays: bool = True) -> None:
+        """Another check: whether operators run as on a GPU, launches are interpreted, and again in a replay."""
+        self.as_on_gpu, self.interprets, self.replays = as_on_gpu, interprets, replays
         self.launches = self.left_out = self.stand_ins = 0
 
     def text(self) -> str:
@@ -129,7 +130,7 @@ def interpreted(account: Account) -> Callable[..., dict[str, Any]]:
         device.writes.check(str(launch.kernel), values)
         call(**plain)
         device.writes.note(values)
-        if device.recording is not None:
+        if device.recording is not None and account.replays:
             device.recording.append((call, (), launch.arguments, None))
         return launch.arguments
 
@@ -221,7 +222,7 @@ def run_on_stage(check: Check, account: Account, context: Context) -> dict[str, 
     from tests.simulated_gpu import Device
 
     as_on_gpu = check.name.startswith(INTERPRETED) and os.environ.get("TRITON_INTERPRET") == "1"
-    account.begin(as_on_gpu, context.warm or not check.name.startswith(TIMED))
+    account.begin(as_on_gpu, context.warm or not check.name.startswith(TIMED), check.name != "tune")
     with mock.patch.object(Device, "operators", operators() if as_on_gpu else {}):
         return check.run(context) | {"computed": account.text()}
 

@@ -67,6 +67,13 @@ class OnGpu(Tensor):
         """Where its values lie."""
         return self.values.data_ptr()
 
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        """A leaf of its own: torch would copy the storage, which is not where the values lie."""
+        made = self.detach().clone().requires_grad_(self.requires_grad)
+        made._is_param = getattr(self, "_is_param", False)
+        memo[id(self)] = made
+        return made
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         raise RuntimeError(f"{function} on a simulated GPU outside of it")
