@@ -80,20 +80,7 @@ class ResidualWeights(HasHandle):
         Raises ValueError for convolutions of another kind, for batch norms without running statistics, and for a
         post-activation block without bn1.
         """
-        groups = tuple(getattr(conv1, "out_groups", None) or (conv1.out_channels,))
-        _check_convolution(conv1, "conv1", conv1, stride=None)
-        _check_convolution(conv2, "conv2", conv1, stride=1)
-        if sum(groups) != conv1.out_channels or min(groups) < 1:
-            raise ValueError(f"{_OP}: conv1.out_groups must add up to {conv1.out_channels} channels, got {groups}")
-        if conv2.in_channels != conv1.out_channels or conv2.out_channels < conv1.in_channels:
-            raise ValueError(
-                f"{_OP}: conv2 must take conv1's {conv1.out_channels} channels and give at least {conv1.in_channels}, "
-                f"got {conv2.in_channels} and {conv2.out_channels}"
-            )
-        norms = (conv1.out_channels, conv2.out_channels) if post_activation else (conv1.in_channels, conv1.out_channels)
-        for name, norm, channels in (("bn1", bn1, norms[0]), ("bn2", bn2, norms[1])):
-            if norm is not None:
-                _check_norm(norm, name, channels, conv1.weight)
+        groups = _checked_groups(conv1, bn1, conv2, bn2, post_activation)
         with torch.no_grad():
             wide = torch.promote_types(conv1.weight.dtype, torch.float32)
             weight2 = conv2.weight.detach()
@@ -225,6 +212,27 @@ def _may_stay(weight: Tensor, wide: int) -> bool:
     """Whether the kernel can read a weight where it is without losing much."""
     readable = weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)
     return readable and weight.shape[1] >= wide
+
+
+def _checked_groups(
+    conv1: nn.Conv2d, bn1: nn.BatchNorm2d | None, conv2: nn.Conv2d, bn2: nn.BatchNorm2d, post_activation: bool
+) -> tuple[int, ...]:
+    """The sizes of the hidden channel groups; raises for layers that are none of a block's or do not fit each other."""
+    groups = tuple(getattr(conv1, "out_groups", None) or (conv1.out_channels,))
+    _check_convolution(conv1, "conv1", conv1, stride=None)
+    _check_convolution(conv2, "conv2", conv1, stride=1)
+    if sum(groups) != conv1.out_channels or min(groups) < 1:
+        raise ValueError(f"{_OP}: conv1.out_groups must add up to {conv1.out_channels} channels, got {groups}")
+    if conv2.in_channels != conv1.out_channels or conv2.out_channels < conv1.in_channels:
+        raise ValueError(
+            f"{_OP}: conv2 must take conv1's {conv1.out_channels} channels and give at least {conv1.in_channels}, "
+            f"got {conv2.in_channels} and {conv2.out_channels}"
+        )
+    norms = (conv1.out_channels, conv2.out_channels) if post_activation else (conv1.in_channels, conv1.out_channels)
+    for name, norm, channels in (("bn1", bn1, norms[0]), ("bn2", bn2, norms[1])):
+        if norm is not None:
+            _check_norm(norm, name, channels, conv1.weight)
+    return groups
 
 
 def _check_convolution(conv: nn.Conv2d, name: str, first: nn.Conv2d, stride: int | None) -> None:
