@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten, tree_map
 
 from den_kernels import eager, plan_sort
@@ -215,6 +215,11 @@ def to(tensor: Tensor, *arguments: Any, move: Any = Tensor.to, **keywords: Any) 
     return move(tensor, *there, **keywords)
 
 
+def tracers() -> int:
+    """Dispatch modes but for the device itself, which traces nothing."""
+    return sum(not isinstance(mode, Device) for mode in _get_current_dispatch_mode_stack())
+
+
 def set_waiting(mode: str) -> None:
     """`torch.cuda.set_sync_debug_mode`."""
     assert Device.current is not None
@@ -244,8 +249,7 @@ def simulated(monkeypatch: Any) -> Iterator[None]:
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # a wrapper's version cannot be set in it
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
-    modes = eager._modes
-    monkeypatch.setattr(eager, "_modes", lambda: max(0, modes() - 1))  # the device itself is no tracer
+    monkeypatch.setattr(eager, "_modes", tracers)
     with Device() as Device.current:
         yield
     Device.current = None
