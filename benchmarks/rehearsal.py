@@ -53,7 +53,7 @@ def environment(folder: Path) -> dict[str, str]:
     """What the processes of a rehearsal are started with; the tools' stand-ins are written to a folder."""
     for tool in TOOLS:
         script = folder / tool
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m benchmarks.rehearsal {tool} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m benchmarks.rehearsal {tool} "$@"\n', encoding="utf-8")
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
     path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TRITON_INTERPRET"), "1")

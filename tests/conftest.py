@@ -75,6 +75,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"machine code: Triton {version('triton')}")
 
 
+@pytest.fixture(autouse=True)
+def readable_tf32() -> Iterator[None]:
+    """The older `allow_tf32` can be read in the next test, whatever this one set: torch refuses where they differ."""
+    yield
+    try:
+        _ = torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        torch.backends.cudnn.allow_tf32 = True
+
+
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """den_kernels as it is where the extension was not built."""

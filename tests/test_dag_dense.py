@@ -241,10 +241,10 @@ def test_the_loss_of_a_batch_is_the_weighted_sum_of_its_tasks():
     targets = [labels(2, 18, 26), 1 + torch.rand(2, 1, 18, 26), torch.randn(2, 3, 18, 26)]
     batch = Batch(("segmentation", "depth", "normals"), [x] * 3, targets)
     total, found = task_loss(model, batch)
-    parts = [found[f"loss_{task.name}"] for task in TASKS]
+    parts = [float(found[f"loss_{task.name}"]) for task in TASKS]
     assert all(math.isfinite(part) and part > 0 for part in parts)
     assert total.item() == pytest.approx(sum(parts), rel=1e-5)
-    assert found["loss"] == pytest.approx(sum(parts) / 3, rel=1e-5)
+    assert float(found["loss"]) == pytest.approx(sum(parts) / 3, rel=1e-5)
     assert "accuracy" not in found
     model = make(ratio=0.3).train()
     weighted, _ = task_loss(model, batch, (1.0, 3.0, 20.0))

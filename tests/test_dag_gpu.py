@@ -131,7 +131,7 @@ def test_updates_wait_for_nothing_and_equal_the_cpus(model, monkeypatch):
         for mine, its in zip(other.parameters(), model.parameters(), strict=True):
             assert (mine.grad is None) == (its.grad is None)
             if its.grad is not None:
-                torch.testing.assert_close(mine.grad.cpu(), its.grad, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(mine.grad.cpu(), its.grad, rtol=1e-3, atol=1e-4)  # sums over all pixels
 
 
 @torch.no_grad()

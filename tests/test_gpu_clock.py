@@ -60,10 +60,11 @@ def test_repeats_follow_the_replay_and_not_the_eager_calls(replay, times, gpu, m
 @pytest.fixture
 def settings():
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [s.fp32_precision for s in (torch.backends, cudnn, cudnn.conv, cudnn.rnn, matmul)]
+    before, allowed = [s.fp32_precision for s in (torch.backends, cudnn, cudnn.conv, cudnn.rnn, matmul)], allows_tf32()
     yield lambda: [s.fp32_precision for s in (torch.backends, cudnn, cudnn.conv, cudnn.rnn, matmul)]
     for setting, value in zip((torch.backends, cudnn, cudnn.conv, cudnn.rnn, matmul), before, strict=True):
         setting.fp32_precision = value
+    cudnn.allow_tf32 = allowed  # else reading it would raise in other tests
 
 
 @pytest.mark.parametrize("context", [numerics, fast_convolutions])

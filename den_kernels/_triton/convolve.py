@@ -55,6 +55,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.channels_last)
 
 
+def dense_vector(operand: Tensor) -> Tensor:
+    """A vector without gaps; a map, whose strides the kernel knows, as it is."""
+    return operand.contiguous() if operand.ndim == 1 else operand
+
+
 def instance_stride(x: Tensor) -> int:
     """Elements from an instance of x [B, C, H, W] to the next; of one alone, which may say anything, as if dense."""
     return x.stride(0) if x.shape[0] > 1 else x[0].numel()
@@ -148,7 +153,7 @@ def convolution_launch(
         BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
         RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None, SKIP_EMPTY=skip_empty,
         PRECISION=product, BM=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
-        **{name: source if tensor is None else tensor.contiguous() for name, tensor in pointers.items()}, **selection,
+        **{name: source if tensor is None else dense_vector(tensor) for name, tensor in pointers.items()}, **selection,
     )  # fmt: skip
     return Launch(convolve_kernel, min(most, tile.programs * multiprocessors), arguments)
 

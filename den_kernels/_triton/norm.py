@@ -155,7 +155,7 @@ def activate(
     """relu(x * scale + shift) of the instances above level 0. Of the others nothing is read or written."""
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if x.numel():
-        activate_launch(x, y, levels, scale, shift, architecture(x.device)[1]).run(x)
+        activate_launch(x, y, levels, scale.contiguous(), shift.contiguous(), architecture(x.device)[1]).run(x)
     return y
 
 
