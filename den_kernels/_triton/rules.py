@@ -44,7 +44,7 @@ _3_6: Rules = {
     ("convolve", 100, "half"): {64: Tile(128, 64, 32, 4, 4, 2), ANY: Tile(128, 64, 64, 4, 3, 2)},
     ("convolve", 100, "tf32"): {ANY: Tile(64, 64, 32, 4, 3, 2)},
     ("convolve", 100, "ieee"): {ANY: Tile(32, 64, 16, 4, 3, 2)},
-    ("weight", 80, "half"): {ANY: Tile(64, 128, 64, 4, 5, 2)},
+    ("weight", 80, "half"): {ANY: Tile(64, 64, 64, 4, 5, 2)},
     ("weight", 80, "tf32"): {ANY: Tile(32, 128, 128, 4, 5, 2)},
     ("weight", 80, "ieee"): {ANY: Tile(32, 64, 64, 4, 5, 2)},
     ("weight", 90, "half"): {ANY: Tile(64, 128, 128, 4, 5, 2)},
