@@ -28,11 +28,11 @@ def group_sizes(
         if groups < 1 or channels % groups:
             raise ValueError(f"{op}: {name} must divide {channels} channels into equal groups, got {groups}")
         sizes: tuple[int, ...] = (channels // groups,) * groups
-    elif isinstance(groups, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) for s in groups):
+    elif isinstance(groups, Sequence) and all(type(s) is int for s in groups):
         sizes = tuple(groups)
     else:
         raise TypeError(f"{op}: {name} must be None, an int or a sequence of ints, got {groups!r}")
-    if sum(sizes) != channels or any(size < 1 for size in sizes):
+    if sum(sizes) != channels or min(sizes) < 1:
         raise ValueError(f"{op}: {name} must be positive and add up to {channels} channels, got {sizes}")
     step = channels // cardinality
     if cardinality > 1 and any(size % step for size in sizes):

@@ -35,13 +35,12 @@ class Geometry(NamedTuple):
     in_sizes: Sequence[int]
 
     def out_shape(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
-        H, W = (
-            (size + 2 * pad - step * (side - 1) - 1) // stride + 1
-            for size, side, stride, pad, step in zip(
-                x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-        return x.shape[0], weight.shape[0], H, W
+        """The sizes [B, C_out, H_out, W_out] of the output."""
+        (B, _, H, W), (C_out, _, R, S) = x.shape, weight.shape
+        (down, right), (above, left), (apart, aside) = self.stride, self.padding, self.dilation
+        H_out = (H + 2 * above - apart * (R - 1) - 1) // down + 1
+        W_out = (W + 2 * left - aside * (S - 1) - 1) // right + 1
+        return B, C_out, H_out, W_out
 
 
 class Run(NamedTuple):
