@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from den.dag import DagConfig, DagNetwork, SubNetwork, reduce
-from den.tasks import Task
+from den.nn.tasks import Task
 
 from .harness import Case, Work
 

@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from den.figures.style import GREY, INK, STYLE
+from den.report.figures.style import GREY, INK, STYLE
 
 from .losses import best_alternative
 from .targets import Row

@@ -54,7 +54,7 @@ from benchmarks import (  # noqa: E402
     rehearsal,
 )
 from benchmarks.gpu_worker import Check, Context, work  # noqa: E402
-from den.terminal import ended  # noqa: E402
+from den.support.terminal import ended  # noqa: E402
 
 FORMAT = 1
 CHECK = 180.0  # seconds after which a single check counts as hung: compiling 60 kernels takes more than a minute

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.objective import initial_structures
+from den.train.objective import initial_structures
 from den_kernels import RoutingPlan
 
 from . import peers

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from den.backbones import BACKBONES, block_shapes
-from den.blocks import ResidualShape
+from den.nn.backbones import BACKBONES, block_shapes
+from den.nn.blocks import ResidualShape
 from den_kernels._cuda_layout import FusedProblem, fused_layout
 
 from .gpu_table import columns

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import den
-from den.blocks import ElasticBlock
+from den.nn.blocks import ElasticBlock
 from den_kernels import RoutingPlan, dynamic_conv2d
 from den_kernels._conv_cpu import Geometry
 from den_kernels._triton.clock import recorded

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from den.objective import initial_structures
+from den.train.objective import initial_structures
 
 RECORDED = Path(__file__).resolve().parent / "recorded_levels.json"
 CONSTANT = ("full", "zero", "quarter", "half")

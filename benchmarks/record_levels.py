@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from den.checkpoint import load_model
-from den.count import count_flops
 from den.data import load_set
-from den.evaluate import full_flops
-from den.run_folder import stored_config
+from den.evaluate.accuracy import full_flops
+from den.nn.count import count_flops
+from den.train.checkpoint import load_model
+from den.train.folder import stored_config
 
 from .mixes import RECORDED
 

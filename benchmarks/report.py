@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from den.terminal import ended
+from den.support.terminal import ended
 
 from . import losses, results, tables
 from .targets import Row

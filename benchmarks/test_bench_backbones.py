@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from den.plain import PlainNetwork
-from den.reference import reference_estimator
+from den.nn.plain import PlainNetwork
+from den.nn.reference import reference_estimator
 
 from .allocations import require
 from .elastic_network import ElasticNetwork

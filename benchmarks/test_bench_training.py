@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.count import count_flops, image_flops, parameter_fractions
-from den.objective import leave_one_out_advantage, reinforce, sparsity_penalty
+from den.nn.count import count_flops, image_flops, parameter_fractions
+from den.train.objective import leave_one_out_advantage, reinforce, sparsity_penalty
 from den_kernels import RoutingPlan
 
 from .allocations import require

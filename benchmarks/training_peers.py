@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.blocks import ElasticBlock
-from den.estimator import Estimator
+from den.nn.blocks import ElasticBlock
+from den.nn.estimator import Estimator
 
 from .peers import select_levels
 

@@ -1,29 +1,38 @@
 """Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."""
 
+from den._moved import MOVED, install
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from den.backbones import BACKBONES, Backbone, named_backbone, resnet, resnext, vgg, wide_resnet
-    from den.count import ImageFlops, ParameterCounts, count_flops, count_parameters, image_flops, parameter_fractions
-    from den.estimator import Estimator
-    from den.levels import level_fractions, level_groups, level_widths
-    from den.model import DeepElasticNetwork, create_model
-    from den.model_config import ModelConfig
-    from den.selector import Selector, SelectorConfig
-    from den.tasks import Task
+    from den.nn.backbones import BACKBONES, Backbone, named_backbone, resnet, resnext, vgg, wide_resnet
+    from den.nn.count import (
+        ImageFlops,
+        ParameterCounts,
+        count_flops,
+        count_parameters,
+        image_flops,
+        parameter_fractions,
+    )
+    from den.nn.estimator import Estimator
+    from den.nn.levels import level_fractions, level_groups, level_widths
+    from den.nn.model import DeepElasticNetwork, create_model
+    from den.nn.model_config import ModelConfig
+    from den.nn.selector import Selector, SelectorConfig
+    from den.nn.tasks import Task
     from den_kernels import __version__
 
 # Imported when they are asked for, so that the command line is there before torch: see `den.cli`.
 _HOMES = {
-    "den.backbones": ("BACKBONES", "Backbone", "named_backbone", "resnet", "resnext", "vgg", "wide_resnet"),
-    "den.count": (
+    "den.nn.backbones": ("BACKBONES", "Backbone", "named_backbone", "resnet", "resnext", "vgg", "wide_resnet"),
+    "den.nn.count": (
         "ImageFlops", "ParameterCounts", "count_flops", "count_parameters", "image_flops", "parameter_fractions",
     ),
-    "den.estimator": ("Estimator",),
-    "den.levels": ("level_fractions", "level_groups", "level_widths"),
-    "den.model": ("DeepElasticNetwork", "create_model"),
-    "den.model_config": ("ModelConfig",),
-    "den.selector": ("Selector", "SelectorConfig"),
-    "den.tasks": ("Task",),
+    "den.nn.estimator": ("Estimator",),
+    "den.nn.levels": ("level_fractions", "level_groups", "level_widths"),
+    "den.nn.model": ("DeepElasticNetwork", "create_model"),
+    "den.nn.model_config": ("ModelConfig",),
+    "den.nn.selector": ("Selector", "SelectorConfig"),
+    "den.nn.tasks": ("Task",),
     "den_kernels": ("__version__",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -55,12 +64,14 @@ __all__ = [
     "wide_resnet",
 ]
 
+install()
+
 
 def __getattr__(name: str) -> object:
     from importlib import import_module
 
-    if (module := f"den.{name}") in _HOMES:
-        return import_module(module)
+    if (module := f"den.{name}") in MOVED:
+        return import_module(MOVED[module])
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)

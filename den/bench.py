@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from den.files import check_folder, check_own, is_writable
-from den.limits import Range, check_ranges
+from den.support.files import check_folder, check_own, is_writable
+from den.support.limits import Range, check_ranges
 
 # The folder comes last on the path: an installed den_kernels is measured, not its sources without an extension.
 PROGRAM = """import runpy, sys

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 try:
-    from den.terminal import ended, interrupts_end_the_process
+    from den.support.terminal import ended, interrupts_end_the_process
 except KeyboardInterrupt:  # before there is anything that could tell it better
     print("den: interrupted", file=sys.stderr)
     raise SystemExit(130) from None

@@ -12,11 +12,11 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from den.bench import BenchConfig
-from den.config import DemoConfig, TrainConfig, read_config
-from den.files import check_folder
-from den.measure_settings import Evaluate
 from den.report.settings import Report
-from den.scenarios import ScenarioOptions, scenario_config
+from den.runs.settings import Evaluate
+from den.support.files import check_folder
+from den.train.config import DemoConfig, TrainConfig, read_config
+from den.train.scenarios import ScenarioOptions, scenario_config
 
 HELP = (
     "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
@@ -131,7 +131,7 @@ def _option(arguments: list[str], name: str) -> str | None:
 
 def _prepared(settings: Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info) -> Callable[[], int]:
     if isinstance(settings, Train):
-        from den.train import train
+        from den.recipes.den import train
 
         return partial(_train, train, settings)
     if isinstance(settings, Fetch):
@@ -143,7 +143,7 @@ def _prepared(settings: Train | Fetch | Evaluate | Report | DemoConfig | BenchCo
             published_archive(name)
         return partial(_fetch, fetch_set, settings)
     if isinstance(settings, Evaluate):
-        from den.measure import main as measure
+        from den.runs.command import main as measure
 
         return partial(_done, measure, settings)
     if isinstance(settings, Report):

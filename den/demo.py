@@ -8,8 +8,15 @@ from pathlib import Path
 
 import torch
 
-from den.comparison import NOTES, check_lines, checks, compare, remarks, table, write_json
-from den.config import (
+from den.data import load_set
+from den.evaluate.comparison import NOTES, check_lines, checks, compare, remarks, table, write_json
+from den.nn.model import DeepElasticNetwork
+from den.recipes.den import train
+from den.report.figures.comparison import draw_all
+from den.support.files import check_folder, check_own, write_text
+from den.support.heap import keep_allocations_on_the_heap
+from den.support.limits import check_ranges
+from den.train.config import (
     DataConfig,
     DemoConfig,
     EstimatorTraining,
@@ -18,13 +25,6 @@ from den.config import (
     SelectorTraining,
     TrainConfig,
 )
-from den.data import load_set
-from den.figures.comparison import draw_all
-from den.files import check_folder, check_own, write_text
-from den.heap import keep_allocations_on_the_heap
-from den.limits import check_ranges
-from den.model import DeepElasticNetwork
-from den.train import train
 
 LEAST_ACCURACY = {"digits": 0.98, "fashion": 0.87}
 

@@ -44,8 +44,8 @@ def make(name: str) -> Callable[[], object]:
     """The call that a case times, on weights and levels that depend on the case alone."""
     import torch
 
-    from den.blocks.bottleneck import BottleneckBlock, BottleneckShape
-    from den.blocks.residual import ElasticBlock
+    from den.nn.blocks.bottleneck import BottleneckBlock, BottleneckShape
+    from den.nn.blocks.residual import ElasticBlock
     from den_kernels import DynamicBatchNorm2d, DynamicConv2d, RoutingPlan
 
     torch.set_num_threads(1)

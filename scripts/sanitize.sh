@@ -19,10 +19,9 @@ unset CFLAGS LDFLAGS
 
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-  tests=(tests/test_plan.py tests/test_rows.py tests/test_dynamic_conv*.py tests/test_conv_direct.py
-    tests/test_dynamic_norm.py tests/test_dynamic_residual.py tests/test_post_activation.py
-    tests/test_residual_unpacked.py tests/test_bottleneck.py tests/test_dynamic_graph.py tests/test_layers.py
-    tests/test_native_checks.py tests/test_stale_weights.py tests/test_threads.py)
+  tests=(tests/kernels/test_{plan,rows,conv_direct,dynamic_norm,dynamic_residual,post_activation}.py
+    tests/kernels/test_{residual_unpacked,bottleneck,dynamic_graph,layers,native_checks,stale_weights,threads}.py
+    tests/kernels/test_dynamic_conv*.py)
 fi
 # Leaks: the interpreter keeps what it allocates. alloc_dealloc: torch's operators new and delete are its own.
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1

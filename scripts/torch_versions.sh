@@ -6,7 +6,8 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || { echo "usage: scripts/torch_versions.sh VERSION..." >&2; exit 2; }
 
-files=(tests/test_{dropin,layers,plan,rows,transforms}.py tests/test_{conv_direct,bottleneck,dynamic_,gpu_launchers}*.py)
+files=(tests/kernels/test_{dropin,layers,plan,rows,transforms}.py
+  tests/kernels/test_{conv_direct,bottleneck,dynamic_,gpu_launchers}*.py)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from den.blocks import BottleneckShape, ElasticBlock
+from den.nn.blocks import BottleneckShape, ElasticBlock
 from den_kernels import (
     DynamicBatchNorm2d,
     DynamicConv2d,

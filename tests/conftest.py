@@ -15,9 +15,9 @@ from hypothesis import settings
 
 import den_kernels
 from den import create_model
-from den.checkpoint import prefixed, save_checkpoint
-from den.config import DataConfig, NetworkConfig, TrainConfig, to_dict
 from den.data import load_set
+from den.train.checkpoint import prefixed, save_checkpoint
+from den.train.config import DataConfig, NetworkConfig, TrainConfig, to_dict
 
 # Workers side by side (pytest -n) share the cores: torch's threads would otherwise spin against each other.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -25,6 +25,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
+
+# The helpers of tests/ and benchmarks/; at the end, so that an installed den stays the one tested.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # A child process must not pick up the source tree from its working directory when the installed package is under test.
 os.environ["PYTHONSAFEPATH"] = "1"

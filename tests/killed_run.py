@@ -13,12 +13,12 @@ import torch
 import torch.utils.tensorboard
 
 import den.dag.engine
-import den.engine
-from den.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
+import den.train.engine
 from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining
 from den.dag.search import train as train_dag
 from den.data import load_set
-from den.train import train
+from den.recipes.den import train
+from den.train.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
 
 DIGITS = load_set("digits", "train").subset(torch.arange(80))
 
@@ -55,7 +55,7 @@ KINDS = {"den": (train, den_config), "dag": (train_dag, dag_config)}
 
 def run(kind: str, out: Path) -> None:
     """Train, or continue, in this process."""
-    den.engine.load_set = lambda name, split, root: DIGITS
+    den.train.engine.load_set = lambda name, split, root: DIGITS
     den.dag.engine.load_tasks = two_tasks
     trains, config = KINDS[kind]
     trains(config(out), resume=(out / "last.safetensors").exists())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from den.backbones import BACKBONES
-from den.blocks import BlockShape
+from den.nn.backbones import BACKBONES
+from den.nn.blocks import BlockShape
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights
 from den_kernels._conv_cpu import Geometry
 from den_kernels._triton import convolve, dynamic_conv, norm, residual, weight_gradient

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from den.config import DataConfig, EstimatorTraining, MethodConfig, NetworkConfig, PhaseConfig, SelectorTraining
-from den.config import TrainConfig as Config
 from den.data import load_set
-from den.engine import Engine
-from den.train import train
+from den.recipes.den import train
+from den.train.config import DataConfig, EstimatorTraining, MethodConfig, NetworkConfig, PhaseConfig, SelectorTraining
+from den.train.config import TrainConfig as Config
+from den.train.engine import Engine
 
 
 def small_config(out, mode, **changes) -> Config:
@@ -31,7 +31,7 @@ def cut_sets(monkeypatch, images=60):
     """The packaged sets cut to a few images, so that a run costs its steps only."""
     whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
     monkeypatch.setattr(
-        "den.engine.load_set", lambda name, split, root: whole[name, split].subset(torch.arange(images))
+        "den.train.engine.load_set", lambda name, split, root: whole[name, split].subset(torch.arange(images))
     )
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from den.baselines.adashare import sharing_loss, sparsity_loss
 from den.dag.engine import DagEngine, new_network
 from den.dag.graph import Graph, SubGraph
 from den.dag.losses import task_loss
 from den.data import Batch
-from den.device import sent
+from den.recipes.adashare import sharing_loss, sparsity_loss
+from den.support.device import sent
 
 
 def adashare_step(engine: DagEngine, batch: Batch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from den.dag.evaluate import deployed_parameters
-from den.tables import markdown_table
+from den.support.tables import markdown_table
 
 if TYPE_CHECKING:
     from den.dag.report import RunReport

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from den.limits import SEED, Range, check_ranges
-from den.tasks import IGNORE
+from den.nn.tasks import IGNORE
+from den.support.limits import SEED, Range, check_ranges
 
 Mode = Literal["dag", "hard", "single", "adashare", "cross-stitch"]
 SEARCHING = ("dag", "adashare")  # modes in which a task's topology is learned

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.tasks import IGNORE
+from den.nn.tasks import IGNORE
 
 DEPTH_FLOOR = 3e-5  # smaller depths are unknown, as in AdaShare (Sun et al., NeurIPS 2020)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.dag.dense_losses import known_depth, known_normals
-from den.tasks import IGNORE
+from den.nn.tasks import IGNORE
 
 ANGLE_BINS = 18_000  # of a hundredth of a degree
 THRESHOLDS = tuple(k / 100 for k in range(20, 91, 5))  # of probabilities: 0.2, 0.25 .. 0.9

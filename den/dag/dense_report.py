@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from den.dag.kinds import relative_gains
 from den.dag.scenarios import SINGLE_TASK
-from den.tables import markdown_table
+from den.support.tables import markdown_table
 
 if TYPE_CHECKING:
     from den.dag.report import RunReport

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.folding import may_fold, norm_tensors
+from den.nn.folding import may_fold, norm_tensors
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
 from den_kernels.fold_cache import FoldCache
 

@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from den.checkpoint import (
+from den.dag.config import SEARCHING, DagTrainConfig
+from den.dag.evaluate import evaluate_tasks
+from den.dag.graph import SubGraph
+from den.dag.model_config import DagConfig, quarter
+from den.dag.network import DagNetwork
+from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
+from den.dag.scenarios import load_tasks
+from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
+from den.nn.tasks import Task
+from den.support.device import choose_device
+from den.support.progress import Progress
+from den.support.randomness import random_state, seeded, set_random_state
+from den.train.checkpoint import (
     load_checkpoint,
     load_weights,
     optimiser_tensors,
@@ -23,21 +35,9 @@ from den.checkpoint import (
     save_checkpoint,
     unprefixed,
 )
-from den.dag.config import SEARCHING, DagTrainConfig
-from den.dag.evaluate import evaluate_tasks
-from den.dag.graph import SubGraph
-from den.dag.model_config import DagConfig, quarter
-from den.dag.network import DagNetwork
-from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
-from den.dag.scenarios import load_tasks
-from den.data import Batch, ImageSet, MixedTaskBatches, SceneSet
-from den.device import choose_device
-from den.engine import Meter, check_finite, restored_position
-from den.phases import schedule_factor
-from den.progress import Progress
-from den.randomness import random_state, seeded, set_random_state
-from den.run_folder import RunFolder
-from den.tasks import Task
+from den.train.engine import Meter, check_finite, restored_position
+from den.train.folder import RunFolder
+from den.train.phases import schedule_factor
 
 TaskSet = ImageSet | SceneSet
 Network = DagNetwork | PeerNetwork
@@ -64,7 +64,7 @@ class Position:
 class DagEngine:
     """A run of `config`: created in its folder, or continued from the last checkpoint there.
 
-    A context manager, which holds the folder and the global generators as `den.engine.Engine` does.
+    A context manager, which holds the folder and the global generators as `den.train.engine.Engine` does.
     """
 
     def __init__(self, config: DagTrainConfig, *, resume: bool = False) -> None:

@@ -17,8 +17,8 @@ from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.data import ImageSet, SceneSet
-from den.device import wait_for
-from den.tasks import find_task
+from den.nn.tasks import find_task
+from den.support.device import wait_for
 
 BATCH, DENSE_BATCH = 250, 8
 

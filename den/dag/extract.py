@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from den.conv_norm import ConvNormReLU
 from den.dag.head import make_head
 from den.dag.network import DagNetwork
 from den.dag.stages import edge_flops, edge_geometry, enlarged, pooled, stage_end_flops
 from den.dag.stem import make_stem
-from den.tasks import find_task
+from den.nn.conv_norm import ConvNormReLU
+from den.nn.tasks import find_task
 
 
 class SubNetwork(nn.Module):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.conv_norm import ConvNormReLU
 from den.dag.model_config import DagConfig
-from den.tasks import Task
+from den.nn.conv_norm import ConvNormReLU
+from den.nn.tasks import Task
 
 DILATIONS = (6, 12, 18, 24)
 

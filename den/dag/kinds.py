@@ -11,7 +11,7 @@ from torch import Tensor
 
 from den.dag.dense_losses import balanced_loss, depth_loss, normals_loss, segmentation_loss
 from den.dag.dense_metrics import DepthMetrics, EdgeMetrics, NormalsMetrics, SaliencyMetrics, SegmentationMetrics
-from den.tasks import Task
+from den.nn.tasks import Task
 
 
 class Metrics(Protocol):

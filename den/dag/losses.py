@@ -11,7 +11,7 @@ from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
 from den.dag.peers import PeerNetwork
 from den.data import Batch
-from den.tasks import find_task
+from den.nn.tasks import find_task
 
 
 def task_loss(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from den.dag.graph import Graph
-from den.tasks import Task
+from den.nn.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from den.dag.head import make_head
 from den.dag.model_config import DagConfig
 from den.dag.stages import StageEnds, make_edge
 from den.dag.stem import make_stem
-from den.folding import may_fold
-from den.task_batch import Images, TaskBatch, Tasks, task_batch
+from den.nn.folding import may_fold
+from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import GraphWeights, Route, RoutingPlan, dynamic_graph
 from den_kernels.fold_cache import FoldCache
 

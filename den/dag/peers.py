@@ -17,7 +17,7 @@ from den.dag.head import make_head
 from den.dag.model_config import DagConfig
 from den.dag.network import DagNetwork
 from den.dag.stem import make_stem
-from den.task_batch import Images, Tasks, task_batch
+from den.nn.task_batch import Images, Tasks, task_batch
 
 
 class PeerNetwork(nn.Module):

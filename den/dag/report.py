@@ -19,11 +19,11 @@ from den.dag.network import DagNetwork
 from den.dag.runs import OpenedRun, open_run
 from den.dag.scenarios import load_tasks, named_settings
 from den.data import ImageSet, SceneSet
-from den.device import CPU, choose_device, machine_name
-from den.files import check_file, check_folder, is_writable, write_text
-from den.progress import progress
-from den.run_state import Training
-from den.tables import markdown_table
+from den.runs.state import Training
+from den.support.device import CPU, choose_device, machine_name
+from den.support.files import check_file, check_folder, is_writable, write_text
+from den.support.progress import progress
+from den.support.tables import markdown_table
 
 PEERS = {
     "hard": "hard sharing",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.conv_norm import ConvNormReLU
 from den.dag.model_config import DagConfig
-from den.stem import enlarge
-from den.tasks import Task
+from den.nn.conv_norm import ConvNormReLU
+from den.nn.stem import enlarge
+from den.nn.tasks import Task
 
 
 def stem_geometry(size: int, out_size: int) -> tuple[int, int, int]:

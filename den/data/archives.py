@@ -111,7 +111,7 @@ def fetch(archive: Archive, root: Path) -> Path:
     """
     import pooch
 
-    from den.progress import Progress
+    from den.support.progress import Progress
 
     bar = Progress(0, archive.file, unit="byte")
     try:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.device import sent
-from den.tasks import Task
+from den.nn.tasks import Task
+from den.support.device import sent
 
 Example = tuple[str, Tensor, Tensor]  # task, images [n, C, H, W], targets [n, ...]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from den.data.checks import blamed
 from den.data.scenes import Scene, SceneSet, checked_target
-from den.tasks import IGNORE, Task
+from den.nn.tasks import IGNORE, Task
 
 SPLITS = {"train": "train", "test": "val"}
 FOLDERS = {"segmentation": "label", "depth": "depth", "normals": "normal"}

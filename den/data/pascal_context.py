@@ -29,7 +29,7 @@ from den.data.checks import blamed, rows
 from den.data.decode import opened, rgb
 from den.data.mat import check
 from den.data.scenes import MEAN, NOTHING, Scene, SceneSet, checked_target, nearest
-from den.tasks import IGNORE, Task
+from den.nn.tasks import IGNORE, Task
 
 SPLITS = {"train": "train", "test": "val"}
 CLASSES = 21

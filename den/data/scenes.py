@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.data.images import Example
-from den.device import CPU, sent
-from den.tasks import IGNORE, Task
+from den.nn.tasks import IGNORE, Task
+from den.support.device import CPU, sent
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
 NOTHING = {"segmentation": IGNORE, "depth": 0, "normals": 0, "edges": IGNORE, "saliency": IGNORE}  # no target, by kind

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from den.data.locks import claimed, clear, shared
 from den.data.places import fingerprint, homes
-from den.progress import Progress
+from den.support.progress import Progress
 
 FOLDER = "den-cache"
 IMAGES, LABELS = "images.npy", "labels.npz"

@@ -12,22 +12,22 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from den.comparison import check_lines
-from den.evaluate import TaskReport, task_report
-from den.evaluation import Evaluation, TaskResult
-from den.figures.neighbours import neighbours
-from den.figures.selection import favourites, level_probabilities, structure_histogram
-from den.figures.style import save_all
-from den.figures.tradeoff import accuracy_against, sweep
-from den.files import check_folder, check_own, write_text
-from den.measure import SetsOfRuns, look_up, measured, opened
-from den.operating import selector_logits
-from den.progress import progress
+from den.evaluate.accuracy import TaskReport, task_report
+from den.evaluate.comparison import check_lines
+from den.evaluate.operating import selector_logits
+from den.report.figures.neighbours import neighbours
+from den.report.figures.selection import favourites, level_probabilities, structure_histogram
+from den.report.figures.style import save_all
+from den.report.figures.tradeoff import accuracy_against, sweep
 from den.report.groups import Group, Row, Section, group_runs, sections, settings_of
 from den.report.settings import Report
 from den.report.tables import NOTES, Table, build_table, heading, machines
 from den.report.verdicts import Points, verdicts
-from den.tables import csv_table, latex_table, markdown_table
+from den.runs.command import SetsOfRuns, look_up, measured, opened
+from den.runs.evaluation import Evaluation, TaskResult
+from den.support.files import check_folder, check_own, write_text
+from den.support.progress import progress
+from den.support.tables import csv_table, latex_table, markdown_table
 
 WRITTEN_BY = "Written by `den report`"
 

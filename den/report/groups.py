@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from den.evaluation import Evaluation, TaskResult
 from den.report.paper import MEAN
+from den.runs.evaluation import Evaluation, TaskResult
 
 NOT_SETTINGS = ("out", "seed", "progress", "device", "data.root")
 

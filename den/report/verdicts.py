@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from den.comparison import Check
-from den.evaluation import Evaluation, TaskResult
+from den.evaluate.comparison import Check
 from den.report.groups import Group, Row, Section
 from den.report.paper import MEAN
 from den.report.tables import Table
+from den.runs.evaluation import Evaluation, TaskResult
 
 LEAST_SAVING = 1.7  # times fewer FLOPs, for a network within a point of its baseline
 SAME_COST = 1.03

@@ -1,8 +1,8 @@
 """The tiles of launches that no table was tuned for: data, one set for each release of Triton and kind of chip.
 
 A tile is here because it compiles well: no register spilled, copies on their way while the tensor cores work
-(tests/test_machine_code.py looks at the machine code of each). Four warps everywhere: convolutions of 8 and more were
-miscompiled on Hopper (pytorch issues 173068, 177823, 183989), and no GPU has shown that ours are not.
+(tests/kernels/test_machine_code.py looks at the machine code of each). Four warps everywhere: convolutions of 8 and
+more were miscompiled on Hopper (pytorch issues 173068, 177823, 183989), and no GPU has shown that ours are not.
 
 A release of Triton that is not here gets the newest rules, and `describe` says so.
 """

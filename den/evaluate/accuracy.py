@@ -1,0 +1,290 @@
+"""What a network reaches: accuracy, FLOPs and variety of structures per task, static structures, measured time."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from den.data import ImageSet
+from den.nn.count import count_flops, image_flops, parameter_fractions
+from den.nn.estimator import Estimator
+from den.nn.model import DeepElasticNetwork
+from den.nn.plain import PlainNetwork
+from den.nn.task_batch import Images, Tasks
+from den.support.device import wait_for
+from den.train.objective import entropy, sparsity_penalty
+
+Structures = Callable[[Images, Tasks], Tensor | None]
+"""A rule: images and task -> levels int64 [B, N] in 0..L-1 on the images' device; None: the full structure for all."""
+
+Choice = Literal["selected", "full"] | Tensor | Structures
+BATCH = 500
+
+
+@dataclass(frozen=True, eq=False)
+class TaskReport:
+    """Results of one task at the structures that `evaluate` was asked for."""
+
+    task: str
+    images: int
+    accuracy: float  # 0..1
+    loss: float  # mean cross-entropy
+    penalty: float  # mean of S(z) at rho = 1
+    flops: float  # mean per image, block convolutions
+    flops_ratio: float  # flops / FLOPs of the full structure
+    structures: int  # different structures in use
+    entropy: float  # of the selector's distribution of one image, mean over images and blocks, nats
+    mean_entropy: float  # of the mean of these distributions, mean over blocks, nats
+    levels: Tensor  # int64 [images, N]: the structure of every image
+    usage: Tensor  # float32 [N]: mean share of each block's convolution weights that an image uses
+    probabilities: Tensor  # float32 [N, L]: mean of the selector's distributions
+
+    @property
+    def histogram(self) -> Tensor:
+        """How often each block ran at each level: int64 [N, L]."""
+        return F.one_hot(self.levels, self.probabilities.shape[1]).sum(0)
+
+    @property
+    def common(self) -> tuple[Tensor, Tensor]:
+        """Structures in use, most frequent first, and how many images use each: int64 [structures, N], [structures]."""
+        found, counts = self.levels.unique(dim=0, return_counts=True)
+        order = counts.argsort(descending=True, stable=True)
+        return found[order], counts[order]
+
+    @property
+    def variety(self) -> float:
+        """Entropy in nats of the structures in use."""
+        share = self.common[1].double() / self.images
+        return -(share * share.log()).sum().item()
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, for a line of metrics.jsonl."""
+        names = ("images", "accuracy", "loss", "penalty", "flops", "flops_ratio", "structures", "entropy")
+        return {**{n: getattr(self, n) for n in (*names, "mean_entropy")}, "histogram": self.histogram.tolist()}
+
+
+def evaluate(
+    model: DeepElasticNetwork, sets: Sequence[ImageSet], choice: Choice = "selected", batch_size: int = BATCH
+) -> dict[str, TaskReport]:
+    """Results of every set, by the name of its task.
+
+    choice: the selector's arg max, the full structure, one structure (integer [N]) for all images, or a rule, whose
+    distributions count as certain of what it gives.
+    The model is in evaluation mode meanwhile and as before afterwards.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return {image_set.name: _evaluate_task(model, image_set, choice, batch_size) for image_set in sets}
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choice, batch_size: int) -> TaskReport:
+    correct, loss, levels, chances = 0, 0.0, [], []
+    for images, labels in _input_batches(image_set, batch_size, _device(model)):
+        structures, chance = _decide(model, images, image_set.name, choice)
+        logits = model.estimator(images, image_set.name, structures)
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += (logits.argmax(1) == labels).sum().item()
+        levels.append(structures)
+        chances.append(chance)
+    accuracy, loss = correct / len(image_set), loss / len(image_set)
+    return task_report(model, image_set, torch.cat(levels).cpu(), torch.cat(chances).cpu(), accuracy, loss)
+
+
+def task_report(
+    model: DeepElasticNetwork, image_set: ImageSet, used: Tensor, chance: Tensor, accuracy: float, loss: float
+) -> TaskReport:
+    """The report of a set whose images ran at the structures `used`, int64 [images, N], chosen by distributions whose
+    logarithms are `chance`, [images, N, L]; both on the CPU."""
+    flops = count_flops(model, used).mean().item()
+    mean, shares = chance.exp().mean(0), parameter_fractions(model).cpu()
+    return TaskReport(
+        task=image_set.name,
+        images=len(image_set),
+        accuracy=accuracy,
+        loss=loss,
+        penalty=sparsity_penalty(used, shares, 1.0).mean().item(),
+        flops=flops,
+        flops_ratio=flops / full_flops(model),
+        structures=len(used.unique(dim=0)),
+        entropy=entropy(chance).mean().item(),
+        mean_entropy=entropy(mean.clamp_min(1e-30).log()).mean().item(),
+        levels=used,
+        usage=shares.gather(1, used.t()).mean(1),
+        probabilities=mean,
+    )
+
+
+def _device(model: DeepElasticNetwork) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _input_batches(image_set: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(image_set), batch_size):
+        part = slice(start, start + batch_size)
+        yield image_set.inputs(part).to(device), image_set.labels[part].to(device)
+
+
+def _decide(model: DeepElasticNetwork, images: Tensor, task: str, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Structures int64 [B, N], and log-probabilities [B, N, L]: the selector's, or those of a rule."""
+    full = torch.full((len(images), model.num_blocks), model.levels - 1, device=images.device)
+    if callable(choice) and not isinstance(choice, Tensor):
+        given = choice(images, task)
+        structures = full if given is None else given
+        return structures, F.one_hot(structures, model.levels).float().clamp_min(1e-30).log()
+    chance = model.selector_logits(images, task).log_softmax(-1)
+    if isinstance(choice, Tensor):
+        return choice.to(full).expand_as(full), chance
+    return (full if choice == "full" else chance.argmax(-1)), chance
+
+
+def full_flops(model: DeepElasticNetwork) -> float:
+    """FLOPs of one image at the full structure."""
+    return count_flops(model, torch.full((1, model.num_blocks), model.levels - 1)).item()
+
+
+@dataclass(frozen=True, eq=False)
+class StaticReport:
+    """The best single structure for all images of a task."""
+
+    structure: Tensor  # int64 [N]
+    candidates: int  # structures that were tried
+    report: TaskReport  # on the set asked for
+
+
+def best_static(
+    model: DeepElasticNetwork,
+    image_set: ImageSet,
+    budget: float,
+    *,
+    extra: Tensor | None = None,
+    choose_on: ImageSet | None = None,
+    candidates: int = 60,
+    tolerance: float = 0.03,
+    seed: int = 0,
+) -> StaticReport:
+    """The most accurate of many structures that cost about `budget` FLOPs, used for every image of `image_set`.
+
+    The candidates are `static_candidates` and those of `extra` (int64 [n, N], such as the structures that the selector
+    uses most) that cost at most (1 + tolerance) * budget.  The best is chosen on `choose_on`, held-out images.  Without
+    them it is chosen on `image_set` itself, which flatters the static structure: a network that beats it even so has
+    gained from choosing per image.
+    """
+    tried = static_candidates(model, budget, candidates, tolerance, seed)
+    if extra is not None:
+        affordable = extra[count_flops(model, extra).cpu() <= (1 + tolerance) * budget]
+        tried = torch.cat([tried, affordable]).unique(dim=0)
+    chosen_on = image_set if choose_on is None else choose_on
+    reports = [evaluate(model, [chosen_on], structure)[chosen_on.name] for structure in tried]
+    best = max(range(len(tried)), key=lambda i: (reports[i].accuracy, -reports[i].loss))
+    report = reports[best] if choose_on is None else evaluate(model, [image_set], tried[best])[image_set.name]
+    return StaticReport(tried[best], len(tried), report)
+
+
+def static_candidates(model: DeepElasticNetwork, budget: float, count: int, tolerance: float, seed: int) -> Tensor:
+    """Up to `count` random structures whose FLOPs lie within `tolerance` of `budget`: int64 [n, N].
+
+    Each is drawn with level probabilities of its own, so that every budget is met by structures of many shapes.  Where
+    none lies within the tolerance: the nearest one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws, blocks, levels = 20000, model.num_blocks, model.levels
+    weights = torch.empty(draws, levels).exponential_(generator=generator)
+    drawn = torch.multinomial(weights, blocks, replacement=True, generator=generator)
+    distance = (count_flops(model, drawn).cpu() / budget - 1).abs() if budget > 0 else drawn.sum(1).double()
+    near = (distance <= tolerance).nonzero().flatten()
+    if len(near) == 0:
+        near = distance.argmin().view(1)
+    unique = drawn[near].unique(dim=0)
+    return unique[torch.randperm(len(unique), generator=generator)[:count]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured seconds per image, medians, and the FLOPs of the images that were timed."""
+
+    plain: float  # the full structure in ordinary convolutions (`PlainNetwork`), no selector
+    full: float  # the estimator at its full structure, no selector
+    selected: float  # selector and estimator
+    selector: float  # the selector alone
+    flops_ratio: float  # FLOPs with choosing / FLOPs without: stem, blocks and head, and the selector where it runs
+
+    @property
+    def dense(self) -> float:
+        """The faster way of running the full structure."""
+        return min(self.plain, self.full)
+
+    @property
+    def speedup(self) -> float:
+        return self.dense / self.selected
+
+    @property
+    def realised(self) -> float:
+        """Share of the saving in FLOPs that is a saving in time: 1 where twice fewer FLOPs take half the time."""
+        return self.speedup * self.flops_ratio
+
+
+@torch.inference_mode()
+def time_per_image(
+    model: DeepElasticNetwork,
+    image_set: ImageSet,
+    batch_size: int = 256,
+    rounds: int = 15,
+    batches: int = 4,
+    structures: Structures | None = None,
+) -> Timing:
+    """Time of inference with and without choosing, on the first batches of a set; the model in evaluation mode.
+
+    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector.  An
+    estimator of another kind than `Estimator` has no plain form and is timed against its full structure alone.
+
+    The four ways take turns, so that a change in the machine's speed meets them all.  In its turn each runs all the
+    batches one after the other, as in use, after an untimed one that brings its weights back into the caches.  Per way:
+    the median over the rounds of every batch, added up.  Batches are full where the set has that many.
+    """
+    model.eval()
+    device = _device(model)
+    name, full = image_set.name, functools.partial(model.estimator, task=image_set.name)
+    choose = structures or model.select
+
+    def selected(images: Tensor) -> Tensor:
+        return model(images, name) if structures is None else model.estimator(images, name, structures(images, name))
+
+    parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size, device), batches)]
+    parts = [images for images in parts if len(images) == batch_size] or parts
+    runs = {
+        "plain": PlainNetwork(model, name) if isinstance(model.estimator, Estimator) else full,
+        "full": full,
+        "selected": selected,
+        "selector": lambda images: choose(images, name),
+    }
+    seconds: dict[str, list[list[float]]] = {kind: [[] for _ in parts] for kind in runs}
+    for _ in range(rounds):
+        for kind, run in runs.items():
+            run(parts[-1])
+            for i, images in enumerate(parts):
+                wait_for(device)
+                start = time.perf_counter()
+                run(images)
+                wait_for(device)
+                seconds[kind][i].append(time.perf_counter() - start)
+    count = sum(map(len, parts))
+    medians = {k: sum(map(statistics.median, each)) / count for k, each in seconds.items()}
+    levels = torch.cat([_decide(model, images, name, structures or "selected")[0] for images in parts])
+    image = image_flops(model, name)
+    ends = image.stem + image.head
+    chosen = count_flops(model, levels).mean().item() + (image.selector if structures is None else 0)
+    return Timing(**medians, flops_ratio=(ends + chosen) / (ends + image.blocks))

@@ -1,0 +1,1 @@
+"""The networks: blocks, backbones, estimator, selector, and what they cost."""

@@ -1,0 +1,210 @@
+"""Backbones as data: which blocks a network has between its stems and its heads."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from den.nn.blocks import BlockShape, BottleneckShape, PairShape, ResidualShape
+
+Stages = tuple[tuple[int, int], ...]  # (channels, blocks) of each stage; of convolution pairs (channels, convolutions)
+
+
+def block_shapes(stages: Stages, stem: int, trunk_size: int) -> tuple[BlockShape, ...]:
+    """Basic residual blocks in order. Every stage but the first halves the map, rounding up, in its first block."""
+    return _residual_shapes(stages, stem, trunk_size, lambda stage, channels: channels, ResidualShape)
+
+
+def bottleneck_shapes(
+    stages: Stages, stem: int, trunk_size: int, cardinality: int, depth: int
+) -> tuple[BlockShape, ...]:
+    """Bottleneck blocks in order, strides as :func:`block_shapes`'; ``cardinality * depth * 2**stage`` hidden channels.
+
+    So ResNeXt's c x d, and ResNet-50 as 1 x 64 (Xie et al., CVPR 2017, table 1).
+    """
+    block = partial(BottleneckShape, cardinality=cardinality)
+    return _residual_shapes(stages, stem, trunk_size, lambda stage, _: cardinality * depth * 2**stage, block)
+
+
+def _residual_shapes(
+    stages: Stages, stem: int, size: int, hidden: Callable[[int, int], int], block: Callable[..., BlockShape]
+) -> tuple[BlockShape, ...]:
+    widths = [stem, *(channels for channels, _ in stages)]
+    if sorted(widths) != widths:
+        raise ValueError(f"backbone: channels must not shrink from the stem through the stages, got {widths}")
+    shapes: list[BlockShape] = []
+    in_channels = stem
+    for stage, (channels, blocks) in enumerate(stages):
+        for index in range(blocks):
+            stride = 2 if stage and not index else 1
+            shapes.append(block(in_channels, hidden(stage, channels), channels, size, stride=stride))
+            in_channels, size = channels, shapes[-1].size
+    return tuple(shapes)
+
+
+def pair_shapes(stages: Stages, stem: int, trunk_size: int) -> tuple[BlockShape, ...]:
+    """Consecutive 3x3 convolutions, two by two; 2x2 max pooling, rounding down, after the last of every stage.
+
+    ``pair_shapes(((32, 1), (64, 1)), 3, 32) == (PairShape(3, 32, 64, 32, pools=(True, True)),)``
+
+    Raises:
+        ValueError: an odd number of convolutions; a trunk too small for the pools.
+    """
+    layers = [(channels, index == blocks - 1) for channels, blocks in stages for index in range(blocks)]
+    if len(layers) % 2:
+        raise ValueError(f"backbone: stages must have an even number of convolutions (pairs), got {len(layers)}")
+    if trunk_size < 2 ** len(stages):
+        raise ValueError(
+            f"backbone: trunk_size must be at least {2 ** len(stages)} for {len(stages)} poolings, got {trunk_size}"
+        )
+    shapes: list[PairShape] = []
+    in_channels, size = stem, trunk_size
+    for (hidden, first_pool), (channels, second_pool) in zip(layers[::2], layers[1::2], strict=True):
+        shapes.append(PairShape(in_channels, hidden, channels, size, pools=(first_pool, second_pool)))
+        in_channels, size = channels, shapes[-1].size
+    return tuple(shapes)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Blocks behind a stem per task, and what stands between the last of them and the heads.
+
+    Attributes:
+        stages: channels and blocks (of pairs: convolutions) of each stage.
+        stem: channels of the stems; 0: none, the blocks read the images.
+        shapes: the blocks in order, of (stages, channels that the first block reads, side of the map that it reads).
+        stem_kernel: side of the stems' convolution.
+        fully_connected: widths of the layers before the heads, which all tasks share and which read the flattened
+            map; None: batch norm, ReLU and global average pooling, as residual networks have.
+        dropout: after each of these layers, while training.
+    """
+
+    stages: Stages
+    stem: int
+    shapes: Callable[[Stages, int, int], tuple[BlockShape, ...]] = block_shapes
+    stem_kernel: int = 7
+    fully_connected: tuple[int, ...] | None = None
+    dropout: float = 0.0
+
+
+def _blocks_per_stage(name: str, depth: int, stages: int, convolutions: int = 2) -> int:
+    """``n`` of ``depth = convolutions * stages * n + 2``: ``convolutions`` a block, the stem and the head."""
+    step = convolutions * stages
+    blocks, rest = divmod(depth - 2, step)
+    if blocks < 1 or rest:
+        nearest = sorted({step * max(1, n) + 2 for n in (blocks, blocks + 1)})
+        count = {2: "two", 3: "three"}[convolutions]
+        raise ValueError(
+            f"{name}: depth must be {step} n + 2 ({count} convolutions a block, {stages} stages of n blocks, stem,"
+            f" head), got {depth}; nearest: {' and '.join(map(str, nearest))}"
+        )
+    return blocks
+
+
+def wide_resnet(depth: int, width: int) -> Backbone:
+    """WRN-l-r of the paper: three stages of 16r, 32r, 64r channels, l = 6n + 2 (WRN-32-4: n = 5), stem of 16.
+
+    Zagoruyko and Komodakis count l = 6n + 4, with the 1x1 convolutions of two shortcuts; ours have no convolution.
+
+    Raises:
+        ValueError: a depth that does not fit, naming the nearest that do; a width below 1.
+    """
+    if width < 1:
+        raise ValueError(f"wide_resnet: width must be at least 1, got {width}")
+    blocks = _blocks_per_stage("wide_resnet", depth, 3)
+    return Backbone(tuple((base * width, blocks) for base in (16, 32, 64)), stem=16)
+
+
+def resnet(depth: int) -> Backbone:
+    """ResNet-l of the paper: four stages of 64, 128, 256, 512 channels, l = 8n + 2 (ResNet-42: n = 5), stem of 64.
+
+    Every stage has the same number of basic blocks; give ``stages`` for another split, such as ResNet-34's 3, 4, 6, 3.
+
+    Raises:
+        ValueError: a depth that does not fit, naming the nearest that do.
+    """
+    blocks = _blocks_per_stage("resnet", depth, 4)
+    return Backbone(tuple((channels, blocks) for channels in (64, 128, 256, 512)), stem=64)
+
+
+def resnext(depth: int, cardinality: int, group_depth: int, expansion: int = 4) -> Backbone:
+    """ResNeXt-l (c x d): stages of 64e, 128e, 256e channels, c d, 2 c d, 4 c d hidden ones, l = 9n + 2, 3x3 stem of 64.
+
+    Xie et al. (CVPR 2017, section 5.2) have e = 4. The counts that the Deep Elastic Networks paper prints are those of
+    e = 1, named ``resnext{l}_{c}x{d}d_narrow`` here. Weights of the block convolutions (shortcuts have none):
+
+    =====================  ==========  ===========  =====
+    ResNeXt-29             e = 4       e = 1        paper
+    =====================  ==========  ===========  =====
+    8x64d                  33,685,504  22,380,544   22.4M
+    4x64d                  16,842,752  11,190,272   11.2M
+    2x64d                   8,421,376   5,595,136    5.6M
+    =====================  ==========  ===========  =====
+
+    Raises:
+        ValueError: a depth that does not fit, naming the nearest that do; a cardinality or group depth below 1.
+    """
+    if min(cardinality, group_depth) < 1:
+        raise ValueError(
+            f"resnext: cardinality and group depth must be at least 1, got {cardinality} and {group_depth}"
+        )
+    blocks = _blocks_per_stage("resnext", depth, 3, convolutions=3)
+    stages = tuple((base * expansion, blocks) for base in (64, 128, 256))
+    return Backbone(stages, 64, partial(bottleneck_shapes, cardinality=cardinality, depth=group_depth), stem_kernel=3)
+
+
+def bottleneck_resnet(blocks: tuple[int, ...]) -> Backbone:
+    """ResNet of bottleneck blocks (He et al., CVPR 2016): stages of 256, 512, 1024, 2048 channels, a quarter hidden."""
+    stages = tuple((256 * 2**stage, count) for stage, count in enumerate(blocks))
+    return Backbone(stages, 64, partial(bottleneck_shapes, cardinality=1, depth=64))
+
+
+def vgg(stages: Stages, stem: int) -> Backbone:
+    """VGG (Simonyan and Zisserman, ICLR 2015) with batch norm: pairs of 3x3 convolutions, two layers of 4096.
+
+    An odd number of convolutions leaves the first to the stem: ``vgg16`` is that convolution, per task, and six pairs;
+    ``vgg19`` is eight pairs that read the images. The 38.9M parameters that the Deep Elastic Networks paper prints for
+    its VGG-16 are those of sixteen convolutions, VGG-19's; thirteen, the standard VGG-16, have 33.6M (both with the
+    layers of 4096, for maps of 32 x 32).
+    """
+    return Backbone(stages, stem, pair_shapes, stem_kernel=3, fully_connected=(4096, 4096), dropout=0.5)
+
+
+BACKBONES: dict[str, Backbone] = {
+    "wrn14_1": wide_resnet(14, 1),
+    "wrn14_2": wide_resnet(14, 2),
+    "wrn32_4": wide_resnet(32, 4),
+    "resnet18": resnet(18),
+    "resnet42": resnet(42),
+    "resnet50_bottleneck": bottleneck_resnet((3, 4, 6, 3)),
+    "resnext29_8x64d": resnext(29, 8, 64),
+    "resnext29_4x64d": resnext(29, 4, 64),
+    "resnext29_2x64d": resnext(29, 2, 64),
+    "resnext29_8x64d_narrow": resnext(29, 8, 64, expansion=1),
+    "resnext29_4x64d_narrow": resnext(29, 4, 64, expansion=1),
+    "resnext29_2x64d_narrow": resnext(29, 2, 64, expansion=1),
+    "vgg16": vgg(((64, 1), (128, 2), (256, 3), (512, 3), (512, 3)), stem=64),
+    "vgg19": vgg(((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)), stem=0),
+    "simpleconvnet": Backbone(((32, 1),) * 4, 0, pair_shapes, fully_connected=(128, 128)),
+}
+FAMILIES = {"wrn": Backbone((), 16), "resnet": Backbone((), 64)}  # where the stages are given one by one
+
+
+def named_backbone(name: str) -> Backbone:
+    """The backbone of a name: one of ``BACKBONES``, or any ``wrn{l}_{r}``, ``resnet{l}``, ``resnext{l}_{c}x{d}d``.
+
+    Raises:
+        ValueError: another name, with those that there are; a depth that does not fit.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if match := re.fullmatch(r"wrn(\d+)_(\d+)", name):
+        return wide_resnet(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"resnet(\d+)", name):
+        return resnet(int(match[1]))
+    if match := re.fullmatch(r"resnext(\d+)_(\d+)x(\d+)d(_narrow)?", name):
+        return resnext(int(match[1]), int(match[2]), int(match[3]), expansion=1 if match[4] else 4)
+    raise ValueError(
+        f"backbone must be wrn{{l}}_{{r}}, resnet{{l}}, resnext{{l}}_{{c}}x{{d}}d(_narrow), or one of"
+        f" {', '.join(BACKBONES)}, got {name!r}"
+    )

@@ -1,0 +1,115 @@
+"""What a network holds and what an image costs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from den.nn.model import DeepElasticNetwork
+from den.nn.tail import linear_flops
+from den.nn.task_batch import TaskName
+from den.nn.tasks import find_task
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Learned numbers of a network, by place.
+
+    Attributes:
+        blocks: convolution weights of the estimator's blocks, without batch norm; this is what the paper reports
+            (WRN-32-4: 7,345,152; ResNet-42: 29,786,112).
+        norms: weights and biases of the batch norms of the blocks and after them.
+        stems: convolutions and batch norms of the estimator's stems, all tasks.
+        heads: weights and biases of the estimator's heads, all tasks, and of the fully connected layers before them.
+        selector: the whole selector, all tasks.
+    """
+
+    blocks: int
+    norms: int
+    stems: int
+    heads: int
+    selector: int
+
+    @property
+    def estimator(self) -> int:
+        """Everything but the selector."""
+        return self.blocks + self.norms + self.stems + self.heads
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.estimator + self.selector
+
+
+@dataclass(frozen=True)
+class ImageFlops:
+    """Twice the multiply-adds that one image of a task costs at the full structure, by place.
+
+    ``head`` counts the fully connected layers before the head, too. The Deep Elastic Networks paper counts in this way
+    for WRN-32-4 (2.13G) and ResNet-42 (2.91G), but multiply-adds once for SimpleConvNet: its 27.4M at 84 x 84 are half
+    of our blocks and head.
+    """
+
+    stem: int
+    blocks: int
+    head: int
+    selector: int
+
+
+def count_parameters(model: DeepElasticNetwork) -> ParameterCounts:
+    """Learned numbers of ``model``, by place; their ``total`` is all of them."""
+    estimator = model.estimator
+    blocks = sum(conv.weight.numel() for block in estimator.blocks for conv, _ in block.layers())
+    return ParameterCounts(
+        blocks=blocks,
+        norms=_numbers(estimator.blocks) - blocks + (0 if estimator.norm is None else _numbers(estimator.norm)),
+        stems=_numbers(estimator.stems),
+        heads=_numbers(estimator.heads) + _numbers(estimator.shared),
+        selector=_numbers(model.selector),
+    )
+
+
+def count_flops(model: DeepElasticNetwork, levels: Tensor) -> Tensor:
+    """FLOPs of each image's structure: twice the multiply-adds of the block convolutions.
+
+    Args:
+        levels: integer [B, N] in 0..L-1.
+
+    Returns:
+        float64 [B] on the model's device (whole numbers, exact).
+
+    Raises:
+        ValueError: levels of another shape or dtype.
+    """
+    return _chosen(model.estimator.level_flops, levels).sum(1).double()
+
+
+def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
+    """FLOPs of one image of ``task`` at the full structure, with what the structure does not change."""
+    position = find_task(task, model.tasks)
+    estimator = model.estimator
+    return ImageFlops(
+        stem=estimator.stems[position].flops(),
+        blocks=sum(shape.flops(shape.hidden) for shape in model.config.shapes),
+        head=linear_flops([*estimator.shared, estimator.heads[position]]),
+        selector=model.selector.flops(position),
+    )
+
+
+def parameter_fractions(model: DeepElasticNetwork) -> Tensor:
+    """``d_i(l)`` of the paper's eq. 5: float32 [N, L], the share of block i's convolution weights that level l uses."""
+    table = model.estimator.level_parameters
+    return table.float() / table[:, -1:]
+
+
+def _chosen(table: Tensor, levels: Tensor) -> Tensor:
+    """``table[n, levels[b, n]]`` as [B, N], for a table [N, L]."""
+    if levels.dim() != 2 or levels.shape[1] != len(table) or levels.is_floating_point() or levels.dtype == torch.bool:
+        raise ValueError(
+            f"count_flops: levels must be integer [B, N] with N = {len(table)}, got {levels.dtype} {list(levels.shape)}"
+        )
+    return table.expand(len(levels), -1, -1).gather(2, levels.to(table.device, torch.int64).unsqueeze(2)).squeeze(2)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,144 @@
+"""The estimator f(x; z, t): the backbone whose blocks run at the levels of a structure (paper, eq. 1)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from den.nn.folding import may_fold
+from den.nn.levels import level_plan
+from den.nn.model_config import ModelConfig
+from den.nn.stem import ImageStem, Stem
+from den.nn.tail import features, last_norm, shared_layers
+from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
+from den_kernels import RoutingPlan
+
+
+class Estimator(nn.Module):
+    """A stem and a head per task around N elastic blocks that all tasks share.
+
+    Convolutions start from He's initialisation (fan-out), which suits residual networks with ReLU better than the
+    paper's Xavier; batch norms from weight 1; heads from Xavier.
+
+    Attributes:
+        groups: channel groups of every block in a routing plan (see :mod:`den.nn.levels`).
+        level_parameters: int64 [N, L], convolution weights that each block uses at each level.
+        level_flops: int64 [N, L], twice the multiply-adds of each block's convolutions at each level, for one image.
+    """
+
+    level_parameters: Tensor
+    level_flops: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        shapes, backbone, levels = config.shapes, config.layout, config.levels
+        self.tasks, self.levels, self.num_blocks = config.tasks, levels, len(shapes)
+        self.lowest = shapes[0].lowest
+        self.groups = levels - 1 + self.lowest
+        self.stems = nn.ModuleList(
+            Stem(task, config.stem, config.trunk_size, kernel=backbone.stem_kernel)
+            if config.stem
+            else ImageStem(task, config.trunk_size)
+            for task in config.tasks
+        )
+        self.blocks = nn.ModuleList(shape.build(levels, first=index == 0) for index, shape in enumerate(shapes))
+        self.norm = last_norm(backbone, shapes[-1])
+        self.shared, width = shared_layers(backbone, shapes[-1])
+        self.heads = nn.ModuleList(nn.Linear(width, task.classes) for task in config.tasks)
+        for head in self.heads:
+            nn.init.xavier_uniform_(head.weight)
+            nn.init.zeros_(head.bias)
+        for name, cost in (("level_parameters", "parameters"), ("level_flops", "flops")):
+            table = [[getattr(shape, cost)(width) for width in shape.widths(levels)] for shape in shapes]
+            self.register_buffer(name, torch.tensor(table, dtype=torch.int64), persistent=False)
+
+    def forward(self, images: Images, task: Tasks, levels: Tensor | RoutingPlan | None = None) -> Tensor | list[Tensor]:
+        """Logits of ``images``, each with its own structure.
+
+        Args:
+            images, task: one task, a list per task, or tasks per instance: see :func:`den.nn.task_batch.task_batch`.
+            levels: integer [B, N] in 0..L-1, in the order of the images (of a list: one part after the other); or
+                the :class:`RoutingPlan` of such levels, as :meth:`level_plan` makes it; None: the full structure.
+
+        Returns:
+            [B, classes] of one task; a list of them for a list of images; for tasks per instance [B, most classes],
+            -inf in the classes that an instance's task does not have.
+
+        Raises:
+            ValueError: images, task or levels that do not fit.
+        """
+        batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
+        return self.run(batch, self.plan(batch, levels))
+
+    def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
+        """Logits of a checked batch; ``plan`` is in the batch's own order (None: plain full blocks)."""
+        return batch.restore_logits(
+            self.classify(batch.tasks, batch.sizes, self.trunk(self.stem(batch), plan)),
+            max(task.classes for task in self.tasks),
+        )
+
+    def sampled(self, images: Sequence[Tensor], tasks: Sequence[TaskName], structures: Tensor) -> list[Tensor]:
+        """Logits [B_k * S, classes] of each part under S structures of every image; stems run once per image.
+
+        structures: integer [B, S, N], B images one part after the other. The S rows of an image follow one another.
+        """
+        batch, samples = task_batch(images, tasks, self.tasks, like=self.heads[0].weight), structures.shape[1]
+        plan = self.level_plan(structures.flatten(0, 1))
+        pooled = self.trunk(self.stem(batch).repeat_interleave(samples, 0), plan)
+        return self.classify(batch.tasks, [size * samples for size in batch.sizes], pooled)
+
+    def stem(self, batch: TaskBatch) -> Tensor:
+        """Feature maps [B, stem, H, W] of the images, in the batch's own order."""
+        x = [self.stems[k](images) for k, images in zip(batch.tasks, batch.images, strict=True)]
+        return x[0] if len(x) == 1 else torch.cat(x)
+
+    def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:
+        """All blocks and what follows them up to the heads: [B, features]. May write over ``x``.
+
+        At inference a block that no instance uses is not called where it is the identity.
+        """
+        routes = [None] * len(self.blocks) if plan is None else plan
+        idle = plan.idle() if plan is not None and may_fold(self) else [False] * len(self.blocks)
+        for block, route, unused in zip(self.blocks, routes, idle, strict=True):
+            if not (unused and block.shortcut.is_identity):
+                x = block(x, route, inplace=True)
+        return features(x, self.norm, self.shared)
+
+    def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
+        """Logits [B_k, classes] of each part by its task's head."""
+        return [self.heads[k](part) for k, part in zip(tasks, pooled.split(sizes), strict=True)]
+
+    def level_plan(self, levels: Tensor) -> RoutingPlan:
+        """The routing plan of integer levels [B, N] in 0..L-1."""
+        return level_plan(levels, self.levels, self.lowest)
+
+    def plan(self, batch: TaskBatch, levels: Tensor | RoutingPlan | None) -> RoutingPlan | None:
+        """The routing plan of all blocks, in the batch's order; None for the full structure while training."""
+        expected, device = (len(batch), self.num_blocks), self.level_flops.device
+        if levels is None:
+            return self.level_plan(torch.full(expected, self.levels - 1, device=device)) if may_fold(self) else None
+        if isinstance(levels, RoutingPlan):
+            fits = (levels.batch_size, len(levels)) == expected and levels.groups == self.groups
+            self._check(fits, expected, levels)
+            if batch.order is None:
+                return levels
+            if levels.masks is not None:
+                return RoutingPlan.from_masks(batch.arrange(levels.masks))
+            return RoutingPlan.from_levels(batch.arrange(levels.levels), groups=self.groups)
+        integer = isinstance(levels, Tensor) and not levels.is_floating_point() and levels.dtype != torch.bool
+        self._check(integer and tuple(levels.shape) == expected and levels.device == device, expected, levels)
+        return self.level_plan(batch.arrange(levels))
+
+    def _check(self, fits: bool, expected: tuple[int, int], levels: Tensor | RoutingPlan) -> None:
+        if fits:
+            return
+        if isinstance(levels, RoutingPlan):
+            got = f"a plan of {levels.batch_size} instances, {len(levels)} blocks, {levels.groups} groups"
+        elif isinstance(levels, Tensor):
+            got = f"{levels.dtype} {list(levels.shape)} on {levels.device}"
+        else:
+            got = type(levels).__name__
+        raise ValueError(
+            f"estimator: levels must be integer [B, N] = {list(expected)} in 0..{self.levels - 1}"
+            f" on the images' device, or a RoutingPlan of them with {self.groups} groups, got {got}"
+        )

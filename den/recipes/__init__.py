@@ -1,0 +1,58 @@
+"""The methods that Deep Elastic Networks are compared with, on the same network, data, schedule and seeds.
+
+    separate baselines  `--mode dense` with one task each
+    random              the estimator with structures drawn at random for every image
+    nestednet           one width for the whole network, by hand for each task (Kim et al., CVPR 2018)
+    packnet             the same, trained width by width, what was trained before kept (after Mallya et al., CVPR 2018)
+    routing             a table of policies for each task and block (Rosenbaum et al., ICLR 2018)
+    cross-stitch        a thin copy for each task, mixed after each stage (Misra et al., CVPR 2016)
+    blockdrop           a policy network that keeps or drops each block for every image (Wu et al., CVPR 2018)
+    adashare            gates for each task and block (Sun et al., NeurIPS 2020)
+
+All of them run on the estimator's blocks by levels, so that their time is measured on the same kernels.
+"""
+
+from pathlib import Path
+
+from den.nn.model import DeepElasticNetwork
+from den.nn.model_config import ModelConfig
+from den.recipes.adashare import AdaShare
+from den.recipes.base import ComparedMethod, Method
+from den.recipes.blockdrop import BlockDrop
+from den.recipes.cross_stitch import CrossStitch
+from den.recipes.nestednet import NestedNet
+from den.recipes.packnet import PackNet
+from den.recipes.random_selector import RandomSelector
+from den.recipes.routing import Routing
+from den.train.checkpoint import load_checkpoint, load_weights, reading
+from den.train.config import TrainConfig
+
+METHODS: dict[str, type[ComparedMethod]] = {
+    "random": RandomSelector,
+    "nestednet": NestedNet,
+    "packnet": PackNet,
+    "routing": Routing,
+    "cross-stitch": CrossStitch,
+    "blockdrop": BlockDrop,
+    "adashare": AdaShare,
+}
+
+
+def method_of(model: DeepElasticNetwork, config: TrainConfig) -> Method:
+    """The method of a run, attached to its network; ValueError where the two do not fit."""
+    return METHODS.get(config.mode, Method)(model, config)
+
+
+def load_method(path: Path, config: TrainConfig) -> Method:
+    """The method of a run's checkpoint, with what it has learnt, its network in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: a checkpoint that is missing, damaged or of another method or network.
+    """
+    tensors, record = load_checkpoint(path)
+    with reading(path):
+        model = DeepElasticNetwork(ModelConfig.from_dict(record["model"]))
+    method = method_of(model, config)
+    load_weights(method.model, tensors, path)
+    method.model.eval()
+    return method

@@ -1,0 +1,120 @@
+"""BlockDrop (Wu et al., CVPR 2018): a policy network keeps or drops every residual block, for every image."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from den.data import Batch
+from den.evaluate.accuracy import Choice
+from den.nn.model import DeepElasticNetwork
+from den.nn.task_batch import Images, Tasks
+from den.recipes.base import ComparedMethod, answers, skippable
+from den.train.config import TrainConfig
+from den.train.objective import Objective, instance_losses
+from den.train.phases import Phase
+
+if TYPE_CHECKING:
+    from den.train.engine import Engine
+
+
+class BlockDrop(ComparedMethod):
+    """Three phases: the network alone (`estimator.first`), the policy alone (`selector.phase`), both (`finish`).
+
+    The policy network is the selector; it keeps a block with probability s = sigmoid(logit of the highest level - logit
+    of level 0).  The other levels are not used.
+
+    Raises:
+        ValueError: a backbone whose blocks cannot be left out.
+    """
+
+    def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
+        super().__init__(model, config)
+        skippable(model, "blockdrop")
+
+    def structures(self, images: Images, task: Tasks) -> Tensor:
+        """The full level where s >= 1/2, else level 0."""
+        with torch.no_grad():
+            return self._levels(self.logits(images, task) >= 0)
+
+    def logits(self, images: Images, task: Tasks) -> Tensor:
+        """Logits [B, N] of s."""
+        logits = self.model.selector_logits(images, task)
+        return logits[..., -1] - logits[..., 0]
+
+    def phases(self) -> tuple[Phase, ...]:
+        estimator, selector = self.config.estimator, self.config.selector
+        phases = (
+            Phase("estimator", 1, estimator.first, 1.0),
+            Phase("selector", 1, selector.phase, 1.0),
+            Phase("both", 2, estimator.finish, 1.0, selector_rate=selector.phase.rate * selector.decay),
+        )
+        return tuple(phase for phase in phases if phase.settings.steps > 0)
+
+    def choice(self, phase: Phase) -> Choice:
+        return "full" if phase.network == "estimator" else self.structures
+
+    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+        """The policy's loss, with the cross-entropy at the drawn structures where the network trains too."""
+        if phase.network == "estimator":
+            return self._network_alone(engine, batch)
+        settings, joint = self.config.methods, phase.network == "both"
+        logits = self.logits(batch.images, batch.tasks).float()
+        free = free_blocks(logits.shape[1], 1.0 if joint else engine.progress, settings.drop_curriculum)
+        drawn, greedy, chance = draw(logits, free, settings.drop_bound, engine.generator)
+        with torch.set_grad_enabled(joint):
+            structures = self._levels(torch.stack([drawn, greedy], 1))  # [B, 2, N]
+            answered = self.model.estimator.sampled(batch.images, batch.tasks, structures)
+        seen = Batch(batch.tasks, batch.images, [labels.repeat_interleave(2) for labels in batch.labels])
+        right = answers(answered, seen).view(-1, 2)
+        gamma = settings.drop_penalty_joint if joint else settings.drop_penalty
+        gains = rewards(torch.stack([drawn, greedy], 1), right, gamma)
+        loss = policy_loss(chance, drawn, gains[:, 0] - gains[:, 1], free)
+        measured = {"loss": loss.detach(), "reward": gains[:, 0].mean(), "accuracy": right[:, 0].mean()}
+        if joint:
+            loss = loss + instance_losses(answered, seen.labels).view(-1, 2)[:, 0].mean()
+            measured["loss"] = loss.detach()
+        return Objective(loss, {**measured, "flops_ratio": engine.flops_ratio(structures[:, 0])})
+
+    def _network_alone(self, engine: Engine, batch: Batch) -> Objective:
+        logits = self.model.estimator(batch.images, batch.tasks)
+        loss = instance_losses(logits, batch.labels).mean()
+        return Objective(loss, {"loss": loss.detach(), "accuracy": answers(logits, batch).mean(), "flops_ratio": 1.0})
+
+    def _levels(self, keeps: Tensor) -> Tensor:
+        return keeps.long() * (self.model.levels - 1)
+
+
+def free_blocks(blocks: int, progress: float, curriculum: float) -> int:
+    """How many of the last blocks may be dropped; the others are kept.
+
+    >>> [free_blocks(10, progress, 0.5) for progress in (0, 0.1, 0.25, 0.5, 1)]
+    [1, 3, 6, 10, 10]
+    """
+    return blocks if progress >= curriculum else 1 + math.floor((blocks - 1) * progress / curriculum + 0.5)
+
+
+def draw(logits: Tensor, free: int, bound: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Structures drawn from s' = bound s + (1 - bound) (1 - s) and the likeliest, bool [B, N] each, and s' [B, N].
+
+    All but the last `free` blocks are kept in both.
+    """
+    chance = logits.sigmoid()
+    chance = bound * chance + (1 - bound) * (1 - chance)
+    uniform = torch.rand(logits.shape, generator=generator).to(logits.device)
+    fixed = torch.arange(logits.shape[1], device=logits.device) < logits.shape[1] - free
+    return (uniform < chance) | fixed, (logits >= 0) | fixed, chance
+
+
+def rewards(keeps: Tensor, right: Tensor, gamma: float) -> Tensor:
+    """1 - (share of blocks kept)^2 where the answer is right, else -gamma: keeps [..., N], right [...] -> [...]."""
+    return torch.where(right > 0, 1 - keeps.float().mean(-1).square(), torch.full_like(right, -gamma))
+
+
+def policy_loss(chance: Tensor, keeps: Tensor, advantage: Tensor, free: int) -> Tensor:
+    """Minus advantage [B] times log P(keeps [B, N]) over the free blocks, mean over B (self-critical baseline)."""
+    likelihood = torch.where(keeps, chance, 1 - chance).clamp_min(1e-6).log()[:, chance.shape[1] - free :].sum(1)
+    return -(advantage.detach() * likelihood).mean()

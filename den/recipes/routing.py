@@ -1,0 +1,89 @@
+"""Routing networks (Rosenbaum, Klinger, Riemer, ICLR 2018): a table of chances for each task and block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from den.data import Batch
+from den.nn.count import parameter_fractions
+from den.nn.model import DeepElasticNetwork
+from den.nn.task_batch import Images, Tasks
+from den.recipes.base import ComparedMethod, answers, task_rows
+from den.train.config import TrainConfig
+from den.train.objective import Objective, instance_losses, sparsity_penalty
+from den.train.phases import Phase
+
+if TYPE_CHECKING:
+    from den.train.engine import Engine
+
+
+class Routing(ComparedMethod):
+    """The network and one agent per task and block learn together; every image's structure is drawn from its agents.
+
+    The return of an image is 1 where its answer is right, -1 where it is not, less S(z) of the DEN paper with
+    `selector.rho` (the alternatives of the original cost the same; levels do not).  The agents learn by the weighted
+    policy learner; inference takes the arg max.
+
+    State: `policy` [K, N, L], chances of the levels; `value` [K, N], running mean of the returns of an agent.
+    """
+
+    def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
+        super().__init__(model, config)
+        shape, device = (len(model.tasks), model.num_blocks, model.levels), model.estimator.level_flops.device
+        self.state.register_buffer("policy", torch.full(shape, 1 / model.levels, device=device))
+        self.state.register_buffer("value", torch.zeros(shape[:2], device=device))
+
+    def structures(self, images: Images, task: Tasks) -> Tensor:
+        return task_rows(self.state.policy.argmax(-1), self.model, images, task)
+
+    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+        model, settings = self.model, self.config.methods
+        chances = task_rows(self.state.policy, model, batch.images, batch.tasks).flatten(0, 1).to("cpu")
+        drawn = torch.multinomial(chances, 1, generator=engine.generator).view(len(batch), model.num_blocks)
+        structures = drawn.to(engine.device)
+        logits = model.estimator(batch.images, batch.tasks, structures)
+        loss, right = instance_losses(logits, batch.labels).mean(), answers(logits, batch)
+        penalty = sparsity_penalty(structures, parameter_fractions(model), self.config.selector.rho)
+        returns, sizes = 2 * right - 1 - penalty, [len(labels) for labels in batch.labels]
+        names = [task.name for task in model.tasks]
+        for name, part, levels in zip(batch.tasks, returns.split(sizes), structures.split(sizes), strict=True):
+            k = names.index(name)
+            policy, value = self.state.policy[k], self.state.value[k]
+            policy.copy_(learn_policy(policy, value, levels, part, settings.routing_rate))
+            value.lerp_(part.mean().expand_as(value), settings.routing_memory)
+        ratio = engine.flops_ratio(structures)
+        return Objective(loss, {"loss": loss.detach(), "accuracy": right.mean(), "flops_ratio": ratio})
+
+
+def learn_policy(policy: Tensor, value: Tensor, levels: Tensor, returns: Tensor, rate: float) -> Tensor:
+    """The weighted policy learner's update of one task's agents, the mean over the images of a batch: [N, L].
+
+    For every image, with R its return, a the level that an agent drew, V the agent's mean return:
+
+        D = R - V;  D <- D (1 - policy(a)) if D >= 0 else D policy(a);  policy <- project(policy + rate D e_a)
+
+    V is the mean return of the agent whatever it drew (the paper's average return).  Against a mean for each level, D
+    would be 0 in the mean for good and bad levels alike and nothing be learnt.
+
+    policy: [N, L].  value: [N].  levels: int64 [B, N].  returns: [B].
+    """
+    chance = policy.expand(len(levels), -1, -1).gather(2, levels.unsqueeze(2)).squeeze(2)  # [B, N]
+    gain = returns.unsqueeze(1) - value
+    gain = torch.where(gain >= 0, gain * (1 - chance), gain * chance)
+    step = torch.zeros_like(policy).scatter_add_(1, levels.t(), gain.t())
+    return project_to_simplex(policy + rate / len(levels) * step)
+
+
+def project_to_simplex(x: Tensor) -> Tensor:
+    """The nearest distribution to each row of x [..., L] (Duchi et al., ICML 2008).
+
+    >>> project_to_simplex(torch.tensor([0.9, 0.5, -0.2]))
+    tensor([0.7000, 0.3000, 0.0000])
+    """
+    ordered = x.sort(-1, descending=True).values
+    surplus = (ordered.cumsum(-1) - 1) / torch.arange(1, x.shape[-1] + 1, device=x.device)
+    kept = (ordered > surplus).sum(-1, keepdim=True)
+    return (x - surplus.gather(-1, kept - 1)).clamp_min(0)

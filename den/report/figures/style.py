@@ -1,0 +1,99 @@
+"""What all figures share: colours, fonts, and how levels, structures and images are drawn."""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+from torch.nn.functional import pad
+
+from den.nn.model import DeepElasticNetwork
+
+INK, GREY, DEN, DENSE = "#222222", "#b5b8bd", "#d1495b", "#222222"
+LEVELS = LinearSegmentedColormap.from_list("levels", ["#e9ecef", "#9ecae1", "#4292c6", "#08306b"])
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "text.color": INK,
+    "figure.dpi": 130,
+    "savefig.bbox": "tight",
+}
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """The style must hold while a figure is built and while it is saved."""
+
+    @functools.wraps(draw)
+    def in_style(*arguments, **options):
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return in_style
+
+
+def headline(figure: Figure, text: str) -> None:
+    """What was found, above all panels, in lines no longer than the figure is wide."""
+    width = int(9.5 * figure.get_figwidth())
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", weight="bold")
+
+
+def save_all(drawings: dict[str, Figure], folder: Path) -> list[Path]:
+    """Write figures as PNG under their names into `folder`; returns their paths."""
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name, figure in drawings.items():
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1])
+    return paths
+
+
+def level_colour(level: int, levels: int) -> tuple[float, ...]:
+    """Darker for more channels."""
+    return LEVELS(level / (levels - 1))
+
+
+def level_name(level: int, levels: int, skips: bool) -> str:
+    """The share of the hidden channels, in words; skips: level 0 is the shortcut alone."""
+    if level == levels - 1:
+        return "all"
+    return "none: block skipped" if skips and level == 0 else f"1/{2 ** (levels - 1 - level)}"
+
+
+def level_legend(figure: Figure, model: DeepElasticNetwork) -> None:
+    """A legend of the levels' colours below a figure."""
+    levels, skips = model.levels, not model.estimator.level_parameters[:, 0].any()
+    handles = [Patch(color=level_colour(k, levels), label=level_name(k, levels, skips)) for k in range(levels)]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=levels, frameon=False, title="hidden channels used"
+    )
+
+
+def structure_cells(
+    axes: Axes, structure: Tensor, levels: int, *, left: float, row: float, cell: float, height: float
+) -> None:
+    """A structure as coloured cells from `left` on, centred on `row`."""
+    for i, level in enumerate(structure.tolist()):
+        corner = (left + i * cell, row - height / 2)
+        axes.add_patch(Rectangle(corner, 0.88 * cell, height, color=level_colour(level, levels), lw=0))
+
+
+def image_strip(images: Tensor) -> np.ndarray:
+    """Images uint8 [n, C, H, W] side by side with white gaps, grey ones dark on white: [H, n * (W + 2 gap), 3]."""
+    ink = 255 - images if images.shape[1] == 1 else images
+    gap = max(1, images.shape[-1] // 9)
+    padded = pad(ink.expand(-1, 3, -1, -1), (gap, gap), value=255)
+    return padded.permute(2, 0, 3, 1).flatten(1, 2).numpy()

@@ -1,0 +1,1 @@
+"""Trained runs: opened, measured, and steered towards a budget."""

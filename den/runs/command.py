@@ -1,0 +1,212 @@
+"""den evaluate: trained runs on their test sets, as they are or at an operating point that keeps to a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from den.data import ImageSet
+from den.evaluate.accuracy import TaskReport, best_static
+from den.runs.evaluation import (
+    NAME,
+    Budget,
+    Evaluation,
+    TaskResult,
+    evaluate_run,
+    is_current,
+    read_evaluation,
+    result_lines,
+    write_evaluation,
+)
+from den.runs.settings import Evaluate
+from den.runs.state import check_kind, training_of
+from den.runs.steering import choose_point
+from den.runs.trained import Run, open_run
+from den.support.device import choose_device
+from den.support.files import check_folder, check_own, is_writable
+from den.train.config import TrainConfig
+from den.train.folder import stored_config
+
+
+def main(command: Evaluate) -> None:
+    """Print a line of results per task, and those of the comparisons asked for; ValueError for wrong input.
+
+    All that can be wrong is looked at before anything is measured, and a record is written before it is printed.
+    """
+    command.check()
+    folders = record_folders(command.runs, command.out)
+    runs = [opened(folder, command.checkpoint, command.device) for folder in command.runs]
+    sets = SetsOfRuns(command.data_root)
+    for run in runs:
+        sets.of(run.config)
+        training = training_of(run.folder, run.config, command.checkpoint)
+        if training and not training.finished:
+            print(f"{run.folder}: {training.words}", flush=True)
+    if command.budget_flops is not None or command.budget_ms is not None:
+        unit, limit = ("flops", command.budget_flops) if command.budget_ms is None else ("ms", command.budget_ms)
+        run, budget = choose_point(runs, Budget(unit, limit, {}), command.data_root)
+        shown = ", ".join(f"{task} {weight:.4g}" for task, weight in budget.weights.items())
+        print(f"{run.folder}: lambda of the cost at run time: {shown}", flush=True)
+        _report(run, sets.of(run.config), command, budget, folders[run.folder])
+        return
+    for run in runs:
+        if len(runs) > 1:
+            print(f"{run.folder}:", flush=True)
+        _report(run, sets.of(run.config), command, None, folders[run.folder])
+
+
+def record_folders(runs: tuple[Path, ...], out: Path | None) -> dict[Path, Path]:
+    """Where the record of each run goes: its own folder, or `out`, with several runs a folder of each in it.
+
+    Raises:
+        ValueError: one that cannot be written to, or two runs of the same name with `out`.
+    """
+    if out is None:
+        for run in runs:
+            if run.is_dir() and not is_writable(run):
+                raise ValueError(f"{_unwritable(run)}; write elsewhere with --out FOLDER")
+        return {run: run for run in runs}
+    several = len(set(runs)) > 1
+    places = {run: out / run.resolve().name if several else out for run in runs}
+    if len(set(places.values())) < len(places) and several:
+        given = ", ".join(map(str, runs))
+        raise ValueError(f"evaluate: runs must have different names to be written to {out}, got {given}")
+    for place in places.values():
+        check_folder(place, "evaluate: out")
+        check_own(place / NAME, '"checkpoint"', "evaluate: out")
+    return places
+
+
+def _unwritable(run: Path) -> str:
+    return f"evaluate: run folder must be writable for its {NAME}, got {run}"
+
+
+def opened(folder: Path, checkpoint: Literal["last", "best"], device: str = "auto") -> Run:
+    """A run with its network on a device, frozen: nothing is trained here, and its weights are kept once."""
+    check_kind(folder, "model")
+    run = open_run(folder, checkpoint)
+    run.model.to(choose_device(device)).freeze()
+    return run
+
+
+class SetsOfRuns:
+    """The test images of runs; each set is loaded once.
+
+    data_root: folder of the sets that do not come with the install; None: where the runs had them.
+    """
+
+    def __init__(self, data_root: Path | None = None) -> None:
+        self._root = data_root
+        self._loaded: dict[tuple[str, Path | None], ImageSet] = {}
+
+    def of(self, config: TrainConfig) -> list[ImageSet]:
+        """The test images of each task of a run; ValueError where they are missing or damaged."""
+        from den.data import load_set
+
+        root = self._root or config.data.root
+        for name in config.data.tasks:
+            if (name, root) not in self._loaded:
+                self._loaded[name, root] = load_set(name, "test", root)
+        return [self._loaded[name, root] for name in config.data.tasks]
+
+
+def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | None, folder: Path) -> None:
+    timed = command.time or command.budget_ms is not None
+    record, reports = evaluate_run(run, sets, time=timed, budget=budget)
+    path = folder / file_name(budget)
+    write_evaluation(path, record)
+    for image_set, result in zip(sets, record.tasks, strict=True):
+        lines = result_lines(result)
+        if command.static:
+            lines.insert(1, _static_line(run, image_set, reports[image_set.name], command.static))
+        if budget is not None:
+            lines.append(_budget_line(result, budget))
+        print("\n".join(lines), flush=True)
+    if command.out is not None:
+        print(f"{run.folder}: the numbers are in {path}")
+
+
+def _budget_line(result: TaskResult, budget: Budget) -> str:
+    """What the test images cost against the budget, which was met on training images."""
+    if budget.unit == "flops":
+        cost, unit = result.flops_ratio, "of the full structure's FLOPs"
+    else:
+        cost, unit = 1e3 * result.timing.selected, "ms per image"
+    return f"{result.task}: {cost:.4g} {unit} against a budget of {budget.limit:g} ({cost / budget.limit - 1:+.1%})"
+
+
+def _static_line(run: Run, image_set: ImageSet, report: TaskReport, candidates: int) -> str:
+    found = best_static(run.model, image_set, report.flops, extra=report.common[0], candidates=candidates)
+    levels = "".join(map(str, found.structure.tolist()))
+    return (
+        f"{report.task}: best of {found.candidates} single structures of that cost:"
+        f" accuracy {100 * found.report.accuracy:.2f} % at {found.report.flops_ratio:.3f}, levels {levels}"
+    )
+
+
+def file_name(budget: Budget | None) -> str:
+    """evaluation.json, or evaluation.flops-0.5.json of an operating point."""
+    return NAME if budget is None else f"evaluation.{budget.unit}-{budget.limit:g}.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Measurable:
+    """A run whose record is there, or can be made: nothing is missing for it."""
+
+    folder: Path
+    config: TrainConfig
+    record: Evaluation | None  # of the checkpoint as it is; None: to be measured
+    checkpoint: Literal["last", "best"]
+    place: Path  # where the record is, or will be
+
+
+def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) -> Measurable:
+    """A run and its record, if it is current; one without times is not with `time`.
+
+    elsewhere: the folder for the record of a run whose own folder cannot be written to.
+
+    Raises:
+        ValueError: no run there, a record of another version, a folder that cannot be written to.
+    """
+    check_kind(folder, "model")
+    config, checkpoint = stored_config(folder), "last"
+    for place in (folder, *([elsewhere] if elsewhere else [])):
+        if (place / NAME).exists():
+            record = read_evaluation(place / NAME)
+            checkpoint = record.checkpoint
+            timed = record.tasks and (record.tasks[0].timing or not time)
+            if timed and is_current(record, folder / f"{checkpoint}.safetensors", config):
+                training = training_of(folder, config, checkpoint)
+                return Measurable(folder, config, dataclasses.replace(record, training=training), checkpoint, place)
+    training_of(folder, config, checkpoint)
+    open_run(folder, checkpoint)  # here, not after others have been measured
+    if is_writable(folder):
+        return Measurable(folder, config, None, checkpoint, folder)
+    if elsewhere is None:
+        raise ValueError(_unwritable(folder))
+    check_folder(elsewhere, "report: out")
+    return Measurable(folder, config, None, checkpoint, elsewhere)
+
+
+def measured(run: Measurable, sets: SetsOfRuns, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:
+    """The record of a run, measured and written where there is none, and those of its operating points."""
+    record = run.record
+    if record is None:
+        record, _ = evaluate_run(opened(run.folder, run.checkpoint), sets.of(run.config), time=time)
+        write_evaluation(run.place / NAME, record)
+    points = [read_evaluation(other) for other in sorted(run.folder.glob("evaluation.*-*.json"))]
+    return record, [point for point in points if point.updates == record.updates and point.budget]
+
+
+def evaluations(folder: Path, data_root: Path | None = None, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:
+    """The record of a run and those of its operating points.
+
+    The run is measured where it has no record, one of fewer updates or other settings, or with `time` one without
+    times.
+
+    Raises:
+        ValueError: no run there, a record of another version, a folder that cannot be written to.
+    """
+    return measured(look_up(folder, time=time), SetsOfRuns(data_root), time)

@@ -1,0 +1,64 @@
+"""The generators that code draws from without being handed one: Python's, numpy's, torch's, and those of a device.
+
+What this library draws comes from generators of its own.  Layers of torch (dropout) and other people's code draw from
+these.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from den.support.device import CPU
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Within it all generators begin from `seed` (0 to 2**32 - 1); afterwards they stand where they stood before.
+
+    Those of a device's kind (of all GPUs) are left alone unless `device` is of that kind: a run on the CPU neither
+    starts a GPU nor moves its generators.
+    """
+    tensors, record = random_state(device)
+    try:
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 (the generator of code that is not ours)
+        torch.default_generator.manual_seed(seed)
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed_all(seed)
+        yield
+    finally:
+        set_random_state(tensors, record, device)
+
+
+def random_state(device: torch.device = CPU) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Where all generators stand: tensors "torch", and "{kind}.0", ... of a device's kind, and a JSON-able record."""
+    kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    tensors = {"torch": torch.get_rng_state()}
+    if device.type != "cpu":
+        states = torch.get_device_module(device).get_rng_state_all()
+        tensors |= {f"{device.type}.{i}": state for i, state in enumerate(states)}
+    return tensors, {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest]}
+
+
+def set_random_state(tensors: dict[str, Tensor], record: dict[str, Any], device: torch.device = CPU) -> None:
+    """Inverse of `random_state`, from among other tensors and keys too.
+
+    Generators of devices that only one of the two machines has stay as they are.  KeyError, TypeError, ValueError or
+    RuntimeError for what is no state.
+    """
+    torch.set_rng_state(tensors["torch"])
+    version, state, following = record["python"]
+    random.setstate((version, tuple(state), following))
+    np.random.set_state(tuple(record["numpy"]))  # noqa: NPY002
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        for i in range(module.device_count()):
+            if (name := f"{device.type}.{i}") in tensors:
+                module.set_rng_state(tensors[name], i)

@@ -1,0 +1,281 @@
+"""Typed settings of the command line, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from den.support.limits import SEED, Range, check_ranges
+
+T = TypeVar("T")
+Mode = Literal[
+    "den", "dense", "random", "nestednet", "packnet", "routing", "cross-stitch", "blockdrop", "adashare"
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    tasks: tuple[str, ...] = ("digits", "fashion")
+    """Image sets, one task each: digits, fashion, cifar10, cifar100, cifar100-coarse, stl10, tinyimagenet, tin50,
+    imagenet50, miniimagenet; tin50-0 to tin50-9 are tasks of five classes; stl10@32 is scaled to 32x32 pixels."""
+    shares: Annotated[tuple[float, ...], Range(0, open_low=True)] = ()
+    """Share of every batch that each task gets, in the order of tasks; empty: equal shares."""
+    root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
+    """Folder of the sets that do not come with the install."""
+    share: Annotated[float, tyro.conf.arg(aliases=("--share",)), Range(1e-6, 1)] = 1.0
+    """Share of every training set that is used, of every class alike, chosen by the seed."""
+    batch_size: Annotated[int, Range(1)] = 128
+    """Images in a batch, all tasks together."""
+    validation: Annotated[float, Range(0, 0.9)] = 0.05
+    """Share of every training set that is held out: epochs are measured on it and "best" is chosen by it.  0: train on
+    everything, measure epochs on the test set, and let "best" be the last."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network."""
+
+    backbone: str = "wrn14_1"
+    """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50_bottleneck, vgg16, vgg19,
+    simpleconvnet."""
+    stages: Annotated[tuple[tuple[int, int], ...], Range(1)] = ()
+    """Channels and blocks of each stage, overriding the name's; empty: the name's."""
+    stem: Annotated[int | None, Range(0)] = None
+    """Channels of the stems; None: the name's."""
+    levels: Annotated[int, Range(2, 16)] = 4
+    """Levels of every block: 2, and as many more as its channels can be halved."""
+    trunk_size: Annotated[int | None, Range(1)] = 16
+    """Side in pixels of the maps that the first block sees; None: 32, or the images' own where there is no stem."""
+    selector_channels: Annotated[tuple[int, ...], Range(1)] = ()
+    """Channels of the selector's convolutions; empty: as wide as its share of the FLOPs allows."""
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase: training of one of the two networks while the other rests."""
+
+    steps: Annotated[int, Range(0)]
+    """Updates; with until="converge" the most there may be."""
+    rate: Annotated[float, Range(0)]
+    """Learning rate at the start of the phase."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """cosine: falls to 0 within the phase.  step: divided by 10 after 1/2 and 3/4 of the phase.  constant: stays."""
+    until: Literal["steps", "converge"] = "steps"
+    """converge: end when the mean training loss of an epoch has not fallen for `patience` epochs."""
+    patience: Annotated[int, Range(1)] = 3
+    """Epochs without a fall after which a phase has converged."""
+    tolerance: Annotated[float, Range(0, 1)] = 0.005
+    """Relative fall of the loss that counts as one."""
+
+
+@dataclass(frozen=True)
+class EstimatorTraining:
+    """How the estimator is trained: SGD with Nesterov momentum."""
+
+    first: PhaseConfig = PhaseConfig(steps=1500, rate=0.1)
+    """Stage 1, on structures of the initial distribution."""
+    later: PhaseConfig = PhaseConfig(steps=500, rate=0.03)
+    """Stages 2 and on, on structures of the selector."""
+    finish: PhaseConfig = PhaseConfig(steps=0, rate=0.01)
+    """After the last stage, on structures of the selector (the authors' schedule ends so); steps=0: none."""
+    decay: Annotated[float, Range(0, 1)] = 0.5
+    """The rate of `later` is multiplied by this after every stage (Algorithm 1, line 9)."""
+    decay_at: Annotated[tuple[int, ...], Range(1)] = ()
+    """Stages that begin with such a decay; empty: all after the second."""
+    momentum: Annotated[float, Range(0, 1, open_high=True)] = 0.9
+    """Nesterov momentum."""
+    weight_decay: Annotated[float, Range(0)] = 1e-4
+    """Weight decay of the convolution and head weights."""
+    decay_all: bool = True
+    """Let weight decay act on biases and norm parameters too."""
+    tau: Annotated[float, Range(0, 1)] = 0.75
+    """Equation 8: probability of the full structure; otherwise any structure, all alike."""
+    initial: Literal["equation8", "uniform", "selector"] = "equation8"
+    """Initial distribution of structures.  uniform: any structure, all alike.  selector: drawn from it, untrained."""
+    initial_share: Annotated[float, Range(0, 1)] = 0.3
+    """Share of structures that `later` and `finish` still draw from the initial distribution (of "selector": from the
+    selector as it then is), so that the other levels stay alive."""
+    structures: Literal["sample", "argmax"] = "sample"
+    """Structures that the selector gives for training the estimator: drawn from its distribution, or the likeliest."""
+
+
+@dataclass(frozen=True)
+class SelectorTraining:
+    """How the selector is trained: REINFORCE with Adam."""
+
+    phase: PhaseConfig = PhaseConfig(steps=500, rate=1e-3)
+    """Every stage's selector phase."""
+    decay: Annotated[float, Range(0, 1)] = 0.5
+    """Its rate is multiplied by this after every stage (Algorithm 1, line 13)."""
+    decay_at: Annotated[tuple[int, ...], Range(1)] = ()
+    """Stages that begin with such a decay; empty: all after the first."""
+    rho: Annotated[float, Range(0)] = 0.3
+    """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
+    budget: Annotated[float | None, Range(0.01, 1)] = None
+    """Share of the full structure's FLOPs that the likeliest structures of every task are to cost: rho is made larger
+    for a task that costs more, smaller for one that costs less.  None: rho stays, and the tasks cost what they cost."""
+    samples: Annotated[int, Range(1)] = 4
+    """|Z|: structures sampled for every image."""
+    baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
+    """What a sample's cost is compared with: the other samples of its image; a running mean of its task; nothing."""
+    entropy_bonus: Annotated[float, Range(0)] = 0.1
+    """Weight of the entropy that keeps the structures varied; falls linearly to 0 within every phase."""
+    exploration: Annotated[float, Range(0, 1)] = 0.99
+    """A sample is drawn at random with probability exploration ** step; 0: never."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Numbers of the compared methods, which have no part in the others."""
+
+    levels: Annotated[tuple[int, ...], Range(0)] = ()
+    """NestedNet, PackNet*: the level of each task, in the order of tasks, no two alike.  Empty: the last task gets the
+    highest, the one before it the next lower, and so on."""
+    random_flops: Annotated[float | None, Range(0, 1)] = None
+    """Random selector: share of the full structure's FLOPs that its structures cost in the mean.  None: what uniform
+    structures cost."""
+    routing_rate: Annotated[float, Range(0)] = 0.02
+    """Routing: learning rate of the policy tables."""
+    routing_memory: Annotated[float, Range(0, 1)] = 0.05
+    """Routing: weight of the newest batch in the running mean of the returns."""
+    stitch: Annotated[float, Range(0, 1)] = 0.1
+    """Cross-stitch: initial weight of the other tasks' copies together; a copy's own has the rest."""
+    stitch_factor: Annotated[float, Range(0)] = 10.0
+    """Cross-stitch: learning rate of the stitches over that of the other weights."""
+    drop_bound: Annotated[float, Range(0.5, 1)] = 0.8
+    """BlockDrop: alpha of the bounded sampling, alpha s + (1 - alpha) (1 - s)."""
+    drop_penalty: Annotated[float, Range(0)] = 1.0
+    """BlockDrop: gamma, what a wrong answer costs while the policy alone trains."""
+    drop_penalty_joint: Annotated[float, Range(0)] = 5.0
+    """BlockDrop: gamma while policy and network train together (estimator.finish)."""
+    drop_curriculum: Annotated[float, Range(0, 1)] = 0.5
+    """BlockDrop: share of the policy's phase after which all blocks may be dropped; before, only the last ones."""
+    share_rounds: Annotated[int, Range(1)] = 10
+    """AdaShare: rounds of the search (selector.phase); each trains the weights and then the policy."""
+    share_temperature: Annotated[float, Range(0.01)] = 5.0
+    """AdaShare: temperature of the Gumbel-softmax in the first round."""
+    share_cooling: Annotated[float, Range(0.01, 1)] = 0.965
+    """AdaShare: what every round multiplies it by."""
+    share_sparsity: Annotated[float, Range(0)] = 0.02
+    """AdaShare: weight of the sparsity loss."""
+    share_sharing: Annotated[float, Range(0)] = 0.02
+    """AdaShare: weight of the sharing loss."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on; written to config.json of its folder."""
+
+    out: Path = Path("runs/den")
+    """Run folder: settings, versions, metrics, TensorBoard events, checkpoints."""
+    mode: Mode = "den"
+    """den: Algorithm 1.  dense: the same estimator at its full structure only, for estimator.first.  The others are the
+    methods that it is compared with (`den.recipes`), on the same network, data and seed."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of initial weights, shuffling, augmentation and sampling."""
+    device: str = "auto"
+    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: training computes in it where autocast does; weights stay float32."""
+    stages: Annotated[int, Range(1)] = 2
+    """S of Algorithm 1."""
+    epoch_steps: Annotated[int | None, Range(1)] = None
+    """Updates between measurements and checkpoints; None: one pass over the largest task."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    estimator: EstimatorTraining = field(default_factory=EstimatorTraining)
+    selector: SelectorTraining = field(default_factory=SelectorTraining)
+    methods: MethodConfig = field(default_factory=MethodConfig)
+    progress: bool = True
+    """Show a progress bar per phase."""
+    scenario: Annotated[str | None, tyro.conf.Suppress] = None
+    """Name of the paper's experiment that these settings come from; reports group runs by it."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        estimator, selector = self.estimator, self.selector
+        if estimator.first.steps < 1:
+            raise ValueError(f"config: estimator.first.steps must be at least 1, got {estimator.first.steps}")
+        if selector.baseline == "leave-one-out" and selector.samples < 2:
+            raise ValueError(f"config: selector.samples must be at least 2, got {selector.samples}")
+        shares, tasks = list(self.data.shares), len(self.data.tasks)
+        if len(shares) not in (0, tasks):
+            raise ValueError(f"config: data.shares must be one for each of {tasks} tasks, got {shares}")
+        if not self.data.tasks or len(set(self.data.tasks)) != len(self.data.tasks):
+            raise ValueError(f"config: data.tasks must be different image sets, got {list(self.data.tasks)}")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demonstration: trains a dense network and a Deep Elastic Network, and compares them."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the runs, the table and the figures."""
+    quick: bool = False
+    """A shorter schedule, for a check that everything works."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of both runs."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The JSON form of a config: nested dicts, lists, strings and numbers."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
+    """A config of type `kind` from its JSON form; fields that are left out keep their defaults.
+
+    Raises ValueError that names an unknown key, a value of the wrong type, or a field that is missing.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: value must be an object, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"{where}: key must be one of {', '.join(fields)}, got {key!r}")
+    hints = typing.get_type_hints(kind)
+    given = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('config: ')}") from error
+
+
+def read_config(kind: type[T], path: Path) -> T:
+    """`from_dict` of a JSON file; ValueError, which names the file, when it cannot be read or its values do not fit."""
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"config: {path} must be a readable JSON file, got {error}") from error
+    return from_dict(kind, values, where=str(path))
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` of a JSON file as the type `hint` of a config field."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        rest = [a for a in arguments if a is not type(None)]
+        return None if value is None and len(rest) < len(arguments) else _convert(rest[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, where) for item in value)
+    if origin is Literal and value in arguments:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    wanted = f"one of {list(arguments)}" if origin is Literal else str(getattr(hint, "__name__", hint))
+    raise ValueError(f"{where}: value must be {wanted}, got {value!r}")

@@ -1,0 +1,209 @@
+"""A run's folder: config.json, versions.json, metrics.jsonl, events/ (TensorBoard), {last,best}.safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from den.train.checkpoint import PARTIAL, load_checkpoint, read_updates, write_whole
+from den.train.config import TrainConfig, read_config, to_dict
+from den.train.lock import RunLock
+
+if TYPE_CHECKING:
+    from den.dag.config import DagTrainConfig
+
+MAY_DIFFER = ("out", "progress", "device", "data.root", "start")  # settings of a run and of its continuation
+CHECKPOINTS = ("last.safetensors", "best.safetensors", "searched.safetensors")
+WRITTEN = ("config.json", "versions.json", "metrics.jsonl", "events", *CHECKPOINTS)
+PACKAGES = ("den-kernels", "torch", "numpy", "safetensors", "scikit-learn")
+
+
+class RunFolder:
+    """The folder of a new run, or of one to be continued, held against other processes until `close`.
+
+    Nothing in it changes before `begin`.  A context manager.
+
+    Raises ValueError for a folder that cannot be written, that another process trains in, or that holds anything which
+    a new run would replace; for a continued run, one without a checkpoint or with other settings.
+    """
+
+    def __init__(self, config: TrainConfig | DagTrainConfig, *, resume: bool) -> None:
+        self.config, self.resume = config, resume
+        self.path = Path(config.out)
+        self.last, self.best = self.path / "last.safetensors", self.path / "best.safetensors"
+        self.metrics = self.path / "metrics.jsonl"
+        self._events, self._created = None, False
+        if resume and not self.path.is_dir():
+            raise ValueError(f"train: out must hold {self.last.name} to be continued, got {self.path}")
+        with self._writing():
+            self._created = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.path)
+        try:
+            self._check_same() if resume else self._check_free()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def begin(self) -> None:
+        """Write the settings and versions; of a continued run those that it goes on with."""
+        with self._writing():
+            for name in CHECKPOINTS:
+                (self.path / (name + PARTIAL)).unlink(missing_ok=True)  # of a process that was killed while saving
+            write_whole(self.path / "config.json", _json(to_dict(self.config)))
+            if not self.resume:
+                write_whole(self.metrics, b"", sync=False)
+            write_whole(self.path / "versions.json", _json(versions()), sync=False)
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The last checkpoint's tensors and record; ValueError when damaged, with what the run can go on from."""
+        try:
+            return load_checkpoint(self.last)
+        except ValueError as error:
+            for name in CHECKPOINTS[1:]:
+                with contextlib.suppress(ValueError):
+                    updates = read_updates(self.path / name)
+                    break
+            else:
+                raise
+            raise ValueError(f"{error} ({name} is whole, after {updates} updates: {self._way_on([name])})") from error
+
+    def rewind(self, epoch: int) -> None:
+        """Drop lines that are not whole, and the metrics of epochs after `epoch`, unknown to the checkpoint."""
+        lines = _whole_lines(self.metrics) if self.metrics.exists() else []
+        kept = [line for line in lines if line["epoch"] <= epoch]
+        with self._writing():
+            write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, on the disk when this returns, and its numbers to TensorBoard at step
+        line["step"]."""
+        with self._writing():
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if self._events is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._events = SummaryWriter(str(self.path / "events"), purge_step=line["step"])
+            for name, value in _flat(line).items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    self._events.add_scalar(name.replace(".", "/"), value, line["step"])
+
+    def close(self) -> None:
+        """Give the folder back; one that was made for a run that never began goes."""
+        try:
+            if self._events is not None:
+                events, self._events = self._events, None
+                with self._writing():
+                    events.close()
+        finally:
+            self._lock.release()
+            if self._created:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()  # only an empty one can be removed
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tells in one line what cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"train: out must be a folder that can be written, got {self.path}: {error}") from error
+
+    def _check_free(self) -> None:
+        """A start that was broken off before its first checkpoint may be repeated."""
+        found = [name for name in WRITTEN if (self.path / name).exists()]
+        if checkpoints := [name for name in found if name in CHECKPOINTS]:
+            raise ValueError(
+                f"train: out must be a folder without a run, got {self.path} ({self._way_on(checkpoints)})"
+            )
+        if found and not self._is_broken_off():
+            raise ValueError(
+                f"train: out must be a folder without {', '.join(found)}, which would be replaced, got {self.path}"
+                " (choose another --out)"
+            )
+
+    def _is_broken_off(self) -> bool:
+        if self.metrics.exists() and self.metrics.stat().st_size:
+            return False
+        try:
+            return not self._changes(read_config(type(self.config), self.path / "config.json"))
+        except ValueError:
+            return False
+
+    def _check_same(self) -> None:
+        if not self.last.exists():
+            found = [name for name in CHECKPOINTS if (self.path / name).exists()]
+            way = f" ({self._way_on(found)})" if found else ""
+            raise ValueError(f"train: out must hold {self.last.name} to be continued, got {self.path}{way}")
+        stored = read_config(type(self.config), self.path / "config.json")
+        for key, (before, now) in self._changes(stored).items():
+            raise ValueError(f"train: {key} must stay {before} to continue {self.path}, got {now}")
+
+    def _changes(self, stored: TrainConfig | DagTrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Settings that must stay and do not, with their stored and present values."""
+        before, now = _flat(to_dict(stored)), _flat(to_dict(self.config))
+        return {k: (before[k], now[k]) for k in before if k not in MAY_DIFFER and before[k] != now[k]}
+
+    def _way_on(self, found: list[str]) -> str:
+        if self.last.name in found:
+            return "continue it with --resume"
+        return f"to continue the run from {found[0]}, copy that file to {self.last.name} and use --resume"
+
+
+def stored_config(path: Path) -> TrainConfig:
+    """The settings of the run in folder `path`; ValueError when there is none."""
+    return read_config(TrainConfig, Path(path) / "config.json")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without those that were not written to their ends."""
+    return _whole_lines(Path(path) / "metrics.jsonl")
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of metrics: what a full disk or a power cut has left of others is passed over."""
+    lines = []
+    for text in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("epoch"), int):
+                lines.append(line)
+    return lines
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that numbers may depend on."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

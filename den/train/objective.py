@@ -1,0 +1,149 @@
+"""The objective of the paper and its gradient for the selector (section 3; equation numbers are the paper's).
+
+Structures are int64 [..., N], one level per block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from den.nn.count import parameter_fractions
+from den.nn.model import DeepElasticNetwork
+
+if TYPE_CHECKING:
+    from den.data import Batch  # with what reads pictures, which the objective does not need
+
+STEERING = 32.0  # most that `steered_rho` multiplies or divides by
+
+
+def initial_structures(count: int, blocks: int, levels: int, tau: float, generator: torch.Generator) -> Tensor:
+    """`count` structures of the initial distribution (equation 8): int64 [count, blocks].
+
+    The full structure with probability tau (plus its share of the rest), otherwise uniform over all levels**blocks.
+    """
+    anything = torch.randint(levels, (count, blocks), generator=generator)
+    full = torch.rand(count, 1, generator=generator) < tau
+    return torch.where(full, levels - 1, anything)
+
+
+def selected_structures(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One structure per instance of logits [B, N, L]: drawn from them, or the likeliest without generator. [B, N]."""
+    if generator is None:
+        return logits.argmax(-1)
+    return sample_structures(logits.log_softmax(-1), 1, 0.0, generator)[:, 0]
+
+
+def sample_structures(log_probabilities: Tensor, samples: int, epsilon: float, generator: torch.Generator) -> Tensor:
+    """`samples` structures per instance of log_probabilities [B, N, L]: int64 [B, samples, N].
+
+    Each is, with probability epsilon, uniform over all structures instead (epsilon-greedy exploration).
+    """
+    count, blocks, levels = log_probabilities.shape
+    flat = log_probabilities.detach().float().exp().view(-1, levels).to(generator.device)
+    drawn = torch.multinomial(flat, samples, replacement=True, generator=generator)  # [B * N, samples]
+    drawn = drawn.view(count, blocks, samples).transpose(1, 2)
+    anything = torch.randint(levels, (count, samples, blocks), generator=generator)
+    explores = torch.rand(count, samples, 1, generator=generator) < epsilon
+    return torch.where(explores, anything, drawn).to(log_probabilities.device)
+
+
+def structure_log_probability(log_probabilities: Tensor, structures: Tensor) -> Tensor:
+    """log P(z | x) (equation 3) of structures [B, S, N] under log_probabilities [B, N, L]: [B, S].
+
+    The sum of the blocks' logarithms; the logarithm of their product would underflow.
+    """
+    return log_probabilities.gather(2, structures.transpose(1, 2)).sum(1)
+
+
+def steered_rho(rho: float, cost: float, budget: float) -> float:
+    """rho for a task that costs `cost` and is to cost `budget`: from rho / 32, 10 % below it, to 32 rho, 10 % above.
+
+    It depends on the present cost alone: a weight that adds up past misses is still wrong when the cost is right.
+
+    >>> [round(steered_rho(1.0, cost, 0.5), 5) for cost in (0.1, 0.45, 0.5, 0.55, 1.0)]
+    [0.03125, 0.03125, 1.0, 32.0, 32.0]
+    """
+    return rho * STEERING ** min(max(10 * (cost - budget) / budget, -1.0), 1.0)
+
+
+def sparsity_penalty(structures: Tensor, fractions: Tensor, rho: float | Tensor) -> Tensor:
+    """S(z) = rho * (mean over blocks of d_i(l_i))^2 (equation 5) of structures [..., N]: [...].
+
+    rho: one number, or [...].
+    fractions: [N, L], d_i(l), the share of block i's parameters that level l uses (`den.nn.count.parameter_fractions`).
+    """
+    blocks = torch.arange(len(fractions), device=structures.device)
+    return rho * fractions[blocks, structures].mean(-1).square()
+
+
+def entropy(log_probabilities: Tensor) -> Tensor:
+    """Entropy in nats of distributions [..., L]: [...]."""
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+def instance_losses(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
+    """Cross-entropy of every instance of a mixed-task batch, in the order of the batch: [B]."""
+    return torch.cat([F.cross_entropy(p.float(), y, reduction="none") for p, y in zip(logits, labels, strict=True)])
+
+
+@torch.no_grad()
+def structure_costs(model: DeepElasticNetwork, batch: Batch, structures: Tensor, rho: float | Tensor) -> Tensor:
+    """R(z; x, y, t) = L(f(x; z, t), y) + S(z) (equation 6) of structures [B, S, N], rho a number or [B, 1]: [B, S].
+
+    All samples of all images run through the blocks as one batch of B * S instances; the estimator must be in
+    evaluation mode.
+    """
+    samples = structures.shape[1]
+    labels = [part.repeat_interleave(samples, 0) for part in batch.labels]
+    losses = instance_losses(model.estimator.sampled(batch.images, batch.tasks, structures), labels)
+    penalty = sparsity_penalty(structures, parameter_fractions(model), rho)
+    return losses.view(-1, samples) + penalty
+
+
+def leave_one_out_advantage(costs: Tensor) -> Tensor:
+    """Costs [B, S] minus the mean cost of the other samples of the same image: [B, S]; S >= 2."""
+    samples = costs.shape[1]
+    if samples < 2:
+        raise ValueError(f"leave_one_out_advantage: costs must be of at least 2 samples per image, got {samples}")
+    return (costs - costs.mean(1, keepdim=True)) * (samples / (samples - 1))
+
+
+class RunningBaseline:
+    """A running mean of the cost of every task, as the baseline of REINFORCE."""
+
+    def __init__(self, tasks: tuple[str, ...], momentum: float = 0.95) -> None:
+        self.means: dict[str, float | None] = dict.fromkeys(tasks)
+        self.momentum = momentum
+
+    def advantage(self, costs: Tensor, batch: Batch) -> Tensor:
+        """Costs [B, S] minus the running mean of their task, which then takes in the mean of these: [B, S]."""
+        parts = []
+        for task, part in zip(batch.tasks, costs.split([len(y) for y in batch.labels]), strict=True):
+            seen, now = self.means[task], part.mean().item()
+            parts.append(part - (now if seen is None else seen))
+            self.means[task] = now if seen is None else self.momentum * seen + (1 - self.momentum) * now
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an update minimises, and what was measured on the way (means over the batch, by name)."""
+
+    loss: Tensor  # [], differentiable
+    measured: dict[str, Tensor | float]
+
+
+def reinforce(log_probabilities: Tensor, structures: Tensor, advantage: Tensor, entropy_bonus: float) -> Tensor:
+    """Loss with the gradient of equation 7, sum over z of A(z) grad log P(z | x) / |Z|, mean over B, less the bonus's.
+
+    log_probabilities [B, N, L], structures [B, S, N], advantage [B, S]: the costs minus a baseline that does not depend
+    on the sample.  The bonus rewards the entropy, summed over the blocks of a structure as log P is.
+    """
+    likelihood = structure_log_probability(log_probabilities, structures)
+    variety = entropy(log_probabilities).sum(1)
+    return (advantage * likelihood).mean() - entropy_bonus * variety.mean()

@@ -1,0 +1,80 @@
+"""The phases of a run, and their learning rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from den.train.config import PhaseConfig, TrainConfig
+
+Network = Literal["estimator", "selector", "both"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Training of one network, or both, in one stage (counted from 1; the estimator's finish is stage S + 1)."""
+
+    network: Network
+    stage: int
+    settings: PhaseConfig
+    factor: float  # of the learning rate, after the decays of the stages before
+    selector_rate: float = 0.0  # the selector's learning rate at the start of a phase that trains both
+
+    @property
+    def trained(self) -> dict[str, float]:
+        """The networks that train, by name, and their learning rates at the start."""
+        if self.network == "both":
+            return {"estimator": self.settings.rate, "selector": self.selector_rate}
+        return {self.network: self.settings.rate}
+
+    def scale(self, step: int) -> float:
+        """What the learning rates are multiplied by in update `step` (from 0)."""
+        return self.factor * schedule_factor(self.settings.schedule, step / self.settings.steps)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of update `step` (from 0); of the estimator, where both train."""
+        return self.settings.rate * self.scale(step)
+
+
+def schedule_factor(schedule: str, progress: float) -> float:
+    """Factor of the learning rate after the share `progress` (0..1) of a phase.
+
+    >>> [schedule_factor("step", p) for p in (0, 0.5, 0.75)]
+    [1.0, 0.1, 0.01]
+    """
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "step":
+        return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+    return 1.0
+
+
+def decay_factors(decay: float, decay_at: tuple[int, ...], first: int, last: int) -> list[float]:
+    """Factor of the rate in each of the stages first..last: `decay` for every stage of `decay_at` up to it.
+
+    Without `decay_at` for every stage after the first.
+
+    >>> decay_factors(0.5, (), 2, 4), decay_factors(0.5, (3,), 2, 4)
+    ([1.0, 0.5, 0.25], [1.0, 0.5, 0.5])
+    """
+    at = decay_at or tuple(range(first + 1, last + 1))
+    return [decay ** sum(decayed <= stage for decayed in at) for stage in range(first, last + 1)]
+
+
+def run_phases(config: TrainConfig) -> tuple[Phase, ...]:
+    """The phases of Algorithm 1 in order; those without steps are left out.  A dense run is the estimator's first.
+
+    The compared methods have phases of their own (`den.recipes`).
+    """
+    estimator, selector = config.estimator, config.selector
+    tuned = decay_factors(estimator.decay, estimator.decay_at, 2, config.stages)
+    chosen = decay_factors(selector.decay, selector.decay_at, 1, config.stages)
+    phases = [Phase("estimator", 1, estimator.first, 1.0)]
+    if config.mode == "den":
+        for stage in range(1, config.stages + 1):
+            if stage > 1:
+                phases.append(Phase("estimator", stage, estimator.later, tuned[stage - 2]))
+            phases.append(Phase("selector", stage, selector.phase, chosen[stage - 1]))
+        phases.append(Phase("estimator", config.stages + 1, estimator.finish, 1.0))
+    return tuple(phase for phase in phases if phase.settings.steps > 0)

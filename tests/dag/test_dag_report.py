@@ -1,0 +1,169 @@
+"""What den dag report makes of runs that have not finished, are there twice, are no runs, or cannot be written to."""
+
+import dataclasses
+import stat
+
+import pytest
+import torch
+
+from den.cli import main
+from den.dag.comparison import comparison, reference, verdicts
+from den.dag.config import DagDataConfig, DagNetworkConfig, DagReportConfig, DagTrainConfig, DagTraining
+from den.dag.dense_report import single_task_references
+from den.dag.engine import DagEngine
+from den.dag.report import measure, report
+from den.dag.runs import training_of
+from den.dag.search import train
+from den.data import load_set
+from den.runs.state import Training
+from den.train.checkpoint import load_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
+
+
+@pytest.fixture(autouse=True)
+def two_tasks(monkeypatch):
+    """Two tasks of different classes out of the digits, 8x8."""
+    digits = {split: load_set("digits", split) for split in ("train", "test")}
+
+    def tasks(data, split, root=None):
+        found = []
+        for name, kinds in (("low", (0, 1, 2)), ("high", (7, 8, 9))):
+            whole = digits[split]
+            part = whole.subset(torch.isin(whole.labels, torch.tensor(kinds)).nonzero().flatten()[:30])
+            found.append(dataclasses.replace(part, name=name, labels=part.labels - kinds[0], classes=3))
+        return found
+
+    for module in ("engine", "report"):
+        monkeypatch.setattr(f"den.dag.{module}.load_tasks", tasks)
+
+
+def tiny(out, **changes):
+    return dataclasses.replace(
+        DagTrainConfig(
+            out=out,
+            epoch_steps=2,
+            progress=False,
+            data=DagDataConfig(batch_size=12),
+            network=DagNetworkConfig(states=4, flow=2, channels=4, trunk_size=4),
+            training=DagTraining(steps=6, shares=(0.2, 0.5, 0.3)),
+        ),
+        **changes,
+    )
+
+
+def train_interrupted(config, monkeypatch, at):
+    """Train until the optimiser's step `at` (from 0), which does not happen."""
+    learn, calls = DagEngine.learn, []
+
+    def failing(engine, *arguments):
+        calls.append(None)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+        learn(engine, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DagEngine, "learn", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+
+
+@pytest.mark.parametrize("mode", ["dag", "hard", "single", "adashare", "cross-stitch"])
+def test_every_mode_is_unfinished_until_its_last_update(tmp_path, monkeypatch, mode):
+    config = tiny(tmp_path / "run", mode=mode)
+    train_interrupted(config, monkeypatch, 4)
+    stopped = training_of(config.out, config)
+    assert (stopped.finished, stopped.planned) == (False, 6)
+    assert stopped.updates < 6
+    train(config, resume=True)
+    assert training_of(config.out, config) == Training(6, 6, True)
+
+
+def test_unfinished_runs_are_told_and_hide_no_finished_one(tmp_path, monkeypatch):
+    train_interrupted(tiny(tmp_path / "stopped"), monkeypatch, 3)
+    train(tiny(tmp_path / "done"))
+    train_interrupted(tiny(tmp_path / "hard", mode="hard"), monkeypatch, 0)
+    runs = tuple(tmp_path / name for name in ("stopped", "done", "hard"))
+    text = report(DagReportConfig(runs=runs, time=False))
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines()[2:5]]
+    assert rows == [
+        ["flow-based reduction, unfinished", "1 of 6", "0"],
+        ["flow-based reduction", "6", "0"],
+        ["hard sharing, unfinished", "0 of 6", "0"],
+    ]
+    assert "### flow-based reduction, unfinished: 1 of 6 updates, seed 0" in text
+    assert "### flow-based reduction, 6 updates, seed 0" in text
+    assert "- **no**: hard sharing, seed 0, trained to the end: 0 of 6 updates" in text
+    assert "at least as accurate as" not in text
+    found = [measure(path, time=False) for path in runs]
+    assert reference(found) is found[1]
+    train(tiny(tmp_path / "hard", mode="hard"), resume=True)
+    both = [measure(path, time=False) for path in runs]
+    assert "after 6 updates flow-based reduction at least as accurate as hard sharing" in verdicts(both)
+
+
+def test_an_unfinished_network_of_single_tasks_is_no_reference(tmp_path, monkeypatch):
+    config = tiny(tmp_path / "single", mode="single")
+    train_interrupted(config, monkeypatch, 3)
+    assert single_task_references([measure(config.out, time=False)]) == {}
+    train(config, resume=True)
+    assert set(single_task_references([measure(config.out, time=False)])) == {("omniglot", "low"), ("omniglot", "high")}
+
+
+def test_of_two_alike_it_is_said_which_is_compared(tmp_path):
+    train(tiny(tmp_path / "one"))
+    train(tiny(tmp_path / "two"))
+    found = [measure(tmp_path / name, time=False) for name in ("one", "two")]
+    found[1].results["low"].metrics["accuracy"] = 0.123
+    text = comparison(found)
+    assert "`two` has the settings and the seed 0 of `one`, which was given first and is compared alone." in text
+    assert f"{found[0].accuracy:.2%}" in text.splitlines()[2]
+
+
+def test_folders_that_hold_no_such_run_are_named_before_anything_is_measured(tmp_path, stored_run, capsys, monkeypatch):
+    train(tiny(tmp_path / "good"))
+    stored_run(tmp_path / "den")
+    train(tiny(tmp_path / "foreign"))
+    tensors, record = load_checkpoint(tmp_path / "foreign" / "last.safetensors")
+    record["position"]["total_steps"] = 10**6
+    save_checkpoint(tmp_path / "foreign" / "last.safetensors", tensors, record)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("den.dag.report.evaluate_tasks", lambda *_: pytest.fail("measured in vain"))
+    expected = {
+        "den": "must be a run of den dag train, got one of den train: measure it with den evaluate or den report",
+        "foreign": "must be of the run that the checkpoint is of",
+        "empty": "config.json must be a readable JSON file",
+    }
+    for name, message in expected.items():
+        assert main(["dag", "report", str(tmp_path / "good"), str(tmp_path / name), "--no-time"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+        assert f"{tmp_path}/{name}" in error
+    assert main(["dag", "report"]) == 2
+    assert "runs must be at least one run folder, got none" in capsys.readouterr().err
+
+
+def test_a_read_only_run_is_drawn_elsewhere_or_not_measured(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    train(tiny(folder))
+    (folder / "versions.json").unlink()
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("den.dag.report.evaluate_tasks", lambda *_: pytest.fail("measured in vain"))
+            assert main(["dag", "report", str(folder), "--no-time"]) == 2
+            assert "draw elsewhere with --out FOLDER" in capsys.readouterr().err
+            (tmp_path / "file").write_text("")
+            for option in ("--markdown", "--out"):
+                given = ["--out", str(tmp_path / "out"), option, str(tmp_path / "file" / "table.md")]
+                assert main(["dag", "report", str(folder), "--no-time", *given]) == 2
+                assert f"dag report: {option[2:]} must be a folder that can be written" in capsys.readouterr().err
+        given = ["--out", str(tmp_path / "out"), "--markdown", str(tmp_path / "tables" / "dag.md")]
+        assert main(["dag", "report", str(folder), "--no-time", *given]) == 0
+        assert f"den: the drawings are in {tmp_path}/out" in capsys.readouterr().out
+        assert (tmp_path / "out" / "run-graph.png").stat().st_size > 1000
+        assert "versions unknown" in (tmp_path / "tables" / "dag.md").read_text(encoding="utf-8")
+        assert not (folder / "graph.png").exists()
+    finally:
+        folder.chmod(stat.S_IRWXU)

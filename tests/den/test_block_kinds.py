@@ -1,0 +1,267 @@
+"""Bottleneck blocks and convolution pairs against the strict reference, at every level and in every mode."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from den.nn.blocks import BottleneckShape, PairShape
+from den.nn.levels import level_plan
+from den.nn.reference import reference_block
+from den_kernels import RoutingPlan
+from tests.oracle import assert_trained_alike, unlike_new
+
+L = 4
+KINDS = {
+    "bottleneck": BottleneckShape(16, 8, 16, 8, stride=1),
+    "bottleneck grows": BottleneckShape(8, 24, 16, 8, stride=1),
+    "bottleneck downsamples": BottleneckShape(16, 16, 32, 8, stride=2),
+    "cardinality": BottleneckShape(16, 32, 16, 8, stride=1, cardinality=8),
+    "cardinality, odd, downsamples": BottleneckShape(8, 40, 20, 8, stride=2, cardinality=5),
+    "pair": PairShape(8, 16, 12, 8, (False, False)),
+    "pair, pools between": PairShape(3, 8, 16, 8, (True, False)),
+    "pair, pools after both": PairShape(12, 20, 8, 8, (True, True)),
+}
+LEVELS = {
+    "mixed": [3, 0, 1, 2, 2, 0, 3, 1],
+    "all at level 0": [0] * 5,
+    "full": [3] * 4,
+    "one at level 1": [0, 0, 1, 0],
+    "one instance": [2],
+}
+
+
+def make(shape, dtype=torch.float32, first=False):
+    """A block whose every norm has its own weight, bias and statistics."""
+    torch.manual_seed(0)
+    return unlike_new(shape.build(L, first)).to(dtype)
+
+
+def data(shape, levels, dtype=torch.float32, side=8, seed=1):
+    x = torch.randn(len(levels), shape.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
+    levels = torch.tensor(levels, dtype=torch.int32)
+    return x.to(dtype, memory_format=torch.channels_last), levels, level_plan(levels[:, None], L, shape.lowest)[0]
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=3e-5)
+
+
+kinds = pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
+residuals = pytest.mark.parametrize(
+    "shape", [shape for shape in KINDS.values() if not shape.lowest], ids=[k for k in KINDS if not k.startswith("pair")]
+)
+
+
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+@kinds
+def test_inference_equals_the_reference(shape, levels):
+    block = make(shape).eval()
+    x, levels, route = data(shape, levels, side=7)
+    expected = reference_block(block, x, levels, L).detach()
+    close(block(x, route).detach(), expected)
+    with torch.no_grad():
+        fast = block(x, route)
+    close(fast, expected)
+    assert fast.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "first"),
+    [
+        *((shape, LEVELS["mixed"], False) for shape in KINDS.values()),
+        *((shape, LEVELS["all at level 0"], False) for shape in (KINDS["cardinality"], KINDS["pair"])),
+        (KINDS["bottleneck grows"], LEVELS["mixed"], True),
+    ],
+    ids=[*KINDS, "cardinality, all at level 0", "pair, all at level 0", "first"],
+)
+def test_training_equals_the_reference_with_gradients_and_statistics(shape, levels, first):
+    block = make(shape, torch.float64, first).train()
+    oracle = copy.deepcopy(block)
+    x, levels, route = data(shape, levels, torch.float64)
+    mine, its = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = block(mine, route), reference_block(oracle, its, levels, L)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(mine.grad, its.grad, rtol=1e-8, atol=1e-8)
+    assert_trained_alike(block, oracle)
+
+
+@settings(max_examples=25)
+@given(
+    levels=st.lists(st.integers(0, L - 1), min_size=1, max_size=6),
+    kind=st.sampled_from([BottleneckShape, PairShape]),
+    units=st.integers(8, 12),
+    cardinality=st.booleans(),
+    in_channels=st.integers(1, 9),
+    stride=st.sampled_from([1, 2]),
+    side=st.integers(4, 9),
+    masked=st.booleans(),
+)
+def test_any_block_equals_the_reference(levels, kind, units, cardinality, in_channels, stride, side, masked):
+    if kind is PairShape:
+        shape = PairShape(in_channels, units, 5, side, (stride == 2, cardinality))
+    else:
+        shape = BottleneckShape(in_channels, 3 * units, 10, side, stride, units if cardinality else 1)
+    block = make(shape).eval()
+    x, levels, route = data(shape, levels, side=side)
+    if masked:
+        route = RoutingPlan.from_masks(route.selection()[:, None])[0]
+    with torch.no_grad():
+        y = block(x, route)
+        close(y, reference_block(block, x, levels, L))
+    assert y.shape == (len(levels), shape.channels, shape.size, shape.size)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@residuals
+def test_level_zero_of_a_bottleneck_is_exactly_the_shortcut(shape, training):
+    block = make(shape).train(training)
+    x, _, route = data(shape, [0, 2, 0])
+    with torch.set_grad_enabled(training):
+        y = block(x, route)
+    shortcut = x if shape.stride == 1 else F.avg_pool2d(x, 2, ceil_mode=True)
+    expected = F.pad(shortcut, (0, 0, 0, 0, 0, shape.channels - shape.in_channels))
+    assert torch.equal(y[::2], expected[::2])
+    assert not torch.equal(y[1], expected[1])
+
+
+def test_level_zero_of_a_bottleneck_costs_nothing(monkeypatch):
+    """No convolution sees the instance, and in place not one of its bytes is read or written."""
+    block = make(KINDS["bottleneck"]).eval()
+    x, _, route = data(KINDS["bottleneck"], [0, 3, 0, 1])
+    x[::2] = torch.nan
+    seen = []
+    forward = type(block.conv1).forward
+    monkeypatch.setattr(
+        type(block.conv1), "forward", lambda conv, x, route: seen.append(len(x)) or forward(conv, x, route)
+    )
+    with torch.no_grad():
+        y = block(x, route, inplace=True)
+    assert y.data_ptr() == x.data_ptr()
+    assert seen == [2, 2, 2]
+    assert y[::2].isnan().all()
+    assert y[1::2].isfinite().all()
+
+
+@kinds
+def test_the_lowest_level_of_a_pair_keeps_one_group_and_of_a_bottleneck_none(shape):
+    groups = shape.groups(L)
+    assert len(groups) == L - 1 + shape.lowest
+    assert sum(groups) == shape.hidden
+    assert all(size % shape.unit == 0 for size in groups)
+    assert shape.widths(L)[0] == (groups[0] if shape.lowest else 0)
+
+
+@kinds
+def test_an_unselected_channel_leaves_no_trace(shape):
+    block = make(shape).eval()
+    x, _, route = data(shape, [1, 2, 1])
+    width = shape.widths(L)[2]
+    with torch.no_grad():
+        before = block(x, route)
+        *outputs, (last, _) = block.layers()
+        for conv, _ in outputs:
+            conv.weight[width:] = torch.nan
+        last.weight[:, width:] = torch.nan
+        assert torch.equal(block(x, route), before)
+
+
+def test_statistics_ignore_instances_that_do_not_take_part():
+    shape = KINDS["cardinality"]
+    block, alone = make(shape).train(), make(shape).train()
+    x, _, route = data(shape, [2, 0, 2, 0])
+    x[1::2] = 1e6
+    block(x, route)
+    alone(x[::2].contiguous(memory_format=torch.channels_last), data(shape, [2, 2])[2])
+    width, untouched = shape.widths(L)[2], make(shape)
+    for name in ("bn1", "bn2", "bn3"):
+        close(getattr(block, name).running_mean, getattr(alone, name).running_mean)
+        close(getattr(block, name).running_var, getattr(alone, name).running_var)
+    for name in ("bn2", "bn3"):
+        assert torch.equal(getattr(block, name).running_var[width:], getattr(untouched, name).running_var[width:])
+
+
+@kinds
+def test_full_training_needs_no_route(shape):
+    block, other = make(shape).train(), make(shape).train()
+    x, _, route = data(shape, [3] * 4)
+    close(block(x), other(x, route))
+    close(block.bn2.running_var, other.bn2.running_var)
+
+
+@kinds
+def test_input_is_left_alone_unless_lent(shape):
+    block = make(shape).eval()
+    x, _, route = data(shape, [3, 0, 1])
+    copy_of_x = x.clone()
+    with torch.no_grad():
+        expected = block(x, route)
+        assert torch.equal(x, copy_of_x)
+        assert torch.equal(block(x, route, inplace=True), expected)
+
+
+@kinds
+def test_folded_weights_follow_the_parameters(shape):
+    block = make(shape).eval()
+    x, levels, route = data(shape, [3, 0, 1, 2])
+    with torch.no_grad():
+        before = block(x, route)
+        assert block.folded() is block.folded()
+        block.conv2.weight.mul_(2)
+        block.bn2.running_var.mul_(3)
+        after = block(x, route)
+        close(after, reference_block(block, x, levels, L))
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.bfloat16) for shape in KINDS.values()), (KINDS["cardinality"], torch.float16)],
+    ids=[*KINDS, "float16"],
+)
+def test_half_precision_is_as_near_as_pytorch_itself(shape, dtype):
+    """At most four times the error that the masked network in plain PyTorch makes in the same dtype."""
+    exact, block = make(shape, torch.float64).eval(), make(shape, dtype).eval()
+    x, levels, route = data(shape, LEVELS["mixed"], dtype)
+    with torch.no_grad():
+        expected = reference_block(exact, x.double(), levels, L)
+        own = (reference_block(block, x, levels, L).double() - expected).abs().max()
+        got = block(x, route)
+    assert got.dtype == dtype
+    assert (got.double() - expected).abs().max() <= 4 * own
+
+
+def test_initial_weights_keep_the_size_of_what_flows_back():
+    """He's fan-out: the outputs that an input reaches, of its own cardinality group alone, times 9 taps."""
+    block = BottleneckShape(64, 256, 64, 8, stride=1, cardinality=8).build(L)
+    for conv, fan_out in ((block.conv1, 256), (block.conv2, 32 * 9), (block.conv3, 64)):
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+BAD = {
+    "stride": (
+        lambda: BottleneckShape(8, 8, 8, 8, 3).build(L),
+        "BottleneckBlock: stride must be 1 or 2 .* got stride 3",
+    ),
+    "shrinks": (lambda: BottleneckShape(8, 8, 4, 8, 1).build(L), "channels 4, in_channels 8"),
+    "cardinality": (
+        lambda: BottleneckShape(8, 128, 8, 8, 1, 2).build(L),
+        "channels must be at least 256 in units of 64 for 4 levels, got 128",
+    ),
+    "thin pair": (lambda: PairShape(8, 4, 8, 8, (False, False)).build(L), "channels must be at least 8 for 4 levels"),
+    "one level": (lambda: PairShape(8, 8, 8, 8, (False, False)).build(1), "levels must be at least 2 .half and every"),
+    "level": (lambda: level_plan(torch.tensor([[L]]), L, lowest=1), r"level_plan: levels must be in 0..3, got 4"),
+    "negative": (lambda: level_plan(torch.tensor([[-1]]), L, lowest=1), r"level_plan: levels must be in 0..3, got -1"),
+}
+
+
+@pytest.mark.parametrize(("make_it", "message"), BAD.values(), ids=BAD)
+def test_impossible_blocks_and_levels_are_refused(make_it, message):
+    with pytest.raises(ValueError, match=message):
+        make_it()

@@ -1,0 +1,103 @@
+"""What only a GPU runs of `benchmarks.gpu_check` and `den_kernels.tune`, with the kernels interpreted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_correctness, gpu_times, gpu_tuning
+from benchmarks.gpu_worker import Context
+from den_kernels import tune
+from den_kernels._conv_cpu import Geometry
+from den_kernels._triton import dynamic_conv as kernels
+from den_kernels._triton import rules, table
+from den_kernels._triton.rules import Tile
+from den_kernels._triton.trial import Problem, even_mix, ragged, runs
+from den_kernels.plan import as_route
+from den_kernels.testing import ConvProblem
+
+HALF, FULL, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
+TINY = Context("cpu", tiny=True, seconds=1.0)
+
+
+class Convolution(torch.autograd.Function):
+    """The Triton kernels on CPU tensors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, route, geometry):
+        ctx.save_for_backward(x, weight)
+        ctx.rest = route, geometry, bias is not None
+        return kernels.forward(x, weight, bias, route, geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        route, geometry, bias = ctx.rest
+        return *kernels.backward(grad, *ctx.saved_tensors, route, geometry, (True, True, bias)), None, None
+
+
+def convolve(x, weight, bias, selection, *, stride, padding, dilation, groups, out_groups, in_groups) -> Tensor:
+    pair = lambda value: (value, value) if isinstance(value, int) else value  # noqa: E731
+    sides = out_groups or (), in_groups or ()
+    geometry = Geometry(pair(stride), pair(padding), pair(dilation), groups, *sides)
+    return Convolution.apply(x, weight, bias, as_route(selection, len(sides[0]) or len(sides[1]), len(x)), geometry)
+
+
+@pytest.mark.parametrize(("selection", "way"), [("uniform", "bfloat16"), ("mask", "float32")])
+def test_convolutions_pass_the_check(selection, way):
+    problem = ConvProblem(batch=2, size=(5, 4), in_sizes=(16, 16), out_sizes=(16, 16), selection=selection, seed=3)
+    found = gpu_correctness.check_convolution(problem, way, TINY, convolve)
+    assert set(found["errors"]) == {"y", "dx", "dweight", "dbias"}
+
+
+def test_the_kernel_that_is_timed_computes_the_convolution():
+    shape = gpu_times.TINY[0]
+    x, weight = torch.randn(4, 16, 6, 6), torch.randn(16, 16, 3, 3)
+    x = x.contiguous(memory_format=torch.channels_last)
+    levels = even_mix(4)
+    route, like = as_route(levels, 3, 4), torch.empty_like(x)
+    kernel = gpu_times.bare_kernel(shape, "out", weight, route, like)
+    assert kernel(x) is None
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1, shape.groups, ())
+    call = lambda x: kernels.forward(x, weight, None, route, geometry)  # noqa: E731
+    keywords = {"padding": 1, "out_groups": shape.groups}
+    assert gpu_times.agrees(call, x, weight, route, "tf32", keywords) < 1e-5
+    with pytest.raises(AssertionError, match="errs by"):
+        gpu_times.agrees(lambda x: call(x) * 1.01, x, weight, route, "tf32", keywords)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("convolve", HALF), ("weight", FULL)])
+def test_runs_of_the_tuner_are_right_and_tell_wrong_from_right(kind, dtype, monkeypatch):
+    problem = Problem(kind, 16, 4, 4, dtype)
+    tested = runs(problem, CPU)
+    assert all(run.error() <= 1 for run in tested)
+    assert ragged(problem, CPU).error() <= 1
+    run = tested[0]
+    call = run.call
+    monkeypatch.setattr(run, "call", lambda: call() * 1.2)
+    assert run.error() > 1
+    monkeypatch.setattr(run, "call", lambda: run.exact * float("nan"))
+    assert run.error() == float("inf")
+
+
+def test_a_tile_is_scored_through_the_launchers(monkeypatch):
+    monkeypatch.setattr(tune, "median_seconds", lambda call, device: 1.0)
+    tested = runs(Problem("convolve", 16, 4, 4, HALF), CPU)
+    assert tune.score(Tile(32, 16, 16, 4, 2, 1), tested, 80) == 3.0
+    assert tune.score(Tile(3, 16, 16, 4, 2, 1), tested, 80) == float("inf")  # Triton refuses it
+    assert tune.is_trusted(Tile(32, 16, 16, 4, 2, 1), tested, 80)
+    assert table.tiles(80) == {}
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(tested[0], "error", lambda: (_ for _ in ()).throw(error))
+    assert tune.score(Tile(32, 16, 16, 4, 2, 1), tested, 80) == float("inf")
+
+
+def test_the_tuning_step_writes_a_table(monkeypatch, tmp_path):
+    times = (0.9**i for i in range(1000))  # every tile faster than the one before
+    monkeypatch.setattr(tune, "median_seconds", lambda call, device: next(times))
+    monkeypatch.setattr(tune, "VALUES", {"rows": (128,), "programs": (2,)})
+    row = gpu_tuning.tune(TINY, tmp_path)
+    table.tiles.cache_clear()
+    assert row["searched"] == row["problems"] == 1
+    kept = table.parse(Path(row["table"]).read_text(), 80, rules.installed())
+    assert kept == {("convolve", 16, 16, "bfloat16"): (128, 16, 16, 4, 3, 2)}

@@ -1,0 +1,130 @@
+"""The machine code of the GPU kernels, compiled ahead of time: no GPU is needed.
+
+For every launch that a network makes: tensor core instructions of the architecture, asynchronous 128-bit copies, shared
+memory that fits and holds the planned stages, no spilled register and no local memory; on Hopper no register of a
+matrix instruction in flight is touched, and none of these takes an operand from registers.
+
+    pytest tests/kernels/test_machine_code.py                      what this project ships, in the installed Triton
+    pytest tests/kernels/test_machine_code.py -k wrn32_4           the launches of WRN-32-4 (scripts/machine_code.sh)
+    pytest tests/kernels/test_machine_code.py --every-launch       every network in every dtype (half an hour)
+"""
+
+import re
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from den_kernels._triton.launch import Launch
+from tests.launches import Code, block_kinds, compile_launch, describe, identity, launches_of
+from tests.wgmma_hazards import find, products_with_a_in_registers
+
+pytestmark = pytest.mark.slow
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
+ANY_TENSOR_CORE = re.compile(rf"\b({'|'.join(TENSOR_CORES.values())})\b")
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block; the tiles of 8.0 run on 8.6, 8.9 and 12.0 too
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+NETWORKS = ("wrn32_4", "resnet42", "resnext29_8x64d")
+
+# Network, numbers, architecture, masks: what is compiled in every run, and what more with --every-launch.
+SHIPPED = [
+    *product(("wrn32_4",), ("bf16", "tf32"), (90,), (False, True)),
+    *product(("wrn32_4",), ("ieee",), (90,), (False,)),
+    *product(("wrn32_4",), ("bf16", "tf32"), (80, 100), (False,)),
+    *product(("resnet42", "resnext29_8x64d"), ("bf16",), (90,), (False,)),
+]
+EVERY = [case for case in product(NETWORKS, DTYPES, (90,), (False, True)) if case not in SHIPPED]
+EVERY += [("wrn14_1", "bf16", 90, False)]  # narrow
+EVERY += [case for case in product(NETWORKS, DTYPES, (80, 100), (False,)) if case not in SHIPPED]
+
+
+def cases() -> list:
+    """One for each kind of block, so that processes share the work."""
+    found = []
+    for network, numbers, arch, masked in SHIPPED + EVERY:
+        marks = () if (network, numbers, arch, masked) in SHIPPED else pytest.mark.every_launch
+        for block in range(len(block_kinds(network))):
+            name = f"{network}-{numbers}-sm_{arch}-{'masks' if masked else 'levels'}-{block}"
+            found.append(pytest.param(network, numbers, arch, masked, block, id=name, marks=marks))
+    return found
+
+
+def most_steps(launch: Launch) -> int:
+    """Of a convolution's longest loop."""
+    a = launch.arguments
+    return a["R"] * a["S"] * -(-a["KC"] // a["CARDINALITY"] // max(a["BKS"]))
+
+
+def planned_bytes(launch: Launch, arch: int) -> int:
+    """Shared memory of the steps that are on their way at a time.
+
+    Before Hopper, and without tensor cores, a step is on its way in registers. In a weight gradient two stages go by
+    before a load, because the instance is loaded ahead of it; a narrow one takes the instruction of a warp, whose
+    operands pass through registers.
+    """
+    a = launch.arguments
+    weight = "BP" in a
+    ieee = a["PRECISION"] == "ieee" and a["source"].dtype == torch.float32
+    stages = a["num_stages"] - (arch < 90 or ieee or (weight and a["BN"] < 64)) - 2 * weight
+    if weight:
+        return stages * a["BP"] * (a["BN"] + a["BK"]) * a["source"].dtype.itemsize
+    steps = most_steps(launch)
+    widest = max((a["BM"] + bn) * bk for bn, bk in zip(a["BNS"], a["BKS"], strict=True))
+    return min(stages, steps) * widest * a["source"].dtype.itemsize
+
+
+def assert_sound(code: Code, arch: int) -> None:
+    """What holds for every kernel."""
+    assert code.stack == 0, f"{code.stack} bytes spilled at {code.registers} registers"
+    assert not re.search(r"\b(LDL|STL)", code.names)
+    assert code.shared <= SHARED[arch]
+    if arch == 90:
+        assert find(code.listing) == []
+        assert products_with_a_in_registers(code.listing) == 0
+
+
+def assert_multiplies(launch: Launch, code: Code, arch: int) -> None:
+    """What holds for a convolution or a weight gradient: planned stages, wide copies, and tensor cores."""
+    a = launch.arguments
+    if not a.get("MASKED") and not a.get("LISTS"):
+        assert planned_bytes(launch, arch) <= code.shared
+    if a["PRECISION"] == "ieee" and a["source"].dtype == torch.float32:
+        assert "FFMA" in code.names
+        assert not ANY_TENSOR_CORE.search(code.names), code.names
+        return
+    # A warp group multiplies 64 rows at a time; tiles of fewer take the instruction of a warp.
+    narrow = "BP" in a and a["BN"] < 64
+    assert re.search(rf"\b{'HMMA' if narrow else TENSOR_CORES[arch]}\b", code.names), code.names
+    # Loads end at a group: one of fewer than 16 bytes gives narrower ones. And wgmma takes TF32 only with neighbouring
+    # elements of the reduction next to each other, which are pixels here: such copies are one element wide.
+    turned = "BP" in a and a["source"].dtype == torch.float32 and arch >= 90 and not narrow
+    wide = min(a["NC"], a["KC"]) // 4 * a["source"].dtype.itemsize >= 16 and not turned
+    once = "BKS" in a and most_steps(launch) == 1  # nothing to overlap with
+    assert not wide or once or re.search(r"\bLDGSTS\.\S*128", code.names), code.names
+
+
+_seen: set[tuple] = set()
+
+
+@pytest.mark.parametrize(("network", "numbers", "arch", "masked", "block"), cases())
+def test_launches(network, numbers, arch, masked, block, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", numbers != "ieee")
+    launches = launches_of(network, DTYPES[numbers], arch, masked, block)
+    assert len(launches) >= 10
+    for launch in launches:
+        key = arch, identity(launch)
+        if key in _seen:
+            continue
+        try:
+            code = compile_launch(launch, arch)
+            assert_sound(code, arch)
+            if "PRECISION" in launch.arguments:
+                assert_multiplies(launch, code, arch)
+            elif launch.kernel.fn.__name__ != "fold_kernel":
+                assert code.instructions["LDG.E.128"], code.names
+        except Exception as error:
+            error.add_note(describe(launch))
+            raise
+        _seen.add(key)

@@ -1,0 +1,74 @@
+"""The residual block on weights that are not packed but read where they are, as test_dynamic_residual.py checks it."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from den_kernels import dynamic_residual, residual_weights
+from den_kernels.testing import make_levels, make_mask
+from tests.kernels.test_dynamic_residual import CASES, Block, check, image
+
+
+@pytest.fixture
+def any_width(monkeypatch):
+    """Weights of any width stay where they are, where the direct kernel runs."""
+    if not Block(16, (16,)).fold().direct:
+        pytest.skip("this CPU lacks AVX-512: no direct kernel reads the weights")
+    monkeypatch.setattr(residual_weights, "_WIDE", (0, 0))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zero", "top", "no middle", "mask"])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "odd channels"])
+def test_weights_where_they_are_against_the_oracle(case, kind, any_width):
+    make, shape = CASES[case]
+    block, sizes = Block(**make), (shape[0], len(make["groups"]))
+    weights = block.fold(copy=False)
+    assert weights.unpacked == (True, True)
+    assert weights.direct[0].data_ptr() == block.conv1.weight.data_ptr()
+    selection = make_mask(*sizes) if kind == "mask" else make_levels(kind, *sizes)
+    check(block, image(*shape), selection, copy=False)
+
+
+@given(
+    batch=st.integers(0, 20),
+    channels=st.sampled_from([16, 48, 528]),  # the last: more than a span
+    groups=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    stride=st.integers(1, 2),
+    masks=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_weights_where_they_are_in_any_shape(batch, channels, groups, size, stride, masks, threads, seed, any_width):
+    block, sizes = Block(channels, tuple(groups), stride=stride, seed=seed), (batch, len(groups), seed)
+    selection = make_mask(*sizes) if masks else make_levels("uniform", *sizes)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check(block, image(batch, channels, *size, seed=seed), selection, copy=False)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("wide", [(0, 99), (99, 0)], ids=["conv1 alone", "conv2 alone"])
+def test_one_weight_where_it_is(wide, any_width, monkeypatch):
+    monkeypatch.setattr(residual_weights, "_WIDE", wide)
+    block = Block(64, (16, 16, 32))
+    assert block.fold(copy=False).unpacked == (wide[0] == 0, wide[1] == 0)
+    check(block, image(9, 64, 8, 8), make_levels("uniform", 9, 3), copy=False)
+
+
+def test_weights_stay_where_they_are_only_when_wide_float32_and_channels_last(any_width, monkeypatch):
+    monkeypatch.setattr(residual_weights, "_WIDE", (32, 48))
+    block, x, levels = Block(32, (16, 32)), image(3, 32, 5, 5), torch.tensor([0, 1, 2])
+    assert block.fold(copy=False).unpacked == (True, True)
+    assert block.fold().unpacked == (False, False)
+    released = block.fold(copy=False).released()
+    assert released.unpacked == (False, False)
+    assert torch.equal(dynamic_residual(x, levels, released), dynamic_residual(x, levels, block.fold()))
+    assert Block(32, (16, 16)).fold(copy=False).unpacked == (True, False)
+    assert Block(16, (16, 32)).fold(copy=False).unpacked == (False, True)
+    assert Block(32, (16, 32)).bfloat16().fold(copy=False).unpacked == (False, False)
+    assert block.to(memory_format=torch.contiguous_format).fold(copy=False).unpacked == (False, False)

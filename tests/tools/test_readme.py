@@ -1,0 +1,35 @@
+"""The README: what it shows was measured, what it links exists, what it tells to type runs."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # at the end: an installed den_kernels stays the one that is tested
+
+from benchmarks import report, results  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_its_table_is_that_of_the_kept_results():
+    if not results.results_files():
+        pytest.skip("no results are kept")
+    assert report.readme_agrees(README, results.results_files())
+
+
+@pytest.mark.parametrize("document", ["README.md", "benchmarks/README.md"])
+def test_its_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())
+    missing = [link for link in links if "://" not in link and not ((ROOT / document).parent / link).exists()]
+    assert missing == []
+
+
+def test_its_first_example_runs():
+    [code, *_] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["y"].shape == (8, 64, 32, 32)
+    assert (names["y"][0] == names["conv2"].bias[:, None, None]).all()  # level 0: nothing but the bias
