@@ -15,7 +15,8 @@ from den.bench import BenchConfig
 from den.report.settings import Report
 from den.runs.settings import Evaluate
 from den.support.files import check_folder
-from den.train.config import DemoConfig, TrainConfig, read_config
+from den.support.settings import read_config
+from den.train.config import DemoConfig, TrainConfig
 from den.train.scenarios import ScenarioOptions, scenario_config
 
 HELP = (

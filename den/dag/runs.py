@@ -11,7 +11,7 @@ from den.dag.config import DagTrainConfig
 from den.dag.engine import STAGES, Network, load_network, stage_steps
 from den.runs.state import Training, check_kind, position_of
 from den.train.checkpoint import read_record
-from den.train.config import read_config
+from den.support.settings import read_config
 
 
 @dataclass(frozen=True, eq=False)

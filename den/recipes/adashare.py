@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.data import Batch, ImageSet
+from den.data import Batch, ImageSet, MixedTaskBatches
+from den.data.images import stratified_split
 from den.evaluate.accuracy import Choice
 from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
-from den.recipes.base import ComparedMethod, answers, estimator_loss, skippable, task_rows
-from den.recipes.halves import HalvedBatches
+from den.recipes.base import ComparedMethod, answers, skippable, task_rows
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
-from den.train.phases import Phase, schedule_factor
-
-if TYPE_CHECKING:
-    from den.train.engine import Engine
+from den.train.phases import NetworkPhase, schedule_factor
 
 
 class AdaShare(ComparedMethod):
@@ -53,7 +51,7 @@ class AdaShare(ComparedMethod):
     def structures(self, images: Images, task: Tasks) -> Tensor:
         return task_rows(self.state.keeps.long() * (self.model.levels - 1), self.model, images, task)
 
-    def phases(self) -> tuple[Phase, ...]:
+    def phases(self) -> tuple[NetworkPhase, ...]:
         """Rounds are stages 1, 2, ...; their rates follow the schedules across the rounds."""
         rounds, phases = self.config.methods.share_rounds, []
         first, search = self.config.estimator.first, self.config.selector.phase
@@ -61,26 +59,33 @@ class AdaShare(ComparedMethod):
             steps = search.steps * (i + 1) // rounds - search.steps * i // rounds
             for network, settings in (("estimator", first), ("selector", search)):
                 flat = dataclasses.replace(settings, steps=steps, schedule="constant", until="steps")
-                phases.append(Phase(network, i + 1, flat, schedule_factor(settings.schedule, i / rounds)))
-        return (*phases, Phase("estimator", rounds + 1, first, 1.0))
+                factor = schedule_factor(settings.schedule, i / rounds)
+                phases.append(NetworkPhase(network, i + 1, flat, factor, stream=network))
+        return (*phases, NetworkPhase("estimator", rounds + 1, first))
 
-    def batches(self, sets: list[ImageSet]) -> HalvedBatches:
-        return HalvedBatches(sets, self.config.data, self.config.seed)
+    def streams(self, sets: list[ImageSet]) -> dict[str, MixedTaskBatches]:
+        """All images, and the halves of every set that the estimator and the selector (the gates) learn from."""
+        data, seed = self.config.data, self.config.seed
+        halves = [stratified_split(image_set.labels, 0.5, seed) for image_set in sets]
+        parts = {"all": sets}
+        for i, name in enumerate(("estimator", "selector")):
+            parts[name] = [s.subset(half[i]) for s, half in zip(sets, halves, strict=True)]
+        shares = data.shares or None
+        return {name: MixedTaskBatches(part, data.batch_size, shares, seed) for name, part in parts.items()}
 
-    def prepare(self, engine: Engine, phase: Phase) -> None:
-        searches = phase.stage <= self.config.methods.share_rounds
-        engine.batches.use(phase.network if searches else "all")
-        if not searches and engine.position.step == 0:
+    def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
+        super().enter(engine, phase)
+        if phase.stage > self.config.methods.share_rounds and engine.position.step == 0:
             self._start_anew(engine)
 
-    def choice(self, phase: Phase) -> Choice:
+    def choice(self, phase: NetworkPhase) -> Choice:
         """While gates are searched for: the likelier of keeping and skipping."""
         return self._likeliest if phase.stage <= self.config.methods.share_rounds else self.structures
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         settings, rounds = self.config.methods, self.config.methods.share_rounds
         if phase.stage > rounds:
-            return estimator_loss(engine, batch, self.structures(batch.images, batch.tasks))
+            return self.estimator_loss(batch, self.structures(batch.images, batch.tasks))
         tau = settings.share_temperature * settings.share_cooling ** (phase.stage - 1)
         logits = self.state.logits if phase.network == "selector" else self.state.logits.detach()
         gates = gumbel_softmax(logits, tau, engine.generator)[..., 1]  # [K, N]
@@ -99,7 +104,7 @@ class AdaShare(ComparedMethod):
         keeps = self.state.logits[..., 1] >= self.state.logits[..., 0]
         return task_rows(keeps.long() * (self.model.levels - 1), self.model, images, task)
 
-    def _start_anew(self, engine: Engine) -> None:
+    def _start_anew(self, engine: Engine[Any]) -> None:
         """Draw every task's structure; bring back the initial weights, without what the optimiser remembers."""
         chance = self.state.logits.detach().softmax(-1)[..., 1].cpu()
         drawn = torch.rand(chance.shape, generator=engine.generator) < chance

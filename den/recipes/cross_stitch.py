@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,13 @@ from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
-from den.recipes.base import ComparedMethod, estimator_loss
+from den.recipes.base import ComparedMethod
 from den.support.randomness import seeded
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective
-from den.train.phases import Phase
+from den.train.phases import NetworkPhase
 from den_kernels import RoutingPlan
-
-if TYPE_CHECKING:
-    from den.train.engine import Engine
 
 
 class CrossStitch(ComparedMethod):
@@ -47,8 +45,8 @@ class CrossStitch(ComparedMethod):
         stitches = list(self.model.estimator.stitches.parameters())
         return {"faster": stitches, "factor": self.config.methods.stitch_factor}
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
-        return estimator_loss(engine, batch, None)
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
+        return self.estimator_loss(batch, None)
 
 
 class Stitch(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, task_rows
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses, sparsity_penalty
-from den.train.phases import Phase
-
-if TYPE_CHECKING:
-    from den.train.engine import Engine
+from den.train.phases import NetworkPhase
 
 
 class Routing(ComparedMethod):
@@ -39,7 +37,7 @@ class Routing(ComparedMethod):
     def structures(self, images: Images, task: Tasks) -> Tensor:
         return task_rows(self.state.policy.argmax(-1), self.model, images, task)
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, settings = self.model, self.config.methods
         chances = task_rows(self.state.policy, model, batch.images, batch.tasks).flatten(0, 1).to("cpu")
         drawn = torch.multinomial(chances, 1, generator=engine.generator).view(len(batch), model.num_blocks)
@@ -54,7 +52,7 @@ class Routing(ComparedMethod):
             policy, value = self.state.policy[k], self.state.value[k]
             policy.copy_(learn_policy(policy, value, levels, part, settings.routing_rate))
             value.lerp_(part.mean().expand_as(value), settings.routing_memory)
-        ratio = engine.flops_ratio(structures)
+        ratio = self.flops_ratio(structures)
         return Objective(loss, {"loss": loss.detach(), "accuracy": right.mean(), "flops_ratio": ratio})
 
 

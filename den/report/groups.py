@@ -10,6 +10,7 @@ from typing import Any
 
 from den.report.paper import MEAN
 from den.runs.evaluation import Evaluation, TaskResult
+from den.support.settings import flattened
 
 NOT_SETTINGS = ("out", "seed", "progress", "device", "data.root")
 
@@ -137,14 +138,6 @@ def settings_of(record: Evaluation) -> dict[str, Any]:
     """What makes a run what it is: its settings by flat names, without the seed and what does not matter."""
     flat = {name: value for name, value in flattened(record.settings).items() if name not in NOT_SETTINGS}
     return flat | {"checkpoint": record.checkpoint}
-
-
-def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by flat names: ``flattened({"a": {"b": 1}}) == {"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:

@@ -18,7 +18,8 @@ from den.support.device import machine_name
 from den.support.files import write_text
 from den.support.progress import progress
 from den.train.checkpoint import read_updates
-from den.train.config import TrainConfig, from_dict, to_dict
+from den.support.settings import from_dict, to_dict
+from den.train.config import TrainConfig
 from den.train.folder import versions
 
 VERSION = 1

@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from den.support.settings import flattened, read_config, to_dict
 from den.train.checkpoint import PARTIAL, load_checkpoint, read_updates, write_whole
-from den.train.config import TrainConfig, read_config, to_dict
+from den.train.config import TrainConfig
 from den.train.lock import RunLock
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class RunFolder:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._events = SummaryWriter(str(self.path / "events"), purge_step=line["step"])
-            for name, value in _flat(line).items():
+            for name, value in flattened(line).items():
                 if isinstance(value, int | float) and name not in ("step", "epoch"):
                     self._events.add_scalar(name.replace(".", "/"), value, line["step"])
 
@@ -157,7 +158,7 @@ class RunFolder:
 
     def _changes(self, stored: TrainConfig | DagTrainConfig) -> dict[str, tuple[Any, Any]]:
         """Settings that must stay and do not, with their stored and present values."""
-        before, now = _flat(to_dict(stored)), _flat(to_dict(self.config))
+        before, now = flattened(to_dict(stored)), flattened(to_dict(self.config))
         return {k: (before[k], now[k]) for k in before if k not in MAY_DIFFER and before[k] != now[k]}
 
     def _way_on(self, found: list[str]) -> str:
@@ -200,10 +201,3 @@ def versions() -> dict[str, str]:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
