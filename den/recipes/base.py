@@ -110,7 +110,9 @@ class Method(Recipe):
         logits = self.model.estimator(batch.images, batch.tasks, structures)
         loss = instance_losses(logits, batch.labels).mean()
         accuracy = answers(logits, batch).mean()
-        return Objective(loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": self.flops_ratio(structures)})
+        return Objective(
+            loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": self.flops_ratio(structures)}
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method has learnt besides the network's weights."""

@@ -17,8 +17,8 @@ from den.runs.trained import Run
 from den.support.device import machine_name
 from den.support.files import write_text
 from den.support.progress import progress
-from den.train.checkpoint import read_updates
 from den.support.settings import from_dict, to_dict
+from den.train.checkpoint import read_updates
 from den.train.config import TrainConfig
 from den.train.folder import versions
 

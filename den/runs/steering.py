@@ -11,9 +11,9 @@ import torch
 from den.data import ImageSet
 from den.evaluate.accuracy import evaluate
 from den.evaluate.operating import at_flops, at_milliseconds
+from den.recipes.setup import hold_out
 from den.runs.evaluation import Budget
 from den.runs.trained import Run
-from den.train.engine import hold_out
 
 STEERED_ON = 2000  # images of each task, at most
 

@@ -65,9 +65,7 @@ class Engine(Generic[R]):
         resume: continue the run in the folder.
     """
 
-    def __init__(
-        self, config: RunConfig, prepare: Callable[[Any, torch.device], R], *, resume: bool = False
-    ) -> None:
+    def __init__(self, config: RunConfig, prepare: Callable[[Any, torch.device], R], *, resume: bool = False) -> None:
         self.config: Any = config
         self.position, self.meter = Position(), Meter()
         self.device = choose_device(config.device)

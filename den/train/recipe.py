@@ -86,7 +86,8 @@ class Recipe(ABC):
         """Stand where `record` says; KeyError, TypeError or ValueError for one that is not whole."""
 
     def begin(self, engine: Engine[Any]) -> None:
-        """Called once in a new run, before its first checkpoint."""
+        """Called once in a new run, before its first checkpoint; nothing has to be done then."""
+        return None
 
     def epoch_steps(self, phase: Phase) -> int:
         """Updates of an epoch, where the settings do not say."""

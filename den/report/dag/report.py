@@ -2,125 +2,24 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from den.dag.comparison import comparison, reference, verdicts
-from den.dag.config import DagDataConfig, DagReportConfig, DagTrainConfig
-from den.dag.dense_report import delta_tables
-from den.dag.drawing import draw_graph
-from den.dag.evaluate import TaskCost, TaskResult, deployed_parameters, evaluate_tasks, task_costs, time_tasks
+from den.dag.config import DagReportConfig, DagTrainConfig
+from den.dag.evaluate import deployed_parameters
 from den.dag.gates import SPREAD_WARNING
-from den.dag.network import DagNetwork
-from den.dag.runs import OpenedRun, open_run
-from den.dag.scenarios import load_tasks, named_settings
-from den.data import ImageSet, SceneSet
-from den.runs.state import Training
+from den.dag.scenarios import named_settings
+from den.report.dag.comparison import comparison, reference, verdicts
+from den.report.dag.dense import delta_tables
+from den.report.dag.drawing import draw_graph
+from den.report.dag.measured import RunReport, flat_settings, measured, shown, test_sets, timed_images
+from den.runs.dag import open_run
 from den.support.device import CPU, choose_device, machine_name
 from den.support.files import check_file, check_folder, is_writable, write_text
 from den.support.progress import progress
 from den.support.tables import markdown_table
-
-PEERS = {
-    "hard": "hard sharing",
-    "single": "single-task networks",
-    "adashare": "AdaShare",
-    "cross-stitch": "Cross-stitch",
-}
-
-
-# Settings that the tables show by other means, or that change no result.
-TOLD = {
-    "out", "start", "seed", "mode", "epoch_steps", "progress", "data.root", "training.steps", "reduction.ranking",
-    "reduction.guard", "device",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class RunReport:
-    """One run on its test sets."""
-
-    path: Path
-    config: DagTrainConfig
-    model: DagNetwork
-    results: dict[str, TaskResult]
-    costs: list[TaskCost]
-    seconds: dict[str, float]  # of a batch in each task's extracted network; empty where not measured
-    state: Training | None = None  # how far the run has come; None: not known
-
-    @property
-    def dense(self) -> bool:
-        """Whether a task is dense."""
-        return any(task.dense for task in self.model.tasks)
-
-    @property
-    def finished(self) -> bool:
-        """Whether something can be concluded from it."""
-        return self.state is None or self.state.finished
-
-    @property
-    def accuracy(self) -> float:
-        """Mean over classification tasks, 0..1."""
-        return statistics.mean(result.accuracy for result in self.results.values())
-
-    @property
-    def kind(self) -> str:
-        """What the run is, in words."""
-        if self.config.mode in PEERS:
-            return PEERS[self.config.mode]
-        reduction = self.config.reduction
-        words = {"flow": "flow-based reduction", "gates": "raw-gate ranking", "random": "random reduction"}
-        return words[reduction.ranking] + ("" if reduction.guard else ", no guard")
-
-    @property
-    def title(self) -> str:
-        return f"{self.kind}, {self.training}"
-
-    @property
-    def training(self) -> str:
-        updates = f"{self.updates} updates" if self.finished else self.state.words
-        return f"{updates}, seed {self.config.seed}"
-
-    @property
-    def updates(self) -> str:
-        """Those of the whole run, "4,000"; of an unfinished one those done too: "40 of 4,000"."""
-        steps = f"{self.config.training.steps:,}"
-        return steps if self.finished else f"{self.state.updates:,} of {steps}"
-
-    def label(self, first: RunReport) -> str:
-        """What the run is, and which of its settings are not those of the first run."""
-        own, others = _flat(self.config), _flat(first.config)
-        changed = [f"{name.split('.')[-1].replace('_', ' ')} {_shown(value)}" for name, value in own.items()
-                   if value != others[name] and name not in TOLD]  # fmt: skip
-        return ", ".join([self.kind, *changed])
-
-    @property
-    def mean_flops(self) -> float:
-        return statistics.mean(cost.flops for cost in self.costs)
-
-    @property
-    def topologies(self) -> int:
-        """Different sub-graphs among the tasks."""
-        return len({cost.kept for cost in self.costs})
-
-
-def measure(path: Path, data_root: Path | None = None, time: bool = True, device: str = "auto") -> RunReport:
-    """Evaluate the last checkpoint of a run on its test sets; ValueError where there is none, or no such device."""
-    place = choose_device(device)
-    run = open_run(path)
-    run.model.to(place)
-    return measured(run, [each.to(place) for each in load_tasks(run.config.data, "test", data_root)], time)
-
-
-def measured(run: OpenedRun, sets: list[ImageSet | SceneSet], time: bool) -> RunReport:
-    """A run evaluated on its test sets, which lie on its network's device."""
-    seconds = time_tasks(run.model, sets, timed_images(run.model)) if time else {}
-    results, costs = evaluate_tasks(run.model, sets), task_costs(run.model)
-    return RunReport(run.path, run.config, run.model, results, costs, seconds, run.state)
 
 
 def report(settings: DagReportConfig) -> str:
@@ -135,9 +34,8 @@ def report(settings: DagReportConfig) -> str:
     if settings.markdown is not None:
         check_file(settings.markdown, "dag report: markdown")
     runs = [open_run(path) for path in settings.runs]
-    loaded: dict[DagDataConfig, list[ImageSet | SceneSet]] = {}
-    for data in dict.fromkeys(run.config.data for run in runs):
-        loaded[data] = [each.to(device) for each in load_tasks(data, "test", settings.data_root)]
+    kinds = dict.fromkeys(run.config.data for run in runs)
+    loaded = {data: test_sets(data, settings.data_root, device) for data in kinds}
     for run in runs:
         run.model.to(device)
     found = [measured(run, loaded[run.config.data], settings.time) for run in progress(runs, "runs")]
@@ -216,11 +114,6 @@ def remarks(run: RunReport) -> str:
     return " ".join(lines)
 
 
-def timed_images(model: DagNetwork) -> int:
-    """Images of a batch that is timed."""
-    return 4 if any(task.dense for task in model.tasks) else 32
-
-
 def heading(runs: Sequence[RunReport], versions: dict[str, str], device: torch.device = CPU) -> str:
     """Title, the commands that made the runs, where they are measured, versions."""
     first = runs[0]
@@ -240,21 +133,10 @@ def heading(runs: Sequence[RunReport], versions: dict[str, str], device: torch.d
 def command_of(config: DagTrainConfig) -> str:
     """The command line that makes a run with these settings."""
     name = f"dag-{config.data.scenario}"
-    given, default, words = _flat(config), _flat(named_settings(name)), [f"den dag train {name}"]
+    given, default = flat_settings(config), flat_settings(named_settings(name))
+    words = [f"den dag train {name}"]
     for name, value in given.items():
         if value != default[name] and name not in ("data.root", "progress"):
-            shown = f"runs/{Path(value).name}" if name in ("out", "start") else _shown(value)
-            words.append(f"--{name.replace('_', '-')} {shown}")
+            text = f"runs/{Path(value).name}" if name in ("out", "start") else shown(value)
+            words.append(f"--{name.replace('_', '-')} {text}")
     return " ".join(words)
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _flat(config: object, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in vars(config).items():
-        nested = hasattr(value, "__dataclass_fields__")
-        flat.update(_flat(value, f"{prefix}{name}.") if nested else {prefix + name: value})
-    return flat
