@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from den.cli import main
-from den.dag.cli import parse
+from den.commands import parse
 from den.dag.config import (
     DagDataConfig,
     DagNetworkConfig,
@@ -182,7 +182,7 @@ def test_command_line_trains_resumes_and_reports_a_scenario(root, tmp_path, caps
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_named_scenario_sets_the_defaults(name):
-    settings = parse(["train", name, "--training.steps", "7"]).settings
+    settings = parse(["dag", "train", name, "--training.steps", "7"]).settings
     wanted = SCENARIOS[name]
     assert settings == dataclasses.replace(wanted, training=dataclasses.replace(wanted.training, steps=7))
     assert f"dag-{settings.data.scenario}" == name

@@ -302,11 +302,11 @@ def test_runs_of_other_settings_stand_apart(tmp_path):
 
 
 def test_the_command_of_a_run_makes_its_settings(tmp_path):
-    from den.dag.cli import parse
+    from den.commands import parse
 
     config = tiny(tmp_path, {"search": "joint"})
     words = command_of(config).replace(f"runs/{tmp_path.name}", str(tmp_path)).split()
-    assert parse([*words[2:], "--no-progress"]).settings == config
+    assert parse([*words[1:], "--no-progress"]).settings == config
 
 
 def test_figure_has_a_panel_per_task_and_twenty_colours():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from den import cli
+from den.dag.scenarios import named_settings
 from den.data import load_set
 from den.recipes.den import derive_structures, first_structures
 from den.recipes.setup import hold_out
@@ -140,9 +141,10 @@ def test_help_of_a_scenario_names_its_choices_and_all_settings(capsys):
 
 def test_dag_scenarios_are_handed_on(monkeypatch):
     seen = []
-    monkeypatch.setattr("den.dag.cli.main", seen.append)
+    monkeypatch.setattr("den.recipes.dag.search.train", lambda config, resume: seen.append((config, resume)))
     assert cli.main(["train", "dag-omniglot", "--seed", "1"]) == 0
-    assert seen == [["train", "dag-omniglot", "--seed", "1"]]
+    assert cli.main(["dag", "train", "dag-omniglot", "--seed", "1"]) == 0
+    assert seen == [(dataclasses.replace(named_settings("dag-omniglot"), seed=1), False)] * 2
 
 
 TINY = [

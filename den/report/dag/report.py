@@ -22,6 +22,13 @@ from den.support.progress import progress
 from den.support.tables import markdown_table
 
 
+def main(settings: DagReportConfig) -> None:
+    """Print the tables of `report`, and where the drawings are; ValueError and OSError for wrong input."""
+    print(report(settings), end="")
+    if settings.out is not None:
+        print(f"den: the drawings are in {settings.out}")
+
+
 def report(settings: DagReportConfig) -> str:
     """Measure the runs, draw each run's graph beside its checkpoint, write and return the tables.
 
