@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,17 @@ from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, skippable, task_rows
-from den.train.config import TrainConfig
+from den.train.config import PhaseConfig, TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
-from den.train.phases import NetworkPhase, schedule_factor
+from den.train.phases import Network, NetworkPhase, schedule_factor
+
+
+class GateState(nn.Module):
+    """What AdaShare learns and draws."""
+
+    logits: nn.Parameter  # [K, N, 2], of skipping and keeping
+    keeps: Tensor  # bool [K, N], what was drawn
 
 
 class AdaShare(ComparedMethod):
@@ -31,11 +38,12 @@ class AdaShare(ComparedMethod):
     Gumbel-softmax at the temperature of the round.  All rounds together have the steps of `selector.phase` for either.
     Then one structure is drawn for each task and the weights start anew, for `estimator.first`, on all images.
 
-    State: `logits` [K, N, 2] of skipping and keeping; `keeps` [K, N], what was drawn.
-
     Raises:
         ValueError: a backbone whose blocks cannot be left out; more rounds than steps.
     """
+
+    state: GateState
+    state_kind = GateState
 
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         super().__init__(model, config)
@@ -57,7 +65,8 @@ class AdaShare(ComparedMethod):
         first, search = self.config.estimator.first, self.config.selector.phase
         for i in range(rounds):
             steps = search.steps * (i + 1) // rounds - search.steps * i // rounds
-            for network, settings in (("estimator", first), ("selector", search)):
+            parts: tuple[tuple[Network, PhaseConfig], ...] = (("estimator", first), ("selector", search))
+            for network, settings in parts:
                 flat = dataclasses.replace(settings, steps=steps, schedule="constant", until="steps")
                 factor = schedule_factor(settings.schedule, i / rounds)
                 phases.append(NetworkPhase(network, i + 1, flat, factor, stream=network))
@@ -117,8 +126,8 @@ class AdaShare(ComparedMethod):
 def gated(estimator: Estimator, gates: Tensor) -> Iterator[None]:
     """Blocks give shortcut(x) + gate * residual(x) meanwhile; gates: [B, N], in the order of the images."""
 
-    def hook(i: int):
-        def gate(block: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(i: int) -> Callable[..., Tensor]:
+        def gate(block: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return torch.lerp(
                 block.shortcut(given[0]).to(output.dtype), output, gates[:, i, None, None, None].to(output.dtype)
             )

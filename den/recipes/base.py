@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +32,16 @@ class Method(Recipe):
     """
 
     model: DeepElasticNetwork
+    state_kind: type[nn.Module] = nn.Module
 
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
-        self.model, self.config, self.state = model, config, nn.Module()
+        self.model, self.config, self.state = model, config, self.state_kind()
         model.add_module("method", self.state)
 
     def train_on(self, sets: list[ImageSet], held_out: list[ImageSet]) -> None:
         """Make ready for an engine: a training set for each task, and what epochs are measured on, on one device."""
         config = self.config
-        self.held_out, self.batches = held_out, self.streams(sets)
+        self.sets, self.held_out, self.batches = sets, held_out, self.streams(sets)
         self.optimisers = {
             "estimator": estimator_optimiser(self.model.estimator, config.estimator, **self.faster()),
             "selector": torch.optim.Adam(self.policy_parameters(), lr=config.selector.phase.rate),
@@ -151,7 +153,7 @@ def task_rows(table: Tensor, model: DeepElasticNetwork, images: Images, task: Ta
     table = table.to(model.estimator.level_flops.device)
     if isinstance(images, Tensor) and isinstance(task, Tensor) and task.dim():
         return table[task.to(table.device)]
-    pairs = [(task, images)] if isinstance(images, Tensor) else zip(task, images, strict=True)
+    pairs: Iterable[Any] = [(task, images)] if isinstance(images, Tensor) else zip(cast(Any, task), images, strict=True)
     return torch.cat([table[find_task(k, model.tasks)].expand(len(part), *table.shape[1:]) for k, part in pairs])
 
 

@@ -56,7 +56,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
 def train_method(config: TrainConfig, resume: bool) -> DeepElasticNetwork:
     """The loop of every compared method: its phases, its objective."""
     with Engine(config, prepare_compared, resume=resume) as engine:
-        for phase in engine.phases:
+        for phase in engine.recipe.phases():
             for batch in engine.phase(*phase.key):
                 with engine.autocast():
                     objective = engine.recipe.objective(engine, phase, batch)
@@ -127,7 +127,7 @@ def task_costs(engine: Engine[Method]) -> list[float]:
     and with the selector in evaluation mode.
     """
     selector, costs = engine.model.selector.eval(), []
-    for image_set in engine.batches["all"].sets:
+    for image_set in engine.recipe.sets:
         index = torch.randint(len(image_set), (PROBES,), generator=engine.generator).to(engine.device)
         likeliest = selector(image_set.inputs(index), image_set.name).argmax(-1)
         costs.append(float(engine.recipe.flops_ratio(likeliest)))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from den.data import Batch
 from den.nn.estimator import Estimator
@@ -42,7 +43,9 @@ class PackNet(ComparedMethod):
         alone = len(self.task_levels) == 1
         self.order = usable_levels(model) if alone else tuple(sorted(self.task_levels))  # level of each stage
         self.owners = owners(model.estimator, self._stages_of_levels(), self._stages_of_tasks())
-        self._stage, self._frozen, self._hooks = 0, {}, []
+        self._stage = 0
+        self._frozen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # parameter, where it rests, what it rests at
+        self._hooks: list[RemovableHandle] = []
 
     def structures(self, images: Images, task: Tasks) -> Tensor:
         levels = torch.tensor(self.task_levels)[:, None].expand(-1, self.model.num_blocks)
@@ -98,7 +101,7 @@ class PackNet(ComparedMethod):
         for name, norm in hidden_norms(self.model.estimator).items():
             channels = int((self.owners[f"{name}.weight"] < stage).sum())
             if channels:
-                kept = norm.running_mean[:channels].clone(), norm.running_var[:channels].clone()
+                kept = tuple(statistic[:channels].clone() for statistic in statistics(norm))
                 self._hooks.append(norm.register_forward_hook(partial(normalise_frozen, kept=kept), with_kwargs=True))
 
     @torch.no_grad()
@@ -109,17 +112,25 @@ class PackNet(ComparedMethod):
 
 
 def normalise_frozen(
-    norm: DynamicBatchNorm2d, given: tuple[Any, ...], named: dict[str, Any], output: Tensor, kept: tuple[Tensor, Tensor]
+    norm: DynamicBatchNorm2d, given: tuple[Any, ...], named: dict[str, Any], output: Tensor, kept: tuple[Tensor, ...]
 ) -> Tensor:
     """A norm's output with the first channels normalised by `kept`, their mean and variance, which they also keep."""
     if not norm.training:
         return output
     mean, var = kept
     channels = len(mean)
-    norm.running_mean[:channels], norm.running_var[:channels] = mean, var
+    for statistic, own in zip(statistics(norm), kept, strict=True):
+        statistic[:channels] = own
     old = F.batch_norm(given[0][:, :channels], mean, var, norm.weight[:channels], norm.bias[:channels], eps=norm.eps)
     old = old.relu() if named.get("relu") else old
     return torch.cat([old.to(output.dtype), output[:, channels:]], 1)
+
+
+def statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Running mean and variance [C]."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 def owners(estimator: Estimator, of_level: Tensor, of_task: list[int]) -> dict[str, Tensor]:

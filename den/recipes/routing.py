@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from den.data import Batch
 from den.nn.count import parameter_fractions
@@ -18,15 +18,23 @@ from den.train.objective import Objective, instance_losses, sparsity_penalty
 from den.train.phases import NetworkPhase
 
 
+class Policies(nn.Module):
+    """What the agents learn."""
+
+    policy: Tensor  # [K, N, L], chances of the levels
+    value: Tensor  # [K, N], running mean of the returns of an agent
+
+
 class Routing(ComparedMethod):
     """The network and one agent per task and block learn together; every image's structure is drawn from its agents.
 
     The return of an image is 1 where its answer is right, -1 where it is not, less S(z) of the DEN paper with
     `selector.rho` (the alternatives of the original cost the same; levels do not).  The agents learn by the weighted
     policy learner; inference takes the arg max.
-
-    State: `policy` [K, N, L], chances of the levels; `value` [K, N], running mean of the returns of an agent.
     """
+
+    state: Policies
+    state_kind = Policies
 
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         super().__init__(model, config)

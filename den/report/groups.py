@@ -75,11 +75,9 @@ class Row:
         if task != MEAN:
             return Stat.of(getattr(result, name) for result in self.results(task))
         seeds = set.intersection(*({record.seed for record in group.records} for group in self.groups))
-        means = []
-        for seed in sorted(seeds) or [None]:
-            records = [r for g in self.groups for r in g.records if seed in (r.seed, None)]
-            means.append(statistics.fmean(getattr(t, name) for r in records for t in r.tasks))
-        return Stat.of(means)
+        every = [record for group in self.groups for record in group.records]
+        chosen = [[record for record in every if record.seed == seed] for seed in sorted(seeds)] or [every]
+        return Stat.of(statistics.fmean(getattr(t, name) for r in records for t in r.tasks) for records in chosen)
 
     def timing(self, name: str, task: str) -> Stat | None:
         """A number of `Timing`, over seeds; None where a run was not timed."""
@@ -157,8 +155,8 @@ def sections(groups: Sequence[Group]) -> list[Section]:
 
 def _home(group: Group, groups: Sequence[Group]) -> str:
     """The largest set of tasks, among groups without a scenario, that holds a group's tasks."""
-    holding = [g.tasks for g in groups if g.first.scenario is None and set(group.tasks) <= set(g.tasks)]
-    return "+".join(sorted(max(holding, key=len)))
+    holding = [g for g in groups if g.first.scenario is None and set(group.tasks) <= set(g.tasks)]
+    return "+".join(sorted(max(holding, key=lambda g: len(g.tasks)).tasks))
 
 
 def backbone_name(record: Evaluation) -> str:

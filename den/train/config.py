@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import tyro
 
@@ -13,6 +13,23 @@ from den.support.limits import SEED, Range, check_ranges
 Mode = Literal[
     "den", "dense", "random", "nestednet", "packnet", "routing", "cross-stitch", "blockdrop", "adashare"
 ]  # fmt: skip
+
+
+class RunConfig(Protocol):
+    """The settings that every run has, whatever its recipe."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def epoch_steps(self) -> int | None: ...
+    @property
+    def progress(self) -> bool: ...
 
 
 @dataclass(frozen=True)

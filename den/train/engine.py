@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,11 +29,12 @@ from den.train.checkpoint import (
     save_checkpoint,
     unprefixed,
 )
+from den.train.config import RunConfig
 from den.train.folder import RunFolder
 from den.train.formats import LAYOUT, upgraded
 from den.train.objective import Objective
 from den.train.phases import Phase
-from den.train.recipe import Recipe, RunConfig
+from den.train.recipe import Recipe
 
 R = TypeVar("R", bound=Recipe)
 
@@ -145,7 +146,7 @@ class Engine(Generic[R]):
             check_finite(objective.loss.item(), here.total_steps)
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
-        objective.loss.backward()  # type: ignore[no-untyped-call]
+        objective.loss.backward()
         for name in objective.optimisers or phase.trained:
             self.optimisers[name].step()
             here.updates[name] = here.updates.get(name, 0) + 1
@@ -285,11 +286,12 @@ class Meter:
         self._sums: dict[str, Tensor | float] = {}
         self._count = 0
 
-    def add(self, measured: dict[str, Tensor | float]) -> None:
+    def add(self, measured: Mapping[str, Tensor | float]) -> None:
         self._count += 1
         for name, value in measured.items():
-            on_device = isinstance(value, Tensor) and value.device.type != "cpu"
-            self._sums[name] = self._sums.get(name, 0.0) + (value.double() if on_device else float(value))
+            waits = isinstance(value, Tensor) and value.device.type != "cpu"
+            number = cast(Tensor, value).double() if waits else float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + number
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / self._count for name, total in self._sums.items()}

@@ -5,6 +5,7 @@ Structures are int64 [..., N], one level per block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -149,7 +150,7 @@ class Objective:
     """
 
     loss: Tensor
-    measured: dict[str, Tensor | float] | None
+    measured: Mapping[str, Tensor | float] | None
     optimisers: tuple[str, ...] = ()
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,23 +15,6 @@ from den.train.phases import Phase
 
 if TYPE_CHECKING:
     from den.train.engine import Engine
-
-
-class RunConfig(Protocol):
-    """The settings that every run has."""
-
-    @property
-    def out(self) -> Path: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def epoch_steps(self) -> int | None: ...
-    @property
-    def progress(self) -> bool: ...
 
 
 @dataclass(frozen=True)

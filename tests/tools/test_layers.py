@@ -14,9 +14,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("importlinter") is None
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     """import-linter over the packages of a folder."""
-    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import *; sys.exit(lint_imports(no_cache=True))"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
 def test_imports_run_from_above_to_below():

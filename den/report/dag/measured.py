@@ -76,14 +76,14 @@ class RunReport:
 
     @property
     def training(self) -> str:
-        updates = f"{self.updates} updates" if self.finished else self.state.words
+        updates = self.state.words if self.state and not self.finished else f"{self.updates} updates"
         return f"{updates}, seed {self.config.seed}"
 
     @property
     def updates(self) -> str:
         """Those of the whole run, "4,000"; of an unfinished one those done too: "40 of 4,000"."""
         steps = f"{self.config.training.steps:,}"
-        return steps if self.finished else f"{self.state.updates:,} of {steps}"
+        return f"{self.state.updates:,} of {steps}" if self.state and not self.finished else steps
 
     def label(self, first: RunReport) -> str:
         """What the run is, and which of its settings are not those of the first run."""

@@ -40,12 +40,12 @@ def report(settings: DagReportConfig) -> str:
     drawings = drawing_places(settings.runs, settings.out)
     if settings.markdown is not None:
         check_file(settings.markdown, "dag report: markdown")
-    runs = [open_run(path) for path in settings.runs]
-    kinds = dict.fromkeys(run.config.data for run in runs)
+    opened = [open_run(path) for path in settings.runs]
+    kinds = dict.fromkeys(run.config.data for run in opened)
     loaded = {data: test_sets(data, settings.data_root, device) for data in kinds}
-    for run in runs:
-        run.model.to(device)
-    found = [measured(run, loaded[run.config.data], settings.time) for run in progress(runs, "runs")]
+    for each in opened:
+        each.model.to(device)
+    found = [measured(each, loaded[each.config.data], settings.time) for each in progress(opened, "runs")]
     if any(run.dense for run in found):
         parts = [delta_tables(found)]
     else:
@@ -54,7 +54,7 @@ def report(settings: DagReportConfig) -> str:
         parts.append(f"### {run.label(reference(found))}, {run.training}\n\n{task_table(run)}\n\n{remarks(run)}")
     text = "\n\n".join(parts) + "\n"
     if settings.markdown is not None:
-        write_text(settings.markdown, heading(found, runs[0].versions, device) + text)
+        write_text(settings.markdown, heading(found, opened[0].versions, device) + text)
     for run in found:
         draw_graph(run.model, drawings[run.path])
     return text
