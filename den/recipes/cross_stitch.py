@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from den.data import Batch
+from den.evaluate.accuracy import full_flops
 from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
@@ -42,6 +43,7 @@ class CrossStitch(ComparedMethod):
         with seeded(config.seed):
             self.stitched = StitchedEstimator(model.config, config.methods.stitch).to(device)
         model.estimator = cast(Any, self.stitched)
+        self.full_flops = full_flops(model)
 
     def structures(self, images: Images, task: Tasks) -> None:
         return None

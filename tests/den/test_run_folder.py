@@ -69,7 +69,7 @@ def test_a_folder_with_other_files_is_fine(config):
 
 def test_a_start_that_was_broken_off_before_its_first_checkpoint_may_be_repeated(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_save", lambda *_: 1 / 0)
+        patch.setattr(Engine, "save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert (config.out / "config.json").exists()
