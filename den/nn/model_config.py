@@ -1,8 +1,8 @@
 """What a Deep Elastic Network is made of, as plain data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from den.nn.backbones import FAMILIES, Backbone, Stages, named_backbone
 from den.nn.blocks import BlockShape
@@ -10,8 +10,7 @@ from den.nn.levels import level_fractions
 from den.nn.selector import SelectorConfig, default_selector
 from den.nn.stem import KERNEL
 from den.nn.tasks import Task
-
-Config = TypeVar("Config")
+from den.support.settings import from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
-        return _plain(asdict(self))
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
@@ -115,25 +114,4 @@ class ModelConfig:
         Raises:
             ValueError: a key that is unknown or missing, named with the known ones; values that do not fit.
         """
-        values = dict(data)
-        values["tasks"] = tuple(_build(Task, task) for task in values.get("tasks", ()))
-        if values.get("selector") is not None:
-            values["selector"] = _build(SelectorConfig, values["selector"])
-        return _build(cls, values)
-
-
-def _build(kind: type[Config], data: Mapping[str, Any]) -> Config:
-    known = [field.name for field in fields(kind)]
-    if unknown := [key for key in data if key not in known]:
-        raise ValueError(f"{kind.__name__}: keys must be among {', '.join(known)}, got {', '.join(map(repr, unknown))}")
-    try:
-        return kind(**data)
-    except TypeError as error:
-        raise ValueError(f"{kind.__name__}: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down, as JSON has them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return from_dict(cls, dict(data), "ModelConfig")

@@ -33,7 +33,8 @@ def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
     try:
         return kind(**given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('config: ')}") from error
+        reason = str(error).removeprefix("config: ").removeprefix(f"{where}: ")
+        raise ValueError(f"{where}: {reason}") from error
 
 
 def read_config(kind: type[T], path: Path) -> T:
