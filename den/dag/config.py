@@ -28,7 +28,7 @@ class DagDataConfig:
     size: Annotated[int | None, Range(1)] = None
     """Side in pixels that Omniglot's images are scaled to (None: 28), and of PASCAL-Context's squares (None: 512)."""
     classes: Annotated[int | None, Range(2, IGNORE)] = None
-    """Classes of the labels of NYU-v2 (40 or 13; None: 40) and Cityscapes (19 or 7; None: 19)."""
+    """Classes of the labels of NYU-v2 (40 or 13) and Cityscapes (19 or 7); None: what the files say."""
     only: tuple[str, ...] = ()
     """Names of the tasks to be trained; empty: all."""
     batch_size: Annotated[int, Range(1)] = 96

@@ -64,9 +64,9 @@ def _load(data: DagDataConfig, split: str, root: Path | None) -> list[ImageSet |
     if data.scenario == "omniglot":
         return [*load_omniglot(root, split, data.size or 28)]
     if data.scenario == "nyuv2":
-        return [nyuv2.load_nyuv2(root, split, data.classes or nyuv2.CLASSES)]
+        return [nyuv2.load_nyuv2(root, split, data.classes)]
     if data.scenario == "cityscapes":
-        return [cityscapes.load_cityscapes(root, split, data.classes or cityscapes.CLASSES)]
+        return [cityscapes.load_cityscapes(root, split, data.classes)]
     if data.scenario == "pascal":
         return [load_pascal_context(root, split, data.size or 512)]
     sets = by_coarse_label(load_set("cifar100", split, root), load_set("cifar100-coarse", split, root).labels)

@@ -258,3 +258,40 @@ def test_edges_other_than_0_1_and_unknown_are_refused():
     image, task = torch.zeros(3, 2, 2), Task("edges", 1, 2, 3, "edges")
     with pytest.raises(ValueError, match="edges must be 0, 1 or 255, got other values in x"):
         checked_target(task, torch.full((1, 2, 2), 0.5), image, "x")
+
+
+@pytest.mark.parametrize(("load", "counts"), [(load_nyuv2, (40, 13)), (load_cityscapes, (19, 7))])
+def test_the_labels_say_how_many_classes_there_are(tmp_path, load, counts):
+    """Widely used trees have 13 (NYU-v2) and 7 classes (Cityscapes) in the folder `label`."""
+    for classes in counts:
+        root = tmp_path / str(classes)
+        write_npy_scenes(root, COUNTS, classes=classes)
+        for split in ("train", "test"):
+            assert load(root, split).tasks[0].classes == classes
+            assert load(root, split, classes).tasks[0].classes == classes
+
+
+def test_a_folder_named_after_its_classes_is_taken_before_the_other(tmp_path):
+    write_npy_scenes(tmp_path, COUNTS, classes=40)
+    write_npy_scenes(tmp_path, COUNTS, classes=13, label="label_13")
+    assert load_nyuv2(tmp_path, "train").tasks[0].classes == 13
+    assert load_nyuv2(tmp_path, "train", 40).tasks[0].classes == 40
+
+
+def test_a_split_without_the_highest_class_has_the_classes_of_the_training_split(tmp_path):
+    write_npy_scenes(tmp_path, {"train": 12}, classes=40)
+    write_npy_scenes(tmp_path, {"val": 3}, classes=5)
+    assert load_nyuv2(tmp_path, "test").tasks[0].classes == 40
+
+
+def test_labels_above_the_classes_are_refused_and_classes_that_never_occur_are_told(tmp_path):
+    write_npy_scenes(tmp_path, COUNTS, classes=13)
+    with pytest.raises(ValueError, match=r"labels of segmentation must lie in 0\.\.6, got 0\.\.12 in .*npy"):
+        load_nyuv2(tmp_path, "train", 7).check_targets()
+    with pytest.warns(
+        UserWarning, match="no label is above 12 in 12 scenes, as if there were 13 classes; there are 40"
+    ):
+        assert load_nyuv2(tmp_path, "train", 40).tasks[0].classes == 40
+    write_npy_scenes(tmp_path / "more", COUNTS, classes=60)
+    with pytest.raises(ValueError, match=r"got 0\.\.59 in "):
+        load_nyuv2(tmp_path / "more", "train").check_targets()
