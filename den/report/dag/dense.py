@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from den.dag.kinds import relative_gains
 from den.dag.scenarios import SINGLE_TASK
+from den.report.dag.measured import RunReport
 from den.support.tables import markdown_table
-
-if TYPE_CHECKING:
-    from den.dag.report import RunReport
 
 UNITS = {"abs_error": "", "rel_error": "", "mean_angle": " deg", "median_angle": " deg"}  # the others are shares
 Metrics = dict[str, float]
