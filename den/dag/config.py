@@ -85,7 +85,8 @@ class DagTraining:
     squeeze: Annotated[float, Range(0)] = 0.05
     """Weight of the squeeze loss; 0: none."""
     loss_weights: Annotated[tuple[float, ...], Range(0)] = ()
-    """Weights of the tasks' losses, in the order of the tasks; empty: 1 each."""
+    """Weights of the tasks' losses, in the order of the tasks (of a scenario's settings those of the public protocols);
+    empty: 1 each."""
     kappa: Annotated[float, Range(0, 1)] = 0.35
     """Edges that a task may keep unsqueezed (the sum of its gates), as a share of all edges."""
 
