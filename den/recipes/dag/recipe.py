@@ -18,7 +18,7 @@ from den.dag.graph import SubGraph
 from den.dag.model_config import DagConfig, quarter
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
-from den.dag.scenarios import load_tasks
+from den.dag.scenarios import load_tasks, loss_weights
 from den.data import ImageSet, MixedTaskBatches, SceneSet
 from den.nn.tasks import Task
 from den.support.randomness import seeded
@@ -102,9 +102,7 @@ class SearchRecipe(Recipe):
         parts = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
         sets, self.held_out = ([each.to(device) for each in part] for part in parts)
         tasks = [task for each in sets for task in each.tasks]
-        if len(config.training.loss_weights) not in (0, len(tasks)):
-            given = list(config.training.loss_weights)
-            raise ValueError(f"config: training.loss_weights must be one for each of {len(tasks)} tasks, got {given}")
+        self.loss_weights = loss_weights(config, tasks)
         self.model = new_network(config, tasks).to(device)
         self.batches = make_batches(sets, config)
         training = config.training

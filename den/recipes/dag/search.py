@@ -51,7 +51,7 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
 def train_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """One update of the weights."""
     with engine.autocast():
-        loss, measured = task_loss(engine.model, batch, engine.config.training.loss_weights)
+        loss, measured = task_loss(engine.model, batch, engine.recipe.loss_weights)
     engine.update(Objective(loss, measured))
 
 
@@ -62,13 +62,13 @@ def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     first: dict[str, Tensor] = {}
     if training.search == "alternating":
         with engine.autocast():
-            loss, first = task_loss(model, batch, training.loss_weights)
+            loss, first = task_loss(model, batch, engine.recipe.loss_weights)
         engine.update(Objective(loss, None, ("weights",)))
         batch = engine.batches["gates"].next()
     elif training.search == "frozen":
         model.edges.requires_grad_(False)
     with engine.autocast():
-        loss, measured = task_loss(model, batch, training.loss_weights)
+        loss, measured = task_loss(model, batch, engine.recipe.loss_weights)
     squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
     measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.detach()}
     updated = ("gates",) if training.search == "alternating" else ("gates", "weights")

@@ -53,7 +53,7 @@ def task_references(run: RunReport, references: dict[tuple[str, str], Metrics]) 
     scenario, found = run.config.data.scenario, {}
     for task in run.model.tasks:
         own = references.get((scenario, task.name)) if not _alone(run) else None
-        published = SINGLE_TASK.get(scenario, {}).get((task.name, task.classes), {})
+        published = SINGLE_TASK[scenario](task) if scenario in SINGLE_TASK else {}
         found[task.name] = (published if own is None else own, own is None and bool(published))
     return found
 
