@@ -158,9 +158,8 @@ class BottleneckBlock(nn.Module):
 
         As the CPU's kernel reads them, where that runs.
         """
-        layers = bn1, conv1, bn2, _, bn3, _ = self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3
-        kept = tuple(layer for layer in layers if layer is not None)
-        made = self._folded.of(kept, self._fold, conv1.out_groups, bn1 and bn1.eps, bn2.eps, bn3.eps)
+        layers = self.bn1, self.conv1, self.bn2, self.conv2, self.bn3, self.conv3
+        made = self._folded.of(tuple(layer for layer in layers if layer is not None), self._fold, *self.settings())
         return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
 
     def _fold(self) -> _Folded | BottleneckWeights:
@@ -168,6 +167,10 @@ class BottleneckBlock(nn.Module):
         conv1, conv2 = folded_conv(self.conv1, self.bn2), folded_conv(self.conv2, self.bn3)
         packed = BottleneckWeights.pack(affine, conv1, conv2, self.conv3, self.conv1.out_groups)
         return packed or _Folded(*affine, conv1, conv2)
+
+    def settings(self) -> tuple[object, ...]:
+        """What folded weights depend on besides tensors."""
+        return self.conv1.out_groups, self.bn1 and self.bn1.eps, self.bn2.eps, self.bn3.eps
 
     def freeze(self) -> None:
         """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""

@@ -95,9 +95,13 @@ class ElasticBlock(nn.Module):
         """Weights with both batch norms folded (eval mode), from the cache while nothing they depend on changed."""
         layers = conv1, bn1, conv2, bn2 = self.conv1, self.bn1, self.conv2, self.bn2
         sources = tuple(layer for layer in layers if layer is not None)
-        settings = conv1.out_groups, bn1 and bn1.eps, bn2.eps
-        made = self._folded.of(sources, lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2, copy=False), *settings)
+        fold = lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2, copy=False)  # noqa: E731
+        made = self._folded.of(sources, fold, *self.settings())
         return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
+
+    def settings(self) -> tuple[object, ...]:
+        """What folded weights depend on besides tensors."""
+        return self.conv1.out_groups, self.bn1 and self.bn1.eps, self.bn2.eps
 
     def freeze(self) -> None:
         """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""
