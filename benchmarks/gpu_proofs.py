@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import den
 from den.nn.blocks import ElasticBlock
 from den_kernels import RoutingPlan, dynamic_conv2d
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels._triton.clock import recorded
 from den_kernels.plan import as_route
 from den_kernels.testing import make_levels, make_mask

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._conv_cpu import Geometry, memory_format_of
 from ._extension import extension
+from ._geometry import Geometry, memory_format_of
 from .eager import refuse_recording
 from .plan import Route
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from . import _conv_cpu, _conv_direct, _triton
 from ._conv_arguments import autocast, check, pad, pair, sides
-from ._conv_cpu import Geometry, memory_format_of
 from ._conv_masked import equation, masked_backward, masked_forward
+from ._geometry import Geometry, memory_format_of
 from .eager import (
     in_range,
     is_ordinary,

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _conv_direct
-from ._conv_cpu import Geometry
 from ._extension import extension
+from ._geometry import Geometry
 from ._handle import HasHandle
 from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import RoutingPlan, read_route

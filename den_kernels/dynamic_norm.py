@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from . import _triton
 from ._conv_arguments import group_sizes
-from ._conv_cpu import memory_format_of
 from ._extension import extension
+from ._geometry import memory_format_of
 from ._norm_torch import norm_torch, norm_torch_gradients
 from ._sync_norm import kept_by_convert_sync_batchnorm
 from .eager import (

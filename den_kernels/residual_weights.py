@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import _cuda
-from ._conv_cpu import dense
 from ._conv_direct import pack
 from ._extension import extension
+from ._geometry import compute_dtype, dense
 from ._handle import HasHandle
+from .folding import fold_norm, norm_affine, shifted_bias
 
 _OP = "dynamic_residual"
 
@@ -82,25 +83,26 @@ class ResidualWeights(HasHandle):
         """
         groups = _checked_groups(conv1, bn1, conv2, bn2, post_activation)
         with torch.no_grad():
-            wide = torch.promote_types(conv1.weight.dtype, torch.float32)
+            dtype = conv1.weight.dtype
+            wide = torch.promote_types(dtype, torch.float32)
             weight2 = conv2.weight.detach()
             bias2 = None if conv2.bias is None else conv2.bias.detach().to(wide).contiguous()
             if post_activation:
                 if bn1 is None:
                     raise ValueError(f"{_OP}: bn1 must be a batch norm in a post-activation block, got None")
                 scale1 = shift1 = None
-                scale2, shift2 = _affine(bn1, "bn1", wide)
-                weight2, bias2 = _scaled(weight2, bias2, *_affine(bn2, "bn2", wide))
+                scale2, shift2 = norm_affine(bn1, dtype, f"{_OP}: bn1")
+                weight2, bias2 = fold_norm(weight2, bias2, bn2, f"{_OP}: bn2")
             else:
-                scale1, shift1 = (None, None) if bn1 is None else _affine(bn1, "bn1", wide)
-                scale2, shift2 = _affine(bn2, "bn2", wide)
+                scale1, shift1 = (None, None) if bn1 is None else norm_affine(bn1, dtype, f"{_OP}: bn1")
+                scale2, shift2 = norm_affine(bn2, dtype, f"{_OP}: bn2")
             group_of_channel = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
             weights = ResidualWeights(
                 scale1,
                 shift1,
                 conv1.weight.detach(),
                 scale2,
-                shift2 if conv1.bias is None else conv1.bias.to(wide) * scale2 + shift2,
+                shifted_bias(conv1.bias, scale2, shift2),
                 weight2,
                 bias2,
                 groups,
@@ -132,7 +134,7 @@ class ResidualWeights(HasHandle):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the block computes in: float16 on a CPU in float32, ten times faster there."""
-        return torch.float32 if widens(self.conv1) else self.conv1.dtype
+        return compute_dtype(self.conv1)
 
     @property
     def unpacked(self) -> tuple[bool, bool]:
@@ -152,7 +154,7 @@ class ResidualWeights(HasHandle):
 
     def all_hidden(self) -> HiddenWeights:
         """The weights of all hidden channels, bn2 folded in."""
-        conv1 = self.conv1.to(self.scale2.dtype) * self.scale2[:, None, None, None]
+        conv1 = self.conv1.to(self.scale2.dtype) * self.scale2[:, None, None, None]  # rounded once, to the wider dtype
         return HiddenWeights(
             _channels_last(conv1, self.dtype), self.bias1.to(self.dtype), _channels_last(self.conv2, self.dtype), False
         )
@@ -267,31 +269,6 @@ def _check_norm(bn: nn.BatchNorm2d, name: str, channels: int, like: Tensor) -> N
                 f"{_OP}: {name}.{part} must be [{channels}] on {like.device},"
                 f" got {list(tensor.shape)} on {tensor.device}"
             )
-
-
-def _affine(bn: nn.BatchNorm2d, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Batch norm with running statistics as scale and shift [C] of `dtype`, whatever the dtypes of its own tensors."""
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError(f"{_OP}: {name} must track running statistics, got {bn}")
-    wide = torch.promote_types(bn.running_var.dtype, dtype)
-    scale = (bn.running_var.to(wide) + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(wide)
-    shift = -bn.running_mean.to(wide) * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias.to(wide)
-    return scale.to(dtype), shift.to(dtype)
-
-
-def _scaled(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """A convolution's weight [C_out, M, R, S], in its dtype, and bias [C_out] with the affine map behind it."""
-    scaled = weight.to(scale.dtype) * scale[:, None, None, None]
-    return scaled.to(weight.dtype), shift if bias is None else bias.to(shift.dtype) * scale + shift
-
-
-def widens(weight: Tensor) -> bool:
-    """float16 on a CPU is computed in float32: a float16 convolution there is ten times slower."""
-    return weight.dtype == torch.float16 and weight.device.type == "cpu"
 
 
 def _channels_last(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from den_kernels import DynamicConv2d, ResidualWeights, _cuda, _triton, dynamic_conv2d
-from den_kernels._conv_cpu import Geometry
 from den_kernels._conv_masked import masked_backward
+from den_kernels._geometry import Geometry
 from den_kernels.dynamic_conv import _compute, dynamic_conv2d_reference
 from den_kernels.plan import Route, RoutingPlan, as_route
 from den_kernels.testing import make_levels

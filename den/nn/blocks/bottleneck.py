@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from den.nn.blocks.frozen import check_mode, check_use, release
 from den.nn.blocks.shape import BlockShape
 from den.nn.blocks.shortcut import Shortcut
-from den.nn.folding import folded_conv, may_fold, norm_affine
+from den.nn.folding import folded_conv, may_fold
 from den.nn.initial import initialise
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route, RoutingPlan
 from den_kernels.bottleneck import BottleneckWeights, add_bottleneck_
+from den_kernels.building import FoldCache, norm_affine
 from den_kernels.eager import refuse_tangents
-from den_kernels.fold_cache import FoldCache
 from den_kernels.plan import route_for
 from den_kernels.rows import gather_rows, pool_rows, scatter_rows_
 

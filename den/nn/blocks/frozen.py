@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from den_kernels import Route
-from den_kernels.eager import refuse_transforms
-from den_kernels.residual_weights import stand_in
+from den_kernels.building import refuse_transforms, stand_in
 
 
 def release(block: nn.Module, convs: Iterable[nn.Conv2d]) -> None:

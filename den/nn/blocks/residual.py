@@ -12,7 +12,7 @@ from den.nn.folding import may_fold
 from den.nn.initial import initialise
 from den.nn.levels import level_groups
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights, Route, dynamic_residual, dynamic_residual_
-from den_kernels.fold_cache import FoldCache
+from den_kernels.building import FoldCache
 
 
 @dataclass(frozen=True)
