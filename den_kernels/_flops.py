@@ -14,8 +14,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bottleneck, dynamic_conv, dynamic_graph, dynamic_norm, dynamic_residual, plan  # noqa: F401 (the ops)
+from . import bottleneck, dynamic_conv, dynamic_graph, dynamic_norm, plan  # noqa: F401 (the ops)
 from ._conv_cpu import part_of
+from ._operands import Operands
+from .dynamic_residual import OPERANDS as RESIDUAL
+from .plan import Route
 
 _ops = torch.ops.den_kernels
 
@@ -44,6 +47,12 @@ def _products(
     return total * prod(weight.shape[2:]) * pixels
 
 
+def _block(names: Operands, operands: tuple) -> tuple[Route, Any]:
+    """Route and weights of a block's op."""
+    own = operands[: len(names)]
+    return names.route(own), names.weights(own)
+
+
 @register_flop_formula(_ops.dynamic_conv2d, get_raw=True)
 def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, order: Tensor, offsets: Tensor,
@@ -65,14 +74,13 @@ def _conv_backward(
 
 
 @register_flop_formula([_ops.dynamic_residual, _ops.dynamic_residual_], get_raw=True)
-def _residual(
-    x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, scale1: Tensor | None,
-    shift1: Tensor | None, conv1: Tensor, scale2: Tensor, bias1: Tensor, conv2: Tensor, bias2: Tensor | None,
-    group_of_channel: Tensor, groups: Sequence[int], *_: Any, out_val: Tensor | None,
-) -> int:  # fmt: skip
-    pixels = prod((x if out_val is None else out_val).shape[2:])
+def _residual(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
+    route, weights = _block(RESIDUAL, operands)
+    pixels, sizes = prod((x if out_val is None else out_val).shape[2:]), weights.groups
+    selected = route.levels, route.mask
     return 2 * (
-        _products(conv1, pixels, levels, mask, 1, groups, ()) + _products(conv2, pixels, levels, mask, 1, (), groups)
+        _products(weights.conv1, pixels, *selected, 1, sizes, ())
+        + _products(weights.conv2, pixels, *selected, 1, (), sizes)
     )
 
 

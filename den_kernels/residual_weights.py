@@ -132,6 +132,11 @@ class ResidualWeights(HasHandle):
         return _cuda.addresses_of(self)
 
     @property
+    def out_channels(self) -> int:
+        """C_out."""
+        return self.conv2.shape[0]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the block computes in: float16 on a CPU in float32, ten times faster there."""
         return compute_dtype(self.conv1)

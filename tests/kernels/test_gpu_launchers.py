@@ -194,9 +194,9 @@ def test_an_old_gpu_or_no_triton_give_right_values_and_one_warning(monkeypatch, 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         y = _compute(there, weight, None, route, geometry)
-        block = residual._functional(there, route, weights)
+        block = residual._OP.functional(there, route, weights)
         in_place = there.clone()
-        residual._inplace(in_place, route, weights)
+        residual._OP.over(in_place, route, weights)
         gradients = masked_backward(y, there, weight, route.levels, None, geometry, (True, True, False))
     assert len(said) == 1
     assert said[0].category is UserWarning
