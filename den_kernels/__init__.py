@@ -4,6 +4,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from ._on_import import when_imported
+from .bottleneck_weights import BottleneckWeights
+from .dynamic_bottleneck import dynamic_bottleneck, dynamic_bottleneck_
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
@@ -22,6 +24,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "BottleneckWeights",
     "DynamicBatchNorm2d",
     "DynamicConv2d",
     "GraphWeights",
@@ -30,6 +33,8 @@ __all__ = [
     "RoutingPlan",
     "__version__",
     "dynamic_batch_norm",
+    "dynamic_bottleneck",
+    "dynamic_bottleneck_",
     "dynamic_conv2d",
     "dynamic_graph",
     "dynamic_residual",

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bottleneck, dynamic_conv, dynamic_graph, dynamic_norm, plan  # noqa: F401 (the ops)
+from . import dynamic_conv, dynamic_graph, dynamic_norm, plan  # noqa: F401 (the ops)
 from ._conv_cpu import part_of
 from ._operands import Operands
+from .dynamic_bottleneck import OPERANDS as BOTTLENECK
 from .dynamic_residual import OPERANDS as RESIDUAL
 from .plan import Route
 
@@ -84,18 +85,16 @@ def _residual(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
     )
 
 
-@register_flop_formula(_ops.add_bottleneck_, get_raw=True)
-def _bottleneck(
-    out: Tensor, x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    tensors: Sequence[Tensor | None], block: Sequence[int], groups: Sequence[int], *, out_val: Any,
-) -> int:  # fmt: skip
-    M, C_out, R, S, _, cardinality = block[-6:]
-    total = 0
-    for selected, count in _selected(levels, mask, len(groups)):
-        width = sum(size for size, chosen in zip(groups, selected, strict=True) if chosen)
-        middle = R * S * width * (width if cardinality == 1 else M // cardinality)
-        total += count * (prod(x.shape[1:]) * width + prod(out.shape[2:]) * (middle + width * C_out))
-    return 2 * total
+@register_flop_formula([_ops.dynamic_bottleneck, _ops.dynamic_bottleneck_], get_raw=True)
+def _bottleneck(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
+    route, weights = _block(BOTTLENECK, operands)
+    before, after, sizes = prod(x.shape[2:]), prod((x if out_val is None else out_val).shape[2:]), weights.groups
+    selected = route.levels, route.mask
+    return 2 * (
+        _products(weights.conv1, before, *selected, 1, sizes, ())
+        + _products(weights.conv2, after, *selected, weights.cardinality, sizes, sizes)
+        + _products(weights.conv3, after, *selected, 1, (), sizes)
+    )
 
 
 @register_flop_formula(_ops.dynamic_graph, get_raw=True)

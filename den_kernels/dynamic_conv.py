@@ -81,7 +81,7 @@ def _in_triton(x: Tensor) -> bool:
     return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
 
-def _compute(
+def compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -140,7 +140,7 @@ def _forward(
     in_sizes: Sequence[int] | None,  # the same
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
-    return _compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
+    return compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
 
 
 _NAME = "den_kernels::dynamic_conv2d"
@@ -328,7 +328,7 @@ def convolve(
             f"dynamic_conv2d: the dilated kernel {list(weight.shape[2:])} must fit the padded map, got {list(x.shape)}"
         )
     if runs_eagerly(x, weight, bias):
-        return in_range(_NAME, _compute, x, weight, bias, route, geometry, packed)
+        return in_range(_NAME, compute, x, weight, bias, route, geometry, packed)
     refuse_tangents("dynamic_conv2d", x, weight, bias)
     if is_transformed():
         return equation(x, weight, bias, route.levels, route.mask, geometry)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import _cuda
 from ._conv_direct import pack
 from ._extension import extension
+from ._fold_checks import check_convolution, check_norm, hidden_groups
 from ._geometry import compute_dtype, dense
 from ._handle import HasHandle
 from .folding import fold_norm, norm_affine, shifted_bias
@@ -225,11 +226,9 @@ def _checked_groups(
     conv1: nn.Conv2d, bn1: nn.BatchNorm2d | None, conv2: nn.Conv2d, bn2: nn.BatchNorm2d, post_activation: bool
 ) -> tuple[int, ...]:
     """The sizes of the hidden channel groups; raises for layers that are none of a block's or do not fit each other."""
-    groups = tuple(getattr(conv1, "out_groups", None) or (conv1.out_channels,))
-    _check_convolution(conv1, "conv1", conv1, stride=None)
-    _check_convolution(conv2, "conv2", conv1, stride=1)
-    if sum(groups) != conv1.out_channels or min(groups) < 1:
-        raise ValueError(f"{_OP}: conv1.out_groups must add up to {conv1.out_channels} channels, got {groups}")
+    check_convolution(_OP, "conv1", conv1, conv1, stride=None)
+    check_convolution(_OP, "conv2", conv2, conv1)
+    groups = hidden_groups(_OP, conv1)
     if conv2.in_channels != conv1.out_channels or conv2.out_channels < conv1.in_channels:
         raise ValueError(
             f"{_OP}: conv2 must take conv1's {conv1.out_channels} channels and give at least {conv1.in_channels}, "
@@ -237,43 +236,8 @@ def _checked_groups(
         )
     norms = (conv1.out_channels, conv2.out_channels) if post_activation else (conv1.in_channels, conv1.out_channels)
     for name, norm, channels in (("bn1", bn1, norms[0]), ("bn2", bn2, norms[1])):
-        if norm is not None:
-            _check_norm(norm, name, channels, conv1.weight)
+        check_norm(_OP, name, norm, channels, conv1.weight)
     return groups
-
-
-def _check_convolution(conv: nn.Conv2d, name: str, first: nn.Conv2d, stride: int | None) -> None:
-    """Raises for a convolution of another kind, or whose tensors are not as it says or not where `first`'s are."""
-    weight, like = conv.weight, first.weight
-    shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-    if weight.shape != shape or (conv.bias is not None and conv.bias.shape != shape[:1]):
-        got = list(weight.shape), None if conv.bias is None else list(conv.bias.shape)
-        raise ValueError(f"{_OP}: {name} must have a weight {list(shape)} and a bias [{shape[0]}] or None, got {got}")
-    for part, tensor in (("weight", weight), ("bias", conv.bias)):
-        if tensor is not None and tensor.device != like.device:
-            raise ValueError(f"{_OP}: {name}.{part} must be on {like.device} as conv1 is, got {tensor.device}")
-        if tensor is not None and tensor.dtype != like.dtype:
-            raise TypeError(f"{_OP}: {name}.{part} must be {like.dtype} as conv1 is, got {tensor.dtype}")
-    padding = tuple(k // 2 for k in conv.kernel_size)
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    same = conv.padding == "same" or conv.padding == padding
-    if not plain or not same or any(k % 2 == 0 for k in conv.kernel_size) or conv.stride[0] != conv.stride[1]:
-        raise ValueError(
-            f"{_OP}: {name} must have an odd kernel, 'same' zero padding, dilation and groups 1, got {conv}"
-        )
-    if stride is not None and conv.stride[0] != stride:
-        raise ValueError(f"{_OP}: {name} must have stride {stride}, got {conv.stride[0]}")
-
-
-def _check_norm(bn: nn.BatchNorm2d, name: str, channels: int, like: Tensor) -> None:
-    """Raises ValueError for a batch norm that does not have `channels` channels on the device of `like`."""
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(bn, part)
-        if tensor is not None and (tensor.shape != (channels,) or tensor.device != like.device):
-            raise ValueError(
-                f"{_OP}: {name}.{part} must be [{channels}] on {like.device},"
-                f" got {list(tensor.shape)} on {tensor.device}"
-            )
 
 
 def _channels_last(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:

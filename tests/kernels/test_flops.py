@@ -28,8 +28,8 @@ BOTTLENECK = sum(2 * 36 * (2 * 16 * width + 9 * width**2) for width in WIDTHS)
 WANTED |= {"bottleneck": BOTTLENECK, "frozen bottleneck": BOTTLENECK}
 RANGES = {
     "conv": "dynamic_conv2d", "norm": "dynamic_norm", "block": "dynamic_residual", "residual": "dynamic_residual",
-    "residual in place": "dynamic_residual_", "graph": "dynamic_graph", "bottleneck": "add_bottleneck_",
-    "frozen bottleneck": "add_bottleneck_", "plan of levels": "plan_levels", "plan of masks": "plan_masks",
+    "residual in place": "dynamic_residual_", "graph": "dynamic_graph", "bottleneck": "dynamic_bottleneck",
+    "frozen bottleneck": "dynamic_bottleneck", "plan of levels": "plan_levels", "plan of masks": "plan_masks",
 }  # fmt: skip
 
 

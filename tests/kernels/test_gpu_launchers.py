@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from den_kernels import DynamicConv2d, ResidualWeights, _cuda, _triton, dynamic_conv2d
+from den_kernels import DynamicConv2d, ResidualWeights, _cuda, _residual_gpu, _triton, dynamic_conv2d
 from den_kernels._conv_masked import masked_backward
 from den_kernels._geometry import Geometry
-from den_kernels.dynamic_conv import _compute, dynamic_conv2d_reference
+from den_kernels.dynamic_conv import compute, dynamic_conv2d_reference
 from den_kernels.plan import Route, RoutingPlan, as_route
 from den_kernels.testing import make_levels
 
@@ -193,7 +193,7 @@ def test_an_old_gpu_or_no_triton_give_right_values_and_one_warning(monkeypatch, 
     there, weights = x.as_subclass(OnOldGpu), folded(64, 64, 1)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        y = _compute(there, weight, None, route, geometry)
+        y = compute(there, weight, None, route, geometry)
         block = residual._OP.functional(there, route, weights)
         in_place = there.clone()
         residual._OP.over(in_place, route, weights)
@@ -283,12 +283,13 @@ def test_the_op_goes_through_the_fused_kernel_where_that_takes_the_block(C_out, 
     expected = residual.dynamic_residual(x, levels, weights, shortcut)
     monkeypatch.setattr(_cuda, "choose_fused", lambda *_: "a layout")
     monkeypatch.setattr(_cuda, "fused_residual", fused)
-    got = residual.dynamic_residual(x, levels, weights, shortcut)
+    route = as_route(levels, 3, 4)
+    got = _residual_gpu.run(x, route, weights, shortcut, False)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert calls == [given]
     if stride == 1 and not given:
         own = x.clone(memory_format=torch.channels_last)
-        assert residual.dynamic_residual_(own, levels, weights) is own
+        assert _residual_gpu.run(own, route, weights, None, True) is own
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(own[1], x[1])
         assert calls == [False, True]
