@@ -24,25 +24,6 @@ namespace {
 
 using Problem = BottleneckProblem<float>;
 
-// Strips of neighbouring pixels of the rows of a map, those of all instances of a row together.
-struct Strips {
-  int64_t instances, rows, columns, size, per_row;
-  Strips(int64_t instances, int64_t rows, int64_t columns)
-      : instances(instances),
-        rows(rows),
-        columns(columns),
-        size(strip_size(columns)),
-        per_row(strips_of_row(columns)) {}
-  int64_t count() const { return instances * rows * per_row; }
-  struct At {
-    int64_t instance, row, column, live;
-  };
-  At at(int64_t q) const {
-    const int64_t line = q / per_row, column = q % per_row * size, row = line / instances;
-    return {line - row * instances, row, column, std::min(size, columns - column)};
-  }
-};
-
 // What the chunks of one selection share.
 struct Selected {
   const Channels& hidden;
@@ -50,35 +31,48 @@ struct Selected {
   std::vector<std::vector<Piece>> inputs;  // of conv2, by cardinality group, counted from its first channel
 };
 
-// Instances order[start : start + count] of a route.
+// Instances order[start : start + count] of a route. In scratch memory: their hidden maps, and behind these a band of
+// each thread.
 struct Chunk {
   const Problem& block;
   const Selected& selected;
   int64_t start, count;
-  Strips in, out;
+  Strips in, out;   // of the input and the output
   int64_t columns;  // of the hidden map: padding, and what whole strips of outputs read
-  const float* hidden = nullptr;
+  float* scratch = nullptr;
   Chunk(const Problem& p, const Selected& s, int64_t start, int64_t count)
       : block(p),
         selected(s),
         start(start),
         count(count),
-        in(count, p.H, p.W),
-        out(count, p.Ho(), p.Wo()),
-        columns(std::max(p.W + p.S - 1, (strip_columns(p.Wo()) - 1) * p.stride + p.S)) {}
+        in(count, p.W),
+        out(count, p.Wo),
+        columns(std::max(p.W + p.S - 1, (strip_columns(p.Wo) - 1) * p.stride + p.S)) {}
   int64_t width() const { return selected.hidden.count; }
   int64_t pixel() const { return spread(width()); }  // of the hidden map
   int64_t map_size() const { return (block.H + block.R - 1) * columns * pixel(); }
-  int64_t map_bytes() const { return round_up(count * map_size() * 4, 64); }
+  int64_t maps_size() const { return round_up(count * map_size(), 16); }
+  int64_t band_size() const;
+  int64_t bytes(int64_t threads) const { return 4 * (maps_size() + threads * band_size()); }
+  float* band_of(int64_t thread) const { return scratch + maps_size() + thread * band_size(); }
 };
-
-constexpr int64_t vectors_at_once = 2;
 
 // Strips of a band: as many as keep their pixels of `channels` channels in half of the scratch memory.
 int64_t band_strips(const Strips& strips, int64_t channels) {
   const int64_t fits = scratch_bytes() / 2 / (strips.size * spread(channels) * 4), most = strips_per_tile(strips.size);
   return std::max<int64_t>(fits / most, 1) * most;
 }
+
+int64_t Chunk::band_size() const {
+  const int64_t first = band_strips(in, block.C) * in.size * spread(block.C);
+  const int64_t second = band_strips(out, width()) * out.size * pixel();
+  return round_up(std::max(first, second), 16);
+}
+
+// A chunk's hidden maps alone: the bands are the same for any number of instances.
+int64_t times_fitting(const Chunk& c) { return scratch_bytes() / (4 * c.maps_size()); }
+
+constexpr int64_t vectors_at_once = 2;
 
 #pragma GCC push_options
 DEN_KERNELS_TARGET
@@ -116,49 +110,29 @@ struct Inputs {
   int64_t weight_vector;
 };
 
-// finish(strip, pixel, sums of its vectors)
-template <int vectors, int strips, int size, class Finish>
-KERNEL void sum_tile(const Inputs& in, const __m512 (&bias)[2], const Finish& finish) {
-  const float* input[strips];
-  UNROLL for (int q = 0; q < strips; ++q) input[q] = in.at[q];
-  __m512 acc[strips * size][vectors];
-  UNROLL for (int i = 0; i < strips * size; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v]; }
-  sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
-                                                    in.pieces, {});
-  UNROLL for (int q = 0; q < strips; ++q) { UNROLL for (int i = 0; i < size; ++i) finish(q, i, acc[q * size + i]); }
-}
-
-// The same for any number of vectors and strips.
+// The sums of a tile, each pixel's to finish(strip, pixel, sums of its vectors).
 template <class Finish>
-KERNEL void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in, const __m512 (&bias)[2],
-                       const Finish& finish) {
-  const int64_t kind = (size == 7) * 6 + (strips - 1) * 2 + vectors - 1;
-  switch (kind) {
-    case 0:
-      return sum_tile<1, 1, 4>(in, bias, finish);
-    case 1:
-      return sum_tile<2, 1, 4>(in, bias, finish);
-    case 2:
-      return sum_tile<1, 2, 4>(in, bias, finish);
-    case 3:
-      return sum_tile<2, 2, 4>(in, bias, finish);
-    case 4:
-      return sum_tile<1, 3, 4>(in, bias, finish);
-    case 5:
-      return sum_tile<2, 3, 4>(in, bias, finish);
-    case 6:
-      return sum_tile<1, 1, 7>(in, bias, finish);
-    case 7:
-      return sum_tile<2, 1, 7>(in, bias, finish);
-    case 8:
-      return sum_tile<1, 2, 7>(in, bias, finish);
-    default:
-      return sum_tile<2, 2, 7>(in, bias, finish);
+struct SumTile : TwoVectors {
+  template <int vectors, int strips, int size>
+  static void run(const Inputs& in, const __m512 (&bias)[2], const Finish& finish) {
+    const float* input[strips];
+    UNROLL for (int q = 0; q < strips; ++q) input[q] = in.at[q];
+    __m512 acc[strips * size][vectors];
+    UNROLL for (int i = 0; i < strips * size; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v]; }
+    sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
+                                                      in.pieces, {});
+    UNROLL for (int q = 0; q < strips; ++q) { UNROLL for (int i = 0; i < size; ++i) finish(q, i, acc[q * size + i]); }
   }
+};
+
+template <class Finish>
+void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in, const __m512 (&bias)[2],
+                const Finish& finish) {
+  tile_of<SumTile<Finish>>(size, vectors, strips)(in, bias, finish);
 }
 
 // conv1 of a band of strips of the input, into the hidden maps.
-void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch, float* hidden) {
+void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   const Problem& p = c.block;
   const Channels& chosen = c.selected.hidden;
   const int64_t tap = 0, pixel = spread(p.C), weight_vector = weight_words<float>(p.C, 1),
@@ -185,7 +159,7 @@ void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch, fl
         const Strips::At at = c.in.at(first + q + i);
         in.at[i] = scratch + (q + i) * c.in.size * pixel;
         to[i] =
-            hidden + at.instance * c.map_size() + ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * c.pixel();
+            c.scratch + at.instance * c.map_size() + ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * c.pixel();
         live[i] = at.live;
       }
       sum_strips(c.in.size, strips, vectors, in, bias, [&](int strip, int i, const auto& sums) {
@@ -224,7 +198,7 @@ void second_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
                 (block[two].index - block[0].index) * weight_vector2};
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.out.at(first + q + i);
-        in.at[i] = c.hidden + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * c.pixel();
+        in.at[i] = c.scratch + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * c.pixel();
       }
       float* to = scratch + q * size * pixel;
       sum_strips(size, strips, 1 + two, in, bias, [&](int strip, int i, const auto& sums) {
@@ -247,8 +221,8 @@ void second_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.out.at(first + q + i);
         in.at[i] = scratch + (q + i) * size * pixel;
-        const int64_t row = p.route.order[c.start + at.instance] * p.Ho() + at.row;
-        out[i] = p.out + (row * p.Wo() + at.column) * p.C_out + n * 16;
+        const int64_t row = p.route.order[c.start + at.instance] * p.Ho + at.row;
+        out[i] = p.out + (row * p.Wo + at.column) * p.C_out + n * 16;
         live[i] = at.live;
         for (int64_t k = 0; k < at.live; ++k)  // it comes from further out, and is there when the sums are
           _mm_prefetch(reinterpret_cast<const char*>(out[i] + k * p.C_out), _MM_HINT_T0);
@@ -265,33 +239,31 @@ void second_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
 
 #pragma GCC pop_options
 
-int64_t band_bytes(const Chunk& c) {
-  const int64_t first = band_strips(c.in, c.block.C) * c.in.size * spread(c.block.C);
-  const int64_t second = band_strips(c.out, c.width()) * c.out.size * c.pixel();
-  return round_up(std::max(first, second) * 4, 64);
-}
-
-// Bands begin .. end (of `total`) of strips, each by work(first, count).
+// A thread's share of the strips of `rows` rows, band by band: work(first strip, strips).
 template <class Work>
-void run_bands(const Strips& strips, int64_t channels, int64_t thread, int64_t threads, Work work) {
-  const int64_t whole = band_strips(strips, channels), per_thread = (strips.count() + threads - 1) / threads;
-  const int64_t most = strips_per_tile(strips.size), length = std::min(whole, round_up(per_thread, most));
-  for (int64_t first = thread * length; first < strips.count(); first += threads * length)
-    work(first, std::min(length, strips.count() - first));
+void run_bands(const Strips& strips, int64_t rows, int64_t channels, int64_t thread, int64_t threads, Work work) {
+  const int64_t most = strips_per_tile(strips.size), count = strips.count(rows), length = band_strips(strips, channels);
+  int64_t begin, end;
+  share((count + most - 1) / most, thread, threads, begin, end);
+  end = std::min(end * most, count);
+  for (int64_t first = begin * most; first < end; first += length) work(first, std::min(length, end - first));
 }
 
-// A chunk by `threads` threads together, with hidden maps that they share and scratch memory of each.
-template <class Wait>
-void run_chunk(const Chunk& c, int64_t thread, int64_t threads, float* hidden, float* scratch, Wait wait) {
+// Zeros around the hidden maps; the input is activated band by band.
+void input_stage(const Chunk& c, int64_t thread, int64_t threads) {
   int64_t begin, end;
   share(c.count, thread, threads, begin, end);
-  std::memset(hidden + begin * c.map_size(), 0, (end - begin) * c.map_size() * sizeof(float));
-  wait();
-  run_bands(c.in, c.block.C, thread, threads,
-            [&](int64_t first, int64_t count) { first_band(c, first, count, scratch, hidden); });
-  wait();
-  run_bands(c.out, c.width(), thread, threads,
-            [&](int64_t first, int64_t count) { second_band(c, first, count, scratch); });
+  std::memset(c.scratch + begin * c.map_size(), 0, (end - begin) * c.map_size() * sizeof(float));
+}
+
+void hidden_stage(const Chunk& c, int64_t thread, int64_t threads) {
+  run_bands(c.in, c.block.H, c.block.C, thread, threads,
+            [&](int64_t first, int64_t count) { first_band(c, first, count, c.band_of(thread)); });
+}
+
+void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
+  run_bands(c.out, c.block.Ho, c.width(), thread, threads,
+            [&](int64_t first, int64_t count) { second_band(c, first, count, c.band_of(thread)); });
 }
 
 std::vector<std::vector<Piece>> inputs_by_group(const Problem& p, const Channels& hidden) {
@@ -302,23 +274,6 @@ std::vector<std::vector<Piece>> inputs_by_group(const Problem& p, const Channels
     found[group].push_back({piece.first - group * unit, piece.width, piece.place});
   }
   return found;
-}
-
-std::vector<Chunk> chunks_of(const Problem& p, const std::vector<Selected>& selected, int64_t threads) {
-  std::vector<Chunk> chunks;
-  int64_t rest = 0;  // instances times width
-  for (int64_t s = 0; s < p.route.S; ++s) rest += p.route.count(s) * selected[s].hidden.count;
-  for (int64_t s = 0; s < p.route.S; ++s) {
-    const int64_t width = selected[s].hidden.count, last = p.route.offsets[s + 1];
-    for (int64_t i = p.route.offsets[s]; width && i < last;) {
-      const int64_t fits = std::max<int64_t>(scratch_bytes() / Chunk(p, selected[s], i, 1).map_bytes(), 1);
-      const int64_t count = std::min({fits, fair_share(rest / width, threads), last - i});
-      chunks.emplace_back(p, selected[s], i, count);
-      rest -= count * width;
-      i += count;
-    }
-  }
-  return chunks;
 }
 
 }  // namespace
@@ -334,41 +289,10 @@ void dynamic_bottleneck(const BottleneckProblem<float>& p) {
   for (const Channels& channels : hidden)
     selected.push_back({channels, cut({{0, p.C}}, 16), inputs_by_group(p, channels)});
   const int64_t threads = omp_get_max_threads();
-  std::vector<Chunk> chunks = chunks_of(p, selected, threads);
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  Failure failure;
-  if (count >= 2 * threads || threads == 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count; ++i)
-      failure.guard([&] {
-        Chunk& chunk = chunks[i];
-        float* hidden_maps = static_cast<float*>(scratch_of_thread(chunk.map_bytes() + band_bytes(chunk)));
-        chunk.hidden = hidden_maps;
-        run_chunk(chunk, 0, 1, hidden_maps, hidden_maps + chunk.map_bytes() / 4, [] {});
-      });
-    failure.rethrow();
-    return;
-  }
-  for (Chunk& chunk : chunks) {
-    // The first thread's scratch memory holds the maps that all share, and its own behind them.
-    float* hidden_maps = static_cast<float*>(scratch_of_thread(chunk.map_bytes() + band_bytes(chunk)));
-    chunk.hidden = hidden_maps;
-#pragma omp parallel num_threads(threads)
-    {
-      const int64_t thread = omp_get_thread_num();
-      float* own = hidden_maps + chunk.map_bytes() / 4;
-      failure.guard([&] {
-        if (thread) own = static_cast<float*>(scratch_of_thread(band_bytes(chunk)));
-      });
-#pragma omp barrier
-      // All threads or none: inside they wait for each other.
-      if (!failure.any())
-        run_chunk(chunk, thread, omp_get_num_threads(), hidden_maps, own, [] {
-#pragma omp barrier
-        });
-    }
-    failure.rethrow();
-  }
+  const auto make = [&](int64_t start, int64_t count, const Channels& chosen) {
+    return Chunk(p, selected[&chosen - hidden.data()], start, count);
+  };
+  run_chunks(make_chunks(p, hidden, threads, 1, make), threads, 0, [](int64_t) {});
 }
 
 #else

@@ -98,12 +98,13 @@ def _bottleneck(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
 
 
 @register_flop_formula(_ops.dynamic_graph, get_raw=True)
-def _graph(x: Tensor, levels: Tensor, *arguments: Any, out_val: Tensor) -> int:
-    weights = arguments[5]
-    return 2 * sum(
-        _products(weight, prod(x.shape[2:]), levels[:, e], None, 1, (weight.shape[0],), ())
-        for e, weight in enumerate(weights)
-    )
+def _graph(
+    x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, read_in: Tensor, gates: Tensor, read_out: Tensor,
+    weights: Sequence[Tensor], *_: Any, out_val: Tensor,
+) -> int:  # fmt: skip
+    pixels = prod(x.shape[2:])
+    each = (_products(w, pixels, levels[:, e], None, 1, (w.shape[0],), ()) for e, w in enumerate(weights))
+    return 2 * sum(each)
 
 
 @register_flop_formula([_ops.dynamic_norm, _ops.dynamic_norm_backward, _ops.plan_levels, _ops.plan_masks], get_raw=True)

@@ -24,7 +24,7 @@ def run_direct(
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
     """shortcut + branch(x) in C++ (csrc/dynamic_residual.cpp)."""
-    if shortcut is None and keeps_shape(x, weights):
+    if inplace or (shortcut is None and keeps_shape(x, weights)):
         shortcut = x
     elif shortcut is None:
         shortcut, inplace = own_shortcut(x, weights), True
