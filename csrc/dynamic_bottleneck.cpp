@@ -110,7 +110,8 @@ struct Inputs {
   int64_t weight_vector;
 };
 
-// The sums of a tile, each pixel's to finish(strip, pixel, sums of its vectors).
+// The sums of a tile, each pixel's to finish(strip, pixel, sums of its vectors). It is copied: of memory that a store
+// may change, all would be read anew for every pixel.
 template <class Finish>
 struct SumTile : TwoVectors {
   template <int vectors, int strips, int size>
@@ -121,7 +122,8 @@ struct SumTile : TwoVectors {
     UNROLL for (int i = 0; i < strips * size; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v]; }
     sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
                                                       in.pieces, {});
-    UNROLL for (int q = 0; q < strips; ++q) { UNROLL for (int i = 0; i < size; ++i) finish(q, i, acc[q * size + i]); }
+    const Finish own = finish;
+    UNROLL for (int q = 0; q < strips; ++q) { UNROLL for (int i = 0; i < size; ++i) own(q, i, acc[q * size + i]); }
   }
 };
 
@@ -131,11 +133,45 @@ void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in,
   tile_of<SumTile<Finish>>(size, vectors, strips)(in, bias, finish);
 }
 
+// relu(sums) of the channels of one or two blocks into a map of the selected channels alone.
+struct StoreHidden {
+  float* to[3];     // the first pixel of each strip
+  int64_t live[3];  // how many of its pixels are kept
+  int64_t pixel;    // floats from a pixel to the next
+  Block blocks[2];
+  template <int vectors>
+  KERNEL void operator()(int strip, int i, const __m512 (&sums)[vectors]) const {
+    if (i >= live[strip]) return;
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      float* at = to[strip] + i * pixel + blocks[v].place;
+      store_words<float>(at, relu(sums[v]), blocks[v].lanes, blocks[v].lanes);
+    }
+  }
+};
+
+// Sums added to the output.
+struct AddOutput {
+  float* to[3];
+  int64_t live[3], pixel;
+  template <int vectors>
+  KERNEL void operator()(int strip, int i, const __m512 (&sums)[vectors]) const {
+    if (i >= live[strip]) return;
+    float* at = to[strip] + i * pixel;
+    UNROLL for (int v = 0; v < vectors; ++v) store16(at + v * 16, _mm512_add_ps(load16(at + v * 16), sums[v]));
+  }
+};
+
+// The bias of one or two blocks.
+KERNEL void load_bias(const float* from, const Block* block, int64_t vectors, __m512 (&bias)[2]) {
+  for (int64_t v = 0; v < vectors; ++v)
+    bias[v] = load16(from + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+}
+
 // conv1 of a band of strips of the input, into the hidden maps.
 void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   const Problem& p = c.block;
   const Channels& chosen = c.selected.hidden;
-  const int64_t tap = 0, pixel = spread(p.C), weight_vector = weight_words<float>(p.C, 1),
+  const int64_t tap = 0, from_pixel = spread(p.C), pixel = c.pixel(), weight_vector = weight_words<float>(p.C, 1),
                 most = strips_per_tile(c.in.size);
   activate(c, first, count, scratch);
   const int64_t blocks = static_cast<int64_t>(chosen.blocks.size());
@@ -143,96 +179,86 @@ void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
     const Block* block = &chosen.blocks[n];
     const int64_t vectors = std::min(vectors_at_once, blocks - n);
     __m512 bias[2];
-    for (int64_t v = 0; v < vectors; ++v)
-      bias[v] = load16(p.bias1 + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+    load_bias(p.bias1, block, vectors, bias);
+    StoreHidden store{{}, {}, pixel, {block[0], block[vectors - 1]}};
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
       Inputs in{{},
-                pixel,
+                from_pixel,
                 {&tap, 1, 0, 1},
                 c.selected.stream,
                 p.conv1 + block[0].index * weight_vector,
                 (block[vectors - 1].index - block[0].index) * weight_vector};
-      float* to[3];
-      int64_t live[3];
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.in.at(first + q + i);
-        in.at[i] = scratch + (q + i) * c.in.size * pixel;
-        to[i] =
-            c.scratch + at.instance * c.map_size() + ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * c.pixel();
-        live[i] = at.live;
+        in.at[i] = scratch + (q + i) * c.in.size * from_pixel;
+        store.to[i] =
+            c.scratch + at.instance * c.map_size() + ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * pixel;
+        store.live[i] = at.live;
       }
-      sum_strips(c.in.size, strips, vectors, in, bias, [&](int strip, int i, const auto& sums) {
-        if (i >= live[strip]) return;
-        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
-          store_words<float>(to[strip] + i * c.pixel() + block[v].place, relu(sums[v]), block[v].lanes, block[v].lanes);
-      });
+      sum_strips(c.in.size, strips, vectors, in, bias, store);
     }
   }
 }
 
-// conv2 and conv3 of a band of strips of the output.
-void second_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
+// conv2 of a band of strips of the output, side by side into the band's memory.
+void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   const Problem& p = c.block;
   const Channels& chosen = c.selected.hidden;
   const int64_t most = strips_per_tile(c.out.size), tap_count = p.R * p.S, unit = p.M / p.cardinality;
   const int64_t pixel = c.pixel(), size = c.out.size, blocks = static_cast<int64_t>(chosen.blocks.size());
   int64_t taps[max_taps];
-  for (int64_t t = 0; t < tap_count; ++t) taps[t] = (t / p.S * c.columns + t % p.S) * c.pixel();
-  const int64_t weight_vector2 = weight_words<float>(unit, tap_count), weight_vector3 = weight_words<float>(p.M, 1);
+  for (int64_t t = 0; t < tap_count; ++t) taps[t] = (t / p.S * c.columns + t % p.S) * pixel;
+  const int64_t weight_vector = weight_words<float>(unit, tap_count);
   for (int64_t n = 0; n < blocks;) {
     const Block* block = &chosen.blocks[n];
     const int64_t group = block->index * 16 / unit;
     const bool two = n + 1 < blocks && block[1].index * 16 / unit == group;
     __m512 bias[2];
-    for (int v = 0; v <= two; ++v)
-      bias[v] = load16(p.bias2 + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+    load_bias(p.bias2, block, 1 + two, bias);
+    StoreHidden store{{}, {size, size, size}, pixel, {block[0], block[two]}};
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
       const int64_t top = c.out.at(first + q).row, bottom = c.out.at(first + q + strips - 1).row;
       Inputs in{{},
-                c.pixel() * p.stride,
+                pixel * p.stride,
                 taps_on_map(taps, p.R, p.S, top, bottom, p.stride, 1, p.R / 2, p.R / 2 + p.H - 1),
                 c.selected.inputs[group],
-                p.conv2 + block[0].index * weight_vector2,
-                (block[two].index - block[0].index) * weight_vector2};
+                p.conv2 + block[0].index * weight_vector,
+                (block[two].index - block[0].index) * weight_vector};
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.out.at(first + q + i);
-        in.at[i] = c.scratch + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * c.pixel();
+        in.at[i] = c.scratch + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * pixel;
+        store.to[i] = scratch + (q + i) * size * pixel;
       }
-      float* to = scratch + q * size * pixel;
-      sum_strips(size, strips, 1 + two, in, bias, [&](int strip, int i, const auto& sums) {
-        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
-          store_words<float>(to + (strip * size + i) * pixel + block[v].place, relu(sums[v]), block[v].lanes,
-                             block[v].lanes);
-      });
+      sum_strips(size, strips, 1 + two, in, bias, store);
     }
     n += 1 + two;
   }
+}
+
+// conv3 of that band, added to the output.
+void last_band(const Chunk& c, int64_t first, int64_t count, const float* scratch) {
+  const Problem& p = c.block;
+  const int64_t most = strips_per_tile(c.out.size), weight_vector = weight_words<float>(p.M, 1), pixel = c.pixel();
   const int64_t tap = 0;
+  const __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  AddOutput store{{}, {}, p.C_out};
   for (int64_t n = 0; n < p.C_out / 16; n += vectors_at_once) {
     const int64_t vectors = std::min(vectors_at_once, p.C_out / 16 - n);
-    const __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
-      Inputs in{{}, pixel, {&tap, 1, 0, 1}, chosen.pieces, p.conv3 + n * weight_vector3, weight_vector3};
-      float* out[3];
-      int64_t live[3];
+      Inputs in{{}, pixel, {&tap, 1, 0, 1}, c.selected.hidden.pieces, p.conv3 + n * weight_vector, weight_vector};
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.out.at(first + q + i);
-        in.at[i] = scratch + (q + i) * size * pixel;
+        in.at[i] = scratch + (q + i) * c.out.size * pixel;
         const int64_t row = p.route.order[c.start + at.instance] * p.Ho + at.row;
-        out[i] = p.out + (row * p.Wo + at.column) * p.C_out + n * 16;
-        live[i] = at.live;
+        store.to[i] = p.out + (row * p.Wo + at.column) * p.C_out + n * 16;
+        store.live[i] = at.live;
         for (int64_t k = 0; k < at.live; ++k)  // it comes from further out, and is there when the sums are
-          _mm_prefetch(reinterpret_cast<const char*>(out[i] + k * p.C_out), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(store.to[i] + k * p.C_out), _MM_HINT_T0);
       }
-      sum_strips(size, strips, vectors, in, bias, [&](int strip, int i, const auto& sums) {
-        if (i >= live[strip]) return;
-        float* at = out[strip] + i * p.C_out;
-        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
-          store16(at + v * 16, _mm512_add_ps(load16(at + v * 16), sums[v]));
-      });
+      sum_strips(c.out.size, strips, vectors, in, bias, store);
     }
   }
 }
@@ -258,12 +284,15 @@ void input_stage(const Chunk& c, int64_t thread, int64_t threads) {
 
 void hidden_stage(const Chunk& c, int64_t thread, int64_t threads) {
   run_bands(c.in, c.block.H, c.block.C, thread, threads,
-            [&](int64_t first, int64_t count) { first_band(c, first, count, c.band_of(thread)); });
+            [&, scratch = c.band_of(thread)](int64_t first, int64_t count) { first_band(c, first, count, scratch); });
 }
 
 void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
-  run_bands(c.out, c.block.Ho, c.width(), thread, threads,
-            [&](int64_t first, int64_t count) { second_band(c, first, count, c.band_of(thread)); });
+  float* scratch = c.band_of(thread);
+  run_bands(c.out, c.block.Ho, c.width(), thread, threads, [&](int64_t first, int64_t count) {
+    middle_band(c, first, count, scratch);
+    last_band(c, first, count, scratch);
+  });
 }
 
 std::vector<std::vector<Piece>> inputs_by_group(const Problem& p, const Channels& hidden) {
