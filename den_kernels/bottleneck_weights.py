@@ -59,7 +59,7 @@ class BottleneckWeights(HasHandle):
             folded1, bias1 = fold_norm(conv1.weight, conv1.bias, bn2, f"{_OP}: bn2")
             folded2, bias2 = fold_norm(conv2.weight, conv2.bias, bn3, f"{_OP}: bn3")
             folded3 = conv3.weight.detach()
-            if folded1.is_cuda:
+            if folded1.device.type == "cuda":
                 folded1, folded2, folded3 = dense(folded1), dense(folded2), dense(folded3)
             weights = BottleneckWeights(
                 scale1, shift1, folded1, bias1, folded2, bias2, folded3, groups, conv2.stride[0], conv2.groups

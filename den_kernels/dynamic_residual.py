@@ -22,8 +22,8 @@ On a CPU an instance at level 0 is not touched, and the others go one of two way
   read once (gather, bn1, ReLU) and added to once (scatter).
 
 On a GPU the block is one CUDA kernel (csrc/dynamic_residual.cu) whose hidden map never leaves the chip, where
-`_cuda.choose_fused` has a layout for it, else two launches of the Triton convolution, behind a
-pass that writes relu(bn1(x)) (`_triton/residual.py`); `_residual_gpu.py` chooses.
+`_cuda.choose_fused` has a layout for it, else two launches of the Triton convolution, behind a pass that writes
+relu(bn1(x)) (`_triton/residual.py`); `_residual_gpu.py` chooses.
 """
 
 from typing import NamedTuple
@@ -40,8 +40,11 @@ from .residual_weights import ResidualWeights
 
 
 def dynamic_residual_reference(
-    x: Tensor, route: Route, weights: ResidualWeights, shortcut: Tensor | None = None
-) -> Tensor:
+    x: Tensor,  # [B, C, H, W]
+    route: Route,
+    weights: ResidualWeights,
+    shortcut: Tensor | None = None,  # [B, C_out, H_out, W_out]
+) -> Tensor:  # [B, C_out, H_out, W_out] channels-last
     """The definition: one instance after the other, its hidden channels selected by hand."""
     out = own_shortcut(x, weights, shortcut)
     selection, whole = route.selection(), weights.all_hidden()
