@@ -15,6 +15,7 @@ namespace {
 
 // Of a chunk. Weights are read once for all instances of a level in it, and more instances are more to wait for at the
 // end.
+constexpr int64_t most_instances = 32;
 // Pixels of the maps that go through a stage's blocks together: enough to hide how weights come in from the second-level
 // cache, few enough that the residual stream stays there; more where the weights do not fit in it.
 constexpr int64_t stage_pixels = 1024, stage_pixels_of_large = 2048, large_weights = 1 << 20;
@@ -46,18 +47,17 @@ int64_t cost_of(const BottleneckProblem<T>& b, const Shape& s, int64_t width) {
          width;
 }
 
-// The block as it runs over some instances: maps of all, a route of these. `out` holds the shortcut, and may be `x`.
-template <class T>
-void run_one(ResidualBlock<T> b, const Shape& s, int64_t B, const T* x, T* out, const Selections& route) {
+// The block over some instances: maps of all, a route of these. `out` holds the shortcut, and may be `x`.
+template <class Block, class T>
+void run_one(Block b, const Shape& s, int64_t B, const T* x, T* out, const Selections& route) {
   b.B = B, b.H = s.H, b.W = s.W, b.Ho = s.Ho(), b.Wo = s.Wo(), b.route = route;
-  b.x = x, b.shortcut = out, b.out = out;
-  dynamic_residual(b);
-}
-template <class T>
-void run_one(BottleneckProblem<T> b, const Shape& s, int64_t B, const T* x, T* out, const Selections& route) {
-  b.B = B, b.H = s.H, b.W = s.W, b.route = route;
   b.x = x, b.out = out;
-  dynamic_bottleneck(b);
+  if constexpr (std::is_same_v<Block, ResidualBlock<T>>) {
+    b.shortcut = out;
+    dynamic_residual(b);
+  } else {
+    dynamic_bottleneck(b);
+  }
 }
 
 // Instances sorted by level, the highest first, and where each level begins: what a plan says of a block.

@@ -20,25 +20,26 @@ from torch import Tensor
 
 from ._extension import extension
 from ._handle import HasHandle
-from .bottleneck import BottleneckWeights, add_bottleneck_
+from .bottleneck_weights import BottleneckWeights
+from .dynamic_bottleneck import dynamic_bottleneck_
 from .dynamic_residual import dynamic_residual_
 from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import RoutingPlan
 from .residual_weights import ResidualWeights
-from .rows import pool_rows
 
 _OP = "dynamic_trunk"
 _NAME = f"den_kernels::{_OP}"
+Block = ResidualWeights | BottleneckWeights
 
 
 @dataclass(frozen=True)
 class TrunkWeights(HasHandle):
-    """The folded weights of N blocks in their order, and of the batch norm behind the last one.
+    """The folded weights of N blocks in their order, at least one, and of the batch norm behind the last one.
 
     scale, shift: float32 [C] of that norm as an affine map; None: the trunk's result is the last block's map.
     """
 
-    blocks: tuple[ResidualWeights | BottleneckWeights, ...]
+    blocks: tuple[Block, ...]
     scale: Tensor | None = None
     shift: Tensor | None = None
 
@@ -47,40 +48,30 @@ class TrunkWeights(HasHandle):
         """The kernel's own object, `extension.Trunk`; ValueError for blocks that do not follow one another."""
         return extension.Trunk([block.handle for block in self.blocks], self.scale, self.shift)
 
-    @cached_property
-    def whole(self) -> bool:
-        """Whether one call runs all blocks: direct kernels for each of them, all of one dtype."""
-        if extension is None or not self.blocks:
-            return False
-        dtypes = {_dtype(block) for block in self.blocks}
-        return len(dtypes) == 1 and None not in dtypes
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the maps."""
+        return self.blocks[0].conv1.dtype
 
     @cached_property
-    def dtype(self) -> torch.dtype | None:
-        """That of the maps; None where no direct kernel runs the first block."""
-        return _dtype(self.blocks[0])
+    def whole(self) -> bool:
+        """True where one call runs all blocks: a direct kernel runs each of them, none of them with a ReLU behind."""
+        plain = all(block.direct is not None and not getattr(block, "relu", False) for block in self.blocks)
+        return plain and {block.conv1.dtype for block in self.blocks} == {self.dtype}
 
     def shapes(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
         """[C_out, H_out, W_out] of each block that changes the shape of its map."""
         for block in self.blocks:
-            C, C_out, stride = _shape(block)
-            height, width = -(-height // stride), -(-width // stride)
-            if stride > 1 or C_out > C:
-                yield C_out, height, width
+            out_channels, channels = _channels(block)
+            height, width = -(-height // block.stride), -(-width // block.stride)
+            if block.stride > 1 or out_channels > channels:
+                yield out_channels, height, width
 
 
-def _dtype(block: ResidualWeights | BottleneckWeights) -> torch.dtype | None:
-    """The dtype of the direct kernel that runs a block; None where another way does."""
-    if isinstance(block, BottleneckWeights):
-        return block.tensors[2].dtype if block.tensors[2] is not None else None
-    return block.conv1.dtype if block.direct is not None and not block.relu else None
-
-
-def _shape(block: ResidualWeights | BottleneckWeights) -> tuple[int, int, int]:
-    """Input channels, output channels and stride."""
-    if isinstance(block, BottleneckWeights):
-        return block.shape[0], block.shape[2], block.shape[5]
-    return block.conv1.shape[1], block.conv2.shape[0], block.stride
+def _channels(block: Block) -> tuple[int, int]:
+    """C_out and C."""
+    last = block.conv2 if isinstance(block, ResidualWeights) else block.conv3
+    return last.shape[0], block.conv1.shape[1]
 
 
 @not_scriptable
@@ -115,7 +106,7 @@ def _check(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> None:
         )
     if plan.levels.device != x.device:
         raise ValueError(f"{_OP}: plan must be on {x.device} as x is, got {plan.levels.device}")
-    if weights.dtype is not None and x.dtype != weights.dtype:
+    if x.dtype != weights.dtype:
         raise TypeError(f"{_OP}: x must be {weights.dtype} as the weights are, got {x.dtype}")
 
 
@@ -131,12 +122,8 @@ def _run(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
 
 def _block_by_block(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
     for block, route in zip(weights.blocks, plan, strict=True):
-        if isinstance(block, ResidualWeights):
-            x = dynamic_residual_(x, route, block)
-        else:
-            C, C_out, stride = _shape(block)
-            x = x.contiguous(memory_format=torch.channels_last)
-            x = add_bottleneck_(x if (C, stride) == (C_out, 1) else pool_rows(x, C_out, stride), x, route, block)
+        run = dynamic_residual_ if isinstance(block, ResidualWeights) else dynamic_bottleneck_
+        x = run(x, route, block)
     if weights.scale is None or weights.shift is None:
         return x
     scaled = x.float() * weights.scale[:, None, None] + weights.shift[:, None, None]

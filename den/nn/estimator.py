@@ -5,17 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from den.nn.blocks import BottleneckBlock, ElasticBlock
-from den.nn.folding import may_fold, norm_affine
+from den.nn.blocks.folded import FoldedBlock
+from den.nn.folding import may_fold
 from den.nn.levels import level_plan
 from den.nn.model_config import ModelConfig
 from den.nn.stem import ImageStem, Stem
 from den.nn.tail import features, last_norm, shared_layers
 from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
-from den_kernels import ResidualWeights, RoutingPlan
-from den_kernels.bottleneck import BottleneckWeights
-from den_kernels.dynamic_trunk import TrunkWeights, dynamic_trunk
-from den_kernels.fold_cache import FoldCache
+from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
+from den_kernels.building import FoldCache, norm_affine
 
 
 class Estimator(nn.Module):
@@ -117,17 +115,13 @@ class Estimator(nn.Module):
 
     def _folded_trunk(self) -> TrunkWeights | None:
         """The folded weights of all blocks and of the norm behind them; None where one call does not run them."""
-        kinds = (ElasticBlock, BottleneckBlock)
-        if self.norm is None or not all(isinstance(block, kinds) for block in self.blocks):
+        if self.norm is None or not all(isinstance(block, FoldedBlock) for block in self.blocks):
             return None
-        modules = (*self.blocks, self.norm)
-        settings = (self.norm.eps, *(setting for block in self.blocks for setting in block.settings()))
-        return self._trunk.of(modules, self._fold_trunk, *settings)
+        settings = [setting for block in self.blocks for setting in block.settings()]
+        return self._trunk.of((*self.blocks, self.norm), self._fold_trunk, self.norm.eps, *settings)
 
     def _fold_trunk(self) -> TrunkWeights | None:
         blocks = tuple(block.folded() for block in self.blocks)
-        if not all(isinstance(block, ResidualWeights | BottleneckWeights) for block in blocks):
-            return None
         weights = TrunkWeights(blocks, *norm_affine(self.norm, torch.float32))
         return weights if weights.whole else None
 

@@ -11,9 +11,9 @@ from torch import nn
 from den import Task, create_model
 from den.nn.blocks import BottleneckBlock, ElasticBlock
 from den.nn.blocks.bottleneck import BottleneckShape
-from den_kernels import RoutingPlan
+from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
 from den_kernels._extension import extension
-from den_kernels.dynamic_trunk import TrunkWeights, _block_by_block, dynamic_trunk
+from den_kernels.dynamic_trunk import _block_by_block
 
 pytestmark = pytest.mark.skipif(
     extension is None or not extension.has_dynamic_residual(), reason="needs the extension on a CPU with AVX-512"
@@ -59,8 +59,7 @@ def trunk(kinds: list[str], dtype: torch.dtype, norm: bool, channels: int = 16, 
 
 def images(batch: int, weights: TrunkWeights, size: int = 8) -> torch.Tensor:
     generator = torch.Generator().manual_seed(batch)
-    first = weights.blocks[0]
-    channels = first.conv1.shape[1] if hasattr(first, "conv1") else first.shape[0]
+    channels = weights.blocks[0].conv1.shape[1]
     x = torch.randn(batch, channels, size, size, generator=generator).to(weights.dtype)
     return x.contiguous(memory_format=torch.channels_last)
 
