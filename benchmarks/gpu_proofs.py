@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import den
 from den.nn.blocks import ElasticBlock
 from den_kernels import RoutingPlan, dynamic_conv2d
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels._triton.clock import recorded
 from den_kernels.plan import as_route
 from den_kernels.testing import make_levels, make_mask
@@ -291,10 +291,10 @@ def conv_arguments(context: Context) -> tuple:
 
 
 def residual_arguments(context: Context) -> tuple:
-    from den_kernels.dynamic_residual import _operands
+    from den_kernels.dynamic_residual import OPERANDS
 
     block, x, levels = problem(context)
-    return x, *_operands(as_route(levels, 3, len(x)), block.folded())
+    return x, *OPERANDS.of(as_route(levels, 3, len(x)), block.folded())
 
 
 def norm_arguments(context: Context) -> tuple:
@@ -306,7 +306,7 @@ def norm_arguments(context: Context) -> tuple:
 
 OPERATORS: dict[str, Callable[[Context], tuple]] = {
     "dynamic_conv2d": conv_arguments,
-    "dynamic_residual": lambda context: (*residual_arguments(context), 1),
+    "dynamic_residual": residual_arguments,
     "dynamic_residual_": residual_arguments,
     "dynamic_norm": norm_arguments,
     "plan_levels": lambda context: (problem(context)[2][:, None], 3),

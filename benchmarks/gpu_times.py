@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den_kernels import DynamicConv2d, ResidualWeights, RoutingPlan, dynamic_conv2d, dynamic_residual, dynamic_residual_
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels.plan import Route
 from den_kernels.testing import channel_mask, masked_conv2d
 

@@ -162,12 +162,12 @@ def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
             output.copy_(values)
 
     def fused_residual(x: Tensor, out: Tensor, route: Any, weights: Any, layout: Any, *, holds_shortcut: bool) -> None:
-        from den_kernels.dynamic_residual import _add_branch_masked
+        from den_kernels._residual_gpu import add_branch_masked
 
         account.stand_ins += 1
         if not holds_shortcut:
             out.copy_(pool_rows(x, weights.conv2.shape[0], weights.stride))
-        _add_branch_masked(x, out, route, weights)
+        add_branch_masked(x, out, route, weights)
         if weights.relu:
             out.relu_()
 
@@ -190,8 +190,8 @@ def operators() -> dict[str, Callable[..., Any]]:
         "den_kernels.plan_masks.default": plan_masks,
         "den_kernels.dynamic_conv2d.default": dynamic_conv._forward,
         "den_kernels.dynamic_conv2d_backward.default": dynamic_conv._dynamic_conv2d_backward._init_fn,
-        "den_kernels.dynamic_residual.default": dynamic_residual._functional_op._init_fn,
-        "den_kernels.dynamic_residual_.default": dynamic_residual._inplace_op._init_fn,
+        "den_kernels.dynamic_residual.default": dynamic_residual._OP.functional_op._init_fn,
+        "den_kernels.dynamic_residual_.default": dynamic_residual._OP.in_place_op._init_fn,
         "den_kernels.dynamic_norm.default": norm.forward,
         "den_kernels.dynamic_norm_backward.default": norm.backward,
     }

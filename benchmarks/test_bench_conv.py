@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import den_kernels
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels.dynamic_conv import uses_direct
 
 from . import peers, slicing

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.nn.folding import folded_weight, may_fold
-from den_kernels.fold_cache import FoldCache
+from den_kernels.building import FoldCache
 
 
 class ConvNormReLU(nn.Module):

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from den.nn.blocks.folded import FoldedBlock
 from den.nn.folding import may_fold
 from den.nn.levels import level_plan
 from den.nn.model_config import ModelConfig
 from den.nn.stem import ImageStem, Stem
 from den.nn.tail import features, last_norm, shared_layers
 from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
-from den_kernels import RoutingPlan
+from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
+from den_kernels.building import FoldCache, norm_affine
 
 
 class Estimator(nn.Module):
@@ -43,6 +45,7 @@ class Estimator(nn.Module):
         )
         self.blocks = nn.ModuleList(shape.build(levels, first=index == 0) for index, shape in enumerate(shapes))
         self.norm = last_norm(backbone, shapes[-1])
+        self._trunk: FoldCache[TrunkWeights | None] = FoldCache()
         self.shared, width = shared_layers(backbone, shapes[-1])
         self.heads = nn.ModuleList(nn.Linear(width, task.classes) for task in config.tasks)
         for head in self.heads:
@@ -95,14 +98,32 @@ class Estimator(nn.Module):
     def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:
         """All blocks and what follows them up to the heads: [B, features]. May write over ``x``.
 
-        At inference a block that no instance uses is not called where it is the identity.
+        At inference on a CPU one call where its kernels run every block, else block by block; one that no instance uses
+        is not called where it is the identity.
         """
+        folds = plan is not None and may_fold(self)
+        if folds and x.is_cpu and plan.masks is None:
+            weights = self._folded_trunk()
+            if weights is not None and weights.dtype == x.dtype:
+                return self.shared(dynamic_trunk(x, plan, weights))
         routes = [None] * len(self.blocks) if plan is None else plan
-        idle = plan.idle() if plan is not None and may_fold(self) else [False] * len(self.blocks)
+        idle = plan.idle() if folds else [False] * len(self.blocks)
         for block, route, unused in zip(self.blocks, routes, idle, strict=True):
             if not (unused and block.shortcut.is_identity):
                 x = block(x, route, inplace=True)
         return features(x, self.norm, self.shared)
+
+    def _folded_trunk(self) -> TrunkWeights | None:
+        """The folded weights of all blocks and of the norm behind them; None where one call does not run them."""
+        if self.norm is None or not all(isinstance(block, FoldedBlock) for block in self.blocks):
+            return None
+        settings = [setting for block in self.blocks for setting in block.settings()]
+        return self._trunk.of((*self.blocks, self.norm), self._fold_trunk, self.norm.eps, *settings)
+
+    def _fold_trunk(self) -> TrunkWeights | None:
+        blocks = tuple(block.folded() for block in self.blocks)
+        weights = TrunkWeights(blocks, *norm_affine(self.norm, torch.float32))
+        return weights if weights.whole else None
 
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
         """Logits [B_k, classes] of each part by its task's head."""

@@ -11,7 +11,7 @@ from den.nn.blocks.shape import BlockShape
 from den.nn.folding import folded_conv, may_fold, norm_tensors
 from den.nn.initial import initialise
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
-from den_kernels.fold_cache import FoldCache
+from den_kernels.building import FoldCache
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks import gpu_correctness, gpu_times, gpu_tuning
 from benchmarks.gpu_worker import Context
 from den_kernels import tune
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels._triton import dynamic_conv as kernels
 from den_kernels._triton import rules, table
 from den_kernels._triton.rules import Tile

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from den.nn.blocks import BottleneckShape
 from den_kernels import RoutingPlan
 from den_kernels._extension import extension
-from den_kernels.bottleneck import BottleneckWeights
 from den_kernels.testing import make_levels, make_mask
 from tests.oracle import unlike_new
 
@@ -38,7 +37,7 @@ def images(block, batch, size, seed=1):
 
 @torch.no_grad()
 def direct(block, x, route, inplace=False):
-    assert isinstance(block.folded(), BottleneckWeights)
+    assert block.folded().direct is not None
     return block(x, route, inplace=inplace)
 
 
@@ -154,7 +153,7 @@ def test_bad_input(case, dtype):
 
 
 def test_images_on_another_device_are_refused():
-    with torch.no_grad(), pytest.raises(ValueError, match=r"on cpu, got .* on meta"):
+    with torch.no_grad(), pytest.raises(ValueError, match="x must be on cpu as the weights are, got meta"):
         make(32, 64, 32, 4)(torch.empty(2, 32, 4, 4, device="meta"), route_of("uniform", 2))
 
 
@@ -167,7 +166,7 @@ def test_it_is_left_out_where_it_does_not_run(sizes, dtype):
     in_channels, hidden, channels = sizes
     block = make(in_channels, hidden, channels, 8).to(dtype)
     x = images(block, 4, (8, 8)).to(dtype)
-    assert not isinstance(block.folded(), BottleneckWeights)
+    assert block.folded().direct is None
     with torch.no_grad():
         got = block(x, route_of("uniform", 4))
     expected = block.double()(x.double(), route_of("uniform", 4)).detach()
