@@ -30,7 +30,7 @@ class Edge(nn.Module):
         )  # fmt: skip
         self.norm = DynamicBatchNorm2d(out, groups=groups)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._folded: FoldCache[DynamicConv2d] = FoldCache()
 
     def forward(self, x: Tensor, route: Route | None) -> Tensor:

@@ -12,7 +12,7 @@ def may_fold(module: nn.Module) -> bool:
     return not (module.training or torch.is_grad_enabled()) and is_ordinary()
 
 
-def norm_tensors(norm: nn.BatchNorm2d | None) -> tuple[Tensor, ...]:
+def norm_tensors(norm: nn.BatchNorm1d | nn.BatchNorm2d | None) -> tuple[Tensor, ...]:
     """The tensors of a batch norm that its eval mode depends on."""
     return () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
