@@ -83,9 +83,14 @@ struct Strips {
   struct At {
     int64_t instance, row, column, live;  // column: the first; live: the pixels of the strip that lie on the map
   };
+  // Strip q, and strips q0 and on.
   KERNEL At at(int64_t q) const {
     const int64_t line = q / per_row, column = (q - line * per_row) * size, row = line / instances;
     return {line - row * instances, row, column, std::min(size, columns - column)};
+  }
+  template <int count>
+  KERNEL void at(int64_t q0, At (&found)[count]) const {
+    UNROLL for (int q = 0; q < count; ++q) found[q] = at(q0 + q);
   }
 };
 

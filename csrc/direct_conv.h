@@ -27,11 +27,11 @@ struct Maps {
   const float* scratch;
 };
 
-// The taps of strips q0 .. q0 + strips - 1.
+// The taps of the band's output rows first .. last.
 template <class T>
-KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t q0, int strips) {
+KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_t last) {
   const ConvProblem<T>& p = m.problem;
-  const int64_t first = m.strips.at(q0).row, last = m.strips.at(q0 + strips - 1).row, top = m.band.first_row;
+  const int64_t top = m.band.first_row;
   return taps_on_map(taps, p.R, p.S, top + first, top + last, p.stride[0], p.dilation[0], p.padding[0],
                      p.padding[0] + p.H - 1);
 }
@@ -42,15 +42,16 @@ struct ConvTile : TwoVectors {
   template <int vectors, int strips, int size>
   static void run(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
     const ConvProblem<T>& p = m.problem;
+    Strips::At at[strips];
+    m.strips.at(q0, at);
     const float* input[strips];
     T* out[strips];
     UNROLL for (int q = 0; q < strips; ++q) {
-      const Strips::At at = m.strips.at(q0 + q);
-      input[q] = m.scratch + at.instance * m.map.size() +
-                 (at.row * p.stride[0] * m.map.columns + at.column * p.stride[1]) * m.map.pixel;
-      const int64_t row = p.route.order[m.band.start + at.instance] * p.Ho + m.band.first_row + at.row;
-      out[q] = p.out + (row * p.Wo + at.column) * p.C_out;
-      for (int64_t i = 0; i < at.live; ++i) {  // it comes from further out, and is there when the sums are
+      input[q] = m.scratch + at[q].instance * m.map.size() +
+                 (at[q].row * p.stride[0] * m.map.columns + at[q].column * p.stride[1]) * m.map.pixel;
+      const int64_t row = p.route.order[m.band.start + at[q].instance] * p.Ho + m.band.first_row + at[q].row;
+      out[q] = p.out + (row * p.Wo + at[q].column) * p.C_out;
+      for (int64_t i = 0; i < at[q].live; ++i) {  // it comes from further out, and is there when the sums are
         UNROLL for (int v = 0; v < vectors; ++v) {
           _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.C_out + block[v].index * 16), _MM_HINT_T1);
         }
@@ -65,13 +66,12 @@ struct ConvTile : TwoVectors {
     const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
     if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
     sum_channels<T, vectors, strips, size, false>(
-        acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, q0, strips),
+        acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, at[0].row, at[strips - 1].row),
         words_of(p.weight) + block[0].index * weight_vector,
         (block[vectors - 1].index - block[0].index) * weight_vector, m.words.pieces, ahead);
     UNROLL for (int q = 0; q < strips; ++q) {
-      const int64_t live = m.strips.at(q0 + q).live;
       UNROLL for (int i = 0; i < size; ++i) {
-        if (i >= live) break;
+        if (i >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const __m512 sum = _mm512_maskz_mov_ps(static_cast<__mmask16>(block[v].lanes), acc[q * size + i][v]);
           store16(out[q] + i * p.C_out + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));

@@ -76,10 +76,10 @@ KERNEL int64_t tap_offsets(const ResidualBlock<T>& b, const PaddedMap& map, int6
   return b.R * b.S;
 }
 
-// The taps of strips q0 .. q0 + strips - 1, of a convolution of a map of H rows with "same" padding.
+// The taps of output rows first .. last, of a convolution of a map of H rows with "same" padding.
 template <class T>
-KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, int64_t q0, int strips, int64_t stride, int64_t H) {
-  const int64_t first = c.strips.at(q0).row, last = c.strips.at(q0 + strips - 1).row, top = c.block.R / 2;
+KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, int64_t first, int64_t last, int64_t stride, int64_t H) {
+  const int64_t top = c.block.R / 2;
   return taps_on_map(taps, c.block.R, c.block.S, first, last, stride, 1, top, top + H - 1);
 }
 
@@ -91,10 +91,11 @@ struct HiddenTile : TwoVectors {
     const ResidualBlock<T>& b = c.block;
     const Block *block = &c.hidden.channels.blocks[slot], *words = &c.hidden.words.blocks[slot];
     const int64_t tap_count = b.R * b.S;
+    Strips::At at[strips];
+    c.strips.at(q0, at);
     const float* input[strips];
     UNROLL for (int q = 0; q < strips; ++q) {
-      const Strips::At at = c.strips.at(q0 + q);
-      input[q] = c.a_of(at.instance) + (at.row * b.stride * c.a.columns + at.column * b.stride) * c.a.pixel();
+      input[q] = c.a_of(at[q].instance) + (at[q].row * b.stride * c.a.columns + at[q].column * b.stride) * c.a.pixel();
     }
     __m512 acc[strips * size][vectors];
     UNROLL for (int v = 0; v < vectors; ++v) {
@@ -106,13 +107,12 @@ struct HiddenTile : TwoVectors {
     const bool last = slot + vectors == static_cast<int64_t>(c.hidden.channels.blocks.size());
     ahead.distance = last ? words_of(b.conv2) - weight : (block[vectors].index - block[0].index) * weight_vector;
     sum_channels<T, vectors, strips, size, false>(
-        acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, q0, strips, b.stride, b.H), weight,
+        acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, at[0].row, at[strips - 1].row, b.stride, b.H), weight,
         (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
     UNROLL for (int q = 0; q < strips; ++q) {
-      const Strips::At at = c.strips.at(q0 + q);
-      float* h = c.h_of(at.instance) + ((at.row + b.R / 2) * c.h.columns + at.column + b.S / 2) * c.h.pixel();
+      float* h = c.h_of(at[q].instance) + ((at[q].row + b.R / 2) * c.h.columns + at[q].column + b.S / 2) * c.h.pixel();
       UNROLL for (int p = 0; p < size; ++p) {
-        if (p >= at.live) break;
+        if (p >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const __m512 value = _mm512_max_ps(_mm512_setzero_ps(), acc[q * size + p][v]);
           store_words<T>(h + p * c.h.pixel() + words[v].place, value, block[v].lanes, words[v].lanes);
@@ -155,16 +155,17 @@ struct OutputTile : TwoVectors {
   static void run(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* taps, Ahead ahead) {
     const ResidualBlock<T>& b = c.block;
     const int64_t tap_count = b.R * b.S, channel = block16 * 16;
+    Strips::At at[strips];
+    c.strips.at(q0, at);
     const float* input[strips];
     const T* shortcut[strips];
     T* out[strips];
     UNROLL for (int q = 0; q < strips; ++q) {
-      const Strips::At at = c.strips.at(q0 + q);
-      input[q] = c.h_of(at.instance) + (at.row * c.h.columns + at.column) * c.h.pixel();
-      const int64_t pixel = (b.route.order[c.start + at.instance] * b.Ho + at.row) * b.Wo + at.column;
+      input[q] = c.h_of(at[q].instance) + (at[q].row * c.h.columns + at[q].column) * c.h.pixel();
+      const int64_t pixel = (b.route.order[c.start + at[q].instance] * b.Ho + at[q].row) * b.Wo + at[q].column;
       shortcut[q] = b.shortcut + pixel * b.C_out + channel;
       out[q] = b.out + pixel * b.C_out + channel;
-      for (int64_t p = 0; p < at.live; ++p) {  // they come from further out, and are there when the sums are
+      for (int64_t p = 0; p < at[q].live; ++p) {  // they come from further out, and are there when the sums are
         UNROLL for (int v = 0; v < vectors; ++v) {
           _mm_prefetch(reinterpret_cast<const char*>(shortcut[q] + p * b.C_out + v * 16), _MM_HINT_T1);
           _mm_prefetch(reinterpret_cast<const char*>(out[q] + p * b.C_out + v * 16), _MM_HINT_T1);
@@ -181,15 +182,14 @@ struct OutputTile : TwoVectors {
     const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
     ahead.distance = last ? words_of(b.conv1) - weight : vectors * weight_vector;
     sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
-                                                   taps_of(c, taps, q0, strips, 1, b.Ho), weight, weight_vector,
-                                                   c.hidden.words.pieces, ahead);
+                                                   taps_of(c, taps, at[0].row, at[strips - 1].row, 1, b.Ho), weight,
+                                                   weight_vector, c.hidden.words.pieces, ahead);
     UNROLL for (int q = 0; q < strips; ++q) {
-      const int64_t live = c.strips.at(q0 + q).live;
       UNROLL for (int p = 0; p < size; ++p) {
-        if (p >= live) break;
+        if (p >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
-          const int64_t at = p * b.C_out + v * 16;
-          store16(out[q] + at, _mm512_add_ps(load16(shortcut[q] + at), acc[q * size + p][v]));
+          const int64_t to = p * b.C_out + v * 16;
+          store16(out[q] + to, _mm512_add_ps(load16(shortcut[q] + to), acc[q * size + p][v]));
         }
       }
     }

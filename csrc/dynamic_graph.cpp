@@ -53,10 +53,11 @@ struct EdgeTile {
   static void run(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
                   int64_t block, int64_t q0) {
     const int64_t weight_vector = weight_words<float>(p.C, p.R * p.S);
+    Strips::At strip[strips];
+    layout.strips.at(q0, strip);
     const float* input[strips];
     UNROLL for (int q = 0; q < strips; ++q) {
-      const Strips::At at = layout.strips.at(q0 + q);
-      input[q] = from + (at.row * layout.map.columns + at.column) * p.C;
+      input[q] = from + (strip[q].row * layout.map.columns + strip[q].column) * p.C;
     }
     __m512 acc[strips * size][vectors];
     UNROLL for (int v = 0; v < vectors; ++v) {
@@ -70,9 +71,8 @@ struct EdgeTile {
     const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
     UNROLL for (int q = 0; q < strips; ++q) {
       float* pixel = to + layout.map.origin + (input[q] - from);
-      const int64_t live = layout.strips.at(q0 + q).live;
       UNROLL for (int i = 0; i < size; ++i) {
-        if (i >= live) break;
+        if (i >= strip[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           float* at = pixel + i * p.C + (block + v) * 16;
           const __mmask16 some = lanes_of(p.C - (block + v) * 16);

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 
-def norm_affine(norm: nn.BatchNorm2d, dtype: torch.dtype, name: str = "norm_affine: norm") -> tuple[Tensor, Tensor]:
+def norm_affine(
+    norm: nn.BatchNorm1d | nn.BatchNorm2d, dtype: torch.dtype, name: str = "norm_affine: norm"
+) -> tuple[Tensor, Tensor]:
     """Scale and shift [C] of a batch norm in eval mode: `norm(x) = x * scale + shift`, channel by channel.
 
     Of `dtype`, but at least float32, whatever the dtypes of its own tensors. Raises ValueError, which says `name`,
