@@ -87,7 +87,7 @@ def training_note(config: DemoConfig) -> str:
 
 def train_both(config: DemoConfig) -> dict[str, DeepElasticNetwork]:
     """The trained networks by their mode, "dense" and "den"; runs that exist already are continued."""
-    networks = {}
+    networks: dict[str, DeepElasticNetwork] = {}
     for title, run in schedule(config).items():
         resume = (run.out / "last.safetensors").exists()
         print(f"\n{title}{' (continued)' if resume else ''}", flush=True)

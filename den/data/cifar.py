@@ -100,7 +100,8 @@ def _decode(version: Version, place: Path, split: str) -> Pixels:
     names = version.members[split]
     parse = _parse_pickle if next(iter(version.labels.values())) else _parse_binary
     expected = version.images if split == "train" else TEST_IMAGES
-    images, labels = [], {kind: [] for kind in version.labels}
+    images: list[np.ndarray] = []
+    labels: dict[str, list[np.ndarray]] = {kind: [] for kind in version.labels}
     for name, content in zip(names, read(version.archive, place, names), strict=True):
         where = f"{name} of {place}"
         with blamed("load_set", where, "be a file of CIFAR"):
@@ -158,8 +159,8 @@ def open_tiles(paths: tuple[Path, ...]) -> Pixels:
             pixels, kinds = _read_tiles(path)
         images.append(pixels)
         labels.append(kinds)
-    kinds = {kind: CLASSES[kind] for kind in ("fine", "coarse")}
-    shape, joint = joined("load_set", paths, [pixels.shape for pixels in images], labels, kinds)
+    classes = {kind: CLASSES[kind] for kind in ("fine", "coarse")}
+    shape, joint = joined("load_set", paths, [pixels.shape for pixels in images], labels, classes)
     return Pixels(shape, joint, images)
 
 

@@ -62,7 +62,7 @@ def opened(file: io.BytesIO | Path, size: tuple[int, int] | None = None) -> Imag
     if size is not None and picture.size != size:
         raise ValueError(f"{picture.size[0]}x{picture.size[1]} pixels instead of {size[0]}x{size[1]}")
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # of MPO the first is the photograph
-        raise ValueError(f"{picture.n_frames} pictures in one file")
+        raise ValueError(f"{getattr(picture, 'n_frames', 'several')} pictures in one file")
     picture.load()
     return picture
 

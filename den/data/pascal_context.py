@@ -61,15 +61,16 @@ def load_pascal_context(root: Path | str | None, split: str, size: int = 512) ->
         raise ValueError(f"load_pascal_context: split must be 'train' or 'test', got {split!r}")
     if size < 1:
         raise ValueError(f"load_pascal_context: size must be at least 1, got {size}")
-    names_file = None if root is None else Path(root) / "ImageSets" / "Context" / f"{SPLITS[split]}.txt"
-    if names_file is None or not names_file.is_file() or not (Path(root) / "JPEGImages").is_dir():
+    place = None if root is None else Path(root)
+    names_file = place and place / "ImageSets" / "Context" / f"{SPLITS[split]}.txt"
+    if place is None or names_file is None or not names_file.is_file() or not (place / "JPEGImages").is_dir():
         raise ValueError(
             f"load_pascal_context: data root must be the PASCAL_MT tree, with ImageSets/Context/{SPLITS[split]}.txt and"
             f" JPEGImages, got {root} (use --data.root)"
         )
-    names = _listed(names_file, Path(root) / "JPEGImages")
+    names = _listed(names_file, place / "JPEGImages")
     tasks = tuple(Task(name, classes, size, 3, kind) for name, (kind, classes) in TASKS.items())
-    return SceneSet("pascal", tasks, PascalScenes(Path(root), names, size), torch.arange(len(names)))
+    return SceneSet("pascal", tasks, PascalScenes(place, names, size), torch.arange(len(names)))
 
 
 def _listed(path: Path, images: Path) -> list[str]:
@@ -169,7 +170,7 @@ def boundaries(labels: Tensor) -> Tensor:
 
 def framed(values: Tensor, size: int, nothing: float) -> Tensor:
     """[..., H, W] in the upper left of [..., size, size], every n-th pixel where it is larger, `nothing` around it."""
-    height, width = _fitting(*values.shape[-2:], size)
+    height, width = _fitting(values.shape[-2], values.shape[-1], size)
     rows, columns = nearest(values.shape[-2], height), nearest(values.shape[-1], width)
     kept = values[..., rows[:, None], columns]
     return F.pad(kept, (0, size - width, 0, size - height), value=nothing)
@@ -177,7 +178,7 @@ def framed(values: Tensor, size: int, nothing: float) -> Tensor:
 
 def _shrunk(image: Tensor, size: int) -> Tensor:
     """An image [3, H, W] that is larger than size x size scaled down to fit, with interpolation."""
-    fitting = _fitting(*image.shape[1:], size)
+    fitting = _fitting(image.shape[1], image.shape[2], size)
     if fitting == tuple(image.shape[1:]):
         return image
     return F.interpolate(image[None], size=fitting, mode="bilinear", antialias=True)[0]

@@ -126,7 +126,7 @@ def _parse(name: str) -> tuple[str, int | None, int | None]:
     """Set, task within it, side in pixels: `_parse("tin50-3@32") == ("tin50", 3, 32)`."""
     parts = NAME.fullmatch(name)
     base = parts["set"] if parts else name
-    if base not in set_names():
+    if parts is None or base not in set_names():
         raise ValueError(f"load_set: name must be one of {', '.join(set_names())}, got {name!r}")
     task, size = (None if parts[key] is None else int(parts[key]) for key in ("task", "size"))
     tasks = KINDS[base].tasks if base in KINDS else 0
@@ -171,7 +171,7 @@ def _digits(split: str) -> ImageSet:
 
 def _fashion(split: str) -> ImageSet:
     source = resources.files("den.data").joinpath("packed", "fashion.npz")
-    with blamed("load_set", source, "be complete", hint="; reinstall the package"):
+    with blamed("load_set", str(source), "be complete", hint="; reinstall the package"):
         with source.open("rb") as file, np.load(file, allow_pickle=False) as packed:
             stream, labels, expected = (packed[f"{split}_{key}"] for key in ("images", "labels", "sha256"))
         pixels = lzma.decompress(stream.tobytes())

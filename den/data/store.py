@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ def _write(pixels: Pixels, folder: Path, name: str) -> None:
                 raise ValueError(
                     f"load_set: {name} must have images uint8 {size}, got {part.dtype} {list(part.shape[1:])}"
                 )
-            file.write(np.ascontiguousarray(part))
+            file.write(np.ascontiguousarray(part).data)
             done += len(part)
             bar.update(len(part))
         if done != count:
@@ -140,8 +140,8 @@ def _write(pixels: Pixels, folder: Path, name: str) -> None:
         os.fsync(file.fileno())  # or a power cut leaves zeros under a name that says whole
     written = int(time.time()) // 2 * 2 - 10  # even, as some file systems keep times, and before any later change
     os.utime(folder / IMAGES, (written, written))
-    labels = {kind: values.astype(np.int64) for kind, values in pixels.labels.items()}
-    np.savez(folder / LABELS, **labels, **{WRITTEN: np.int64(written)})
+    arrays: dict[str, Any] = {kind: values.astype(np.int64) for kind, values in pixels.labels.items()}
+    np.savez(folder / LABELS, **arrays | {WRITTEN: np.int64(written)})
 
 
 def _reserve(file: BinaryIO, size: int) -> None:

@@ -265,7 +265,7 @@ def time_per_image(
 
     parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size, device), batches)]
     parts = [images for images in parts if len(images) == batch_size] or parts
-    runs = {
+    runs: dict[str, Callable[[Tensor], object]] = {
         "plain": PlainNetwork(model, name) if isinstance(model.estimator, Estimator) else full,
         "full": full,
         "selected": selected,

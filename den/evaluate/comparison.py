@@ -200,7 +200,7 @@ def check_lines(lines: Sequence[Check]) -> str:
 
 def write_json(path: Path, found: Sequence[Comparison], extra: dict[str, Any]) -> None:
     """All numbers of a comparison, for programs."""
-    tasks = {
+    tasks: dict[str, dict[str, Any]] = {
         c.task: {
             "dense": c.dense.summary(),
             "full": c.full.summary(),

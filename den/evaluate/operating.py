@@ -17,9 +17,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from den.data import ImageSet
 from den.evaluate.accuracy import BATCH, full_flops
@@ -74,7 +76,7 @@ def measured_costs(
     rows = []
     for level in range(model.levels):
         structures = torch.full((len(images), model.num_blocks), level, device=device)
-        rows.append(_block_seconds(model, lambda s=structures: model.estimator(images, name, s), device, rounds))
+        rows.append(_block_seconds(model, partial(model.estimator, images, name, structures), device, rounds))
     blocks = LevelCosts(torch.tensor(rows, dtype=torch.float64).t() * unit)
     whole = milliseconds(model, image_set, batch_size, rounds)
     return LevelCosts(blocks.levels, max(0.0, whole - blocks.of(model.select(images, name)).mean().item()))
@@ -173,8 +175,8 @@ def steered(model: DeepElasticNetwork, costs: dict[str, LevelCosts], weights: di
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for task, weight in weights.items():
-            bias = copied.selector.heads[find_task(task, copied.tasks)].bias
-            bias -= (weight * costs[task].levels).flatten().to(bias)
+            head = cast(nn.Linear, copied.selector.heads[find_task(task, copied.tasks)])
+            head.bias.sub_((weight * costs[task].levels).flatten().to(head.bias))
     return copied
 
 

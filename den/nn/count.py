@@ -1,11 +1,15 @@
 """What a network holds and what an image costs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock
 from den.nn.model import DeepElasticNetwork
+from den.nn.stem import ImageStem, Stem
 from den.nn.tail import linear_flops
 from den.nn.task_batch import TaskName
 from den.nn.tasks import find_task
@@ -59,7 +63,8 @@ class ImageFlops:
 def count_parameters(model: DeepElasticNetwork) -> ParameterCounts:
     """Learned numbers of ``model``, by place; their ``total`` is all of them."""
     estimator = model.estimator
-    blocks = sum(conv.weight.numel() for block in estimator.blocks for conv, _ in block.layers())
+    elastic = cast(Iterable[ElasticBlock | BottleneckBlock | ConvPair], estimator.blocks)
+    blocks = sum(conv.weight.numel() for block in elastic for conv, _ in block.layers())
     return ParameterCounts(
         blocks=blocks,
         norms=_numbers(estimator.blocks) - blocks + (0 if estimator.norm is None else _numbers(estimator.norm)),
@@ -88,8 +93,9 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
     """FLOPs of one image of ``task`` at the full structure, with what the structure does not change."""
     position = find_task(task, model.tasks)
     estimator = model.estimator
+    stem = cast(Stem | ImageStem, estimator.stems[position])
     return ImageFlops(
-        stem=estimator.stems[position].flops(),
+        stem=stem.flops(),
         blocks=sum(shape.flops(shape.hidden) for shape in model.config.shapes),
         head=linear_flops([*estimator.shared, estimator.heads[position]]),
         selector=model.selector.flops(position),

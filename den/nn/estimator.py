@@ -1,10 +1,12 @@
 """The estimator f(x; z, t): the backbone whose blocks run at the levels of a structure (paper, eq. 1)."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from den.nn.blocks.shortcut import Shortcut
 from den.nn.folding import may_fold
 from den.nn.levels import level_plan
 from den.nn.model_config import ModelConfig
@@ -32,22 +34,22 @@ class Estimator(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         shapes, backbone, levels = config.shapes, config.layout, config.levels
+        _, stem, trunk_size = config.trunk
         self.tasks, self.levels, self.num_blocks = config.tasks, levels, len(shapes)
         self.lowest = shapes[0].lowest
         self.groups = levels - 1 + self.lowest
         self.stems = nn.ModuleList(
-            Stem(task, config.stem, config.trunk_size, kernel=backbone.stem_kernel)
-            if config.stem
-            else ImageStem(task, config.trunk_size)
+            Stem(task, stem, trunk_size, kernel=backbone.stem_kernel) if stem else ImageStem(task, trunk_size)
             for task in config.tasks
         )
         self.blocks = nn.ModuleList(shape.build(levels, first=index == 0) for index, shape in enumerate(shapes))
         self.norm = last_norm(backbone, shapes[-1])
         self.shared, width = shared_layers(backbone, shapes[-1])
-        self.heads = nn.ModuleList(nn.Linear(width, task.classes) for task in config.tasks)
-        for head in self.heads:
+        heads = [nn.Linear(width, task.classes) for task in config.tasks]
+        for head in heads:
             nn.init.xavier_uniform_(head.weight)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
         for name, cost in (("level_parameters", "parameters"), ("level_flops", "flops")):
             table = [[getattr(shape, cost)(width) for width in shape.widths(levels)] for shape in shapes]
             self.register_buffer(name, torch.tensor(table, dtype=torch.int64), persistent=False)
@@ -67,7 +69,7 @@ class Estimator(nn.Module):
         Raises:
             ValueError: images, task or levels that do not fit.
         """
-        batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
+        batch = task_batch(images, task, self.tasks, like=cast(nn.Linear, self.heads[0]).weight)
         return self.run(batch, self.plan(batch, levels))
 
     def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
@@ -82,7 +84,8 @@ class Estimator(nn.Module):
 
         structures: integer [B, S, N], B images one part after the other. The S rows of an image follow one another.
         """
-        batch, samples = task_batch(images, tasks, self.tasks, like=self.heads[0].weight), structures.shape[1]
+        batch = task_batch(images, tasks, self.tasks, like=cast(nn.Linear, self.heads[0]).weight)
+        samples = structures.shape[1]
         plan = self.level_plan(structures.flatten(0, 1))
         pooled = self.trunk(self.stem(batch).repeat_interleave(samples, 0), plan)
         return self.classify(batch.tasks, [size * samples for size in batch.sizes], pooled)
@@ -100,7 +103,7 @@ class Estimator(nn.Module):
         routes = [None] * len(self.blocks) if plan is None else plan
         idle = plan.idle() if plan is not None and may_fold(self) else [False] * len(self.blocks)
         for block, route, unused in zip(self.blocks, routes, idle, strict=True):
-            if not (unused and block.shortcut.is_identity):
+            if not (unused and cast(Shortcut, block.shortcut).is_identity):
                 x = block(x, route, inplace=True)
         return features(x, self.norm, self.shared)
 

@@ -4,6 +4,7 @@ Ahn, Kim, Oh: Deep Elastic Networks with Model Selection for Multi-Task Learning
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from den.nn.model_config import ModelConfig
 from den.nn.selector import Selector, SelectorConfig
 from den.nn.task_batch import Images, Tasks, task_batch
 from den.nn.tasks import Task
+
+Logits = Tensor | list[Tensor]
 
 
 class DeepElasticNetwork(nn.Module):
@@ -37,9 +40,11 @@ class DeepElasticNetwork(nn.Module):
         self.levels = config.levels
         self.estimator = Estimator(config)
         self.num_blocks = self.estimator.num_blocks
-        self.selector = Selector(config.tasks, config.selector, self.num_blocks, config.levels, config.selector_size)
+        self.selector = Selector(
+            config.tasks, config.chosen_selector, self.num_blocks, config.levels, config.selector_size
+        )
 
-    def forward(self, images: Images, task: Tasks, *, return_levels: bool = False):
+    def forward(self, images: Images, task: Tasks, *, return_levels: bool = False) -> Logits | tuple[Logits, Tensor]:
         """Logits of ``images`` at the levels that the selector chooses; with ``return_levels`` also these.
 
         Returns:
@@ -49,7 +54,7 @@ class DeepElasticNetwork(nn.Module):
         Raises:
             ValueError: images or task that do not fit.
         """
-        batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
+        batch = task_batch(images, task, self.tasks, like=cast(nn.Linear, self.estimator.heads[0]).weight)
         with torch.no_grad():
             levels = self.selector.run(batch).argmax(-1)
         logits = self.estimator.run(batch, self.estimator.level_plan(levels))

@@ -1,8 +1,8 @@
-"""What a Deep Elastic Network is made of, as plain data."""
+"""The configuration of a Deep Elastic Network: plain data that JSON can hold."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from den.nn.backbones import FAMILIES, Backbone, Stages, named_backbone
 from den.nn.blocks import BlockShape
@@ -11,7 +11,10 @@ from den.nn.selector import SelectorConfig, default_selector
 from den.nn.stem import KERNEL
 from den.nn.tasks import Task
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -50,32 +53,22 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: tasks must be at least one, of unique names, got {names}")
         if dense := [task.name for task in tasks if task.dense]:
             raise ValueError(f"ModelConfig: tasks must be classification tasks, got {', '.join(dense)}")
-        layout = self.layout
-        stages = layout.stages if self.stages is None else self.stages
-        if not stages:
-            raise ValueError(f"ModelConfig: backbone {self.backbone!r} needs stages, or a size, such as wrn32_4")
-        stem = layout.stem if self.stem is None else self.stem
-        largest = 0 if stem else max(task.size for task in tasks)
-        for name, value in {
-            "tasks": tasks,
-            "stages": tuple((channels, blocks) for channels, blocks in stages),
-            "stem": stem,
-            "trunk_size": max(32, largest) if self.trunk_size is None else self.trunk_size,
-        }.items():
+        object.__setattr__(self, "tasks", tasks)
+        for name, value in zip(("stages", "stem", "trunk_size"), self.trunk, strict=True):
             object.__setattr__(self, name, value)
         self._check()
-        if self.selector is None:
-            object.__setattr__(self, "selector", default_selector(tasks, self.shapes, self.selector_size))
+        object.__setattr__(self, "selector", self.chosen_selector)
 
     def _check(self) -> None:
         least_stem = 0 if self.layout.fully_connected is not None else 1
-        if self.trunk_size < 1 or self.stem < least_stem or min(blocks for _, blocks in self.stages) < 1:
+        stages, stem, trunk_size = self.trunk
+        if trunk_size < 1 or stem < least_stem or min(blocks for _, blocks in stages) < 1:
             raise ValueError(
                 f"ModelConfig: trunk_size and the blocks of every stage must be at least 1, stem at least {least_stem},"
-                f" got {self.trunk_size}, {self.stages}, {self.stem}"
+                f" got {trunk_size}, {stages}, {stem}"
             )
         channels = {task.channels for task in self.tasks}
-        if not self.stem and len(channels) > 1:
+        if not stem and len(channels) > 1:
             raise ValueError(
                 f"ModelConfig: tasks must have images of as many channels as each other for {self.backbone},"
                 f" whose blocks read them, got {sorted(channels)}"
@@ -85,13 +78,26 @@ class ModelConfig:
 
     @property
     def layout(self) -> Backbone:
-        """What the name stands for."""
+        """The backbone that the name stands for."""
         return FAMILIES.get(self.backbone) or named_backbone(self.backbone)
+
+    @property
+    def trunk(self) -> tuple[Stages, int, int]:
+        """Stages, stem channels and side of the first block's map, each the backbone's own where it is not given."""
+        layout = self.layout
+        stages = layout.stages if self.stages is None else self.stages
+        if not stages:
+            raise ValueError(f"ModelConfig: backbone {self.backbone!r} needs stages, or a size, such as wrn32_4")
+        stem = layout.stem if self.stem is None else self.stem
+        largest = 0 if stem else max(task.size for task in self.tasks)
+        trunk_size = max(32, largest) if self.trunk_size is None else self.trunk_size
+        return tuple((channels, blocks) for channels, blocks in stages), stem, trunk_size
 
     @property
     def shapes(self) -> tuple[BlockShape, ...]:
         """The blocks, in order."""
-        return self.layout.shapes(self.stages, self.stem or self.tasks[0].channels, self.trunk_size)
+        stages, stem, trunk_size = self.trunk
+        return self.layout.shapes(stages, stem or self.tasks[0].channels, trunk_size)
 
     @property
     def level_fractions(self) -> tuple[float, ...]:
@@ -102,7 +108,13 @@ class ModelConfig:
     def selector_size(self) -> int:
         """Side of the map that the selector's first convolution halves: the trunk's. Where blocks read the images, it
         is 32, or more as far as a 7x7 window needs to leave out no pixel of the images."""
-        return self.trunk_size if self.stem else min(self.trunk_size, max(32, -(-2 * self.trunk_size // KERNEL)))
+        _, stem, trunk_size = self.trunk
+        return trunk_size if stem else min(trunk_size, max(32, -(-2 * trunk_size // KERNEL)))
+
+    @property
+    def chosen_selector(self) -> SelectorConfig:
+        """The selector given, or the default one for these blocks."""
+        return self.selector or default_selector(self.tasks, self.shapes, self.selector_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""

@@ -1,5 +1,8 @@
 """The full structure as a plain network, as anybody would write it: what a Deep Elastic Network is timed against."""
 
+from collections.abc import Callable, Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -56,12 +59,17 @@ def plain_pair(block: ConvPair) -> nn.Sequential:
     return plain
 
 
-PLAIN = {ElasticBlock: PlainResidual, BottleneckBlock: PlainResidual, ConvPair: plain_pair}
+PLAIN: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    ElasticBlock: PlainResidual,
+    BottleneckBlock: PlainResidual,
+    ConvPair: plain_pair,
+}
 
 
 def _plain_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> nn.Conv2d:
+    kernel, stride, padding = cast(Sequence[tuple[int, int]], (conv.kernel_size, conv.stride, conv.padding))
     plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups,
+        conv.in_channels, conv.out_channels, kernel, stride, padding, groups=conv.groups,
         bias=norm is not None, device="meta",
     )  # fmt: skip
     if norm is None:

@@ -4,6 +4,9 @@ Slow and obvious on purpose. It reads the parameters of an :class:`den.nn.estima
 and updates its running statistics while training, as the real one does; gradients flow through autograd alone.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock
 from den.nn.estimator import Estimator
 from den.nn.levels import level_widths
-from den.nn.stem import ImageStem
+from den.nn.stem import ImageStem, Stem
 
 
 def masked_batch_norm(x: Tensor, mask: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -20,8 +23,9 @@ def masked_batch_norm(x: Tensor, mask: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     x: [B, C, H, W]; mask: bool [B, C]. While training, a channel that no instance uses keeps its running statistics.
     Values of channels that are not used are meaningless.
     """
+    running_mean, running_var = (cast(Tensor, running) for running in (norm.running_mean, norm.running_var))
     if not norm.training:
-        mean, var = norm.running_mean, norm.running_var
+        mean, var = running_mean, running_var
     else:
         weight = mask[:, :, None, None].to(x.dtype)
         count = (mask.sum(0) * x.shape[2] * x.shape[3]).to(x.dtype)
@@ -29,8 +33,8 @@ def masked_batch_norm(x: Tensor, mask: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         var = ((x - mean[:, None, None]).square() * weight).sum((0, 2, 3)) / count.clamp(min=1)
         with torch.no_grad():
             unbiased = var * count / (count - 1).clamp(min=1)
-            for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-                running.copy_(torch.where(count > 0, running.lerp(batch, norm.momentum), running))
+            for running, batch in ((running_mean, mean), (running_var, unbiased)):
+                running.copy_(torch.where(count > 0, running.lerp(batch, cast(float, norm.momentum)), running))
     scale = norm.weight / torch.sqrt(var + norm.eps)
     return (x - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
 
@@ -86,7 +90,11 @@ def reference_pair(block: ConvPair, x: Tensor, levels: Tensor, num_levels: int) 
     return F.max_pool2d(y, 2) if block.pools[1] else y
 
 
-REFERENCES = {ElasticBlock: reference_residual, BottleneckBlock: reference_bottleneck, ConvPair: reference_pair}
+REFERENCES: dict[type[nn.Module], Callable[..., Tensor]] = {
+    ElasticBlock: reference_residual,
+    BottleneckBlock: reference_bottleneck,
+    ConvPair: reference_pair,
+}
 
 
 def reference_block(block: nn.Module, x: Tensor, levels: Tensor, num_levels: int) -> Tensor:
@@ -98,7 +106,7 @@ def reference_estimator(estimator: Estimator, images: list[Tensor], tasks: list[
     """Logits of each part of a mixed batch; ``levels``: integer [B, N], one part after the other."""
     maps = []
     for k, part in zip(tasks, images, strict=True):
-        stem = estimator.stems[k]
+        stem = cast(Stem | ImageStem, estimator.stems[k])
         if part.shape[-1] < stem.in_size:
             part = F.interpolate(part, size=(stem.in_size, stem.in_size), mode="bilinear", align_corners=False)
         maps.append(part if isinstance(stem, ImageStem) else F.relu(stem.conv.norm(stem.conv.conv(part))))

@@ -1,8 +1,9 @@
 """The selector g(x): a small network that gives each block a probability distribution over levels (paper, eq. 2)."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +82,11 @@ class Selector(nn.Module):
             *(ConvNormReLU(before, after, 3, 2, 1) for before, after in itertools.pairwise(config.channels))
         )
         self.norms = nn.ModuleList(nn.BatchNorm1d(config.channels[-1], affine=False) for _ in tasks)
-        self.heads = nn.ModuleList(nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks)
-        for head in self.heads:
+        heads = [nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks]
+        for head in heads:
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, images: Images, task: Tasks) -> Tensor:
         """Logits [B, N, L] of the levels of every block, in the order of the images.
@@ -95,7 +97,7 @@ class Selector(nn.Module):
         Raises:
             ValueError: images or task that do not fit.
         """
-        batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
+        batch = task_batch(images, task, self.tasks, like=cast(nn.Linear, self.heads[0]).weight)
         return batch.restore(self.run(batch))
 
     def run(self, batch: TaskBatch) -> Tensor:
@@ -107,7 +109,7 @@ class Selector(nn.Module):
 
     def _head(self, task: int, pooled: Tensor) -> Tensor:
         """Logits of one task's pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
-        norm = self.norms[task]
+        norm = cast(nn.BatchNorm1d, self.norms[task])
         if len(pooled) < 2 and norm.training:
             pooled = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
         else:
@@ -116,6 +118,7 @@ class Selector(nn.Module):
 
     def flops(self, task: int) -> int:
         """Twice the multiply-adds, convolutions and head, for one image of the task at position ``task``."""
-        layers = zip(self.convs, self.sizes[1:], strict=True)
+        layers = zip(cast(Iterable[ConvNormReLU], self.convs), self.sizes[1:], strict=True)
         convs = sum(2 * layer.conv.weight.numel() * size**2 for layer, size in layers)
-        return self.stems[task].flops() + convs + 2 * self.heads[task].weight.numel()
+        stem, head = cast(Stem, self.stems[task]), cast(nn.Linear, self.heads[task])
+        return stem.flops() + convs + 2 * head.weight.numel()

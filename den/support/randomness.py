@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
 def random_state(device: torch.device = CPU) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Where all generators stand: tensors "torch", and "{kind}.0", ... of a device's kind, and a JSON-able record."""
-    kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    kind, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))  # noqa: NPY002
     tensors = {"torch": torch.get_rng_state()}
     if device.type != "cpu":
         states = torch.get_device_module(device).get_rng_state_all()
