@@ -106,7 +106,7 @@ class NpyScenes:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32))
 
     def _target(self, kind: str, path: Path) -> Tensor:
-        """What a file holds, in the form of its kind."""
+        """The target in a file: int64 [H, W] of segmentation, float32 [1, H, W] of depth, [3, H, W] of normals."""
         values = self._load(path)
         if kind == "segmentation":
             self._within(path, "labels", values, "iuf", -np.inf, np.inf)
@@ -127,7 +127,10 @@ class NpyScenes:
     def _within(
         self, path: Path, what: str, values: np.ndarray, types: str, low: float, high: float, slack: float = 0
     ) -> None:
-        """ValueError when values are of another type (a letter of numpy's), not finite or far outside low..high."""
+        """Raise ValueError for values, of any shape, that are of another type, not finite, or outside the range.
+
+        types: letters of numpy's kinds; the range: low - slack..high + slack.
+        """
         if values.dtype.kind not in types:
             wanted = "floats" if types == "f" else "numbers"
             raise ValueError(f"load_{self.set_name}: {what} must be {wanted}, got {values.dtype} in {path}")
@@ -141,7 +144,7 @@ class NpyScenes:
                 f"load_{self.set_name}: {what} must lie in {low:g}..{high:g}, got {least:g}..{most:g} in {path}"
             )
 
-    def _load(self, path: Path) -> np.ndarray:
+    def _load(self, path: Path) -> np.ndarray:  # of any shape and type
         with blamed(f"load_{self.set_name}", path, "be a complete .npy file"):
             values = np.load(path, allow_pickle=False)
             if not isinstance(values, np.ndarray):

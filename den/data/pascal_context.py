@@ -116,11 +116,11 @@ class PascalScenes:
         ]
         return Scene(torch.stack(colours), targets)
 
-    def _segmentation(self, name: str) -> Tensor:
+    def _segmentation(self, name: str) -> Tensor:  # int64 [H, W]
         voc = f"semseg/VOC12/{name}.png"
         return self._pixels(voc if (self.root / voc).is_file() else f"semseg/pascal-context/{name}.png", None).long()
 
-    def _saliency(self, name: str) -> Tensor:
+    def _saliency(self, name: str) -> Tensor:  # float32 [1, H, W]
         values = self._pixels(f"sal_distill/{name}.png", "L")
         if values.max() == 1:
             raise ValueError(
@@ -128,7 +128,7 @@ class PascalScenes:
             )
         return (values > 127).float()[None]
 
-    def _parts(self, name: str) -> Tensor:
+    def _parts(self, name: str) -> Tensor:  # int64 [H, W]
         place = f"human_parts/{name}.mat"
         annotation = self._annotation(place, "anno")
         labels = np.zeros(self._pixels(f"JPEGImages/{name}.jpg", "L").shape, np.int64)
@@ -138,7 +138,7 @@ class PascalScenes:
                     labels[np.asarray(part["mask"], bool)] = LABEL_OF_PART[part["part_name"]]
         return torch.from_numpy(labels if labels.any() else np.full_like(labels, IGNORE))
 
-    def _label_map(self, name: str) -> Tensor:
+    def _label_map(self, name: str) -> Tensor:  # int64 [H, W]
         place = f"pascal-context/trainval/{name}.mat"
         values = self._annotation(place, "LabelMap")
         with blamed("load_pascal_context", self.root / place, "hold a LabelMap of whole numbers [H, W]"):
@@ -161,7 +161,7 @@ class PascalScenes:
 
 
 def boundaries(labels: Tensor) -> Tensor:
-    """1 where a pixel's label is not that of its right or its lower neighbour, else 0: [H, W] -> float32 [H, W]."""
+    """Mark the pixels whose right or lower neighbour has another label: int64 [H, W] -> float32 [H, W] of 0 and 1."""
     edges = torch.zeros(labels.shape, dtype=torch.bool)
     edges[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     edges[:-1] |= labels[1:] != labels[:-1]
@@ -169,7 +169,10 @@ def boundaries(labels: Tensor) -> Tensor:
 
 
 def framed(values: Tensor, size: int, nothing: float) -> Tensor:
-    """[..., H, W] in the upper left of [..., size, size], every n-th pixel where it is larger, `nothing` around it."""
+    """Lay [..., H, W] in the upper left of [..., size, size] and fill the rest with `nothing`.
+
+    A larger map is scaled down first, by its nearest pixels.
+    """
     height, width = _fitting(values.shape[-2], values.shape[-1], size)
     rows, columns = nearest(values.shape[-2], height), nearest(values.shape[-1], width)
     kept = values[..., rows[:, None], columns]
@@ -177,7 +180,7 @@ def framed(values: Tensor, size: int, nothing: float) -> Tensor:
 
 
 def _shrunk(image: Tensor, size: int) -> Tensor:
-    """An image [3, H, W] that is larger than size x size scaled down to fit, with interpolation."""
+    """Scale an image [3, H, W] down to fit size x size, with interpolation; a smaller one is returned as it is."""
     fitting = _fitting(image.shape[1], image.shape[2], size)
     if fitting == tuple(image.shape[1:]):
         return image

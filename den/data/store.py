@@ -77,6 +77,7 @@ def stored(found: Found, root: Path, name: str) -> tuple[Tensor, dict[str, Tenso
 
 
 def _decoded(found: Found, root: Path, name: str, key: str, entry: Path) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """Decode a split into `entry` and open it there, as `_opened`."""
     with claimed(entry) as folder:
         if whole := _opened(entry):  # made by another process while this one waited
             return whole
@@ -89,7 +90,7 @@ def _decoded(found: Found, root: Path, name: str, key: str, entry: Path) -> tupl
 
 
 def _opened(entry: Path) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """An entry, its images mapped; None where there is none, or it is not as it was written.
+    """Images uint8 [N, 3, H, W], mapped, and labels int64 [N] of an entry; None where there is no whole one.
 
     The mapping keeps a duplicate of the descriptor, and with it the lock, as long as the images are in use.
     """
@@ -115,7 +116,7 @@ def _opened(entry: Path) -> tuple[Tensor, dict[str, Tensor]] | None:
 
 
 def _write(pixels: Pixels, folder: Path, name: str) -> None:
-    """Written through the file, not through a mapping, in which a full disk would be a SIGBUS."""
+    """Write an entry through the file, not through a mapping, in which a full disk would be a SIGBUS."""
     folder.mkdir()
     count, *size = pixels.shape
     if count == 0:
@@ -145,7 +146,7 @@ def _write(pixels: Pixels, folder: Path, name: str) -> None:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Room for `size` more bytes, so that a full disk is told before hours of decoding; OSError when there is none."""
+    """Reserve `size` more bytes, so that a full disk is reported before hours of decoding: OSError."""
     try:
         os.posix_fallocate(file.fileno(), file.tell(), size)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a network reaches: accuracy, FLOPs and variety of structures per task, static structures, measured time."""
+"""Accuracy, FLOPs and variety of structures of each task, static structures, and measured time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TaskReport:
 
     @property
     def histogram(self) -> Tensor:
-        """How often each block ran at each level: int64 [N, L]."""
+        """Number of images that ran each block at each level: int64 [N, L]."""
         return F.one_hot(self.levels, self.probabilities.shape[1]).sum(0)
 
     @property
@@ -107,8 +107,13 @@ def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choic
 def task_report(
     model: DeepElasticNetwork, image_set: ImageSet, used: Tensor, chance: Tensor, accuracy: float, loss: float
 ) -> TaskReport:
-    """The report of a set whose images ran at the structures `used`, int64 [images, N], chosen by distributions whose
-    logarithms are `chance`, [images, N, L]; both on the CPU."""
+    """The report of a set whose images ran at given structures.
+
+    Args:
+        used: int64 [images, N] on the CPU, the structure of every image.
+        chance: [images, N, L] on the CPU, logarithms of the distributions that chose them.
+        accuracy, loss: of the whole set.
+    """
     flops = count_flops(model, used).mean().item()
     mean, shares = chance.exp().mean(0), parameter_fractions(model).cpu()
     return TaskReport(
@@ -133,6 +138,7 @@ def _device(model: DeepElasticNetwork) -> torch.device:
 
 
 def _input_batches(image_set: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images [B, C, S, S] and labels int64 [B] of a set, in order, on the device."""
     for start in range(0, len(image_set), batch_size):
         part = slice(start, start + batch_size)
         yield image_set.inputs(part).to(device), image_set.labels[part].to(device)
@@ -229,6 +235,7 @@ class Timing:
 
     @property
     def speedup(self) -> float:
+        """Time of the full structure over time with choosing: above 1 where choosing is faster."""
         return self.dense / self.selected
 
     @property

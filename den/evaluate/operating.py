@@ -137,8 +137,8 @@ def chosen_levels(logits: Tensor, costs: LevelCosts, weight: float) -> Tensor:
 def choose_weight(logits: Tensor, costs: LevelCosts, limit: float) -> float:
     """The smallest lambda whose structures cost at most `limit` in the mean over the images of `logits` [B, N, L].
 
-    Negative where the selector by itself costs less than the limit.  What is left of the limit is the step of one
-    block of one image, or, where the images' logits are equal, of all of them.
+    Negative where the selector by itself costs less than the limit.  The limit is met up to the step of one block of
+    one image, or of all images where their logits are equal.
 
     Raises:
         ValueError: the cheapest structure costs more.

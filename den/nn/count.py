@@ -1,4 +1,4 @@
-"""What a network holds and what an image costs."""
+"""Counts: parameters of a network and FLOPs of an image."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,18 +36,18 @@ class ParameterCounts:
 
     @property
     def estimator(self) -> int:
-        """Everything but the selector."""
+        """Parameters of the estimator: all but the selector's."""
         return self.blocks + self.norms + self.stems + self.heads
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Parameters of the whole network."""
         return self.estimator + self.selector
 
 
 @dataclass(frozen=True)
 class ImageFlops:
-    """Twice the multiply-adds that one image of a task costs at the full structure, by place.
+    """FLOPs (twice the multiply-adds) of one image of a task at the full structure, by place.
 
     ``head`` counts the fully connected layers before the head, too. The Deep Elastic Networks paper counts in this way
     for WRN-32-4 (2.13G) and ResNet-42 (2.91G), but multiply-adds once for SimpleConvNet: its 27.4M at 84 x 84 are half

@@ -73,7 +73,10 @@ class Estimator(nn.Module):
         return self.run(batch, self.plan(batch, levels))
 
     def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
-        """Logits of a checked batch; ``plan`` is in the batch's own order (None: plain full blocks)."""
+        """Logits of a checked batch, as :meth:`forward` returns them.
+
+        ``plan`` is in the batch's own order; None runs every block at its full width.
+        """
         return batch.restore_logits(
             self.classify(batch.tasks, batch.sizes, self.trunk(self.stem(batch), plan)),
             max(task.classes for task in self.tasks),
@@ -96,7 +99,7 @@ class Estimator(nn.Module):
         return x[0] if len(x) == 1 else torch.cat(x)
 
     def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:
-        """All blocks and what follows them up to the heads: [B, features]. May write over ``x``.
+        """Run all blocks and the layers up to the heads: [B, C, H, W] -> [B, features]. May write over ``x``.
 
         At inference a block that no instance uses is not called where it is the identity.
         """
@@ -108,7 +111,7 @@ class Estimator(nn.Module):
         return features(x, self.norm, self.shared)
 
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
-        """Logits [B_k, classes] of each part by its task's head."""
+        """Logits [B_k, classes] of each part by its task's head, from ``pooled`` [B, features]."""
         return [self.heads[k](part) for k, part in zip(tasks, pooled.split(sizes), strict=True)]
 
     def level_plan(self, levels: Tensor) -> RoutingPlan:
@@ -116,7 +119,10 @@ class Estimator(nn.Module):
         return level_plan(levels, self.levels, self.lowest)
 
     def plan(self, batch: TaskBatch, levels: Tensor | RoutingPlan | None) -> RoutingPlan | None:
-        """The routing plan of all blocks, in the batch's order; None for the full structure while training."""
+        """The routing plan of all blocks, in the batch's order; None for the full structure while training.
+
+        levels: as of :meth:`forward`; ValueError where they do not fit the batch.
+        """
         expected, device = (len(batch), self.num_blocks), self.level_flops.device
         if levels is None:
             return self.level_plan(torch.full(expected, self.levels - 1, device=device)) if may_fold(self) else None

@@ -1,4 +1,4 @@
-"""The full structure as a plain network, as anybody would write it: what a Deep Elastic Network is timed against."""
+"""The full structure as a plain network of ordinary convolutions: the baseline of all times."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -30,6 +30,7 @@ class PlainNetwork(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C, S, S] -> [B, classes]
+        """Logits of the images."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
@@ -47,7 +48,8 @@ class PlainResidual(nn.Module):
         self.branch = nn.Sequential(*first, *hidden, _plain_conv(last, None))
         self.shortcut = block.shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, channels, H', W']
+        """Run the block at its full width."""
         return self.branch(x).add_(self.shortcut(x))
 
 

@@ -1,7 +1,8 @@
-"""The estimator in plain PyTorch: everything is computed, then masked. The oracle for the real one.
+"""The estimator in plain PyTorch, the oracle of the tests: every channel is computed, then masked.
 
-Slow and obvious on purpose. It reads the parameters of an :class:`den.nn.estimator.Estimator` (or one of its blocks)
-and updates its running statistics while training, as the real one does; gradients flow through autograd alone.
+Slow and obvious on purpose. Maps are [B, C, H, W], levels integer [B] in 0..num_levels-1. It reads the parameters of
+an :class:`den.nn.estimator.Estimator` (or one of its blocks) and updates its running statistics while training, as the
+real one does; gradients flow through autograd alone.
 """
 
 from collections.abc import Callable
@@ -46,13 +47,16 @@ def channel_mask(levels: Tensor, widths: tuple[int, ...]) -> Tensor:
 
 
 def masked_layer(x: Tensor, mask: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """``mask * relu(norm(conv(x)))``: everything is computed, then masked."""
+    """``mask * relu(norm(conv(x)))`` of x [B, C, H, W] and mask bool [B, M]: [B, M, H', W']."""
     hidden = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, groups=conv.groups)
     return F.relu(masked_batch_norm(hidden, mask, norm)) * mask[:, :, None, None]
 
 
 def activated(block: ElasticBlock | BottleneckBlock, x: Tensor, levels: Tensor) -> Tensor:
-    """``relu(bn1(x))`` with the statistics of the instances above level 0; the network's first block has none."""
+    """``relu(bn1(x))`` [B, C, H, W] with the statistics of the instances above level 0 (levels: integer [B]).
+
+    The first block of a network has no bn1: x is returned.
+    """
     active = (levels > 0)[:, None].expand(-1, x.shape[1])
     return x if block.bn1 is None else F.relu(masked_batch_norm(x, active, block.bn1))
 
@@ -98,7 +102,7 @@ REFERENCES: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 
 def reference_block(block: nn.Module, x: Tensor, levels: Tensor, num_levels: int) -> Tensor:
-    """A block of any kind; x: [B, C, H, W], levels: integer [B] in 0..num_levels-1."""
+    """Run a block of any kind: x [B, C, H, W], levels integer [B] in 0..num_levels-1 -> [B, channels, H', W']."""
     return REFERENCES[type(block)](block, x, levels, num_levels)
 
 

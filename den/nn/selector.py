@@ -38,7 +38,7 @@ class SelectorConfig:
         return tuple(-(-trunk_size // 2 ** (index + 1)) for index in range(len(self.channels)))
 
     def flops(self, image_channels: int, trunk_size: int) -> int:
-        """Twice the multiply-adds of the convolutions for one image."""
+        """FLOPs of the convolutions for one image: twice the multiply-adds."""
         sizes = self.sizes(trunk_size)
         total = 2 * KERNEL**2 * image_channels * self.channels[0] * sizes[0] ** 2
         for (before, channels), size in zip(itertools.pairwise(self.channels), sizes[1:], strict=True):
@@ -117,7 +117,7 @@ class Selector(nn.Module):
         return self.heads[task](pooled)
 
     def flops(self, task: int) -> int:
-        """Twice the multiply-adds, convolutions and head, for one image of the task at position ``task``."""
+        """FLOPs of convolutions and head for one image of the task at position ``task``: twice the multiply-adds."""
         layers = zip(cast(Iterable[ConvNormReLU], self.convs), self.sizes[1:], strict=True)
         convs = sum(2 * layer.conv.weight.numel() * size**2 for layer, size in layers)
         stem, head = cast(Stem, self.stems[task]), cast(nn.Linear, self.heads[task])

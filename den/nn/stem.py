@@ -38,13 +38,14 @@ class Stem(nn.Module):
         stride, padding = stem_geometry(self.in_size, self.out_size, kernel)
         self.conv = ConvNormReLU(task.channels, channels, kernel, stride, padding)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, channels, out_size, out_size]
+        """Bring the images to the trunk's size."""
         if images.shape[-1] < self.in_size:
             images = enlarge(images, self.in_size)
         return self.conv(images)
 
     def flops(self) -> int:
-        """Twice the multiply-adds of the convolution for one image."""
+        """FLOPs of the convolution for one image: twice the multiply-adds."""
         return 2 * self.conv.conv.weight.numel() * self.out_size**2
 
 
@@ -64,18 +65,19 @@ class ImageStem(nn.Module):
             )
         self.in_size = size
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, C_k, size, size]
+        """Enlarge the images where they are smaller."""
         if images.shape[-1] < self.in_size:
             images = enlarge(images, self.in_size)
         return images.contiguous(memory_format=torch.channels_last)
 
     def flops(self) -> int:
-        """Nothing is multiplied."""
+        """Return 0: nothing is multiplied."""
         return 0
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
-    """Bilinear interpolation of [B, C, S, S] to [B, C, size, size]; an empty batch stays one."""
+    """Interpolate [B, C, S, S] to [B, C, size, size], bilinear; an empty batch stays empty."""
     if not len(images):
         return images.new_empty(0, images.shape[1], size, size)
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

@@ -86,6 +86,7 @@ def task_batch(images: Images, task: Tasks, tasks: Sequence[Task], like: Tensor)
 
 
 def _listed(images: Sequence[Tensor], task: Tasks, tasks: Sequence[Task], like: Tensor) -> TaskBatch:
+    """A batch of one tensor [B_k, C_k, S_k, S_k] per task."""
     if not isinstance(images, Sequence) or not all(isinstance(part, Tensor) for part in images):
         raise ValueError(f"model: images must be a tensor or a list of tensors, got {type(images).__name__}")
     if isinstance(task, str) or not isinstance(task, Sequence) or len(task) != len(images) or not images:
@@ -98,6 +99,7 @@ def _listed(images: Sequence[Tensor], task: Tasks, tasks: Sequence[Task], like: 
 
 
 def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Tensor) -> TaskBatch:
+    """A batch of images [B, C, S, S], each of the task at its position in integer [B]."""
     if task.dtype.is_floating_point or task.dtype.is_complex or task.dtype == torch.bool or task.dim() != 1:
         raise ValueError(f"model: tasks per instance must be integer [B], got {task.dtype} {list(task.shape)}")
     if images.dim() != 4 or len(task) != len(images):
@@ -130,6 +132,8 @@ def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Ten
 
 
 def _checked(images: Tensor, task: Task, like: Tensor) -> Tensor:
+    """Return images [B_k, C_k, S_k, S_k]; ValueError unless they are of the task's shape, and of the device and dtype
+    of ``like``."""
     expected = task.shape
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
         raise ValueError(

@@ -53,7 +53,7 @@ def standard_streams() -> Iterator[None]:
     """
     _open_closed_files()
     errors = getattr(sys.stdout, "errors", None)
-    _encode(sys.stdout, "den.nn.plain" if errors == "strict" or errors == "surrogateescape" else errors)
+    _encode(sys.stdout, "den.spelt" if errors == "strict" or errors == "surrogateescape" else errors)
     try:
         yield
     finally:
@@ -121,4 +121,4 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
     return "".join(PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end
 
 
-codecs.register_error("den.nn.plain", _spell)
+codecs.register_error("den.spelt", _spell)
