@@ -225,7 +225,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A checkout's results folder and README of its own."""
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\n")
+    page = tmp_path / "benchmarks.md"
+    page.write_text(readme.read_text())
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "PAGE", page)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     for name in ("keep", "results_files"):
         plain = getattr(results, name)
@@ -246,6 +249,7 @@ def test_command_reports_a_run_and_keeps_it_when_asked(folder, capsys):
     assert report.main([str(run), "--readme", "--colour", "always"]) == 0
     assert "\033[32m" in capsys.readouterr().out
     assert report.readme_agrees(report.README.read_text(), results.results_files())
+    assert report.page_section(results.results_files()) in report.PAGE.read_text()
     assert report.main([]) == 0
     assert "## box-2-cores" in capsys.readouterr().out
 
