@@ -58,7 +58,7 @@ def imported(module: str, path: Path, known: Iterable[str]) -> Iterator[str]:
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
-            names = [word.value for word in ast.walk(node) if isinstance(word, ast.Constant)]
+            names = [str(word.value) for word in ast.walk(node) if isinstance(word, ast.Constant)]
         else:
             continue
         yield from (name for name in names if name in known)

@@ -120,7 +120,7 @@ def draw(
         for k, below in enumerate(targets):
             spread = 0.6 * ((k + 0.5) / len(targets) - 0.5)
             draw_arrow(axes, line_through(paths[above, below], place, spread), INK)
-    for k, edge in enumerate(against):
-        draw_beside(axes, *(place[part] for part in edge), WIDTH + MARGIN * k, k)
+    for k, (above, below) in enumerate(against):
+        draw_beside(axes, place[above], place[below], WIDTH + MARGIN * k, k)
     figure.savefig(target, dpi=130, facecolor="white")
     plt.close(figure)
