@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock
 from den.nn.model import DeepElasticNetwork
 from den.nn.stem import ImageStem, Stem
 from den.nn.tail import linear_flops
@@ -63,8 +62,7 @@ class ImageFlops:
 def count_parameters(model: DeepElasticNetwork) -> ParameterCounts:
     """Learned numbers of ``model``, by place; their ``total`` is all of them."""
     estimator = model.estimator
-    elastic = cast(Iterable[ElasticBlock | BottleneckBlock | ConvPair], estimator.blocks)
-    blocks = sum(conv.weight.numel() for block in elastic for conv, _ in block.layers())
+    blocks = sum(conv.weight.numel() for block in cast(Iterable[Any], estimator.blocks) for conv, _ in block.layers())
     return ParameterCounts(
         blocks=blocks,
         norms=_numbers(estimator.blocks) - blocks + (0 if estimator.norm is None else _numbers(estimator.norm)),

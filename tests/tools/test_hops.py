@@ -1,4 +1,4 @@
-"""The counter of functions that an image and a training step pass: possible numbers, and the functions that must run."""
+"""The counter of functions that an image and a training step pass: its numbers, and the functions that must run."""
 
 import sys
 
