@@ -167,7 +167,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
 def stratified_split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split positions at random, class by class, into (kept, held out), each sorted: int64 [N - n], int64 [n].
 
-    ``n = ceil(held_out * N)``; the classes have parts in proportion to their sizes.
+    `n = ceil(held_out * N)`; the classes have parts in proportion to their sizes.
 
     Args:
         labels: int64 [N].

@@ -62,7 +62,7 @@ class SceneSet:
         return dataclasses.replace(self, tasks=tuple(task for task in self.tasks if task.name in names))
 
     def split(self, share: float, seed: int) -> tuple[SceneSet, SceneSet]:
-        """Split at random into (kept, held out); the second part has ``ceil(share * N)`` scenes."""
+        """Split at random into (kept, held out); the second part has `ceil(share * N)` scenes."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         held = math.ceil(share * len(self))
         parts = (order[held:].sort().values, order[:held].sort().values)

@@ -112,7 +112,8 @@ def task_report(
     Args:
         used: int64 [images, N] on the CPU, the structure of every image.
         chance: [images, N, L] on the CPU, logarithms of the distributions that chose them.
-        accuracy, loss: of the whole set.
+        accuracy: of the whole set, 0..1.
+        loss: mean cross-entropy of the whole set.
     """
     flops = count_flops(model, used).mean().item()
     mean, shares = chance.exp().mean(0), parameter_fractions(model).cpu()

@@ -122,7 +122,7 @@ per block: 0 skips it, the highest is all of it.  The best single structure is p
 
 
 def digits(structure: Tensor) -> str:
-    """A structure as its levels: ``digits(torch.tensor([0, 3])) == "03"``."""
+    """A structure as its levels: `digits(torch.tensor([0, 3])) == "03"`."""
     return "".join(map(str, structure.tolist()))
 
 

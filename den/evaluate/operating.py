@@ -36,7 +36,7 @@ CLOSE = 0.02  # of a time that counts as met
 
 @dataclass(frozen=True, eq=False)
 class LevelCosts:
-    """A linear model of what an image costs: ``fixed`` plus the cost of the level of each of its blocks."""
+    """A linear model of what an image costs: `fixed` plus the cost of the level of each of its blocks."""
 
     levels: Tensor  # float64 [N, L], on the CPU
     fixed: float = 0.0
@@ -67,7 +67,7 @@ def measured_costs(
 ) -> LevelCosts:
     """Milliseconds per image on the model's device: medians of every block at every level, all images at that level.
 
-    ``fixed`` is what the network in use takes beyond that: stem, head, selector, and what mixing levels costs.
+    `fixed` is what the network in use takes beyond that: stem, head, selector, and what mixing levels costs.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -130,7 +130,7 @@ def milliseconds(model: DeepElasticNetwork, image_set: ImageSet, batch_size: int
 
 
 def chosen_levels(logits: Tensor, costs: LevelCosts, weight: float) -> Tensor:
-    """arg max of ``logits - weight * costs``: [B, N, L] -> int64 [B, N]."""
+    """arg max of `logits - weight * costs`: [B, N, L] -> int64 [B, N]."""
     return (logits.double() - weight * costs.levels.to(logits.device)).argmax(-1)
 
 

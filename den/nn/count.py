@@ -48,7 +48,7 @@ class ParameterCounts:
 class ImageFlops:
     """FLOPs (twice the multiply-adds) of one image of a task at the full structure, by place.
 
-    ``head`` counts the fully connected layers before the head, too. The Deep Elastic Networks paper counts in this way
+    `head` counts the fully connected layers before the head, too. The Deep Elastic Networks paper counts in this way
     for WRN-32-4 (2.13G) and ResNet-42 (2.91G), but multiply-adds once for SimpleConvNet: its 27.4M at 84 x 84 are half
     of our blocks and head.
     """
@@ -60,7 +60,7 @@ class ImageFlops:
 
 
 def count_parameters(model: DeepElasticNetwork) -> ParameterCounts:
-    """Learned numbers of ``model``, by place; their ``total`` is all of them."""
+    """Learned numbers of `model`, by place; their `total` is all of them."""
     estimator = model.estimator
     blocks = sum(conv.weight.numel() for block in cast(Iterable[Any], estimator.blocks) for conv, _ in block.layers())
     return ParameterCounts(
@@ -88,7 +88,7 @@ def count_flops(model: DeepElasticNetwork, levels: Tensor) -> Tensor:
 
 
 def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
-    """FLOPs of one image of ``task`` at the full structure, with what the structure does not change."""
+    """FLOPs of one image of `task` at the full structure, with what the structure does not change."""
     position = find_task(task, model.tasks)
     estimator = model.estimator
     stem = cast(Stem | ImageStem, estimator.stems[position])
@@ -101,13 +101,13 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
 
 
 def parameter_fractions(model: DeepElasticNetwork) -> Tensor:
-    """``d_i(l)`` of the paper's eq. 5: float32 [N, L], the share of block i's convolution weights that level l uses."""
+    """`d_i(l)` of the paper's eq. 5: float32 [N, L], the share of block i's convolution weights that level l uses."""
     table = model.estimator.level_parameters
     return table.float() / table[:, -1:]
 
 
 def _chosen(table: Tensor, levels: Tensor) -> Tensor:
-    """``table[n, levels[b, n]]`` as [B, N], for a table [N, L]."""
+    """`table[n, levels[b, n]]` as [B, N], for a table [N, L]."""
     if levels.dim() != 2 or levels.shape[1] != len(table) or levels.is_floating_point() or levels.dtype == torch.bool:
         raise ValueError(
             f"count_flops: levels must be integer [B, N] with N = {len(table)}, got {levels.dtype} {list(levels.shape)}"

@@ -23,7 +23,7 @@ class Estimator(nn.Module):
     paper's Xavier; batch norms from weight 1; heads from Xavier.
 
     Attributes:
-        groups: channel groups of every block in a routing plan (see :mod:`den.nn.levels`).
+        groups: channel groups of every block in a routing plan (see `den.nn.levels`).
         level_parameters: int64 [N, L], convolution weights that each block uses at each level.
         level_flops: int64 [N, L], twice the multiply-adds of each block's convolutions at each level, for one image.
     """
@@ -55,12 +55,13 @@ class Estimator(nn.Module):
             self.register_buffer(name, torch.tensor(table, dtype=torch.int64), persistent=False)
 
     def forward(self, images: Images, task: Tasks, levels: Tensor | RoutingPlan | None = None) -> Tensor | list[Tensor]:
-        """Logits of ``images``, each with its own structure.
+        """Logits of `images`, each with its own structure.
 
         Args:
-            images, task: one task, a list per task, or tasks per instance: see :func:`den.nn.task_batch.task_batch`.
+            images: [B, C, S, S], or a list of one such tensor per task.
+            task: one task, a list per task, or tasks per instance: see `den.nn.task_batch.task_batch`.
             levels: integer [B, N] in 0..L-1, in the order of the images (of a list: one part after the other); or
-                the :class:`RoutingPlan` of such levels, as :meth:`level_plan` makes it; None: the full structure.
+                the `RoutingPlan` of such levels, as `level_plan` makes it; None: the full structure.
 
         Returns:
             [B, classes] of one task; a list of them for a list of images; for tasks per instance [B, most classes],
@@ -73,9 +74,9 @@ class Estimator(nn.Module):
         return self.run(batch, self.plan(batch, levels))
 
     def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
-        """Logits of a checked batch, as :meth:`forward` returns them.
+        """Logits of a checked batch, as `forward` returns them.
 
-        ``plan`` is in the batch's own order; None runs every block at its full width.
+        `plan` is in the batch's own order; None runs every block at its full width.
         """
         return batch.restore_logits(
             self.classify(batch.tasks, batch.sizes, self.trunk(self.stem(batch), plan)),
@@ -99,7 +100,7 @@ class Estimator(nn.Module):
         return x[0] if len(x) == 1 else torch.cat(x)
 
     def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:
-        """Run all blocks and the layers up to the heads: [B, C, H, W] -> [B, features]. May write over ``x``.
+        """Run all blocks and the layers up to the heads: [B, C, H, W] -> [B, features]. May write over `x`.
 
         At inference a block that no instance uses is not called where it is the identity.
         """
@@ -111,7 +112,7 @@ class Estimator(nn.Module):
         return features(x, self.norm, self.shared)
 
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
-        """Logits [B_k, classes] of each part by its task's head, from ``pooled`` [B, features]."""
+        """Logits [B_k, classes] of each part by its task's head, from `pooled` [B, features]."""
         return [self.heads[k](part) for k, part in zip(tasks, pooled.split(sizes), strict=True)]
 
     def level_plan(self, levels: Tensor) -> RoutingPlan:
@@ -121,7 +122,7 @@ class Estimator(nn.Module):
     def plan(self, batch: TaskBatch, levels: Tensor | RoutingPlan | None) -> RoutingPlan | None:
         """The routing plan of all blocks, in the batch's order; None for the full structure while training.
 
-        levels: as of :meth:`forward`; ValueError where they do not fit the batch.
+        levels: as of `forward`; ValueError where they do not fit the batch.
         """
         expected, device = (len(batch), self.num_blocks), self.level_flops.device
         if levels is None:

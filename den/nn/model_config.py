@@ -19,20 +19,20 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A network, complete and JSON-able: ``ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config``.
+    """A network, complete and JSON-able: `ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config`.
 
     Args:
         tasks: at least one; names are unique.
-        backbone: a name such as ``wrn32_4``, ``resnext29_8x64d`` or ``vgg16``, which gives the stages, the stem and
-            the kind of block (:func:`den.nn.backbones.named_backbone`); or a family, ``wrn`` or ``resnet``, where
-            ``stages`` are given.
+        backbone: a name such as `wrn32_4`, `resnext29_8x64d` or `vgg16`, which gives the stages, the stem and
+            the kind of block (`den.nn.backbones.named_backbone`); or a family, `wrn` or `resnet`, where
+            `stages` are given.
         stages: (channels, blocks) of each stage, overriding the name's; those of residual networks never shrink.
         stem: channels of the stems; None: the name's (16 for wrn, 64 for resnet). 0, of vgg19 and simpleconvnet: the
             blocks read the images, which all tasks then have in the same number of channels.
-        levels: L, at least 2; what level 0 keeps is in :mod:`den.nn.levels`.
+        levels: L, at least 2; what level 0 keeps is in `den.nn.levels`.
         trunk_size: side of the map that the stems hand to the first block; None: 32, or the side of the largest images
             where these are larger and the blocks read them.
-        selector: None: :func:`den.nn.selector.default_selector`.
+        selector: None: `den.nn.selector.default_selector`.
 
     Raises:
         ValueError: a value that does not fit, saying what must hold.
@@ -122,7 +122,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
-        """The config of :meth:`to_dict`'s output.
+        """The config of `to_dict`'s output.
 
         Raises:
             ValueError: a key that is unknown or missing, named with the known ones; values that do not fit.

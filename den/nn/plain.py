@@ -16,7 +16,7 @@ from den.nn.tasks import find_task
 class PlainNetwork(nn.Module):
     """One task's estimator at its full structure, for inference: ordinary convolutions, channels-last, without levels.
 
-    Equivalent to ``model.estimator(images, task)`` in eval mode.  Every batch norm that follows a convolution is folded
+    Equivalent to `model.estimator(images, task)` in eval mode.  Every batch norm that follows a convolution is folded
     into it; the first of a residual block stands before a ReLU and cannot be.  Block weights are copied; stem, head and
     what stands before the head are the model's own.
     """
@@ -38,7 +38,7 @@ class PlainNetwork(nn.Module):
 
 
 class PlainResidual(nn.Module):
-    """``shortcut(x) + conv(... relu(conv(relu(bn1(x)))))``, the inner batch norms folded."""
+    """`shortcut(x) + conv(... relu(conv(relu(bn1(x)))))`, the inner batch norms folded."""
 
     def __init__(self, block: ElasticBlock | BottleneckBlock) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class PlainResidual(nn.Module):
 
 
 def plain_pair(block: ConvPair) -> nn.Sequential:
-    """``pool(relu(conv(pool(relu(conv(x))))))``, both batch norms folded."""
+    """`pool(relu(conv(pool(relu(conv(x))))))`, both batch norms folded."""
     plain = nn.Sequential()
     for (conv, norm), pools in zip(block.layers(), block.pools, strict=True):
         plain.extend([_plain_conv(conv, norm), nn.ReLU(inplace=True), *([nn.MaxPool2d(2)] if pools else [])])

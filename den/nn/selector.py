@@ -34,7 +34,7 @@ class SelectorConfig:
             raise ValueError(f"SelectorConfig: channels must be whole numbers of at least 1, got {self.channels}")
 
     def sizes(self, trunk_size: int) -> tuple[int, ...]:
-        """Side of each convolution's map: ``trunk_size`` halved once more each time, rounded up."""
+        """Side of each convolution's map: `trunk_size` halved once more each time, rounded up."""
         return tuple(-(-trunk_size // 2 ** (index + 1)) for index in range(len(self.channels)))
 
     def flops(self, image_channels: int, trunk_size: int) -> int:
@@ -52,7 +52,7 @@ def default_selector(
     """A selector for an estimator: few and wide convolutions, as wide as its blocks, within 4 % of their FLOPs.
 
     Starts from (C, 2C, 2C), C being the channels of the first block, and narrows C in steps of 8 until it fits (C = 8
-    at the least). WRN-32-4 gets (64, 128, 128): 0.9 % of its FLOPs; the paper's selector has 5 %. ``trunk_size`` is the
+    at the least). WRN-32-4 gets (64, 128, 128): 0.9 % of its FLOPs; the paper's selector has 5 %. `trunk_size` is the
     side of the map that its first convolution halves; None: what the first block reads.
     """
     budget = BUDGET * sum(shape.flops(shape.hidden) for shape in shapes)
@@ -92,7 +92,8 @@ class Selector(nn.Module):
         """Logits [B, N, L] of the levels of every block, in the order of the images.
 
         Args:
-            images, task: one task, a list per task, or tasks per instance: see :func:`den.nn.task_batch.task_batch`.
+            images: [B, C, S, S], or a list of one such tensor per task.
+            task: one task, a list per task, or tasks per instance: see `den.nn.task_batch.task_batch`.
 
         Raises:
             ValueError: images or task that do not fit.
@@ -117,7 +118,7 @@ class Selector(nn.Module):
         return self.heads[task](pooled)
 
     def flops(self, task: int) -> int:
-        """FLOPs of convolutions and head for one image of the task at position ``task``: twice the multiply-adds."""
+        """FLOPs of convolutions and head for one image of the task at position `task`: twice the multiply-adds."""
         layers = zip(cast(Iterable[ConvNormReLU], self.convs), self.sizes[1:], strict=True)
         convs = sum(2 * layer.conv.weight.numel() * size**2 for layer, size in layers)
         stem, head = cast(Stem, self.stems[task]), cast(nn.Linear, self.heads[task])

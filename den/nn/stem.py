@@ -11,11 +11,11 @@ KERNEL = 7
 
 
 def stem_geometry(size: int, out_size: int, kernel: int = KERNEL) -> tuple[int, int]:
-    """Stride and padding of the convolution that takes a ``size`` map (``>= out_size``) to exactly ``out_size``.
+    """Stride and padding of the convolution that takes a `size` map (`>= out_size`) to exactly `out_size`.
 
-    The stride is ``ceil(size / out_size)``. An odd total of padding is rounded up: with a stride of 2 or more the
+    The stride is `ceil(size / out_size)`. An odd total of padding is rounded up: with a stride of 2 or more the
     convolution drops the row too many by itself.
-    ``stem_geometry(96, 32) == (3, 2)``, ``stem_geometry(28, 16) == (2, 5)``.
+    `stem_geometry(96, 32) == (3, 2)`, `stem_geometry(28, 16) == (2, 5)`.
     """
     stride = -(-size // out_size)
     total = (out_size - 1) * stride + kernel - size
@@ -25,8 +25,8 @@ def stem_geometry(size: int, out_size: int, kernel: int = KERNEL) -> tuple[int, 
 class Stem(nn.Module):
     """Images [B, C_k, S_k, S_k] of one task -> [B, channels, out_size, out_size], activated, channels-last in memory.
 
-    Images smaller than ``trunk_size`` are first enlarged to it (bilinear); then one convolution (7x7 unless ``kernel``
-    says otherwise), whose stride brings them to ``out_size``, batch norm of the task's own, ReLU.
+    Images smaller than `trunk_size` are first enlarged to it (bilinear); then one convolution (7x7 unless `kernel`
+    says otherwise), whose stride brings them to `out_size`, batch norm of the task's own, ReLU.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Stem(nn.Module):
 
 
 class ImageStem(nn.Module):
-    """No stem: the blocks read the images [B, C_k, S_k, S_k], enlarged to ``size`` (bilinear) where they are smaller.
+    """No stem: the blocks read the images [B, C_k, S_k, S_k], enlarged to `size` (bilinear) where they are smaller.
 
     Raises:
-        ValueError: images larger than ``size``.
+        ValueError: images larger than `size`.
     """
 
     def __init__(self, task: Task, size: int) -> None:

@@ -38,5 +38,5 @@ def features(x: Tensor, norm: nn.BatchNorm2d | None, shared: nn.Sequential) -> T
 
 
 def linear_flops(layers: Sequence[nn.Module]) -> int:
-    """FLOPs of the fully connected layers among ``layers`` for one image: twice the multiply-adds."""
+    """FLOPs of the fully connected layers among `layers` for one image: twice the multiply-adds."""
     return sum(2 * layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))

@@ -24,7 +24,7 @@ class TaskBatch:
         images: one [B_k, C_k, S_k, S_k] per part; the B_k add up to B.  Several tasks of the same images are as many
             parts of one tensor.
         order: int64 [B], the caller's row that stands at each of our rows; None where they are in the same order.
-        form: what the caller gave and gets back: ``one`` task, a ``list`` of parts, or tasks per ``instance``.
+        form: what the caller gave and gets back: `one` task, a `list` of parts, or tasks per `instance`.
     """
 
     tasks: tuple[int, ...]
@@ -62,7 +62,7 @@ class TaskBatch:
 
 
 def task_batch(images: Images, task: Tasks, tasks: Sequence[Task], like: Tensor) -> TaskBatch:
-    """The batch of ``images`` and their ``task``, checked.
+    """The batch of `images` and their `task`, checked.
 
     Args:
         images: [B, C, S, S], or a list with one such tensor per task.
@@ -73,7 +73,7 @@ def task_batch(images: Images, task: Tasks, tasks: Sequence[Task], like: Tensor)
         like: a parameter of the model; images must have its device, and its dtype unless autocast is on.
 
     Raises:
-        ValueError: a task not in ``tasks``; images of another rank, channels, size, dtype, device; lengths that differ.
+        ValueError: a task not in `tasks`; images of another rank, channels, size, dtype, device; lengths that differ.
     """
     if not isinstance(images, Tensor):
         return _listed(images, task, tasks, like)
@@ -133,7 +133,7 @@ def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Ten
 
 def _checked(images: Tensor, task: Task, like: Tensor) -> Tensor:
     """Return images [B_k, C_k, S_k, S_k]; ValueError unless they are of the task's shape, and of the device and dtype
-    of ``like``."""
+    of `like`."""
     expected = task.shape
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
         raise ValueError(

@@ -58,10 +58,10 @@ class Task:
 
 
 def find_task(task: str | int | Task, tasks: Sequence[Task]) -> int:
-    """Position of ``task`` (a name, a position or the task itself) in ``tasks``.
+    """Position of `task` (a name, a position or the task itself) in `tasks`.
 
     Raises:
-        ValueError: a task that is not one of ``tasks``.
+        ValueError: a task that is not one of `tasks`.
     """
     if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(tasks):
         return task

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `low` to `high`, in an annotation: ``rate: Annotated[float, Range(0)]``.
+    """The finite numbers from `low` to `high`, in an annotation: `rate: Annotated[float, Range(0)]`.
 
     With `open_low` or `open_high` that bound itself is left out.  In a field of tuples it holds for every number.
 

@@ -45,5 +45,5 @@ def latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Text with LaTeX's special characters escaped: ``latex_text("5 %") == r"5 \\%"``."""
+    """Text with LaTeX's special characters escaped: `latex_text("5 %") == r"5 \\%"`."""
     return re.sub("|".join(map(re.escape, SPECIAL)), lambda match: SPECIAL[match[0]], text)
