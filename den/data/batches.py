@@ -29,7 +29,7 @@ class MixedTaskBatches:
     """Endless augmented batches; every batch holds `counts[k]` images of set k.
 
     Each set is walked through in a shuffled order, which is drawn anew whenever it has been used up: a small set is
-    cycled while a large one is passed once.  `epoch_steps` batches pass every image of every set at least once.
+    cycled while a large one is passed once. `epoch_steps` batches pass every image of every set at least once.
     The whole position (orders, cursors, generator) is in `state_dict`.
     """
 

@@ -57,7 +57,7 @@ def text(op: str, where: str | Path, content: bytes) -> str:
 
 
 def rows(op: str, where: str | Path, content: bytes, least: int) -> list[list[str]]:
-    """The fields of a list's lines, between blanks; blank lines are passed over.  ValueError for a shorter line."""
+    """The fields of a list's lines, between blanks; blank lines are passed over. ValueError for a shorter line."""
     found = []
     for number, line in enumerate(text(op, where, content).splitlines(), 1):
         fields = line.split()

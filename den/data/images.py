@@ -102,7 +102,7 @@ class ImageSet:
         """Normalised images, padded, cropped at random and mirrored where `flip`: float32 [n, C, H, W], channels-last.
 
         One gather for the whole batch: image b reads the rows top_b .. top_b + H - 1 and the columns left_b ..
-        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored.  The border is not stored.
+        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored. The border is not stored.
         """
         height, width = self.images.shape[2:]
         count, device = len(index), self.images.device

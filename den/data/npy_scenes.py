@@ -5,7 +5,7 @@
     ROOT/{train,val}/depth/0.npy   float [H, W, 1] or [H, W], 0 where it is unknown
     ROOT/{train,val}/normal/0.npy  float [H, W, 3] of length 1, the zero vector where it is unknown
 
-and 1.npy and so on (Liu, Johns and Davison, MTAN, CVPR 2019).  Images may also be uint8 in 0..255.
+and 1.npy and so on (Liu, Johns and Davison, MTAN, CVPR 2019). Images may also be uint8 in 0..255.
 """
 
 from __future__ import annotations

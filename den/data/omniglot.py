@@ -7,7 +7,7 @@ Two layouts are read from a data root:
   are there, the archive is read;
 - packed pieces `omniglot_small.{split}*.npz`, see `den.data.pieces`; 8 alphabets.
 
-Drawers 1 to 15 of every character are the training split, 16 to 20 the test split; this split is not official.  Ink is
+Drawers 1 to 15 of every character are the training split, 16 to 20 the test split; this split is not official. Ink is
 white on black, as in the other sets.
 """
 
@@ -40,7 +40,7 @@ PICTURE = re.compile(r"(?:^|/)character[^/]*/[^./][^/]*\.png$", re.IGNORECASE)  
 def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[ImageSet]:
     """A set per alphabet of what `root` holds: uint8 [n, 1, size, size], labels 0 to characters - 1.
 
-    Images are scaled by averaging over areas.  Normalisation constants are those of the training images of all
+    Images are scaled by averaging over areas. Normalisation constants are those of the training images of all
     alphabets, for both splits; augmentation shifts and does not mirror.
 
     Raises ValueError for an unknown split, a size below 1, a root without the set, files that are damaged, characters

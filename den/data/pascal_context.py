@@ -50,7 +50,7 @@ TASKS = {"segmentation": ("segmentation", CLASSES), "parts": ("segmentation", le
 def load_pascal_context(root: Path | str | None, split: str, size: int = 512) -> SceneSet:
     """Tasks `segmentation`, `parts`, `saliency`, `normals` and `edges` on images of size x size.
 
-    `split` is "train" or "test" (val.txt).  Parts are unlabelled in images without any.  Normals count wherever they
+    `split` is "train" or "test" (val.txt). Parts are unlabelled in images without any. Normals count wherever they
     are given; the class mask that some authors lay over them is not part of the tree.
 
     Raises ValueError for an unknown split, a size below 1, a root without the tree or a list that is malformed or names

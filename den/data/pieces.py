@@ -81,7 +81,7 @@ def joined(
 
 
 def piece_pixels(path: Path) -> np.ndarray:
-    """Pixels of a piece: uint8 [n, H, W, 3]; of bits 0 or 1, [n, H, W].  ValueError as of `open_pieces`."""
+    """Pixels of a piece: uint8 [n, H, W, 3]; of bits 0 or 1, [n, H, W]. ValueError as of `open_pieces`."""
     with blamed("load_set", path, "be a complete packed piece"):
         with np.load(path, allow_pickle=False) as piece:
             arrays = {key: piece[key] for key in piece.files if key in PAYLOAD}

@@ -111,7 +111,7 @@ def augmented(
 ) -> Scene:
     """A part of the scene, 1 / zoom as high and wide, at its size; images are interpolated, targets are not.
 
-    place: 0..1, 0..1: where the part lies, from the top and the left.  Zooming in divides depths by the zoom, as if the
+    place: 0..1, 0..1: where the part lies, from the top and the left. Zooming in divides depths by the zoom, as if the
     camera were nearer, and multiplies inverse ones; mirroring turns the first component of normals.
     """
     height, width = scene.image.shape[1:]

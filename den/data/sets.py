@@ -13,7 +13,7 @@ and decoded once (`den.data.store`).
 | tin50 | 25,000 + 2,500, 64x64 | 50 of its classes |
 | imagenet50, miniimagenet | 40,000 or 25,000 for training, 84x84 | `den.data.imagenet` |
 
-The sets of fifty classes are also ten tasks of five: `tin50-0` to `tin50-9`, by kind, and so on.  `@S` behind a name
+The sets of fifty classes are also ten tasks of five: `tin50-0` to `tin50-9`, by kind, and so on. `@S` behind a name
 scales the images to S x S pixels: `stl10@32`, `imagenet50-3@224`.
 """
 
@@ -91,7 +91,7 @@ NAME = re.compile(r"(?P<set>.+?)(?:-(?P<task>\d+))?(?:@(?P<size>\d+))?")
 def load_set(name: str, split: str, root: Path | str | None = None) -> ImageSet:
     """The set `name`; `split` is "train" or "test"; `root`: folder of the sets that do not come with the install.
 
-    Normalisation constants are those of the training split, for both splits.  Raises ValueError for an unknown name
+    Normalisation constants are those of the training split, for both splits. Raises ValueError for an unknown name
     or split, a missing root, and files that are missing, damaged or of another layout.
     """
     if split not in SPLITS:

@@ -3,7 +3,7 @@
     ROOT/den-cache/NAME-FINGERPRINT/images.npy, labels.npz   a whole entry; readers hold a shared lock on images.npy
     ROOT/den-cache/.NAME-FINGERPRINT/lock, set/...           one that is being made, by the process that holds the lock
 
-Locks are the kernel's, so those of a killed process are free at once.  On a file system without locks every process
+Locks are the kernel's, so those of a killed process are free at once. On a file system without locks every process
 makes an entry of its own, the first to end gives it its name, and nothing is cleared.
 """
 
@@ -53,8 +53,8 @@ def stored(found: Found, root: Path, name: str) -> tuple[Tensor, dict[str, Tenso
     """Images uint8 [N, 3, H, W], channels-last in memory, and labels int64 [N] of each kind.
 
     The first time they are decoded into ROOT/den-cache (where the root is not to be written, into the user's cache
-    folder), later they are mapped from there.  They are decoded anew when any of the files has changed, come or gone
-    since, or when what was decoded is damaged.  Entries of before and what killed processes left are removed; an
+    folder), later they are mapped from there. They are decoded anew when any of the files has changed, come or gone
+    since, or when what was decoded is damaged. Entries of before and what killed processes left are removed; an
     interruption leaves nothing behind.
 
     Raises ValueError for files that cannot be decoded or change meanwhile, and where there is no room.

@@ -2,7 +2,7 @@
 
 Read from the published archive, packed or unpacked; the lists of an unpacked one must fit the pictures beside them.
 `tin50` is the part of 50 classes which makes ten kinds of five (`KINDS`; they are ours): with it, packed pieces
-`tin50.{split}*.npz` are read as well, see `den.data.pieces`.  The test split is the published validation split; that of
+`tin50.{split}*.npz` are read as well, see `den.data.pieces`. The test split is the published validation split; that of
 the publishers has no labels.
 """
 

@@ -186,7 +186,7 @@ def best_static(
     """The most accurate of many structures that cost about `budget` FLOPs, used for every image of `image_set`.
 
     The candidates are `static_candidates` and those of `extra` (int64 [n, N], such as the structures that the selector
-    uses most) that cost at most (1 + tolerance) * budget.  The best is chosen on `choose_on`, held-out images.  Without
+    uses most) that cost at most (1 + tolerance) * budget. The best is chosen on `choose_on`, held-out images. Without
     them it is chosen on `image_set` itself, which flatters the static structure: a network that beats it even so has
     gained from choosing per image.
     """
@@ -204,7 +204,7 @@ def best_static(
 def static_candidates(model: DeepElasticNetwork, budget: float, count: int, tolerance: float, seed: int) -> Tensor:
     """Up to `count` random structures whose FLOPs lie within `tolerance` of `budget`: int64 [n, N].
 
-    Each is drawn with level probabilities of its own, so that every budget is met by structures of many shapes.  Where
+    Each is drawn with level probabilities of its own, so that every budget is met by structures of many shapes. Where
     none lies within the tolerance: the nearest one.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -256,12 +256,12 @@ def time_per_image(
 ) -> Timing:
     """Time of inference with and without choosing, on the first batches of a set; the model in evaluation mode.
 
-    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector.  An
+    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector. An
     estimator of another kind than `Estimator` has no plain form and is timed against its full structure alone.
 
-    The four ways take turns, so that a change in the machine's speed meets them all.  In its turn each runs all the
-    batches one after the other, as in use, after an untimed one that brings its weights back into the caches.  Per way:
-    the median over the rounds of every batch, added up.  Batches are full where the set has that many.
+    The four ways take turns, so that a change in the machine's speed meets them all. In its turn each runs all the
+    batches one after the other, as in use, after an untimed one that brings its weights back into the caches. Per way:
+    the median over the rounds of every batch, added up. Batches are full where the set has that many.
     """
     model.eval()
     device = _device(model)

@@ -1,12 +1,12 @@
 """Operating points of a trained network: its selector shifted towards a budget at run time, without training.
 
-This is ours; the paper trains a network for every trade-off (rho).  Block i of an image x runs at
+This is ours; the paper trains a network for every trade-off (rho). Block i of an image x runs at
 
     arg max_l  logit_i(l; x) - lambda * cost_i(l)
 
-with one lambda for each task.  The cost that a block's choice has can only fall as lambda grows, whatever the costs are
+with one lambda for each task. The cost that a block's choice has can only fall as lambda grows, whatever the costs are
 (add the two inequalities that say that each choice is the best at its own lambda), so the mean cost of a set of images
-is monotone in lambda and bisection finds the smallest lambda that keeps to a budget.  The shift goes into the biases of
+is monotone in lambda and bisection finds the smallest lambda that keeps to a budget. The shift goes into the biases of
 the selector's heads: an operating point is an ordinary network and costs nothing to run.
 """
 
@@ -137,7 +137,7 @@ def chosen_levels(logits: Tensor, costs: LevelCosts, weight: float) -> Tensor:
 def choose_weight(logits: Tensor, costs: LevelCosts, limit: float) -> float:
     """The smallest lambda whose structures cost at most `limit` in the mean over the images of `logits` [B, N, L].
 
-    Negative where the selector by itself costs less than the limit.  The limit is met up to the step of one block of
+    Negative where the selector by itself costs less than the limit. The limit is met up to the step of one block of
     one image, or of all images where their logits are equal.
 
     Raises:
@@ -207,7 +207,7 @@ def at_milliseconds(
 ) -> tuple[DeepElasticNetwork, dict[str, float]]:
     """The network at a time per image on its device, for every task; and the lambdas.
 
-    The linear model of `measured_costs` gives a first lambda.  Then the network is timed as a whole, and where it takes
+    The linear model of `measured_costs` gives a first lambda. Then the network is timed as a whole, and where it takes
     more than the limit, or less, the model's aim is corrected by that ratio, at most `CORRECTIONS` times.
 
     Raises:

@@ -1,6 +1,6 @@
 """Levels of a block: how its hidden channels are cut into ordered channel groups.
 
-A level is a number of 0..L-1 everywhere: in a structure, from the selector, in the tables of costs.  What the lowest
+A level is a number of 0..L-1 everywhere: in a structure, from the selector, in the tables of costs. What the lowest
 level keeps is a property of the kind of block (paper, section 4.1), called `lowest`, the groups that it keeps:
 
 - 0 for residual blocks, basic and bottleneck: level 0 is the shortcut; L - 1 groups;

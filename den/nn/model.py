@@ -73,8 +73,8 @@ class DeepElasticNetwork(nn.Module):
         """Give up training, in place and for good: each block's weights are kept only as its kernel reads them.
 
         Saves the parameters of the residual blocks, which otherwise stay beside their packed copies, where a direct CPU
-        kernel runs them; changes nothing else, nor anywhere else.  Save the network first: a frozen one has no
-        `state_dict`, and must run without gradients.  Returns the network, in eval mode.
+        kernel runs them; changes nothing else, nor anywhere else. Save the network first: a frozen one has no
+        `state_dict`, and must run without gradients. Returns the network, in eval mode.
         """
         self.eval()
         with torch.no_grad():

@@ -16,8 +16,8 @@ from den.nn.tasks import find_task
 class PlainNetwork(nn.Module):
     """One task's estimator at its full structure, for inference: ordinary convolutions, channels-last, without levels.
 
-    Equivalent to `model.estimator(images, task)` in eval mode.  Every batch norm that follows a convolution is folded
-    into it; the first of a residual block stands before a ReLU and cannot be.  Block weights are copied; stem, head and
+    Equivalent to `model.estimator(images, task)` in eval mode. Every batch norm that follows a convolution is folded
+    into it; the first of a residual block stands before a ReLU and cannot be. Block weights are copied; stem, head and
     what stands before the head are the model's own.
     """
 

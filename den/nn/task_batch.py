@@ -21,7 +21,7 @@ class TaskBatch:
 
     Attributes:
         tasks: position, in the model's tasks, of the task of each part.
-        images: one [B_k, C_k, S_k, S_k] per part; the B_k add up to B.  Several tasks of the same images are as many
+        images: one [B_k, C_k, S_k, S_k] per part; the B_k add up to B. Several tasks of the same images are as many
             parts of one tensor.
         order: int64 [B], the caller's row that stands at each of our rows; None where they are in the same order.
         form: what the caller gave and gets back: `one` task, a `list` of parts, or tasks per `instance`.

@@ -3,7 +3,7 @@
 import ctypes
 import platform
 
-# Parameters of glibc's mallopt (malloc.h).  As found, malloc maps every large tensor anew and faults in its pages,
+# Parameters of glibc's mallopt (malloc.h). As found, malloc maps every large tensor anew and faults in its pages,
 # which slows the network with the larger tensors most: the dense one.
 _SETTINGS = {-3: 2**30, -4: 0, -1: 2**31 - 1, -2: 2**28}  # M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 

@@ -1,6 +1,6 @@
 """The generators that code draws from without being handed one: Python's, numpy's, torch's, and those of a device.
 
-What this library draws comes from generators of its own.  Layers of torch (dropout) and other people's code draw from
+What this library draws comes from generators of its own. Layers of torch (dropout) and other people's code draw from
 these.
 """
 

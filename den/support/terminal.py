@@ -48,7 +48,7 @@ def standard_streams() -> Iterator[None]:
     """Streams that can be written to.
 
     What the caller has closed is the null device: else the next file that is opened would get its number, and whatever
-    is printed there.  Characters that stdout cannot encode are spelt in ASCII.  On leaving, what was printed is
+    is printed there. Characters that stdout cannot encode are spelt in ASCII. On leaving, what was printed is
     written; BrokenPipeError where nobody reads it any more.
     """
     _open_closed_files()
