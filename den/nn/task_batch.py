@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def task_batch(images: Images, task: Tasks, tasks: Sequence[Task], like: Tensor)
         return _per_instance(images, task, tasks, like)
     if isinstance(task, Sequence) and not isinstance(task, str):
         raise ValueError(f"model: images must be a list of one tensor per task for {list(task)}, got one tensor")
-    position = find_task(int(task) if isinstance(task, Tensor) else task, tasks)
+    position = find_task(cast(TaskName, task.item()) if isinstance(task, Tensor) else task, tasks)
     return TaskBatch((position,), (_checked(images, tasks[position], like),), None, "one")
 
 
