@@ -65,7 +65,7 @@ def imported(module: str, path: Path, known: Iterable[str]) -> Iterator[str]:
 
 
 def imports() -> Counter[tuple[str, str]]:
-    """How many imports lead from each part to each other one."""
+    """The number of imports that lead from each part to each other one."""
     known, found = modules(), Counter[tuple[str, str]]()
     for module, path in known.items():
         if module not in FACADES:

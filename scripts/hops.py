@@ -119,7 +119,7 @@ def of_steps(backbone: str) -> dict[str, Hops]:
 
 
 def rows(found: dict[str, Hops]) -> Iterator[list[str]]:
-    """What was passed, and how many functions, files and calls that took."""
+    """The rows of the table: a name, the number of functions, of files, and of calls."""
     for name, hops in found.items():
         yield [name, f"{len(hops.calls)}", f"{len(hops.files)}", f"{hops.calls.total():,}"]
 

@@ -1,5 +1,6 @@
 """Linters as tests: ruff's rules, ruff's format and mypy's types, each in the release that the extra `dev` pins."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -44,6 +45,19 @@ def test_types_are_right():
     if not torch.__version__.startswith(f"{known}."):
         pytest.skip(f"types are checked against torch {known}, whose annotations differ from those of other releases")
     run("mypy")
+
+
+@pytest.mark.parametrize("folder", ["den/support", "den/data", "den/evaluate", "scripts"])
+def test_docstrings_begin_with_a_verb_or_the_thing(folder):
+    """Not with "What ..." or "Whether ...": CONTRIBUTING.md, style."""
+    found = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").split(maxsplit=1)[:1]
+                if first and first[0] in ("What", "Whatever", "Whether", "How"):
+                    found.append(f"{path.name}: {getattr(node, 'name', 'module')}")
+    assert found == []
 
 
 def test_hooks_run_the_same_tools():
