@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from den.support.tables import with_section as replaced
 from den.support.terminal import ended
 
 from . import losses, results, tables
@@ -21,7 +22,6 @@ from .summary import summary_table
 from .targets import Row
 
 README, PAGE = results.ROOT / "README.md", results.ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def section(title: str, rows: Sequence[Row]) -> str:
@@ -75,11 +75,7 @@ def _losses_and_machines(rows: Sequence[Row], paths: Sequence[Path]) -> str:
 
 def with_section(readme: str, section: str) -> str:
     """The text of a document with ``section`` between its markers. Raises ValueError unless it has both, in order."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"report: README must hold the lines {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+    return replaced(readme, "benchmarks", section, "report: README")
 
 
 def readme_agrees(readme: str, paths: Sequence[Path]) -> bool:

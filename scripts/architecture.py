@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from den.support.tables import with_section
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PICTURE = ROOT / "docs/architecture.md", ROOT / "docs/architecture.png"
-BEGIN, END = "<!-- parts:begin -->", "<!-- parts:end -->"
 FACADES = ("den", "den._moved")  # they stand for the others: names of the package, names that modules had before
 SPOKEN_FOR = {"den": "den/commands.py"}  # the file whose first sentence describes a part
 CSRC = "C++ and CUDA: the kernels, and den_kernels._C, which binds them"
@@ -155,22 +156,13 @@ def table(edges: Edges) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, text: str) -> str:
-    """The page with the table between its markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"architecture: {PAGE} must hold the lines {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
-
-
 def main() -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare the table with the sources, write nothing")
     options: Any = parser.parse_args()
     edges, page = imports(), PAGE.read_text(encoding="utf-8")
-    text = with_table(page, table(edges))
+    text = with_section(page, "parts", table(edges), "architecture: docs/architecture.md")
     if options.check:
         if text != page:
             print(f"{PAGE.name}: the table is not that of the sources; run scripts/architecture.py", file=sys.stderr)

@@ -3,6 +3,7 @@
 
     scripts/hops.py                       the table
     scripts/hops.py --list                also the functions, file by file, in the order of their first calls
+    scripts/hops.py --write               the table goes into docs/architecture.md
     scripts/hops.py --backbone wrn32_4    another network (wrn14_1)
 
 A function counts once, however often it is called; comprehensions count as part of the function that they stand in.
@@ -28,12 +29,13 @@ import den
 import den_kernels
 from den import DeepElasticNetwork, Task, create_model
 from den.recipes.den import train
-from den.support.tables import markdown_table
+from den.support.tables import markdown_table, with_section
 from den.train.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
 from den.train.engine import Engine
 
 FOLDERS = tuple(f"{Path(package.__file__ or '').parent}/" for package in (den, den_kernels))
 ROOT = Path(den.__file__ or "").parents[1]
+PAGE = Path(__file__).resolve().parents[1] / "docs/architecture.md"
 WARM_UP = 2  # calls, or updates of each network, before the one that is counted
 Function = tuple[str, str]  # file, qualified name
 
@@ -137,13 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--backbone", default="wrn14_1", help="name of the network (wrn14_1)")
     parser.add_argument("--list", action="store_true", help="print the functions, file by file")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/architecture.md")
     options = parser.parse_args(arguments)
     found = {
         "inference, one image": of_inference(options.backbone, frozen=False),
         "inference, one image, frozen": of_inference(options.backbone, frozen=True),
     }
     found |= {f"training step, {network}": hops for network, hops in of_steps(options.backbone).items()}
-    print(markdown_table(["what", "functions", "files", "calls"], list(rows(found))))
+    table = markdown_table(["what", "functions", "files", "calls"], list(rows(found)))
+    print(table)
+    if options.write:
+        text = with_section(PAGE.read_text(encoding="utf-8"), "hops", table, "hops: docs/architecture.md")
+        PAGE.write_text(text, encoding="utf-8")
     if options.list:
         print(*(listing(name, hops) for name, hops in found.items()), sep="\n")
 

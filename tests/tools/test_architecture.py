@@ -1,14 +1,13 @@
 """The picture of the parts: how imports are read and ordered, and that the page follows the sources."""
 
-import pytest
-
+from den.support.tables import with_section
 from scripts import architecture
 from scripts.draw_parts import draw
 
 
 def test_the_page_has_the_table_of_the_sources():
     page = architecture.PAGE.read_text(encoding="utf-8")
-    text = architecture.with_table(page, architecture.table(architecture.imports()))
+    text = with_section(page, "parts", architecture.table(architecture.imports()), "page")
     assert text == page, "run scripts/architecture.py"
 
 
@@ -33,11 +32,6 @@ def test_a_circle_is_broken_where_it_is_thinnest():
     assert against == [("c", "a")]
     assert architecture.rows(kept) == {"a": 2, "b": 1, "c": 0}
     assert architecture.essential(kept) == [("a", "b"), ("b", "c")]  # a -> c follows from them
-
-
-def test_a_page_without_markers_is_an_error():
-    with pytest.raises(ValueError, match="must hold the lines"):
-        architecture.with_table("# Title", "")
 
 
 def test_the_picture_is_drawn(tmp_path):
