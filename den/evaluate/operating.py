@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from den.data import ImageSet
 from den.evaluate.accuracy import BATCH, full_flops
@@ -175,7 +174,7 @@ def steered(model: DeepElasticNetwork, costs: dict[str, LevelCosts], weights: di
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for task, weight in weights.items():
-            head = cast(nn.Linear, copied.selector.heads[find_task(task, copied.tasks)])
+            head = copied.selector.heads[find_task(task, copied.tasks)]
             head.bias.sub_((weight * costs[task].levels).flatten().to(head.bias))
     return copied
 

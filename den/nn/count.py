@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from den.nn.model import DeepElasticNetwork
-from den.nn.stem import ImageStem, Stem
 from den.nn.tail import linear_flops
 from den.nn.task_batch import TaskName
 from den.nn.tasks import find_task
@@ -91,9 +90,8 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
     """FLOPs of one image of `task` at the full structure, with what the structure does not change."""
     position = find_task(task, model.tasks)
     estimator = model.estimator
-    stem = cast(Stem | ImageStem, estimator.stems[position])
     return ImageFlops(
-        stem=stem.flops(),
+        stem=estimator.stems[position].flops(),
         blocks=sum(shape.flops(shape.hidden) for shape in model.config.shapes),
         head=linear_flops([*estimator.shared, estimator.heads[position]]),
         selector=model.selector.flops(position),

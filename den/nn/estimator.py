@@ -10,6 +10,7 @@ from den.nn.blocks.shortcut import Shortcut
 from den.nn.folding import may_fold
 from den.nn.levels import level_plan
 from den.nn.model_config import ModelConfig
+from den.nn.modules import Modules
 from den.nn.stem import ImageStem, Stem
 from den.nn.tail import features, last_norm, shared_layers
 from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
@@ -38,18 +39,17 @@ class Estimator(nn.Module):
         self.tasks, self.levels, self.num_blocks = config.tasks, levels, len(shapes)
         self.lowest = shapes[0].lowest
         self.groups = levels - 1 + self.lowest
-        self.stems = nn.ModuleList(
+        self.stems: Modules[Stem | ImageStem] = Modules(
             Stem(task, stem, trunk_size, kernel=backbone.stem_kernel) if stem else ImageStem(task, trunk_size)
             for task in config.tasks
         )
         self.blocks = nn.ModuleList(shape.build(levels, first=index == 0) for index, shape in enumerate(shapes))
         self.norm = last_norm(backbone, shapes[-1])
         self.shared, width = shared_layers(backbone, shapes[-1])
-        heads = [nn.Linear(width, task.classes) for task in config.tasks]
-        for head in heads:
+        self.heads: Modules[nn.Linear] = Modules(nn.Linear(width, task.classes) for task in config.tasks)
+        for head in self.heads:
             nn.init.xavier_uniform_(head.weight)
             nn.init.zeros_(head.bias)
-        self.heads = nn.ModuleList(heads)
         for name, cost in (("level_parameters", "parameters"), ("level_flops", "flops")):
             table = [[getattr(shape, cost)(width) for width in shape.widths(levels)] for shape in shapes]
             self.register_buffer(name, torch.tensor(table, dtype=torch.int64), persistent=False)
@@ -70,7 +70,7 @@ class Estimator(nn.Module):
         Raises:
             ValueError: images, task or levels that do not fit.
         """
-        batch = task_batch(images, task, self.tasks, like=cast(nn.Linear, self.heads[0]).weight)
+        batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
         return self.run(batch, self.plan(batch, levels))
 
     def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
@@ -88,8 +88,7 @@ class Estimator(nn.Module):
 
         structures: integer [B, S, N], B images one part after the other. The S rows of an image follow one another.
         """
-        batch = task_batch(images, tasks, self.tasks, like=cast(nn.Linear, self.heads[0]).weight)
-        samples = structures.shape[1]
+        batch, samples = task_batch(images, tasks, self.tasks, like=self.heads[0].weight), structures.shape[1]
         plan = self.level_plan(structures.flatten(0, 1))
         pooled = self.trunk(self.stem(batch).repeat_interleave(samples, 0), plan)
         return self.classify(batch.tasks, [size * samples for size in batch.sizes], pooled)

@@ -4,7 +4,6 @@ Ahn, Kim, Oh: Deep Elastic Networks with Model Selection for Multi-Task Learning
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ class DeepElasticNetwork(nn.Module):
         Raises:
             ValueError: images or task that do not fit.
         """
-        batch = task_batch(images, task, self.tasks, like=cast(nn.Linear, self.estimator.heads[0]).weight)
+        batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
         with torch.no_grad():
             levels = self.selector.run(batch).argmax(-1)
         logits = self.estimator.run(batch, self.estimator.level_plan(levels))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock
 from den.nn.estimator import Estimator
 from den.nn.levels import level_widths
-from den.nn.stem import ImageStem, Stem
+from den.nn.stem import ImageStem
 
 
 def masked_batch_norm(x: Tensor, mask: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -110,7 +110,7 @@ def reference_estimator(estimator: Estimator, images: list[Tensor], tasks: list[
     """Logits of each part of a mixed batch; `levels`: integer [B, N], one part after the other."""
     maps = []
     for k, part in zip(tasks, images, strict=True):
-        stem = cast(Stem | ImageStem, estimator.stems[k])
+        stem = estimator.stems[k]
         if part.shape[-1] < stem.in_size:
             part = F.interpolate(part, size=(stem.in_size, stem.in_size), mode="bilinear", align_corners=False)
         maps.append(part if isinstance(stem, ImageStem) else F.relu(stem.conv.norm(stem.conv.conv(part))))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from den.nn.blocks import BlockShape
 from den.nn.conv_norm import ConvNormReLU
+from den.nn.modules import Modules
 from den.nn.stem import KERNEL, Stem
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
@@ -77,16 +78,15 @@ class Selector(nn.Module):
         super().__init__()
         self.tasks, self.num_blocks, self.levels = tuple(tasks), num_blocks, levels
         self.sizes = config.sizes(trunk_size)
-        self.stems = nn.ModuleList(Stem(task, config.channels[0], trunk_size, self.sizes[0]) for task in tasks)
+        self.stems: Modules[Stem] = Modules(Stem(task, config.channels[0], trunk_size, self.sizes[0]) for task in tasks)
         self.convs = nn.Sequential(
             *(ConvNormReLU(before, after, 3, 2, 1) for before, after in itertools.pairwise(config.channels))
         )
-        self.norms = nn.ModuleList(nn.BatchNorm1d(config.channels[-1], affine=False) for _ in tasks)
-        heads = [nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks]
-        for head in heads:
+        self.norms: Modules[nn.BatchNorm1d] = Modules(nn.BatchNorm1d(config.channels[-1], affine=False) for _ in tasks)
+        self.heads: Modules[nn.Linear] = Modules(nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks)
+        for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
-        self.heads = nn.ModuleList(heads)
 
     def forward(self, images: Images, task: Tasks) -> Tensor:
         """Logits [B, N, L] of the levels of every block, in the order of the images.
@@ -98,7 +98,7 @@ class Selector(nn.Module):
         Raises:
             ValueError: images or task that do not fit.
         """
-        batch = task_batch(images, task, self.tasks, like=cast(nn.Linear, self.heads[0]).weight)
+        batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
         return batch.restore(self.run(batch))
 
     def run(self, batch: TaskBatch) -> Tensor:
@@ -110,7 +110,7 @@ class Selector(nn.Module):
 
     def _head(self, task: int, pooled: Tensor) -> Tensor:
         """Logits of one task's pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
-        norm = cast(nn.BatchNorm1d, self.norms[task])
+        norm = self.norms[task]
         if len(pooled) < 2 and norm.training:
             pooled = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
         else:
@@ -121,5 +121,4 @@ class Selector(nn.Module):
         """FLOPs of convolutions and head for one image of the task at position `task`: twice the multiply-adds."""
         layers = zip(cast(Iterable[ConvNormReLU], self.convs), self.sizes[1:], strict=True)
         convs = sum(2 * layer.conv.weight.numel() * size**2 for layer, size in layers)
-        stem, head = cast(Stem, self.stems[task]), cast(nn.Linear, self.heads[task])
-        return stem.flops() + convs + 2 * head.weight.numel()
+        return self.stems[task].flops() + convs + 2 * self.heads[task].weight.numel()
