@@ -76,7 +76,7 @@ def _greeting(config: DemoConfig, folder: Path) -> str:
 
 
 def training_note(config: DemoConfig) -> str:
-    """How much each estimator was trained, in words."""
+    """A sentence on the number of updates that each estimator had."""
     dense, elastic = (run.estimator for run in schedule(config).values())
     return (
         f"The dense network had {dense.first.steps:,} updates, the elastic one {elastic.first.steps:,} on random"

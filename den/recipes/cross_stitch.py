@@ -108,7 +108,7 @@ class StitchedEstimator(nn.Module):
         self.heads: Modules[nn.Module] = Modules(copy.heads[k] for k, copy in enumerate(copies))
         self.blocks = nn.ModuleList(block for copy in copies for block in copy.blocks)
         for copy in copies:
-            copy.stems, copy.heads, copy.blocks = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+            copy.stems, copy.heads, copy.blocks = Modules(), Modules(), nn.ModuleList()
         self.tails: Modules[Estimator] = Modules(copies)  # what follows the blocks, up to the heads
         self.shared = nn.ModuleList()  # layers of all copies together: none
         self.stitches: Modules[Stitch] = Modules(Stitch(len(copies), stage[0].channels, share) for stage in stages)

@@ -26,8 +26,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, by trying.  One without write permission is left alone, even by a user
-    who could write to it."""
+    """Return True where a file could be made in the folder, found out by making one.
+
+    A folder without write permission counts as not writable, even for a user who could write to it.
+    """
     try:
         if not folder.stat().st_mode & stat.S_IWUSR:
             return False
@@ -52,7 +54,7 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 def check_own(path: Path, mark: str, what: str) -> None:
-    """Raises ValueError for a file that would be replaced and is not ours: `mark` stands in every one that is."""
+    """Raise ValueError for a file that would be replaced and is not ours: `mark` stands in every one that is."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

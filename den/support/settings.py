@@ -65,7 +65,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _first_fit([a for a in arguments if a is not type(None)], value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(arguments[0], item, where) for item in value)

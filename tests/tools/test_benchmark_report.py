@@ -15,6 +15,7 @@ from benchmarks.targets import TARGETS, Target  # noqa: E402
 
 ROLES = {"ours": "ours", "dense-eager": "dense", "dense-folded": "dense", "masked": "alternative", "bare": "floor"}
 TIMES = {"ours": 0.5, "dense-eager": 1.2, "dense-folded": 1.0, "masked": 1.3, "bare": 0.4}
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SOURCE = {"commit": "0123456789abcdef", "modified": False, "measured": "2026-01-02T03:04:05"}
 
 
@@ -176,7 +177,7 @@ def test_rows_carry_commit_and_day():
 def test_readme_section_is_replaced_and_compared(tmp_path):
     paths = [tmp_path / "box.json", tmp_path / "older.json"]
     results.store(paths[0], [make_row(ours=0.9, bucket=0.8)])
-    readme = f"# Title\n{report.BEGIN}\nold\n{report.END}\nrest\n"
+    readme = f"# Title\n{BEGIN}\nold\n{END}\nrest\n"
     assert not report.readme_agrees(readme, paths)
     written = report.with_section(readme, report.readme_section(paths))
     assert report.readme_agrees(written, paths)
@@ -224,8 +225,11 @@ def test_figures_are_drawn_for_what_the_rows_hold(tmp_path):
 def folder(tmp_path, monkeypatch) -> Path:
     """A checkout's results folder and README of its own."""
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\n")
+    readme.write_text(f"# Title\n{BEGIN}\n{END}\n")
+    page = tmp_path / "benchmarks.md"
+    page.write_text(readme.read_text())
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "PAGE", page)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     for name in ("keep", "results_files"):
         plain = getattr(results, name)
@@ -246,6 +250,7 @@ def test_command_reports_a_run_and_keeps_it_when_asked(folder, capsys):
     assert report.main([str(run), "--readme", "--colour", "always"]) == 0
     assert "\033[32m" in capsys.readouterr().out
     assert report.readme_agrees(report.README.read_text(), results.results_files())
+    assert report.page_section(results.results_files()) in report.PAGE.read_text()
     assert report.main([]) == 0
     assert "## box-2-cores" in capsys.readouterr().out
 
