@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from . import floors, tables
 from .harness import PROVIDERS, Settings
+
+FOLDER = Path(__file__).parent
 
 # At import, before torch has made a tensor that matters.
 ALLOCATOR = floors.keep_allocations_on_the_heap()
@@ -36,7 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def is_wanted(item: pytest.Item, config: pytest.Config) -> bool:
-    """Tiny cases in a rehearsal and nothing else; else what a GPU or ``--all-cases`` is there for."""
+    """Tiny cases in a rehearsal and no others; else those that a GPU or ``--all-cases`` is there for."""
+    if FOLDER not in item.path.parents:
+        return True
     marks, rehearses = {mark.name for mark in item.iter_markers()}, config.getoption("rehearse", False)
     if rehearses or "rehearsal" in marks:
         return rehearses and "rehearsal" in marks
@@ -77,6 +82,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
     return Settings(
         seconds=request.config.getoption("--case-seconds"),
+        least_rounds=3 if request.config.getoption("rehearse", False) else Settings.least_rounds,
         compile=request.config.getoption("--dense-compile"),
         autotune=request.config.getoption("--autotune"),
         providers=wanted_providers(request.config.getoption("--provider"))[0],

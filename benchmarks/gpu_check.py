@@ -92,7 +92,8 @@ def slug(gpu: str) -> str:
 def pytest_command(step: Step, rows: Path, until: float, options: argparse.Namespace) -> list[str]:
     """A step as a command line."""
     hung = ("-o", f"faulthandler_timeout={CHECK}", "-o", "faulthandler_exit_on_timeout=true")
-    workers = min(step.workers, 1 if options.rehearse else os.cpu_count() or 1)
+    most = int(step.marks == "smoke") if options.rehearse else os.cpu_count() or 1  # one core: spread only once
+    workers = min(step.workers, most)
     spread = ("-n", str(workers)) if workers else ("-p", "no:xdist")
     expressions = [f"({text})" for text in (options.select, options.rehearse and step.rehearsed) if text]
     chosen = ("-k", " and ".join(expressions)) if expressions else ()
@@ -122,12 +123,12 @@ def stream(command: Sequence[str], seconds: float) -> tuple[int, str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    timer, last = threading.Timer(seconds, kill), deque[str](maxlen=4)
+    timer, last = threading.Timer(seconds, kill), deque[str](maxlen=6)
     timer.start()
     try:
         for line in process.stdout or ():
             print(line, end="", flush=True)
-            last.append(line.strip())
+            last.append(line.strip(" =!\n"))
     finally:
         timer.cancel()
         status = process.wait() if process.stdout else 1
@@ -152,7 +153,7 @@ def run_step(name: str, seconds: float, options: argparse.Namespace) -> list[Row
             if over or any("finished" in entry for entry in entries):
                 break
             before, begun = begun, sum("begin" in entry for entry in entries)
-            if step.workers or begun == before:  # workers are replaced by pytest-xdist: it has ended itself
+            if step.workers or begun == before:  # workers are replaced by pytest-xdist, which has ended itself
                 nothing = status == NOTHING_CHOSEN
                 append_to(
                     file, row(name, "nothing of it was chosen" if nothing else why, "skipped" if nothing else "failed")

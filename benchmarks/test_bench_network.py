@@ -45,7 +45,7 @@ REST = [
     *[Case("network", "demo", 256, mix, "bfloat16") for mix in RECORDED],
 ]
 GPU = [Case("network", "wrn32_4", 256, mix, "bfloat16") for mix in GPU_MIXES]
-TINY = [Case("network", "wrn8_1", 2, mix, "bfloat16") for mix in ("uniform", "full")]
+TINY = [Case("network", "wrn8_1", 2, "uniform", "bfloat16")]
 MEMORY_CASES = [
     Case("memory", "wrn32_4", 64, "1.88x", "float32"),
     Case("memory", "resnet42", 16, "1.81x", "float32"),

@@ -247,7 +247,8 @@ def test_a_run_has_the_cases_that_it_can_run(options, has_gpu, wanted, monkeypat
     plain, more, large, tiny = (Case(name, "3", 1, "uniform", "float32") for name in ["plain", "more", "large", "tiny"])
     made = [*parameters.everywhere([plain]), *parameters.extra([more]), *parameters.checked([large], [tiny])]
     config = SimpleNamespace(getoption=lambda name, default=False: options.get(name, default))
-    items = [SimpleNamespace(iter_markers=lambda one=one: one.marks, name=one.id) for one in made]
+    path = ROOT / "benchmarks" / "test_bench.py"
+    items = [SimpleNamespace(iter_markers=lambda one=one: one.marks, name=one.id, path=path) for one in made]
     names = [item.name.replace("/3/B1/uniform/float32", "") for item in items if conftest.is_wanted(item, config)]
     assert names == wanted.split()
 
