@@ -13,7 +13,6 @@ from benchmarks import figures, harness, losses, report, results, tables  # noqa
 from benchmarks.harness import Case, Work  # noqa: E402
 from benchmarks.targets import TARGETS, Target  # noqa: E402
 
-ROLES = {"ours": "ours", "dense-eager": "dense", "dense-folded": "dense", "masked": "alternative", "bare": "floor"}
 TIMES = {"ours": 0.5, "dense-eager": 1.2, "dense-folded": 1.0, "masked": 1.3, "bare": 0.4}
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SOURCE = {"commit": "0123456789abcdef", "modified": False, "measured": "2026-01-02T03:04:05"}
@@ -22,8 +21,7 @@ SOURCE = {"commit": "0123456789abcdef", "modified": False, "measured": "2026-01-
 def make_row(case: str = "residual/64x32x32/B32/uniform/float32", *, flops: float = 50.0, **times: float) -> dict:
     """A row whose times (in seconds) are TIMES but for those given; FLOPs of 100 at full structure."""
     times = TIMES | {name.replace("_", "-"): seconds for name, seconds in times.items()}
-    roles = {name: ROLES.get(name, harness.dense_role(name) if "dense" in name else "alternative") for name in times}
-    row = harness.account(roles, times, Work(flops, 100.0, 10.0), floor=0.25)
+    row = harness.account(times, Work(flops, 100.0, 10.0), floor=0.25)
     for name, provider in row["providers"].items():
         spread = 0.01 * times[name]
         provider |= {"lower_quartile": times[name] - spread, "upper_quartile": times[name] + spread, "peak": 3 << 20}
@@ -99,15 +97,14 @@ def test_tables_are_markdown_with_every_case():
 
 
 def test_a_case_without_a_dense_side_has_its_line():
-    roles, times = {"ours": "ours", "bucket": "alternative"}, {"ours": 0.1, "bucket": 0.3}
-    row = {"case": "plan"} | harness.account(roles, times, Work(0, 0, 1.0), floor=0.01)
+    row = {"case": "plan"} | harness.account({"ours": 0.1, "bucket": 0.3}, Work(0, 0, 1.0), floor=0.01)
     assert cells_of(tables.cases_table([row]))[0][:9] == ["plan", "100", "-", "-", "300", "-", "-", "-", "3.00"]
 
 
 def test_providers_are_listed_from_the_fastest_on():
     lines = cells_of(tables.providers_table([make_row("a")]))
     assert [line[1] for line in lines] == ["bare", "ours", "dense-folded", "dense-eager", "masked"]
-    assert lines[1] == ["", "ours", "ours", "500", "50.0 %", "3"]
+    assert lines[1] == ["", "ours", "ours", "500", "50.0 %", "1.00", "50 %", "call", "3"]
 
 
 def test_memory_table_is_in_mebibytes():
@@ -164,7 +161,7 @@ def test_keeping_a_run_twice_changes_nothing(tmp_path):
 def test_the_newest_machine_comes_first_and_other_files_are_left_alone(tmp_path):
     for name, day in (("old", "2026-01-01"), ("new", "2026-02-01"), ("middle", "2026-01-15")):
         results.store(tmp_path / f"{name}.json", [make_row() | {"measured": day}])
-    (tmp_path / "gpu.json").write_text('{"format": 1}')
+    results.store(tmp_path / "gpu.json", [make_row()], gpu={"name": "GPU"})
     assert [path.stem for path in results.results_files(tmp_path)] == ["new", "middle", "old"]
 
 

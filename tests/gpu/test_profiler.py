@@ -1,33 +1,16 @@
-"""What bounds the kernels, as Nsight Compute sees it: ``python -m benchmarks.gpu_check --only profile``.
-
-Every problem runs in a process of its own, ``python -m benchmarks.gpu_profile PROBLEM DEVICE``, under ``ncu``, which
-measures only what lies between the two calls of the CUDA profiler: one fused block, or the block as Triton launches.
-"""
-
-from __future__ import annotations
+"""What bounds the kernels, as Nsight Compute sees it, each problem in a process of its own (tests/profiled.py)."""
 
 import csv
-import functools
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import pytest
 
-from den_kernels import ResidualWeights
-from den_kernels.plan import Route, as_route
-from den_kernels.rows import pool_rows
-from den_kernels.testing import make_levels
+from benchmarks.gpu_ways import Unavailable
+from tests.on_gpu import ROOT, Context, environment, find_program
+from tests.profiled import SHAPES
 
-from .gpu_blocks import fold, fused_branch, random_block
-from .gpu_composition import composition
-from .gpu_worker import Check, Context, Unavailable, find_program
-
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {"64x32x32": (64, 32), "128x16x16": (128, 16), "256x8x8": (256, 8)}  # channels and side of a map
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats")
 # What is kept: names differ between architectures in their middle.
 KEPT = {
@@ -38,11 +21,11 @@ REFUSED = ("ERR_NVGPUCTRPERM", "not supported", "Unsupported")  # no permission 
 STALLS = 4  # the largest ones are kept
 
 
-def checks(context: Context) -> list[Check]:
+@pytest.mark.profiler
+@pytest.mark.parametrize("problem", [*(f"fused {shape}" for shape in SHAPES), "composition 64x32x32"])
+def test_profile(problem: str, context: Context, record: Any) -> None:
     """The fused kernel in three shapes, and the two convolutions of the first."""
-    names = [*(f"fused {shape}" for shape in SHAPES), "composition 64x32x32"]
-    names = names[2:] if context.tiny else names
-    return [Check(f"profile {name}", functools.partial(profile, name)) for name in names]
+    record(profile(problem, context))
 
 
 def profile(name: str, context: Context) -> dict[str, Any]:
@@ -50,8 +33,8 @@ def profile(name: str, context: Context) -> dict[str, Any]:
     program = find_program("ncu", context)
     sections = [part for section in SECTIONS for part in ("--section", section)]
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", *sections]
-    run = [sys.executable, "-m", "benchmarks.gpu_profile", name, context.device, str(int(context.tiny))]
-    done = subprocess.run([program, *options, *run], cwd=ROOT, capture_output=True, text=True)
+    run = [sys.executable, "-m", "tests.profiled", name, context.device, str(int(context.tiny))]
+    done = subprocess.run([program, *options, *run], cwd=ROOT, env=environment(), capture_output=True, text=True)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     refused = next((line for line in lines if line.startswith("==ERROR==") and any(x in line for x in REFUSED)), None)
     refused = refused or next((line for line in lines if line.startswith("left out: ")), None)
@@ -108,43 +91,3 @@ def number(text: str) -> float:
         return float(text.replace(",", ""))
     except ValueError:
         return 0.0
-
-
-def fused(x: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
-    """The block by the fused kernel. Raises Unavailable where it does not run."""
-    out = pool_rows(x, weights.conv2.shape[0], weights.stride)
-    fused_branch(x, out, route, weights)
-    return out
-
-
-WAYS: dict[str, Callable[[Tensor, Route, ResidualWeights], Tensor]] = {"fused": fused, "composition": composition}
-
-
-@torch.inference_mode()
-def main(name: str, device: str, tiny: str) -> int:
-    """Run a problem three times, the last time measured: 256 images in bfloat16, all levels alike often."""
-    torch.manual_seed(0)
-    context = Context(device, tiny == "1")
-    way, shape = name.split()
-    channels, side, batch = (16, 6, 4) if context.tiny else (*SHAPES[shape], 256)
-    groups = channels // 4, channels // 4, channels // 2
-    weights = fold(random_block(channels, channels, groups, 1), torch.bfloat16, context.place)
-    x = torch.randn(batch, channels, side, side, device=context.place).bfloat16()
-    x = x.contiguous(memory_format=torch.channels_last)
-    route = as_route(make_levels("uniform", batch, 3).to(context.place), 3, batch)
-    try:
-        for _ in range(2):
-            WAYS[way](x, route, weights)
-    except Unavailable as reason:
-        print(f"left out: {reason}", flush=True)
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    WAYS[way](x, route, weights)
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -1,16 +1,25 @@
-"""What the checks of values share: ways to compute, poisoned memory, errors."""
+"""What the checks of tests/gpu share: where and how large, ways to compute, poisoned memory, errors."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .gpu_worker import Context
-from .precision import float32_products
+from benchmarks.gpu_ways import Unavailable
+from benchmarks.precision import float32_products
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH = 77  # odd, and more than half of the multiprocessors of any GPU here: fewer instances get no fused kernel
+PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute")
 
 # Names of the ways to compute: the dtype, and whether float32 may be rounded to TF32 (as torch's flag says).
 DTYPES = {
@@ -20,9 +29,50 @@ DTYPES = {
 TF32 = 2.0**-10  # a factor cut to 10 bits of mantissa
 
 
-def ways(context: Context) -> tuple[str, ...]:
-    """Those of a size budget."""
-    return ("float32", "bfloat16") if context.tiny else tuple(DTYPES)
+WAYS = tuple(DTYPES)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a check runs, and how large its problems are."""
+
+    device: str = "cuda"
+    tiny: bool = False  # sizes for a CPU, or for an interpreter of the kernels
+
+    @property
+    def place(self) -> torch.device:
+        """The device as torch knows it."""
+        return torch.device(self.device)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether there are streams, events and graphs."""
+        return self.place.type == "cuda"
+
+    def size(self, full: int, tiny: int) -> int:
+        """A size within the budget."""
+        return tiny if self.tiny else full
+
+
+def synchronize(context: Context) -> None:
+    """Wait for the device, where there is one to wait for."""
+    if context.is_cuda:
+        torch.cuda.synchronize()
+
+
+def find_program(name: str, context: Context) -> str:
+    """The path of a tool of the CUDA toolkit. Raises Unavailable where it, or a GPU, is missing."""
+    if not context.is_cuda:
+        raise Unavailable("a CUDA device is needed")
+    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES]))
+    if found is None:
+        raise Unavailable(f"{name} is not installed")
+    return found
+
+
+def environment() -> dict[str, str]:
+    """For a program that imports what this process imports, the helpers of tests/ included."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)])}
 
 
 @contextlib.contextmanager

@@ -1,16 +1,12 @@
-"""The CUDA kernels under compute-sanitizer: ``python -m benchmarks.gpu_check --only sanitize``.
+"""What compute-sanitizer runs, `python -m tests.sanitized DEVICE`: small problems for every CUDA kernel.
 
-Every tool runs the kernels in a process of its own, ``python -m benchmarks.gpu_sanitize``, over small problems that
-reach every template instance: plans of levels and masks, fused blocks in three types, with bands, strides, all levels.
+They reach every template instance: plans of levels and masks, fused blocks in three types, bands, strides, all levels.
 """
 
 from __future__ import annotations
 
-import functools
-import subprocess
 import sys
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,15 +15,8 @@ from den_kernels import DynamicConv2d, ResidualWeights, _cuda
 from den_kernels.plan import as_route
 from den_kernels.plan_sort import plan_levels, plan_masks
 from den_kernels.testing import make_levels
-
-from .gpu_blocks import random_norm
-from .gpu_numerics import DTYPES, numerics
-from .gpu_worker import BATCH, Check, Context, Unavailable, find_program
-
-ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("memcheck", "racecheck", "synccheck")
-FOUND = 9  # exit status of a tool that found an error
-NO_DEVICE = "Device not supported"  # said where the tool is older than the GPU, or may not debug it
+from tests.gpu_blocks import random_norm
+from tests.on_gpu import BATCH, DTYPES, numerics
 
 
 class Block(NamedTuple):
@@ -51,28 +40,6 @@ BLOCKS = (
     Block(16, 32, (9, 7), (16, 16), stride=2),
     Block(16, 16, (8, 8), (16, 16), post=True, in_place=True),
 )
-
-
-def checks(context: Context) -> list[Check]:
-    """One for each tool."""
-    tools = TOOLS[: context.size(len(TOOLS), 1)]
-    return [Check(f"sanitize {tool}", functools.partial(sanitize, tool)) for tool in tools]
-
-
-def sanitize(tool: str, context: Context) -> dict[str, Any]:
-    """Run the kernels under a tool: what it says in the end, an AssertionError where it found something."""
-    program = find_program("compute-sanitizer", context)
-    command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5", sys.executable]
-    run = [*command, "-m", "benchmarks.gpu_sanitize", context.device]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    summary = next((line for line in reversed(lines) if "SUMMARY" in line), "no summary")
-    refused = next((line for line in lines if NO_DEVICE in line), None)
-    if done.returncode and refused:
-        raise Unavailable(f"compute-sanitizer: {refused.strip('= ')}")
-    assert done.returncode == 0, f"{tool} ended with {done.returncode}: {' | '.join(lines[:12])[:500]} | {summary}"
-    assert any(line.startswith("kernels ran:") for line in lines), f"{tool}: the kernels did not run: {lines[-3:]}"
-    return {"summary": summary, "ran": next(line for line in lines if line.startswith("kernels ran:"))}
 
 
 def run_block(block: Block, way: str, device: torch.device) -> bool:
