@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from ._on_import import when_imported
+from .convert import ElasticModel, convert, levels
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
@@ -24,15 +25,18 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "DynamicBatchNorm2d",
     "DynamicConv2d",
+    "ElasticModel",
     "GraphWeights",
     "ResidualWeights",
     "Route",
     "RoutingPlan",
     "__version__",
+    "convert",
     "dynamic_batch_norm",
     "dynamic_conv2d",
     "dynamic_graph",
     "dynamic_residual",
     "dynamic_residual_",
     "invalidate",
+    "levels",
 ]

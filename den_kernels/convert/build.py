@@ -16,7 +16,7 @@ from .spaces import Space
 
 def routed_layers(
     region: Region, shares: Sequence[float], carrier: Carrier, block: int, modules: Mapping[int, nn.Module]
-) -> dict[int, nn.Module]:
+) -> dict[int, Routed]:
     """A layer that knows its levels for each of `modules`, by node, that shares the module's parameters.
 
     Raises Unfit for modules that compute something else than their class does.

@@ -24,9 +24,11 @@ class Selection:
     """Over the channel groups of the hidden channels."""
     active: Route
     """Over the branch as a whole: level 1 where anything of it is in use."""
+    full: bool
+    """It was seen that every instance uses all of it."""
 
 
-Selections = tuple[Selection | None, ...]  # of each block; None: every instance uses all of it
+Selections = tuple[Selection, ...]  # of each block
 
 
 class Shared:
@@ -35,6 +37,10 @@ class Shared:
     def __init__(self, blocks: tuple[Block, ...], groups: int) -> None:
         self.blocks, self.groups = blocks, groups
         self.replays: dict[int, Selections | None] = {}  # of a backward pass that runs, by its id
+
+    def forget(self, task: int) -> None:
+        """The backward pass is over."""
+        self.replays.pop(task, None)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.blocks, self.groups)
@@ -61,10 +67,11 @@ class Carrier(threading.local):
     def selection(self, block: int) -> Selection | None:
         """What the instances use of a block now; None: all of it."""
         selections = self.selections
-        if selections is None and not is_compiling():
-            task = torch._C._current_graph_task_id()
-            selections = self._replayed(task) if task >= 0 else None
-        return None if selections is None else selections[block]
+        if is_compiling():  # a graph for all levels
+            return None if selections is None else selections[block]
+        if selections is None and (task := torch._C._current_graph_task_id()) >= 0:
+            selections = self._replayed(task)
+        return None if selections is None or selections[block].full else selections[block]
 
     def _replayed(self, task: int) -> Selections | None:
         if task not in self.shared.replays:
@@ -85,32 +92,26 @@ class Carrier(threading.local):
         if any(block.lowest for block in blocks):
             levels = self._raised(levels, looks)
         plan = RoutingPlan.from_masks(levels) if levels.dtype == torch.bool else RoutingPlan.from_levels(levels, groups)
-        routes = list(plan)
-        full = [least == groups for least in plan.levels.amin(0).tolist()] if looks and len(levels) else []
-        return tuple(
-            None if full and full[n] else Selection(route, route.active()) for n, route in enumerate(routes)
-        )
+        least = plan.levels.amin(0).tolist() if looks and len(levels) else [0] * len(blocks)
+        return tuple(Selection(r, r.active(), low == groups) for r, low in zip(plan, least, strict=True))
 
     def _raised(self, levels: Tensor, looks: bool) -> Tensor:
         """The levels, at least the lowest of each block; ValueError for a lower one where it can be seen."""
-        if levels.dtype == torch.bool:
-            counts = levels.sum(2)
-        else:
-            counts = levels
-        blocks = self.shared.blocks
+        masks = levels.dtype == torch.bool
+        counts = levels.sum(2) if masks else levels
+        lowest = torch.tensor([block.lowest for block in self.shared.blocks], device=levels.device)
         if looks:
-            for n, block in enumerate(blocks):
+            for n, block in enumerate(self.shared.blocks):
                 if len(counts) and int(counts[:, n].min()) < block.lowest:
                     raise ValueError(
                         f"{_OP}: levels of block {n} ({block.name}) must be at least {block.lowest}, as it has no "
                         f"shortcut, got {int(counts[:, n].min())}"
                     )
             return levels
-        if levels.dtype == torch.bool:
-            none = (counts == 0) & (torch.tensor([block.lowest for block in blocks], device=levels.device) > 0)
-            first = torch.arange(levels.shape[2], device=levels.device) == 0
-            return levels | (none[:, :, None] & first)
-        return torch.maximum(levels, torch.tensor([b.lowest for b in blocks], dtype=levels.dtype, device=levels.device))
+        if not masks:
+            return torch.maximum(levels, lowest.to(levels.dtype))
+        first = torch.arange(levels.shape[2], device=levels.device) == 0
+        return levels | ((counts < lowest)[:, :, None] & first)
 
 
 class Remember:
@@ -134,7 +135,7 @@ class Remember:
 def _remember(shared: Shared, selections: Selections | None) -> None:
     task = torch._C._current_graph_task_id()
     if task not in shared.replays:
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: shared.replays.pop(task, None))
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: shared.forget(task))
     shared.replays[task] = selections
 
 
@@ -155,7 +156,7 @@ def _kind(model: nn.Module) -> str:
     return type(model).__name__
 
 
-class levels:  # noqa: N801 (used as a function)
+class levels:
     """Inside the context, in this thread, each instance of a batch uses the channel groups that its levels say.
 
         with den_kernels.levels(model, levels):
@@ -184,6 +185,8 @@ class ElasticModel(nn.Module):
 
     Levels below the lowest of a block without a shortcut are raised to it.
     """
+
+    _lowest: Tensor
 
     def __init__(self, model: nn.Module, selector: nn.Module) -> None:
         super().__init__()

@@ -135,5 +135,9 @@ class RoutedBatchNorm2d(Routed, DynamicBatchNorm2d):
         """Takes the statistics of levels from a state_dict that holds them."""
         for name in ("level_mean", "level_var"):
             if getattr(self, name) is None and (stored := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, torch.empty_like(stored, device=self.running_mean.device))
+                setattr(self, name, torch.empty_like(stored, device=_device(self)))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _device(norm: nn.BatchNorm2d) -> torch.device | None:
+    return None if norm.running_mean is None else norm.running_mean.device

@@ -43,17 +43,14 @@ def _reorder(layer: Layer, space: Space, order: Tensor) -> None:
     """Permute what a layer holds of a space."""
     module = layer.node.target
     if layer.writes is space:
-        for tensor in (module.weight, module.bias, *_statistics(module)):
+        own = [module.weight, module.bias]
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            own += [module.running_mean, module.running_var]
+        for tensor in own:
             if tensor is not None:
                 tensor.copy_(tensor[_channels(order, tensor.shape[0])])
     if layer.reads is space and getattr(module, "groups", 1) == 1:
         module.weight.copy_(module.weight[:, _channels(order, module.weight.shape[1])])
-
-
-def _statistics(module: nn.Module) -> tuple[Tensor | None, ...]:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        return ()
-    return module.running_mean, module.running_var
 
 
 def _channels(order: Tensor, channels: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Elastic regions of a recorded run: the part of a branch between its first and its last layer with hidden channels.
 
-    x -- (norm, activation) -- W_i -- norm, activation, gate -- ... -- W_k -- norm, scale -- sum with the shortcut
-                                |<------- hidden channels ------->|         |<-- tail -->|
+x -- (norm, activation) -- W_i -- norm, activation, gate -- ... -- W_k -- norm, scale -- sum with the shortcut
+                            |<------- hidden channels ------->|         |<-- tail -->|
 """
 
 from collections.abc import Collection

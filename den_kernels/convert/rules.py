@@ -103,4 +103,6 @@ def is_channelwise(node: Node) -> bool:
 
 
 def describe(node: Node) -> str:
-    return f"{type(node.target).__name__} {node.name}" if node.is_module else f"{node.name}() in {node.scope or 'model'}"
+    return (
+        f"{type(node.target).__name__} {node.name}" if node.is_module else f"{node.name}() in {node.scope or 'model'}"
+    )
