@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from ._on_import import when_imported
-from .convert import ElasticModel, convert, levels
+from .convert import ElasticModel, advise, convert, extract, latency_table, levels, recalibrate
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
@@ -31,12 +31,16 @@ __all__ = [
     "Route",
     "RoutingPlan",
     "__version__",
+    "advise",
     "convert",
     "dynamic_batch_norm",
     "dynamic_conv2d",
     "dynamic_graph",
     "dynamic_residual",
     "dynamic_residual_",
+    "extract",
     "invalidate",
+    "latency_table",
     "levels",
+    "recalibrate",
 ]

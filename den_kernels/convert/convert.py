@@ -209,8 +209,8 @@ def _block(found: _Found, shares: Sequence[float]) -> Block:
     spaces = []
     for node in region.weights[:-1]:
         layer = next(each for each in region.layers if each.node is node)
-        assert layer.writes is not None and node.shape is not None
-        channels = node.shape[-1] if isinstance(node.target, nn.Linear) else node.shape[1]
+        assert layer.writes is not None
+        channels = node.target.weight.shape[0]
         spaces.append(layer.writes.sizes(channels, shares))
     names = tuple(layer.node.name for layer in region.layers)
     kind = kind_of_block(region, found.sum)

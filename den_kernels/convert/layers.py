@@ -117,7 +117,8 @@ class RoutedBatchNorm2d(Routed, DynamicBatchNorm2d):
 
     def _at_levels(self, x: Tensor, selection: Selection) -> Tensor:
         """Each instance normalised with the statistics of its level."""
-        assert self.level_mean is not None and self.level_var is not None
+        assert self.level_mean is not None
+        assert self.level_var is not None
         row = (selection.hidden.levels.long() - 1).clamp(min=0)
         scale = (self.level_var + self.eps).rsqrt()
         if self.weight is not None:

@@ -63,7 +63,7 @@ class Recording:
     calls: dict[int, int] = field(default_factory=dict)
     """How often a module ran, by its id."""
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
 
     def readers(self, index: int) -> list[Node]:
         """The nodes that read a node's result."""
@@ -88,11 +88,13 @@ class Recording:
     ) -> dict[Ref, Any]:
         """The results of the nodes, by `call(node, args, kwargs)`, from the results in `values` that they read."""
         values = dict(values)
+
+        def value(leaf: Any) -> Any:
+            return values[leaf] if _is_ref(leaf) else leaf
+
         for index in sorted(indices):
             node = self.nodes[index]
-            args, kwargs = tree_map(
-                lambda leaf: values[leaf] if _is_ref(leaf) else leaf, (node.args, dict(node.kwargs)), is_leaf=_is_ref
-            )
+            args, kwargs = tree_map(value, (node.args, dict(node.kwargs)), is_leaf=_is_ref)
             result = call(node, args, kwargs)
             values[Ref(index)] = result
             if isinstance(result, (tuple, list)):

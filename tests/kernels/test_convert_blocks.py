@@ -132,7 +132,7 @@ def test_channel_groups_lie_on_the_boundaries_of_cardinality():
     assert [block.groups for block in report] == [((6, 3, 3, 6), (6, 3, 3, 6))] * 3
     assert report.blocks[0].kind == "post-activation grouped bottleneck"
     wide = Network(partial(PlainBottleneck, width=18, groups=2))
-    with pytest.raises(ValueError, match="layers.0: 2 units of hidden channels cannot be divided into groups"):
+    with pytest.raises(ValueError, match=r"layers\.0: 2 units of hidden channels cannot be divided into groups"):
         convert(wide, 4, example=torch.randn(1, 3, 8, 8))
 
 
