@@ -1,7 +1,7 @@
 """Residual branches in models written by others, made elastic in place."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .build import routed_layers
 from .carrier import Carrier, Remember, Shared
+from .forms import fuse
 from .kinds import kind_of_block
 from .order import sort_by_l1
 from .prove import prove
@@ -76,14 +77,30 @@ def convert(
     if order == "l1":
         for each in chosen:
             sort_by_l1(each.region)
-    made = tuple(_block(each, shares) for each in chosen)
-    carrier = Carrier(Shared(made, len(shares)))
+    blocks_made = _install(model, recording, chosen, shares)
+    return Report(blocks_made, tuple(left), len(shares))
+
+
+def _install(
+    model: nn.Module, recording: Recording, chosen: Sequence[_Found], shares: Sequence[float]
+) -> tuple[Block, ...]:
+    """Put routed layers in the place of the blocks' own, and fused forwards where there are such; the blocks."""
+    shared = Shared(tuple(_block(each, shares) for each in chosen), len(shares))
+    carrier = Carrier(shared)
+    kernels: list[str | None] = []
     for n, each in enumerate(chosen):
         modules = {layer.node.index: layer.node.target for layer in each.region.layers}
-        for index, routed in routed_layers(each.region, shares, carrier, n, modules).items():
-            model.set_submodule(recording.nodes[index].name, routed)
+        routed = routed_layers(each.region, shares, carrier, n, modules)
+        for index, layer in routed.items():
+            model.set_submodule(recording.nodes[index].name, layer)
+        kernels.append(None)
+        if each.sum is not None and each.sum.scope == each.name != "":
+            kernels[n] = fuse(model.get_submodule(each.name), each.name, recording, each.region, each.sum, routed)
     model.register_forward_hook(Remember(carrier))
-    return Report(made, tuple(left), len(shares))
+    shared.blocks = tuple(
+        replace(block, kernel=kernel or block.kernel) for block, kernel in zip(shared.blocks, kernels, strict=True)
+    )
+    return shared.blocks
 
 
 def _shares(groups: int | Sequence[float]) -> tuple[float, ...]:

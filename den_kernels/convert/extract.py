@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .carrier import ElasticModel, Remember, Shared, carrier_of
+from .fused import unfused
 from .layers import Routed, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear
 
 _OP = "extract"
@@ -29,7 +30,7 @@ def extract(model: nn.Module, structure: Sequence[int] | Tensor) -> nn.Module:
         model = model.model
     shared = carrier_of(model, _OP).shared
     levels = _levels(structure, shared)
-    plain = copy.deepcopy(model)
+    plain = unfused(copy.deepcopy(model))
     for name, layer in list(plain.named_modules()):
         if isinstance(layer, Routed):
             made = _plain(layer, levels[layer.block], shared.groups)

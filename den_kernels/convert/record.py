@@ -60,6 +60,8 @@ class Recording:
     nodes: list[Node] = field(default_factory=list)
     results: dict[str, Ref] = field(default_factory=dict)
     """What each module returned last, by its path, where that was one tensor."""
+    arguments: dict[str, tuple] = field(default_factory=dict)
+    """What each module was called with last, where that was without keywords."""
     calls: dict[int, int] = field(default_factory=dict)
     """How often a module ran, by its id."""
     dtype: torch.dtype = torch.float32
@@ -134,6 +136,8 @@ class _Recorder(TorchFunctionMode):
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         calls = self.recording.calls
         calls[id(module)] = calls.get(id(module), 0) + 1
+        if not kwargs:
+            self.recording.arguments[self._paths[module]] = self._symbols(args, {})[0]
         if self._inside or is_leaf(module):
             self._inside.append(self._symbols(args, kwargs))
         else:
