@@ -212,7 +212,7 @@ def test_the_report_shows_blocks_and_reasons():
     model = Network(PlainBasicBlock)
     model.layers[1].conv1.register_forward_hook(lambda *_: None)
     shown = str(convert(model, 2, example=torch.randn(1, 3, 8, 8)))
-    assert "0  layers.0  post-activation basic block  8+8             dynamic convolutions" in shown
+    assert "0  layers.0  post-activation basic block  8+8             dynamic_residual" in shown
     assert "left alone: layers.1: Conv2d layers.1.conv1 has hooks (forward_hooks), which would be lost" in shown
 
 
