@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._on_import import when_imported
 from .bottleneck_weights import BottleneckWeights
+from .convert import ElasticModel, advise, convert, extract, latency_table, levels, recalibrate
 from .dynamic_bottleneck import dynamic_bottleneck, dynamic_bottleneck_
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
@@ -28,12 +29,15 @@ __all__ = [
     "BottleneckWeights",
     "DynamicBatchNorm2d",
     "DynamicConv2d",
+    "ElasticModel",
     "GraphWeights",
     "ResidualWeights",
     "Route",
     "RoutingPlan",
     "TrunkWeights",
     "__version__",
+    "advise",
+    "convert",
     "dynamic_batch_norm",
     "dynamic_bottleneck",
     "dynamic_bottleneck_",
@@ -42,5 +46,9 @@ __all__ = [
     "dynamic_residual",
     "dynamic_residual_",
     "dynamic_trunk",
+    "extract",
     "invalidate",
+    "latency_table",
+    "levels",
+    "recalibrate",
 ]

@@ -16,7 +16,7 @@ do. On a GPU nothing is read back from the device.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -322,6 +322,12 @@ def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, eager: bool) 
     return partial(in_range, _NAME, _EagerNorm.apply) if is_ordinary(x, weight, bias) else _norm_forward
 
 
+def _group_of(norm: nn.Module) -> dist.ProcessGroup | Literal["world"] | None:
+    """The processes that a batch norm shares its statistics with, as `DynamicBatchNorm2d` takes them."""
+    group = getattr(norm, "process_group", None)
+    return "world" if group is None and isinstance(norm, nn.SyncBatchNorm) else group
+
+
 @kept_by_convert_sync_batchnorm
 class DynamicBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` of which each instance may use some channel groups only: see `dynamic_batch_norm`.
@@ -357,6 +363,24 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.groups = group_sizes(groups, num_features, "groups", op="DynamicBatchNorm2d") or (num_features,)
         self.process_group = process_group
+
+    @classmethod
+    def from_norm(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm, groups: int | Sequence[int] | None = None) -> Self:
+        """A dynamic batch norm that shares the parameters and buffers of `norm`; hooks stay behind.
+
+        One that shares its statistics between processes does so in the same ones. Raises TypeError for anything else
+        than an `nn.BatchNorm2d` (a subclass may compute something else behind it) or `nn.SyncBatchNorm` with parameters
+        of its own (not lazy, not parametrized).
+        """
+        if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or type(norm).__name__.startswith("Parametrized"):
+            raise TypeError(f"{cls.__name__}.from_norm: norm must be an nn.BatchNorm2d, got {type(norm).__name__}")
+        own = cls(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta",
+            groups=groups, process_group=_group_of(norm),
+        )  # fmt: skip
+        for names, tensors in ((norm._parameters, own._parameters), (norm._buffers, own._buffers)):
+            tensors.update({name: tensor for name, tensor in names.items() if name in tensors})  # type: ignore[misc]
+        return own.train(norm.training)
 
     def forward(self, x: Tensor, selection: Route | Tensor | None = None, relu: bool = False) -> Tensor:
         """x [B, C, H, W] -> the same shape. `selection`: Route, integer [B] or bool [B, G]; None: every channel."""

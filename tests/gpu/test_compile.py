@@ -101,7 +101,7 @@ def norm_arguments(context: Context) -> tuple:
 
 OPERATORS: dict[str, Callable[[Context], tuple]] = {
     "dynamic_conv2d": conv_arguments,
-    "dynamic_residual": lambda context: (*residual_arguments(context), 1),
+    "dynamic_residual": residual_arguments,
     "dynamic_residual_": residual_arguments,
     "dynamic_norm": norm_arguments,
     "plan_levels": lambda context: (plain_problem(context)[2][:, None], 3),

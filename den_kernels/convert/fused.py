@@ -1,0 +1,148 @@
+"""Converted blocks that run as one op at inference: basic blocks by `dynamic_residual`, bottlenecks by one C++ call."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ..bottleneck import BottleneckWeights, add_bottleneck_
+from ..dynamic_residual import dynamic_residual
+from ..eager import runs_eagerly
+from ..fold_cache import FoldCache
+from ..residual_weights import ResidualWeights
+from .carrier import Selection
+from .layers import RoutedBatchNorm2d, RoutedConv2d
+
+BASIC, BOTTLENECK = "dynamic_residual", "add_bottleneck_"
+
+
+@dataclass(eq=False)
+class Branch:
+    """The modules of a block of a known form, and what its shortcut reads."""
+
+    convs: tuple[RoutedConv2d, ...]
+    """Two of a basic block, three of a bottleneck."""
+    norms: tuple[RoutedBatchNorm2d, ...]
+    """Behind each convolution; of a pre-activation block behind each but the last."""
+    head: nn.BatchNorm2d | None
+    """The norm of a pre-activation block that stands first; None of a post-activation block."""
+    shortcut: nn.Module | None
+    """None: the block's input."""
+    reads_head: bool
+    """The shortcut reads relu(head(x))."""
+    activated: bool
+    """The block's input is the output of a ReLU."""
+    _cache: FoldCache[Any] = field(default_factory=FoldCache)
+
+    @property
+    def post_activation(self) -> bool:
+        return self.head is None
+
+    @property
+    def kernel(self) -> str:
+        return BASIC if len(self.convs) == 2 else BOTTLENECK
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (*self.convs, *self.norms, *([] if self.head is None else [self.head]))
+
+    def weights(self) -> Any:
+        """The parameters as the op takes them, folded once; None where the op does not run."""
+        try:
+            return self._cache.of(self.modules, self._fold if len(self.convs) == 2 else self._pack)
+        except (ValueError, TypeError):  # shapes that the op does not take
+            return None
+
+    def __call__(self, x: Tensor, selection: Selection, weights: Any) -> Tensor:
+        """The block of x [B, C, H, W] at inference."""
+        a = x
+        if self.head is not None and (self.shortcut is not None or len(self.convs) == 3):
+            a = torch.relu(self.head(x))
+        shortcut = x if self.shortcut is None else self.shortcut(a if self.reads_head else x)
+        if len(self.convs) == 3:
+            return self._bottleneck(a, shortcut, selection, *weights)
+        alone = self.shortcut is None and (self.head is not None or self.activated)
+        return dynamic_residual(a, selection.hidden, weights, None if alone else shortcut)
+
+    def _bottleneck(
+        self, a: Tensor, shortcut: Tensor, selection: Selection, weights: BottleneckWeights, bias: Tensor | None
+    ) -> Tensor:
+        out = shortcut.clone(memory_format=torch.channels_last)
+        if bias is not None:
+            active = (selection.active.levels > 0)[:, None, None, None]
+            out += torch.where(active, bias[:, None, None], 0)
+        out = add_bottleneck_(out, a.contiguous(memory_format=torch.channels_last), selection.hidden, weights)
+        return out.relu_() if self.post_activation else out
+
+    def _fold(self) -> ResidualWeights:
+        conv1, conv2 = self.convs
+        if self.post_activation:
+            return ResidualWeights.fold(conv1, self.norms[0], conv2, self.norms[1], post_activation=True)
+        return ResidualWeights.fold(conv1, self.head if self.shortcut is None else None, conv2, self.norms[0])
+
+    @torch.no_grad()
+    def _pack(self) -> tuple[BottleneckWeights, Tensor | None] | None:
+        """The packed weights, and the bias that remains for the sum; None where the kernel does not run."""
+        norms = (*self.norms, None)[:3]
+        first, second, third = (_folded(conv, norm) for conv, norm in zip(self.convs, norms, strict=True))
+        bias, third.bias = third.bias, None
+        same = second.padding == tuple(k // 2 for k in second.kernel_size) and second.dilation == (1, 1)
+        points = all(conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) for conv in (first, third))
+        if first.out_channels != second.out_channels or not same or not points:
+            return None
+        packed = BottleneckWeights.pack((None, None), first, second, third, self.convs[0].out_groups)
+        return None if packed is None else (packed, None if bias is None else bias.detach())
+
+
+def _folded(conv: nn.Conv2d, norm: Any) -> nn.Conv2d:
+    """A convolution of its own with the batch norm behind it, if there is one, folded in."""
+    same: Any = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+    made = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **same, device="meta")  # type: ignore[arg-type]
+    made.weight, made.bias = conv.weight, conv.bias
+    if norm is not None:
+        made.weight, made.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+    return made
+
+
+class FusedForward:
+    """The forward of a block: one op at inference where levels are set, else the block's own."""
+
+    def __init__(self, block: nn.Module, branch: Branch) -> None:
+        self.block, self.branch = block, branch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        selection = self._selection(args, kwargs)
+        weights = None if selection is None else self.branch.weights()
+        if weights is None or selection is None:
+            return type(self.block).forward(self.block, *args, **kwargs)
+        return self.branch(args[0], selection, weights)
+
+    def _selection(self, args: tuple, kwargs: dict[str, Any]) -> Selection | None:
+        """What the block's instances use, if the op may run."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != 1 or kwargs:
+            return None
+        [x], conv = args, self.branch.convs[0]
+        if not isinstance(x, Tensor) or x.dtype != conv.weight.dtype or not runs_eagerly(x):
+            return None
+        if torch.is_autocast_enabled(x.device.type) or any(_is_changed(module) for module in self.branch.modules):
+            return None
+        return conv.carrier.selection(conv.block)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module does something that the op does not: trains, tells others, or knows statistics of levels."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return isinstance(module, nn.BatchNorm2d) and (module.training or getattr(module, "level_mean", None) is not None)
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """The model itself, with the blocks' own forwards."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            del module.__dict__["forward"]
+    return model
