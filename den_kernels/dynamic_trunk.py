@@ -122,8 +122,10 @@ def _run(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
 
 def _block_by_block(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
     for block, route in zip(weights.blocks, plan, strict=True):
-        run = dynamic_residual_ if isinstance(block, ResidualWeights) else dynamic_bottleneck_
-        x = run(x, route, block)
+        if isinstance(block, ResidualWeights):
+            x = dynamic_residual_(x, route, block)
+        else:
+            x = dynamic_bottleneck_(x, route, block)
     if weights.scale is None or weights.shift is None:
         return x
     scaled = x.float() * weights.scale[:, None, None] + weights.shift[:, None, None]

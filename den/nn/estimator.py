@@ -108,12 +108,12 @@ class Estimator(nn.Module):
         is not called where it is the identity.
         """
         folds = plan is not None and may_fold(self)
-        if folds and x.is_cpu and plan.masks is None:
+        if plan is not None and folds and x.is_cpu and plan.masks is None:
             weights = self._folded_trunk()
             if weights is not None and weights.dtype == x.dtype:
                 return self.shared(dynamic_trunk(x, plan, weights))
         routes = [None] * len(self.blocks) if plan is None else plan
-        idle = plan.idle() if folds else [False] * len(self.blocks)
+        idle = plan.idle() if plan is not None and folds else [False] * len(self.blocks)
         for block, route, unused in zip(self.blocks, routes, idle, strict=True):
             if not (unused and cast(Shortcut, block.shortcut).is_identity):
                 x = block(x, route, inplace=True)
@@ -121,15 +121,17 @@ class Estimator(nn.Module):
 
     def _folded_trunk(self) -> TrunkWeights | None:
         """The folded weights of all blocks and of the norm behind them; None where one call does not run them."""
-        if self.norm is None or not all(isinstance(block, FoldedBlock) for block in self.blocks):
+        norm, blocks = self.norm, [block for block in self.blocks if isinstance(block, FoldedBlock)]
+        if norm is None or len(blocks) < len(self.blocks):
             return None
-        settings = [setting for block in self.blocks for setting in block.settings()]
-        return self._trunk.of((*self.blocks, self.norm), self._fold_trunk, self.norm.eps, *settings)
 
-    def _fold_trunk(self) -> TrunkWeights | None:
-        blocks = tuple(block.folded() for block in self.blocks)
-        weights = TrunkWeights(blocks, *norm_affine(self.norm, torch.float32))
-        return weights if weights.whole else None
+        def fold() -> TrunkWeights | None:
+            folded = tuple(block.folded() for block in blocks)
+            weights = TrunkWeights(folded, *norm_affine(norm, torch.float32))
+            return weights if weights.whole else None
+
+        settings = [setting for block in blocks for setting in block.settings()]
+        return self._trunk.of((*blocks, norm), fold, norm.eps, *settings)
 
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
         """Logits [B_k, classes] of each part by its task's head, from `pooled` [B, features]."""
