@@ -30,7 +30,7 @@ def test_calls_of_other_code_and_comprehensions_are_not_counted():
 def test_one_image(frozen):
     found = of_inference("wrn14_1", frozen)
     assert {"DeepElasticNetwork.forward", "Selector.run", "Estimator.trunk"} <= names(found)
-    assert found.calls["den/nn/blocks/residual.py", "ElasticBlock.forward"] == 6  # every block, once
+    assert found.calls["den_kernels/dynamic_trunk.py", "dynamic_trunk"] == 1  # all blocks in one call, where it runs
     assert 10 < len(found.files) < len(found.calls) < 100
 
 
