@@ -104,8 +104,9 @@ def stored_run() -> Callable[..., Any]:
 
     from den import create_model  # here: the checks of tests/gpu run where training has not what it needs
     from den.data import load_set
+    from den.support.settings import to_dict
     from den.train.checkpoint import prefixed, save_checkpoint
-    from den.train.config import DataConfig, NetworkConfig, TrainConfig, to_dict
+    from den.train.config import DataConfig, NetworkConfig, TrainConfig
 
     def store(folder: Path, mode: str = "den", seed: int = 0, **settings: object) -> TrainConfig:
         folder.mkdir(parents=True)
