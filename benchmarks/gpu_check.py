@@ -202,7 +202,8 @@ def tune(options: argparse.Namespace) -> Row:
     if options.rehearse:
         folder = options.out / "tuned"
         command += ["--out", str(folder)]
-    status, last = stream([*command, *(() if options.rehearse else TUNE)], options.tune + 60)
+    more = 600 if options.rehearse else 60  # seconds for a last problem; a rehearsal's machine may be a busy one
+    status, last = stream([*command, *(() if options.rehearse else TUNE)], options.tune + more)
     for table in folder.glob("sm_*.json"):
         (options.out / "tables").mkdir(parents=True, exist_ok=True)
         shutil.copy(table, options.out / "tables")

@@ -15,10 +15,6 @@ import torch
 from hypothesis import settings
 
 import den_kernels
-from den import create_model
-from den.data import load_set
-from den.train.checkpoint import prefixed, save_checkpoint
-from den.train.config import DataConfig, NetworkConfig, TrainConfig
 from den_kernels.float32 import allows_tf32
 
 # Workers side by side (pytest -n) share the cores: torch's threads would otherwise spin against each other.
@@ -106,7 +102,11 @@ def stored_run() -> Callable[..., Any]:
     """stored_run(folder, mode, seed, **settings): a run folder as `den train` leaves it, of an untrained network for
     digits whose selector tells images apart."""
 
-    from den.train.config import to_dict
+    from den import create_model  # here: the checks of tests/gpu run where training has not what it needs
+    from den.data import load_set
+    from den.support.settings import to_dict
+    from den.train.checkpoint import prefixed, save_checkpoint
+    from den.train.config import DataConfig, NetworkConfig, TrainConfig
 
     def store(folder: Path, mode: str = "den", seed: int = 0, **settings: object) -> TrainConfig:
         folder.mkdir(parents=True)

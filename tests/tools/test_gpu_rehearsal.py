@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def rehearse(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse", "--budget", "900", *arguments]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse", "--budget", "1500", *arguments]
     environment = gpu_check.environment()
     for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
         del environment[name]  # else pytest, in a process of its own, takes itself for a worker of xdist
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
 
 
 @pytest.mark.slow

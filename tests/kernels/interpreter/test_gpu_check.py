@@ -90,7 +90,7 @@ def test_tuning_writes_a_table(monkeypatch, tmp_path):
     times = (0.9**i for i in range(1000))  # every tile faster than the one before
     monkeypatch.setattr(tune, "median_seconds", lambda call, device: next(times))
     monkeypatch.setattr(tune, "VALUES", {"rows": (128,), "programs": (2,)})
-    assert len(tune.tune([Problem("convolve", 16, 4, 2, HALF)], CPU, 1.0, tmp_path)) == 1
+    assert len(tune.tune([Problem("convolve", 16, 4, 2, HALF)], CPU, 600.0, tmp_path)) == 1
     table.tiles.cache_clear()
     kept = table.parse(table.file_of(80, tmp_path).read_text(), 80, rules.installed())
     assert kept == {("convolve", 16, 16, "bfloat16"): (128, 16, 16, 4, 3, 2)}
