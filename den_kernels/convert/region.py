@@ -120,9 +120,8 @@ class _Search:
                 if len(sides) != 1:
                     raise Unfit(f"{describe(node)} joins the hidden channels with others")
                 [source] = set(node.inputs) - set(sides)
-                nodes = {
-                    i for i in sides + [*self.recording.ancestors(sides[0])] if source in self.recording.ancestors(i)
-                }
+                before = {*sides, *self.recording.ancestors(sides[0])}
+                nodes = {i for i in before if source in self.recording.ancestors(i)}
                 end = next((n.index for n in main_path(self.recording, sides[0]) if has_weight(n)), -1)
                 gates.append((nodes, {end} & nodes))
         return gates

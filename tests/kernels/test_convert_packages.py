@@ -3,8 +3,9 @@
 Copies of their blocks are tested in any case (tests/stand_ins.py).
 """
 
-from collections.abc import Callable
+import sys
 from importlib import import_module
+from types import ModuleType
 
 import pytest
 import torch
@@ -32,19 +33,36 @@ class Logits(nn.Module):
         return self.model(x).logits
 
 
+DECLARED: list[torch.library.Library] = []
+
+
+def torchvision_models() -> ModuleType:
+    """torchvision.models, also of a torchvision whose compiled operators belong to another torch: no model needs them,
+    but importing it needs their names."""
+    try:
+        return import_module("torchvision.models")
+    except RuntimeError as why:
+        if "torchvision::" not in str(why):
+            raise
+    for name in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    DECLARED.append(library)
+    return import_module("torchvision.models")
+
+
 def build(package: str, name: str) -> nn.Module:
     try:
-        module = import_module(package)
-        make: Callable[[], nn.Module]
         if package == "torchvision":
-            make = getattr(import_module("torchvision.models"), name)
-        elif package == "timm":
+            return getattr(torchvision_models(), name)()
+        module = import_module(package)
+        if package == "timm":
             return module.create_model(name)
-        else:
-            return Logits(module.ResNetForImageClassification(module.ResNetConfig(depths=[1, 2, 1, 1])))
-    except (ImportError, RuntimeError) as why:  # of torchvision for another torch: "operator ... does not exist"
+        return Logits(module.ResNetForImageClassification(module.ResNetConfig(depths=[1, 2, 1, 1])))
+    except (ImportError, RuntimeError) as why:
         pytest.skip(f"{package} cannot be imported beside torch {torch.__version__}: {why}")
-    return make()
 
 
 @pytest.mark.parametrize(("package", "name"), [(p, n) for p, names in MODELS.items() for n in names])
