@@ -132,8 +132,8 @@ def make_model(case: Case, seed: int) -> tuple[den.DeepElasticNetwork, den.Task]
     """The network of a case and the task that its images are of; the global generator is left as it was."""
     if case.shape == "demo":  # imported here: the checks of a GPU do without what training needs
         from den.demo import schedule
+        from den.recipes.setup import new_model
         from den.train.config import DemoConfig
-        from den.train.engine import new_model
 
         network = schedule(DemoConfig())["2. Deep Elastic Network (Algorithm 1)"].network
         wanted = case.mix.removeprefix("recorded-")

@@ -21,6 +21,14 @@ MOVED = {
     **{f"den.{name}": f"den.nn.{name}" for name in _NN},
     **{f"den.{name}": f"den.train.{name}" for name in _TRAIN},
     "den.baselines": "den.recipes",
+    "den.dag.adashare": "den.recipes.dag.adashare",
+    "den.dag.comparison": "den.report.dag.comparison",
+    "den.dag.dense_report": "den.report.dag.dense",
+    "den.dag.drawing": "den.report.dag.drawing",
+    "den.dag.engine": "den.recipes.dag.recipe",
+    "den.dag.report": "den.report.dag.report",
+    "den.dag.runs": "den.runs.dag",
+    "den.dag.search": "den.recipes.dag.search",
     "den.comparison": "den.evaluate.comparison",
     "den.evaluation": "den.runs.evaluation",
     "den.figures": "den.report.figures",
@@ -64,8 +72,10 @@ def _new_name(name: str) -> str | None:
     'den.nn.blocks.bottleneck'
     """
     parts = name.split(".")
-    moved = MOVED.get(".".join(parts[:2]))
-    return None if moved is None else ".".join([moved, *parts[2:]])
+    for count in (3, 2):
+        if moved := MOVED.get(".".join(parts[:count])):
+            return ".".join([moved, *parts[count:]])
+    return None
 
 
 def install() -> None:

@@ -1,42 +1,58 @@
-"""The commands: den train, fetch, evaluate, report, demo, bench, info, dag."""
+"""The commands: den train, fetch, evaluate, report, demo, bench, info, dag train, dag report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from den.bench import BenchConfig
+from den.dag.config import DagReportConfig, DagTrainConfig
 from den.report.settings import Report
 from den.runs.settings import Evaluate
 from den.support.files import check_folder
-from den.train.config import DemoConfig, TrainConfig, read_config
+from den.support.settings import read_config
+from den.train.config import DemoConfig, TrainConfig
 from den.train.scenarios import ScenarioOptions, scenario_config
 
-HELP = (
-    "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
-    " den dag --help: networks over one graph, a topology for each task."
-)
-Settings = TypeVar("Settings", bound=Any)
+HELP = "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
+DAG_HELP = "Networks over one shared graph: a topology for each task, found by training."
+Settings = TypeVar("Settings", TrainConfig, DagTrainConfig)
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train a Deep Elastic Network (Algorithm 1), or its dense baseline with --mode dense.
-
-    An experiment of the paper may come first, m1, m2, m3 or c1: see den train m1 --help.
-    """
+class Source:
+    """Where the settings of a run begin."""
 
     config: Path | None = None
     """JSON file of settings, such as a run's config.json; options given here come before it."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, with the settings that it was started with."""
+
+
+@dataclass(frozen=True)
+class Train(Source):
+    """Train a Deep Elastic Network (Algorithm 1), or its dense baseline with --mode dense.
+
+    An experiment of the paper may come first, m1, m2, m3 or c1: see den train m1 --help.
+    """
+
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class DagTrain(Source):
+    """Search a topology for every task, reduce, fine-tune.
+
+    A scenario may come first, dag-omniglot, dag-cifar100, dag-nyuv2, dag-cityscapes or dag-pascal: its settings are
+    then the defaults of the options.
+    """
+
+    settings: Annotated[DagTrainConfig, tyro.conf.arg(name="")] = field(default_factory=DagTrainConfig)
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,9 @@ class Fetch:
     """Folder for the archives."""
 
 
+Command = Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info | DagTrain | DagReportConfig
+
+
 def command(arguments: list[str]) -> Callable[[], int]:
     """What the arguments ask for, with all that it needs imported; called, it returns the exit status.
 
@@ -73,21 +92,36 @@ def command(arguments: list[str]) -> Callable[[], int]:
         from den_kernels import __version__
 
         return partial(_print, f"den {__version__}")
-    scenario = arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-")
-    if scenario or arguments[:1] == ["dag"]:
-        from den.dag.cli import main as dag
-
-        arguments = arguments if scenario else arguments[1:]
-        import_module("den.dag.report" if arguments[:1] == ["report"] else "den.dag.search")  # what `dag` will need
-        return partial(_done, dag, arguments)
-    return _prepared(_parse(arguments))
+    return _prepared(parse(arguments))
 
 
-def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info:
-    if arguments[:1] == ["train"] and arguments[1:2] and not arguments[1].startswith("-"):
-        return _parse_scenario(arguments[1], arguments[2:])
-    train = Train(settings=base_settings(TrainConfig, arguments)) if arguments[:1] == ["train"] else Train()
-    command = (
+def parse(arguments: list[str]) -> Command:
+    """The command; options of `train` change the settings of --config, of the run to be resumed, or of a scenario.
+
+    Raises ValueError for a scenario that is unknown or not that of the stored settings.
+    """
+    if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-"):
+        arguments = ["dag", *arguments]
+    train, dag_train = Train(), DagTrain()
+    if arguments[:1] == ["train"]:
+        if arguments[1:2] and not arguments[1].startswith("-"):
+            return _parse_scenario(arguments[1], arguments[2:])
+        train = Train(settings=base_settings(TrainConfig(), arguments[1:]))
+    if arguments[:2] == ["dag", "train"]:
+        settings, options = _dag_settings(arguments[2:])
+        dag_train, arguments = DagTrain(settings=settings), ["dag", "train", *options]
+    found: Any = tyro.cli(_commands(train, dag_train), args=arguments, prog="den", description=HELP)
+    return getattr(found, "command", found)
+
+
+def _commands(train: Train, dag_train: DagTrain) -> Any:
+    """The type of all commands, for tyro; the settings of the two that train are what their options change."""
+    of_dag = (
+        Annotated[DagTrain, tyro.conf.subcommand("train", default=dag_train)]
+        | Annotated[DagReportConfig, tyro.conf.subcommand("report")]
+    )
+    dag = make_dataclass("Dag", [("command", Annotated[of_dag, tyro.conf.arg(name="")])], frozen=True)
+    return (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Fetch, tyro.conf.subcommand("fetch")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -95,8 +129,8 @@ def _parse(arguments: list[str]) -> Train | Fetch | Evaluate | Report | DemoConf
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[Info, tyro.conf.subcommand("info")]
+        | Annotated[dag, tyro.conf.subcommand("dag", description=DAG_HELP)]
     )
-    return tyro.cli(command, args=arguments, prog="den", description=HELP)  # type: ignore[call-overload]
 
 
 def _parse_scenario(name: str, arguments: list[str]) -> Train:
@@ -110,30 +144,38 @@ def _parse_scenario(name: str, arguments: list[str]) -> Train:
     return Train(resume=command.resume, settings=command.settings)
 
 
-def base_settings(kind: type[Settings], arguments: list[str]) -> Settings:
-    """The settings that the options of `train` change: of --config, of the run to be resumed, or the defaults."""
-    if path := _option(arguments, "--config"):
-        return read_config(kind, Path(path))
-    if "--resume" in arguments:
-        return read_config(kind, Path(_option(arguments, "--out") or kind().out) / "config.json")
-    return kind()
+def _dag_settings(arguments: list[str]) -> tuple[DagTrainConfig, list[str]]:
+    """The settings that the options of `den dag train` change, and the options."""
+    if not arguments or arguments[0].startswith("-"):
+        return base_settings(DagTrainConfig(), arguments), arguments
+    from den.dag.scenarios import named_settings
+
+    name, *options = arguments
+    named = named_settings(name)
+    settings = base_settings(named, options)
+    if settings.data.scenario != named.data.scenario:
+        raise ValueError(f"den dag train: scenario must be dag-{settings.data.scenario} as stored, got {name}")
+    return settings, options
 
 
-def _option(arguments: list[str], name: str) -> str | None:
-    """The value of an option, given as "--name value" or "--name=value"."""
-    for position, argument in enumerate(arguments):
-        if argument == name and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(name + "="):
-            return argument[len(name) + 1 :]
-    return None
+def base_settings(default: Settings, arguments: list[str]) -> Settings:
+    """The settings that the options of `train` change: of --config, of the run to be resumed, or the default ones."""
+    places = make_dataclass("Places", [("out", Path, default.out)], bases=(Source,), frozen=True)
+    given: Any = tyro.cli(places, args=arguments, prog="den train", return_unknown_args=True, add_help=False)[0]
+    if given.config is None and not given.resume:
+        return default
+    return read_config(type(default), given.config or given.out / "config.json")
 
 
-def _prepared(settings: Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info) -> Callable[[], int]:
+def _prepared(settings: Command) -> Callable[[], int]:
     if isinstance(settings, Train):
         from den.recipes.den import train
 
-        return partial(_train, train, settings)
+        return partial(_train, train, settings, "den evaluate")
+    if isinstance(settings, DagTrain):
+        from den.recipes.dag.search import train as search
+
+        return partial(_train, search, settings, "den dag report")
     if isinstance(settings, Fetch):
         if not settings.names:
             raise ValueError("fetch: names must be at least one image set, got none")
@@ -142,25 +184,34 @@ def _prepared(settings: Train | Fetch | Evaluate | Report | DemoConfig | BenchCo
         for name in settings.names:
             published_archive(name)
         return partial(_fetch, fetch_set, settings)
-    if isinstance(settings, Evaluate):
-        from den.runs.command import main as measure
-
-        return partial(_done, measure, settings)
-    if isinstance(settings, Report):
-        from den.report.command import main as report
-
-        return partial(_done, report, settings)
-    if isinstance(settings, DemoConfig):
-        from den.demo import main as demo
-
-        return partial(_done, demo, settings)
     if isinstance(settings, BenchConfig):
         from den.bench import main as bench
 
         return partial(bench, settings)
-    from den_kernels.info import format_report
+    if isinstance(settings, Info):
+        from den_kernels.info import format_report
 
-    return lambda: _print(format_report())
+        return lambda: _print(format_report())
+    return partial(_done, _reporter(settings), settings)
+
+
+def _reporter(settings: Evaluate | Report | DemoConfig | DagReportConfig) -> Callable[[Any], None]:
+    """What measures and prints."""
+    if isinstance(settings, Evaluate):
+        from den.runs.command import main as measure
+
+        return measure
+    if isinstance(settings, Report):
+        from den.report.command import main as report
+
+        return report
+    if isinstance(settings, DemoConfig):
+        from den.demo import main as demo
+
+        return demo
+    from den.report.dag.report import main as report_graphs
+
+    return report_graphs
 
 
 def _print(text: str) -> int:
@@ -173,9 +224,9 @@ def _done(run: Callable[[Any], None], settings: Any) -> int:
     return 0
 
 
-def _train(train: Callable[..., object], command: Train) -> int:
+def _train(train: Callable[..., object], command: Train | DagTrain, measure: str) -> int:
     train(command.settings, resume=command.resume)
-    return _print(f"den: finished; measure it with: den evaluate {command.settings.out}")
+    return _print(f"den: finished; measure it with: {measure} {command.settings.out}")
 
 
 def _fetch(fetch_set: Callable[[str, Path], object], command: Fetch) -> int:

@@ -20,7 +20,7 @@ for version; do
   place=$FOLDER/triton-$version
   [ -d "$place/triton" ] || python -m pip install --quiet --no-deps --target "$place" "triton==$version"
   echo "Triton $version"
-  TRITON_CACHE_DIR=$FOLDER/cache-$version PYTHONPATH=$place:$PWD${PYTHONPATH:+:$PYTHONPATH} \
-    python -m pytest tests/kernels/test_{machine_code,wgmma_hazards}.py -q -p no:cacheprovider -n "$workers" \
+  TRITON_CACHE_DIR=$FOLDER/cache-$version PYTHONPATH=$place${PYTHONPATH:+:$PYTHONPATH} \
+    pytest tests/kernels/test_{machine_code,wgmma_hazards}.py -q -p no:cacheprovider -n "$workers" \
     -k "${FILTER:-hazard or (wrn32_4 and levels and (bf16 or (tf32 and sm_90)))}"
 done

@@ -16,8 +16,9 @@ from hypothesis import settings
 import den_kernels
 from den import create_model
 from den.data import load_set
+from den.support.settings import to_dict
 from den.train.checkpoint import prefixed, save_checkpoint
-from den.train.config import DataConfig, NetworkConfig, TrainConfig, to_dict
+from den.train.config import DataConfig, NetworkConfig, TrainConfig
 
 # Workers side by side (pytest -n) share the cores: torch's threads would otherwise spin against each other.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.utils.tensorboard
 
-import den.dag.engine
+import den.recipes.dag.recipe
 import den.train.engine
 from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining
-from den.dag.search import train as train_dag
 from den.data import load_set
+from den.recipes.dag.search import train as train_dag
 from den.recipes.den import train
 from den.train.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
 
@@ -55,8 +55,8 @@ KINDS = {"den": (train, den_config), "dag": (train_dag, dag_config)}
 
 def run(kind: str, out: Path) -> None:
     """Train, or continue, in this process."""
-    den.train.engine.load_set = lambda name, split, root: DIGITS
-    den.dag.engine.load_tasks = two_tasks
+    den.recipes.setup.load_set = lambda name, split, root: DIGITS
+    den.recipes.dag.recipe.load_tasks = two_tasks
     trains, config = KINDS[kind]
     trains(config(out), resume=(out / "last.safetensors").exists())
 

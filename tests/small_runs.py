@@ -31,7 +31,7 @@ def cut_sets(monkeypatch, images=60):
     """The packaged sets cut to a few images, so that a run costs its steps only."""
     whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
     monkeypatch.setattr(
-        "den.train.engine.load_set", lambda name, split, root: whole[name, split].subset(torch.arange(images))
+        "den.recipes.setup.load_set", lambda name, split, root: whole[name, split].subset(torch.arange(images))
     )
 
 

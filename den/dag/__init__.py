@@ -1,9 +1,26 @@
 """Networks over one shared graph, a topology per task, searched by training (after Choi and Im, CVPR 2023)."""
 
-from den.dag.extract import SubNetwork
-from den.dag.graph import Graph, SubGraph
-from den.dag.model_config import DagConfig
-from den.dag.network import DagNetwork
-from den.dag.reduction import Reduction, TaskGates, reduce
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from den.dag.extract import SubNetwork
+    from den.dag.graph import Graph, SubGraph
+    from den.dag.model_config import DagConfig
+    from den.dag.network import DagNetwork
+    from den.dag.reduction import Reduction, TaskGates, reduce
+
+# Imported when they are asked for, so that the command line has its settings before torch.
+_HOMES = {
+    "DagConfig": "model_config", "DagNetwork": "network", "Graph": "graph", "Reduction": "reduction",
+    "SubGraph": "graph", "SubNetwork": "extract", "TaskGates": "reduction", "reduce": "reduction",
+}  # fmt: skip
 
 __all__ = ["DagConfig", "DagNetwork", "Graph", "Reduction", "SubGraph", "SubNetwork", "TaskGates", "reduce"]
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value

@@ -28,7 +28,7 @@ class DagDataConfig:
     size: Annotated[int | None, Range(1)] = None
     """Side in pixels that Omniglot's images are scaled to (None: 28), and of PASCAL-Context's squares (None: 512)."""
     classes: Annotated[int | None, Range(2, IGNORE)] = None
-    """Classes of the labels of NYU-v2 (40 or 13; None: 40) and Cityscapes (19 or 7; None: 19)."""
+    """Classes of the labels of NYU-v2 (40 or 13) and Cityscapes (19 or 7); None: what the files say."""
     only: tuple[str, ...] = ()
     """Names of the tasks to be trained; empty: all."""
     batch_size: Annotated[int, Range(1)] = 96
@@ -85,7 +85,8 @@ class DagTraining:
     squeeze: Annotated[float, Range(0)] = 0.05
     """Weight of the squeeze loss; 0: none."""
     loss_weights: Annotated[tuple[float, ...], Range(0)] = ()
-    """Weights of the tasks' losses, in the order of the tasks; empty: 1 each."""
+    """Weights of the tasks' losses, in the order of the tasks (of a scenario's settings those of the public protocols);
+    empty: 1 each."""
     kappa: Annotated[float, Range(0, 1)] = 0.35
     """Edges that a task may keep unsqueezed (the sum of its gates), as a share of all edges."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from den.nn.folding import may_fold, norm_tensors
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
 from den_kernels.fold_cache import FoldCache
+
+Pair = tuple[int, int]
 
 
 class Edge(nn.Module):
@@ -30,7 +34,7 @@ class Edge(nn.Module):
         )  # fmt: skip
         self.norm = DynamicBatchNorm2d(out, groups=groups)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._folded: FoldCache[DynamicConv2d] = FoldCache()
 
     def forward(self, x: Tensor, route: Route | None) -> Tensor:
@@ -49,8 +53,9 @@ class Edge(nn.Module):
         """The convolution with the batch norm's scale and shift."""
         weight, bias = folded(self.conv.weight, self.norm)
         own = self.conv
+        kernel_size, stride, padding = cast(tuple[Pair, Pair, Pair], (own.kernel_size, own.stride, own.padding))
         conv = DynamicConv2d(
-            own.in_channels, own.out_channels, own.kernel_size, own.stride, own.padding,
+            own.in_channels, own.out_channels, kernel_size, stride, padding,
             device="meta", dtype=weight.dtype, out_groups=own.out_groups,
         )  # fmt: skip
         conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)

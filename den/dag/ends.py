@@ -35,7 +35,7 @@ class MixedEnds:
             return False
         if not all(isinstance(stem, DagStem) for stem in stems) or not all(isinstance(h, ClassHead) for h in heads):
             return False
-        return all(stem.in_size == images[0].shape[-1] for stem in stems)
+        return all(stem.in_size == images[0].shape[-1] for stem in stems if isinstance(stem, DagStem))
 
     @staticmethod
     def modules(stems: Sequence[DagStem], heads: Sequence[ClassHead]) -> tuple[nn.Module, ...]:
@@ -60,7 +60,7 @@ class MixedEnds:
             torch.stack(weights).to(conv.weight.dtype),
             torch.stack(biases).unsqueeze(1).to(conv.weight.dtype),
             tuple(head.linear.out_features for head in heads),
-            (conv.kernel_size[0], conv.stride[0], conv.padding[0]),
+            (conv.kernel_size[0], conv.stride[0], int(conv.padding[0])),
         )
 
     def stem(self, images: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
         return [TaskCost(t.name, kept, count, model.flops(k), spread[k]) for k, t in enumerate(model.tasks)]
     found = []
     for k, task in enumerate(model.tasks):
-        alone = SubNetwork(model, k)
+        alone = SubNetwork(cast(DagNetwork, model), k)
         flops = alone.stem.flops() + alone.head.flops() + alone.trunk_flops()
         found.append(TaskCost(task.name, alone.kept, alone.parameters_count, flops, spread[k]))
     return found
@@ -139,4 +140,4 @@ def _alone(model: DagNetwork | PeerNetwork, task: str) -> Callable[[Tensor], Ten
         return partial(model, task=task)
     if isinstance(model, SeparateNetworks):
         return SubNetwork(model.networks[find_task(task, model.tasks)], 0).eval()
-    return SubNetwork(model, task).eval()
+    return SubNetwork(cast(DagNetwork, model), task).eval()

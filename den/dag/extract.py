@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -69,21 +71,21 @@ class SubNetwork(nn.Module):
         """The gated sum of the states that the task keeps."""
         inputs = {0: x, **{int(s): read(pooled(x, int(s))) for s, read in self.read_ins.items()}}
         states: dict[int, Tensor] = {}
-        outs: dict[int, Tensor | None] = {}
+        outs: dict[int, Tensor] = {}
         for j in self.kept.live_states:
             stage = self.kept.graph.stage_of[j]
-            v = inputs[stage] * self._read_in[j] if self.kept.read_in[j] else None
+            v: Tensor | None = inputs[stage] * self._read_in[j] if self.kept.read_in[j] else None
             for e in self.kept.graph.incoming[j]:
                 if self.kept.edges[e]:
                     i = self.kept.graph.edges[e][0]
                     v = _plus(v, self.edges[f"{i}-{j}"](states[i]), self._gates[e])
-            states[j] = v
+            states[j] = cast(Tensor, v)  # of a live state: something is read in or comes along an edge
             if self.kept.read_out[j]:
-                outs[stage] = _plus(outs.get(stage), v, self._read_out[j])
+                outs[stage] = _plus(outs.get(stage), states[j], self._read_out[j])
         out = outs.get(0)
-        for stage, write in self.read_outs.items():
-            out = _plus(out, enlarged(write(outs[int(stage)]), x.shape[2:]), 1.0)
-        return out
+        for name, write in self.read_outs.items():
+            out = _plus(out, enlarged(write(outs[int(name)]), x.shape[2:]), 1.0)
+        return cast(Tensor, out)
 
     def trunk_flops(self) -> int:
         """Twice the multiply-adds of the convolutions between stem and head for one image."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.dag.model_config import DagConfig
 from den.nn.conv_norm import ConvNormReLU
+from den.nn.modules import Modules
 from den.nn.tasks import Task
 
 DILATIONS = (6, 12, 18, 24)
@@ -47,10 +50,10 @@ class DenseHead(nn.Module):
     def __init__(self, channels: int, task: Task, map_size: tuple[int, int]) -> None:
         super().__init__()
         self.map_size, self.image_size = map_size, task.shape[1:]
-        self.branches = nn.ModuleList(ConvNormReLU(channels, channels, 3, 1, d, d) for d in DILATIONS)
+        self.branches: Modules[ConvNormReLU] = Modules(ConvNormReLU(channels, channels, 3, 1, d, d) for d in DILATIONS)
         self.conv = nn.Conv2d(len(DILATIONS) * channels, task.classes, 1)
         nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        nn.init.zeros_(cast(Tensor, self.conv.bias))
 
     def forward(self, maps: Tensor) -> Tensor:
         values = self.conv(torch.cat([branch(maps) for branch in self.branches], 1))

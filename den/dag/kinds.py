@@ -33,7 +33,7 @@ class ClassMetrics:
         self.count, self._right = 0, 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:  # [B, K], int64 [B]
-        self._right += (logits.argmax(1) == labels).sum().item()
+        self._right += int((logits.argmax(1) == labels).sum())
         self.count += len(labels)
 
     def results(self) -> dict[str, float]:

@@ -15,19 +15,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from den.dag.edge import folded
+from den.dag.edge import Edge, folded
 from den.dag.ends import MixedEnds
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
-from den.dag.head import make_head
+from den.dag.head import ClassHead, DenseHead, make_head
 from den.dag.model_config import DagConfig
 from den.dag.stages import StageEnds, make_edge
-from den.dag.stem import make_stem
+from den.dag.stem import DagStem, DenseStem, make_stem
 from den.nn.folding import may_fold
+from den.nn.modules import Modules
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import GraphWeights, Route, RoutingPlan, dynamic_graph
 from den_kernels.fold_cache import FoldCache
@@ -56,13 +58,16 @@ class DagNetwork(nn.Module):
     when a batch of as many images of the same tasks has run before, and then serves other images.
     """
 
+    in_degrees: Tensor  # float32 [E], edges that end where an edge does
+
     def __init__(self, config: DagConfig) -> None:
         super().__init__()
         self.config, self.tasks, self.graph = config, config.tasks, config.graph
-        self.stems = nn.ModuleList(make_stem(task, config) for task in config.tasks)
-        self.edges = nn.ModuleList(make_edge(config, i, j) for i, j in self.graph.edges)
-        self.heads = nn.ModuleList(make_head(task, config) for task in config.tasks)
-        self.stages = nn.ModuleList(StageEnds(config, stage) for stage in range(1, len(self.graph.stages)))
+        self.stems: Modules[DagStem | DenseStem] = Modules(make_stem(task, config) for task in config.tasks)
+        self.edges: Modules[Edge] = Modules(make_edge(config, i, j) for i, j in self.graph.edges)
+        self.heads: Modules[ClassHead | DenseHead] = Modules(make_head(task, config) for task in config.tasks)
+        later = range(1, len(self.graph.stages))
+        self.stages: Modules[StageEnds] = Modules(StageEnds(config, stage) for stage in later)
         self.gates = Gates(self.graph, len(config.tasks), config.groups)
         degrees = [len(self.graph.incoming[j]) for _, j in self.graph.edges]
         self.register_buffer("in_degrees", torch.tensor(degrees, dtype=torch.float32), persistent=False)
@@ -94,11 +99,12 @@ class DagNetwork(nn.Module):
 
     def _mixed_ends(self, batch: TaskBatch) -> MixedEnds | None:
         """The stems and heads of the batch's tasks as one, where that can be; kept for the next batch of the same."""
-        stems, heads = ([modules[k] for k in batch.tasks] for modules in (self.stems, self.heads))
+        stems, heads = [self.stems[k] for k in batch.tasks], [self.heads[k] for k in batch.tasks]
         casts = torch.is_autocast_enabled(batch.images[0].device.type)
         if casts or not may_fold(self) or not MixedEnds.fit(stems, heads, batch.images):
             return None
-        return self._ends.of(MixedEnds.modules(stems, heads), lambda: MixedEnds.fold(stems, heads))
+        alike = cast(list[DagStem], stems), cast(list[ClassHead], heads)
+        return self._ends.of(MixedEnds.modules(*alike), lambda: MixedEnds.fold(*alike))
 
     def trunk(self, x: Tensor, gates: BatchGates) -> Tensor:
         """The gated sum of all states, [B, C, H, W], of the stems' maps x."""
@@ -125,7 +131,7 @@ class DagNetwork(nn.Module):
 
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
         """`trunk` on folded weights: on a CPU the whole graph in one call."""
-        if x.is_cpu and self.config.groups == 1 and x.dtype == gates.edges.dtype:
+        if x.is_cpu and self.config.groups == 1 and x.dtype == gates.edges.dtype and gates.plan is not None:
             return dynamic_graph(x, self._weights(), gates.plan, gates.read_in, gates.edges, gates.read_out)
         return self.run_edges(x, gates)
 
@@ -169,12 +175,9 @@ class DagNetwork(nn.Module):
         device, parts = self.in_degrees.device, zip(batch.tasks, batch.sizes, strict=True)
         tasks = torch.cat([torch.full((n,), k, device=device) for k, n in parts])  # sending it there would wait
         a, g, b = (rows.index_select(0, tasks) for rows in self.gates.values(self.config.gates == "bare"))
-        used, ends = (
-            [rows[k] for k in batch.tasks]
-            for rows in self._host.get(
-                (self.gates.edge_levels, self.gates.kept_in, self.gates.kept_out), self._read_kept
-            )
-        )
+        sources = self.gates.edge_levels, self.gates.kept_in, self.gates.kept_out
+        levels, read_out = self._host.get(sources, self._read_kept)
+        used, ends = [levels[k] for k in batch.tasks], [read_out[k] for k in batch.tasks]
         plan, groups = None, self.config.groups
         if may_fold(self) or any(level < groups for row in used for level in row):
             plan = RoutingPlan.from_levels(self.gates.block_levels().index_select(0, tasks), groups)

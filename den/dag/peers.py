@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
-from den.dag.head import make_head
+from den.dag.head import ClassHead, DenseHead, make_head
 from den.dag.model_config import DagConfig
 from den.dag.network import DagNetwork
-from den.dag.stem import make_stem
+from den.dag.stem import DagStem, DenseStem, make_stem
+from den.nn.modules import Modules
 from den.nn.task_batch import Images, Tasks, task_batch
 
 
@@ -47,7 +48,8 @@ class SeparateNetworks(PeerNetwork):
 
     def __init__(self, config: DagConfig) -> None:
         super().__init__(config)
-        self.networks = nn.ModuleList(DagNetwork(replace(config, tasks=(task,))) for task in config.tasks)
+        alone = [replace(config, tasks=(task,)) for task in config.tasks]
+        self.networks: Modules[DagNetwork] = Modules(DagNetwork(each) for each in alone)
         for network in self.networks:
             network.gates.requires_grad_(False)
 
@@ -82,12 +84,12 @@ class CrossStitchNetwork(PeerNetwork):
                 "CrossStitchNetwork: tasks must classify images of one shape, without stages and channel groups,"
                 f" got images of {shapes}"
             )
-        self.stems = nn.ModuleList(make_stem(task, config) for task in config.tasks)
-        self.convs = nn.ModuleList(
+        self.stems: Modules[DagStem | DenseStem] = Modules(make_stem(task, config) for task in config.tasks)
+        self.convs: Modules[nn.Conv2d] = Modules(
             nn.Conv2d(K * C, K * C, 3, padding=1, groups=K, bias=False) for _ in self.graph.edges
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(K * C) for _ in edges)
-        self.heads = nn.ModuleList(make_head(task, config) for task in config.tasks)
+        self.heads: Modules[ClassHead | DenseHead] = Modules(make_head(task, config) for task in config.tasks)
         for conv in self.convs:
             nn.init.normal_(conv.weight, std=(2 / (9 * C)) ** 0.5)  # kaiming of one column's fan
         own = torch.eye(K)[:, :, None]

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining, ReductionConfig
-from den.data import cityscapes, nyuv2
+from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining, ReductionConfig, Scenario
+from den.data import cityscapes, nyuv2, pascal_context
 from den.data.images import ImageSet
 from den.data.omniglot import load_omniglot
-from den.data.pascal_context import load_pascal_context
 from den.data.scenes import SceneSet
 from den.data.sets import load_set
+from den.nn.tasks import Task
 
+SINGLE_TASK = {"nyuv2": nyuv2.single_task, "cityscapes": cityscapes.single_task}  # published metrics of a task
+LOSS_WEIGHTS = {  # of the public protocols, by scenario and task
+    "nyuv2": nyuv2.LOSS_WEIGHTS,
+    "cityscapes": cityscapes.LOSS_WEIGHTS,
+    "pascal": pascal_context.LOSS_WEIGHTS,
+}
 # Short searches: gates that learn fast enough to differ, and most updates on what is left, with all training images.
 _SHORT = DagTraining(steps=1200, shares=(0.1, 0.3, 0.6), gate_rate=0.1)
 _DENSE = DagTrainConfig(
@@ -22,6 +29,14 @@ _DENSE = DagTrainConfig(
     training=DagTraining(steps=20_000, rate=0.01, fine_rate=0.01),
     reduction=ReductionConfig(norm_batches=100),
 )
+
+
+def _dense(scenario: Scenario, batch_size: int) -> DagTrainConfig:
+    weights = tuple(LOSS_WEIGHTS[scenario].values())
+    training = dataclasses.replace(_DENSE.training, loss_weights=weights)
+    return dataclasses.replace(_DENSE, data=DagDataConfig(scenario, batch_size=batch_size), training=training)
+
+
 SCENARIOS: dict[str, DagTrainConfig] = {
     "dag-omniglot": DagTrainConfig(network=DagNetworkConfig(channels=24, trunk_size=7), training=_SHORT),
     "dag-cifar100": DagTrainConfig(
@@ -29,11 +44,28 @@ SCENARIOS: dict[str, DagTrainConfig] = {
         network=DagNetworkConfig(trunk_size=16),
         training=dataclasses.replace(_SHORT, steps=8000),
     ),
-    "dag-nyuv2": dataclasses.replace(_DENSE, data=DagDataConfig("nyuv2", batch_size=8)),
-    "dag-cityscapes": dataclasses.replace(_DENSE, data=DagDataConfig("cityscapes", batch_size=8)),
-    "dag-pascal": dataclasses.replace(_DENSE, data=DagDataConfig("pascal", batch_size=6)),
+    "dag-nyuv2": _dense("nyuv2", batch_size=8),
+    "dag-cityscapes": _dense("cityscapes", batch_size=8),
+    "dag-pascal": _dense("pascal", batch_size=6),
 }
-SINGLE_TASK = {"nyuv2": nyuv2.SINGLE_TASK, "cityscapes": cityscapes.SINGLE_TASK}  # published, by scenario and task
+
+
+def loss_weights(config: DagTrainConfig, tasks: Sequence[Task]) -> tuple[float, ...]:
+    """Weights of the tasks' losses, one for each; 1 each where the settings give none.
+
+    Where only some of a scenario's tasks are trained, weights for all of them are those of the ones that are.
+
+    Raises ValueError for another number of weights.
+    """
+    given, names = config.training.loss_weights, tuple(LOSS_WEIGHTS.get(config.data.scenario, {}))
+    if not given:
+        return (1.0,) * len(tasks)
+    if config.data.only and len(given) == len(names):
+        by_name = dict(zip(names, given, strict=True))
+        return tuple(by_name[task.name] for task in tasks)
+    if len(given) != len(tasks):
+        raise ValueError(f"config: training.loss_weights must be one for each of {len(tasks)} tasks, got {list(given)}")
+    return given
 
 
 def named_settings(name: str) -> DagTrainConfig:
@@ -64,11 +96,11 @@ def _load(data: DagDataConfig, split: str, root: Path | None) -> list[ImageSet |
     if data.scenario == "omniglot":
         return [*load_omniglot(root, split, data.size or 28)]
     if data.scenario == "nyuv2":
-        return [nyuv2.load_nyuv2(root, split, data.classes or nyuv2.CLASSES)]
+        return [nyuv2.load_nyuv2(root, split, data.classes)]
     if data.scenario == "cityscapes":
-        return [cityscapes.load_cityscapes(root, split, data.classes or cityscapes.CLASSES)]
+        return [cityscapes.load_cityscapes(root, split, data.classes)]
     if data.scenario == "pascal":
-        return [load_pascal_context(root, split, data.size or 512)]
+        return [pascal_context.load_pascal_context(root, split, data.size or 512)]
     sets = by_coarse_label(load_set("cifar100", split, root), load_set("cifar100-coarse", split, root).labels)
     if [each.classes for each in sets] != [
         5

@@ -7,6 +7,8 @@ interpolation; both belong to the stage: all its states and all tasks share them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class StageEnds(nn.Module):
         self.stage, self.out_size = stage, config.map_size()
         self.read_in = Edge(config.channels, config.groups, channels, kernel_size=1)
         self.read_out = DynamicConv2d(channels, config.channels, 1, bias=False, out_groups=config.groups)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def read(self, x: Tensor, route: Route | None) -> Tensor:
         """Maps of the first stage [B, C, H, W] -> of this one."""
@@ -66,6 +68,6 @@ def pooled(x: Tensor, stage: int) -> Tensor:
     return F.avg_pool2d(x, 2**stage, ceil_mode=True)
 
 
-def enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear interpolation to a height and width."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

@@ -10,6 +10,7 @@ and 1.npy and so on (Liu, Johns and Davison, MTAN, CVPR 2019).  Images may also 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +33,9 @@ def load_npy_scenes(
     root: Path | str | None,
     split: str,
     kinds: Sequence[str],
-    classes: int,
+    classes: int | None,
     *,
+    known_classes: Sequence[int],
     farthest: float,
     inverse_depth: bool = False,
 ) -> SceneSet:
@@ -41,7 +43,12 @@ def load_npy_scenes(
 
     Labels are read from `label_{classes}` where that folder holds any, else from `label`.
 
-    farthest: no depth of the set is greater, in its unit.
+    Args:
+        classes: of the labels; None: what the files say, see :func:`classes_of_labels`.
+        known_classes: how many classes the set is handed on with, the usual number first.
+        farthest: no depth of the set is greater, in its unit.
+
+    Warns where labels are much lower than `classes` allows: classes that never occur are learned by nobody.
 
     Raises ValueError for an unknown split, a root without the layout, and folders of different files; when a scene is
     read, for a file that is damaged, of another size, or with values that the set does not have: images outside 0..1,
@@ -49,10 +56,58 @@ def load_npy_scenes(
     """
     if split not in SPLITS:
         raise ValueError(f"load_{name}: split must be 'train' or 'test', got {split!r}")
-    reader = NpyScenes(name, root, SPLITS[split], kinds, classes, farthest)
+    found = classes_of_labels(name, root, SPLITS[split], known_classes, classes) if "segmentation" in kinds else 0
+    reader = NpyScenes(name, root, SPLITS[split], kinds, found, farthest)
     _, height, width = reader.image(0).shape
-    tasks = tuple(Task(kind, VALUES.get(kind, classes), height, 3, kind, width) for kind in kinds)
+    tasks = tuple(Task(kind, VALUES.get(kind, found), height, 3, kind, width) for kind in kinds)
     return SceneSet(name, tasks, reader, torch.arange(len(reader.names)), inverse_depth)
+
+
+def classes_of_labels(
+    name: str, root: Path | str | None, folder: str, known_classes: Sequence[int], classes: int | None
+) -> int:
+    """The number of classes of the labels in `root`.
+
+    `classes` where it is given. Else that of a folder `label_{number}`, the first of `known_classes` that has one; else
+    the lowest of `known_classes` that is above the labels in `label`, of which 64 scenes are looked at, those of the
+    training split where it is there. Files that do not fit are left to those who read the scenes, and name them.
+
+    Warns where the labels end below a lower one of `known_classes`.
+    """
+    places = [Path(root) / each for each in ("train", folder)] if root is not None else []
+    numbers = (classes,) if classes else known_classes
+    named = next((n for n in numbers for place in places if _names(place / f"label_{n}")), None)
+    files = next(
+        (found for place in places if (found := _sample(place / (f"label_{named}" if named else "label")))), []
+    )
+    highest = max((_highest(path, max(known_classes)) for path in files), default=-1)
+    if named is None:
+        named = min((n for n in numbers if n > highest), default=max(numbers))
+    fewer = [n for n in known_classes if highest < n < named]
+    if fewer and highest >= 0:
+        warnings.warn(
+            f"load_{name}: no label is above {highest} in {len(files)} scenes, as if there were {min(fewer)} classes; "
+            f"there are {named}",
+            stacklevel=2,
+        )
+    return named
+
+
+def _sample(folder: Path, most: int = 64) -> list[Path]:
+    """At most so many arrays of a folder, spread over it."""
+    names = sorted(_names(folder))
+    count = min(most, len(names))
+    return [folder / names[i * len(names) // count] for i in range(count)]
+
+
+def _highest(path: Path, limit: int) -> int:
+    """The highest label below `limit` in a file; -1 without any."""
+    try:
+        values = np.load(path, allow_pickle=False)
+        labels = values[(values >= 0) & (values < limit)]
+        return int(labels.max()) if labels.size else -1
+    except (OSError, ValueError, TypeError, EOFError):  # told where the scene is read
+        return -1
 
 
 class NpyScenes:

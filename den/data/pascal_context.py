@@ -42,6 +42,8 @@ PARTS = (  # label 1 and so on: head, torso, upper arms, lower arms, upper legs,
     ("luleg", "ruleg"),
     ("lfoot", "llleg", "rfoot", "rlleg"),
 )
+# Of the PASCAL-Context protocol with five tasks (Maninis et al., CVPR 2019, and its successors).
+LOSS_WEIGHTS = {"segmentation": 1.0, "parts": 2.0, "saliency": 5.0, "normals": 10.0, "edges": 50.0}
 LABEL_OF_PART = {name: label for label, names in enumerate(PARTS, 1) for name in names}
 TASKS = {"segmentation": ("segmentation", CLASSES), "parts": ("segmentation", len(PARTS) + 1),
          "saliency": ("saliency", 1), "normals": ("normals", 3), "edges": ("edges", 1)}  # fmt: skip

@@ -12,12 +12,12 @@ def may_fold(module: nn.Module) -> bool:
     return not (module.training or torch.is_grad_enabled()) and is_ordinary()
 
 
-def norm_tensors(norm: nn.BatchNorm2d | None) -> tuple[Tensor, ...]:
+def norm_tensors(norm: nn.BatchNorm1d | nn.BatchNorm2d | None) -> tuple[Tensor, ...]:
     """The tensors of a batch norm that its eval mode depends on."""
     return () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
 
 
-def norm_affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and shift [C] of a batch norm in eval mode, in ``dtype`` but at least float32."""
     precise = torch.promote_types(dtype, torch.float32)
     gamma, beta, mean, var = (tensor.detach().to(precise) for tensor in norm_tensors(norm))

@@ -13,6 +13,9 @@ All of them run on the estimator's blocks by levels, so that their time is measu
 """
 
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
@@ -24,9 +27,11 @@ from den.recipes.nestednet import NestedNet
 from den.recipes.packnet import PackNet
 from den.recipes.random_selector import RandomSelector
 from den.recipes.routing import Routing
+from den.recipes.setup import load_sets, new_model
 from den.train.checkpoint import load_checkpoint, load_weights, reading
 from den.train.config import TrainConfig
 
+M = TypeVar("M", bound=Method)
 METHODS: dict[str, type[ComparedMethod]] = {
     "random": RandomSelector,
     "nestednet": NestedNet,
@@ -41,6 +46,24 @@ METHODS: dict[str, type[ComparedMethod]] = {
 def method_of(model: DeepElasticNetwork, config: TrainConfig) -> Method:
     """The method of a run, attached to its network; ValueError where the two do not fit."""
     return METHODS.get(config.mode, Method)(model, config)
+
+
+def prepare(config: TrainConfig, device: torch.device) -> Method:
+    """The recipe of a run for an engine: its method, network, images and optimisers on a device."""
+    return _prepared(METHODS.get(config.mode, Method), config, device)
+
+
+def prepare_compared(config: TrainConfig, device: torch.device) -> ComparedMethod:
+    """`prepare` for a compared method; KeyError for Deep Elastic Networks and their dense baseline."""
+    return _prepared(METHODS[config.mode], config, device)
+
+
+def _prepared(kind: type[M], config: TrainConfig, device: torch.device) -> M:
+    sets, held_out = ([each.to(device) for each in part] for part in load_sets(config))
+    model = new_model(config.network, [each.task for each in sets], config.seed).to(device)
+    method = kind(model, config)
+    method.train_on(sets, held_out)
+    return method
 
 
 def load_method(path: Path, config: TrainConfig) -> Method:

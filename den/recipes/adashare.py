@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.data import Batch, ImageSet
+from den.data import Batch, ImageSet, MixedTaskBatches
+from den.data.images import stratified_split
 from den.evaluate.accuracy import Choice
 from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
-from den.recipes.base import ComparedMethod, answers, estimator_loss, skippable, task_rows
-from den.recipes.halves import HalvedBatches
-from den.train.config import TrainConfig
+from den.recipes.base import ComparedMethod, answers, skippable, task_rows
+from den.train.config import PhaseConfig, TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
-from den.train.phases import Phase, schedule_factor
+from den.train.phases import Network, NetworkPhase, schedule_factor
 
-if TYPE_CHECKING:
-    from den.train.engine import Engine
+
+class GateState(nn.Module):
+    """What AdaShare learns and draws."""
+
+    logits: nn.Parameter  # [K, N, 2], of skipping and keeping
+    keeps: Tensor  # bool [K, N], what was drawn
 
 
 class AdaShare(ComparedMethod):
@@ -33,11 +38,12 @@ class AdaShare(ComparedMethod):
     Gumbel-softmax at the temperature of the round.  All rounds together have the steps of `selector.phase` for either.
     Then one structure is drawn for each task and the weights start anew, for `estimator.first`, on all images.
 
-    State: `logits` [K, N, 2] of skipping and keeping; `keeps` [K, N], what was drawn.
-
     Raises:
         ValueError: a backbone whose blocks cannot be left out; more rounds than steps.
     """
+
+    state: GateState
+    state_kind = GateState
 
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         super().__init__(model, config)
@@ -53,34 +59,42 @@ class AdaShare(ComparedMethod):
     def structures(self, images: Images, task: Tasks) -> Tensor:
         return task_rows(self.state.keeps.long() * (self.model.levels - 1), self.model, images, task)
 
-    def phases(self) -> tuple[Phase, ...]:
+    def phases(self) -> tuple[NetworkPhase, ...]:
         """Rounds are stages 1, 2, ...; their rates follow the schedules across the rounds."""
         rounds, phases = self.config.methods.share_rounds, []
         first, search = self.config.estimator.first, self.config.selector.phase
         for i in range(rounds):
             steps = search.steps * (i + 1) // rounds - search.steps * i // rounds
-            for network, settings in (("estimator", first), ("selector", search)):
+            parts: tuple[tuple[Network, PhaseConfig], ...] = (("estimator", first), ("selector", search))
+            for network, settings in parts:
                 flat = dataclasses.replace(settings, steps=steps, schedule="constant", until="steps")
-                phases.append(Phase(network, i + 1, flat, schedule_factor(settings.schedule, i / rounds)))
-        return (*phases, Phase("estimator", rounds + 1, first, 1.0))
+                factor = schedule_factor(settings.schedule, i / rounds)
+                phases.append(NetworkPhase(network, i + 1, flat, factor, stream=network))
+        return (*phases, NetworkPhase("estimator", rounds + 1, first))
 
-    def batches(self, sets: list[ImageSet]) -> HalvedBatches:
-        return HalvedBatches(sets, self.config.data, self.config.seed)
+    def streams(self, sets: list[ImageSet]) -> dict[str, MixedTaskBatches]:
+        """All images, and the halves of every set that the estimator and the selector (the gates) learn from."""
+        data, seed = self.config.data, self.config.seed
+        halves = [stratified_split(image_set.labels, 0.5, seed) for image_set in sets]
+        parts = {"all": sets}
+        for i, name in enumerate(("estimator", "selector")):
+            parts[name] = [s.subset(half[i]) for s, half in zip(sets, halves, strict=True)]
+        shares = data.shares or None
+        return {name: MixedTaskBatches(part, data.batch_size, shares, seed) for name, part in parts.items()}
 
-    def prepare(self, engine: Engine, phase: Phase) -> None:
-        searches = phase.stage <= self.config.methods.share_rounds
-        engine.batches.use(phase.network if searches else "all")
-        if not searches and engine.position.step == 0:
+    def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
+        super().enter(engine, phase)
+        if phase.stage > self.config.methods.share_rounds and engine.position.step == 0:
             self._start_anew(engine)
 
-    def choice(self, phase: Phase) -> Choice:
+    def choice(self, phase: NetworkPhase) -> Choice:
         """While gates are searched for: the likelier of keeping and skipping."""
         return self._likeliest if phase.stage <= self.config.methods.share_rounds else self.structures
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         settings, rounds = self.config.methods, self.config.methods.share_rounds
         if phase.stage > rounds:
-            return estimator_loss(engine, batch, self.structures(batch.images, batch.tasks))
+            return self.estimator_loss(batch, self.structures(batch.images, batch.tasks))
         tau = settings.share_temperature * settings.share_cooling ** (phase.stage - 1)
         logits = self.state.logits if phase.network == "selector" else self.state.logits.detach()
         gates = gumbel_softmax(logits, tau, engine.generator)[..., 1]  # [K, N]
@@ -99,7 +113,7 @@ class AdaShare(ComparedMethod):
         keeps = self.state.logits[..., 1] >= self.state.logits[..., 0]
         return task_rows(keeps.long() * (self.model.levels - 1), self.model, images, task)
 
-    def _start_anew(self, engine: Engine) -> None:
+    def _start_anew(self, engine: Engine[Any]) -> None:
         """Draw every task's structure; bring back the initial weights, without what the optimiser remembers."""
         chance = self.state.logits.detach().softmax(-1)[..., 1].cpu()
         drawn = torch.rand(chance.shape, generator=engine.generator) < chance
@@ -112,8 +126,8 @@ class AdaShare(ComparedMethod):
 def gated(estimator: Estimator, gates: Tensor) -> Iterator[None]:
     """Blocks give shortcut(x) + gate * residual(x) meanwhile; gates: [B, N], in the order of the images."""
 
-    def hook(i: int):
-        def gate(block: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(i: int) -> Callable[..., Tensor]:
+        def gate(block: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return torch.lerp(
                 block.shortcut(given[0]).to(output.dtype), output, gates[:, i, None, None, None].to(output.dtype)
             )

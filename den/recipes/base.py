@@ -1,68 +1,120 @@
-"""What a training method decides: its phases, what they minimise, and the structures of its images."""
+"""Training methods of one network: phases, what they minimise, and the structures of images."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from den.data import Batch, ImageSet, MixedTaskBatches
-from den.evaluate.accuracy import Choice
+from den.evaluate.accuracy import Choice, evaluate, full_flops
+from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.nn.tasks import find_task
+from den.recipes.setup import estimator_optimiser
 from den.train.config import TrainConfig
-from den.train.objective import Objective, instance_losses
-from den.train.phases import Phase, run_phases
+from den.train.engine import Engine
+from den.train.objective import Objective, RunningBaseline, instance_losses
+from den.train.phases import NetworkPhase, run_phases
+from den.train.recipe import Measured, Recipe
 
-if TYPE_CHECKING:
-    from den.train.engine import Engine
 
-
-class Method:
-    """Deep Elastic Networks and their dense baseline as the engine sees them; the compared methods change parts of it.
+class Method(Recipe):
+    """Deep Elastic Networks and their dense baseline; the compared methods change parts of it.
 
     What a method has learnt besides the network's weights, such as a table of policies, stands in `state`, a module of
     its own inside the network: it is saved, loaded and moved with the weights.
     """
 
+    model: DeepElasticNetwork
+    state_kind: type[nn.Module] = nn.Module
+
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
-        self.model, self.config, self.state = model, config, nn.Module()
+        self.model, self.config, self.state = model, config, self.state_kind()
         model.add_module("method", self.state)
+
+    def train_on(self, sets: list[ImageSet], held_out: list[ImageSet]) -> None:
+        """Make ready for an engine: a training set for each task, and what epochs are measured on, on one device."""
+        config = self.config
+        self.sets, self.held_out, self.batches = sets, held_out, self.streams(sets)
+        self.optimisers = {
+            "estimator": estimator_optimiser(self.model.estimator, config.estimator, **self.faster()),
+            "selector": torch.optim.Adam(self.policy_parameters(), lr=config.selector.phase.rate),
+        }
+        self.baseline = RunningBaseline(config.data.tasks)
 
     def structures(self, images: Images, task: Tasks) -> Tensor | None:
         """Levels int64 [B, N] of images at inference, on their device; None: the full structure for all of them."""
         return None if self.config.mode == "dense" else self.model.select(images, task)
 
-    def phases(self) -> tuple[Phase, ...]:
-        """The phases of a run, in order; network and stage tell each from the others."""
+    def phases(self) -> tuple[NetworkPhase, ...]:
         return run_phases(self.config)
 
-    def batches(self, sets: list[ImageSet]) -> Any:
-        """The batches of a run: a `MixedTaskBatches`, or what can stand in for one."""
+    def streams(self, sets: list[ImageSet]) -> dict[str, MixedTaskBatches]:
+        """The batches of a run, by the name that phases have for their stream."""
         data = self.config.data
-        return MixedTaskBatches(sets, data.batch_size, data.shares or None, self.config.seed)
+        return {"all": MixedTaskBatches(sets, data.batch_size, data.shares or None, self.config.seed)}
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the selector's optimiser updates."""
         return [*self.model.selector.parameters(), *self.state.parameters()]
 
     def faster(self) -> dict[str, Any]:
-        """Arguments of `den.train.engine.estimator_optimiser`: parameters that learn faster than the others."""
+        """Arguments of `estimator_optimiser`: parameters that learn faster than the others."""
         return {}
 
-    def prepare(self, engine: Engine, phase: Phase) -> None:
-        """Called before every batch, with the networks in the modes of the phase."""
+    def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
+        """The network that trains goes into training mode, the other one rests in evaluation mode."""
+        self.model.estimator.train("estimator" in phase.trained)
+        self.model.selector.train("selector" in phase.trained)
 
-    def choice(self, phase: Phase) -> Choice:
+    def choice(self, phase: NetworkPhase) -> Choice:
         """The structures that held-out images are measured at after an epoch of a phase."""
         return "full" if phase.network == "estimator" and phase.stage == 1 else "selected"
 
-    def comparable(self, phase: Phase) -> bool:
+    def comparable(self, phase: NetworkPhase) -> bool:
         """Whether epochs of a phase may be compared with one another to choose the checkpoint "best"."""
         return self.config.mode == "dense" or phase.network != "estimator" or phase.stage > 1
+
+    def measure(self, engine: Engine[Any], phase: NetworkPhase) -> Measured:
+        """Results of every task; the score is the mean over tasks of L + S."""
+        reports = evaluate(self.model, self.held_out, self.choice(phase))
+        text = "; ".join(
+            f"{r.task} {r.accuracy:.1%} at {r.flops_ratio:.2f}, {r.structures} structures" for r in reports.values()
+        )
+        score = sum(r.loss + self.config.selector.rho * r.penalty for r in reports.values()) / len(reports)
+        compared = self.comparable(phase) and self.config.data.validation > 0
+        held_out = {name: report.summary() for name, report in reports.items()}
+        return Measured({"held_out": held_out}, text, score if compared else None)
+
+    def record(self) -> dict[str, Any]:
+        return {"model": self.model.config.to_dict(), "baseline": self.baseline.record()}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        self.baseline.restore(record["baseline"])
+
+    @cached_property
+    def full_flops(self) -> float:
+        """FLOPs of one image at the full structure."""
+        return full_flops(self.model)
+
+    def flops_ratio(self, structures: Tensor | None) -> Tensor | float:
+        """Mean FLOPs of structures [B, N] over those of the full one."""
+        return 1.0 if structures is None else count_flops(self.model, structures).mean() / self.full_flops
+
+    def estimator_loss(self, batch: Batch, structures: Tensor | None) -> Objective:
+        """Mean cross-entropy of the batch at its structures (equation 4; S(z) does not depend on the estimator)."""
+        logits = self.model.estimator(batch.images, batch.tasks, structures)
+        loss = instance_losses(logits, batch.labels).mean()
+        accuracy = answers(logits, batch).mean()
+        return Objective(
+            loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": self.flops_ratio(structures)}
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the method has learnt besides the network's weights."""
@@ -77,26 +129,18 @@ class ComparedMethod(Method, ABC):
     """What the compared methods have in common: the estimator's first phase, measured as it is used."""
 
     @abstractmethod
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         """What an update of a phase minimises."""
 
-    def phases(self) -> tuple[Phase, ...]:
-        return (Phase("estimator", 1, self.config.estimator.first, 1.0),)
+    def phases(self) -> tuple[NetworkPhase, ...]:
+        return (NetworkPhase("estimator", 1, self.config.estimator.first),)
 
-    def choice(self, phase: Phase) -> Choice:
+    def choice(self, phase: NetworkPhase) -> Choice:
         return self.structures
 
-    def comparable(self, phase: Phase) -> bool:
+    def comparable(self, phase: NetworkPhase) -> bool:
         """In the last phase: before, something has not been trained yet."""
         return phase == self.phases()[-1]
-
-
-def estimator_loss(engine: Engine, batch: Batch, structures: Tensor | None) -> Objective:
-    """Mean cross-entropy of the batch at its structures (equation 4; S(z) does not depend on the estimator)."""
-    logits = engine.model.estimator(batch.images, batch.tasks, structures)
-    loss = instance_losses(logits, batch.labels).mean()
-    ratio = engine.flops_ratio(structures)
-    return Objective(loss, {"loss": loss.detach(), "accuracy": answers(logits, batch).mean(), "flops_ratio": ratio})
 
 
 def answers(logits: list[Tensor], batch: Batch) -> Tensor:
@@ -109,7 +153,7 @@ def task_rows(table: Tensor, model: DeepElasticNetwork, images: Images, task: Ta
     table = table.to(model.estimator.level_flops.device)
     if isinstance(images, Tensor) and isinstance(task, Tensor) and task.dim():
         return table[task.to(table.device)]
-    pairs = [(task, images)] if isinstance(images, Tensor) else zip(task, images, strict=True)
+    pairs: Iterable[Any] = [(task, images)] if isinstance(images, Tensor) else zip(cast(Any, task), images, strict=True)
     return torch.cat([table[find_task(k, model.tasks)].expand(len(part), *table.shape[1:]) for k, part in pairs])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, skippable
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
-from den.train.phases import Phase
-
-if TYPE_CHECKING:
-    from den.train.engine import Engine
+from den.train.phases import NetworkPhase
 
 
 class BlockDrop(ComparedMethod):
@@ -45,22 +43,22 @@ class BlockDrop(ComparedMethod):
         logits = self.model.selector_logits(images, task)
         return logits[..., -1] - logits[..., 0]
 
-    def phases(self) -> tuple[Phase, ...]:
+    def phases(self) -> tuple[NetworkPhase, ...]:
         estimator, selector = self.config.estimator, self.config.selector
         phases = (
-            Phase("estimator", 1, estimator.first, 1.0),
-            Phase("selector", 1, selector.phase, 1.0),
-            Phase("both", 2, estimator.finish, 1.0, selector_rate=selector.phase.rate * selector.decay),
+            NetworkPhase("estimator", 1, estimator.first),
+            NetworkPhase("selector", 1, selector.phase),
+            NetworkPhase("both", 2, estimator.finish, selector_rate=selector.phase.rate * selector.decay),
         )
         return tuple(phase for phase in phases if phase.settings.steps > 0)
 
-    def choice(self, phase: Phase) -> Choice:
+    def choice(self, phase: NetworkPhase) -> Choice:
         return "full" if phase.network == "estimator" else self.structures
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         """The policy's loss, with the cross-entropy at the drawn structures where the network trains too."""
         if phase.network == "estimator":
-            return self._network_alone(engine, batch)
+            return self.estimator_loss(batch, None)
         settings, joint = self.config.methods, phase.network == "both"
         logits = self.logits(batch.images, batch.tasks).float()
         free = free_blocks(logits.shape[1], 1.0 if joint else engine.progress, settings.drop_curriculum)
@@ -77,12 +75,7 @@ class BlockDrop(ComparedMethod):
         if joint:
             loss = loss + instance_losses(answered, seen.labels).view(-1, 2)[:, 0].mean()
             measured["loss"] = loss.detach()
-        return Objective(loss, {**measured, "flops_ratio": engine.flops_ratio(structures[:, 0])})
-
-    def _network_alone(self, engine: Engine, batch: Batch) -> Objective:
-        logits = self.model.estimator(batch.images, batch.tasks)
-        loss = instance_losses(logits, batch.labels).mean()
-        return Objective(loss, {"loss": loss.detach(), "accuracy": answers(logits, batch).mean(), "flops_ratio": 1.0})
+        return Objective(loss, {**measured, "flops_ratio": self.flops_ratio(structures[:, 0])})
 
     def _levels(self, keeps: Tensor) -> Tensor:
         return keeps.long() * (self.model.levels - 1)

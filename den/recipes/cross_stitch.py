@@ -8,24 +8,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from functools import reduce
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from den.data import Batch
+from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
+from den.nn.modules import Modules
+from den.nn.stem import Stem
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
-from den.recipes.base import ComparedMethod, estimator_loss
+from den.recipes.base import ComparedMethod
 from den.support.randomness import seeded
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective
-from den.train.phases import Phase
+from den.train.phases import NetworkPhase
 from den_kernels import RoutingPlan
-
-if TYPE_CHECKING:
-    from den.train.engine import Engine
 
 
 class CrossStitch(ComparedMethod):
@@ -38,17 +40,18 @@ class CrossStitch(ComparedMethod):
         super().__init__(model, config)
         device = model.estimator.level_flops.device
         with seeded(config.seed):
-            model.estimator = StitchedEstimator(model.config, config.methods.stitch).to(device)
+            self.stitched = StitchedEstimator(model.config, config.methods.stitch).to(device)
+        model.estimator = cast(Any, self.stitched)
 
     def structures(self, images: Images, task: Tasks) -> None:
         return None
 
     def faster(self) -> dict[str, Any]:
-        stitches = list(self.model.estimator.stitches.parameters())
+        stitches = list(self.stitched.stitches.parameters())
         return {"faster": stitches, "factor": self.config.methods.stitch_factor}
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
-        return estimator_loss(engine, batch, None)
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
+        return self.estimator_loss(batch, None)
 
 
 class Stitch(nn.Module):
@@ -67,10 +70,10 @@ class Stitch(nn.Module):
     def forward(self, maps: list[Tensor], t: int) -> Tensor:
         """x~_t of maps [B, C, H, W], one for each copy."""
         weights = self.weight[t].to(maps[0].dtype)[:, None, :, None, None]  # [K, 1, C, 1, 1]
-        return sum(weight * x for weight, x in zip(weights, maps, strict=True))
+        return reduce(torch.add, (weight * x for weight, x in zip(weights, maps, strict=True)))
 
 
-class TaskStems(nn.ModuleList):
+class TaskStems(Modules[Stem]):
     """One task's stem in each copy."""
 
     def flops(self) -> int:
@@ -98,14 +101,15 @@ class StitchedEstimator(nn.Module):
             list(s) for _, s in itertools.groupby(thinner(config).shapes, lambda shape: (shape.channels, shape.size))
         ]
         self.ends = tuple(itertools.accumulate(map(len, stages)))  # the block after each stage
-        self.stems = nn.ModuleList(TaskStems(copy.stems[k] for copy in copies) for k in range(len(copies)))
-        self.heads = nn.ModuleList(copy.heads[k] for k, copy in enumerate(copies))
+        stems = [TaskStems(copy.stems[k] for copy in copies) for k in range(len(copies))]
+        self.stems: Modules[TaskStems] = Modules(stems)
+        self.heads: Modules[nn.Module] = Modules(copy.heads[k] for k, copy in enumerate(copies))
         self.blocks = nn.ModuleList(block for copy in copies for block in copy.blocks)
         for copy in copies:
             copy.stems, copy.heads, copy.blocks = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        self.tails = nn.ModuleList(copies)  # what follows the blocks, up to the heads
+        self.tails: Modules[Estimator] = Modules(copies)  # what follows the blocks, up to the heads
         self.shared = nn.ModuleList()  # layers of all copies together: none
-        self.stitches = nn.ModuleList(Stitch(len(copies), stage[0].channels, share) for stage in stages)
+        self.stitches: Modules[Stitch] = Modules(Stitch(len(copies), stage[0].channels, share) for stage in stages)
         for name in ("level_parameters", "level_flops"):
             self.register_buffer(name, len(copies) * getattr(copies[0], name), persistent=False)
 
@@ -116,7 +120,7 @@ class StitchedEstimator(nn.Module):
 
     def forward(self, images: Images, task: Tasks, levels: Tensor | RoutingPlan | None = None) -> Tensor | list[Tensor]:
         """As `den.nn.estimator.Estimator`."""
-        batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
+        batch = task_batch(images, task, self.tasks, like=next(self.heads.parameters()))
         return self.run(batch, self.tails[0].plan(batch, levels))
 
     def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
@@ -145,5 +149,5 @@ def thinner(config: ModelConfig) -> ModelConfig:
     def thin(channels: int) -> int:
         return channels if factor == 1 or not channels else max(4, 4 * round(channels * factor / 4))
 
-    stages = tuple((thin(channels), blocks) for channels, blocks in config.stages)
-    return dataclasses.replace(config, stages=stages, stem=thin(config.stem), selector=None)
+    stages = tuple((thin(channels), blocks) for channels, blocks in config.stages or ())
+    return dataclasses.replace(config, stages=stages, stem=thin(config.stem or 0), selector=None)

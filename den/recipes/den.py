@@ -7,8 +7,8 @@ from torch import Tensor
 
 from den.data import Batch
 from den.nn.model import DeepElasticNetwork
-from den.recipes import METHODS
-from den.recipes.base import estimator_loss
+from den.recipes import METHODS, prepare, prepare_compared
+from den.recipes.base import Method
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import (
@@ -39,12 +39,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
     """
     if config.mode in METHODS:
         return train_method(config, resume)
-    with Engine(config, resume=resume) as engine:  # lines 1 and 2
+    with Engine(config, prepare, resume=resume) as engine:  # lines 1 and 2
         for stage in range(1, config.stages + 2):  # line 4; the last round is the estimator's finish
             for batch in engine.phase("estimator", stage):  # lines 5, 8 and 9
                 structures = derive_structures(engine, stage, batch)  # line 6, with p of lines 3 and 14
                 with engine.autocast():
-                    objective = estimator_loss(engine, batch, structures)
+                    objective = engine.recipe.estimator_loss(batch, structures)
                 engine.update(objective)  # line 7
             for batch in engine.phase("selector", stage):  # lines 10, 12 and 13
                 with engine.autocast():
@@ -55,16 +55,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
 
 def train_method(config: TrainConfig, resume: bool) -> DeepElasticNetwork:
     """The loop of every compared method: its phases, its objective."""
-    with Engine(config, resume=resume) as engine:
-        for phase in engine.phases:
-            for batch in engine.phase(phase.network, phase.stage):
+    with Engine(config, prepare_compared, resume=resume) as engine:
+        for phase in engine.recipe.phases():
+            for batch in engine.phase(*phase.key):
                 with engine.autocast():
-                    objective = engine.method.objective(engine, phase, batch)
+                    objective = engine.recipe.objective(engine, phase, batch)
                 engine.update(objective)
         return engine.model.eval()
 
 
-def first_structures(engine: Engine, batch: Batch) -> Tensor:
+def first_structures(engine: Engine[Method], batch: Batch) -> Tensor:
     """Structures [B, N] of the initial distribution: equation 8, uniform, or drawn from the selector as it is."""
     model, settings = engine.model, engine.config.estimator
     if settings.initial == "selector":
@@ -74,7 +74,7 @@ def first_structures(engine: Engine, batch: Batch) -> Tensor:
     return initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator).to(engine.device)
 
 
-def derive_structures(engine: Engine, stage: int, batch: Batch) -> Tensor | None:
+def derive_structures(engine: Engine[Method], stage: int, batch: Batch) -> Tensor | None:
     """Structures [B, N] to train the estimator on: of the initial distribution, after stage 1 mostly of the selector.
 
     None stands for the full structure of a dense run.
@@ -92,24 +92,24 @@ def derive_structures(engine: Engine, stage: int, batch: Batch) -> Tensor | None
     return torch.where(keeps_initial.to(engine.device), initial, selected)
 
 
-def selector_loss(engine: Engine, batch: Batch) -> Objective:
+def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
     """The REINFORCE estimate of equation 7, less the entropy bonus; the measured loss is the mean cost R."""
     settings, model = engine.config.selector, engine.model
     log_probabilities = model.selector_logits(batch.images, batch.tasks).log_softmax(-1)  # [B, N, L]
-    epsilon = settings.exploration**engine.position.selector_steps if settings.exploration else 0.0
+    epsilon = settings.exploration ** engine.position.updates.get("selector", 0) if settings.exploration else 0.0
     structures = sample_structures(log_probabilities, settings.samples, epsilon, engine.generator)  # [B, S, N]
     costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch))  # [B, S]
     if settings.baseline == "leave-one-out":
         advantage = leave_one_out_advantage(costs)
     else:
-        advantage = engine.baseline.advantage(costs, batch) if settings.baseline == "running-mean" else costs
+        advantage = engine.recipe.baseline.advantage(costs, batch) if settings.baseline == "running-mean" else costs
     loss = reinforce(log_probabilities, structures, advantage, settings.entropy_bonus * (1 - engine.progress))
     variety = entropy(log_probabilities.detach()).mean()
-    ratio = engine.flops_ratio(structures.flatten(0, 1))
+    ratio = engine.recipe.flops_ratio(structures.flatten(0, 1))
     return Objective(loss, {"loss": costs.mean(), "flops_ratio": ratio, "entropy": variety})
 
 
-def sparsity_weights(engine: Engine, batch: Batch) -> float | Tensor:
+def sparsity_weights(engine: Engine[Method], batch: Batch) -> float | Tensor:
     """rho of the batch: the setting, or with a budget what steers each task to it, [B, 1]."""
     settings = engine.config.selector
     if settings.budget is None:
@@ -120,16 +120,16 @@ def sparsity_weights(engine: Engine, batch: Batch) -> float | Tensor:
 
 
 @torch.no_grad()
-def task_costs(engine: Engine) -> list[float]:
+def task_costs(engine: Engine[Method]) -> list[float]:
     """Share of the full FLOPs that each task's likeliest structures cost in use.
 
     Measured on `PROBES` training images of each, without the augmentation (which changes what digits cost by a tenth)
     and with the selector in evaluation mode.
     """
     selector, costs = engine.model.selector.eval(), []
-    for image_set in engine.batches.sets:
+    for image_set in engine.recipe.sets:
         index = torch.randint(len(image_set), (PROBES,), generator=engine.generator).to(engine.device)
         likeliest = selector(image_set.inputs(index), image_set.name).argmax(-1)
-        costs.append(float(engine.flops_ratio(likeliest)))
+        costs.append(float(engine.recipe.flops_ratio(likeliest)))
     selector.train()
     return costs

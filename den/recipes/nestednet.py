@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,9 @@ from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, task_rows
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
-from den.train.phases import Phase
-
-if TYPE_CHECKING:
-    from den.train.engine import Engine
+from den.train.phases import NetworkPhase
 
 
 class NestedNet(ComparedMethod):
@@ -39,7 +37,7 @@ class NestedNet(ComparedMethod):
         levels = torch.tensor(self.task_levels)[:, None].expand(-1, self.model.num_blocks)
         return task_rows(levels, self.model, images, task)
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         structures = self.structures(batch.images, batch.tasks).unsqueeze(1)  # [B, S, N]
         if len(self.task_levels) == 1:
             every = torch.tensor(self.learnt, device=structures.device)
@@ -49,7 +47,7 @@ class NestedNet(ComparedMethod):
         seen = Batch(batch.tasks, batch.images, [labels.repeat_interleave(samples) for labels in batch.labels])
         losses = instance_losses(logits, seen.labels).split([len(labels) for labels in seen.labels])
         loss = torch.stack([part.mean() for part in losses]).mean()
-        ratio = engine.flops_ratio(structures.flatten(0, 1))
+        ratio = self.flops_ratio(structures.flatten(0, 1))
         return Objective(loss, {"loss": loss.detach(), "accuracy": answers(logits, seen).mean(), "flops_ratio": ratio})
 
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from den.data import Batch
 from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
-from den.recipes.base import ComparedMethod, estimator_loss, task_rows
+from den.recipes.base import ComparedMethod, task_rows
 from den.recipes.nestednet import task_levels, usable_levels
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective
-from den.train.phases import Phase
+from den.train.phases import NetworkPhase
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d
-
-if TYPE_CHECKING:
-    from den.train.engine import Engine
 
 
 class PackNet(ComparedMethod):
@@ -44,36 +43,39 @@ class PackNet(ComparedMethod):
         alone = len(self.task_levels) == 1
         self.order = usable_levels(model) if alone else tuple(sorted(self.task_levels))  # level of each stage
         self.owners = owners(model.estimator, self._stages_of_levels(), self._stages_of_tasks())
-        self._stage, self._frozen, self._hooks = 0, {}, []
+        self._stage = 0
+        self._frozen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # parameter, where it rests, what it rests at
+        self._hooks: list[RemovableHandle] = []
 
     def structures(self, images: Images, task: Tasks) -> Tensor:
         levels = torch.tensor(self.task_levels)[:, None].expand(-1, self.model.num_blocks)
         return task_rows(levels, self.model, images, task)
 
-    def phases(self) -> tuple[Phase, ...]:
-        return tuple(Phase("estimator", i + 1, self.config.estimator.first, 1.0) for i in range(len(self.order)))
+    def phases(self) -> tuple[NetworkPhase, ...]:
+        return tuple(NetworkPhase("estimator", i + 1, self.config.estimator.first) for i in range(len(self.order)))
 
-    def prepare(self, engine: Engine, phase: Phase) -> None:
+    def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
         """Freeze what a stage does not train."""
+        super().enter(engine, phase)
         optimiser, estimator = engine.optimisers["estimator"], self.model.estimator
         if engine.position.step == 0:
             optimiser.state.clear()  # momentum that weight decay has given to channels not trained before
         if phase.stage != self._stage:
             if not self._stage:
                 optimiser.register_step_post_hook(lambda *_: self._restore())
-            self._enter(phase.stage)
+            self._freeze(phase.stage)
         for norm in shared_norms(estimator):
             norm.train(phase.stage == 1)
         for stem, stage in zip(estimator.stems, self._stages_of_tasks(), strict=True):
             stem.train(phase.stage == stage)
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         level = self.order[phase.stage - 1]
         if len(self.task_levels) > 1:
             k = batch.tasks.index(self.model.tasks[self.task_levels.index(level)].name)
             batch = Batch((batch.tasks[k],), [batch.images[k]], [batch.labels[k]])
         shape = len(batch), self.model.num_blocks
-        return estimator_loss(engine, batch, torch.full(shape, level, device=engine.device))
+        return self.estimator_loss(batch, torch.full(shape, level, device=engine.device))
 
     def _stages_of_levels(self) -> Tensor:
         """The stage that trains what a level adds to the level below it, by level: int64 [L]."""
@@ -85,7 +87,7 @@ class PackNet(ComparedMethod):
         """The stage that trains the stem and the head of each task."""
         return [1] if len(self.task_levels) == 1 else [self.order.index(level) + 1 for level in self.task_levels]
 
-    def _enter(self, stage: int) -> None:
+    def _freeze(self, stage: int) -> None:
         """Keep copies of what the stage must not change, and normalise frozen channels by their statistics."""
         self._stage = stage
         for hook in self._hooks:
@@ -99,7 +101,7 @@ class PackNet(ComparedMethod):
         for name, norm in hidden_norms(self.model.estimator).items():
             channels = int((self.owners[f"{name}.weight"] < stage).sum())
             if channels:
-                kept = norm.running_mean[:channels].clone(), norm.running_var[:channels].clone()
+                kept = tuple(statistic[:channels].clone() for statistic in statistics(norm))
                 self._hooks.append(norm.register_forward_hook(partial(normalise_frozen, kept=kept), with_kwargs=True))
 
     @torch.no_grad()
@@ -110,17 +112,25 @@ class PackNet(ComparedMethod):
 
 
 def normalise_frozen(
-    norm: DynamicBatchNorm2d, given: tuple[Any, ...], named: dict[str, Any], output: Tensor, kept: tuple[Tensor, Tensor]
+    norm: DynamicBatchNorm2d, given: tuple[Any, ...], named: dict[str, Any], output: Tensor, kept: tuple[Tensor, ...]
 ) -> Tensor:
     """A norm's output with the first channels normalised by `kept`, their mean and variance, which they also keep."""
     if not norm.training:
         return output
     mean, var = kept
     channels = len(mean)
-    norm.running_mean[:channels], norm.running_var[:channels] = mean, var
+    for statistic, own in zip(statistics(norm), kept, strict=True):
+        statistic[:channels] = own
     old = F.batch_norm(given[0][:, :channels], mean, var, norm.weight[:channels], norm.bias[:channels], eps=norm.eps)
     old = old.relu() if named.get("relu") else old
     return torch.cat([old.to(output.dtype), output[:, channels:]], 1)
+
+
+def statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Running mean and variance [C]."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 def owners(estimator: Estimator, of_level: Tensor, of_task: list[int]) -> dict[str, Tensor]:

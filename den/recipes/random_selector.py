@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +10,11 @@ from torch import Tensor
 from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
-from den.recipes.base import ComparedMethod, estimator_loss
+from den.recipes.base import ComparedMethod
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective, initial_structures
-from den.train.phases import Phase
-
-if TYPE_CHECKING:
-    from den.train.engine import Engine
+from den.train.phases import NetworkPhase
 
 HALVINGS = 60
 STEEPEST = 100.0
@@ -41,10 +39,10 @@ class RandomSelector(ComparedMethod):
         drawn = torch.multinomial(chances, count * self.model.num_blocks, replacement=True, generator=generator)
         return drawn.view(count, self.model.num_blocks)
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, tau = self.model, self.config.estimator.tau
         drawn = initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator)
-        return estimator_loss(engine, batch, drawn.to(engine.device))
+        return self.estimator_loss(batch, drawn.to(engine.device))
 
 
 def level_chances(flops: Tensor, share: float | None) -> Tensor:

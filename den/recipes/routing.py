@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from den.data import Batch
 from den.nn.count import parameter_fractions
@@ -13,11 +13,16 @@ from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, task_rows
 from den.train.config import TrainConfig
+from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses, sparsity_penalty
-from den.train.phases import Phase
+from den.train.phases import NetworkPhase
 
-if TYPE_CHECKING:
-    from den.train.engine import Engine
+
+class Policies(nn.Module):
+    """What the agents learn."""
+
+    policy: Tensor  # [K, N, L], chances of the levels
+    value: Tensor  # [K, N], running mean of the returns of an agent
 
 
 class Routing(ComparedMethod):
@@ -26,9 +31,10 @@ class Routing(ComparedMethod):
     The return of an image is 1 where its answer is right, -1 where it is not, less S(z) of the DEN paper with
     `selector.rho` (the alternatives of the original cost the same; levels do not).  The agents learn by the weighted
     policy learner; inference takes the arg max.
-
-    State: `policy` [K, N, L], chances of the levels; `value` [K, N], running mean of the returns of an agent.
     """
+
+    state: Policies
+    state_kind = Policies
 
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         super().__init__(model, config)
@@ -39,7 +45,7 @@ class Routing(ComparedMethod):
     def structures(self, images: Images, task: Tasks) -> Tensor:
         return task_rows(self.state.policy.argmax(-1), self.model, images, task)
 
-    def objective(self, engine: Engine, phase: Phase, batch: Batch) -> Objective:
+    def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, settings = self.model, self.config.methods
         chances = task_rows(self.state.policy, model, batch.images, batch.tasks).flatten(0, 1).to("cpu")
         drawn = torch.multinomial(chances, 1, generator=engine.generator).view(len(batch), model.num_blocks)
@@ -54,7 +60,7 @@ class Routing(ComparedMethod):
             policy, value = self.state.policy[k], self.state.value[k]
             policy.copy_(learn_policy(policy, value, levels, part, settings.routing_rate))
             value.lerp_(part.mean().expand_as(value), settings.routing_memory)
-        ratio = engine.flops_ratio(structures)
+        ratio = self.flops_ratio(structures)
         return Objective(loss, {"loss": loss.detach(), "accuracy": right.mean(), "flops_ratio": ratio})
 
 

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from den.data import ImageSet
 from den.evaluate.accuracy import TaskReport, task_report
 from den.evaluate.comparison import check_lines
 from den.evaluate.operating import selector_logits
+from den.nn.model import DeepElasticNetwork
 from den.report.figures.neighbours import neighbours
 from den.report.figures.selection import favourites, level_probabilities, structure_histogram
 from den.report.figures.style import save_all
@@ -193,5 +196,5 @@ def _selection_figures(name: str, row: Row, found: Found) -> dict[str, Figure]:
     return drawings
 
 
-def _selected(model, image_set, chance, result: TaskResult) -> TaskReport:
+def _selected(model: DeepElasticNetwork, image_set: ImageSet, chance: Tensor, result: TaskResult) -> TaskReport:
     return task_report(model, image_set, chance.argmax(-1), chance, result.accuracy, result.loss)

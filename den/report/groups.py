@@ -10,6 +10,7 @@ from typing import Any
 
 from den.report.paper import MEAN
 from den.runs.evaluation import Evaluation, TaskResult
+from den.support.settings import flattened
 
 NOT_SETTINGS = ("out", "seed", "progress", "device", "data.root")
 
@@ -74,11 +75,9 @@ class Row:
         if task != MEAN:
             return Stat.of(getattr(result, name) for result in self.results(task))
         seeds = set.intersection(*({record.seed for record in group.records} for group in self.groups))
-        means = []
-        for seed in sorted(seeds) or [None]:
-            records = [r for g in self.groups for r in g.records if seed in (r.seed, None)]
-            means.append(statistics.fmean(getattr(t, name) for r in records for t in r.tasks))
-        return Stat.of(means)
+        every = [record for group in self.groups for record in group.records]
+        chosen = [[record for record in every if record.seed == seed] for seed in sorted(seeds)] or [every]
+        return Stat.of(statistics.fmean(getattr(t, name) for r in records for t in r.tasks) for records in chosen)
 
     def timing(self, name: str, task: str) -> Stat | None:
         """A number of `Timing`, over seeds; None where a run was not timed."""
@@ -139,14 +138,6 @@ def settings_of(record: Evaluation) -> dict[str, Any]:
     return flat | {"checkpoint": record.checkpoint}
 
 
-def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by flat names: ``flattened({"a": {"b": 1}}) == {"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def sections(groups: Sequence[Group]) -> list[Section]:
     """Groups by scenario (without one: by tasks) and backbone, in the order of their first runs."""
     found: dict[tuple[str | None, str, str], list[Group]] = {}
@@ -164,8 +155,8 @@ def sections(groups: Sequence[Group]) -> list[Section]:
 
 def _home(group: Group, groups: Sequence[Group]) -> str:
     """The largest set of tasks, among groups without a scenario, that holds a group's tasks."""
-    holding = [g.tasks for g in groups if g.first.scenario is None and set(group.tasks) <= set(g.tasks)]
-    return "+".join(sorted(max(holding, key=len)))
+    holding = [g for g in groups if g.first.scenario is None and set(group.tasks) <= set(g.tasks)]
+    return "+".join(sorted(max(holding, key=lambda g: len(g.tasks)).tasks))
 
 
 def backbone_name(record: Evaluation) -> str:

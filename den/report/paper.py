@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 MEAN = "mean"  # in place of a task: over all of them
 CIFAR10, CIFAR100, COARSE, TINY, STL = "cifar10", "cifar100", "cifar100-coarse", "tinyimagenet", "stl10"
@@ -64,7 +65,7 @@ def _table_5(backbone: str, rows: str) -> Iterator[PaperEntry]:
     """Method, rho, then for CIFAR-10 and CIFAR-100 accuracy, millions of parameters, times fewer FLOPs."""
     for line in rows.strip().splitlines():
         *names, rho = line.split("|")[0].split()
-        numbers = [None if cell == "-" else float(cell) for cell in line.split("|")[1].split()]
+        numbers: list[Any] = [None if cell == "-" else float(cell) for cell in line.split("|")[1].split()]
         for task, (accuracy, parameters, fewer) in zip((CIFAR10, CIFAR100), (numbers[:3], numbers[3:]), strict=True):
             method, size = " ".join(names), 1e6 * parameters
             yield PaperEntry("5", "c1", backbone, method, _rho(rho), task, accuracy, None, fewer, size)
@@ -159,7 +160,7 @@ def nearest_backbone(scenario: str | None, backbone: str) -> str | None:
     The same one; else one of the same family; else the scenario's `STANDARD`.
     """
     known = dict.fromkeys(entry.backbone for entry in PAPER if entry.scenario == scenario)
-    if backbone in known or not known:
+    if scenario is None or backbone in known or not known:
         return backbone if known else None
     family = backbone.rstrip("0123456789_xd")
     return next((name for name in known if name.startswith(family)), STANDARD[scenario])

@@ -102,11 +102,11 @@ def _cells(table: Table, line: Line) -> list[str]:
     ours = _our_cells(table.section, row, task, dense) if row else {}
     change = paper.accuracy - paper_dense.accuracy if paper and paper_dense and paper.method != "dense" else None
     theirs = {
-        "accuracy %": _number(absolute and absolute.accuracy, "{:.2f}"),
+        "accuracy %": _number(absolute.accuracy if absolute else None, "{:.2f}"),
         "Δ dense": _number(change, "{:+.2f}"),
-        "MFLOP": _number(absolute and absolute.flops and absolute.flops / 1e6, "{:.1f}"),
-        "times fewer": _number(paper and paper.fewer, "{:.2f}"),
-        "parameters M": _number(absolute and absolute.parameters and absolute.parameters / 1e6, "{:.2f}"),
+        "MFLOP": _number(absolute.flops if absolute else None, "{:.1f}", 1e-6),
+        "times fewer": _number(paper.fewer if paper else None, "{:.2f}"),
+        "parameters M": _number(absolute.parameters if absolute else None, "{:.2f}", 1e-6),
     }
     cells = (
         theirs[name.removeprefix(PAPER)] if name.startswith(PAPER) else ours.get(name, "") for name in table.head[2:]
@@ -135,8 +135,8 @@ def _our_cells(section: Section, row: Row, task: str, dense: Row | None) -> dict
     }
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else form.format(value * unit)
 
 
 def _stat(stat: Stat | None, scale: float, digits: int) -> str:

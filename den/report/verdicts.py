@@ -132,9 +132,9 @@ def _against_paper(table: Table, row: Row) -> Iterator[Check]:
 
 def _rho_checks(section: Section, rows: list[Row]) -> Iterator[Check]:
     """A smaller rho gives more FLOPs and no lower accuracy."""
-    known = sorted((row for row in rows if row.rho is not None), key=lambda row: -row.rho)
-    for large, small in itertools.pairwise(known):
-        for task in (t for t in small.tasks if t in large.tasks and large.rho > small.rho):
+    known = sorted(((row.rho, row) for row in rows if row.rho is not None), key=lambda pair: -pair[0])
+    for (larger, large), (smaller, small) in itertools.pairwise(known):
+        for task in (t for t in small.tasks if t in large.tasks and larger > smaller):
             flops = [row.stat("flops", task).mean / 1e6 for row in (large, small)]
             accuracy = [100 * row.stat("accuracy", task).mean for row in (large, small)]
             yield Check(

@@ -44,8 +44,8 @@ def main(command: Evaluate) -> None:
         training = training_of(run.folder, run.config, command.checkpoint)
         if training and not training.finished:
             print(f"{run.folder}: {training.words}", flush=True)
-    if command.budget_flops is not None or command.budget_ms is not None:
-        unit, limit = ("flops", command.budget_flops) if command.budget_ms is None else ("ms", command.budget_ms)
+    limits = {"flops": command.budget_flops, "ms": command.budget_ms}
+    for unit, limit in ((unit, limit) for unit, limit in limits.items() if limit is not None):
         run, budget = choose_point(runs, Budget(unit, limit, {}), command.data_root)
         shown = ", ".join(f"{task} {weight:.4g}" for task, weight in budget.weights.items())
         print(f"{run.folder}: lambda of the cost at run time: {shown}", flush=True)
@@ -130,9 +130,8 @@ def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | 
 
 def _budget_line(result: TaskResult, budget: Budget) -> str:
     """What the test images cost against the budget, which was met on training images."""
-    if budget.unit == "flops":
-        cost, unit = result.flops_ratio, "of the full structure's FLOPs"
-    else:
+    cost, unit = result.flops_ratio, "of the full structure's FLOPs"
+    if budget.unit == "ms" and result.timing:
         cost, unit = 1e3 * result.timing.selected, "ms per image"
     return f"{result.task}: {cost:.4g} {unit} against a budget of {budget.limit:g} ({cost / budget.limit - 1:+.1%})"
 
@@ -171,7 +170,8 @@ def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) 
         ValueError: no run there, a record of another version, a folder that cannot be written to.
     """
     check_kind(folder, "model")
-    config, checkpoint = stored_config(folder), "last"
+    config = stored_config(folder)
+    checkpoint: Literal["last", "best"] = "last"
     for place in (folder, *([elsewhere] if elsewhere else [])):
         if (place / NAME).exists():
             record = read_evaluation(place / NAME)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from den.data import ImageSet
 from den.evaluate.accuracy import TaskReport, Timing, evaluate, time_per_image
@@ -17,8 +17,9 @@ from den.runs.trained import Run
 from den.support.device import machine_name
 from den.support.files import write_text
 from den.support.progress import progress
+from den.support.settings import from_dict, to_dict
 from den.train.checkpoint import read_updates
-from den.train.config import TrainConfig, from_dict, to_dict
+from den.train.config import TrainConfig
 from den.train.folder import versions
 
 VERSION = 1
@@ -71,7 +72,7 @@ class Evaluation:
     """Results of a run.  `settings` are those of its config.json."""
 
     settings: dict
-    checkpoint: str  # last or best
+    checkpoint: Literal["last", "best"]
     updates: int  # that the checkpoint has seen
     parameters: ParameterCounts
     tasks: tuple[TaskResult, ...]
@@ -120,7 +121,9 @@ def evaluate_run(
 
     time: measure the time per image too, on the device that the run's network is on.
     """
-    model, results, reports = run.model, [], {}
+    model = run.model
+    results: list[TaskResult] = []
+    reports: dict[str, TaskReport] = {}
     rule = None if run.choice == "selected" else run.structures
     for image_set in progress(sets, f"evaluate {run.folder.name}", shown=run.config.progress):
         name = image_set.name
@@ -129,11 +132,17 @@ def evaluate_run(
         results.append(_result(model, reports[name], image_set, timing))
     device = next(model.parameters()).device
     where = machine_name(device)
-    updates, checkpoint = read_updates(run.checkpoint), run.checkpoint.stem
+    updates, checkpoint = read_updates(run.checkpoint), run.name
     training = training_of(run.folder, run.config, checkpoint)
-    parameters, results = count_parameters(model), tuple(results)
     record = Evaluation(
-        to_dict(run.config), checkpoint, updates, parameters, results, where, budget=budget, training=training
+        to_dict(run.config),
+        checkpoint,
+        updates,
+        count_parameters(model),
+        tuple(results),
+        where,
+        budget=budget,
+        training=training,
     )
     return record, reports
 

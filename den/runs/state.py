@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from den.dag.config import DagTrainConfig
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
 from den.recipes import METHODS, method_of
+from den.recipes.dag.recipe import search_phases
 from den.train.checkpoint import read_record
 from den.train.config import TrainConfig
 from den.train.phases import Phase, run_phases
@@ -32,7 +36,7 @@ class Training:
         return "" if self.finished else f"unfinished: {self.updates:,} of {self.planned:,} updates"
 
 
-def training_of(folder: Path, config: TrainConfig, checkpoint: str = "last") -> Training | None:
+def training_of(folder: Path, config: TrainConfig | DagTrainConfig, checkpoint: str = "last") -> Training | None:
     """How far the run in a folder has come: by its last checkpoint, by `checkpoint` where that is lost.
 
     None where the checkpoint does not say.
@@ -42,7 +46,7 @@ def training_of(folder: Path, config: TrainConfig, checkpoint: str = "last") -> 
     """
     last = folder / "last.safetensors"
     record = read_record(last if last.exists() else folder / f"{checkpoint}.safetensors")
-    phase, updates = position_of(record, "phase")
+    phase, updates = position_of(record)
     if phase is None:
         return None
     phases = phases_of(config, record)
@@ -55,16 +59,20 @@ def training_of(folder: Path, config: TrainConfig, checkpoint: str = "last") -> 
     return Training(updates, planned, phase == len(phases))
 
 
-def position_of(record: dict[str, Any], part: str) -> tuple[int | None, int]:
-    """Parts (phases, stages) and updates done, of a checkpoint's record; None where it does not tell the parts."""
+def position_of(record: dict[str, Any]) -> tuple[int | None, int]:
+    """Phases and updates done, of a checkpoint's record; None where it does not tell the phases."""
     position = record.get("position")
     position = position if isinstance(position, dict) else {}
-    done, updates = position.get(part), position.get("total_steps")
+    done, updates = position.get("phase", position.get("stage")), position.get("total_steps")
     return (done, updates) if isinstance(done, int) and isinstance(updates, int) else (None, 0)
 
 
-def phases_of(config: TrainConfig, record: dict[str, Any]) -> tuple[Phase, ...]:
+def phases_of(config: TrainConfig | DagTrainConfig, record: dict[str, Any]) -> Sequence[Phase]:
     """The phases of a run; those of some compared methods depend on the network that the record describes."""
+    if isinstance(config, DagTrainConfig):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of was told when the run began
+            return search_phases(config)
     if config.mode not in METHODS:
         return run_phases(config)
     with torch.random.fork_rng(devices=[]):

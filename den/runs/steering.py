@@ -11,9 +11,9 @@ import torch
 from den.data import ImageSet
 from den.evaluate.accuracy import evaluate
 from den.evaluate.operating import at_flops, at_milliseconds
+from den.recipes.setup import hold_out
 from den.runs.evaluation import Budget
 from den.runs.trained import Run
-from den.train.engine import hold_out
 
 STEERED_ON = 2000  # images of each task, at most
 
@@ -27,7 +27,8 @@ def unseen_images(run: Run, data_root: Path | None) -> tuple[list[ImageSet], lis
     from den.data import load_set
 
     config, root = run.config, data_root or run.config.data.root
-    kept, held = [load_set(name, "train", root) for name in config.data.tasks], []
+    kept = [load_set(name, "train", root) for name in config.data.tasks]
+    held: list[ImageSet] = []
     if config.data.validation > 0:
         kept, held = hold_out(kept, config)
     steering = [_filled(held[k : k + 1], rest) for k, rest in enumerate(kept)]
@@ -69,6 +70,7 @@ def choose_point(runs: Sequence[Run], budget: Budget, data_root: Path | None = N
             print(f"{run.folder}: accuracy {100 * accuracy:.2f} % on held-out images within the budget")
         if best is None or accuracy > best[0]:
             best = accuracy, point, dataclasses.replace(budget, weights=weights)
+    assert best is not None, "at least one run"
     return best[1], best[2]
 
 

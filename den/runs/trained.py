@@ -29,6 +29,11 @@ class Run:
     structures: Structures
 
     @property
+    def name(self) -> Literal["last", "best"]:
+        """Which of the folder's checkpoints it is."""
+        return "best" if self.checkpoint.stem == "best" else "last"
+
+    @property
     def choice(self) -> Choice:
         """What `evaluate` is to use: the selector where there is one, for its distributions; else the rule."""
         return "selected" if self.config.mode == "den" else self.structures

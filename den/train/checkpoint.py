@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,21 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{i}.{name}": t for i, entry in state.items() for name, t in entry.items() if isinstance(t, Tensor)}
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimiser_tensors`."""
+def restore_optimiser(
+    optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], expected: Collection[str] = ()
+) -> None:
+    """Inverse of `optimiser_tensors`.
+
+    expected: names of the tensors that were saved.  ValueError that names those which are missing: of `expected`, and
+    of what the optimiser keeps for every parameter that it has updated.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
+    kept = {name for entry in state.values() for name in entry}
+    if missing := sorted(({*expected} | {f"{i}.{name}" for i in state for name in kept}) - tensors.keys()):
+        raise ValueError(f"restore_optimiser: tensors must hold all that were saved, got none of {', '.join(missing)}")
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 

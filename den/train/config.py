@@ -1,23 +1,35 @@
-"""Typed settings of the command line, and their JSON form."""
+"""Typed settings of `den train` and of the demonstration."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, Protocol
 
 import tyro
 
 from den.support.limits import SEED, Range, check_ranges
 
-T = TypeVar("T")
 Mode = Literal[
     "den", "dense", "random", "nestednet", "packnet", "routing", "cross-stitch", "blockdrop", "adashare"
 ]  # fmt: skip
+
+
+class RunConfig(Protocol):
+    """The settings that every run has, whatever its recipe."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def epoch_steps(self) -> int | None: ...
+    @property
+    def progress(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -224,58 +236,3 @@ class DemoConfig:
     """A shorter schedule, for a check that everything works."""
     seed: Annotated[int, SEED] = 0
     """Seed of both runs."""
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The JSON form of a config: nested dicts, lists, strings and numbers."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
-    """A config of type `kind` from its JSON form; fields that are left out keep their defaults.
-
-    Raises ValueError that names an unknown key, a value of the wrong type, or a field that is missing.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: value must be an object, got {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise ValueError(f"{where}: key must be one of {', '.join(fields)}, got {key!r}")
-    hints = typing.get_type_hints(kind)
-    given = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
-    try:
-        return kind(**given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('config: ')}") from error
-
-
-def read_config(kind: type[T], path: Path) -> T:
-    """`from_dict` of a JSON file; ValueError, which names the file, when it cannot be read or its values do not fit."""
-    try:
-        values = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"config: {path} must be a readable JSON file, got {error}") from error
-    return from_dict(kind, values, where=str(path))
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` of a JSON file as the type `hint` of a config field."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        rest = [a for a in arguments if a is not type(None)]
-        return None if value is None and len(rest) < len(arguments) else _convert(rest[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], item, where) for item in value)
-    if origin is Literal and value in arguments:
-        return value
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    wanted = f"one of {list(arguments)}" if origin is Literal else str(getattr(hint, "__name__", hint))
-    raise ValueError(f"{where}: value must be {wanted}, got {value!r}")

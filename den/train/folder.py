@@ -10,14 +10,12 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from den.support.settings import flattened, read_config, to_dict
 from den.train.checkpoint import PARTIAL, load_checkpoint, read_updates, write_whole
-from den.train.config import TrainConfig, read_config, to_dict
+from den.train.config import RunConfig, TrainConfig
 from den.train.lock import RunLock
-
-if TYPE_CHECKING:
-    from den.dag.config import DagTrainConfig
 
 MAY_DIFFER = ("out", "progress", "device", "data.root", "start")  # settings of a run and of its continuation
 CHECKPOINTS = ("last.safetensors", "best.safetensors", "searched.safetensors")
@@ -34,12 +32,13 @@ class RunFolder:
     a new run would replace; for a continued run, one without a checkpoint or with other settings.
     """
 
-    def __init__(self, config: TrainConfig | DagTrainConfig, *, resume: bool) -> None:
+    def __init__(self, config: RunConfig, *, resume: bool) -> None:
         self.config, self.resume = config, resume
         self.path = Path(config.out)
         self.last, self.best = self.path / "last.safetensors", self.path / "best.safetensors"
         self.metrics = self.path / "metrics.jsonl"
-        self._events, self._created = None, False
+        self._events: Any = None  # a SummaryWriter, from the first line on
+        self._created = False
         if resume and not self.path.is_dir():
             raise ValueError(f"train: out must hold {self.last.name} to be continued, got {self.path}")
         with self._writing():
@@ -100,7 +99,7 @@ class RunFolder:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._events = SummaryWriter(str(self.path / "events"), purge_step=line["step"])
-            for name, value in _flat(line).items():
+            for name, value in flattened(line).items():
                 if isinstance(value, int | float) and name not in ("step", "epoch"):
                     self._events.add_scalar(name.replace(".", "/"), value, line["step"])
 
@@ -155,9 +154,9 @@ class RunFolder:
         for key, (before, now) in self._changes(stored).items():
             raise ValueError(f"train: {key} must stay {before} to continue {self.path}, got {now}")
 
-    def _changes(self, stored: TrainConfig | DagTrainConfig) -> dict[str, tuple[Any, Any]]:
+    def _changes(self, stored: RunConfig) -> dict[str, tuple[Any, Any]]:
         """Settings that must stay and do not, with their stored and present values."""
-        before, now = _flat(to_dict(stored)), _flat(to_dict(self.config))
+        before, now = flattened(to_dict(stored)), flattened(to_dict(self.config))
         return {k: (before[k], now[k]) for k in before if k not in MAY_DIFFER and before[k] != now[k]}
 
     def _way_on(self, found: list[str]) -> str:
@@ -200,10 +199,3 @@ def versions() -> dict[str, str]:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

@@ -5,6 +5,7 @@ Structures are int64 [..., N], one level per block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,28 +115,43 @@ def leave_one_out_advantage(costs: Tensor) -> Tensor:
 
 
 class RunningBaseline:
-    """A running mean of the cost of every task, as the baseline of REINFORCE."""
+    """A running mean of the cost of every task, as the baseline of REINFORCE; on a GPU no mean is waited for."""
 
     def __init__(self, tasks: tuple[str, ...], momentum: float = 0.95) -> None:
-        self.means: dict[str, float | None] = dict.fromkeys(tasks)
+        self.means: dict[str, Tensor | float | None] = dict.fromkeys(tasks)
         self.momentum = momentum
 
     def advantage(self, costs: Tensor, batch: Batch) -> Tensor:
         """Costs [B, S] minus the running mean of their task, which then takes in the mean of these: [B, S]."""
         parts = []
         for task, part in zip(batch.tasks, costs.split([len(y) for y in batch.labels]), strict=True):
-            seen, now = self.means[task], part.mean().item()
+            seen, now = self.means[task], part.mean().double()
             parts.append(part - (now if seen is None else seen))
             self.means[task] = now if seen is None else self.momentum * seen + (1 - self.momentum) * now
         return torch.cat(parts)
 
+    def record(self) -> dict[str, float | None]:
+        """The means, as JSON has them."""
+        return {task: None if mean is None else float(mean) for task, mean in self.means.items()}
+
+    def restore(self, record: dict[str, float | None]) -> None:
+        """Inverse of `record`; KeyError where a task is missing."""
+        self.means = {task: record[task] for task in self.means}
+
 
 @dataclass(frozen=True)
 class Objective:
-    """What an update minimises, and what was measured on the way (means over the batch, by name)."""
+    """What an update minimises.
 
-    loss: Tensor  # [], differentiable
-    measured: dict[str, Tensor | float]
+    Attributes:
+        loss: [], differentiable.
+        measured: means over the batch, by name; None: a part of an update that another objective completes.
+        optimisers: those that step; empty: those of the phase.
+    """
+
+    loss: Tensor
+    measured: Mapping[str, Tensor | float] | None
+    optimisers: tuple[str, ...] = ()
 
 
 def reinforce(log_probabilities: Tensor, structures: Tensor, advantage: Tensor, entropy_bonus: float) -> Tensor:

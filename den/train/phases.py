@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,30 +12,61 @@ from den.train.config import PhaseConfig, TrainConfig
 Network = Literal["estimator", "selector", "both"]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Training of one network, or both, in one stage (counted from 1; the estimator's finish is stage S + 1)."""
+class Phase(ABC):
+    """A part of a run: which optimisers step, for how many updates, at which rates, on which stream of batches."""
 
-    network: Network
-    stage: int
     settings: PhaseConfig
-    factor: float  # of the learning rate, after the decays of the stages before
-    selector_rate: float = 0.0  # the selector's learning rate at the start of a phase that trains both
+    factor = 1.0  # of the learning rates
+    stream = "all"  # of the recipe's batches
 
     @property
+    @abstractmethod
+    def key(self) -> tuple[str | int, ...]:
+        """Tells the phase from the others of a run."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> dict[str, str | int]:
+        """The phase in a line of metrics."""
+
+    @property
+    @abstractmethod
     def trained(self) -> dict[str, float]:
-        """The networks that train, by name, and their learning rates at the start."""
-        if self.network == "both":
-            return {"estimator": self.settings.rate, "selector": self.selector_rate}
-        return {self.network: self.settings.rate}
+        """The optimisers that step, and their learning rates at the start."""
 
     def scale(self, step: int) -> float:
         """What the learning rates are multiplied by in update `step` (from 0)."""
         return self.factor * schedule_factor(self.settings.schedule, step / self.settings.steps)
 
     def rate(self, step: int) -> float:
-        """Learning rate of update `step` (from 0); of the estimator, where both train."""
+        """Learning rate of update `step` (from 0), of the first optimiser."""
         return self.settings.rate * self.scale(step)
+
+
+@dataclass(frozen=True)
+class NetworkPhase(Phase):
+    """Training of one network, or both, in one stage (counted from 1; the estimator's finish is stage S + 1)."""
+
+    network: Network
+    stage: int
+    settings: PhaseConfig
+    factor: float = 1.0  # after the decays of the stages before
+    selector_rate: float = 0.0  # the selector's learning rate at the start of a phase that trains both
+    stream: str = "all"
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        return self.network, self.stage
+
+    @property
+    def labels(self) -> dict[str, str | int]:
+        return {"stage": self.stage, "phase": self.network}
+
+    @property
+    def trained(self) -> dict[str, float]:
+        if self.network == "both":
+            return {"estimator": self.settings.rate, "selector": self.selector_rate}
+        return {self.network: self.settings.rate}
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
@@ -62,7 +94,7 @@ def decay_factors(decay: float, decay_at: tuple[int, ...], first: int, last: int
     return [decay ** sum(decayed <= stage for decayed in at) for stage in range(first, last + 1)]
 
 
-def run_phases(config: TrainConfig) -> tuple[Phase, ...]:
+def run_phases(config: TrainConfig) -> tuple[NetworkPhase, ...]:
     """The phases of Algorithm 1 in order; those without steps are left out.  A dense run is the estimator's first.
 
     The compared methods have phases of their own (`den.recipes`).
@@ -70,11 +102,11 @@ def run_phases(config: TrainConfig) -> tuple[Phase, ...]:
     estimator, selector = config.estimator, config.selector
     tuned = decay_factors(estimator.decay, estimator.decay_at, 2, config.stages)
     chosen = decay_factors(selector.decay, selector.decay_at, 1, config.stages)
-    phases = [Phase("estimator", 1, estimator.first, 1.0)]
+    phases = [NetworkPhase("estimator", 1, estimator.first)]
     if config.mode == "den":
         for stage in range(1, config.stages + 1):
             if stage > 1:
-                phases.append(Phase("estimator", stage, estimator.later, tuned[stage - 2]))
-            phases.append(Phase("selector", stage, selector.phase, chosen[stage - 1]))
-        phases.append(Phase("estimator", config.stages + 1, estimator.finish, 1.0))
+                phases.append(NetworkPhase("estimator", stage, estimator.later, tuned[stage - 2]))
+            phases.append(NetworkPhase("selector", stage, selector.phase, chosen[stage - 1]))
+        phases.append(NetworkPhase("estimator", config.stages + 1, estimator.finish))
     return tuple(phase for phase in phases if phase.settings.steps > 0)

@@ -11,14 +11,14 @@ from torch import nn
 from den.dag import DagConfig, DagNetwork, SubNetwork, reduce
 from den.dag.dense_losses import balanced_loss, depth_loss, normals_loss, segmentation_loss
 from den.dag.dense_metrics import THRESHOLDS, EdgeMetrics
-from den.dag.dense_report import value_text
 from den.dag.head import DenseHead
 from den.dag.kinds import KINDS, relative_gains
-from den.dag.search import task_loss
+from den.dag.losses import task_loss
 from den.data.batches import Batch
 from den.nn.model_config import ModelConfig
 from den.nn.task_batch import task_batch
 from den.nn.tasks import IGNORE, TASK_KINDS, Task
+from den.report.dag.dense import value_text
 
 SEGMENTATION, DEPTH = Task("segmentation", 4, 18, 3, "segmentation", 26), Task("depth", 1, 18, 3, "depth", 26)
 NORMALS = Task("normals", 3, 18, 3, "normals", 26)

@@ -1,13 +1,15 @@
 """NYU-v2, Cityscapes and PASCAL-Context from small files in their layouts; augmentation; what is wrong with files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from den.dag.config import DagDataConfig
-from den.dag.scenarios import load_tasks
+from den.dag.config import DagDataConfig, DagTrainConfig
+from den.dag.scenarios import LOSS_WEIGHTS, SCENARIOS, SINGLE_TASK, load_tasks, loss_weights
 from den.data import MixedTaskBatches, load_set
 from den.data.cityscapes import load_cityscapes
 from den.data.nyuv2 import load_nyuv2
@@ -258,3 +260,70 @@ def test_edges_other_than_0_1_and_unknown_are_refused():
     image, task = torch.zeros(3, 2, 2), Task("edges", 1, 2, 3, "edges")
     with pytest.raises(ValueError, match="edges must be 0, 1 or 255, got other values in x"):
         checked_target(task, torch.full((1, 2, 2), 0.5), image, "x")
+
+
+@pytest.mark.parametrize(("load", "counts"), [(load_nyuv2, (40, 13)), (load_cityscapes, (19, 7))])
+def test_the_labels_say_how_many_classes_there_are(tmp_path, load, counts):
+    """Widely used trees have 13 (NYU-v2) and 7 classes (Cityscapes) in the folder `label`."""
+    for classes in counts:
+        root = tmp_path / str(classes)
+        write_npy_scenes(root, COUNTS, classes=classes)
+        for split in ("train", "test"):
+            assert load(root, split).tasks[0].classes == classes
+            assert load(root, split, classes).tasks[0].classes == classes
+
+
+def test_a_folder_named_after_its_classes_is_taken_before_the_other(tmp_path):
+    write_npy_scenes(tmp_path, COUNTS, classes=40)
+    write_npy_scenes(tmp_path, COUNTS, classes=13, label="label_13")
+    assert load_nyuv2(tmp_path, "train").tasks[0].classes == 13
+    assert load_nyuv2(tmp_path, "train", 40).tasks[0].classes == 40
+
+
+def test_a_split_without_the_highest_class_has_the_classes_of_the_training_split(tmp_path):
+    write_npy_scenes(tmp_path, {"train": 12}, classes=40)
+    write_npy_scenes(tmp_path, {"val": 3}, classes=5)
+    assert load_nyuv2(tmp_path, "test").tasks[0].classes == 40
+
+
+def test_labels_above_the_classes_are_refused_and_classes_that_never_occur_are_told(tmp_path):
+    write_npy_scenes(tmp_path, COUNTS, classes=13)
+    with pytest.raises(ValueError, match=r"labels of segmentation must lie in 0\.\.6, got 0\.\.12 in .*npy"):
+        load_nyuv2(tmp_path, "train", 7).check_targets()
+    with pytest.warns(
+        UserWarning, match="no label is above 12 in 12 scenes, as if there were 13 classes; there are 40"
+    ):
+        assert load_nyuv2(tmp_path, "train", 40).tasks[0].classes == 40
+    write_npy_scenes(tmp_path / "more", COUNTS, classes=60)
+    with pytest.raises(ValueError, match=r"got 0\.\.59 in "):
+        load_nyuv2(tmp_path / "more", "train").check_targets()
+
+
+def test_the_scenarios_weigh_losses_as_the_public_protocols_do():
+    weights = {"nyuv2": (1, 3, 20), "cityscapes": (1, 20), "pascal": (1, 2, 5, 10, 50)}
+    for name, expected in weights.items():
+        assert SCENARIOS[f"dag-{name}"].training.loss_weights == expected
+        assert tuple(LOSS_WEIGHTS[name].values()) == expected
+
+
+def test_loss_weights_are_those_of_the_tasks_that_are_trained(tmp_path):
+    write_npy_scenes(tmp_path, COUNTS)
+    tasks = load_nyuv2(tmp_path, "train").tasks
+    config = replace(SCENARIOS["dag-nyuv2"], data=DagDataConfig("nyuv2", only=("normals", "segmentation")))
+    assert loss_weights(config, (tasks[0], tasks[2])) == (1, 20)
+    assert loss_weights(DagTrainConfig(), tasks) == (1, 1, 1)
+    with pytest.raises(
+        ValueError, match=r"training.loss_weights must be one for each of 2 tasks, got \[1.0, 3.0, 20.0\]"
+    ):
+        loss_weights(replace(config, data=DagDataConfig("nyuv2")), tasks[:2])
+
+
+def test_published_values_are_of_the_classes_and_the_size_of_the_images():
+    nyu, streets = SINGLE_TASK["nyuv2"], SINGLE_TASK["cityscapes"]
+    assert nyu(Task("s", 40, 288, 3, "segmentation", 384)) == {"miou": 0.275, "pixel_accuracy": 0.589}
+    assert nyu(Task("s", 13, 288, 3, "segmentation", 384)) == {}
+    assert len(nyu(Task("n", 3, 288, 3, "normals", 384))) == len(nyu(Task("d", 1, 288, 3, "depth", 384))) == 5
+    assert streets(Task("s", 7, 128, 3, "segmentation", 256))["miou"] == 0.519
+    assert streets(Task("s", 7, 512, 3, "segmentation", 1024))["miou"] == 0.644
+    assert streets(Task("s", 19, 256, 3, "segmentation", 512))["miou"] == 0.402
+    assert streets(Task("s", 19, 128, 3, "segmentation", 256)) == streets(Task("d", 1, 128, 3, "depth", 256)) == {}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -16,14 +15,17 @@ from den.dag.config import (
     DagTraining,
     ReductionConfig,
 )
-from den.dag.engine import DagEngine, load_network
 from den.dag.network import DagNetwork
-from den.dag.report import measure, report
 from den.dag.scenarios import load_tasks as load_files
-from den.dag.search import train
 from den.data import MixedTaskBatches, load_set
 from den.data.images import fits
+from den.recipes.dag import search
+from den.recipes.dag.recipe import SearchRecipe, load_network
+from den.recipes.dag.search import train
+from den.report.dag.measured import measure
+from den.report.dag.report import report
 from den.train.checkpoint import load_checkpoint
+from den.train.engine import Engine
 from den.train.folder import read_metrics
 from tests.dense_files import write_npy_scenes
 from tests.simulated_gpu import Device, simulated
@@ -50,8 +52,8 @@ def small_sets(monkeypatch):
             found.append(dataclasses.replace(part, name=name, labels=part.labels - kinds[0], classes=3))
         return found
 
-    for module in ("engine", "report"):
-        monkeypatch.setattr(f"den.dag.{module}.load_tasks", tasks)
+    for module in ("recipes.dag.recipe", "report.dag.measured"):
+        monkeypatch.setattr(f"den.{module}.load_tasks", tasks)
 
 
 def tiny(place, mode="dag", device="cpu", **changes):
@@ -93,9 +95,9 @@ def no_waiting(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(DagNetwork, "_read_kept", in_mode("default", DagNetwork._read_kept, reads))
         for name in ("train_step", "search_step", "adashare_step", "reestimate_norms"):
-            patch.setattr(f"den.dag.search.{name}", watched(getattr(sys.modules["den.dag.search"], name)))
+            patch.setattr(search, name, watched(getattr(search, name)))
         patch.setattr(MixedTaskBatches, "next", watched(MixedTaskBatches.next))
-        patch.setattr(DagEngine, "learn", watched(DagEngine.learn))
+        patch.setattr(Engine, "update", watched(Engine.update))
         yield
     assert len(reads) <= 2  # of one network before and after the reduction, or of two that have none
 
@@ -130,7 +132,7 @@ def test_a_run_on_a_gpu_waits_for_no_update_and_equals_the_cpus(tmp_path, monkey
 
 
 def test_auto_is_the_gpu_where_there_is_one(tmp_path, monkeypatch):
-    with simulated(monkeypatch), DagEngine(tiny(tmp_path / "run", device="auto")) as engine:
+    with simulated(monkeypatch), Engine(tiny(tmp_path / "run", device="auto"), SearchRecipe) as engine:
         batch = engine.batches["gates"].next()
         assert {part.device.type for part in [*batch.images, *batch.labels]} == {"cuda"}
 
@@ -149,7 +151,7 @@ class Broken(Exception):
 
 
 def break_off(config, monkeypatch, at):
-    learn, calls = DagEngine.learn, []
+    learn, calls = Engine.update, []
 
     def failing(engine, *arguments):
         calls.append(None)
@@ -158,7 +160,7 @@ def break_off(config, monkeypatch, at):
         learn(engine, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DagEngine, "learn", failing)
+        patch.setattr(Engine, "update", failing)
         with pytest.raises(Broken):
             train(config)
 

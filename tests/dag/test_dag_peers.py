@@ -5,17 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from den.dag import DagConfig, DagNetwork, Graph, search
-from den.dag.adashare import adashare_step, draw_policies, edge_weights, logistic_noise
+from den.dag import DagConfig, DagNetwork, Graph
 from den.dag.config import DagReportConfig, PeerConfig
-from den.dag.engine import DagEngine, load_network, new_network
 from den.dag.evaluate import deployed_parameters, task_costs
 from den.dag.gates import Gates
 from den.dag.losses import task_loss
 from den.dag.peers import CrossStitchNetwork, SeparateNetworks
-from den.dag.report import report
-from den.dag.search import train
 from den.nn.tasks import Task
+from den.recipes.dag import search
+from den.recipes.dag.adashare import adashare_step, draw_policies, edge_weights, logistic_noise
+from den.recipes.dag.recipe import SearchRecipe, load_network, new_network
+from den.recipes.dag.search import train
+from den.report.dag.report import report
+from den.train.engine import Engine
 from den.train.folder import read_metrics
 from tests.dag.test_dag_search import three_tasks, tiny  # noqa: F401  a fixture
 
@@ -32,7 +34,7 @@ def images(count=4, seed=0):
 def test_runs_train_continue_and_are_reported(tmp_path, monkeypatch, mode):
     config = tiny(tmp_path / "whole", {"steps": 6}, mode=mode)
     whole = train(config)
-    learn, calls = DagEngine.learn, []
+    learn, calls = Engine.update, []
 
     def failing(engine, *arguments):
         calls.append(None)
@@ -41,10 +43,10 @@ def test_runs_train_continue_and_are_reported(tmp_path, monkeypatch, mode):
         learn(engine, *arguments)
 
     broken = dataclasses.replace(config, out=tmp_path / "broken")
-    monkeypatch.setattr(DagEngine, "learn", failing)
+    monkeypatch.setattr(Engine, "update", failing)
     with pytest.raises(KeyboardInterrupt):
         train(broken)
-    monkeypatch.setattr(DagEngine, "learn", learn)
+    monkeypatch.setattr(Engine, "update", learn)
     for name, tensor in train(broken, resume=True).state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
     text = report(DagReportConfig(runs=(tmp_path / "whole",)))
@@ -121,10 +123,10 @@ def test_a_stitch_mixes_the_columns_channel_by_channel():
 
 def test_stitches_learn_faster_and_without_decay(tmp_path):
     config = tiny(tmp_path, mode="cross-stitch", peers=PeerConfig(stitch_rate=7.0))
-    with DagEngine(config) as engine:
+    with Engine(config, SearchRecipe) as engine:
         for name in ("warm-up", "search"):  # no steps
-            list(engine.stage(name))
-        next(engine.stage("fine-tuning"))
+            list(engine.phase(name))
+        next(engine.phase("fine-tuning"))
         first, second = engine.optimisers["weights"].param_groups
     assert second["lr"] == pytest.approx(7 * first["lr"])
     assert second["weight_decay"] == 0
@@ -177,8 +179,8 @@ def test_adashare_learns_the_policy_from_the_other_half_and_cools(tmp_path, monk
 
 def test_drawn_policies_begin_the_weights_anew_and_keep_a_path(tmp_path):
     config = tiny(tmp_path, mode="adashare")
-    with DagEngine(config) as engine:
-        engine.position.stage = 1
+    with Engine(config, SearchRecipe) as engine:
+        engine.position.phase = 1
         engine.model.train()
         adashare_step(engine, engine.batches["weights"].next())
         engine.model.gates.gamma.data[0] = -30.0  # this task runs no edge

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from den.cli import main
-from den.dag.comparison import comparison, reference, verdicts
 from den.dag.config import DagDataConfig, DagNetworkConfig, DagReportConfig, DagTrainConfig, DagTraining
-from den.dag.dense_report import single_task_references
-from den.dag.engine import DagEngine
-from den.dag.report import measure, report
-from den.dag.runs import training_of
-from den.dag.search import train
 from den.data import load_set
-from den.runs.state import Training
+from den.recipes.dag.search import train
+from den.report.dag.comparison import comparison, reference, verdicts
+from den.report.dag.dense import single_task_references
+from den.report.dag.measured import measure
+from den.report.dag.report import report
+from den.runs.state import Training, training_of
 from den.train.checkpoint import load_checkpoint, save_checkpoint
+from den.train.engine import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 
@@ -34,8 +34,8 @@ def two_tasks(monkeypatch):
             found.append(dataclasses.replace(part, name=name, labels=part.labels - kinds[0], classes=3))
         return found
 
-    for module in ("engine", "report"):
-        monkeypatch.setattr(f"den.dag.{module}.load_tasks", tasks)
+    for module in ("recipes.dag.recipe", "report.dag.measured"):
+        monkeypatch.setattr(f"den.{module}.load_tasks", tasks)
 
 
 def tiny(out, **changes):
@@ -54,7 +54,7 @@ def tiny(out, **changes):
 
 def train_interrupted(config, monkeypatch, at):
     """Train until the optimiser's step `at` (from 0), which does not happen."""
-    learn, calls = DagEngine.learn, []
+    learn, calls = Engine.update, []
 
     def failing(engine, *arguments):
         calls.append(None)
@@ -63,7 +63,7 @@ def train_interrupted(config, monkeypatch, at):
         learn(engine, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DagEngine, "learn", failing)
+        patch.setattr(Engine, "update", failing)
         with pytest.raises(KeyboardInterrupt):
             train(config)
 
@@ -128,7 +128,7 @@ def test_folders_that_hold_no_such_run_are_named_before_anything_is_measured(tmp
     record["position"]["total_steps"] = 10**6
     save_checkpoint(tmp_path / "foreign" / "last.safetensors", tensors, record)
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr("den.dag.report.evaluate_tasks", lambda *_: pytest.fail("measured in vain"))
+    monkeypatch.setattr("den.report.dag.measured.evaluate_tasks", lambda *_: pytest.fail("measured in vain"))
     expected = {
         "den": "must be a run of den dag train, got one of den train: measure it with den evaluate or den report",
         "foreign": "must be of the run that the checkpoint is of",
@@ -151,7 +151,7 @@ def test_a_read_only_run_is_drawn_elsewhere_or_not_measured(tmp_path, capsys, mo
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("den.dag.report.evaluate_tasks", lambda *_: pytest.fail("measured in vain"))
+            patch.setattr("den.report.dag.measured.evaluate_tasks", lambda *_: pytest.fail("measured in vain"))
             assert main(["dag", "report", str(folder), "--no-time"]) == 2
             assert "draw elsewhere with --out FOLDER" in capsys.readouterr().err
             (tmp_path / "file").write_text("")

@@ -17,14 +17,17 @@ from den.dag.config import (
     DagTraining,
     ReductionConfig,
 )
-from den.dag.drawing import graph_figure, task_colour
-from den.dag.engine import DagEngine, load_network, stage_steps
 from den.dag.evaluate import deployed_parameters, evaluate_tasks, task_costs
-from den.dag.report import command_of, comparison, measure, report, verdicts
 from den.dag.scenarios import by_coarse_label
-from den.dag.search import reduce_tasks, reestimate_norms, search_step, train
 from den.data import ImageSet, load_set
+from den.recipes.dag.recipe import SearchRecipe, load_network, search_phases
+from den.recipes.dag.search import reduce_tasks, reestimate_norms, search_step, train
+from den.report.dag.comparison import comparison, verdicts
+from den.report.dag.drawing import graph_figure, task_colour
+from den.report.dag.measured import measure
+from den.report.dag.report import command_of, report
 from den.train.checkpoint import load_checkpoint
+from den.train.engine import Engine
 from den.train.folder import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
@@ -43,8 +46,8 @@ def three_tasks(monkeypatch):
             found.append(dataclasses.replace(part, name=name, labels=part.labels - kinds[0], classes=len(kinds)))
         return found
 
-    for module in ("engine", "report"):
-        monkeypatch.setattr(f"den.dag.{module}.load_tasks", tasks)
+    for module in ("recipes.dag.recipe", "report.dag.measured"):
+        monkeypatch.setattr(f"den.{module}.load_tasks", tasks)
 
 
 def tiny(out, training=None, **changes):
@@ -115,8 +118,8 @@ def test_search_brings_the_gates_to_about_kappa(tmp_path):
     ],
 )
 def test_search_variants_move_what_they_should(tmp_path, search, moved):
-    with DagEngine(tiny(tmp_path, {"search": search})) as engine:
-        engine.position.stage = 1
+    with Engine(tiny(tmp_path, {"search": search}), SearchRecipe) as engine:
+        engine.position.phase = 1
         engine.model.train()
         before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
         search_step(engine, engine.batches["all"].next())
@@ -126,7 +129,7 @@ def test_search_variants_move_what_they_should(tmp_path, search, moved):
 
 
 def test_alternating_halves_hold_different_images(tmp_path):
-    with DagEngine(tiny(tmp_path)) as engine:
+    with Engine(tiny(tmp_path), SearchRecipe) as engine:
         halves = [engine.batches[name].sets for name in ("weights", "gates")]
     for first, second, task in zip(*halves, engine.batches["all"].sets, strict=True):
         assert len(first) + len(second) == len(task)
@@ -137,7 +140,7 @@ def test_alternating_halves_hold_different_images(tmp_path):
 @pytest.mark.parametrize("broken_off_at", [1, 4, 6, 8, 9])
 def test_a_run_broken_off_anywhere_continues_to_the_same_weights(tmp_path, monkeypatch, broken_off_at):
     whole = train(tiny(tmp_path / "whole"))
-    learn, calls = DagEngine.learn, []
+    learn, calls = Engine.update, []
 
     def failing(engine, *arguments):
         calls.append(None)
@@ -146,10 +149,10 @@ def test_a_run_broken_off_anywhere_continues_to_the_same_weights(tmp_path, monke
         learn(engine, *arguments)
 
     config = tiny(tmp_path / "broken")
-    monkeypatch.setattr(DagEngine, "learn", failing)
+    monkeypatch.setattr(Engine, "update", failing)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(DagEngine, "learn", learn)
+    monkeypatch.setattr(Engine, "update", learn)
     resumed = train(config, resume=True)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -184,7 +187,7 @@ def test_without_read_in_and_read_out_only_the_ends_are_left(tmp_path):
 
 
 def test_reestimated_norms_are_means_over_the_batches(tmp_path):
-    with DagEngine(tiny(tmp_path)) as engine:
+    with Engine(tiny(tmp_path), SearchRecipe) as engine:
         stem, batches = engine.model.stems[0], engine.batches["all"]
         state = {
             name: value.clone() if torch.is_tensor(value) else value for name, value in batches.state_dict().items()
@@ -197,20 +200,20 @@ def test_reestimated_norms_are_means_over_the_batches(tmp_path):
 
 
 def test_gates_that_hardly_differ_are_warned_of(tmp_path):
-    with DagEngine(tiny(tmp_path)) as engine, pytest.warns(UserWarning, match="flow follows the position"):
+    with Engine(tiny(tmp_path), SearchRecipe) as engine, pytest.warns(UserWarning, match="flow follows the position"):
         reduce_tasks(engine)
 
 
 @pytest.mark.filterwarnings("ignore:.*the reduction kept")
 def test_a_ratio_that_leaves_no_path_is_explained(tmp_path):
     config = tiny(tmp_path, reduction=ReductionConfig(ratio=1.0))
-    with DagEngine(config) as engine, pytest.warns(UserWarning, match="low: the reduction kept"):
+    with Engine(config, SearchRecipe) as engine, pytest.warns(UserWarning, match="low: the reduction kept"):
         reduce_tasks(engine)
 
 
 def test_a_kappa_that_never_squeezes_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="set it below 0.5"):
-        stage_steps(tiny(tmp_path, {"kappa": 0.6}))
+        search_phases(tiny(tmp_path, {"kappa": 0.6}))
 
 
 @pytest.mark.parametrize(
@@ -299,11 +302,11 @@ def test_runs_of_other_settings_stand_apart(tmp_path):
 
 
 def test_the_command_of_a_run_makes_its_settings(tmp_path):
-    from den.dag.cli import parse
+    from den.commands import parse
 
     config = tiny(tmp_path, {"search": "joint"})
     words = command_of(config).replace(f"runs/{tmp_path.name}", str(tmp_path)).split()
-    assert parse([*words[2:], "--no-progress"]).settings == config
+    assert parse([*words[1:], "--no-progress"]).settings == config
 
 
 def test_figure_has_a_panel_per_task_and_twenty_colours():
@@ -338,4 +341,4 @@ def test_checkpoints_hold_the_gates(tmp_path):
     train(tiny(tmp_path))
     tensors, record = load_checkpoint(tmp_path / "last.safetensors")
     assert tensors["model.gates.edge_levels"].shape == (3, 7)
-    assert record["position"]["reduced"]
+    assert record["reduced"]

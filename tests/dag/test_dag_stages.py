@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from den.dag import DagConfig, DagNetwork, Graph, SubGraph, SubNetwork, reduce
-from den.dag.drawing import graph_figure
 from den.dag.edge import reference_edge
 from den.dag.evaluate import deployed_parameters, task_costs
 from den.nn.task_batch import task_batch
 from den.nn.tasks import Task
+from den.report.dag.drawing import graph_figure
 
 TASKS = (Task("a", 5, 13, 1), Task("b", 3, 9, 1), Task("c", 7, 13, 3))
 

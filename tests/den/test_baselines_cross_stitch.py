@@ -13,8 +13,8 @@ from den.nn.model_config import ModelConfig
 from den.nn.tasks import Task
 from den.recipes import method_of
 from den.recipes.cross_stitch import Stitch, StitchedEstimator, thinner
+from den.recipes.setup import estimator_optimiser
 from den.train.config import EstimatorTraining, MethodConfig
-from den.train.engine import estimator_optimiser
 from tests.small_runs import small_config
 
 TASKS = (Task("a", 3, 8, 1), Task("b", 4, 12), Task("c", 5, 8, 1))

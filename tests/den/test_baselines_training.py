@@ -10,9 +10,10 @@ from den.data import load_set
 from den.evaluate.accuracy import evaluate, full_flops
 from den.nn.model import create_model
 from den.nn.tasks import Task
-from den.recipes import METHODS, load_method, method_of
+from den.recipes import METHODS, load_method, method_of, prepare
 from den.recipes.den import train
 from den.runs.trained import open_run
+from den.support.settings import from_dict
 from den.train.checkpoint import load_checkpoint
 from den.train.config import (
     DataConfig,
@@ -23,7 +24,6 @@ from den.train.config import (
     PhaseConfig,
     SelectorTraining,
     TrainConfig,
-    from_dict,
 )
 from den.train.engine import Engine
 from den.train.folder import read_metrics
@@ -98,9 +98,9 @@ def test_opened_run_is_evaluated_at_its_structures(finished, mode):
 
 @pytest.mark.parametrize("mode", METHODS)
 def test_structures_of_a_mixed_batch_are_those_of_its_parts(tmp_path, mode):
-    with Engine(small_config(tmp_path / "run", mode)) as engine:
-        model, method = engine.model.eval(), engine.method
-        batch = engine.batches.next()
+    with Engine(small_config(tmp_path / "run", mode), prepare) as engine:
+        model, method = engine.model.eval(), engine.recipe
+        batch = engine.batches["all"].next()
         together = method.structures(batch.images, batch.tasks)
         if together is None:
             return
@@ -113,8 +113,8 @@ def test_structures_of_a_mixed_batch_are_those_of_its_parts(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", METHODS)
 def test_best_is_chosen_where_epochs_can_be_compared(tmp_path, mode):
-    with Engine(small_config(tmp_path / "run", mode)) as engine:
-        comparable = [engine.method.comparable(phase) for phase in engine.phases]
+    with Engine(small_config(tmp_path / "run", mode), prepare) as engine:
+        comparable = [engine.recipe.comparable(phase) for phase in engine.phases]
     assert comparable == [False] * (len(comparable) - 1) + [True]
 
 
@@ -122,7 +122,7 @@ def test_phases_of_the_methods(tmp_path):
     found = {}
     for mode in METHODS:
         config = small_config(tmp_path / mode, mode, methods=MethodConfig(share_rounds=4))
-        with Engine(config) as engine:
+        with Engine(config, prepare) as engine:
             found[mode] = [(p.network, p.stage, p.settings.steps) for p in engine.phases]
     alone = [("estimator", 1, 5)]
     assert found == {

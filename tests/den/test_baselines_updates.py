@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from den.data import Batch
 from den.nn.model import create_model
 from den.nn.tasks import Task
-from den.recipes import method_of
+from den.recipes import method_of, prepare
 from den.recipes.adashare import gated, gumbel_softmax, keep_logits, sharing_loss, sparsity_loss
 from den.recipes.blockdrop import draw, free_blocks, policy_loss, rewards
 from den.recipes.random_selector import level_chances
@@ -44,9 +44,6 @@ class Bench:
 
     def __init__(self):
         self.generator = generator()
-
-    def flops_ratio(self, structures):
-        return 1.0
 
 
 def test_routing_update_by_hand():
@@ -170,12 +167,12 @@ def test_packnet_stage_trains_what_its_level_adds_and_nothing_else(tmp_path, mon
         methods=MethodConfig(levels=(3, 1)),
     )  # fmt: skip
     states, answers, images = [], [], torch.randn(4, 1, 8, 8)
-    with Engine(config) as engine:
+    with Engine(config, prepare) as engine:
         estimator, keep = engine.model.estimator, lambda: {n: t.clone() for n, t in estimator.state_dict().items()}
         states.append(keep())
         for phase in engine.phases:
             for batch in engine.phase("estimator", phase.stage):
-                engine.update(engine.method.objective(engine, phase, batch))
+                engine.update(engine.recipe.objective(engine, phase, batch))
             states.append(keep())
             engine.model.eval()
             with torch.no_grad():
@@ -203,9 +200,9 @@ def test_packnet_stage_trains_what_its_level_adds_and_nothing_else(tmp_path, mon
 def test_packnet_frozen_channels_are_normalised_by_what_they_keep(tmp_path, monkeypatch):
     """A stage's training forward, channel group by channel group, in the network's first block."""
     cut_sets(monkeypatch)
-    with Engine(small_config(tmp_path / "run", "packnet")) as engine:
+    with Engine(small_config(tmp_path / "run", "packnet"), prepare) as engine:
         for batch in engine.phase("estimator", 1):
-            engine.update(engine.method.objective(engine, engine.phases[0], batch))
+            engine.update(engine.recipe.objective(engine, engine.phases[0], batch))
         next(iter(engine.phase("estimator", 2)))
         norm, x = engine.model.estimator.blocks[0].bn2, torch.randn(6, 16, 8, 8)
         levels = torch.full((6,), 3)
@@ -330,39 +327,39 @@ def test_gates_scale_the_residual():
 
 def test_adashare_weights_and_gates_learn_from_different_images(tmp_path, monkeypatch):
     cut_sets(monkeypatch)
-    with Engine(small_config(tmp_path / "run", "adashare")) as engine:
-        streams = engine.batches.streams
+    with Engine(small_config(tmp_path / "run", "adashare"), prepare) as engine:
+        streams = engine.batches
         for k, image_set in enumerate(streams["all"].sets):
             halves = [
                 {image.numpy().tobytes() for image in streams[n].sets[k].images} for n in ("estimator", "selector")
             ]
             assert not halves[0] & halves[1]
             assert sum(len(streams[n].sets[k]) for n in ("estimator", "selector")) == len(image_set)
-        gates = engine.method.state.logits.detach().clone()
+        gates = engine.recipe.state.logits.detach().clone()
         used = []
         for phase in engine.phases[:2]:
             for batch in engine.phase(phase.network, phase.stage):
-                used.append(engine.batches.used)
-                engine.update(engine.method.objective(engine, phase, batch))
-            assert torch.equal(engine.method.state.logits, gates) == (phase.network == "estimator")
+                used.append(phase.stream)
+                engine.update(engine.recipe.objective(engine, phase, batch))
+            assert torch.equal(engine.recipe.state.logits, gates) == (phase.network == "estimator")
         assert used == ["estimator"] * 3 + ["selector"] * 3
 
 
 def test_adashare_starts_anew_with_what_was_drawn(tmp_path, monkeypatch):
     cut_sets(monkeypatch)
-    with Engine(small_config(tmp_path / "run", "adashare")) as engine:
+    with Engine(small_config(tmp_path / "run", "adashare"), prepare) as engine:
         initial = {name: tensor.clone() for name, tensor in engine.model.estimator.state_dict().items()}
         *search, final = engine.phases
         for phase in search:
             for batch in engine.phase(phase.network, phase.stage):
-                engine.update(engine.method.objective(engine, phase, batch))
+                engine.update(engine.recipe.objective(engine, phase, batch))
         with torch.no_grad():
-            engine.method.state.logits[:, :, 1] = torch.tensor([[50.0, -50.0, 50.0], [-50.0, -50.0, 50.0]])
+            engine.recipe.state.logits[:, :, 1] = torch.tensor([[50.0, -50.0, 50.0], [-50.0, -50.0, 50.0]])
         batch = next(iter(engine.phase("estimator", final.stage)))
         assert all(torch.equal(t, initial[name]) for name, t in engine.model.estimator.state_dict().items())
-        found = engine.method.structures(batch.images, batch.tasks)
+        found = engine.recipe.structures(batch.images, batch.tasks)
         assert found.unique(dim=0).tolist() == [[0, 0, 3], [3, 0, 3]]
-        assert engine.batches.used == "all"
+        assert final.stream == "all"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4375, 0.8, 1.0])

@@ -7,9 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from den.dag.engine import load_network
 from den.nn.model import create_model
 from den.nn.tasks import Task
+from den.recipes.dag.recipe import load_network
 from den.train.checkpoint import (
     load_checkpoint,
     load_model,

@@ -11,17 +11,8 @@ import torch
 
 from den import cli
 from den.data import load_set
-from den.train.config import (
-    DataConfig,
-    EstimatorTraining,
-    NetworkConfig,
-    PhaseConfig,
-    SelectorTraining,
-    TrainConfig,
-    from_dict,
-    read_config,
-    to_dict,
-)
+from den.support.settings import from_dict, read_config, to_dict
+from den.train.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
 
 QUICK = [
     "--no-progress", "--epoch-steps", "2", "--stages", "1",
@@ -34,7 +25,7 @@ QUICK = [
 @pytest.fixture
 def small_sets(monkeypatch):
     whole = {split: load_set("digits", split).subset(torch.arange(60)) for split in ("train", "test")}
-    monkeypatch.setattr("den.train.engine.load_set", lambda name, split, root: whole[split])
+    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: whole[split])
     monkeypatch.setattr("den.data.load_set", lambda name, split, root: whole[split])
 
 

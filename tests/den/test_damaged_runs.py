@@ -5,17 +5,28 @@ import torch
 
 from den.cli import main
 from den.train.checkpoint import load_checkpoint, save_checkpoint
+from den.train.engine import Engine
 from tests.killed_run import KINDS, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 TENSORS = {
-    "den": ["generator", "torch", "batches.order.0", "batches.generator", "model.estimator.norm.weight"],
+    "den": ["generator", "torch", "batches.all.order.0", "batches.all.generator", "model.estimator.norm.weight"],
     "dag": ["torch", "batches.all.order.0", "batches.gates.generator", "model.gates.gamma"],
 }
 RECORD = {
-    "den": ["model", "position", "position.step", "position.lowest_loss", "cursors", "baseline", "python", "numpy"],
-    "dag": ["position", "position.reduced", "cursors", "numpy"],
-}
+    "den": [
+        "model",
+        "position",
+        "position.step",
+        "position.lowest_loss",
+        "cursors",
+        "optimisers",
+        "baseline",
+        "python",
+        "numpy",
+    ],
+    "dag": ["position", "position.phase", "reduced", "cursors", "optimisers", "numpy"],
+}  # fmt: skip
 PLACES = [("tensor", TENSORS), ("record", RECORD)]
 MISSING = [(kind, place, name) for place, names in PLACES for kind in names for name in names[kind]]
 
@@ -24,8 +35,8 @@ MISSING = [(kind, place, name) for place, names in PLACES for kind in names for 
 def whole(tmp_path_factory):
     """kind -> folder and last checkpoint of a finished run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("den.train.engine.load_set", None)  # replaced by `run`, and put back afterwards
-        patch.setattr("den.dag.engine.load_tasks", None)
+        patch.setattr("den.recipes.setup.load_set", None)  # replaced by `run`, and put back afterwards
+        patch.setattr("den.recipes.dag.recipe.load_tasks", None)
         found = {}
         for kind in KINDS:
             folder = tmp_path_factory.mktemp("runs") / kind
@@ -98,8 +109,59 @@ def test_damaged_tensors_are_told_with_the_file(whole, kind):
     resume(kind, folder)
 
 
-def test_older_dag_checkpoints_without_generators_are_continued(whole):
+@pytest.mark.parametrize("kind", KINDS)
+def test_missing_tensors_of_an_optimiser_are_named(whole, kind):
+    """Without them its momentum would begin anew."""
+    folder, (tensors, record) = whole[kind]
+    lost = next(name for name in tensors if name.startswith("optimiser.") and name.endswith("momentum_buffer"))
+    others = {name: t for name, t in tensors.items() if name.startswith(lost.rpartition(".momentum")[0])}
+    for gone in ({lost}, others):
+        save_checkpoint(folder / "last.safetensors", {n: t for n, t in tensors.items() if n not in gone}, record)
+        with pytest.raises(ValueError, match=rf"last.safetensors must .* got none of {lost.split('.', 2)[2]}"):
+            resume(kind, folder)
+
+
+def older(kind, tensors, record):
+    """A checkpoint as versions without a layout's number wrote it."""
+    position = {name: value for name, value in record["position"].items() if name != "updates"}
+    new = ("layout", "optimisers", "reduced")
+    kept = {name: value for name, value in record.items() if name not in new}
+    if kind == "den":
+        tensors = {name.replace("batches.all.", "batches."): tensor for name, tensor in tensors.items()}
+        position["selector_steps"] = record["position"]["updates"].get("selector", 0)
+        return tensors, {**kept, "position": position, "cursors": record["cursors"]["all"]}
+    stage = {"stage": position["phase"], **{name: position[name] for name in ("step", "total_steps", "epoch")}}
+    without = {name: tensor for name, tensor in tensors.items() if name != "generator"}
+    return without, {**kept, "position": {**stage, "reduced": record["reduced"]}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at", [3, 9])
+def test_older_checkpoints_are_continued_to_the_same_end(whole, tmp_path, monkeypatch, kind, at):
+    _, (tensors, record) = whole[kind]
+    plain, updates = Engine.update, iter(range(100))
+
+    def update(self, objective):
+        if next(updates) == at:
+            raise KeyboardInterrupt
+        plain(self, objective)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            run(kind, tmp_path / "run")
+    last = tmp_path / "run" / "last.safetensors"
+    save_checkpoint(last, *older(kind, *load_checkpoint(last)))
+    resume(kind, tmp_path / "run")
+    found, again = load_checkpoint(last)
+    differing = {name for name, tensor in tensors.items() if not torch.equal(found[name], tensor)}
+    assert differing <= ({"generator"} if kind == "dag" else set())  # a search draws nothing from it
+    assert {**again["position"], "updates": None} == {**record["position"], "updates": None}
+
+
+def test_the_oldest_searches_had_no_generators(whole):
     folder, (tensors, record) = whole["dag"]
+    tensors, record = older("dag", tensors, record)
     without = {k: v for k, v in record.items() if k not in ("python", "numpy")}
     save_checkpoint(folder / "last.safetensors", {k: t for k, t in tensors.items() if k != "torch"}, without)
     resume("dag", folder)

@@ -22,7 +22,7 @@ def small_demo(monkeypatch):
         for name in ("digits", "fashion")
         for split in ("train", "test")
     }
-    monkeypatch.setattr("den.train.engine.load_set", lambda name, split, root: sets[name, split])
+    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: sets[name, split])
     monkeypatch.setattr("den.demo.load_set", lambda name, split: sets[name, split])
     schedule = demo.schedule
 

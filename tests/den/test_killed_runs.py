@@ -19,8 +19,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("kind", ["den", "dag"])
 def test_a_run_killed_at_random_moments_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("den.train.engine.load_set", None)  # replaced by `run`, and put back afterwards
-    monkeypatch.setattr("den.dag.engine.load_tasks", None)
+    monkeypatch.setattr("den.recipes.setup.load_set", None)  # replaced by `run`, and put back afterwards
+    monkeypatch.setattr("den.recipes.dag.recipe.load_tasks", None)
     torch.set_num_threads(1)
     killed_run.run(kind, tmp_path / "whole")
     command = [sys.executable, killed_run.__file__, kind, str(tmp_path / "killed")]

@@ -10,7 +10,8 @@ from den import cli
 from den.bench import BenchConfig
 from den.dag.config import DagTrainConfig
 from den.support.limits import Range, check_ranges, settings
-from den.train.config import DemoConfig, PhaseConfig, SelectorTraining, TrainConfig, from_dict, read_config
+from den.support.settings import from_dict, read_config
+from den.train.config import DemoConfig, PhaseConfig, SelectorTraining, TrainConfig
 from den.train.scenarios import ScenarioOptions, scenario_config
 
 KINDS = {"den": TrainConfig, "dag": DagTrainConfig, "demo": DemoConfig, "bench": BenchConfig}

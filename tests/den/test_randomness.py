@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining
-from den.dag.engine import DagEngine
-from den.dag.search import train as train_dag
 from den.nn.backbones import BACKBONES
+from den.recipes import prepare
+from den.recipes.dag.search import train as train_dag
 from den.recipes.den import train
+from den.recipes.setup import new_model
 from den.support.randomness import random_state, seeded, set_random_state
 from den.train.checkpoint import load_checkpoint
 from den.train.config import NetworkConfig
-from den.train.engine import Engine, new_model
+from den.train.engine import Engine
 from den.train.folder import read_metrics
 from tests.killed_run import two_tasks
 from tests.small_runs import cut_sets, small_config, train_interrupted
@@ -103,16 +104,16 @@ def dag(out):
 @pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 def test_dag_runs_with_code_that_draws_from_the_global_generators(tmp_path, monkeypatch):
     """As a layer with dropout would: seeded, continued exactly, and none of the caller's business."""
-    monkeypatch.setattr("den.dag.engine.load_tasks", two_tasks)
-    plain, calls = DagEngine.learn, []
+    monkeypatch.setattr("den.recipes.dag.recipe.load_tasks", two_tasks)
+    plain, calls = Engine.update, []
 
-    def noisy(engine, loss, *arguments):
+    def noisy(engine, objective):
         calls.append(None)
         if len(calls) == stop:
             raise KeyboardInterrupt
-        plain(engine, loss * (1 + sum(draws())), *arguments)
+        plain(engine, dataclasses.replace(objective, loss=objective.loss * (1 + sum(draws()))))
 
-    monkeypatch.setattr(DagEngine, "learn", noisy)
+    monkeypatch.setattr(Engine, "update", noisy)
     stop = 0
     whole = train_dag(dag(tmp_path / "whole")).state_dict()
     stir(3)
@@ -176,7 +177,7 @@ def test_a_run_on_a_cpu_leaves_devices_alone(vgg, monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", touched)
     for name in ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, touched)
-    with Engine(vgg("run")):
+    with Engine(vgg("run"), prepare):
         pass
     new_model(NetworkConfig("wrn8_1", trunk_size=8), [two_tasks(None, "train")[0].task], 0)
 
@@ -185,8 +186,8 @@ def test_a_run_on_a_cpu_leaves_devices_alone(vgg, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_dropout_on_a_gpu_continues_where_it_was(vgg):
     config = vgg("run", device="cuda")
-    with Engine(config) as engine:
+    with Engine(config, prepare) as engine:
         expected = torch.nn.functional.dropout(torch.ones(1000, device="cuda"))
         assert engine.position.total_steps == 0
-    with Engine(config, resume=True):
+    with Engine(config, prepare, resume=True):
         assert torch.equal(torch.nn.functional.dropout(torch.ones(1000, device="cuda")), expected)

@@ -24,8 +24,9 @@ from den.report.paper import CIFAR10, CIFAR100, COARSE, M1, MEAN, PAPER, entries
 from den.report.tables import build_table
 from den.report.verdicts import verdicts
 from den.runs.evaluation import Budget, Chosen, Evaluation, TaskResult, read_evaluation
+from den.support.settings import to_dict
 from den.support.tables import csv_table, latex_table, markdown_table
-from den.train.config import DataConfig, NetworkConfig, SelectorTraining, TrainConfig, to_dict
+from den.train.config import DataConfig, NetworkConfig, SelectorTraining, TrainConfig
 
 FULL = 100e6  # FLOPs of the full structure of the made-up runs
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from den.dag.config import DagTrainConfig
+from den.recipes import prepare
 from den.recipes.den import train
+from den.support.settings import read_config
 from den.train.checkpoint import load_checkpoint
-from den.train.config import read_config
 from den.train.engine import Engine
 from den.train.folder import RunFolder, read_metrics, stored_config
 from den.train.lock import NAME, RunLock
@@ -173,7 +174,7 @@ def test_settings_are_written_whole(config, monkeypatch):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_run_in_the_same_folder_is_refused_untouched(config, resume):
-    with Engine(config) as engine:
+    with Engine(config, prepare) as engine:
         engine.folder.log({"epoch": 1, "step": 3})
         before = contents(config.out)
         with pytest.raises(
@@ -188,7 +189,7 @@ def test_a_second_run_in_the_same_folder_is_refused_untouched(config, resume):
 
 def test_a_run_that_cannot_start_gives_the_folder_back(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("den.train.engine.new_model", lambda *_: 1 / 0)
+        patch.setattr("den.recipes.new_model", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError) as caught:  # keeps the frames alive
             train(config)
     train(config)

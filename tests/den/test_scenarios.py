@@ -7,18 +7,13 @@ import pytest
 import torch
 
 from den import cli
+from den.dag.scenarios import named_settings
 from den.data import load_set
 from den.recipes.den import derive_structures, first_structures
-from den.train.config import (
-    DataConfig,
-    EstimatorTraining,
-    PhaseConfig,
-    SelectorTraining,
-    TrainConfig,
-    from_dict,
-    to_dict,
-)
-from den.train.engine import Engine, hold_out
+from den.recipes.setup import hold_out
+from den.support.settings import from_dict, to_dict
+from den.train.config import DataConfig, EstimatorTraining, PhaseConfig, SelectorTraining, TrainConfig
+from den.train.engine import Engine
 from den.train.folder import read_metrics, stored_config
 from den.train.phases import run_phases
 from den.train.scenarios import SCENARIOS, ScenarioOptions, expand_tasks, scenario_config
@@ -146,9 +141,10 @@ def test_help_of_a_scenario_names_its_choices_and_all_settings(capsys):
 
 def test_dag_scenarios_are_handed_on(monkeypatch):
     seen = []
-    monkeypatch.setattr("den.dag.cli.main", seen.append)
+    monkeypatch.setattr("den.recipes.dag.search.train", lambda config, resume: seen.append((config, resume)))
     assert cli.main(["train", "dag-omniglot", "--seed", "1"]) == 0
-    assert seen == [["train", "dag-omniglot", "--seed", "1"]]
+    assert cli.main(["dag", "train", "dag-omniglot", "--seed", "1"]) == 0
+    assert seen == [(dataclasses.replace(named_settings("dag-omniglot"), seed=1), False)] * 2
 
 
 TINY = [
@@ -213,7 +209,7 @@ def test_initial_distributions_differ_as_in_figure_5(tmp_path, initial, low, hig
         with torch.no_grad():
             engine.model.selector.heads[0].bias.view(3, 4)[:] = torch.tensor([0.0, 0.0, 0.0, -1e4])
         engine.model.eval()
-        batch = engine.batches.next()
+        batch = engine.batches["all"].next()
         structures = derive_structures(engine, 1, batch)
         full = (structures == 3).all(1).float().mean().item()
         assert low <= full <= high

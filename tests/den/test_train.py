@@ -9,10 +9,12 @@ import torch
 from den.data import ImageSet, load_set
 from den.evaluate.accuracy import best_static, evaluate, full_flops, static_candidates, time_per_image
 from den.nn.model import create_model
+from den.recipes import prepare
 from den.recipes.den import derive_structures, sparsity_weights, train
+from den.recipes.setup import estimator_optimiser, hold_out
 from den.train.checkpoint import load_checkpoint, load_model
 from den.train.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
-from den.train.engine import Engine, estimator_optimiser, hold_out
+from den.train.engine import Engine
 from den.train.folder import read_metrics, stored_config
 from den.train.objective import STEERING
 from den.train.phases import run_phases, schedule_factor
@@ -40,7 +42,7 @@ def small_sets(monkeypatch):
     """The packaged sets cut to a few images, so that a run costs its steps only."""
     whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
     few = torch.arange(60)
-    monkeypatch.setattr("den.train.engine.load_set", lambda name, split, root: whole[name, split].subset(few))
+    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: whole[name, split].subset(few))
 
 
 def test_phases_follow_algorithm_1(tmp_path):
@@ -172,7 +174,7 @@ def test_phase_ends_when_the_loss_no_longer_falls(tmp_path, small_sets):
 
 def test_dense_run_trains_the_same_estimator_at_full_structure(tmp_path, small_sets):
     config = tiny(tmp_path / "run", mode="dense")
-    with Engine(config) as engine:
+    with Engine(config, prepare) as engine:
         initial = {name: t.clone() for name, t in engine.model.selector.state_dict().items()}
     model = train(dataclasses.replace(config, out=tmp_path / "again"))
     assert all(torch.equal(t, initial[name]) for name, t in model.selector.state_dict().items())
@@ -182,13 +184,13 @@ def test_dense_run_trains_the_same_estimator_at_full_structure(tmp_path, small_s
 
 def test_later_structures_mix_those_of_the_selector_with_equation_8(tmp_path, small_sets):
     estimator = EstimatorTraining(structures="argmax", initial_share=0.25, tau=0.0)
-    with Engine(tiny(tmp_path / "run", estimator=estimator, data=DataConfig(batch_size=60))) as engine:
+    with Engine(tiny(tmp_path / "run", estimator=estimator, data=DataConfig(batch_size=60)), prepare) as engine:
         with torch.no_grad():
             for head in engine.model.selector.heads:
                 head.weight.zero_()
                 head.bias.view(-1, 4).copy_(torch.tensor([0.0, 5.0, 0.0, 0.0]))
         engine.model.eval()
-        batch = engine.batches.next()
+        batch = engine.batches["all"].next()
         chosen = torch.cat([derive_structures(engine, 2, batch) for _ in range(30)])
     share = (chosen == 1).all(1).float().mean().item()
     assert share == pytest.approx(0.75 + 0.25 / 4**3, abs=0.04)
@@ -218,12 +220,12 @@ def test_budget_steers_every_task_to_its_flops(tmp_path, budget):
 
 def test_weights_of_the_sparsity_term_are_of_their_task(tmp_path, small_sets):
     """The first task at its full structure, the second at none; measuring them leaves the selector as it was."""
-    with Engine(tiny(tmp_path / "run", selector=SelectorTraining(rho=0.1, budget=0.5))) as engine:
+    with Engine(tiny(tmp_path / "run", selector=SelectorTraining(rho=0.1, budget=0.5)), prepare) as engine:
         with torch.no_grad():
             for head, level in zip(engine.model.selector.heads, (3, 0), strict=True):
                 head.bias.view(-1, 4)[:, level] = 100.0
         before = {name: t.clone() for name, t in engine.model.selector.state_dict().items()}
-        batch = engine.batches.next()
+        batch = engine.batches["all"].next()
         weights = sparsity_weights(engine, batch)
         assert weights.shape == (len(batch), 1)
         assert weights.flatten().tolist() == pytest.approx(
@@ -231,7 +233,7 @@ def test_weights_of_the_sparsity_term_are_of_their_task(tmp_path, small_sets):
         )
         assert engine.model.selector.training
         assert all(torch.equal(t, before[name]) for name, t in engine.model.selector.state_dict().items())
-    with Engine(tiny(tmp_path / "steady")) as engine:
+    with Engine(tiny(tmp_path / "steady"), prepare) as engine:
         assert sparsity_weights(engine, batch) == engine.config.selector.rho
 
 
@@ -343,7 +345,7 @@ def test_timing_is_per_image_of_every_way():
 def test_sets_with_one_class_missing_still_train(tmp_path, monkeypatch):
     whole = load_set("digits", "train")
     part = whole.subset((whole.labels != 4).nonzero().flatten()[:50])
-    monkeypatch.setattr("den.train.engine.load_set", lambda name, split, root: part)
+    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: part)
     assert isinstance(part, ImageSet)
     train(tiny(tmp_path / "run", mode="dense", data=DataConfig(tasks=("digits",), batch_size=10)))
 

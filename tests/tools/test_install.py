@@ -4,6 +4,7 @@ sitecustomize.py is imported by every Python process that has its folder on PYTH
 wherever on this machine one lies.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pip", reason="pip is not installed")
 pytest.importorskip("pybind11", reason="pybind11 is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Not imported: it takes the distutils of Python's own library before setuptools can put its own there.
+    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed"),
+]
 ROOT = Path(__file__).parents[2]
 NO_NVCC = """
 import os

@@ -39,7 +39,14 @@ def _accuracy_panel(axes: Axes, c: Comparison) -> None:
     points = sorted((s.flops / 1e6, 100 * s.accuracy) for s in (*c.statics, c.full))
     best = [max(accuracy for flops, accuracy in points if flops <= limit) for limit, _ in points]
     axes.step([flops for flops, _ in points], best, where="post", color=GREY, lw=1.5)
-    axes.scatter(*zip(*points, strict=True), s=14, color=GREY, label="one structure for all images (line: the best)")
+    flops, accuracy = zip(*points, strict=True)
+    axes.scatter(
+        flops,
+        accuracy,
+        s=14,
+        color=GREY,
+        label="one structure for all images (line: the best)",
+    )
     dense = (c.dense.flops / 1e6, 100 * c.dense.accuracy)
     chosen = (c.selected.flops / 1e6, 100 * c.selected.accuracy)
     axes.scatter(*dense, s=70, marker="s", color=DENSE, zorder=3, label="dense baseline, trained alone")

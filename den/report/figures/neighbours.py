@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def _without(chances: Tensor, index: int | None) -> Tensor:
     return changed
 
 
-def _show(axes, images: Tensor, title: str) -> None:
+def _show(axes: Axes, images: Tensor, title: str) -> None:
     axes.imshow(image_strip(images), aspect="equal")
     axes.set_title(title, fontsize=9, color=INK)
     axes.set_axis_off()

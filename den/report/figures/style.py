@@ -6,6 +6,7 @@ import functools
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,7 +21,7 @@ from den.nn.model import DeepElasticNetwork
 
 INK, GREY, DEN, DENSE = "#222222", "#b5b8bd", "#d1495b", "#222222"
 LEVELS = LinearSegmentedColormap.from_list("levels", ["#e9ecef", "#9ecae1", "#4292c6", "#08306b"])
-STYLE = {
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
@@ -37,7 +38,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """The style must hold while a figure is built and while it is saved."""
 
     @functools.wraps(draw)
-    def in_style(*arguments, **options):
+    def in_style(*arguments: Any, **options: Any) -> Figure:
         with matplotlib.rc_context(STYLE):
             return draw(*arguments, **options)
 
@@ -61,7 +62,7 @@ def save_all(drawings: dict[str, Figure], folder: Path) -> list[Path]:
     return paths
 
 
-def level_colour(level: int, levels: int) -> tuple[float, ...]:
+def level_colour(level: int, levels: int) -> tuple[float, float, float, float]:
     """Darker for more channels."""
     return LEVELS(level / (levels - 1))
 

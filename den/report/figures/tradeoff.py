@@ -67,8 +67,8 @@ def _panel(axes: Axes, section: Section, task: str, cost: str, points: Sequence[
             )
     extra = [(p, r) for p in points for r in p.tasks if r.task == task and (cost == "flops" or r.timing)]
     if extra:
-        spent = [unit * (r.flops if cost == "flops" else r.timing.selected) for _, r in extra]
-        axes.scatter(spent, [100 * r.accuracy for _, r in extra], s=60, facecolors="none", edgecolors=DEN, marker="*",
+        costs = [unit * (r.timing.selected if cost != "flops" and r.timing else r.flops) for _, r in extra]
+        axes.scatter(costs, [100 * r.accuracy for _, r in extra], s=60, facecolors="none", edgecolors=DEN, marker="*",
                      zorder=2, label="DEN, steered to a budget at run time")  # fmt: skip
     axes.set(
         xlabel="MFLOP per image (mean)" if cost == "flops" else "ms per image", ylabel="test accuracy in %", title=task
@@ -95,14 +95,17 @@ def _finding(section: Section, cost: str) -> str:
     rows = [row for row in section.finished if row.method == "den"]
     dense, row = section.dense, max(rows, key=lambda row: row.stat("accuracy", MEAN).mean, default=None)
     what, less = ("FLOPs", "fewer FLOPs") if cost == "flops" else ("time", "as fast")
-    shared = [task for task in row.tasks if task in dense.tasks] if row and dense else []
+    title = f"{section.title}\nAccuracy against {what}"
+    if row is None or dense is None:
+        return title
+    shared = [task for task in row.tasks if task in dense.tasks]
     if cost == "flops":
         saved = [1 / max(row.stat("flops_ratio", task).mean, 1e-9) for task in shared]
     else:
         timings = [row.timing("speedup", task) for task in shared]
-        saved = [] if None in timings else [stat.mean for stat in timings]
+        saved = [] if None in timings else [stat.mean for stat in timings if stat]
     if not saved:
-        return f"{section.title}\nAccuracy against {what}"
+        return title
     change = sum(row.stat("accuracy", t).mean - dense.stat("accuracy", t).mean for t in shared) / len(shared)
     words = f"{sum(saved) / len(saved):.1f} times {less}, {100 * change:+.1f} points against dense"
     return f"{section.title}\n{row.label}: {words}"

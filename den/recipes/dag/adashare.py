@@ -11,28 +11,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from den.dag.engine import DagEngine, new_network
 from den.dag.graph import Graph, SubGraph
 from den.dag.losses import task_loss
 from den.data import Batch
 from den.recipes.adashare import sharing_loss, sparsity_loss
+from den.recipes.dag.recipe import SearchRecipe, new_network
 from den.support.device import sent
+from den.train.engine import Engine
+from den.train.objective import Objective
 
 
-def adashare_step(engine: DagEngine, batch: Batch) -> None:
+def adashare_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """One update of the weights on `batch` and one of the policy on the other half, each with its own draw."""
-    config, model, temperature = engine.config, engine.model, engine.temperature
-    peers, gates, weights = config.peers, model.gates, config.training.loss_weights
+    config, model, temperature = engine.config, engine.model, engine.recipe.temperature(engine)
+    peers, gates, weights = config.peers, model.gates, engine.recipe.loss_weights
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + engine.position.total_steps)
     with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
         loss, first = task_loss(model, batch, weights)
-    engine.learn(loss, None, "weights")
+    engine.update(Objective(loss, None, ("weights",)))
     batch = engine.batches["gates"].next()
     with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
         loss, measured = task_loss(model, batch, weights)
     sparsity, sharing = sparsity_loss(gates.gamma), sharing_loss(gates.gamma, edge_weights(model.graph, gates.gamma))
     measured = {**measured, **first, "sparsity": sparsity.detach(), "sharing": sharing.detach()}
-    engine.learn(loss + peers.sparsity * sparsity + peers.sharing * sharing, measured, "gates")
+    engine.update(Objective(loss + peers.sparsity * sparsity + peers.sharing * sharing, measured, ("gates",)))
 
 
 def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -49,7 +51,7 @@ def edge_weights(graph: Graph, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_policies(engine: DagEngine) -> None:
+def draw_policies(engine: Engine[SearchRecipe]) -> None:
     """Let every task keep edges drawn from its policy, and begin the weights anew."""
     model, config = engine.model, engine.config
     generator = torch.Generator().manual_seed(config.seed)

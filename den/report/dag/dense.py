@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from den.dag.kinds import relative_gains
 from den.dag.scenarios import SINGLE_TASK
+from den.report.dag.measured import RunReport
 from den.support.tables import markdown_table
-
-if TYPE_CHECKING:
-    from den.dag.report import RunReport
 
 UNITS = {"abs_error": "", "rel_error": "", "mean_angle": " deg", "median_angle": " deg"}  # the others are shares
 Metrics = dict[str, float]
@@ -56,7 +53,7 @@ def task_references(run: RunReport, references: dict[tuple[str, str], Metrics]) 
     scenario, found = run.config.data.scenario, {}
     for task in run.model.tasks:
         own = references.get((scenario, task.name)) if not _alone(run) else None
-        published = SINGLE_TASK.get(scenario, {}).get((task.name, task.classes), {})
+        published = SINGLE_TASK[scenario](task) if scenario in SINGLE_TASK else {}
         found[task.name] = (published if own is None else own, own is None and bool(published))
     return found
 

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch
 
 from den.dag.graph import Graph, SubGraph
-from den.dag.network import DagNetwork
+from den.recipes.dag.recipe import Network
 
 INK, FAINT, PAPER = "#222222", "#dddddd", "white"
 
 
-def draw_graph(model: DagNetwork, path: Path) -> None:
+def draw_graph(model: Network, path: Path) -> None:
     """Draw what all tasks share and what each keeps, to a PNG."""
     structures = {task.name: model.structure(k) for k, task in enumerate(model.tasks)}
     graph_figure(model.graph, structures).savefig(path, dpi=110, bbox_inches="tight")
@@ -42,8 +42,8 @@ def graph_figure(graph: Graph, structures: dict[str, SubGraph]) -> Figure:
 
 def task_colour(index: int) -> str:
     """A colour per task, dark enough for white text; twenty differ."""
-    hues = matplotlib.colormaps["tab20"].colors
-    red, green, blue = hues[(2 * index) % 20 + (index // 10) % 2]
+    hue = matplotlib.color_sequences["tab20"][(2 * index) % 20 + (index // 10) % 2]
+    red, green, blue = matplotlib.colors.to_rgb(hue)
     return matplotlib.colors.to_hex((0.82 * red, 0.82 * green, 0.82 * blue))
 
 
@@ -51,7 +51,7 @@ def _shared_panel(axes: Axes, graph: Graph, kept: list[SubGraph]) -> None:
     counts = [sum(sub.edges[e] for sub in kept) for e in range(len(graph.edges))]
     for e, (i, j) in enumerate(graph.edges):
         share = counts[e] / len(kept)
-        colour = matplotlib.colors.to_hex([1 - 0.15 - 0.75 * share] * 3) if counts[e] else FAINT
+        colour = matplotlib.colors.to_hex((1 - 0.15 - 0.75 * share,) * 3) if counts[e] else FAINT
         _arrow(axes, i, j, colour, 0.8 + 4 * share, "--" if not counts[e] else "-")
         x, y = _crest(i, j)
         axes.text(x, y, str(counts[e]), ha="center", va="center", fontsize=8, zorder=4,

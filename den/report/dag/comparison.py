@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from den.dag.evaluate import deployed_parameters
+from den.report.dag.measured import RunReport
 from den.support.tables import markdown_table
 
-if TYPE_CHECKING:
-    from den.dag.report import RunReport
-
-Groups = dict[tuple[str, str], dict[int, "RunReport"]]
+Groups = dict[tuple[str, str], dict[int, RunReport]]
 """By label and updates, and by seed."""
 
 

@@ -11,14 +11,16 @@ import warnings
 import torch
 from torch import Tensor
 
-from den.dag.adashare import adashare_step, draw_policies
 from den.dag.config import SEARCHING, DagTrainConfig
-from den.dag.engine import DagEngine
 from den.dag.gates import SPREAD_WARNING, squeeze_loss
 from den.dag.losses import task_loss
 from den.dag.network import DagNetwork
 from den.dag.reduction import reduce
 from den.data import Batch, MixedTaskBatches
+from den.recipes.dag.adashare import adashare_step, draw_policies
+from den.recipes.dag.recipe import SearchRecipe
+from den.train.engine import Engine
+from den.train.objective import Objective
 
 
 def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
@@ -32,50 +34,49 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
     Raises ValueError for settings that do not fit, a folder that is in use or cannot be used, and a loss that is not
     finite.
     """
-    with DagEngine(config, resume=resume) as engine:
-        for batch in engine.stage("warm-up"):  # all gates at 1/2
+    with Engine(config, SearchRecipe, resume=resume) as engine:
+        for batch in engine.phase("warm-up"):  # all gates at 1/2
             train_step(engine, batch)
-        halves = config.mode == "adashare" or config.training.search == "alternating"
-        for batch in engine.stage("search", "weights" if halves else "all"):
+        for batch in engine.phase("search"):
             (adashare_step if config.mode == "adashare" else search_step)(engine, batch)
-        if config.mode in SEARCHING and not engine.position.reduced:
+        if config.mode in SEARCHING and not engine.recipe.reduced:
             (draw_policies if config.mode == "adashare" else reduce_tasks)(engine)
             reestimate_norms(engine.model, engine.batches["all"], config.reduction.norm_batches)
-            engine.mark_reduced()
-        for batch in engine.stage("fine-tuning"):  # gates rest
+            mark_reduced(engine)
+        for batch in engine.phase("fine-tuning"):  # gates rest
             train_step(engine, batch)
         return engine.model.eval()
 
 
-def train_step(engine: DagEngine, batch: Batch) -> None:
+def train_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """One update of the weights."""
     with engine.autocast():
-        loss, measured = task_loss(engine.model, batch, engine.config.training.loss_weights)
-    engine.learn(loss, measured, "weights")
+        loss, measured = task_loss(engine.model, batch, engine.recipe.loss_weights)
+    engine.update(Objective(loss, measured))
 
 
-def search_step(engine: DagEngine, batch: Batch) -> None:
+def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """One update of the weights and one of the gates, as the variant has it."""
     training, model = engine.config.training, engine.model
     edges = len(model.graph.edges)
     first: dict[str, Tensor] = {}
     if training.search == "alternating":
         with engine.autocast():
-            loss, first = task_loss(model, batch, training.loss_weights)
-        engine.learn(loss, None, "weights")
+            loss, first = task_loss(model, batch, engine.recipe.loss_weights)
+        engine.update(Objective(loss, None, ("weights",)))
         batch = engine.batches["gates"].next()
     elif training.search == "frozen":
         model.edges.requires_grad_(False)
     with engine.autocast():
-        loss, measured = task_loss(model, batch, training.loss_weights)
+        loss, measured = task_loss(model, batch, engine.recipe.loss_weights)
     squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
     measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.detach()}
     updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
-    engine.learn(loss + training.squeeze * squeeze, measured, *updated)
+    engine.update(Objective(loss + training.squeeze * squeeze, measured, updated))
     model.edges.requires_grad_(True)
 
 
-def reduce_tasks(engine: DagEngine) -> None:
+def reduce_tasks(engine: Engine[SearchRecipe]) -> None:
     """Let every task keep what the reduction leaves it.  Warns of missed targets and of gates that hardly differ."""
     model, settings = engine.model, engine.config.reduction
     spread = model.gates.spread().tolist()
@@ -94,6 +95,13 @@ def reduce_tasks(engine: DagEngine) -> None:
             f" {SPREAD_WARNING}): their flow follows the position in the graph; search longer",
             stacklevel=2,
         )
+
+
+def mark_reduced(engine: Engine[SearchRecipe]) -> None:
+    """Remember, on disk too, that the reduction is done.  Momentum of what was does not enter fine-tuning."""
+    engine.recipe.reduced = True
+    engine.optimisers["weights"].state.clear()
+    engine.save()
 
 
 @torch.no_grad()

@@ -1,0 +1,216 @@
+"""The recipe of `den dag train`: phases, images, network, optimisers and measurements of a search and its peers."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from den.dag.config import SEARCHING, DagTrainConfig
+from den.dag.evaluate import evaluate_tasks
+from den.dag.graph import SubGraph
+from den.dag.model_config import DagConfig, quarter
+from den.dag.network import DagNetwork
+from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
+from den.dag.scenarios import load_tasks, loss_weights
+from den.data import ImageSet, MixedTaskBatches, SceneSet
+from den.nn.tasks import Task
+from den.support.randomness import seeded
+from den.train.checkpoint import load_checkpoint, load_weights, reading
+from den.train.config import PhaseConfig
+from den.train.engine import Engine
+from den.train.phases import Phase, schedule_factor
+from den.train.recipe import Measured, Recipe
+
+TaskSet = ImageSet | SceneSet
+Network = DagNetwork | PeerNetwork
+NETWORKS: dict[str, type[Network]] = {
+    "dag": DagNetwork,
+    "single": SeparateNetworks,
+    "cross-stitch": CrossStitchNetwork,
+}
+SEARCHED = "searched.safetensors"
+
+
+@dataclass(frozen=True)
+class SearchPhase(Phase):
+    """A stage of the search: warm-up, search or fine-tuning.  The weights' rate falls to 0 by a cosine."""
+
+    name: str
+    settings: PhaseConfig
+    before: int  # updates that the cosine has behind it where the phase begins
+    over: int  # updates within which it falls
+    stream: str = "all"
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        return (self.name,)
+
+    @property
+    def labels(self) -> dict[str, str | int]:
+        return {"stage": self.name}
+
+    @property
+    def trained(self) -> dict[str, float]:
+        return {"weights": self.settings.rate}
+
+    def scale(self, step: int) -> float:
+        return schedule_factor("cosine", (self.before + step) / self.over)
+
+
+def search_phases(config: DagTrainConfig) -> tuple[SearchPhase, ...]:
+    """Warm-up, search, fine-tuning; what searches nothing has no updates but those of fine-tuning.
+
+    Warns where the squeeze loss can never act, because the gates begin below kappa.
+    """
+    training, halves = config.training, config.mode == "adashare" or config.training.search == "alternating"
+    first, second = (round(share * training.steps) for share in training.shares[:2])
+    if config.mode not in SEARCHING:
+        first, second = 0, 0
+    elif training.squeeze and training.kappa > 0.5:
+        warnings.warn(
+            f"training.kappa is {training.kappa} of the edges, but all gates begin at 1/2: the squeeze loss acts only"
+            " where they grow; set it below 0.5",
+            stacklevel=2,
+        )
+    both, last = first + second, training.steps - first - second
+    return (
+        SearchPhase("warm-up", PhaseConfig(first, training.rate), 0, both),
+        SearchPhase("search", PhaseConfig(second, training.rate), first, both, "weights" if halves else "all"),
+        SearchPhase("fine-tuning", PhaseConfig(last, training.fine_rate), 0, last),
+    )
+
+
+class SearchRecipe(Recipe):
+    """A search, or the training of a peer, on the images of its scenario.
+
+    Attributes:
+        reduced: whether the tasks have been reduced to what they keep.
+    """
+
+    model: Network
+    keeps_best = False
+
+    def __init__(self, config: DagTrainConfig, device: torch.device) -> None:
+        self.config, self.reduced = config, False
+        parts = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
+        sets, self.held_out = ([each.to(device) for each in part] for part in parts)
+        tasks = [task for each in sets for task in each.tasks]
+        self.loss_weights = loss_weights(config, tasks)
+        self.model = new_network(config, tasks).to(device)
+        self.batches = make_batches(sets, config)
+        training = config.training
+        self.optimisers = {
+            "weights": torch.optim.SGD(
+                weight_groups(self.model, config), training.rate, training.momentum, weight_decay=training.weight_decay,
+                nesterov=training.momentum > 0,
+            ),
+            "gates": torch.optim.Adam(self.model.gates.parameters(), training.gate_rate),
+        }  # fmt: skip
+
+    def phases(self) -> tuple[SearchPhase, ...]:
+        return search_phases(self.config)
+
+    def begin(self, engine: Engine[Any]) -> None:
+        """Take over the searched network of `start`, ready to be reduced."""
+        if self.config.start is not None:
+            engine.take_over(Path(self.config.start) / SEARCHED)
+            engine.position.phase = 2
+            engine.position.total_steps = sum(phase.settings.steps for phase in engine.phases[:2])
+
+    def enter(self, engine: Engine[Any], phase: SearchPhase) -> None:
+        self.model.train()
+        self.model.gates.requires_grad_(phase.name == "search")
+
+    def temperature(self, engine: Engine[Any]) -> float:
+        """AdaShare's, of the Gumbel-softmax: it falls from epoch to epoch of the search."""
+        peers = self.config.peers
+        return peers.temperature * peers.cooling ** (engine.position.step // engine.epoch_steps)
+
+    def epoch_steps(self, phase: Phase) -> int:
+        return self.batches["all"].epoch_steps
+
+    def measure(self, engine: Engine[Any], phase: SearchPhase) -> Measured:
+        """Results of every task, and the gates."""
+        gates = self.model.gates
+        drawn = self.config.mode == "adashare" and phase.name == "search"  # measured as it trains, but for the noise
+        with gates.drawn(torch.zeros_like(gates.gamma), self.temperature(engine)) if drawn else nullcontext():
+            results = evaluate_tasks(self.model, self.held_out)
+        edges = gates.gamma.detach().sigmoid().sum(1)
+        told = {"mean_edges": edges.mean().item(), "edges": edges.tolist(), "spread": gates.spread().tolist()}
+        return Measured({"held_out": {name: dataclasses.asdict(r) for name, r in results.items()}, "gates": told})
+
+    def kept(self, phase: SearchPhase) -> tuple[str, ...]:
+        return (SEARCHED,) if phase.name == "search" else ()
+
+    def record(self) -> dict[str, Any]:
+        return {"dag": self.model.config.to_dict(), "network": type(self.model).__name__, "reduced": self.reduced}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        self.reduced = record["reduced"]
+
+
+def load_network(path: Path) -> Network:
+    """The network of a checkpoint, in evaluation mode; ValueError when it holds none."""
+    tensors, record = load_checkpoint(path)
+    if "dag" not in record:
+        raise ValueError(f"load_checkpoint: {path} must hold a network of den dag train, got another")
+    kinds = {kind.__name__: kind for kind in NETWORKS.values()}
+    with reading(path):
+        model = kinds[record.get("network", DagNetwork.__name__)](DagConfig.from_dict(record["dag"]))
+    load_weights(model, tensors, path)
+    return model.eval()
+
+
+def weight_groups(model: Network, config: DagTrainConfig) -> list[dict[str, Any]]:
+    """The optimiser's groups of what is learned but the gates; `factor`: of the learning rate."""
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("gates.")}
+    groups = [{"params": [p for name, p in learned.items() if name != "stitches"], "factor": 1.0}]
+    if "stitches" in learned:
+        groups.append({"params": [learned["stitches"]], "factor": config.peers.stitch_rate, "weight_decay": 0.0})
+    return groups
+
+
+def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> Network:
+    """The network of `config`; its weights are drawn with the seed, global generators stay as they were."""
+    network = config.network
+    shape: dict[str, Any] = {
+        name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates", "stages")
+    }
+    if config.mode == "adashare":
+        shape["gates"] = "bare"
+    if dense := [task for task in tasks if task.dense]:
+        shape["trunk_size"] = quarter(dense[0])
+    with seeded(config.seed):
+        model = NETWORKS.get(config.mode, DagNetwork)(DagConfig(tuple(tasks), **shape))
+    whole, states = model.graph.whole(), model.graph.states
+    first = tuple(network.read_in or j == 0 for j in range(states))
+    last = tuple(network.read_out or j == states - 1 for j in range(states))
+    for k in range(len(tasks)):
+        model.keep(k, SubGraph(model.graph, whole.edges, first, last))
+    return model
+
+
+def hold_out(sets: list[TaskSet], share: float, seed: int) -> tuple[list[TaskSet], list[TaskSet]]:
+    """Training sets, and the part of them that is held out."""
+    if share == 0:
+        return sets, []
+    splits = [each.split(share, seed) for each in sets]
+    return [kept for kept, _ in splits], [held_out for _, held_out in splits]
+
+
+def make_batches(sets: list[TaskSet], config: DagTrainConfig) -> dict[str, MixedTaskBatches]:
+    """Batches of all training images, and of the two halves that weights and gates learn from in turn."""
+    weights, gates = hold_out(sets, 0.5, config.seed)
+    parts = {"all": sets, "weights": weights, "gates": gates}
+    shares = [float(len(image_set)) for image_set in sets]
+    return {
+        name: MixedTaskBatches(part, config.data.batch_size, shares, config.seed + offset)
+        for offset, (name, part) in enumerate(parts.items())
+    }

@@ -1,0 +1,74 @@
+"""The images, the network and the optimiser of a run of `den train`, as its settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from den.data import ImageSet, load_set
+from den.data.images import stratified_split
+from den.nn.model import DeepElasticNetwork
+from den.nn.model_config import ModelConfig
+from den.nn.selector import SelectorConfig
+from den.nn.tasks import Task
+from den.support.randomness import seeded
+from den.train.config import EstimatorTraining, NetworkConfig, TrainConfig
+
+
+def load_sets(config: TrainConfig) -> tuple[list[ImageSet], list[ImageSet]]:
+    """A run's training sets, and the sets that its epochs are measured on, one for each task."""
+    return hold_out([load_set(name, "train", config.data.root) for name in config.data.tasks], config)
+
+
+def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet], list[ImageSet]]:
+    """Training sets, the share that is asked for, and what epochs are measured on: a part of them, or the test sets."""
+    if config.data.share < 1:
+        sets = [s.subset(stratified_split(s.labels, 1 - config.data.share, config.seed)[0]) for s in sets]
+    if config.data.validation == 0:
+        return sets, [load_set(name, "test", config.data.root) for name in config.data.tasks]
+    splits = [stratified_split(s.labels, config.data.validation, config.seed) for s in sets]
+    kept = [s.subset(split[0]) for s, split in zip(sets, splits, strict=True)]
+    return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
+
+
+def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElasticNetwork:
+    """The network of `network` for `tasks`, its weights drawn with `seed`; global generators stay as they were."""
+    selector = SelectorConfig(network.selector_channels) if network.selector_channels else None
+    config = ModelConfig(
+        tuple(tasks),
+        backbone=network.backbone,
+        stages=network.stages or None,
+        stem=network.stem,
+        levels=network.levels,
+        trunk_size=network.trunk_size,
+        selector=selector,
+    )
+    with seeded(seed):
+        return DeepElasticNetwork(config)
+
+
+def estimator_optimiser(
+    estimator: nn.Module, settings: EstimatorTraining, faster: Sequence[nn.Parameter] = (), factor: float = 1.0
+) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weight decay spares biases and norms unless `decay_all`.
+
+    The parameters `faster` learn at `factor` times the rate of the others, without weight decay.
+    """
+    apart = {id(p) for p in faster}
+    everything = [p for p in estimator.parameters() if id(p) not in apart]
+    matrices = [p for p in everything if p.ndim > 1 or settings.decay_all]
+    vectors = [p for p in everything if p.ndim <= 1 and not settings.decay_all]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": list(faster), "weight_decay": 0.0, "factor": factor},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=settings.first.rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+    )

@@ -1,0 +1,1 @@
+"""Reports of runs of `den dag train`: tables, drawings of the graphs, and what does not hold."""
