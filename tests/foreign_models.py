@@ -109,6 +109,9 @@ FAMILIES = {
     "torchvision_mobilenetv2": Family(
         lambda: stand_ins.Network(stand_ins.InvertedResidual), ("conv.0", "conv.1"), "conv", 3
     ),
+    "torchvision_mobilenetv2_narrow": Family(
+        lambda: stand_ins.Network(partial(stand_ins.InvertedResidual, expand=1)), ("conv.0",), "conv", 3
+    ),
     "torchvision_convnext": Family(
         lambda: stand_ins.Network(stand_ins.CNBlock, grows=False), ("block.4",), "block", 2, channels=3
     ),

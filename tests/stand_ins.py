@@ -70,12 +70,13 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = inplanes * expand
         self.use_res_connect = stride == 1 and inplanes == planes
-        block = [nn.Conv2d(inplanes, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
-        expansion = nn.Sequential(*block)
-        block = [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden)]
-        depthwise = nn.Sequential(*block, nn.ReLU6(inplace=True))
-        project = [nn.Conv2d(hidden, planes, 1, bias=False), nn.BatchNorm2d(planes)]
-        self.conv = nn.Sequential(expansion, depthwise, *project)
+        layers: list[nn.Module] = []
+        if expand > 1:
+            expansion = [nn.Conv2d(inplanes, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+            layers.append(nn.Sequential(*expansion))
+        depthwise = [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden)]
+        layers += [nn.Sequential(*depthwise, nn.ReLU6(inplace=True)), nn.Conv2d(hidden, planes, 1, bias=False)]
+        self.conv = nn.Sequential(*layers, nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x) if self.use_res_connect else self.conv(x)

@@ -88,6 +88,8 @@ class Carrier(threading.local):
         if not isinstance(levels, Tensor) or levels.ndim < 2 or levels.shape[1] != len(blocks):
             got = list(levels.shape) if isinstance(levels, Tensor) else type(levels).__name__
             raise ValueError(f"{_OP}: levels must be [B, {len(blocks)}], a column for each block, got {got}")
+        if levels.dtype == torch.bool and levels.shape[2:] != (groups,):
+            raise ValueError(f"{_OP}: masks must be [B, {len(blocks)}, {groups}], got {list(levels.shape)}")
         looks = levels.is_cpu and is_ordinary(levels)
         if any(block.lowest for block in blocks):
             levels = self._raised(levels, looks)

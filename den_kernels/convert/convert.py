@@ -68,17 +68,19 @@ def convert(
         raise ValueError(f"{_OP}: order must be 'none' or 'l1', got {order!r}")
     if any(isinstance(getattr(module, "carrier", None), Carrier) for module in model.modules()):
         raise ValueError(f"{_OP}: model must not be converted already, got {type(model).__name__} with elastic blocks")
-    args, kwargs = _arguments(model, example)
-    recording = record(model, args, kwargs)
-    found, left = _blocks(model, recording, shares)
-    chosen = _chosen(model, found, left, blocks)
-    if not chosen:
-        raise ValueError(_nothing(model, recording, left))
-    if order == "l1":
-        for each in chosen:
-            sort_by_l1(each.region)
-    blocks_made = _install(model, recording, chosen, shares)
-    return Report(blocks_made, tuple(left), len(shares))
+    with torch.random.fork_rng():  # the caller's generators stay as they are, and so does what is proved
+        torch.manual_seed(0)
+        args, kwargs = _arguments(model, example)
+        recording = record(model, args, kwargs)
+        found, left = _blocks(model, recording, shares)
+        chosen = _chosen(model, found, left, blocks)
+        if not chosen:
+            raise ValueError(_nothing(model, recording, left))
+        if order == "l1":
+            for each in chosen:
+                sort_by_l1(each.region)
+        made = _install(model, recording, chosen, shares)
+    return Report(made, tuple(left), len(shares))
 
 
 def _install(
@@ -86,20 +88,21 @@ def _install(
 ) -> tuple[Block, ...]:
     """Put routed layers in the place of the blocks' own, and fused forwards where there are such; the blocks."""
     shared = Shared(tuple(_block(each, shares) for each in chosen), len(shares))
-    carrier = Carrier(shared)
-    kernels: list[str | None] = []
+    carrier, routed = Carrier(shared), []
     for n, each in enumerate(chosen):
         modules = {layer.node.index: layer.node.target for layer in each.region.layers}
-        routed = routed_layers(each.region, shares, carrier, n, modules)
-        for index, layer in routed.items():
+        routed.append(routed_layers(each.region, shares, carrier, n, modules))
+    for layers in routed:
+        for index, layer in layers.items():
             model.set_submodule(recording.nodes[index].name, layer)
-        kernels.append(None)
-        if each.sum is not None and each.sum.scope == each.name != "":
-            kernels[n] = fuse(model.get_submodule(each.name), each.name, recording, each.region, each.sum, routed)
     model.register_forward_hook(Remember(carrier))
-    shared.blocks = tuple(
-        replace(block, kernel=kernel or block.kernel) for block, kernel in zip(shared.blocks, kernels, strict=True)
-    )
+    made = []
+    for each, layers, block in zip(chosen, routed, shared.blocks, strict=True):
+        kernel = None
+        if each.sum is not None and each.sum.scope == each.name != "":
+            kernel = fuse(model.get_submodule(each.name), each.name, recording, each.region, each.sum, layers)
+        made.append(replace(block, kernel=kernel or block.kernel))
+    shared.blocks = tuple(made)
     return shared.blocks
 
 
@@ -172,7 +175,7 @@ def _check(model: nn.Module, recording: Recording, region: Region, taken: set[in
     """Raises Unfit for layers that have to stay what they are."""
     owners: dict[int, int] = {}
     for module in model.modules():
-        for child in module.children():
+        for child in module._modules.values():
             owners[id(child)] = owners.get(id(child), 0) + 1
     holders = _holders(model)
     for layer in region.layers:
@@ -180,7 +183,8 @@ def _check(model: nn.Module, recording: Recording, region: Region, taken: set[in
         if node.index in taken:
             raise Unfit(f"{describe(node)} belongs to another block")
         if recording.calls[id(module)] > 1 or owners[id(module)] > 1:
-            raise Unfit(f"{describe(node)} is shared: it runs {recording.calls[id(module)]} times")
+            calls, places = recording.calls[id(module)], owners[id(module)]
+            raise Unfit(f"{describe(node)} is shared: it runs {calls} times and stands in {places} places")
         if any(holders[id(p)] > 1 for p in module.parameters(recurse=False)):
             raise Unfit(f"{describe(node)} shares a parameter with another module")
         if is_parametrized(module):

@@ -68,7 +68,9 @@ def _plain(layer: Any, level: int, groups: int) -> nn.Module:
         weight, bias = _nothing(layer, weight), None
     made = _linear(weight, bias) if isinstance(layer, RoutedLinear) else _conv(layer, weight, bias, level)
     made.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
-    return made
+    unread = layer.in_channels - made.in_channels if isinstance(made, nn.Conv2d) and not layer.in_groups else 0
+    # A grouped convolution that is elastic in its outputs alone, a depthwise one that stands first, reads fewer inputs.
+    return nn.Sequential(nn.ConstantPad3d((0, 0, 0, 0, 0, -unread), 0.0), made) if unread else made
 
 
 def _kept(sizes: Sequence[int], level: int) -> int | None:

@@ -183,7 +183,7 @@ def _bare(func: Any) -> str:
     if name.startswith("__") and name.endswith("__"):
         name = name.strip("_")
         return name[1:] if name in ("iadd", "radd", "imul", "rmul", "isub", "idiv", "itruediv") else name
-    return name.rstrip("_") or name
+    return name.strip("_") or name
 
 
 @contextmanager

@@ -116,10 +116,13 @@ class _Search:
         gates = []
         for node in inner:
             if len(node.inputs) == 2:
-                side = next(i for i in node.inputs if i not in self.path_indices)
-                source = next(i for i in node.inputs if i in self.path_indices)
-                nodes = {i for i in {side} | self.recording.ancestors(side) if source in self.recording.ancestors(i)}
-                end = next((n.index for n in main_path(self.recording, side) if has_weight(n)), -1)
+                sides = [i for i in node.inputs if i not in self.path_indices]
+                if len(sides) != 1:
+                    raise Unfit(f"{describe(node)} joins the hidden channels with others")
+                [source] = set(node.inputs) - set(sides)
+                before = {*sides, *self.recording.ancestors(sides[0])}
+                nodes = {i for i in before if source in self.recording.ancestors(i)}
+                end = next((n.index for n in main_path(self.recording, sides[0]) if has_weight(n)), -1)
                 gates.append((nodes, {end} & nodes))
         return gates
 

@@ -27,6 +27,7 @@ class LeftAlone:
     """A sum or a block that stays as it was."""
 
     name: str
+    """The path of the module that adds; "" of the model itself."""
     reason: str
 
 
@@ -53,7 +54,7 @@ class Report:
     def __str__(self) -> str:
         rows = [(str(n), b.name, b.kind, _shown(b.groups), b.kernel) for n, b in enumerate(self.blocks)]
         lines = _table([("", "block", "kind", "channel groups", "run by"), *rows])
-        lines += [f"left alone: {each.name}: {each.reason}" for each in self.left]
+        lines += [f"left alone: {each.name or 'model'}: {each.reason}" for each in self.left]
         return "\n".join(lines)
 
 

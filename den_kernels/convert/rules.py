@@ -19,7 +19,7 @@ _LOSES_ZERO = {"sigmoid", "hardsigmoid", "hard_sigmoid", "softplus", "clamp", "c
 _SPATIAL = {
     "avg_pool2d", "avgpool2d", "max_pool2d", "maxpool2d", "adaptive_avg_pool2d", "adaptiveavgpool2d",
     "adaptive_max_pool2d", "adaptivemaxpool2d", "mean", "flatten", "view", "reshape", "squeeze", "unsqueeze",
-    "getitem", "pad", "zeropad2d", "interpolate", "upsample", "expand", "boolean_dispatch",
+    "getitem", "pad", "zeropad2d", "interpolate", "upsample", "expand",
 }  # fmt: skip
 ADDS = ("add",)
 PRODUCTS = ("mul", "multiply")

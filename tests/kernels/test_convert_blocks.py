@@ -47,6 +47,7 @@ BRANCHES = {
     "bias last": lambda: [conv(8, 12), nn.ReLU(), conv(12, 8)],
     "linear": lambda: [nn.LayerNorm(6), nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)],
     "gate behind": lambda: [*basic(), Gate(8)],
+    "gate inside": lambda: [conv(8, 12), nn.BatchNorm2d(12), nn.ReLU(), Gate(12), conv(12, 8), nn.BatchNorm2d(8)],
     "depthwise behind": lambda: [*basic(), conv(8, 8, groups=8, bias=False), nn.BatchNorm2d(8)],
 }  # fmt: skip
 
@@ -59,8 +60,9 @@ class Gate(nn.Module):
         self.squeeze, self.excite = nn.Linear(channels, 4), nn.Linear(4, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
-        return x * gate[:, :, None, None]
+        pooled = F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1)
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(pooled))))
+        return x * gate.view(x.size(0), -1, 1, 1)
 
 
 @pytest.mark.parametrize("what", BRANCHES)
@@ -226,6 +228,12 @@ def shared_layer() -> nn.Module:
     return nn.Sequential(Residual(first, nn.ReLU(), last), Residual(first, nn.ReLU(), conv(8, 8)))
 
 
+def two_names() -> nn.Module:
+    model = Residual(conv(8, 8), nn.ReLU(), conv(8, 8))
+    model.again = model.branch[0]
+    return model
+
+
 def shared_parameter() -> nn.Module:
     model = Residual(conv(8, 8), nn.ReLU(), conv(8, 8))
     model.branch[2].weight = model.branch[0].weight
@@ -262,7 +270,8 @@ class Dense(nn.Module):
 
 LEFT = {
     "shared block": (shared_block, "shared: it runs 2 times"),
-    "shared layer": (shared_layer, "shared"),
+    "shared layer": (shared_layer, "shared: it runs 2 times and stands in 2 places"),
+    "one layer, two names": (two_names, "shared: it runs 1 times and stands in 2 places"),
     "shared parameter": (shared_parameter, "shares a parameter with another module"),
     "parametrised": (lambda: Residual(weight_norm(conv(8, 8)), nn.ReLU(), conv(8, 8)), "Parametrized"),
     "quantised": (quantised, "no two convolutions or linear layers follow each other"),
@@ -304,6 +313,13 @@ def test_bad_arguments(what):
     settings, message = BAD[what]
     with pytest.raises(ValueError, match=f"convert: (.|\n)*{message}"):
         convert(Network(PlainBasicBlock), example=torch.randn(1, 3, 8, 8), **settings)
+
+
+def test_random_numbers_of_the_caller_stay_what_they_are():
+    model, x = Network(PlainBasicBlock), torch.randn(1, 3, 8, 8)
+    state = torch.get_rng_state()
+    convert(model, 2, example=x)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_is_converted_once():

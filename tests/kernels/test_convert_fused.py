@@ -16,9 +16,15 @@ from tests.oracle import unlike_new
 from tests.stand_ins import HuggingBottleneck, PlainBasicBlock
 
 LAYERS = "dynamic convolutions"
-FORMS = dict.fromkeys(("pytorchcv_resnet", "pytorchcv_preresnet", "pytorchcv_wrn", "torchvision_basic"), BASIC)
-FORMS |= dict.fromkeys(("pytorchcv_resnet_bottleneck", "pytorchcv_preresnet_bottleneck"), BOTTLENECK)
-FORMS["torchvision_bottleneck"] = BOTTLENECK
+FORMS = {
+    "pytorchcv_resnet": BASIC,
+    "pytorchcv_preresnet": BASIC,
+    "pytorchcv_wrn": BASIC,
+    "torchvision_basic": BASIC,
+    "pytorchcv_resnet_bottleneck": BOTTLENECK,
+    "pytorchcv_preresnet_bottleneck": BOTTLENECK,
+    "torchvision_bottleneck": BOTTLENECK,
+}
 HAS_DIRECT = runs_direct(torch.device("cpu"), torch.float32, (16, 16, 3, 3), (16, 16, 3, 3))
 
 

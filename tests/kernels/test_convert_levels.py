@@ -298,6 +298,7 @@ BAD = {
     "one axis": (lambda: torch.zeros(6, dtype=torch.long), ValueError, r"levels must be \[B, 3\].*got \[6\]"),
     "a list": (lambda: [[0, 1, 2]], ValueError, "levels must be .* got list"),
     "too high": (lambda: torch.full((6, 3), 5), ValueError, "must be in 0..4"),
+    "masks": (lambda: torch.ones(6, 3, 5).bool(), ValueError, r"masks must be \[B, 3, 4\], got \[6, 3, 5\]"),
     "floats": (lambda: torch.zeros(6, 3), TypeError, "levels must be an integer tensor, got torch.float32"),
 }
 
