@@ -66,7 +66,7 @@ class BottleneckWeights(HasHandle):
             )
             return weights._with_direct() if weights._runs_direct() else weights
 
-    @cached_property
+    @property
     def out_channels(self) -> int:
         """C_out."""
         return self.conv3.shape[0]

@@ -132,7 +132,7 @@ class ResidualWeights(HasHandle):
         """What the fused kernel of a GPU takes of these weights: see `_cuda.addresses_of`."""
         return _cuda.addresses_of(self)
 
-    @cached_property
+    @property
     def out_channels(self) -> int:
         """C_out."""
         return self.conv2.shape[0]
