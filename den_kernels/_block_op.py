@@ -64,7 +64,7 @@ class BlockOp:
     operands: what the registered ops take behind x, for a route and weights.
     reference(x, route, weights, shortcut): the definition; runs float64.
     compute(x, route, weights, shortcut, inplace): the block for x channels-last, through the kernels of its device.
-    shortcut None is the block's own, without parameters; `inplace` writes the result over the shortcut, or over x.
+    shortcut None is the block's own, without parameters; `inplace`, of that one only, writes the result over x.
     """
 
     def __init__(self, name: str, operands: Operands, reference: Reference, compute: Compute) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._block_op import keeps_shape, own_shortcut
+from ._block_op import own_shortcut
 from .plan import Route, read_route
 from .residual_weights import ResidualWeights
 from .rows import gather_rows, scatter_rows_
@@ -24,7 +24,7 @@ def run_direct(
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
     """shortcut + branch(x) in C++ (csrc/dynamic_residual.cpp)."""
-    if inplace or (shortcut is None and keeps_shape(x, weights)):
+    if inplace or (shortcut is None and weights.stride == 1 and weights.conv2.shape[0] == x.shape[1]):
         shortcut = x
     elif shortcut is None:
         shortcut, inplace = own_shortcut(x, weights), True
