@@ -92,10 +92,11 @@ def slug(gpu: str) -> str:
 def pytest_command(step: Step, rows: Path, until: float, options: argparse.Namespace) -> list[str]:
     """A step as a command line."""
     hung = ("-o", f"faulthandler_timeout={CHECK}", "-o", "faulthandler_exit_on_timeout=true")
-    most = int(step.marks == "smoke") if options.rehearse else os.cpu_count() or 1  # one core: spread only once
+    most = int(step is STEPS["smoke"]) if options.rehearse else os.cpu_count() or 1  # one core: spread only once
     workers = min(step.workers, most)
     spread = ("-n", str(workers)) if workers else ("-p", "no:xdist")
-    expressions = [f"({text})" for text in (options.select, options.rehearse and step.rehearsed) if text]
+    select = options.select if step is not STEPS["smoke"] else None  # which runs whole, whatever is asked for
+    expressions = [f"({text})" for text in (select, options.rehearse and step.rehearsed) if text]
     chosen = ("-k", " and ".join(expressions)) if expressions else ()
     plugins = ("-p", "benchmarks.gpu_rows", *(("-p", "benchmarks.rehearsal", "--rehearse") if options.rehearse else ()))
     kept = ("--rows", str(rows), "--until", str(until), "-p", "no:cacheprovider", "-v", "--no-header", "--tb=short")
@@ -254,7 +255,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=list(STEPS), help="these steps; what is kept of the others stays")
-    parser.add_argument("--select", metavar="EXPRESSION", help="of every step only these checks, as pytest's -k")
+    parser.add_argument("--select", metavar="EXPRESSION", help="of every step but the smoke only these, as pytest's -k")
     parser.add_argument(
         "--budget", type=float, default=480.0, help="seconds; what does not fit is skipped, and said so"
     )

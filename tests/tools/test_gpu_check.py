@@ -105,6 +105,13 @@ def test_no_check_may_take_more_than_three_minutes(tmp_path):
         assert {"faulthandler_timeout=180", "faulthandler_exit_on_timeout=true"} <= set(command)
 
 
+def test_the_smoke_is_whole_whatever_is_selected(tmp_path):
+    options = argparse.Namespace(select="conv", rehearse=False)
+    commands = {name: gpu_check.pytest_command(step, tmp_path, 0, options) for name, step in gpu_check.STEPS.items()}
+    assert [name for name, command in commands.items() if "-k" not in command] == ["smoke"]
+    assert "(conv)" in commands["times"]
+
+
 def test_a_line_cut_off_is_left_out(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"begin": "a"}\n{"check": "a", "stat')
