@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from den.nn.blocks.folded import FoldedBlock
 from den.nn.blocks.shape import BlockShape
 from den.nn.blocks.shortcut import Shortcut
 from den.nn.initial import initialise
+from den.nn.modules import lay_out_channels_last
 from den_kernels import (
     BottleneckWeights,
     DynamicBatchNorm2d,
@@ -21,7 +21,7 @@ from den_kernels import (
 
 @dataclass(frozen=True)
 class BottleneckShape(BlockShape):
-    """``in_channels -> width`` (1x1), ``width -> width`` (3x3, in ``cardinality`` groups), ``width -> channels`` (1x1).
+    """`in_channels -> width` (1x1), `width -> width` (3x3, in `cardinality` groups), `width -> channels` (1x1).
 
     A level keeps whole cardinality groups, the first ones.
     """
@@ -50,14 +50,14 @@ class BottleneckShape(BlockShape):
 
 
 class BottleneckBlock(FoldedBlock):
-    """The block ``shortcut(x) + conv3(relu(bn3(conv2(relu(bn2(conv1(relu(bn1(x))))))))`` of elastic hidden channels.
+    """The block `shortcut(x) + conv3(relu(bn3(conv2(relu(bn2(conv1(relu(bn1(x))))))))` of elastic hidden channels.
 
     Input [B, in_channels, H, W] -> output [B, channels, ceil(H / stride), ceil(W / stride)]; both widths between the
-    convolutions are the hidden one, and an instance at level ``l`` uses the first ``l`` groups of both. conv2 has the
+    convolutions are the hidden one, and an instance at level `l` uses the first `l` groups of both. conv2 has the
     stride and the cardinality (He et al., CVPR 2016; Xie et al., CVPR 2017), pre-activation as the basic block; level
-    0 is exactly the shortcut, and the batch norms see the instances that :class:`den.nn.blocks.ElasticBlock`'s see.
+    0 is exactly the shortcut, and the batch norms see the instances that `den.nn.blocks.ElasticBlock`'s see.
 
-    In eval mode without gradients the block runs as one op on folded weights, :func:`den_kernels.dynamic_bottleneck`,
+    In eval mode without gradients the block runs as one op on folded weights, `den_kernels.dynamic_bottleneck`,
     and on a CPU only the instances above level 0 are read: at level 0 an instance costs nothing.
 
     Args:
@@ -66,9 +66,9 @@ class BottleneckBlock(FoldedBlock):
 
     Raises:
         ValueError: a stride other than 1 and 2, fewer channels out than in, levels that the hidden channels or their
-            cardinality groups cannot be cut into; ``x`` of other channels, without pixels or on another device; a route
+            cardinality groups cannot be cut into; `x` of other channels, without pixels or on another device; a route
             of other groups or instances.
-        TypeError: ``x`` of another dtype than a frozen block.
+        TypeError: `x` of another dtype than a frozen block.
     """
 
     op, op_ = staticmethod(dynamic_bottleneck), staticmethod(dynamic_bottleneck_)
@@ -88,7 +88,7 @@ class BottleneckBlock(FoldedBlock):
         self.conv3 = DynamicConv2d(width, shape.channels, 1, bias=False, in_groups=groups)
         for conv in (self.conv1, self.conv2, self.conv3):
             initialise(conv)
-        self.to(memory_format=torch.channels_last)
+        lay_out_channels_last(self)
 
     def layers(self) -> tuple[tuple[DynamicConv2d, DynamicBatchNorm2d | None], ...]:
         """The convolutions in order, each with the batch norm (and ReLU) that follows it."""

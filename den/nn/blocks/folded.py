@@ -6,18 +6,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from den.nn.blocks.shortcut import Shortcut
 from den.nn.folding import may_fold
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
 from den_kernels.building import FoldCache, refuse_transforms, stand_in
 
 
 class FoldedBlock(nn.Module):
-    """``shortcut(x) + residual(x, route)``, in eval mode without gradients one call of an op on folded weights.
+    """`shortcut(x) + residual(x, route)`, in eval mode without gradients one call of an op on folded weights.
 
     The weights are kept until a parameter or a running statistic changes. A subclass has the modules, `shortcut`,
     `conv1` and others, and says what its residual is and how its weights are folded.
     """
 
+    conv1: DynamicConv2d
+    shortcut: Shortcut
     op: Callable[..., Tensor]
     """Of x, a route and the folded weights; a static method, as `op_`, which may write over x."""
     op_: Callable[..., Tensor]
@@ -45,7 +48,7 @@ class FoldedBlock(nn.Module):
         Args:
             x: [B, in_channels, H, W].
             route: levels of the instances; None: all hidden channels for all.
-            inplace: the result may be written over ``x`` (only done for inference).
+            inplace: the result may be written over `x` (only done for inference).
 
         Returns:
             [B, channels, ceil(H / stride), ceil(W / stride)].
@@ -71,7 +74,7 @@ class FoldedBlock(nn.Module):
         return self.conv1.out_groups, *norms
 
     def freeze(self) -> None:
-        """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""
+        """Keep the weights only as the kernel reads them, for good: see `DeepElasticNetwork.freeze`."""
         weights = self.folded().released()
         if weights.direct is None:
             return
@@ -87,7 +90,7 @@ class FoldedBlock(nn.Module):
 
 
 def _release(block: nn.Module, convs: Iterable[nn.Conv2d]) -> None:
-    """Give up the weights of `convs`, of which shape, dtype and device are left, and the block's ``state_dict``."""
+    """Give up the weights of `convs`, of which shape, dtype and device are left, and the block's `state_dict`."""
     for conv in convs:
         conv.weight = nn.Parameter(stand_in(conv.weight.detach()), requires_grad=False)
     block.register_state_dict_pre_hook(_refuse_to_save)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from den.nn.blocks.folded import FoldedBlock
@@ -10,12 +9,13 @@ from den.nn.blocks.shape import BlockShape
 from den.nn.blocks.shortcut import Shortcut
 from den.nn.initial import initialise
 from den.nn.levels import level_groups
+from den.nn.modules import lay_out_channels_last
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights, Route, dynamic_residual, dynamic_residual_
 
 
 @dataclass(frozen=True)
 class ResidualShape(BlockShape):
-    """Two 3x3 convolutions, ``in_channels -> width -> channels``, the first with the stride."""
+    """Two 3x3 convolutions, `in_channels -> width -> channels`, the first with the stride."""
 
     stride: int
 
@@ -31,11 +31,11 @@ class ResidualShape(BlockShape):
 
 
 class ElasticBlock(FoldedBlock):
-    """The block ``shortcut(x) + conv2(relu(bn2(conv1(relu(bn1(x))))))`` whose hidden channels are elastic.
+    """The block `shortcut(x) + conv2(relu(bn2(conv1(relu(bn1(x))))))` whose hidden channels are elastic.
 
     Input [B, in_channels, H, W] -> output [B, channels, ceil(H / stride), ceil(W / stride)], channels-last in memory.
-    An instance at level ``l`` uses the first ``l`` groups of hidden channels and nothing else; at level 0 the block is
-    exactly its shortcut: 2x2 average pooling where ``stride`` is 2, and zeros for the channels that are new. While
+    An instance at level `l` uses the first `l` groups of hidden channels and nothing else; at level 0 the block is
+    exactly its shortcut: 2x2 average pooling where `stride` is 2, and zeros for the channels that are new. While
     training, bn1 takes its statistics from the instances above level 0 and bn2, channel by channel, from those that
     use the channel.
 
@@ -59,14 +59,14 @@ class ElasticBlock(FoldedBlock):
         self.conv2 = DynamicConv2d(channels, channels, 3, padding=1, bias=False, in_groups=groups)
         for conv in (self.conv1, self.conv2):
             initialise(conv)
-        self.to(memory_format=torch.channels_last)
+        lay_out_channels_last(self)
 
     def layers(self) -> tuple[tuple[DynamicConv2d, DynamicBatchNorm2d | None], ...]:
         """The convolutions in order, each with the batch norm (and ReLU) that follows it."""
         return (self.conv1, self.bn2), (self.conv2, None)
 
     def residual(self, x: Tensor, route: Route | None = None) -> Tensor:
-        """``conv2(relu(bn2(conv1(relu(bn1(x))))))`` over the selected channels; 0 for instances at level 0."""
+        """`conv2(relu(bn2(conv1(relu(bn1(x))))))` over the selected channels; 0 for instances at level 0."""
         if self.bn1 is not None:
             x = self.bn1(x, None if route is None else route.active(), relu=True)
         hidden = self.bn2(self.conv1(x, route), route, relu=True)
