@@ -69,7 +69,7 @@ class FoldedBlock(nn.Module):
         return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
 
     def settings(self) -> tuple[object, ...]:
-        """What folded weights depend on besides tensors."""
+        """All but tensors that folded weights depend on."""
         norms = [module.eps for module in self._modules.values() if isinstance(module, nn.BatchNorm2d)]
         return self.conv1.out_groups, *norms
 
