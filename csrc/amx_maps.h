@@ -26,8 +26,8 @@ struct Window {
   int64_t H, W, top, left, Ho, Wo, R, S, stride[2];
 };
 
-// A zero-padded map of `together` interleaved instances in scratch memory. unit: 32 channels, or all of a narrow map and
-// the zeros that its cutting adds.
+// A zero-padded map of `together` interleaved instances in scratch memory. unit: 32 channels, or all of a narrow map
+// and the zeros that its cutting adds.
 struct Map {
   int64_t H, W, top, left, columns, together, unit, blocks, plane;
   int64_t group() const { return plane * blocks; }
@@ -153,7 +153,8 @@ inline std::vector<bf16> of_selected(const Convolution& c) {
       if (narrow || block.index == n % steps / (c.R * c.S)) lanes = block.lanes;
     for (int64_t k = 0; k < cut.pairs * 2; ++k) {
       const int64_t channel = narrow ? (n % steps % cut.steps * cut.pairs * 2 + k) % cut.unit : k;
-      for (int64_t o = 0; o < 16 && !(lanes >> channel & 1); ++o) made[n * 512 + (k / 2 * 16 + o) * 2 + k % 2] = bf16{0};
+      for (int64_t o = 0; o < 16 && !(lanes >> channel & 1); ++o)
+        made[n * 512 + (k / 2 * 16 + o) * 2 + k % 2] = bf16{0};
     }
   }
   return made;

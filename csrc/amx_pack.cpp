@@ -49,7 +49,7 @@ int64_t amx_packed_size(int64_t O, int64_t R, int64_t S, const std::vector<int64
 }
 
 void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
-                       const std::vector<int64_t>& widths) {
+                      const std::vector<int64_t>& widths) {
   const int64_t G = static_cast<int64_t>(widths.size()) - 1, I = widths[G], tiles = (O + 15) / 16;
   for (int64_t g = 1; g <= G; ++g) {
     if (!is_narrow(widths[g]) && g < G) continue;

@@ -53,7 +53,7 @@ Section section_of(const bf16* packed, const std::vector<int64_t>& widths, int64
 // [ceil(O / 16)][step][16][16][2] in `amx_packed_size` values: a wide level reads the first steps of the widest, a
 // narrow one's steps are its own. The last value is 0 where all others are finite.
 void amx_pack_weights(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
-                       const std::vector<int64_t>& widths);
+                      const std::vector<int64_t>& widths);
 int64_t amx_packed_size(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);
 
 }  // namespace den_kernels

@@ -265,9 +265,11 @@ struct TrunkHandle {
   template <class Handle>
   void add(const Handle& block) {
     const bool first = channels == any_size;
-    check(first || block.C == channels, op, "a block's input channels", "the output channels of the one before", block.C);
+    check(first || block.C == channels, op, "a block's input channels", "the output channels of the one before",
+          block.C);
     check(first || block.half == half, op, "blocks", "of one dtype", block.half ? "bfloat16 and float32" : "float32");
-    check(first || static_cast<int64_t>(block.sizes.size()) == G, op, "blocks", "of as many groups", block.sizes.size());
+    check(first || static_cast<int64_t>(block.sizes.size()) == G, op, "blocks", "of as many groups",
+          block.sizes.size());
     check(block.C_out >= block.C, op, "output channels", "at least the input channels", block.C_out);
     channels = block.C_out, half = block.half, G = static_cast<int64_t>(block.sizes.size());
     if (half)

@@ -1,5 +1,6 @@
-// The element types of the direct kernels, as they see them: in words of 32 bits, a float or a pair of bfloat16s, and in
-// vectors of 16 channels, which are float32. The bfloat16 half is there for a file that defines DEN_KERNELS_DOT_BF16.
+// The element types of the direct kernels, as they see them: in words of 32 bits, a float or a pair of bfloat16s, and
+// in vectors of 16 channels, which are float32. The bfloat16 half is there for a file that defines
+// DEN_KERNELS_DOT_BF16.
 #pragma once
 
 #include <cstdint>

@@ -145,8 +145,7 @@ void convolve_map(const Chunk& c, int i, int64_t begin, int64_t end, const Chann
 
 void hidden_items(const Chunk& c, int64_t begin, int64_t end) {
   const Problem& p = c.block;
-  convolve_map(c, 0, begin, end, c.stream, c.hidden, {p.conv1, steps_of(p.C, 1, 1), true},
-               WriteHidden{c, 0, p.bias1});
+  convolve_map(c, 0, begin, end, c.stream, c.hidden, {p.conv1, steps_of(p.C, 1, 1), true}, WriteHidden{c, 0, p.bias1});
 }
 
 template <class Wait>

@@ -84,8 +84,8 @@ KERNEL void activate_row(const Chunk& c, const bf16* x, bf16* a) {
       scale = load_pair(b.scale1 + k, b.C - k);
       shift = load_pair(b.shift1 + k, b.C - k);
     }
-    activate_runs<affine>(x + k, b.C, a + k / 32 * c.a.plane, c.a.pixel(), b.W, lanes_of(b.C - k), lanes_of(c.a.unit), scale,
-                          shift);
+    activate_runs<affine>(x + k, b.C, a + k / 32 * c.a.plane, c.a.pixel(), b.W, lanes_of(b.C - k), lanes_of(c.a.unit),
+                          scale, shift);
   }
 }
 
@@ -161,17 +161,18 @@ struct FinishOutput {
 
 void hidden_items(const Chunk& c, int64_t begin, int64_t end) {
   const ResidualBlock<bf16>& b = c.block;
-  const Convolution conv{
-      c.a,      c.a_of(0), c.count / c.a.together, b.Wo, b.R, b.S, b.stride, b.stride, c.tiling, c.stream,
-      c.hidden, {b.conv1, steps_of(b.C, b.R, b.S), true}};
+  const Convolution conv{c.a,      c.a_of(0), c.count / c.a.together,
+                         b.Wo,     b.R,       b.S,
+                         b.stride, b.stride,  c.tiling,
+                         c.stream, c.hidden,  {b.conv1, steps_of(b.C, b.R, b.S), true}};
   convolve(conv, begin, end, FinishHidden{c});
 }
 
 void output_items(const Chunk& c, int64_t begin, int64_t end) {
   const ResidualBlock<bf16>& b = c.block;
   const Section section = section_of(b.conv2, widths_of(b.sizes, b.M), c.hidden.end, b.C_out, b.R, b.S);
-  const Convolution conv{c.h,      c.h_of(0), c.count / c.h.together,  b.Wo,         b.R, b.S, 1, 1, c.tiling,
-                         c.hidden, c.outputs, section};
+  const Convolution conv{c.h,       c.h_of(0), c.count / c.h.together, b.Wo, b.R, b.S, 1, 1, c.tiling, c.hidden,
+                         c.outputs, section};
   convolve(conv, begin, end, FinishOutput{c});
 }
 

@@ -16,8 +16,8 @@ namespace {
 // Of a chunk. Weights are read once for all instances of a level in it, and more instances are more to wait for at the
 // end.
 constexpr int64_t most_instances = 32;
-// Pixels of the maps that go through a stage's blocks together: enough to hide how weights come in from the second-level
-// cache, few enough that the residual stream stays there; more where the weights do not fit in it.
+// Pixels of the maps that go through a stage's blocks together: enough to hide how weights come in from the
+// second-level cache, few enough that the residual stream stays there; more where the weights do not fit in it.
 constexpr int64_t stage_pixels = 1024, stage_pixels_of_large = 2048, large_weights = 1 << 20;
 
 template <class T>
@@ -43,7 +43,8 @@ int64_t cost_of(const ResidualBlock<T>& b, const Shape& s, int64_t width) {
 }
 template <class T>
 int64_t cost_of(const BottleneckProblem<T>& b, const Shape& s, int64_t width) {
-  return (s.H * s.W * s.C + s.Ho() * s.Wo() * (b.R * b.S * (b.cardinality == 1 ? width : b.M / b.cardinality) + s.C_out)) *
+  return (s.H * s.W * s.C +
+          s.Ho() * s.Wo() * (b.R * b.S * (b.cardinality == 1 ? width : b.M / b.cardinality) + s.C_out)) *
          width;
 }
 
@@ -201,11 +202,12 @@ void run_trunk(const Trunk<T>& t) {
   {
     omp_set_num_threads(1);  // of this thread alone: the blocks of a chunk are its own work
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < chunks; ++i) failure.guard([&] {
-      const int64_t first = i * each, count = std::min(each, t.B - first);
-      run.chunk(order.data() + first, count);
-      for (int64_t k = first; k < first + count; ++k) make_features(run, order[k]);
-    });
+    for (int64_t i = 0; i < chunks; ++i)
+      failure.guard([&] {
+        const int64_t first = i * each, count = std::min(each, t.B - first);
+        run.chunk(order.data() + first, count);
+        for (int64_t k = first; k < first + count; ++k) make_features(run, order[k]);
+      });
   }
   failure.rethrow();
 }

@@ -94,14 +94,12 @@ ALWAYS_INLINE void moments(const T* x, const Span& s, float* mean, float* square
   in_tiles(s.width, [&](auto width, int64_t lane, int64_t n) INLINED {
     constexpr int W = width;
     Lanes centre[W] = {}, sum[W] = {}, square[W] = {}, v;
-    for (int64_t i = 0; i < samples; ++i)
-      UNROLL for (int w = 0; w < W; ++w) {
+    for (int64_t i = 0; i < samples; ++i) UNROLL for (int w = 0; w < W; ++w) {
         load(x + i * s.rows / samples * s.stride + lane + w * lanes, n, v);
         centre[w] += v;
       }
     for (int w = 0; w < W; ++w) centre[w] /= static_cast<float>(samples);
-    for (int64_t r = 0; r < s.rows; ++r)
-      UNROLL for (int w = 0; w < W; ++w) {
+    for (int64_t r = 0; r < s.rows; ++r) UNROLL for (int w = 0; w < W; ++w) {
         load(x + r * s.stride + lane + w * lanes, n, v);
         v -= centre[w];
         sum[w] += v;
@@ -123,8 +121,7 @@ ALWAYS_INLINE void apply(const T* x, T* y, const Span& s, const Coefficients& k)
     const Lanes floor = Lanes{} + k.floor;
     Bits keep[W];
     for (int w = 0; w < W; ++w) copy_in(k.keep + lane + w * lanes, n, keep[w]);
-    for (int64_t r = 0; r < s.rows; ++r)
-      UNROLL for (int w = 0; w < W; ++w) {
+    for (int64_t r = 0; r < s.rows; ++r) UNROLL for (int w = 0; w < W; ++w) {
         const int64_t at = r * s.stride + lane + w * lanes;
         Lanes in, v;
         load(x + at, n, in);
@@ -143,8 +140,7 @@ ALWAYS_INLINE void reduce(const T* dy, const T* x, const Span& s, const Coeffici
     const Affine<W> affine(k, lane, n);
     const Lanes floor = Lanes{} + k.floor;
     Lanes sum[W] = {}, product[W] = {};
-    for (int64_t r = 0; r < s.rows; ++r)
-      UNROLL for (int w = 0; w < W; ++w) {
+    for (int64_t r = 0; r < s.rows; ++r) UNROLL for (int w = 0; w < W; ++w) {
         const int64_t at = r * s.stride + lane + w * lanes;
         Lanes in, d;
         load(x + at, n, in);
@@ -173,8 +169,7 @@ ALWAYS_INLINE void gradient(const T* dy, const T* x, T* dx, const Span& s, const
       through[w] = (Bits)(dvar[w] != 0.f);
       copy_in(k.keep + lane + w * lanes, n, keep[w]);
     }
-    for (int64_t r = 0; r < s.rows; ++r)
-      UNROLL for (int w = 0; w < W; ++w) {
+    for (int64_t r = 0; r < s.rows; ++r) UNROLL for (int w = 0; w < W; ++w) {
         const int64_t at = r * s.stride + lane + w * lanes;
         Lanes in, d, of_var;
         load(x + at, n, in);

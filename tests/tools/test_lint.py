@@ -1,4 +1,4 @@
-"""Linters as tests: ruff's rules, ruff's format and mypy's types, each in the release that the extra `dev` pins."""
+"""Linters as tests: ruff, clang-format and mypy, each in the release that the extra `dev` pins."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ def run(tool: str, *arguments: str) -> None:
         found = "none"
     if found != PINS[tool]:
         pytest.skip(f"{tool} must be {PINS[tool]} (pip install '.[dev]'), got {found}")
-    command = [sys.executable, "-m", tool, *arguments]
+    command = [sys.executable, "-m", tool.replace("-", "_"), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -38,6 +38,11 @@ def test_ruff_finds_nothing():
 
 def test_files_are_formatted():
     run("ruff", "format", "--check", ".")
+
+
+def test_c_is_formatted():
+    sources = sorted(str(path) for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+    run("clang-format", "--dry-run", "-Werror", *sources)
 
 
 def test_types_are_right():
