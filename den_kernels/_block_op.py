@@ -17,7 +17,7 @@ from .rows import pool_rows
 
 
 class BlockWeights(Protocol):
-    """What an op asks of a block's weights."""
+    """Weights of a block of any kind, by the fields that its op reads."""
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What the arguments of a dynamic convolution must be, and what they mean."""
+"""Checks of the arguments of a dynamic convolution, and their conversion to the form that the kernels take."""
 
 from collections.abc import Sequence
 
@@ -90,7 +90,7 @@ def pad(
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to the arguments of a convolution: all but float64 become its dtype."""
+    """Cast x [B, C, H, W] and the other arguments of a convolution to autocast's dtype if it is on; float64 stays."""
     tensors = [x, *others]
     device = x.device.type
     if device not in _WITH_AUTOCAST or not torch.is_autocast_enabled(device):

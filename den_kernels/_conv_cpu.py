@@ -197,7 +197,7 @@ def _convolve(
 
 
 def is_plain(segments: Sequence[Segment], out_channels: int) -> bool:
-    """Whether one ordinary convolution does it all: the whole batch, in its order, every output channel."""
+    """True where one ordinary convolution does it all: the whole batch, in its order, every output channel."""
     return len(segments) == 1 and segments[0].first == 0 and segments[0].part.outputs == (Run(0, out_channels),)
 
 

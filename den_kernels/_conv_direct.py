@@ -17,7 +17,7 @@ from .plan import Route
 
 
 def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = False) -> bool:
-    """Whether the direct convolution takes the call: a function of what the tensors are, not of what they hold.
+    """True where the direct convolution takes x [B, C_in, H, W] and weight [C_out, C_in, R, S], whatever they hold.
 
     Channels-last, or where the weight is packed already: then it pays to convert the maps. No cardinality, at most 49
     taps; in bfloat16 also dilation 1 and channels divisible by 16.

@@ -25,12 +25,12 @@ def _stream(tensor: Tensor) -> int:
 
 
 def plans_levels(device: torch.device, groups: int) -> bool:
-    """Whether `plan_levels` runs there: a counter for each warp and level must fit in shared memory."""
+    """True where `plan_levels` runs on the device: a counter for each warp and level must fit in shared memory."""
     return runs_on(device) and groups <= extension.plan_groups_cuda
 
 
 def plans_masks(device: torch.device, groups: int) -> bool:
-    """Whether `plan_masks` runs there: it holds a mask in one word."""
+    """True where `plan_masks` runs on the device: it holds a mask in one word."""
     return runs_on(device) and groups <= extension.plan_mask_groups_cuda
 
 

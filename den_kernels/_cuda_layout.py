@@ -1,4 +1,4 @@
-"""How the fused residual block (csrc/dynamic_residual.cu) lies on a GPU: a pure function of the problem.
+"""The layout of the fused residual block (csrc/dynamic_residual.cu) on a GPU: a pure function of the problem.
 
 A thread block has 8 warps. In conv2 `columns` of them share the output channels (64 each at most) and the others the
 pixels (64 each); in conv1 `hidden_columns` share a slice of hidden channels (16 each) and the others its pixels (64
@@ -30,7 +30,7 @@ class FusedProblem(NamedTuple):
 
 
 class FusedLayout(NamedTuple):
-    """What csrc/cuda_ops.h says of the struct of this name."""
+    """The struct of this name in csrc/cuda_ops.h, which explains each field."""
 
     instances: int
     rows: int
@@ -57,7 +57,7 @@ class FusedLayout(NamedTuple):
         return self.maps_bytes(p) + STAGES * max(slice1, slice2)
 
     def is_worth(self, p: FusedProblem) -> bool:
-        """Whether the kernel should win over two launches, whose tiles are pixels of many instances.
+        """True where the kernel should win over two launches, whose tiles are pixels of many instances.
 
         A byte of weights serves as many FLOPs as pixels share it, in float32 half as many, at half the rate: at 4 x 4
         and one instance the 16 would need some 20 TB/s of L2 to be as fast.

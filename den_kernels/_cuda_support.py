@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels of the extension run on a GPU: asked once for each, never found out by an error in a launch.
+"""Support of a GPU by the extension's CUDA kernels: asked once for each GPU, never found out by an error in a launch.
 
 The extension has code for some compute capabilities and PTX for all others, which the driver compiles if it knows that
 version of PTX; and it brings its own CUDA runtime, which wants a driver of its major version.
@@ -29,7 +29,7 @@ def explain(
     archs: list[str],  # that it has code for: "80" is compute capability 8.0
     capability: tuple[int, int],  # of the GPU
 ) -> str:
-    """Why the kernels do not run on a GPU and what to do, as one clause; "" where they run.
+    """The reason why the kernels do not run on a GPU and what to do, as one clause; "" where they run.
 
     >>> explain(0, "no error", 13000, (13, 0), ["80", "90"], (9, 0))
     ''
@@ -56,7 +56,7 @@ def explain(
 
 @lru_cache(maxsize=64)
 def refusal(index: int) -> str:
-    """Why the extension's kernels do not run on GPU `index` of compute capability 8.0 or more; "" where they do."""
+    """Explain why the kernels do not run on GPU `index` of compute capability 8.0 or more; "" where they do."""
     if extension is None or not extension.with_cuda:
         return "the extension was built without CUDA"
     code, text, driver = extension.kernel_status_cuda(index)
@@ -82,7 +82,7 @@ def _warn(text: str) -> None:
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the extension has kernels that run on a device; says once why not, if the capability is 8.0 or more."""
+    """True where the extension has kernels for a device; else warns once why, from compute capability 8.0 on."""
     if device.type != "cuda" or extension is None or not extension.with_cuda:
         return False
     return _runs(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,4 +1,4 @@
-"""What convolutions and batch norms must be to be folded into the weights of a block."""
+"""Checks of the convolutions and batch norms that are folded into the weights of a block."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""What the ops of a block take behind its map, by name: the tensors of a route, and fields of the block's weights."""
+"""The operands of a block's op behind x, by name: the tensors of a route, and fields of the block's weights."""
 
 from typing import Any, get_type_hints
 

@@ -112,9 +112,9 @@ def compute(
 
 
 def uses_direct(x: Tensor, weight: Tensor, route: Route, geometry: Geometry, packed: bool = False) -> bool:
-    """Whether a call on a CPU takes the direct convolution.
+    """True where a call on a CPU takes the direct convolution, of x [B, C_in, H, W] and weight [C_out, C_in, R, S].
 
-    Where no level is below the highest, the whole is one ordinary convolution, which oneDNN does faster.
+    A batch with every instance at the highest level is one ordinary convolution, which oneDNN does faster.
     """
     all_full = route.mask is None and int(route.offsets[1]) == x.shape[0]
     return not all_full and _conv_direct.runs_direct(x, weight, geometry, packed)

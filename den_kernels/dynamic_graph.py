@@ -86,7 +86,7 @@ class GraphWeights(HasHandle):
         return extension.Graph(self.states, self.edges, C, (R, S), list(self.direct), list(self.biases))
 
     def runs_whole(self, x: Tensor) -> bool:
-        """Whether one call runs the whole graph for maps as x's: a function of shapes and dtype."""
+        """True where one call runs the whole graph for maps of the shape and dtype of x [B, C, H, W]."""
         _, C, H, W = x.shape
         return bool(self.direct) and x.dtype == torch.float32 and 4 * self.states * C * H * W <= STATES_BYTES
 
@@ -99,7 +99,7 @@ def dynamic_graph_reference(
     gates: Tensor,  # [B, E]
     read_out: Tensor,  # [B, N]
 ) -> Tensor:  # [B, C, H, W]
-    """What `dynamic_graph` computes, as plain loops over instances, states and edges."""
+    """The definition of `dynamic_graph`, as plain loops over instances, states and edges."""
     outs = []
     for b in range(len(x)):
         states: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""When an op may be called as the plain function that it is, and what the ops do not do."""
+"""Tests of how an op is called (traced, transformed, recorded for autograd), and errors for what the ops cannot do."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -34,7 +34,7 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """Whether nothing but the op itself has to happen: an ordinary call, with no gradient to record.
+    """True where nothing but the op itself has to happen: an ordinary call, with no gradient to record.
 
     A call through `torch.library.custom_op` costs about 20 microseconds, and the first one in a process imports the
     whole of torch._dynamo: two seconds and 75 MB. Inference needs neither.
@@ -47,17 +47,17 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether the call becomes part of a graph that runs with other values: nothing may be decided from these."""
+    """True where the call becomes part of a graph that runs with other values: nothing may be decided from these."""
     return is_compiling() or _is_tracing() or _transforms()
 
 
 def is_jit_traced() -> bool:
-    """Whether torch.jit.trace records the call (the old ONNX exporter is one)."""
+    """True where torch.jit.trace records the call (the old ONNX exporter is one)."""
     return not is_compiling() and _is_tracing()
 
 
 def is_transformed() -> bool:
-    """Whether torch.func transforms the call (grad, vjp, vmap, ...): a custom op takes part in none of them."""
+    """True where torch.func transforms the call (grad, vjp, vmap, ...): a custom op takes part in none of them."""
     return _transforms()
 
 

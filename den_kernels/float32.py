@@ -1,4 +1,4 @@
-"""What float32 means in a convolution on a GPU, on every path: Triton, CUDA C++ and PyTorch's own through cuDNN."""
+"""The precision of float32 in a convolution on a GPU, on every path: Triton, CUDA C++ and PyTorch's through cuDNN."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 def allows_tf32() -> bool:
-    """Whether products of float32 convolutions may be rounded to TF32, as cuDNN's are under the same settings.
+    """True where products of float32 convolutions may be rounded to TF32, as cuDNN's are under the same settings.
 
     `torch.backends.cudnn.conv.fp32_precision` decides. It takes over `torch.backends.cudnn.fp32_precision` and
     `torch.backends.fp32_precision` where it was not set itself, and shows what was said through the older

@@ -19,7 +19,7 @@ _versions = attrgetter("_version")  # in C, for many tensors
 
 
 class _Epoch:
-    """How often what is kept had to be forgotten."""
+    """Counters of the events that make every cache forget its value."""
 
     everywhere = 0  # times that invalidate() was called
     devices = 0  # steps of optimisers, since there are values of tensors that the host cannot look at

@@ -1,4 +1,4 @@
-"""What this installation has, which implementations are active, what is missing and what that costs."""
+"""A report on this installation: its parts, the active implementations, what is missing and what that costs."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -111,7 +111,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _refusal(index: int, capability: tuple[int, int]) -> str:
-    """Why a GPU runs no CUDA kernel of ours, "" where it does or where another line says that there is none for it."""
+    """The reason why a GPU runs no CUDA kernel of ours; "" where it does, or where another line says why."""
     extension = _extension.extension
     known = extension is not None and extension.with_cuda and torch.version.cuda is not None
     return _cuda_support.refusal(index) if known and capability >= (8, 0) else ""
@@ -132,7 +132,7 @@ def _describe_extension() -> dict[str, Any]:
 
 
 def _shares_openmp() -> bool:
-    """Whether a change of torch's thread count reaches the extension, which it does only in one OpenMP runtime."""
+    """True where a change of torch's thread count reaches the extension, which it does only in one OpenMP runtime."""
     assert _extension.extension is not None
     threads = torch.get_num_threads()
     try:

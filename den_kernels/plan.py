@@ -34,7 +34,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """The plan of one block: which instances use how many channel groups."""
+    """The plan of one block: its instances, sorted by the channel groups that they use."""
 
     levels: Tensor
     """int32 [B]: groups in use (of a mask: how many are selected)."""
@@ -50,8 +50,8 @@ class Route:
     """bool [B, G] of a route made from masks."""
 
     def active(self) -> "Route":
-        """The same instances with one group: level 1 where any group is in use. Nothing is sorted again, so within
-        its segment the order is this route's."""
+        """A route of one group for these instances: level 1 where any group is in use. Nothing is sorted again, so
+        within its segment the order is this route's."""
         if self.mask is None:
             offsets = torch.cat([self.offsets[:1], self.offsets[self.groups :]])
         else:
@@ -151,14 +151,14 @@ class RoutingPlan:
         return self.order.shape[1]
 
     def idle(self) -> list[bool]:
-        """Which of the N blocks no instance uses. False for all elsewhere than on a CPU, where it would wait."""
+        """True for each of the N blocks that no instance uses; False for all on a GPU, where looking would wait."""
         if not self.levels.is_cpu or not is_ordinary(self.levels) or self.batch_size == 0:
             return [False] * len(self)
         used: list[int] = self.levels.amax(0).tolist()
         return [level == 0 for level in used]
 
     def to(self, device: torch.device | str) -> Self:
-        """The same plan on another device."""
+        """Copy the plan to another device."""
         masks = None if self.masks is None else self.masks.to(device)
         return replace(
             self,

@@ -20,7 +20,7 @@ def plan_levels_reference(
     levels: Tensor,  # integer [B, N]
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # levels int32 [N, B], order int32 [N, B], offsets int32 [N, groups + 2]
-    """What `plan_levels` computes, as plain loops. Levels must be in 0..groups."""
+    """The definition of `plan_levels`, as plain loops. Levels must be in 0..groups."""
     B, N = levels.shape
     orders, offsets = [], []
     for column in levels.t().tolist():
@@ -37,7 +37,7 @@ def plan_levels_reference(
 def plan_masks_reference(
     masks: Tensor,  # bool [B, N, G]
 ) -> tuple[Tensor, Tensor, Tensor]:  # levels int32 [N, B], order int32 [N, B], offsets int32 [N, B + 1]
-    """What `plan_masks` computes, as plain loops."""
+    """The definition of `plan_masks`, as plain loops."""
     B, N, _ = masks.shape
     orders, offsets = [], []
     for n in range(N):

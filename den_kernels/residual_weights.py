@@ -26,7 +26,7 @@ _HAS_DIRECT = {torch.float32: "has_dynamic_residual", torch.bfloat16: "has_dynam
 
 
 def stand_in(weight: Tensor) -> Tensor:
-    """What tells a weight's shape, dtype and device and takes no memory: one NaN, repeated."""
+    """A tensor of the shape, dtype and device of weight [O, I, R, S] that takes no memory: one NaN, repeated."""
     return torch.full_like(weight[0, 0, 0, 0], torch.nan).expand(weight.shape)
 
 
@@ -129,7 +129,7 @@ class ResidualWeights(HasHandle):
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """What the fused kernel of a GPU takes of these weights: see `_cuda.addresses_of`."""
+        """Addresses of these weights for the fused kernel of a GPU: see `_cuda.addresses_of`."""
         return _cuda.addresses_of(self)
 
     @property
@@ -144,7 +144,7 @@ class ResidualWeights(HasHandle):
 
     @property
     def unpacked(self) -> tuple[bool, bool]:
-        """Whether the direct kernel reads conv1 and conv2 where they are."""
+        """True for each of conv1 and conv2 that the direct kernel reads where it is."""
         if self.direct is None:
             return False, False
         return self.direct[0].ndim == 4, self.direct[1].ndim == 4
@@ -166,7 +166,7 @@ class ResidualWeights(HasHandle):
         )
 
     def hidden(self, groups: tuple[bool, ...], whole: HiddenWeights) -> HiddenWeights:
-        """Those of a selection of groups, put together (masks have too many selections to prepare them all)."""
+        """The weights of a selection of groups, put together: masks have too many selections to prepare them all."""
         outputs, biases, inputs = (
             [part for part, chosen in zip(tensor.split(self.groups, dim), groups, strict=True) if chosen]
             for tensor, dim in ((whole.conv1, 0), (whole.bias1, 0), (whole.conv2, 1))
@@ -174,7 +174,7 @@ class ResidualWeights(HasHandle):
         return HiddenWeights(torch.cat(outputs), torch.cat(biases), _channels_last(torch.cat(inputs, 1)), False)
 
     def _packed(self, copy: bool = True) -> "ResidualWeights":
-        """What is not packed for the direct kernel yet, packed; without `copy` only what it cannot read where it is."""
+        """Pack for the direct kernel what is not packed yet; without `copy` only what it cannot read where it is."""
         conv1, conv2 = self.direct or (self.conv1, self.conv2)
         if conv1.ndim == 4 and (copy or not _may_stay(conv1, _WIDE[0])):
             conv1 = pack(conv1, (), self.scale2)
@@ -204,7 +204,7 @@ class ResidualWeights(HasHandle):
 
 
 def runs_direct(device: torch.device, dtype: torch.dtype, conv1: Sequence[int], conv2: Sequence[int]) -> bool:
-    """Whether a direct kernel takes the block with weights of these shapes, [M, C, R, S] and [C_out, M, R, S].
+    """True where a direct kernel takes the block with weights of these shapes, [M, C, R, S] and [C_out, M, R, S].
 
     float32 on a CPU with AVX-512, bfloat16 on one with AMX or AVX-512 BF16; whole vectors of channels, one kernel size
     up to 7 x 7.
@@ -217,7 +217,7 @@ def runs_direct(device: torch.device, dtype: torch.dtype, conv1: Sequence[int], 
 
 
 def _may_stay(weight: Tensor, wide: int) -> bool:
-    """Whether the kernel can read a weight where it is without losing much."""
+    """True where the kernel can read weight [O, I, R, S] where it is without losing much time."""
     readable = weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)
     return readable and weight.shape[1] >= wide
 
@@ -245,7 +245,7 @@ def _channels_last(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed convolution is there."""
+    """True where torch has oneDNN's packed convolution of the dtype."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""What a cache owes to the streams of a GPU: a value built on one of them is read on all.
+"""Duties of a cache to the streams of a GPU: a value built on one of them is read on all.
 
 - Another stream that reads a value waits for the event behind its building, once.
 - Memory that another stream read is not given to somebody else before that stream is done, though the cache forgets it.
@@ -36,7 +36,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 class _Built(NamedTuple):
-    """What was built on one GPU."""
+    """The tensors of a value on one GPU."""
 
     device: torch.device
     tensors: list[Tensor]
@@ -55,7 +55,7 @@ def _mark(value: Any) -> Iterator[_Built]:
 
 
 class Guarded(Generic[Value]):
-    """What ``build()`` makes of ``sources``, for all streams; on a CPU it is just that.
+    """A value made by ``build()`` from ``sources``, for all streams of a GPU; on a CPU there is nothing to guard.
 
     ``captured`` is a list of the cache, as long-lived as that: values that a graph reads are put there. Raises
     RuntimeError where the sources lie on a GPU that captures a graph.
@@ -72,7 +72,7 @@ class Guarded(Generic[Value]):
         self._built = list(_mark(self._value)) if on_gpu else []
 
     def get(self) -> Value:
-        """The value, which the current stream may read whatever happens to it afterwards."""
+        """The value, which the current stream may read even if the cache forgets it meanwhile."""
         if self._built:
             self._share()
         return self._value

@@ -100,7 +100,7 @@ def masked_conv2d(
     in_groups: Sequence[int] | None = None,
     **keywords: Any,
 ) -> Tensor:
-    """What PyTorch makes of a dynamic convolution: the whole one, masked on both sides. Sets the tolerance."""
+    """A dynamic convolution by PyTorch: the whole one, masked on both sides. Its error sets the tolerance."""
     if in_groups:
         x = x.where(channel_mask(selection, in_groups)[:, :, None, None], 0)
     y = F.conv2d(x, weight, bias, **keywords)

@@ -46,7 +46,7 @@ DISTRUST = 1.03  # times faster than fewer warps
 
 @contextmanager
 def trying(arch: int, key: table.Key, tile: Sequence[int] | None) -> Iterator[None]:
-    """With this tile, None for that of the rules, in the table in memory, so that the launchers themselves take it."""
+    """Put a tile into the table in memory, so that the launchers themselves take it; None: that of the rules."""
     entries = table.tiles(arch)
     before = entries.pop(key, None)
     if tile is not None:
@@ -81,7 +81,7 @@ def shared_bytes(kind: str, tile: Tile, dtype: torch.dtype) -> int:
 
 
 def fits(kind: str, tile: Tile, n: int, k: int, dtype: torch.dtype, shared: int) -> bool:
-    """Whether a launch may have the tile: sound, its operands in shared memory, its sums in 128 registers a thread."""
+    """True where a tile is sound, its operands fit shared memory and its sums 128 registers a thread."""
     sums = tile.columns * (tile.depth if kind == "weight" else tile.rows)
     in_registers = 8 <= sums // (32 * tile.warps) <= 128
     return table.is_sound(tile, n, k) and in_registers and shared_bytes(kind, tile, dtype) <= shared
@@ -128,7 +128,7 @@ def score(tile: Tile, tested: Sequence[Run], arch: int) -> float:
 
 
 def is_trusted(tile: Tile, tested: Sequence[Run], arch: int) -> bool:
-    """The same bits three times, and a ragged problem right."""
+    """True where three runs give equal bits and a ragged problem comes out right."""
     odd = ragged(tested[0].problem, tested[0].x.device)
     with trying(arch, odd.problem.key, tile):
         once = [run.bits() for run in tested]
@@ -149,7 +149,7 @@ def choose(scores: dict[Tile, float], first: Tile, trusted: Callable[[Tile], boo
 
 
 class Found(NamedTuple):
-    """What the search of one problem gave."""
+    """The result of the search of one problem."""
 
     problem: Problem
     rule: Tile

@@ -12,7 +12,7 @@ _said: set[str] = set()
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run on a device; says once why a GPU falls back to PyTorch."""
+    """True where the kernels run on a device; warns once why a GPU falls back to PyTorch."""
     if device.type != "cuda":
         return False
     properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""How the kernels are launched: functions of the problem, the dtype, the architecture and the release of Triton."""
+"""The launch settings of the kernels: functions of the problem, the dtype, the architecture and Triton's release."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -33,7 +33,7 @@ class Side(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What one segment after another does: per segment the widths, column tiles and rung; per rung its tile."""
+    """The work of each segment: its widths, its column tiles and its rung (a tile shape); and the tile of each rung."""
 
     n_widths: tuple[int, ...]
     k_widths: tuple[int, ...]

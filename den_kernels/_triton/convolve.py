@@ -26,11 +26,11 @@ class Following(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What happens to the sums before they are written: `relu(there + sum * scale + bias)`, what there is of it."""
+    """The last step before the sums are written: `relu(out + sum * scale + bias)`, any part of which may be absent."""
 
     bias: Tensor | None = None  # [channels written]
     scale: Tensor | None = None  # float32 [channels written]
-    add: bool = False  # to what is there
+    add: bool = False  # to what out holds
     relu: bool = False
     following: Following | None = None  # of the sum, for instances at level 0 too
 
@@ -73,7 +73,7 @@ def check_pixels(*maps: Tensor) -> None:
 
 
 def _select(mask: Tensor, side: Side, unit: int) -> Selected:
-    """Without waiting for the device. `mask` is bool [B, G]."""
+    """The selection of one side by mask, bool [B, G], in units of `unit` channels; does not wait for the device."""
     bits = channels_of(mask, side.sizes, side.channels)
     chosen = bits[:, ::unit]
     units = chosen.logical_not().to(torch.int8).argsort(dim=1, stable=True).int()
@@ -83,7 +83,7 @@ def _select(mask: Tensor, side: Side, unit: int) -> Selected:
 def _gemm(
     route: Route, n: Side, k: Side, cardinality: int, skip_empty: bool, tile: Tile, nothing: Tensor
 ) -> tuple[dict, Shape]:
-    """What the kernel must know of the selection; `nothing` stands for the tensors that it does not read."""
+    """The arguments that describe the selection; `nothing` [...] stands for tensors that the kernel does not read."""
     if route.mask is None:
         shape = choice.shape_of_levels(n, k, route.groups, cardinality, skip_empty, tile)
         n_mask = k_mask = choice.ALL
@@ -99,7 +99,7 @@ def _gemm(
 
 
 def _tiles_at_most(shape: Shape, instances: int, pixels: int, classes: int, rows: int, masked: bool) -> int:
-    """No route has more tiles than this."""
+    """An upper bound of the tiles of any route."""
     per_row = classes * max(shape.columns, default=0)
     if masked:
         return instances * -(-pixels // rows) * per_row
@@ -107,7 +107,7 @@ def _tiles_at_most(shape: Shape, instances: int, pixels: int, classes: int, rows
 
 
 def precision(dtype: torch.dtype) -> str:
-    """TF32 where torch's settings for convolutions allow it."""
+    """Triton's name of the precision of products: TF32 where torch's settings for convolutions allow it."""
     return "tf32" if dtype != torch.float32 or allows_tf32() else "ieee"
 
 
@@ -123,7 +123,7 @@ def convolution_launch(
     arch: int,
     multiprocessors: int,
 ) -> Launch:
-    """What `convolve` launches on a device of this architecture."""
+    """The launch that `convolve` makes on a device of this architecture."""
     (B, KC, H, W), (_, NC, OH, OW) = source.shape, out.shape
     sizes = (tuple(geometry.out_sizes), tuple(geometry.in_sizes))
     n, k = (Side(c, s) for c, s in zip((NC, KC), sizes[::-1] if transposed else sizes, strict=True))

@@ -15,11 +15,11 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
     def extended(self, arguments: dict[str, Any]) -> "Launch":
-        """The same with more arguments."""
+        """This launch with more arguments."""
         return self._replace(arguments=self.arguments | arguments)
 
     def run(self, like: Tensor) -> dict[str, Any]:
-        """Launch it on the device of `like`, which need not be the current one; the arguments."""
+        """Launch on the device of `like` [...], which need not be the current one; returns the arguments."""
         with torch.cuda.device_of(like):
             self.kernel[(self.programs,)](**self.arguments)
         return self.arguments

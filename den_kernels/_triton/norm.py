@@ -28,7 +28,7 @@ class Affine(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a program reads at a time, and how it is run."""
+    """The part of the map that a program reads at a time, and the warps that run it."""
 
     rows: int  # pixels of one instance
     columns: int  # channels
@@ -68,9 +68,14 @@ def choose_shares(channels: int, tiles: int, tile: Tile, multiprocessors: int) -
 
 
 def _walk(
-    kernel: Any, x: Tensor, selection: Tensor, groups: Sequence[int], tile_bytes: int, multiprocessors: int
+    kernel: Any,
+    x: Tensor,  # [B, C, H, W] channels-last
+    selection: Tensor,  # bool [B, G], or levels int32 [B] of one group
+    groups: Sequence[int],
+    tile_bytes: int,
+    multiprocessors: int,
 ) -> Launch:
-    """What all passes over a batch share: which channels are used, and who reads what."""
+    """The launch of a pass over x, with the arguments that all passes share."""
     B, C, H, W = x.shape
     tile = choose_tile(groups, H * W, x.element_size(), tile_bytes)
     selection = selection.view(torch.uint8) if selection.dtype == torch.bool else selection

@@ -67,7 +67,7 @@ RULES: dict[tuple[int, int], Rules] = {(3, 6): _3_6, (3, 7): _3_7, (3, 8): _3_8}
 
 
 def numbers_of(dtype: torch.dtype, ieee: bool) -> str:
-    """How a dtype is multiplied."""
+    """The name, in the keys of `Rules`, of how a dtype is multiplied."""
     if dtype != torch.float32:
         return "half"
     return "ieee" if ieee else "tf32"
@@ -102,7 +102,7 @@ def find(kind: str, arch: int, numbers: str, size: int, version: str | None = No
 
 
 def describe(version: str | None = None) -> str:
-    """For a report: which rules launches follow, and whether they were made for this Triton."""
+    """A line for a report: the rules that launches follow, and a note where they were not made for this Triton."""
     version = installed() if version is None else version
     release = ".".join(map(str, release_of(version)))
     if version.split(".")[:2] == release.split("."):

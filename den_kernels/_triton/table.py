@@ -33,7 +33,7 @@ Fields = tuple[int, ...]
 
 
 def key(kind: str, n: int, k: int, dtype: torch.dtype) -> Key:
-    """Where the tile of a kind of launch stands.
+    """The key of a launch in the table.
 
     >>> key("weight", 64, 16, torch.bfloat16)
     ('weight', 64, 16, 'bfloat16')
@@ -90,7 +90,7 @@ def _entry(entry: Any) -> tuple[Key, Fields]:
 
 
 def is_sound(tile: list[int] | Fields, n: int, k: int) -> bool:
-    """Whether a launch of n by k channels may have this tile: powers of two within what the kernels take."""
+    """True where a launch of n by k channels may have this tile: powers of two within what the kernels take."""
     if len(tile) != 6 or not all(type(value) is int and value > 0 for value in tile):
         return False
     rows, columns, depth, warps, stages, programs = tile

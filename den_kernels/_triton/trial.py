@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 
 def problems(kinds: Sequence[str], channels: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Problem]:
-    """Those of residual networks on 32 x 32 maps that halve while channels double from 64."""
+    """The problems of residual networks on 32 x 32 maps that halve while channels double from 64."""
     return [Problem(k, c, max(4, min(32, 2048 // c)), 256, d) for d, k, c in product(dtypes, kinds, channels)]
 
 
@@ -89,7 +89,7 @@ class Run:
         return self.out
 
     def launch(self) -> Launch:
-        """What `call` launches."""
+        """The launch that `call` makes."""
         where = architecture(self.x.device)
         if self.problem.kind == "weight":
             return weight_gradient_launch(self.grad, self.x, (3, 3), self.route, self.geometry, *where)
@@ -120,7 +120,7 @@ def even_mix(batch: int) -> Tensor:
 
 
 def runs(problem: Problem, device: torch.device) -> list[Run]:
-    """What is checked and timed; their times count alike."""
+    """The runs that are checked and timed for a problem; their times count alike."""
     full, mixed = torch.full((problem.batch,), 3), even_mix(problem.batch)
     pairs = [("out", mixed), ("out", full), ("in", mixed)]
     return [Run(problem, side, levels, device) for side, levels in pairs]

@@ -60,7 +60,7 @@ def weight_gradient_launch(
     arch: int,
     multiprocessors: int,
 ) -> Launch:
-    """What `weight_gradient` launches on a device of this architecture; `partial` is among the arguments."""
+    """The launch that `weight_gradient` makes on a device of this architecture; `partial` is among the arguments."""
     (B, NC, OH, OW), (_, KC, H, W) = grad.shape, source.shape
     n, k = Side(NC, tuple(geometry.out_sizes)), Side(KC, tuple(geometry.in_sizes))
     product = precision(grad.dtype)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _users(offsets, n_first, k_first, N_WIDTHS: tl.constexpr, K_WIDTHS: tl.constexpr):
-    """How many of the first instances of the order write channel n_first and read channel k_first."""
+    """The number of instances, the first of the order, that write channel n_first and read channel k_first."""
     users = 0
     for s in tl.static_range(len(N_WIDTHS)):
         uses = (N_WIDTHS[s] > n_first) & (K_WIDTHS[s] > k_first)

@@ -52,7 +52,19 @@ def test_types_are_right():
     run("mypy")
 
 
-@pytest.mark.parametrize("folder", ["den/support", "den/data", "den/nn", "den/nn/blocks", "den/evaluate", "scripts"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "den/data",
+        "den/evaluate",
+        "den/nn",
+        "den/nn/blocks",
+        "den/support",
+        "den_kernels",
+        "den_kernels/_triton",
+        "scripts",
+    ],
+)
 def test_docstrings_begin_with_a_verb_or_the_thing(folder):
     """Not with "What ..." or "Whether ...": CONTRIBUTING.md, style."""
     found = []
