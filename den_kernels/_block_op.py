@@ -52,7 +52,10 @@ def keeps_shape(x: Tensor, weights: BlockWeights) -> bool:
 
 
 def own_shortcut(x: Tensor, weights: BlockWeights, shortcut: Tensor | None = None) -> Tensor:
-    """The block's shortcut in memory of its own, channels-last: the given one, else :func:`pool_rows` of x."""
+    """The block's shortcut for x [B, C, H, W] in memory of its own, channels-last.
+
+    That is the given one, [B, C_out, H_out, W_out], else :func:`pool_rows` of x.
+    """
     if shortcut is None:
         return pool_rows(x, weights.out_channels, weights.stride)
     return shortcut.clone(memory_format=torch.channels_last)
@@ -72,10 +75,10 @@ class BlockOp:
         self._reference, self._compute = reference, compute
         count = len(operands)
 
-        def functional(x: Tensor, *given: Any) -> Tensor:
+        def functional(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, C_out, H_out, W_out]
             return self.functional(x, operands.route(given[:count]), operands.weights(given[:count]), *given[count:])
 
-        def in_place(x: Tensor, *given: Any) -> None:
+        def in_place(x: Tensor, *given: Any) -> None:  # [B, C, H, W], written over
             self.over(x, operands.route(given), operands.weights(given))
 
         custom_op = torch.library.custom_op
@@ -88,7 +91,13 @@ class BlockOp:
             f"{self.name}_", in_place, mutates_args=("x",), schema=f"(Tensor(a!) x, {operands.text}) -> ()"
         )
 
-    def functional(self, x: Tensor, route: Route, weights: Any, shortcut: Tensor | None = None) -> Tensor:
+    def functional(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        route: Route,
+        weights: Any,
+        shortcut: Tensor | None = None,  # [B, C_out, H_out, W_out]
+    ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last
         """The block's result in memory of its own."""
         x = x.contiguous(memory_format=torch.channels_last)
         if x.dtype == torch.float64:
@@ -96,16 +105,20 @@ class BlockOp:
         return self._compute(x, route, weights, shortcut, False)
 
     def over(self, x: Tensor, route: Route, weights: Any) -> None:
-        """The block's result, of the shape of x, in the place of x."""
+        """Write the block's result, which has the shape of x [B, C, H, W], over x."""
         if x.dtype == torch.float64 or not x.is_contiguous(memory_format=torch.channels_last):
             x.copy_(self.functional(x, route, weights))
         else:
             self._compute(x, route, weights, None, True)
 
     def __call__(
-        self, x: Tensor, selection: Route | Tensor, weights: BlockWeights, shortcut: Tensor | None = None
-    ) -> Tensor:
-        """The block's result in memory of its own; raises for arguments that do not fit, and where gradients are."""
+        self,
+        x: Tensor,  # [B, C, H, W]
+        selection: Route | Tensor,  # route, levels [B] or mask [B, G]
+        weights: BlockWeights,
+        shortcut: Tensor | None = None,  # [B, C_out, H_out, W_out]
+    ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last
+        """The block's result in memory of its own; raises for arguments that do not fit or need a gradient."""
         route = self._checked(x, selection, weights)
         if shortcut is not None:
             self._check_shortcut(x, weights, shortcut)
@@ -115,7 +128,10 @@ class BlockOp:
         return self.functional_op(x, *self.operands.of(route, weights), shortcut)
 
     def in_place(self, x: Tensor, selection: Route | Tensor, weights: BlockWeights) -> Tensor:
-        """x, which holds the block's result; of a block that does not keep the shape of x a new map."""
+        """Write the block's result over x [B, C, H, W] and return x; a new map where the block changes the shape.
+
+        selection: a route, levels [B] or a mask [B, G].
+        """
         route = self._checked(x, selection, weights)
         if not keeps_shape(x, weights):
             return self(x, route, weights)
@@ -129,7 +145,7 @@ class BlockOp:
         return x
 
     def _checked(self, x: Tensor, selection: Route | Tensor, weights: BlockWeights) -> Route:
-        """The route of a selection; raises for a selection or a map that does not fit the weights."""
+        """The route of a selection; raises where it or x [B, C, H, W] does not fit the weights."""
         if not isinstance(x, Tensor):
             refuse_symbols(self.short, x)
         like, shape = weights.conv1, x.shape
@@ -143,6 +159,7 @@ class BlockOp:
         return route_for(x, selection, len(weights.groups), self.short)
 
     def _check_shortcut(self, x: Tensor, weights: BlockWeights, shortcut: Tensor) -> None:
+        """Raise unless shortcut is [B, C_out, H_out, W_out], on the device and of the dtype of x [B, C, H, W]."""
         shape, got = out_shape(x, weights.out_channels, weights.stride), shortcut.shape
         if got != shape or shortcut.device != x.device:
             raise ValueError(

@@ -38,6 +38,7 @@ def _branch(
     route: Route,
     weights: BottleneckWeights,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
+    """The three convolutions, with ReLU behind the first two; bn2 and bn3 are in their weights."""
     for index, (weight, bias, geometry) in enumerate(weights.convolutions):
         x = compute(x, weight, bias, route, geometry, partial(weights.packed_alone, index))
         x = x.relu_() if index < 2 else x
@@ -45,7 +46,7 @@ def _branch(
 
 
 def _activated(x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:
-    """relu(bn1(x)) of the instances above level 0, the others anything; x itself where there is no bn1."""
+    """relu(bn1(x)) [B, C, H, W], of instances at level 0 anything; x itself where there is no bn1."""
     if weights.scale1 is None or weights.shift1 is None:
         return x
     if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):

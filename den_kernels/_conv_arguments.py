@@ -71,9 +71,16 @@ def pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
 
 
 def pad(
-    x: Tensor, weight: Tensor, padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int]
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    padding: int | Sequence[int] | str,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
 ) -> tuple[Tensor, tuple[int, int]]:
-    """x and the padding left for the convolution; "same" with an even reach pads the end of x by one more."""
+    """x and the padding left to the convolution, which pads both ends of an axis equally.
+
+    "same" pads an axis by dilation * (side - 1) pixels; where that is odd, x gets the odd one here, at its end.
+    """
     if not isinstance(padding, str):
         return x, pair(padding, "padding", 0)
     if padding == "valid":
@@ -101,7 +108,7 @@ def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
 
 
 def check(x: Tensor, weight: Tensor, groups: int) -> None:
-    """Raises ValueError for maps and weights of shapes that do not fit each other."""
+    """Raise ValueError unless x is [B, C_in, H, W], weight [C_out, C_in / groups, R, S] and groups divides C_out."""
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
             f"dynamic_conv2d: x and weight must have four axes, got {list(x.shape)} and {list(weight.shape)}"
@@ -113,7 +120,7 @@ def check(x: Tensor, weight: Tensor, groups: int) -> None:
 
 
 def check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError for a bias or for devices that do not fit, TypeError for dtypes that do not."""
+    """Raise ValueError for a bias that is not [C_out] or for different devices, TypeError for different dtypes."""
     if not x.is_floating_point():
         raise TypeError(f"dynamic_conv2d: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -45,6 +45,8 @@ class Part(NamedTuple):
 
 
 class Segment(NamedTuple):
+    """Instances of one selection, and the part of the convolution that they compute."""
+
     order: Tensor  # int32 [n]: its instances
     first: int  # their first index where they are neighbours in order, first .. first + n; else -1
     part: Part
@@ -117,7 +119,10 @@ def segments_of(route: Route, geometry: Geometry, in_channels: int, out_channels
 
 
 def _packed(x: Tensor) -> tuple[Tensor, int]:
-    """x as rows that `rows.py` takes, and the elements per channel there: 1 channels-last, H * W contiguous."""
+    """x [B, C, H, W] as `rows.py` takes it, and the elements of a channel there.
+
+    Channels-last: x and 1. Contiguous: [B, C * H * W, 1, 1] and H * W.
+    """
     if not (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
         x = x.contiguous(memory_format=memory_format_of(x))
     if x.is_contiguous(memory_format=torch.channels_last):
@@ -125,8 +130,13 @@ def _packed(x: Tensor) -> tuple[Tensor, int]:
     return x.view(x.shape[0], -1, 1, 1), x.shape[2] * x.shape[3]
 
 
-def gather(x: Tensor, segment: Segment, runs: Sequence[Run], dtype: torch.dtype) -> Tensor:
-    """The channels of `runs` of a segment's instances: [n, width, H, W], in x's memory format."""
+def gather(
+    x: Tensor,  # [B, C, H, W]
+    segment: Segment,
+    runs: Sequence[Run],
+    dtype: torch.dtype,
+) -> Tensor:  # [n, width, H, W] in x's memory format
+    """The channels of `runs` of a segment's instances."""
     n = segment.order.shape[0]
     if segment.first >= 0 and runs[0].width == x.shape[1]:
         return x.narrow(0, segment.first, n).to(dtype)
@@ -138,8 +148,13 @@ def gather(x: Tensor, segment: Segment, runs: Sequence[Run], dtype: torch.dtype)
     return taken[0] if len(taken) == 1 else torch.cat(taken, dim=1)
 
 
-def scatter_(out: Tensor, rows: Tensor, segment: Segment, runs: Sequence[Run]) -> None:
-    """Write the channels of `rows` into `runs` of a segment's instances in out, which is dense."""
+def scatter_(
+    out: Tensor,  # [B, C, H, W] without gaps in memory
+    rows: Tensor,  # [n, width, H, W]
+    segment: Segment,
+    runs: Sequence[Run],
+) -> None:
+    """Write the channels of `rows` into `runs` of a segment's instances in out."""
     n = segment.order.shape[0]
     if segment.first >= 0 and runs[0].width == out.shape[1]:
         out.narrow(0, segment.first, n).copy_(rows)
@@ -156,7 +171,7 @@ def scatter_(out: Tensor, rows: Tensor, segment: Segment, runs: Sequence[Run]) -
 def allocate(
     shape: Sequence[int], dtype: torch.dtype, format: torch.memory_format, written: Iterable[Sequence[Run]]
 ) -> Tensor:
-    """An empty tensor, zeroed where a segment does not write all of its channels: one pass over all of it is faster
+    """An empty tensor, all of it zeroed if a segment leaves channels unwritten: one pass over the whole is faster
     than many over the pieces that stay empty."""
     out = torch.empty(shape, dtype=dtype, memory_format=format)
     if any(sum(run.width for run in runs) < shape[1] for runs in written):
@@ -165,14 +180,14 @@ def allocate(
 
 
 def fill_(out: Tensor, segment: Segment, runs: Sequence[Run], bias: Tensor | None) -> None:
-    """Write the bias (float [C]; None: zero) into the channels of `runs` of a segment's instances."""
+    """Write the bias (float [C]; None: zero) into channels `runs` of a segment's instances in out [B, C, H, W]."""
     for start, width in runs:
         value = out.new_zeros(1) if bias is None else bias.narrow(0, start, width).to(out.dtype)
         for instance in segment.order.tolist():  # a fifth of the time that one indexed assignment takes
             out[instance].narrow(0, start, width).copy_(value.view(-1, 1, 1))
 
 
-def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
+def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:  # [..., C, ...] -> [..., width, ...]
     if runs[0].width == x.shape[dim]:
         return x
     slices = [x.narrow(dim, *run) for run in runs]
@@ -180,12 +195,17 @@ def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
 
 
 def _weight_of(weight: Tensor, part: Part, geometry: Geometry) -> Tensor:
+    """The part of weight [C_out, C_in / groups, R, S] that a selection multiplies with."""
     taken = _take(weight, 0, part.outputs)
     return taken if geometry.groups > 1 else _take(taken, 1, part.inputs)
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, segment: Segment, geometry: Geometry
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
+    segment: Segment,
+    geometry: Geometry,
 ) -> Tensor:  # [n, channels of part.outputs, H_out, W_out] in the dtype of weight
     part = segment.part
     return torch.convolution(
@@ -202,9 +222,13 @@ def is_plain(segments: Sequence[Segment], out_channels: int) -> bool:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, segments: Sequence[Segment], geometry: Geometry
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
+    segments: Sequence[Segment],
+    geometry: Geometry,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """The segments one after the other. x is read where it is selected, and nowhere else."""
+    """Convolve the segments one after the other. x is read where it is selected, and nowhere else."""
     dtype, format = compute_dtype(x), memory_format_of(x, weight)
     if dtype != x.dtype:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -220,9 +244,14 @@ def forward(
 
 
 class _Sums:
-    """The gradients of weight and bias, added up over the segments."""
+    """The gradients of weight [C_out, C_in / groups, R, S] and bias [C_out], added up over the segments."""
 
-    def __init__(self, weight: Tensor, groups: int, output_mask: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        weight: Tensor,  # [C_out, C_in / groups, R, S]
+        groups: int,
+        output_mask: Sequence[bool],  # [3]: which of the gradients of x, weight and bias are wanted
+    ) -> None:
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.groups = groups
         self.weight = self.bias = None
@@ -231,7 +260,7 @@ class _Sums:
         if output_mask[2]:
             self.bias = torch.zeros(weight.shape[0], dtype=self.dtype)
 
-    def add_weight(self, part: Part, dweight: Tensor) -> None:
+    def add_weight(self, part: Part, dweight: Tensor) -> None:  # [outputs, inputs of the part, R, S]
         assert self.weight is not None
         columns = part.inputs if self.groups == 1 else (Run(0, dweight.shape[1]),)
         for rows, out_taken in _with_offsets(part.outputs):
@@ -239,13 +268,14 @@ class _Sums:
                 block = dweight.narrow(0, out_taken, rows.width).narrow(1, in_taken, run.width)
                 self.weight.narrow(0, *rows).narrow(1, *run).add_(block)
 
-    def add_bias(self, runs: Sequence[Run], dbias: Tensor) -> None:
+    def add_bias(self, runs: Sequence[Run], dbias: Tensor) -> None:  # [channels of runs]
         assert self.bias is not None
         for run, taken in _with_offsets(runs):
             self.bias.narrow(0, *run).add_(dbias.narrow(0, taken, run.width))
 
 
 def _with_offsets(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
+    """Each run, and the number of channels in the runs before it."""
     taken = 0
     for run in runs:
         yield run, taken
@@ -254,11 +284,11 @@ def _with_offsets(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
 
 def backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
     segments: Sequence[Segment],
     geometry: Geometry,
-    output_mask: Sequence[bool],  # which of the three gradients are wanted
+    output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias, segment by segment; None where `output_mask` does not ask for one."""
     dtype = compute_dtype(x)
@@ -283,8 +313,13 @@ def backward(
 
 
 def _segment_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, segment: Segment, geometry: Geometry, output_mask: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,  # [B, C_out, H_out, W_out]
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    segment: Segment,
+    geometry: Geometry,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # of what the segment reads of x and weight, and writes of bias
     part, dtype = segment.part, weight.dtype
     if output_mask[1]:
         rows = gather(x, segment, part.inputs, dtype)

@@ -68,15 +68,15 @@ def pack_turned(weight: Tensor, in_sizes: Sequence[int]) -> Tensor:
 
 
 def forward(
-    x: Tensor,
-    packed: Tensor,
-    kernel: Sequence[int],
-    bias: Tensor | None,
+    x: Tensor,  # [B, C_in, H, W]
+    packed: Tensor,  # the whole weight [C_out, C_in, R, S], by `pack`
+    kernel: Sequence[int],  # R, S
+    bias: Tensor | None,  # [C_out]
     route: Route,
-    shape: Sequence[int],
+    shape: Sequence[int],  # of the output
     geometry: Geometry,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last
-    """All instances in one call; `packed` is of the whole weight, `shape` the output's."""
+    """Convolve all instances in one call of C++."""
     B, C_out, H_out, W_out = shape
     x = x.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
@@ -86,8 +86,14 @@ def forward(
     return out
 
 
-def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, route: Route, geometry: Geometry) -> Tensor | None:
-    """The gradient of weight, channels-last, all instances in one call; None where no direct convolution runs."""
+def weight_gradient(
+    grad: Tensor,  # [B, C_out, H_out, W_out]
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in, R, S]
+    route: Route,
+    geometry: Geometry,
+) -> Tensor | None:  # [C_out, C_in, R, S] channels-last
+    """The gradient of weight over all instances, in one call; None where no direct kernel computes it."""
     if not runs_direct(x, weight, geometry):
         return None
     half = x.dtype == torch.bfloat16
@@ -102,7 +108,11 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, route: Route, geome
 
 
 def transposed(x: Tensor, weight: Tensor, geometry: Geometry) -> Geometry | None:
-    """The direct convolution that makes dx out of the gradient: sides swapped, kernel turned; None where none does."""
+    """The geometry of the direct convolution that makes dx of the output's gradient; None where none does.
+
+    x: [B, C_in, H, W]; weight: [C_out, C_in, R, S]. In it the channel sides are swapped and the kernel is turned by
+    180 degrees.
+    """
     padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, weight.shape[2:], geometry.padding, strict=True)]
     if tuple(geometry.stride) != (1, 1) or min(padding) < 0 or not runs_direct(x, weight, geometry):
         return None

@@ -1,7 +1,7 @@
 """Dynamic convolution as its equation: the whole convolution, masked on both sides, in PyTorch operations.
 
-What runs on other devices than the CPU that have no kernels, inside torch.func, and where gradients have gradients:
-all of it can be differentiated and batched again. Nothing waits for the device.
+It runs on devices that have no kernels of ours (other than CPUs), inside torch.func, and where gradients have
+gradients: all of it can be differentiated and batched again. Nothing waits for the device.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,11 @@ from .plan import channels_of
 
 
 def _selected_channels(
-    x: Tensor, weight: Tensor, levels: Tensor, mask: Tensor | None, geometry: Geometry
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    levels: Tensor,  # int32 [B]
+    mask: Tensor | None,  # bool [B, G]
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:  # bool [B, C_in], bool [B, C_out]
     G = len(geometry.out_sizes) or len(geometry.in_sizes)
     selection = levels[:, None] > torch.arange(G, device=levels.device) if mask is None else mask
@@ -23,8 +27,13 @@ def _selected_channels(
 
 
 def equation(
-    x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, mask: Tensor | None, geometry: Geometry
-) -> Tensor:
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
+    levels: Tensor,  # int32 [B]
+    mask: Tensor | None,  # bool [B, G]
+    geometry: Geometry,
+) -> Tensor:  # [B, C_out, H_out, W_out]
     """`where(writes, conv2d(where(reads, x, 0), weight, bias, ...), 0)`: every channel is computed."""
     reads, writes = _selected_channels(x, weight, levels, mask, geometry)
     y = torch.convolution(
@@ -35,22 +44,27 @@ def equation(
 
 
 def masked_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, mask: Tensor | None, geometry: Geometry
-) -> Tensor:
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
+    levels: Tensor,  # int32 [B]
+    mask: Tensor | None,  # bool [B, G]
+    geometry: Geometry,
+) -> Tensor:  # [B, C_out, H_out, W_out]
     """The equation in the memory format of a convolution."""
     y = equation(x, weight, bias, levels, mask, geometry)
     return y.contiguous(memory_format=memory_format_of(x, weight))
 
 
 def masked_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    levels: Tensor,
-    mask: Tensor | None,
+    grad: Tensor,  # [B, C_out, H_out, W_out]
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    levels: Tensor,  # int32 [B]
+    mask: Tensor | None,  # bool [B, G]
     geometry: Geometry,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x, weight and bias
     """The gradients of the equation; they have gradients themselves."""
     reads, writes = _selected_channels(x, weight, levels, mask, geometry)
     wide = compute_dtype(x)

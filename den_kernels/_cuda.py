@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of the extension: whether they take a problem, and their launchers."""
+"""The CUDA C++ kernels of the extension: tests of the problems that they take, and their launchers."""
 
 from functools import lru_cache
 from itertools import accumulate
@@ -21,6 +21,7 @@ _layout = lru_cache(maxsize=1024)(fused_layout)
 
 
 def _stream(tensor: Tensor) -> int:
+    """The address of the current stream of the device of tensor [...]."""
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
@@ -54,7 +55,7 @@ def plan_masks(masks: Tensor, levels: Tensor, order: Tensor, offsets: Tensor) ->
 
 
 def choose_fused(x: Tensor, route: "Route", weights: "ResidualWeights") -> FusedLayout | None:
-    """The layout of the fused residual block, None where it does not take the problem or should not win."""
+    """The layout of the fused residual block for x [B, C, H, W]; None where it does not run or should not win."""
     layout = layout_of(x, route, weights)
     return layout if layout is not None and layout.is_worth(_problem(x, weights)) else None
 
@@ -82,7 +83,7 @@ def layout_of(
     return _layout(_problem(x, weights))
 
 
-def _problem(x: Tensor, weights: "ResidualWeights") -> FusedProblem:
+def _problem(x: Tensor, weights: "ResidualWeights") -> FusedProblem:  # x [B, C, H, W]
     device: Any = torch.cuda.get_device_properties(x.device)
     widths = tuple(accumulate(weights.groups))
     B, C, H, W = x.shape

@@ -25,7 +25,7 @@ _ops = torch.ops.den_kernels
 
 
 def _selected(levels: Tensor, mask: Tensor | None, groups: int) -> Iterator[tuple[tuple[bool, ...], int]]:
-    """Each set of groups that instances selected, and how many did."""
+    """Each set of groups that instances selected, and how many did; levels [B], mask [B, G]."""
     selection = levels if mask is None else mask
     if not selection.is_cpu or isinstance(selection, FakeTensor):
         yield (True,) * groups, len(selection)
@@ -38,7 +38,10 @@ def _products(
     weight: Tensor, pixels: int, levels: Tensor, mask: Tensor | None, groups: int, out_sizes: Sequence[int],
     in_sizes: Sequence[int],
 ) -> int:  # fmt: skip
-    """Multiply-adds of a dynamic convolution that writes maps of `pixels`; `groups` is the cardinality."""
+    """Multiply-adds of a dynamic convolution that writes maps of `pixels`; `groups` is the cardinality.
+
+    weight: [C_out, C_in / groups, R, S]; levels: [B]; mask: [B, G].
+    """
     C_out, C_in = weight.shape[0], weight.shape[1] * groups
     total, G = 0, len(out_sizes) or len(in_sizes)
     for selected, count in _selected(levels, mask, G):
@@ -60,6 +63,7 @@ def _conv(
     mask: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None, *, out_val: Tensor,
 ) -> int:  # fmt: skip
+    """FLOPs of `dynamic_conv._forward`, whose tensors these are; out_val: [B, C_out, H_out, W_out]."""
     pixels = prod(out_val.shape[2:])
     return 2 * _products(weight, pixels, levels, mask, groups, out_sizes or (), in_sizes or ())
 
@@ -70,12 +74,14 @@ def _conv_backward(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None, output_mask: Sequence[bool], *, out_val: Any,
 ) -> int:  # fmt: skip
+    """FLOPs of the gradients of x and weight; grad: [B, C_out, H_out, W_out], the others as in the forward op."""
     once = _products(weight, prod(grad.shape[2:]), levels, mask, groups, out_sizes or (), in_sizes or ())
     return 2 * once * sum(output_mask[:2])
 
 
 @register_flop_formula([_ops.dynamic_residual, _ops.dynamic_residual_], get_raw=True)
 def _residual(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
+    """FLOPs of both convolutions; x: [B, C, H, W], out_val: [B, C_out, H_out, W_out], None in place."""
     route, weights = _block(RESIDUAL, operands)
     pixels, sizes = prod((x if out_val is None else out_val).shape[2:]), weights.groups
     selected = route.levels, route.mask
@@ -87,6 +93,7 @@ def _residual(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
 
 @register_flop_formula([_ops.dynamic_bottleneck, _ops.dynamic_bottleneck_], get_raw=True)
 def _bottleneck(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
+    """FLOPs of the three convolutions; x: [B, C, H, W], out_val: [B, C_out, H_out, W_out], None in place."""
     route, weights = _block(BOTTLENECK, operands)
     before, after, sizes = prod(x.shape[2:]), prod((x if out_val is None else out_val).shape[2:]), weights.groups
     selected = route.levels, route.mask
@@ -102,6 +109,7 @@ def _graph(
     x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, read_in: Tensor, gates: Tensor, read_out: Tensor,
     weights: Sequence[Tensor], *_: Any, out_val: Tensor,
 ) -> int:  # fmt: skip
+    """FLOPs of the edges that instances keep; x: [B, C, H, W], levels: [B, E], weights: [C, C, R, S] of each edge."""
     pixels = prod(x.shape[2:])
     each = (_products(w, pixels, levels[:, e], None, 1, (w.shape[0],), ()) for e, w in enumerate(weights))
     return 2 * sum(each)

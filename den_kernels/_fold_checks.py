@@ -42,7 +42,7 @@ def check_convolution(
 
 
 def check_norm(op: str, name: str, norm: nn.BatchNorm2d | None, channels: int, like: Tensor) -> None:
-    """Raises ValueError for a batch norm that does not have `channels` channels on the device of `like`."""
+    """Raise ValueError unless the tensors of a batch norm are [channels] on the device of `like`, of any shape."""
     for part in ("weight", "bias", "running_mean", "running_var"):
         tensor = None if norm is None else getattr(norm, part)
         if tensor is not None and (tensor.shape != (channels,) or tensor.device != like.device):

@@ -38,7 +38,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def memory_format_of(*tensors: Tensor) -> torch.memory_format:
-    """Channels-last if one of the tensors is, else contiguous: the rule of `nn.Conv2d` for its input and weight."""
+    """Channels-last if one of the tensors [B, C, H, W] is, else contiguous: the rule of `nn.Conv2d`."""
     return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format
 
 
@@ -52,5 +52,5 @@ def dense(weight: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """x's dtype; of float16 on a CPU float32, in which a convolution there is ten times faster."""
+    """The dtype of x [...]; for float16 on a CPU float32, in which a convolution there is ten times faster."""
     return torch.float32 if x.dtype == torch.float16 and x.is_cpu else x.dtype

@@ -10,7 +10,7 @@ from ._all_reduce import all_reduce
 from .plan import channels_of
 
 
-def _per_channel(values: Tensor) -> Tensor:
+def _per_channel(values: Tensor) -> Tensor:  # [C] -> [C, 1, 1]
     return values[:, None, None]
 
 
@@ -18,13 +18,14 @@ def norm_torch(
     x: Tensor,  # [B, C, H, W]
     selection: Tensor,  # bool [B, G]
     statistics: Tensor | None,  # [3, C] mean, variance, count; None: those of the batch
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
     groups: Sequence[int],
     eps: float,
     relu: bool,
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, C, H, W], [3, C]
+    """The normalised map, 0 in channels that an instance does not use, and the statistics that it took."""
     used = channels_of(selection, groups)[:, :, None, None]
     values = torch.where(used, x.to(torch.promote_types(x.dtype, torch.float32)), 0)
     if statistics is None:
@@ -46,12 +47,12 @@ def norm_torch(
 
 
 def norm_torch_gradients(
-    dy: Tensor,
-    x: Tensor,
-    selection: Tensor,
-    statistics: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    dy: Tensor,  # [B, C, H, W]
+    x: Tensor,  # [B, C, H, W]
+    selection: Tensor,  # bool [B, G]
+    statistics: Tensor | None,  # [3, C]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
     settings: tuple[Sequence[int], float, bool],  # groups, eps, relu
     wanted: Sequence[bool],  # of the gradients of x, weight and bias
 ) -> list[Tensor | None]:

@@ -61,8 +61,15 @@ def run_onednn(
     return out
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, relu: bool, packed: bool) -> Tensor:
-    """The "same" convolution, channels-last. oneDNN's own fused ReLU makes 0 of NaN; a pass in the cache does not."""
+def _convolution(
+    x: Tensor,  # [n, C, H, W]
+    weight: Tensor,  # [O, C, R, S], in oneDNN's own layout if `packed`
+    bias: Tensor | None,  # [O]
+    stride: int,
+    relu: bool,
+    packed: bool,
+) -> Tensor:  # [n, O, H_out, W_out] channels-last
+    """The "same" convolution, then ReLU if asked: in a pass of its own, as oneDNN's fused ReLU turns NaN into 0."""
     R, S = weight.shape[2:]
     if packed:
         y = torch.ops.mkldnn._convolution_pointwise(

@@ -117,7 +117,7 @@ def dynamic_bottleneck(
 
 @not_scriptable
 def dynamic_bottleneck_(x: Tensor, selection: Route | Tensor, weights: BottleneckWeights) -> Tensor:
-    """:func:`dynamic_bottleneck`, in place where the block keeps the shape of `x`; else the new map is returned.
+    """:func:`dynamic_bottleneck`, in place where the block keeps the shape of `x` [B, C, H, W], else in a new map.
 
     In place, on a CPU, an instance at level 0 costs nothing: none of its bytes is read or written.
     """

@@ -77,18 +77,19 @@ def dynamic_conv2d_reference(
     return out
 
 
-def _in_triton(x: Tensor) -> bool:
+def _in_triton(x: Tensor) -> bool:  # x [B, C_in, H, W]
     return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
 
 def compute(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
     route: Route,
     geometry: Geometry,
     packed: Callable[[torch.dtype], Tensor] | None = None,  # gives the weight packed for the direct convolution
-) -> Tensor:
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    """The convolution by the kernels of x's device, without autograd; arguments were checked."""
     if not x.is_cpu:
         if _in_triton(x):
             from ._triton import dynamic_conv as kernels
@@ -121,6 +122,7 @@ def uses_direct(x: Tensor, weight: Tensor, route: Route, geometry: Geometry, pac
 
 
 def _route(levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, geometry: Geometry) -> Route:
+    """The route of these tensors: levels [B], order [B], offsets [S + 1], mask [B, G]."""
     return Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
 
 
@@ -137,7 +139,7 @@ def _forward(
     dilation: Sequence[int],
     groups: int,
     out_sizes: Sequence[int] | None,  # [G]; () or None: not elastic (AOTInductor makes None of empty lists)
-    in_sizes: Sequence[int] | None,  # the same
+    in_sizes: Sequence[int] | None,  # as out_sizes
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
     return compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
@@ -153,18 +155,20 @@ def _(
     mask: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None,
 ) -> Tensor:  # fmt: skip
+    """Memory for the result, [B, C_out, H_out, W_out], as torch.compile needs to know it."""
     shape = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ()).out_shape(x, weight)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x, weight))
 
 
 def _backward_cpu(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
+    grad: Tensor,  # [B, C_out, H_out, W_out]
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
     route: Route,
     geometry: Geometry,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x, weight and bias
+    """The gradients by the direct kernels where these run, else segment by segment (`_conv_cpu.py`)."""
     dx = dweight = None
     rest = list(output_mask)  # what the direct convolution does not do
     if output_mask[0] and (turned := _conv_direct.transposed(x, weight, geometry)):
@@ -185,12 +189,12 @@ def _backward_cpu(
 @torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
 def _dynamic_conv2d_backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
-    x: Tensor,
-    weight: Tensor,
-    levels: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    mask: Tensor | None,
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    levels: Tensor,  # int32 [B]
+    order: Tensor,  # int32 [B]
+    offsets: Tensor,  # int32 [S + 1]
+    mask: Tensor | None,  # bool [B, G]
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -223,6 +227,7 @@ def _(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None, output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Memory for the gradients of x, weight and bias; of those that are not wanted [0]."""
     nothing = [x.new_empty(0) for _ in range(3)]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     dweight = torch.empty(weight.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(weight))
@@ -231,13 +236,13 @@ def _(
     return first, second, third
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # output [B, C_out, H_out, W_out]
     x, weight, _, *routing = inputs[:7]
     ctx.geometry = inputs[7:]
     ctx.save_for_backward(x, weight, *map(savable, routing))  # with versions: a plan's update_ is noticed
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [B, C_out, H_out, W_out]
     x, weight, levels, order, offsets, mask = ctx.saved_tensors
     geometry, wanted = Geometry(*ctx.geometry), list(ctx.needs_input_grad[:3])
     gradients: Sequence[Tensor | None]
@@ -272,7 +277,7 @@ def dynamic_conv2d(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None = None,  # [C_out]
-    selection: Route | Tensor | None = None,
+    selection: Route | Tensor | None = None,  # levels [B], mask [B, G] or route
     *,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
@@ -308,13 +313,13 @@ def convolve(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    selection: Route | Tensor,
+    selection: Route | Tensor,  # levels [B], mask [B, G] or route
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
     out_sizes: tuple[int, ...],  # [G], or () where that side is not elastic
-    in_sizes: tuple[int, ...],  # the same
+    in_sizes: tuple[int, ...],  # as out_sizes
     packed: Callable[[torch.dtype], Tensor] | None = None,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """`dynamic_conv2d` of group sizes that were checked: what layers call.

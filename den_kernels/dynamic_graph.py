@@ -3,7 +3,7 @@
     v_j = read_in[b, j] x + sum over the edges (i, j) that instance b keeps of gates[b, e] relu(conv(v_i, w_e) + bias_e)
     out = sum over j of read_out[b, j] v_j
 
-What an instance keeps is level 1 of its route through the edge, of a `RoutingPlan` with a block per edge.
+An instance keeps an edge where its level is 1 in the edge's block of a `RoutingPlan`, which has a block for each edge.
 
 On a CPU with AVX-512, in float32, one C++ call runs the whole graph (csrc/dynamic_graph.cpp): a thread takes an
 instance from the first state to the last, so that its states stay in the core's cache; nothing is gathered, scattered
@@ -51,7 +51,10 @@ class GraphWeights(HasHandle):
     def pack(
         states: int, edges: Sequence[tuple[int, int]], weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> "GraphWeights":
-        """The graph of these edges.  Raises ValueError for edges, weights or biases that do not fit each other."""
+        """Pack a graph for inference: weights [C, C, R, S] and biases [C], one for each edge (i, j), i < j < states.
+
+        Raises ValueError for edges, weights or biases that do not fit each other.
+        """
         edges, biases = tuple(edges), tuple(bias.contiguous() for bias in biases)
         weights = tuple(w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights)
         if any(not 0 <= i < j < states for i, j in edges) or list(edges) != sorted(edges, key=lambda edge: edge[1]):
@@ -143,7 +146,14 @@ def dynamic_graph(
     return _op(x, plan.levels, plan.order, plan.offsets, read_in, gates, read_out, *tensors, graph.states, ends)
 
 
-def _run(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor) -> Tensor:
+def _run(
+    x: Tensor,  # [B, C, H, W]
+    graph: GraphWeights,
+    plan: RoutingPlan,
+    read_in: Tensor,  # [B, N]
+    gates: Tensor,  # [B, E]
+    read_out: Tensor,  # [B, N]
+) -> Tensor:  # [B, C, H, W] channels-last
     x = x.contiguous(memory_format=torch.channels_last)
     if not graph.runs_whole(x):
         return _run_edges(x, graph, plan, read_in, gates, read_out)
@@ -154,32 +164,38 @@ def _run(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gat
 
 @torch.library.custom_op(_NAME, mutates_args=())
 def _op(
-    x: Tensor,
-    levels: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    read_in: Tensor,
-    gates: Tensor,
-    read_out: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    direct: list[Tensor],
-    states: int,
-    ends: list[int],  # both of each edge
-) -> Tensor:
+    x: Tensor,  # [B, C, H, W]
+    levels: Tensor,  # int32 [B, E]
+    order: Tensor,  # int32 [E, B]
+    offsets: Tensor,  # int32 [E, 3]
+    read_in: Tensor,  # [B, N]
+    gates: Tensor,  # [B, E]
+    read_out: Tensor,  # [B, N]
+    weights: list[Tensor],  # [C, C, R, S] of each edge
+    biases: list[Tensor],  # [C] of each edge
+    direct: list[Tensor],  # the packed weights, or []
+    states: int,  # N
+    ends: list[int],  # [2 E]: i, j of each edge
+) -> Tensor:  # [B, C, H, W] channels-last
     edges = tuple(zip(ends[::2], ends[1::2], strict=True))
     graph = GraphWeights(states, edges, tuple(weights), tuple(biases), tuple(direct))
     return _run(x, graph, RoutingPlan(levels, order, offsets, 1), read_in, gates, read_out)
 
 
 @_op.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:  # [B, C, H, W] channels-last
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _run_edges(
-    x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor
-) -> Tensor:
+    x: Tensor,  # [B, C, H, W] channels-last
+    graph: GraphWeights,
+    plan: RoutingPlan,
+    read_in: Tensor,  # [B, N]
+    gates: Tensor,  # [B, E]
+    read_out: Tensor,  # [B, N]
+) -> Tensor:  # [B, C, H, W] channels-last
+    """The graph edge by edge, each over the rows of the instances that keep it."""
     states: list[Tensor] = []
     out = torch.zeros_like(x)
     for route in plan:
@@ -212,6 +228,7 @@ def _column(rows: Tensor, index: int) -> Tensor:  # [B, n] -> [B, 1, 1, 1]
 
 
 def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor) -> None:
+    """Raise ValueError unless x is [B, C, H, W], read_in and read_out [B, N], gates [B, E], all as the graph is."""
     C, E = graph.weights[0].shape[0], len(graph.edges)
     if x.ndim != 4 or x.shape[1] != C or 0 in x.shape[2:]:
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(x.shape)}")

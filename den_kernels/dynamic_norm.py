@@ -48,7 +48,7 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 def dynamic_batch_norm_reference(
     x: Tensor,  # [B, C, H, W]
-    route: Route | Tensor,
+    route: Route | Tensor,  # route, levels [B] or mask [B, G]
     weight: Tensor | None,  # [C]
     bias: Tensor | None,  # [C]
     running_mean: Tensor | None,  # [C], updated in place
@@ -87,15 +87,15 @@ def dynamic_batch_norm_reference(
 # The four passes, two in each op: C++ on a CPU, Triton on a GPU. All maps are channels-last in memory.
 
 
-def _float(values: Tensor | None) -> Tensor | None:
+def _float(values: Tensor | None) -> Tensor | None:  # [C] -> float32 [C]
     return None if values is None else values.to(torch.float32).contiguous()
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def _channels_last(x: Tensor) -> Tensor:  # [B, C, H, W]
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _empty_channels_last(x: Tensor) -> Tensor:
+def _empty_channels_last(x: Tensor) -> Tensor:  # [B, C, H, W]
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
@@ -127,7 +127,7 @@ _norm_forward = torch.library.custom_op(_NAME, mutates_args=(), device_types="cp
 
 
 @_norm_forward.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:  # [B, C, H, W], float32 [3, C]
     return _empty_channels_last(x), x.new_empty(3, x.shape[1], dtype=torch.float32)
 
 
@@ -161,7 +161,7 @@ _norm_backward = torch.library.custom_op(f"{_NAME}_backward", mutates_args=(), d
 
 
 @_norm_backward.register_fake
-def _(dy: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:  # [B, C, H, W], float32 [2, C]
     need_dx, need_sums = settings[-2:]
     sums = x.new_empty((2, x.shape[1]) if need_sums else (0,), dtype=torch.float32)
     return _empty_channels_last(x) if need_dx else x.new_empty(0), sums
@@ -178,13 +178,14 @@ _norm_backward.register_kernel("cuda", lambda *arguments: _kernels().backward(*a
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep for the backward pass what `_gradients` reads; output: [B, C, H, W] and the statistics [3, C]."""
     x, selection, given, weight, bias, *ctx.settings = inputs
     ctx.training = given is None
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, savable(selection), output[1], weight, bias)
 
 
-def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # dy [B, C, H, W]
     x, selection, statistics, weight, bias = ctx.saved_tensors
     need_dx, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     if torch.is_grad_enabled():  # create_graph: the gradients may have to have gradients
@@ -217,13 +218,14 @@ class _EagerNorm(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def _has_kernels(x: Tensor) -> bool:
+def _has_kernels(x: Tensor) -> bool:  # x [B, C, H, W]
     if x.is_cpu:
         return extension is not None and x.dtype in _NATIVE_DTYPES
     return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
 
 def _check_counts(count: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError where a channel of x, of this shape, has a single value: a 1 in count [C]."""
     if shape[2] * shape[3] == 1 and bool((single := count == 1).any()):
         raise ValueError(
             "dynamic_batch_norm: a channel in use must have more than one value while training, got one value of "
@@ -232,6 +234,7 @@ def _check_counts(count: Tensor, shape: torch.Size) -> None:
 
 
 def _check(x: Tensor, route: Route, groups: Sequence[int], **vectors: Tensor | None) -> None:
+    """Raise unless x [B, C, H, W] is floating point, groups add up to C and the vectors are [C] on its device."""
     if not x.is_floating_point():
         raise TypeError(f"dynamic_batch_norm: x must be a floating point tensor, got {x.dtype}")
     C = x.shape[1]
@@ -258,7 +261,7 @@ def _update_running(running_mean: Tensor, running_var: Tensor, statistics: Tenso
 @not_scriptable
 def dynamic_batch_norm(
     x: Tensor,  # [B, C, H, W]
-    route: Route | Tensor,
+    route: Route | Tensor,  # route, levels [B] or mask [B, G]
     weight: Tensor | None,  # [C]
     bias: Tensor | None,  # [C]
     running_mean: Tensor | None,  # [C], updated in place while training
@@ -314,7 +317,10 @@ def dynamic_batch_norm(
 
 
 def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, eager: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op: on a CPU the plain function where no gradient is recorded, and autograd's own where nothing is traced."""
+    """The function to call for x [B, C, H, W], weight [C] and bias [C]: that of the least overhead.
+
+    On a CPU that is the plain function where no gradient is recorded, and an autograd function where nothing is traced.
+    """
     if not x.is_cpu:
         return _norm_forward
     if eager:

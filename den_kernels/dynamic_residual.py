@@ -129,7 +129,7 @@ def dynamic_residual(
 
 @not_scriptable
 def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Tensor:
-    """:func:`dynamic_residual`, in place where the block keeps the shape of `x`; else the new map is returned.
+    """:func:`dynamic_residual`, in place where the block keeps the shape of `x` [B, C, H, W], else in a new map.
 
     In place, an instance at level 0 costs nothing: none of its bytes is read or written (of a post-activation block,
     whose ReLU would change none of them, on a GPU).

@@ -96,6 +96,7 @@ def dynamic_trunk(
 
 
 def _check(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> None:
+    """Raise unless x is [B, C, H, W], and plan and weights are of the same blocks, instances and device."""
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{_OP}: x must be [B, C, H, W] with at least one pixel, got {list(x.shape)}")
     expected = x.shape[0], len(weights.blocks)
@@ -110,7 +111,7 @@ def _check(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> None:
         raise TypeError(f"{_OP}: x must be {weights.dtype} as the weights are, got {x.dtype}")
 
 
-def _run(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
+def _run(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:  # as `dynamic_trunk`, x [B, C, H, W]
     B, _, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     maps = [x.new_empty(B, h, w, c).permute(0, 3, 1, 2) for c, h, w in weights.shapes(H, W)]
@@ -120,7 +121,7 @@ def _run(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
     return last if features is None else features
 
 
-def _block_by_block(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
+def _block_by_block(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:  # as `dynamic_trunk`, [B, C, H, W]
     for block, route in zip(weights.blocks, plan, strict=True):
         if isinstance(block, ResidualWeights):
             x = dynamic_residual_(x, route, block)

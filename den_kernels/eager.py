@@ -20,7 +20,7 @@ _transforms, _profiler = torch._C._are_functorch_transforms_active, torch._C._au
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
-    """True where nothing traces or transforms the call and its tensors are plain.
+    """True where nothing traces or transforms the call and its tensors [...] are plain.
 
     Compilers, torch.jit.trace, dispatch modes (in which compilers other than Dynamo trace), torch.func and
     forward-mode derivatives do.
@@ -34,7 +34,7 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """True where nothing but the op itself has to happen: an ordinary call, with no gradient to record.
+    """True for an ordinary call (`is_ordinary`) of tensors [...] that has no gradient to record.
 
     A call through `torch.library.custom_op` costs about 20 microseconds, and the first one in a process imports the
     whole of torch._dynamo: two seconds and 75 MB. Inference needs neither.
@@ -70,12 +70,12 @@ def in_range(name: str, function: Callable[..., Value], *arguments: Any) -> Valu
 
 
 def savable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as autograd can save it for the backward pass: of one made in inference mode a copy."""
+    """The tensor [...] as autograd can save it for the backward pass: of one made in inference mode a copy."""
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Raises RuntimeError in forward-mode differentiation: a custom op would answer with tangents of 0."""
+    """Raise RuntimeError for tensors [...] with forward-mode tangents: a custom op would answer with zeros."""
     if is_compiling() or forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):

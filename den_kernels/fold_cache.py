@@ -144,6 +144,7 @@ class _PlainWatch:
 
 
 def _sum(tensor: Tensor) -> int:
+    """A checksum of all bytes that tensor [...] holds."""
     dense = tensor.contiguous()
     return crc32(dense.view(-1).view(torch.uint8).numpy().data) if dense.numel() else 0
 

@@ -171,7 +171,8 @@ class RoutingPlan:
     def update_(self, levels_or_masks: Tensor) -> Self:
         """Plan anew in the same memory, so that a captured CUDA graph sees it at its next replay.
 
-        Takes what the plan was made from, in the same shape and on the same device; else a ValueError.
+        levels_or_masks: levels [B, N] or masks [B, N, G], whichever the plan was made from. Raises ValueError for
+        another shape or device.
         """
         old = self.levels if self.masks is None else self.masks
         new = levels_or_masks
@@ -195,7 +196,7 @@ def _not_levels(name: str, got: object) -> str:
     return f"{name} must be an integer tensor, got {kind}{hint}"
 
 
-def _highest_level(levels: Tensor) -> int:
+def _highest_level(levels: Tensor) -> int:  # [B, N]
     if not levels.is_cpu or is_traced():
         where = levels.device if not levels.is_cpu else "levels of a traced call"
         raise ValueError(

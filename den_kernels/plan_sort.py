@@ -54,7 +54,10 @@ def _int32(rows: list[list[int]], *shape: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(shape)
 
 
-def plan_levels_torch(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def plan_levels_torch(
+    levels: Tensor,  # integer [B, N]
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # levels int32 [N, B], order int32 [N, B], offsets int32 [N, groups + 2]
     """`plan_levels` in torch ops that never wait for the device. Levels are clamped to 0..groups."""
     levels = levels if levels.dtype == torch.int64 else levels.int()
     levels = levels.t().clamp(0, groups).int().contiguous()
@@ -62,7 +65,9 @@ def plan_levels_torch(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tens
     return levels, order.int(), _offsets(segments, groups + 1)
 
 
-def plan_masks_torch(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plan_masks_torch(
+    masks: Tensor,  # bool [B, N, G]
+) -> tuple[Tensor, Tensor, Tensor]:  # levels int32 [N, B], order int32 [N, B], offsets int32 [N, B + 1]
     """`plan_masks` in torch ops that never wait for the device."""
     masks = masks.transpose(0, 1)
     levels = masks.sum(2, dtype=torch.int32).contiguous()
@@ -124,12 +129,13 @@ plan_levels_op = torch.library.custom_op(PLAN_LEVELS, plan_levels, mutates_args=
 
 
 @plan_levels_op.register_fake
-def _(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:  # levels [B, N]
     return _empty_plan(levels, levels.shape[0], levels.shape[1], groups + 1)
 
 
 @plan_levels_op.register_vmap
 def _(info: Any, in_dims: tuple, levels: Tensor, groups: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The plans of V batches of levels, [B, N] and an axis V at in_dims[0]."""
     return _plan_stacked(plan_levels_op, levels.movedim(in_dims[0], 1), groups)
 
 
@@ -151,12 +157,13 @@ plan_masks_op = torch.library.custom_op(PLAN_MASKS, plan_masks, mutates_args=())
 
 
 @plan_masks_op.register_fake
-def _(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # masks [B, N, G]
     return _empty_plan(masks, masks.shape[0], masks.shape[1], masks.shape[0])
 
 
 @plan_masks_op.register_vmap
 def _(info: Any, in_dims: tuple, masks: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The plans of V batches of masks, [B, N, G] and an axis V at in_dims[0]."""
     return _plan_stacked(plan_masks_op, masks.movedim(in_dims[0], 1))
 
 
@@ -170,6 +177,7 @@ def _plan_stacked(
 
 
 def _empty_plan(like: Tensor, B: int, N: int, segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory on the device of `like` for levels [N, B], order [N, B] and offsets [N, segments + 1], all int32."""
     shapes = ((N, B), (N, B), (N, segments + 1))
     levels, order, offsets = (torch.empty(shape, dtype=torch.int32, device=like.device) for shape in shapes)
     return levels, order, offsets

@@ -240,7 +240,7 @@ def _checked_groups(
     return groups
 
 
-def _channels_last(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _channels_last(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # [O, I, R, S]
     return weight.to(dtype or weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -253,6 +253,6 @@ def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def _pack_onednn(weight: Tensor, stride: int) -> Tensor:
+def _pack_onednn(weight: Tensor, stride: int) -> Tensor:  # [O, I, R, S]
     R, S = weight.shape[2:]
     return torch.ops.mkldnn._reorder_convolution_weight(weight, [R // 2, S // 2], [stride] * 2, [1, 1], 1)

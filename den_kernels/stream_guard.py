@@ -61,7 +61,12 @@ class Guarded(Generic[Value]):
     RuntimeError where the sources lie on a GPU that captures a graph.
     """
 
-    def __init__(self, sources: tuple[Tensor, ...], build: Callable[[], Value], captured: list[Any]) -> None:
+    def __init__(
+        self,
+        sources: tuple[Tensor, ...],  # each [...]
+        build: Callable[[], Value],
+        captured: list[Any],
+    ) -> None:
         on_gpu = any(source.device.type == "cuda" for source in sources)
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

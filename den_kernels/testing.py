@@ -14,10 +14,14 @@ from torch import Tensor
 LEVEL_KINDS = ("uniform", "zero", "top", "ascending", "no middle", "last only")
 
 
-def error_units(got: Tensor, exact: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The error of each element against float64, in units of the size of the terms that were added up for it.
+def error_units(
+    got: Tensor,  # [...]
+    exact: Tensor,  # [...] the same in float64
+    scale: Tensor | None = None,  # [...] float64
+) -> Tensor:  # [...] float64
+    """The error of each element of `got`, in units of the size of the terms that were added up for it.
 
-    scale: those sizes, float64 (of a convolution: the same convolution of the absolute values). Without it: the size of
+    scale: those sizes (of a convolution: the same convolution of the absolute values). Without it: the size of
     the result, at least its root mean square. An element of size 0 must be exact: its error there is infinite or 0.
     """
     got, exact = got.detach().double(), exact.detach().double()
@@ -28,13 +32,13 @@ def error_units(got: Tensor, exact: Tensor, scale: Tensor | None = None) -> Tens
 
 
 def assert_as_accurate(
-    got: Tensor,
-    peer: Tensor,  # what PyTorch makes of the same arguments in the same dtype
-    exact: Tensor,  # the same in float64
-    scale: Tensor | None = None,
+    got: Tensor,  # [...]
+    peer: Tensor,  # [...] PyTorch's result for these arguments in the same dtype
+    exact: Tensor,  # [...] PyTorch's result in float64
+    scale: Tensor | None = None,  # [...] of `error_units`
     factor: float = 2.0,
 ) -> None:
-    """No element of `got` may err more than `factor` times as much as PyTorch does in the same dtype.
+    """Assert that no element of `got` errs more than `factor` times as much as PyTorch does in the same dtype.
 
     PyTorch's error is the largest of its `error_units`, at least one rounding of the dtype. Raises AssertionError.
     """
@@ -92,14 +96,14 @@ def make_mask(batch: int, groups: int, seed: int = 0, distinct: int = 4) -> Tens
 
 def masked_conv2d(
     x: Tensor,  # [B, C_in, H, W]
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
     selection: Tensor,  # bool [B, G] or integer levels [B]
     *,
     out_groups: Sequence[int] | None = None,
     in_groups: Sequence[int] | None = None,
     **keywords: Any,
-) -> Tensor:
+) -> Tensor:  # [B, C_out, H_out, W_out]
     """A dynamic convolution by PyTorch: the whole one, masked on both sides. Its error sets the tolerance."""
     if in_groups:
         x = x.where(channel_mask(selection, in_groups)[:, :, None, None], 0)

@@ -56,7 +56,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def dense_vector(operand: Tensor) -> Tensor:
-    """A vector without gaps; a map, whose strides the kernel knows, as it is."""
+    """A vector [n] without gaps in memory; a map [B, C, H, W], whose strides the kernel knows, as it is."""
     return operand.contiguous() if operand.ndim == 1 else operand
 
 
@@ -66,7 +66,7 @@ def instance_stride(x: Tensor) -> int:
 
 
 def check_pixels(*maps: Tensor) -> None:
-    """Elements are counted in 64 bits, pixels of a batch in 32."""
+    """Raise ValueError for a map [B, C, H, W] of 2**31 pixels or more: the kernels count pixels in 32 bits."""
     for x in maps:
         if x.shape[0] * x.shape[2] * x.shape[3] >= 1 << 31:
             raise ValueError(f"dynamic_conv2d: a batch must have fewer than 2**31 pixels, got {list(x.shape)}")
@@ -112,9 +112,9 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def convolution_launch(
-    source: Tensor,
-    weight: Tensor,
-    out: Tensor,
+    source: Tensor,  # [B, KC, H, W] channels-last
+    weight: Tensor,  # [C_out, C_in / groups, R, S] channels-last
+    out: Tensor,  # [B, NC, OH, OW] channels-last
     route: Route,
     geometry: Geometry,
     transposed: bool,

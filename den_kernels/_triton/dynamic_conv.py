@@ -12,13 +12,17 @@ from .weight_gradient import weight_gradient
 
 
 def _allocate(shape: Sequence[int], like: Tensor, elastic: bool) -> Tensor:
-    """Channels-last; zeroed where the kernel leaves channels out."""
+    """Memory of the shape [B, C, H, W], channels-last, on the device of `like`; zeroed if the kernel skips channels."""
     out = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     return out.zero_() if elastic else out
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, route: Route, geometry: Geometry
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
+    route: Route,
+    geometry: Geometry,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """The selected groups of every instance in one launch; the rest of the output is zero."""
     out = _allocate(geometry.out_shape(x, weight), x, bool(geometry.out_sizes))
@@ -28,12 +32,12 @@ def forward(
 
 def backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
     route: Route,
     geometry: Geometry,
-    output_mask: Sequence[bool],  # which of the three gradients are wanted
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x, weight and bias
     """The gradients of x, weight and bias; None where `output_mask` does not ask for one."""
     dx = dweight = dbias = None
     if output_mask[0]:

@@ -89,6 +89,7 @@ def _walk(
 
 
 def _affine(x: Tensor, affine: Affine) -> dict[str, Any]:
+    """Arguments of a kernel for an affine map; x [B, C, H, W] stands for a weight or bias that is None."""
     weight, bias = affine.weight, affine.bias
     return dict(
         statistics=affine.statistics, weight=x if weight is None else weight.contiguous(),
@@ -97,15 +98,23 @@ def _affine(x: Tensor, affine: Affine) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def statistics_launch(x: Tensor, selection: Tensor, groups: Sequence[int], multiprocessors: int) -> Launch:
-    """Of `statistics_kernel`; `partial` is among the arguments."""
+def statistics_launch(
+    x: Tensor,  # [B, C, H, W] channels-last
+    selection: Tensor,  # bool [B, G]
+    groups: Sequence[int],
+    multiprocessors: int,
+) -> Launch:
+    """The launch of `statistics_kernel`; `partial` is among its arguments."""
     launch = _walk(statistics_kernel, x, selection, groups, 16384, multiprocessors)
     partial = torch.empty(launch.arguments["shares"], 3, x.shape[1], dtype=torch.float32, device=x.device)
     return launch.extended({"partial": partial})
 
 
-def fold_launch(partial: Tensor, statistics: Tensor) -> Launch:
-    """Of `fold_kernel`: many programs of few channels, because it has little to read."""
+def fold_launch(
+    partial: Tensor,  # float32 [shares, 3, C]
+    statistics: Tensor,  # float32 [3, C], written
+) -> Launch:
+    """The launch of `fold_kernel`: many programs of few channels, because it has little to read."""
     shares, _, C = partial.shape
     columns = ceil_power(C, 1, 8)
     arguments = dict(partial=partial, statistics=statistics, shares=shares, C=C, BR=256, BC=columns, num_warps=4)
@@ -113,40 +122,57 @@ def fold_launch(partial: Tensor, statistics: Tensor) -> Launch:
 
 
 def apply_launch(
-    x: Tensor, y: Tensor, selection: Tensor, affine: Affine, groups: Sequence[int], multiprocessors: int
+    x: Tensor,  # [B, C, H, W] channels-last
+    y: Tensor,  # [B, C, H, W] channels-last, written
+    selection: Tensor,  # bool [B, G]
+    affine: Affine,
+    groups: Sequence[int],
+    multiprocessors: int,
 ) -> Launch:
-    """Of `apply_kernel`."""
+    """The launch of `apply_kernel`."""
     launch = _walk(apply_kernel, x, selection, groups, 4096, multiprocessors)
     return launch.extended(_affine(x, affine) | {"y": y})
 
 
 def reduce_launch(
-    dy: Tensor, x: Tensor, selection: Tensor, affine: Affine, groups: Sequence[int], multiprocessors: int
+    dy: Tensor,  # [B, C, H, W] channels-last
+    x: Tensor,  # [B, C, H, W] channels-last
+    selection: Tensor,  # bool [B, G]
+    affine: Affine,
+    groups: Sequence[int],
+    multiprocessors: int,
 ) -> Launch:
-    """Of `reduce_kernel`; `partial` is among the arguments."""
+    """The launch of `reduce_kernel`; `partial` is among its arguments."""
     launch = _walk(reduce_kernel, x, selection, groups, 4096, multiprocessors)
     partial = torch.empty(launch.arguments["shares"], 2, x.shape[1], dtype=torch.float32, device=x.device)
     return launch.extended(_affine(x, affine) | {"dy": dy, "partial": partial})
 
 
 def gradient_launch(
-    dy: Tensor,
-    x: Tensor,
-    dx: Tensor,
-    selection: Tensor,
+    dy: Tensor,  # [B, C, H, W] channels-last
+    x: Tensor,  # [B, C, H, W] channels-last
+    dx: Tensor,  # [B, C, H, W] channels-last, written
+    selection: Tensor,  # bool [B, G]
     affine: Affine,
-    sums: Tensor | None,
+    sums: Tensor | None,  # float32 [2, C] of `_reduce`; None: the statistics are constants
     groups: Sequence[int],
     multiprocessors: int,
 ) -> Launch:
-    """Of `gradient_kernel`."""
+    """The launch of `gradient_kernel`."""
     launch = _walk(gradient_kernel, x, selection, groups, 4096, multiprocessors)
     through = {"sums": x if sums is None else sums, "THROUGH": sums is not None}
     return launch.extended(_affine(x, affine) | through | {"dy": dy, "dx": dx})
 
 
-def activate_launch(x: Tensor, y: Tensor, levels: Tensor, scale: Tensor, shift: Tensor, multiprocessors: int) -> Launch:
-    """Of `activate_kernel`."""
+def activate_launch(
+    x: Tensor,  # [B, C, H, W] channels-last
+    y: Tensor,  # [B, C, H, W] channels-last, written above level 0
+    levels: Tensor,  # int32 [B]
+    scale: Tensor,  # float32 [C]
+    shift: Tensor,  # float32 [C]
+    multiprocessors: int,
+) -> Launch:
+    """The launch of `activate_kernel`."""
     launch = _walk(activate_kernel, x, levels, (x.shape[1],), 8192, multiprocessors)
     return launch.extended({"y": y, "scale": scale, "shift": shift})
 

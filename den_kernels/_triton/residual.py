@@ -53,7 +53,7 @@ def add_branch(
         activated, weights.conv1, hidden, route, first, epilogue=Epilogue(weights.bias1, weights.scale2, relu=True)
     )
     after = None if following is None else _after(out, following)
-    fused = after if out.dtype != torch.float32 else None  # its elements leave no registers for a second output
+    fused = after if out.dtype != torch.float32 else None  # float32 leaves no registers for a second output
     convolve(
         hidden, weights.conv2, out, route, second, skip_empty=True,
         epilogue=Epilogue(weights.bias2, add=True, relu=weights.relu, following=fused),
@@ -64,6 +64,7 @@ def add_branch(
 
 
 def _after(out: Tensor, following: Next) -> Following | None:
+    """The second output, of the shape of out [B, C_out, H_out, W_out], for the block behind; None if it has no bn1."""
     scale, shift = following.weights.scale1, following.weights.shift1
     if scale is None or shift is None:
         return None

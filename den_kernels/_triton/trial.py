@@ -44,7 +44,7 @@ def problems(kinds: Sequence[str], channels: Sequence[int], dtypes: Sequence[tor
 class Run:
     """A problem with tensors: one side elastic under one mix of levels."""
 
-    def __init__(self, problem: Problem, side: str, levels: Tensor, device: torch.device) -> None:
+    def __init__(self, problem: Problem, side: str, levels: Tensor, device: torch.device) -> None:  # levels [B]
         B, C, P, dtype = problem.batch, problem.channels, problem.size, problem.dtype
         generator = torch.Generator(device).manual_seed(0)
 
@@ -62,11 +62,11 @@ class Run:
         self.exact = self._exact()
 
     def _exact(self) -> Tensor:
-        """float64, 0 where nothing is written."""
+        """The exact result in float64, [B, C, P, P] or of a weight [C, C, 3, 3]; 0 where nothing is written."""
         x, weight, grad = self.x.double(), self.weight.double(), self.grad.double()
         sides = {"out_groups": self.out_groups or None, "in_groups": self.in_groups or None}
 
-        def convolved(x: Tensor, weight: Tensor) -> Tensor:
+        def convolved(x: Tensor, weight: Tensor) -> Tensor:  # [B, C, P, P], [C, C, 3, 3]
             return masked_conv2d(x, weight, None, self.levels, **sides, padding=1)
 
         if self.problem.kind == "weight":
@@ -76,13 +76,13 @@ class Run:
         return convolved(x, weight)
 
     def _written(self) -> Tensor:
-        """bool, broadcast against the result."""
+        """True where the kernel writes the result: bool [B, C, 1, 1], or [] where it writes all."""
         if self.problem.kind == "weight" or not self.out_groups:
             return torch.ones((), dtype=torch.bool, device=self.x.device)
         return channel_mask(self.levels, self.out_groups)[:, :, None, None]
 
     def call(self) -> Tensor:
-        """Launch with the tile that the table gives now; the result, of which some may not be written."""
+        """Launch with the tile that the table gives now; return the result, of which some may not be written."""
         if self.problem.kind == "weight":
             return weight_gradient(self.grad, self.x, self.weight, self.route, self.geometry)
         convolve(self.x, self.weight, self.out, self.route, self.geometry)
@@ -113,7 +113,7 @@ class Run:
         return float("inf") if worst != worst else worst
 
 
-def even_mix(batch: int) -> Tensor:
+def even_mix(batch: int) -> Tensor:  # int64 [B]
     """Levels 0..3, as many of each, shuffled."""
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
     return (torch.arange(batch) % 4)[order]

@@ -16,14 +16,14 @@ from .weight_gradient_kernel import weight_gradient_kernel
 
 
 def _lists(mask: Tensor, side: Side, unit: int) -> tuple[Tensor, Tensor]:
-    """Per unit of channels, the instances that selected it: int32 [units, B], those first; int32 [units] how many."""
+    """For each unit of channels: all instances, those that selected it first, int32 [units, B]; and how many did, [units]."""
     chosen = channels_of(mask, side.sizes, side.channels)[:, ::unit].t()
     order = chosen.logical_not().to(torch.int8).argsort(dim=1, stable=True).int()
     return order.contiguous(), chosen.sum(1, dtype=torch.int32)
 
 
 def _of_levels(route: Route, n: Side, k: Side, cardinality: int, tile: Tile, nothing: Tensor) -> dict[str, Any]:
-    """The instances that use a tile: the first ones in the order of the route. `nothing` is not read."""
+    """Arguments that say which instances use a tile: the first of the route's order. `nothing` [...] is not read."""
     wide = choice.wide_sides(n, k, cardinality, tile)
     return dict(
         order=route.order, offsets=route.offsets, counts=route.order, bits_n=nothing, bits_k=nothing,
@@ -33,9 +33,15 @@ def _of_levels(route: Route, n: Side, k: Side, cardinality: int, tile: Tile, not
 
 
 def _of_mask(
-    mask: Tensor, order: Tensor, n: Side, k: Side, cardinality: int, tile: Tile, nothing: Tensor
+    mask: Tensor,  # bool [B, G]
+    order: Tensor,  # int32 [B]
+    n: Side,
+    k: Side,
+    cardinality: int,
+    tile: Tile,
+    nothing: Tensor,  # of any shape: not read
 ) -> dict[str, Any]:
-    """Those on the list of the tile's unit; without lists, all of them. `nothing` is not read."""
+    """Arguments that say which instances use a tile: those on the list of its unit; without lists, all of them."""
     lists = choice.listed_side(n, k, cardinality, tile)
     offsets = counts = torch.full((2,), mask.shape[0], dtype=torch.int32, device=mask.device)
     if lists:
@@ -52,9 +58,9 @@ def _of_mask(
 
 
 def weight_gradient_launch(
-    grad: Tensor,
-    source: Tensor,
-    kernel: tuple[int, int],
+    grad: Tensor,  # [B, C_out, H_out, W_out] channels-last
+    source: Tensor,  # [B, C_in, H, W] channels-last
+    kernel: tuple[int, int],  # R, S
     route: Route,
     geometry: Geometry,
     arch: int,
