@@ -17,7 +17,7 @@ from .layers import DynamicConv2d
 from .plan import Route, RoutingPlan
 from .residual_weights import ResidualWeights
 
-# Who counts operations imports that module, which imports triton, which whoever does not need not wait for.
+# FLOP formulas are registered when torch's counter is imported, and not before: it imports triton, which takes long.
 when_imported("torch.utils.flop_counter", lambda: import_module("den_kernels._flops"))
 
 try:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 WARPS, STAGES, PAD = 8, 3, 16
-WARP_PIXELS, WARP_CHANNELS = 64, 64  # that a warp takes at most
-LEAST_PIXELS = 48  # that share a read of the weights: with fewer, L2 gives them too slowly for the tensor cores
-STAGE_BYTES = 24 << 10  # more weights in one step only delay the first
+WARP_PIXELS, WARP_CHANNELS = 64, 64  # a warp's share is at most this
+LEAST_PIXELS = 48  # fewest pixels that share a read of the weights: with fewer, L2 is too slow for the tensor cores
+STAGE_BYTES = 24 << 10  # largest step of weights: a larger one only delays the first product
 
 
 class FusedProblem(NamedTuple):
@@ -66,23 +66,23 @@ class FusedLayout(NamedTuple):
 
 
 def _tiles(p: FusedProblem) -> Iterator[tuple[int, int, int]]:
-    """(instances, rows, columns) to try, best first."""
+    """Triples (instances, rows, columns) to try, best first."""
     Ho, Wo = -(-p.H // p.stride), -(-p.W // p.stride)
     columns = [n for n in (1, 2, 4, 8) if n * WARP_CHANNELS >= p.C_out]
     pixels = {n: WARPS // n * WARP_PIXELS for n in columns}
     most = max(pixels.values(), default=0) // (Ho * Wo)
     for T in range(min(most, max(1, p.B // p.multiprocessors)), 0, -1):  # maps share a read of the weights, but every
-        for n in reversed(columns):  # multiprocessor gets some; no more warps on pixels than there are pixels
+        for n in reversed(columns):  # multiprocessor gets some; most columns first, so that no warp is without pixels
             if T * Ho * Wo <= pixels[n]:
                 yield T, Ho, n
-    for n in columns:  # high bands: each makes two hidden rows again that its neighbours make
+    for n in columns:  # bands as high as fit: each computes two hidden rows that its neighbours compute too
         rows = min(pixels[n] // Wo, WARPS * WARP_PIXELS // Wo - 2)
         if rows >= 1:
             yield 1, min(Ho, rows), n
 
 
 def _hidden_columns(p: FusedProblem, instances: int, rows: int) -> int | None:
-    """As many as its pixels leave warps for, but no slice wider than the narrowest level: its warps would idle."""
+    """Warps that share a slice: as many as the pixels leave, if possible with no slice wider than the narrowest level."""
     pixels = instances * min(-(-p.H // p.stride), rows + 2) * -(-p.W // p.stride)
     fits = [n for n in (1, 2, 4, 8) if pixels <= WARPS // n * WARP_PIXELS]
     narrow = [n for n in fits if 16 * n <= min(p.widths)]

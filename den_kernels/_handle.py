@@ -1,14 +1,14 @@
-"""Weights that the extension keeps an object for."""
+"""A base class of weights for which the extension keeps an object of its own."""
 
 from dataclasses import fields
 from typing import Any
 
 
 class HasHandle:
-    """A frozen dataclass with a cached property `handle`, an object of the extension made from its fields.
+    """Base of a frozen dataclass with a cached property `handle`, an object of the extension made from its fields.
 
-    The object is checked when it is made, holds the tensors, and is one argument of a call. Copies and pickles are of
-    the fields alone and make one of their own.
+    The object checks the fields when it is made, holds the tensors, and is called with a call's own tensors. Copies and
+    pickles take the fields alone; a copy makes its own object.
     """
 
     def __getstate__(self) -> dict[str, Any]:

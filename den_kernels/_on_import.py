@@ -1,4 +1,4 @@
-"""Something to be done once a module is imported, by whomever, without importing it for that."""
+"""Run a function when somebody imports a module, without importing that module for it."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Then(Loader):
-    """Loads a module as `loader` does, then calls `done`."""
+    """A loader that loads a module as `loader` does, then calls `done`."""
 
     def __init__(self, loader: Any, done: Callable[[], object]) -> None:
         self._loader, self._done = loader, done
@@ -24,7 +24,7 @@ class _Then(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, once, where the others find it."""
+    """A finder of one module, once: it asks the other finders and wraps the loader that they give."""
 
     def __init__(self, name: str, done: Callable[[], object]) -> None:
         self._name, self._done = name, done

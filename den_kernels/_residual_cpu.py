@@ -12,7 +12,7 @@ from .plan import Route, read_route
 from .residual_weights import ResidualWeights
 from .rows import gather_rows, scatter_rows_
 
-# Maps of a chunk that should stay in the private caches of the cores between its two convolutions, in bytes.
+# Bytes of a chunk's maps, chosen so that they stay in the cores' private caches between the two convolutions.
 _CHUNK_BYTES = 6 << 20
 
 
@@ -41,7 +41,10 @@ def run_onednn(
     shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
-    """shortcut + branch(x) by dense convolutions of the instances of a segment; a row is read before it is added to."""
+    """shortcut + branch(x) by dense convolutions over the instances of each segment.
+
+    With `inplace` out is x: the rows of a chunk are gathered from x before its sums are added to them.
+    """
     out = x if inplace else own_shortcut(x, weights, shortcut)
     compute, P_in, P_out = weights.dtype, x.shape[2] * x.shape[3], out.shape[2] * out.shape[3]
     packed = weights.levels if route.mask is None else ()

@@ -17,9 +17,11 @@ def run(
     shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
-    """shortcut + branch(x), of a post-activation block through ReLU, by the first of these that takes the block.
+    """shortcut + branch(x), of a post-activation block through ReLU.
 
-    Of the block's own shortcut an instance at level 0 is not touched, by the ReLU neither: it would change nothing.
+    Computed by the fused kernel where it has a layout for the block, else in Triton, else in PyTorch operations. With
+    the block's own shortcut no ReLU runs over an instance at level 0: x of a post-activation block comes from a ReLU,
+    and so its shortcut is not negative.
     """
     layout = _cuda.choose_fused(x, route, weights)
     if layout is not None and shortcut is None and not inplace:
@@ -36,7 +38,7 @@ def run(
     else:
         add_branch_masked(x, out, route, weights)
         return out.relu_() if weights.relu else out
-    return out.relu_() if weights.relu and shortcut is not None else out  # it need not be a ReLU's output, as x is
+    return out.relu_() if weights.relu and shortcut is not None else out  # a given shortcut may hold negative values
 
 
 def add_branch_masked(

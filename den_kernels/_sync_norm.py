@@ -1,4 +1,4 @@
-"""`nn.SyncBatchNorm.convert_sync_batchnorm` keeps batch norms that share statistics by themselves.
+"""A way to make `nn.SyncBatchNorm.convert_sync_batchnorm` keep our batch norms, which share statistics themselves.
 
 It replaces every batch norm, by its base class, with one that takes no selection. There is nothing to override in the
 module that is replaced, so the method itself is wrapped; for all other modules it does what it did.
@@ -13,7 +13,7 @@ Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 def kept_by_convert_sync_batchnorm(kind: Kind) -> Kind:
-    """The class itself, whose instances are then not replaced: their `process_group` is set, to "world" for None."""
+    """Decorate a class whose instances are then kept: only their `process_group` is set, to "world" for None."""
     replace: Any = nn.SyncBatchNorm.convert_sync_batchnorm.__func__  # type: ignore[attr-defined]
 
     def convert_sync_batchnorm(

@@ -68,7 +68,7 @@ class BottleneckWeights(HasHandle):
 
     @property
     def out_channels(self) -> int:
-        """C_out."""
+        """C_out: the channels of the result."""
         return self.conv3.shape[0]
 
     @cached_property
@@ -86,7 +86,7 @@ class BottleneckWeights(HasHandle):
 
     @cached_property
     def convolutions(self) -> tuple[tuple[Tensor, Tensor | None, Geometry], ...]:
-        """Weight, bias in the weight's dtype, and geometry of each convolution, for those that run one by one."""
+        """Weight, bias in the weight's dtype, and geometry of each convolution, to run them one by one."""
         one, groups, (R, S) = (1, 1), self.groups, self.conv2.shape[2:]
         bias1, bias2 = (bias.to(self.conv1.dtype) for bias in (self.bias1, self.bias2))
         stride, padding = (self.stride, self.stride), (R // 2, S // 2)
@@ -111,7 +111,7 @@ class BottleneckWeights(HasHandle):
         return self._alone[index]
 
     def released(self) -> "BottleneckWeights":
-        """Without the weights themselves where the kernel of the whole block runs, which reads packed copies.
+        """A copy without the weights themselves where the block has a direct kernel, which reads packed ones; else self.
 
         What is left of `conv1`, `conv2` and `conv3` is their shape, dtype and device: one element, repeated.
         """

@@ -1,4 +1,4 @@
-"""For modules built on the ops: weights derived from parameters, and what a call may decide.
+"""Helpers for modules built on the ops: weights derived from parameters, and tests of how a call is made.
 
 FoldCache           keeps a value made from tensors until one of them changes
 norm_affine         batch norm in eval mode as scale and shift

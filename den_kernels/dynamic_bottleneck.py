@@ -67,7 +67,7 @@ def _compute(
 
 
 class _Operands(NamedTuple):
-    """Behind x: fields of `Route` and `BottleneckWeights`, which say what they are."""
+    """The operands behind x: fields of `Route` and of `BottleneckWeights`, which document them."""
 
     levels: Tensor
     order: Tensor

@@ -251,7 +251,7 @@ def _check(x: Tensor, route: Route, groups: Sequence[int], **vectors: Tensor | N
 
 @torch.no_grad()
 def _update_running(running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float | Tensor) -> None:
-    """Move the running statistics [C] of every channel of which the batch, of statistics [3, C], has two values."""
+    """Move the running statistics [C] towards the batch's, [3, C], in channels of which it has two values or more."""
     mean, var, count = statistics
     weight, unbiased = (count > 1).to(mean.dtype) * momentum, var * (count / (count - 1).clamp(min=1))
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
@@ -408,14 +408,14 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         )  # fmt: skip
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The processes to share statistics with now; None for this one alone."""
+        """The processes that share statistics in this call; None: each process has its own."""
         if self.process_group is None or not self.training or not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD if self.process_group == "world" else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
     def _advance(self) -> float | Tensor:
-        """Count a training step; the weight of its batch in the running statistics."""
+        """Count a training step and return the weight of its batch in the running statistics."""
         if not (self.training and self.track_running_stats) or self.num_batches_tracked is None:
             return 0.0
         self.num_batches_tracked.add_(1)

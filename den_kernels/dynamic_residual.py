@@ -78,7 +78,7 @@ def _compute(
 
 
 class _Operands(NamedTuple):
-    """Behind x: fields of `Route` and `ResidualWeights`, which say what they are."""
+    """The operands behind x: fields of `Route` and of `ResidualWeights`, which document them."""
 
     levels: Tensor
     order: Tensor

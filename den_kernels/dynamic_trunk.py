@@ -50,12 +50,12 @@ class TrunkWeights(HasHandle):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the maps."""
+        """The dtype of the maps."""
         return self.blocks[0].conv1.dtype
 
     @cached_property
     def whole(self) -> bool:
-        """True where one call runs all blocks: a direct kernel runs each of them, none of them with a ReLU behind."""
+        """True where one call runs all blocks: a direct kernel runs each of them, and none ends in a ReLU."""
         plain = all(block.direct is not None and not getattr(block, "relu", False) for block in self.blocks)
         return plain and {block.conv1.dtype for block in self.blocks} == {self.dtype}
 
@@ -69,7 +69,7 @@ class TrunkWeights(HasHandle):
 
 
 def _channels(block: Block) -> tuple[int, int]:
-    """C_out and C."""
+    """C_out and C of a block."""
     last = block.conv2 if isinstance(block, ResidualWeights) else block.conv3
     return last.shape[0], block.conv1.shape[1]
 

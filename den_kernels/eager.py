@@ -62,7 +62,7 @@ def is_transformed() -> bool:
 
 
 def in_range(name: str, function: Callable[..., Value], *arguments: Any) -> Value:
-    """`function(*arguments)`, as a range of that name where a profiler runs: to it a plain function is no op."""
+    """`function(*arguments)`, in a range `name` of a running profiler, which would not see a plain function."""
     if not _profiler():
         return function(*arguments)
     with torch.autograd.profiler.record_function(name):

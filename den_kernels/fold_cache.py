@@ -27,7 +27,7 @@ class _Epoch:
 
     @classmethod
     def count_steps(cls) -> None:
-        """From now on a step of any optimiser counts."""
+        """Count steps of all optimisers from now on."""
         if cls.hook is None:
             cls.hook = register_optimizer_step_post_hook(cls._step)
 
@@ -47,7 +47,7 @@ def invalidate() -> None:
 
 
 class FoldCache(Generic[Value]):
-    """Holds what ``build()`` made of ``sources`` while every source is the same tensor and holds the same.
+    """Holds what ``build()`` made of ``sources`` while every source is the same tensor with the same values.
 
     The same tensor: address, sizes, strides, dtype, device and version counter. The counter moves with in-place
     operations and `load_state_dict`, but not with fused optimisers nor with writes through ``param.data`` and NumPy
@@ -111,7 +111,7 @@ class FoldCache(Generic[Value]):
 
 
 class _DeviceWatch:
-    """The tensors of another device, until an optimiser steps."""
+    """A watch over tensors of another device than the CPU: they count as changed when any optimiser steps."""
 
     def __init__(self, sources: Source) -> None:
         _Epoch.count_steps()
@@ -130,7 +130,7 @@ class _DeviceWatch:
 
 
 class _PlainWatch:
-    """`extension.Watch` without the extension: everything is looked at in every call."""
+    """A replacement of `extension.Watch` without the extension: a checksum of everything in every call."""
 
     def __init__(self, sources: Source) -> None:
         self._key = self._key_of(sources)

@@ -237,7 +237,7 @@ def route_for(x: Tensor, selection: Route | Tensor, groups: int, op: str) -> Rou
     """:func:`as_route` for the instances of `x` [B, ...], on its device: what every op calls with its selection.
 
     Raises, beyond what `as_route` does, ValueError for a selection on another device and for a route whose tensors are
-    not those of a plan (on a CPU the kernels look at what they hold, too; on a GPU that would wait for the device).
+    not those of a plan. On a CPU the kernels check the values as well; on a GPU that would wait for the device.
     """
     if isinstance(selection, Route) and selection.groups == groups and selection.order.shape[0] == x.shape[0]:
         route = selection

@@ -19,8 +19,8 @@ from .folding import fold_norm, norm_affine, shifted_bias
 
 _OP = "dynamic_residual"
 
-# Input channels from which a weight is not copied unasked: with fewer the kernel that reads it loses too much. conv2
-# reads hidden channels, of which there are fewer where a level is low.
+# Fewest input channels of conv1 and conv2 that are read unpacked if `copy` is False: with fewer, that is too slow.
+# conv2 needs more, because its inputs are hidden channels, of which a low level keeps few.
 _WIDE = (128, 256)
 _HAS_DIRECT = {torch.float32: "has_dynamic_residual", torch.bfloat16: "has_dynamic_residual_bf16"}
 
@@ -134,7 +134,7 @@ class ResidualWeights(HasHandle):
 
     @property
     def out_channels(self) -> int:
-        """C_out."""
+        """C_out: the channels of the result."""
         return self.conv2.shape[0]
 
     @property
@@ -150,7 +150,7 @@ class ResidualWeights(HasHandle):
         return self.direct[0].ndim == 4, self.direct[1].ndim == 4
 
     def released(self) -> "ResidualWeights":
-        """Without the weights themselves where a direct kernel runs, which then reads packed copies; else unchanged.
+        """A copy without the weights themselves, where a direct kernel runs, which reads packed ones; else self.
 
         What is left of `conv1` and `conv2` is their shape, dtype and device: one element, repeated.
         """

@@ -143,7 +143,7 @@ class ConvProblem:
         }  # fmt: skip
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """x (NaN where the selection does not read it), weight, bias, selection; the values are those of bfloat16."""
+        """x (NaN where the selection does not read it), weight, bias, selection; all values are exact in bfloat16."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:

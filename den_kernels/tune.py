@@ -101,7 +101,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def compile_ahead(candidates: Sequence[Tile], tested: Sequence[Run], arch: int) -> None:
-    """Compile the kernels of some candidates side by side. Errors are met again when the candidate runs."""
+    """Compile the kernels of some candidates side by side; one that cannot be compiled fails later, when it is run."""
     if tested[0].x.device.type != "cuda":
         return
     from triton import AsyncCompileMode
@@ -185,7 +185,7 @@ def search(
 
 
 def describe(found: Found) -> str:
-    """One line."""
+    """The result of a search as a line of text: tile, times, gain over the rule, tiles tried."""
     kind, n, _, dtype = found.problem.key
     gain = found.rule_seconds / found.seconds if found.seconds else 1.0
     return (
@@ -221,7 +221,7 @@ def tune(
 
 
 def write(text: str, path: Path) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all: to a temporary file beside it, which then takes its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")

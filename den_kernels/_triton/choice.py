@@ -109,7 +109,7 @@ def shape_of_levels(n: Side, k: Side, groups: int, cardinality: int, skip_empty:
 
 @lru_cache(maxsize=1024)
 def shape_of_masks(n: Side, k: Side, cardinality: int, tile: Tile) -> tuple[Shape, int, int]:
-    """One segment for all instances, and how each side follows the mask."""
+    """The shape of a route of masks, one segment, and for each side ALL, BITS or UNITS."""
     bn, bk = ceil_power(n.channels, 16, tile.columns), ceil_power(k.channels, 16, tile.depth)
     n_mask = k_mask = ALL
     if n.sizes:
@@ -171,11 +171,11 @@ def listed_side(n: Side, k: Side, cardinality: int, tile: Tile) -> str:
 
 
 def wide_sides(n: Side, k: Side, cardinality: int, tile: Tile) -> tuple[bool, bool]:
-    """With levels: the sides on which a group may end inside a tile."""
+    """True for each side (n, k) on which a group may end inside a tile, under levels."""
     return not _fits(n, tile.columns), bool(k.sizes) and not (cardinality == 1 and _fits(k, tile.depth))
 
 
 def choose_splits(tiles: int, pixels: int, tile: Tile, multiprocessors: int) -> int:
-    """Shares of the pixels: enough programs for two waves, at least 16 steps in each."""
+    """Shares into which the pixels are split: enough programs for two waves, at least 16 steps in each."""
     wanted = -(-4 * multiprocessors // max(tiles, 1))
     return max(1, min(wanted, pixels // (16 * tile.rows)))

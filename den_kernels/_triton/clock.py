@@ -1,4 +1,4 @@
-"""Times of GPU work, for the tuner and the benchmarks. Nothing at run time takes a time."""
+"""Times of GPU work, for the tuner and the benchmarks. No op measures time when it runs."""
 
 import statistics
 import time
@@ -45,7 +45,7 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, rounds: int = 15, times: int = 4) -> float:
-    """Median over `rounds` of the time of a call, each taken over several in a row."""
+    """Median over `rounds` of the seconds of one call, each the mean of `times` calls in a row."""
     repeated = recorded(call, device, times)
     repeated()
     return statistics.median(elapsed(repeated, device) for _ in range(rounds)) / times

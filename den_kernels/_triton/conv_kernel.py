@@ -31,7 +31,7 @@ UNITS = 2  # list of units
 
 @triton.jit
 def _pick(values: tl.constexpr, index):
-    """values[index] for a tuple of constants: the compiler still sees what all of them are multiples of."""
+    """values[index] of a tuple of constants, in a form that shows the compiler their common divisors."""
     chosen = values[0]
     for i in tl.static_range(1, len(values)):
         chosen = tl.where(index == i, values[i], chosen)
@@ -88,7 +88,7 @@ def tap_range(
     remainder, PAD: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, SKIP: tl.constexpr, SIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Of one axis: first tap, number of taps, and the offset of the first one's source row."""
+    """The first tap, the number of taps and the offset of the first one's source row, on one axis."""
     if TRANSPOSED:
         tap = first_tap(remainder, PAD, DIL, STRIDE, SIDE)
         return tap, tl.cdiv(SIDE - tap, SKIP), (remainder + PAD - tap * DIL) // STRIDE
@@ -160,8 +160,8 @@ def _store(
 ):  # fmt: skip
     """out = relu(out + acc * scale_out + bias), of which every part may be left out.
 
-    NEXT: following = relu(out * scale_next + shift_next) as well, for the instances with a level in levels_next. The
-    instances of an `idle` tile are there for that alone: out stays as it is.
+    NEXT: also writes following = relu(out * scale_next + shift_next), for instances above level 0 in levels_next. A
+    tile is `idle` if it is computed for that alone: its instances are at level 0 and keep out as it is.
     """
     if SCALE:
         acc *= tl.load(scale_out + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]

@@ -23,7 +23,7 @@ _OF_THE_BATCH = {"do_not_specialize": ["B", "shares"], "do_not_specialize_on_ali
 
 @triton.jit
 def _block(C: tl.constexpr, ENDS: tl.constexpr, UNIFORM: tl.constexpr, BC: tl.constexpr):
-    """The program's share, its channels, which of them there are, and their channel group (UNIFORM: one for all)."""
+    """The program's share, its channels, True for those below C, and their channel group (UNIFORM: one for all)."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     first = tl.program_id(0) % blocks * BC
     c = first + tl.arange(0, BC)
@@ -38,7 +38,7 @@ def _block(C: tl.constexpr, ENDS: tl.constexpr, UNIFORM: tl.constexpr, BC: tl.co
 
 @triton.jit
 def _selected(selection, b, group, G: tl.constexpr, UNIFORM: tl.constexpr):
-    """Of instance b: whether it uses the channels' groups, and whether it uses any of them."""
+    """True for each channel whose group instance b uses, and True where it uses any of them."""
     used = tl.load(selection + b * G + group) != 0
     if UNIFORM:
         return used, used
@@ -48,7 +48,7 @@ def _selected(selection, b, group, G: tl.constexpr, UNIFORM: tl.constexpr):
 
 @triton.jit
 def _place(tile, b, pixels, r, c, C: tl.constexpr, BR: tl.constexpr):
-    """Of a tile of instance b: where its elements [BR, BC] stand, and how many pixels there are from its first on."""
+    """The offsets of a tile's elements [BR, BC], of instance b, and the number of pixels from its first one on."""
     first = (tile - b * tl.cdiv(pixels, BR)) * BR
     return (b.to(tl.int64) * pixels + first) * C + r[:, None] * C + c[None, :], pixels - first
 

@@ -42,6 +42,7 @@ def key(kind: str, n: int, k: int, dtype: torch.dtype) -> Key:
 
 
 def file_of(arch: int, folder: Path | None = None) -> Path:
+    """The file of an architecture's table, in `folder` or in the package."""
     return (folder or FOLDER) / f"sm_{arch}.json"
 
 

@@ -17,7 +17,7 @@ from .weight_gradient import weight_gradient, weight_gradient_launch
 
 
 class Problem(NamedTuple):
-    """One entry of the table to be: square convolutions of a residual block."""
+    """A problem whose best tile becomes an entry of the table: square convolutions of a residual block."""
 
     kind: str  # of table.KINDS
     channels: int
@@ -114,7 +114,7 @@ class Run:
 
 
 def even_mix(batch: int) -> Tensor:  # int64 [B]
-    """Levels 0..3, as many of each, shuffled."""
+    """Levels 0..3 in equal numbers, shuffled."""
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
     return (torch.arange(batch) % 4)[order]
 

@@ -16,7 +16,10 @@ from .weight_gradient_kernel import weight_gradient_kernel
 
 
 def _lists(mask: Tensor, side: Side, unit: int) -> tuple[Tensor, Tensor]:
-    """For each unit of channels: all instances, those that selected it first, int32 [units, B]; and how many did, [units]."""
+    """For each unit of channels, the instances and a count: int32 [units, B] and int32 [units].
+
+    The instances that selected the unit come first; the count is their number.
+    """
     chosen = channels_of(mask, side.sizes, side.channels)[:, ::unit].t()
     order = chosen.logical_not().to(torch.int8).argsort(dim=1, stable=True).int()
     return order.contiguous(), chosen.sum(1, dtype=torch.int32)
