@@ -72,7 +72,7 @@ def _tiles(p: FusedProblem) -> Iterator[tuple[int, int, int]]:
     pixels = {n: WARPS // n * WARP_PIXELS for n in columns}
     most = max(pixels.values(), default=0) // (Ho * Wo)
     for T in range(min(most, max(1, p.B // p.multiprocessors)), 0, -1):  # maps share a read of the weights, but every
-        for n in reversed(columns):  # multiprocessor gets some; most columns first, so that no warp is without pixels
+        for n in reversed(columns):  # multiprocessor gets some; most columns first, so that no warp lacks pixels
             if T * Ho * Wo <= pixels[n]:
                 yield T, Ho, n
     for n in columns:  # bands as high as fit: each computes two hidden rows that its neighbours compute too
@@ -82,7 +82,7 @@ def _tiles(p: FusedProblem) -> Iterator[tuple[int, int, int]]:
 
 
 def _hidden_columns(p: FusedProblem, instances: int, rows: int) -> int | None:
-    """Warps that share a slice: as many as the pixels leave, if possible with no slice wider than the narrowest level."""
+    """Warps that share a slice: as many as the pixels leave; no slice wider than the narrowest level if possible."""
     pixels = instances * min(-(-p.H // p.stride), rows + 2) * -(-p.W // p.stride)
     fits = [n for n in (1, 2, 4, 8) if pixels <= WARPS // n * WARP_PIXELS]
     narrow = [n for n in fits if 16 * n <= min(p.widths)]

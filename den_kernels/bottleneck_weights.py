@@ -111,7 +111,7 @@ class BottleneckWeights(HasHandle):
         return self._alone[index]
 
     def released(self) -> "BottleneckWeights":
-        """A copy without the weights themselves where the block has a direct kernel, which reads packed ones; else self.
+        """A copy without the weights themselves where a direct kernel runs, which reads packed ones; else self.
 
         What is left of `conv1`, `conv2` and `conv3` is their shape, dtype and device: one element, repeated.
         """

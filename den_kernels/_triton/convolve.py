@@ -61,7 +61,7 @@ def dense_vector(operand: Tensor) -> Tensor:
 
 
 def instance_stride(x: Tensor) -> int:
-    """Elements from an instance of x [B, C, H, W] to the next; its size in a batch of one, where strides mean nothing."""
+    """Elements from an instance of x [B, C, H, W] to the next; of one alone, whose stride is arbitrary, its size."""
     return x.stride(0) if x.shape[0] > 1 else x[0].numel()
 
 
