@@ -21,7 +21,8 @@ namespace den_kernels {
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 
-// What a convolution reads and makes of one instance: H x W pixels with zeros above, below and at the sides.
+// The maps of a convolution of one instance: it reads H x W pixels with zeros above, below and at the sides, and writes
+// Ho x Wo.
 struct Window {
   int64_t H, W, top, left, Ho, Wo, R, S, stride[2];
 };
@@ -36,7 +37,7 @@ struct Map {
   int64_t at(int64_t row, int64_t column) const { return (row * columns + column) * pixel(); }
 };
 
-// How the output map of a convolution is cut into tiles: `span` columns of a row, of all interleaved instances.
+// The tiles into which the output map of a convolution is cut: `span` columns of a row, of all interleaved instances.
 struct Tiling {
   int64_t span, per_row, count;
 };
@@ -46,7 +47,7 @@ inline Tiling tiling_of(int64_t Ho, int64_t Wo) {
   return {span, per_row, Ho * per_row};
 }
 
-// How many instances fill a tile together. A narrow or strided map is read from one at a time.
+// Instances that fill a tile together. A narrow or strided map is read from one at a time.
 inline int64_t together_of(int64_t Wo, int64_t count) { return std::max<int64_t>(1, std::min(16 / Wo, count)); }
 
 inline Map make_map(const Window& w, const Channels& channels, int64_t count) {
@@ -109,7 +110,7 @@ struct Convolution {
   int64_t items() const { return static_cast<int64_t>(outputs.blocks.size()) * quads(); }
 };
 
-// Where a tile of sums lies on the output map.
+// The place of a tile of sums on the output map.
 struct Place {
   int64_t group, row, column, live;
 };

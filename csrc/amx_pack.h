@@ -9,17 +9,18 @@
 
 namespace den_kernels {
 
-// Fewer channels than a step of inputs holds: the S pixels under a row of the kernel are one run of inputs.
+// True for fewer channels than a step of inputs holds: then the S pixels under a row of the kernel are one run of
+// inputs.
 inline bool is_narrow(int64_t width) { return width < 32; }
 
-// How such a run is cut: `steps` steps of `pairs` pairs of inputs, of pixels that are `unit` channels apart, `width` of
-// them and zeros. Steps end where the run ends: beyond lie pixels outside the window, and a zero weight does not
-// silence a NaN.
+// The steps into which such a run is cut: `steps` steps of `pairs` pairs of inputs. A pixel takes `unit` inputs: its
+// channels, then zeros. The last step ends with the run: pixels beyond it may hold NaN, which a zero weight would not
+// make zero.
 struct Cutting {
   int64_t unit, steps, pairs;
 };
 
-// The fewest steps, and then the fewest zeros.
+// The cutting with the fewest steps, and among those the fewest zeros.
 inline Cutting cutting_of(int64_t width, int64_t S) {
   Cutting best{32, S, 16};
   const int64_t least = (S * width + 31) / 32;

@@ -1,4 +1,4 @@
-// What each group of ops adds to the Python module.
+// The functions by which each group of ops adds itself to the Python module.
 #pragma once
 
 #include <pybind11/pybind11.h>

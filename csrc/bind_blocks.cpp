@@ -48,7 +48,7 @@ struct BlockHandle {
 
   const Handle& self() const { return static_cast<const Handle&>(*this); }
 
-  // To be called by the constructor of a handle.
+  // Checks and fills the problem; called by the constructor of a handle.
   void fill() { half ? fill_common(halves) : fill_common(floats); }
 
   template <class T>
@@ -60,7 +60,7 @@ struct BlockHandle {
     self().fill(b);
   }
 
-  // The problem of a call of `run`: its maps and its route, x first; and the call itself.
+  // Runs a copy of the problem on the maps and the route of one call.
   template <class T, class... Maps>
   void run_as(Problem<T> b, const Tensor& x, const py::tuple& route, const Maps&... maps) const {
     b.x = x.maps<const T>({any_size, C, any_size, any_size});
@@ -180,7 +180,7 @@ void pack(py::handle weight, py::handle scale, py::handle packed, const Ints& in
   }
 }
 
-// Of the transposed convolution. float32: packed; bfloat16: turned, [I, O, R, S] channels-last.
+// Weights of the transposed convolution. float32: packed; bfloat16: turned, [I, O, R, S] channels-last.
 void pack_turned(py::handle weight, py::handle packed) {
   const char* op = "pack_turned_weights";
   const Tensor from(weight, op, "weight"), to(packed, op, "packed");

@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace den_kernels {
 namespace {
 
-struct Window {  // of a convolution
+struct Window {  // settings of a convolution: all but its tensors
   Pair kernel, stride, padding, dilation;
   Ints in_sizes, out_sizes;
 };
@@ -61,7 +61,7 @@ ConvProblem<T> conv_problem(const Tensor& x, const Tensor& y, const py::tuple& r
           nullptr};
 }
 
-// What the bfloat16 kernels ask for beyond what the float32 ones do.
+// Checks of what the bfloat16 kernels need beyond what the float32 ones do.
 void check_half(const ConvProblem<float>&) {}
 void check_half(const ConvProblem<bf16>& p) {
   const char* op = "dynamic_conv2d";

@@ -1,4 +1,4 @@
-// What the bindings of the direct kernels share: routes, channel groups and packed weights, checked.
+// Checks that the bindings of the direct kernels share: of routes, channel groups and packed weights.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,7 +18,8 @@ namespace den_kernels {
 using Ints = std::vector<int64_t>;
 using Pair = std::array<int64_t, 2>;
 
-// A route as Python gives it: groups, order, offsets, mask or None. Everything that a kernel indexes with is looked at.
+// A route as Python gives it: groups, order, offsets, mask or None. All values that a kernel uses as an index are
+// checked.
 inline Selections selections_of(const pybind11::tuple& route, const char* op, int64_t B) {
   check(route.size() == 4, op, "route", "(groups, order, offsets, mask)", route.size());
   const int64_t G = route[0].cast<int64_t>();

@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace den_kernels {
 namespace {
 
-// What a tensor is: address, type and layout; and the sums of what it holds, where a CPU can read it.
+// The identity of a tensor (address, type and layout), and checksums of its values where a CPU can read them.
 struct Watched {
   char* data;
   int32_t device, device_index;

@@ -1,5 +1,5 @@
-// How the direct convolutions cut their work: bands of output rows of one instance, or of a few instances where their
-// maps are small, all independent of each other.
+// The pieces of work of the direct convolutions: bands of output rows of one instance, or of a few instances where
+// their maps are small, all independent of each other.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace den_kernels {
 
-// What the instances of each segment read and write.
+// The channels that the instances of each segment read and write.
 struct Sides {
   std::vector<Channels> inputs, outputs;  // [S]
 };

@@ -1,5 +1,5 @@
-// What the weight gradients share: a thread adds the tiles of its bands (conv_bands.h) up in memory of its own, and the
-// threads' sums are added in the threads' order, so that a number of threads gives the same sums every time.
+// Code that the weight gradients share: a thread adds the tiles of its bands (conv_bands.h) up in memory of its own,
+// and the threads' sums are added in the threads' order, so that a number of threads gives the same sums every time.
 #pragma once
 
 #include <algorithm>

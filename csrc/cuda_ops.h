@@ -18,18 +18,18 @@ void plan_levels_cuda(const T* levels, int64_t stride_b, int64_t stride_n, int64
 // plan_masks of plan.h in one launch: masks [N, B, G] bytes 0 or 1.
 void plan_masks_cuda(const uint8_t* masks, int64_t B, int64_t N, int64_t G, Plan plan, void* stream);
 
-const void* plan_kernel_cuda();  // of plan_levels_cuda, to ask the runtime about
+const void* plan_kernel_cuda();  // the kernel of plan_levels_cuda, for questions to the CUDA runtime
 
 constexpr int kFusedGroups = 32;  // channel groups that fused_residual_cuda takes
 
-// How the work of fused_residual_cuda lies on the chip. den_kernels/_cuda.py chooses it.
+// The layout of the work of fused_residual_cuda on the chip, chosen by den_kernels/_cuda_layout.py.
 struct FusedLayout {
   int instances;       // T: whole maps that a thread block takes at a time; 1 with bands
   int rows;            // output rows of a band; Ho for whole maps
-  int columns;         // of the 8 warps, how many share the output channels; the others share the pixels
-  int hidden_columns;  // the same for a slice of hidden channels, 16 channels each
+  int columns;         // of the 8 warps those that share the output channels; 8 / columns share the pixels
+  int hidden_columns;  // of the 8 warps those that share a slice of hidden channels, 16 channels each
   int taps1, bytes1;   // a step of conv1's weights: taps, and bytes of each tap's row
-  int taps2, bytes2;   // of conv2's
+  int taps2, bytes2;   // a step of conv2's weights
   int blocks;          // thread blocks
 };
 

@@ -1,4 +1,4 @@
-// What this build and this machine have: instruction sets, threads, CUDA devices.
+// Properties of this build and this machine: instruction sets, threads, CUDA devices.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ struct CudaDevices {
   std::string reason;  // why there are none; empty when there are some
 };
 
-// Whether the library's kernels run on a device, as the CUDA runtime says of one of them.
+// The CUDA runtime's answer to whether the library's kernels run on a device, asked of one kernel.
 struct KernelStatus {
   int code;             // of the runtime: 0 where they run, 35 driver too old, 209 no code for the device, ...
   std::string message;  // what the runtime says of the code

@@ -1,5 +1,5 @@
-// Which channels the instances of a route use, cut into what the direct kernels take at a time. A level is the
-// selection of a prefix of the groups; a mask is any other.
+// The channels that the instances of a route use, cut into the pieces that the direct kernels take at a time. A level
+// is the selection of a prefix of the groups; a mask is any other.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,8 @@ struct Piece {
   int64_t first, width, place;
 };
 
-// A block of 16 or 32 channels, which of them are selected, and the place of the first of these.
+// A block of 16 or 32 channels: a bit for each selected one, and the place of the first of these on a map of them
+// alone.
 struct Block {
   int64_t index;
   uint32_t lanes;
@@ -36,7 +37,7 @@ struct Block {
 
 // The channels of one selection, all ascending.
 struct Channels {
-  int64_t count = 0, end = 0;  // how many, and the channel after the last
+  int64_t count = 0, end = 0;  // their number, and the channel after the last
   std::vector<Run> runs;       // maximal
   std::vector<Piece> pieces;
   std::vector<Block> blocks;  // that hold any
@@ -57,12 +58,12 @@ inline std::vector<Piece> cut(const std::vector<Run>& runs, int64_t most) {
   return pieces;
 }
 
-// Runs of a side of `channels`, seen in blocks of `block` channels.
+// The selection of these runs out of `channels` channels, in blocks of `block` channels.
 inline Channels channels_of(const std::vector<Run>& runs, int64_t channels, int64_t block) {
   Channels made;
   made.runs = runs;
   made.pieces = cut(runs, 16);
-  int64_t dead = 0;  // where the blocks end that were seen
+  int64_t dead = 0;  // end of the last block that holds a selected channel
   const auto close = [&](int64_t until) {
     if (until > dead) made.gaps.push_back({dead, until - dead});
   };
@@ -81,7 +82,7 @@ inline Channels channels_of(const std::vector<Run>& runs, int64_t channels, int6
   return made;
 }
 
-// Those of each segment that holds instances. sizes: of the channel groups; empty where the side is not elastic.
+// The channels of each segment; none for one without instances. sizes: of the channel groups; empty: not elastic.
 inline std::vector<Channels> channels_of(const Selections& route, const std::vector<int64_t>& sizes, int64_t channels,
                                          int64_t block) {
   std::vector<Channels> made(route.S);

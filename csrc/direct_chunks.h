@@ -1,7 +1,7 @@
-// What the direct blocks share: how instances become chunks, and chunks the work of threads.
+// Code that the direct blocks share: it cuts a batch into chunks of instances and shares these out among the threads.
 //
-// A kernel brings a Chunk (start, count, scratch, block; bytes()) and its stages: of run_chunk's functions those that
-// differ, or what these call,  clear_maps(chunk, begin, end)  for instances,  activate_row(chunk, instance, row),
+// A kernel defines a Chunk (start, count, scratch, block; bytes()) and its stages: those functions of run_chunk that
+// differ, or the ones they call:  clear_maps(chunk, begin, end)  for instances,  activate_row(chunk, instance, row),
 // hidden_items(chunk, begin, end)  and  output_items(chunk, begin, end)  of hidden_count() and output_count() items.
 #pragma once
 
@@ -24,8 +24,8 @@
 namespace den_kernels {
 
 constexpr int64_t max_taps = 49;
-constexpr int64_t chunk_pixels = 1024;  // of the input, in a chunk: enough of them hide how weights come in
-// What the maps of a chunk may take: half of a core's second-level cache.
+constexpr int64_t chunk_pixels = 1024;  // input pixels of a chunk: enough to hide the time that loading weights takes
+// Bytes that the maps of a chunk may take: half of a core's second-level cache.
 inline int64_t scratch_bytes() {
   constexpr int64_t usual = 1 << 20;
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -65,8 +65,8 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
 // pixels would share few sets of the first-level cache.
 inline int64_t spread(int64_t words) { return words && words % 128 == 0 ? words + 16 : words; }
 
-// The pixels of a row are summed in strips of neighbours: of seven where that fills the rows and four does not (7 or 14
-// pixels), else of four.
+// The pixels of a row are summed in strips of neighbours: seven where these fill rows that fours do not (of 7 or 14
+// pixels), else four.
 inline int64_t strip_size(int64_t columns) { return columns % 4 && columns % 7 == 0 ? 7 : 4; }
 inline int64_t strips_of_row(int64_t columns) { return (columns + strip_size(columns) - 1) / strip_size(columns); }
 inline int64_t strip_columns(int64_t columns) { return strips_of_row(columns) * strip_size(columns); }
@@ -94,8 +94,8 @@ struct Strips {
   }
 };
 
-// How the strips of a map, in the order of their rows, are cut into tiles of at most `most`: those of the rows that
-// meet padding above, of the rows that meet none, and of those that meet padding below.
+// The strips of a map, in the order of their rows, cut into tiles of at most `most`. The rows that meet padding above,
+// those that meet none and those that meet padding below are cut apart.
 struct Cut {
   int64_t strips[3], most;
   // Output rows first .. first + rows - 1 of a kernel of R rows, `top` rows of padding above H input rows.
@@ -119,11 +119,11 @@ struct Cut {
   }
 };
 
-// How much of the `rest` a piece of work may be: half of what would be a thread's share, so that pieces are large while
-// much is left and threads end together.
+// The largest piece of the `rest` of the work: half of a thread's share, so that pieces are large while much is left
+// and threads end together.
 inline int64_t fair_share(int64_t rest, int64_t threads) { return std::max<int64_t>(1, rest / (2 * threads)); }
 
-// How many times its instances a chunk may hold, by the memory of its maps and the pixels of its input.
+// The factor by which a chunk may grow: as often as its maps fit scratch memory and its input fits chunk_pixels.
 template <class Chunk>
 int64_t times_fitting(const Chunk& c) {
   return std::min(scratch_bytes() / c.bytes(1), chunk_pixels / (c.count * c.block.H * c.block.W));
@@ -169,7 +169,7 @@ void hidden_stage(const Chunk& c, int64_t thread, int64_t threads) {
   hidden_items(c, begin, end);
 }
 
-// What a kernel does between these two, and then waits: nothing, unless it says otherwise.
+// A stage between the hidden map and the output, followed by a wait: an overload of kernels that have one, else nothing.
 template <class Chunk, class Wait>
 void middle_stage(const Chunk&, int64_t, int64_t, Wait) {}
 
@@ -243,7 +243,7 @@ std::vector<int64_t> without_branch(const Problem& b, const std::vector<Channels
   return found;
 }
 
-// The whole block. block: the channels that the kernel takes together; make as for make_chunks.
+// Runs the whole block. block: the channels that the kernel takes together; make as for make_chunks.
 template <class Problem, class Make>
 void run_block(const Problem& b, int64_t block, int64_t multiple, Make make) {
   check_block(b);

@@ -23,7 +23,7 @@ struct Maps {
   const Band& band;
   const Channels& words;
   BandMap<T> map;
-  Strips strips;  // of the band's output rows
+  Strips strips;  // strips of the band's output rows
   const float* scratch;
 };
 
@@ -51,7 +51,7 @@ struct ConvTile : TwoVectors {
                  (at[q].row * p.stride[0] * m.map.columns + at[q].column * p.stride[1]) * m.map.pixel;
       const int64_t row = p.route.order[m.band.start + at[q].instance] * p.Ho + m.band.first_row + at[q].row;
       out[q] = p.out + (row * p.Wo + at[q].column) * p.C_out;
-      for (int64_t i = 0; i < at[q].live; ++i) {  // it comes from further out, and is there when the sums are
+      for (int64_t i = 0; i < at[q].live; ++i) {  // asked for now: it is in the cache when the sums are done
         UNROLL for (int v = 0; v < vectors; ++v) {
           _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.C_out + block[v].index * 16), _MM_HINT_T1);
         }
@@ -116,7 +116,7 @@ void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, 
 
 template <class T>
 void run_direct(const ConvProblem<T>& p) {
-  std::map<const Channels*, Channels> words;  // of what a segment reads
+  std::map<const Channels*, Channels> words;  // the channels that a segment reads, in words
   const auto words_of_inputs = [&words](const Band& band) -> const Channels& {
     const auto found = words.find(&band.inputs);
     return found == words.end() ? words[&band.inputs] = in_words<T>(band.inputs) : found->second;

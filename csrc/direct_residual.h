@@ -1,5 +1,5 @@
-// How it goes: a chunk of instances of one level is taken by a thread (or, when there are fewer instances than threads
-// can share, by all threads together). bn1 and ReLU write the padded input map into scratch memory, conv1 writes the
+// A chunk of instances of one level is taken by a thread (or, when there are fewer instances than threads can share, by
+// all threads together). bn1 and ReLU write the padded input map into scratch memory, conv1 writes the
 // padded hidden map beside it, conv2 adds its sums into the residual stream. Both maps stay in the core's cache; of
 // main memory only the residual stream is touched, once. Of the two inner loops (direct_tiles.h) the one by output
 // channels is the rule; conv1 goes by pixels for widths that would leave its lanes empty (4, 8 hidden channels), on
@@ -42,17 +42,17 @@ struct Selected {
   const Channels &channels, &words;
 };
 
-// What the two convolutions of one chunk share.
+// The data that both convolutions of one chunk use.
 template <class T>
 struct Chunk {
   const ResidualBlock<T>& block;
   int64_t start, count;
   const Channels& stream;  // in words
   Selected hidden;
-  std::vector<Piece> fours;  // of the hidden channels, for planar maps
+  std::vector<Piece> fours;  // the hidden channels in fours, for planar maps
   PaddedMap a, h;
-  Strips strips;     // of both outputs
-  Cut conv1, conv2;  // of the strips of both maps
+  Strips strips;     // strips of the hidden and the output map
+  Cut conv1, conv2;  // their tiles, for each convolution
   float* scratch;
   float* a_of(int64_t j) const { return scratch + j * (a.size() + h.size()); }
   float* h_of(int64_t j) const { return a_of(j) + a.size(); }
@@ -68,7 +68,7 @@ struct Chunk {
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
-// Where tap (r, s) lies from tap (0, 0) in a map.
+// The offset of tap (r, s) from tap (0, 0) in a map.
 template <class T>
 KERNEL int64_t tap_offsets(const ResidualBlock<T>& b, const PaddedMap& map, int64_t* taps) {
   for (int64_t r = 0; r < b.R; ++r)
@@ -165,7 +165,7 @@ struct OutputTile : TwoVectors {
       const int64_t pixel = (b.route.order[c.start + at[q].instance] * b.Ho + at[q].row) * b.Wo + at[q].column;
       shortcut[q] = b.shortcut + pixel * b.C_out + channel;
       out[q] = b.out + pixel * b.C_out + channel;
-      for (int64_t p = 0; p < at[q].live; ++p) {  // they come from further out, and are there when the sums are
+      for (int64_t p = 0; p < at[q].live; ++p) {  // asked for now: they are in the cache when the sums are done
         UNROLL for (int v = 0; v < vectors; ++v) {
           _mm_prefetch(reinterpret_cast<const char*>(shortcut[q] + p * b.C_out + v * 16), _MM_HINT_T1);
           _mm_prefetch(reinterpret_cast<const char*>(out[q] + p * b.C_out + v * 16), _MM_HINT_T1);
@@ -328,7 +328,7 @@ Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Sel
 template <class T>
 void run_direct(const ResidualBlock<T>& b) {
   const Channels stream = in_words<T>(channels_of({{0, b.C}}, b.C, 16));
-  std::map<const Channels*, Channels> words;  // of a segment's selection
+  std::map<const Channels*, Channels> words;  // a segment's selection in words
   run_block(b, 16, 1, [&](int64_t start, int64_t count, const Channels& hidden) {
     const auto found = words.find(&hidden);
     const Channels& of_hidden = found == words.end() ? words[&hidden] = in_words<T>(hidden) : found->second;

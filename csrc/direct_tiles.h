@@ -32,7 +32,7 @@ auto tile_of_vectors(int64_t size, int64_t strips) {
 }
 
 // The function of a tile, Tile::run<vectors, strips, size>: `vectors` of 16 channels, 1 .. Tile::vectors, for `strips`
-// of `size` pixels each, 4 or 7. Tile::most(vectors, size): how many strips its registers hold.
+// of `size` pixels each, 4 or 7. Tile::most(vectors, size): the strips that its registers hold.
 template <class Tile>
 auto tile_of(int64_t size, int64_t vectors, int64_t strips) {
   if constexpr (Tile::vectors > 2) {
@@ -65,15 +65,15 @@ KERNEL Ahead ahead_of(int64_t tile, int64_t tiles) {
   return {first, std::min<int64_t>(count, 16 - first), 0};
 }
 
-// The taps of a kernel that a tile meets: where each lies from the first, and which rows of them do not fall on
+// The taps of a kernel at a tile: the offset of each from the first, and the range [begin, end) that does not fall on
 // padding.
 struct Taps {
   const int64_t* at;
   int64_t count, begin, end;
 };
 
-// Those of a kernel of R rows and S columns for output rows first .. last (`lowest`, `highest`: the input rows there
-// are, seen from tap row 0 of output row 0).
+// The taps of a kernel of R rows and S columns for output rows first .. last. lowest, highest: the first and the last
+// input row, counted from tap row 0 of output row 0.
 KERNEL Taps taps_on_map(const int64_t* at, int64_t R, int64_t S, int64_t first, int64_t last, int64_t stride,
                         int64_t dilation, int64_t lowest, int64_t highest) {
   const int64_t above = lowest - last * stride, below = highest - first * stride;  // in input rows from tap row 0

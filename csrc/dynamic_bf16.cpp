@@ -68,7 +68,7 @@ void dynamic_conv_weight_gradient(const ConvProblem<bf16>& p, const bf16* grad, 
 }
 
 void turn_weights_bf16(const bf16* weight, bf16* turned, int64_t O, int64_t taps, int64_t I) {
-  constexpr int64_t block = 32;  // of both sides: a block of rows and one of columns stay in the cache
+  constexpr int64_t block = 32;  // side of a square block: its rows and its columns stay in the cache
 #pragma omp parallel for schedule(static) if (O * taps * I > 16384)
   for (int64_t i0 = 0; i0 < I; i0 += block)
     for (int64_t o0 = 0; o0 < O; o0 += block)

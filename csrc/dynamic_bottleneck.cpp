@@ -24,11 +24,11 @@ namespace {
 
 using Problem = BottleneckProblem<float>;
 
-// What the chunks of one selection share.
+// The channels that all chunks of one selection use.
 struct Selected {
   const Channels& hidden;
-  std::vector<Piece> stream;               // the inputs of conv1
-  std::vector<std::vector<Piece>> inputs;  // of conv2, by cardinality group, counted from its first channel
+  std::vector<Piece> stream;               // inputs of conv1
+  std::vector<std::vector<Piece>> inputs;  // inputs of conv2, by cardinality group, counted from its first channel
 };
 
 // Instances order[start : start + count] of a route. In scratch memory: their hidden maps, and behind these a band of
@@ -37,8 +37,8 @@ struct Chunk {
   const Problem& block;
   const Selected& selected;
   int64_t start, count;
-  Strips in, out;   // of the input and the output
-  int64_t columns;  // of the hidden map: padding, and what whole strips of outputs read
+  Strips in, out;   // strips of the input and the output
+  int64_t columns;  // columns of the hidden map: padding, and all that strips of outputs read
   float* scratch = nullptr;
   Chunk(const Problem& p, const Selected& s, int64_t start, int64_t count)
       : block(p),
@@ -49,7 +49,7 @@ struct Chunk {
         out(count, p.Wo),
         columns(std::max(p.W + p.S - 1, (strip_columns(p.Wo) - 1) * p.stride + p.S)) {}
   int64_t width() const { return selected.hidden.count; }
-  int64_t pixel() const { return spread(width()); }  // of the hidden map
+  int64_t pixel() const { return spread(width()); }  // floats of one, in the hidden map
   int64_t map_size() const { return (block.H + block.R - 1) * columns * pixel(); }
   int64_t maps_size() const { return round_up(count * map_size(), 16); }
   int64_t band_size() const;
@@ -136,7 +136,7 @@ void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in,
 // relu(sums) of the channels of one or two blocks into a map of the selected channels alone.
 struct StoreHidden {
   float* to[3];     // the first pixel of each strip
-  int64_t live[3];  // how many of its pixels are kept
+  int64_t live[3];  // the number of its pixels that are kept
   int64_t pixel;    // floats from a pixel to the next
   Block blocks[2];
   template <int vectors>
@@ -255,7 +255,7 @@ void last_band(const Chunk& c, int64_t first, int64_t count, const float* scratc
         const int64_t row = p.route.order[c.start + at.instance] * p.Ho + at.row;
         store.to[i] = p.out + (row * p.Wo + at.column) * p.C_out + n * 16;
         store.live[i] = at.live;
-        for (int64_t k = 0; k < at.live; ++k)  // it comes from further out, and is there when the sums are
+        for (int64_t k = 0; k < at.live; ++k)  // asked for now: it is in the cache when the sums are done
           _mm_prefetch(reinterpret_cast<const char*>(store.to[i] + k * p.C_out), _MM_HINT_T0);
       }
       sum_strips(c.out.size, strips, vectors, in, bias, store);

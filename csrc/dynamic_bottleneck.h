@@ -18,7 +18,7 @@ struct BottleneckProblem {
   int64_t B, H, W, C;       // input map
   int64_t Ho, Wo, C_out;    // output map: Ho = ceil(H / stride)
   int64_t M, R, S, stride;  // hidden channels, kernel and stride of conv2
-  int64_t cardinality;      // of conv2
+  int64_t cardinality;      // groups of conv2
   Selections route;
   std::vector<int64_t> sizes;  // [G] channels of the hidden groups
   const T* x;                  // [B, H, W, C]

@@ -34,7 +34,7 @@ struct Chunk {
   bf16* map(int i) const { return scratch + (i > 0 ? size(0) : 0) + (i > 1 ? size(1) : 0); }
   int64_t bytes(int64_t) const { return 2 * (size(0) + size(1) + size(2)); }
   Tiling tiling(int i) const { return i ? tiling_of(block.Ho, block.Wo) : tiling_of(block.H, block.W); }
-  int64_t items(int i) const {  // of the convolution that reads map i
+  int64_t items(int i) const {  // items of the convolution that reads map i
     const int64_t tiles = groups(i) * tiling(i).count, quads = (tiles + 3) / 4;
     return static_cast<int64_t>((i < 2 ? hidden : outputs).blocks.size()) * quads;
   }

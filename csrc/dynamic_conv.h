@@ -20,7 +20,7 @@ struct ConvProblem {
   int64_t stride[2], padding[2], dilation[2];
   Selections route;
   std::vector<int64_t> in_sizes;   // [G] channels of the groups, or empty: not elastic
-  std::vector<int64_t> out_sizes;  // the same
+  std::vector<int64_t> out_sizes;  // [G] as in_sizes
   const T* x;                      // [B, H, W, C]
   T* out;                          // [B, Ho, Wo, C_out]
   const T* weight;                 // packed; float32: by pack_weights, [ceil(C_out / 16), ceil(C / 16), R * S, 16, 16]
@@ -35,7 +35,7 @@ void dynamic_conv(const ConvProblem<float>& problem);
 // weight and bias are not looked at. Needs what dynamic_conv needs.
 void dynamic_conv_weight_gradient(const ConvProblem<float>& problem, const float* grad, float* dweight);
 
-// The same with AMX (has_amx), for stride 1, dilation 1, C and C_out divisible by 16.
+// dynamic_conv_weight_gradient with AMX (has_amx), for stride 1, dilation 1, C and C_out divisible by 16.
 void dynamic_conv_weight_gradient(const ConvProblem<bf16>& problem, const bf16* grad, bf16* dweight);
 
 // Needs AMX or AVX-512 BF16 (has_dynamic_residual_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible

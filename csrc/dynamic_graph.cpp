@@ -30,12 +30,12 @@ struct StateMap {
   int64_t size(int64_t C) const { return round_up(rows * columns * C, 16); }
 };
 
-// What does not change from instance to instance.
+// The data that all instances use.
 struct Layout {
   StateMap map;
   Strips strips;
-  std::vector<Piece> pieces;  // the channels in blocks of 16
-  int64_t taps[max_taps];     // of each tap, from the tap above and to the left of all
+  std::vector<Piece> pieces;  // channels in blocks of 16
+  int64_t taps[max_taps];     // offset of each tap from the upper left one
   explicit Layout(const GraphProblem& p) : map(p), strips(1, p.W), pieces(cut({{0, p.C}}, 16)) {
     for (int64_t t = 0; t < p.R * p.S; ++t) taps[t] = (t / p.S * map.columns + t % p.S) * p.C;
   }

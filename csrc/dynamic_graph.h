@@ -22,7 +22,7 @@ struct GraphProblem {
   const float* gates;                              // [B, E]
   const float* read_out;                           // [B, N]
   const float* x;                                  // [B, H, W, C]
-  float* out;                                      // the same
+  float* out;                                      // [B, H, W, C]
   std::vector<const float*> weights;               // [E] packed by pack_weights
   std::vector<const float*> biases;                // [E] of [C]
 };

@@ -111,7 +111,7 @@ DEN_KERNELS_DEVICE void make_hidden(const Problem& problem, const Tile& tile, in
                     count, m0 + column * 16);
 }
 
-// The same slice, consumed: sums += conv2.
+// One slice of hidden channels, read: sums += conv2 of it.
 template <class E>
 DEN_KERNELS_DEVICE void use_hidden(const Problem& problem, const Tile& tile, int y0, int m0, Ring<E>& ring,
                                    float (&sums)[kOutputFragments][2 * kOutputPairs][4]) {

@@ -39,16 +39,16 @@ struct ResidualBlock {
 
 // C and C_out must be divisible by 16.
 void dynamic_residual(const ResidualBlock<float>& block);
-void dynamic_residual(const ResidualBlock<bf16>& block);        // of packed weights
-void dynamic_residual_rows(const ResidualBlock<float>& block);  // the first, where a weight is not packed
-bool has_dynamic_residual();                                    // whether this CPU runs the first
-bool has_dynamic_residual_bf16();                               // and the second
+void dynamic_residual(const ResidualBlock<bf16>& block);        // takes packed weights only
+void dynamic_residual_rows(const ResidualBlock<float>& block);  // for weights of which one or both are not packed
+bool has_dynamic_residual();                                    // true where this CPU runs the float32 block
+bool has_dynamic_residual_bf16();                               // true where it runs the bfloat16 block
 
 // weight [O, taps, I], times scale [O] unless that is null -> [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
 // zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.
 void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I);
 
-// The same of the transposed convolution, inputs and outputs swapped and the last tap first: [ceil(I / 16),
+// pack_weights for the transposed convolution, inputs and outputs swapped and the last tap first: [ceil(I / 16),
 // ceil(O / 16), taps, 16 of O, 16 of I].
 void pack_turned_weights(const float* weight, float* packed, int64_t O, int64_t taps, int64_t I);
 

@@ -19,7 +19,7 @@ namespace {
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 
-// What the two convolutions of one chunk share.
+// The data that both convolutions of one chunk use.
 struct Chunk {
   const ResidualBlock<bf16>& block;
   int64_t start, count;

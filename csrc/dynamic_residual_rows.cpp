@@ -13,12 +13,12 @@ namespace den_kernels {
 namespace {
 
 constexpr int tile_outputs = 4, tile_pixels = 6;
-constexpr int64_t span = 512;       // input channels whose weights, of all taps, stay in the cache's first levels while
-constexpr int64_t group_tiles = 8;  // so many tiles read them
+constexpr int64_t span = 512;       // input channels at a time: their weights of all taps stay in the inner caches
+constexpr int64_t group_tiles = 8;  // tiles that read these weights one after the other
 
 struct RowsChunk : Chunk<float> {
-  std::vector<Piece> outputs;  // of the block, in fours
-  Cut pixels1, pixels2;        // of the pixels of both maps
+  std::vector<Piece> outputs;  // output channels of the block in fours
+  Cut pixels1, pixels2;        // tiles of the pixels of both maps
   static int64_t groups(const Cut& cut) { return (cut.tiles() + group_tiles - 1) / group_tiles; }
   int64_t hidden_count() const {
     return block.scale2 ? static_cast<int64_t>(fours.size()) * groups(pixels1) : Chunk::hidden_count();

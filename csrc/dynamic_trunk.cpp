@@ -13,8 +13,8 @@
 namespace den_kernels {
 namespace {
 
-// Of a chunk. Weights are read once for all instances of a level in it, and more instances are more to wait for at the
-// end.
+// Most instances of a chunk. A larger chunk reads its weights for more instances at once, but the other threads wait
+// longer for the last one.
 constexpr int64_t most_instances = 32;
 // Pixels of the maps that go through a stage's blocks together: enough to hide how weights come in from the
 // second-level cache, few enough that the residual stream stays there; more where the weights do not fit in it.
@@ -23,7 +23,7 @@ constexpr int64_t stage_pixels = 1024, stage_pixels_of_large = 2048, large_weigh
 template <class T>
 constexpr Dtype dtype_of = std::is_same_v<T, float> ? Dtype::float32 : Dtype::bfloat16;
 
-// What a block makes of a map.
+// The sizes of the map that a block reads, and its stride and output channels.
 struct Shape {
   int64_t H, W, C, stride, C_out;
   int64_t Ho() const { return (H + stride - 1) / stride; }
@@ -72,7 +72,7 @@ struct Sorted {
     std::vector<int32_t> next(offsets.begin(), offsets.end() - 1);
     for (int64_t i = 0; i < count; ++i) order[next[G - levels[instances[i]]]++] = instances[i];
   }
-  bool idle() const { return offsets.end()[-2] == 0; }  // all at level 0
+  bool idle() const { return offsets.end()[-2] == 0; }  // true where all instances are at level 0
 };
 
 // A trunk with what is known before it runs: each block's shape, map and cost a level.
@@ -200,7 +200,7 @@ void run_trunk(const Trunk<T>& t) {
   Failure failure;
 #pragma omp parallel num_threads(threads)
   {
-    omp_set_num_threads(1);  // of this thread alone: the blocks of a chunk are its own work
+    omp_set_num_threads(1);  // for this thread alone: no other helps it with the blocks of a chunk
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < chunks; ++i)
       failure.guard([&] {

@@ -19,7 +19,7 @@ using TrunkBlock = std::variant<ResidualBlock<T>, BottleneckProblem<T>>;
 template <class T>
 struct Trunk {
   const std::vector<TrunkBlock<T>>* blocks;  // N
-  int64_t B, H, W;                           // of x
+  int64_t B, H, W;                           // sizes of x
   int64_t G;                                 // channel groups of every block
   const int32_t* levels;                     // [N, B], 0..G
   T* x;                                      // [B, H, W, C], written over

@@ -37,7 +37,7 @@ py::tuple list_devices() {
 }
 #endif
 
-// What this build and this machine have.
+// Adds the properties of this build and this machine.
 void bind_device(py::module_& m) {
   m.def("cpu_isa", &cpu_isa, "Instruction set that the C++ inner functions run with here.");
   m.def("omp_max_threads", &omp_get_max_threads, "Threads that the next OpenMP region would use.");

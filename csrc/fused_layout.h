@@ -9,9 +9,9 @@
 namespace den_kernels {
 
 constexpr int kFusedWarps = 8, kFusedStages = 3;
-constexpr int kHiddenFragments = 4;  // of 16 hidden pixels, that a warp takes at most
-constexpr int kOutputFragments = 4;  // of 16 output pixels
-constexpr int kOutputPairs = 4;      // of 16 output channels
+constexpr int kHiddenFragments = 4;  // a warp's most fragments of 16 hidden pixels
+constexpr int kOutputFragments = 4;  // a warp's most fragments of 16 output pixels
+constexpr int kOutputPairs = 4;      // a warp's most pairs of fragments, 16 output channels each
 constexpr int kPad = 16;             // bytes behind each row: 8 rows in a column touch all banks
 
 // Offsets and pitches in bytes.

@@ -1,4 +1,4 @@
-// The fused residual block: which instances and rows a thread block takes, and the way of x into shared memory.
+// The fused residual block: the instances and rows that a thread block takes, and the way of x into shared memory.
 #pragma once
 
 #include <cmath>
@@ -46,7 +46,7 @@ DEN_KERNELS_DEVICE int find_tile(const FusedResidual& p, int tile, Tile& found) 
   return before;
 }
 
-// Computed where it is needed, rather than held in registers while others multiply.
+// The band from output row y0. Computed anew at each use, which takes fewer registers than keeping it.
 DEN_KERNELS_DEVICE Band band_at(const FusedResidual& p, int y0) {
   Band band;
   band.y0 = here(y0);

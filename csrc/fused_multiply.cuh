@@ -9,7 +9,7 @@ namespace den_kernels {
 struct Source {
   uint32_t at;   // address of row r0 of the first instance
   int row;       // bytes of a pixel
-  int H, W, r0;  // of the map
+  int H, W, r0;  // size of the map, and its first row that is there
   int pitch;     // pixels of an instance
   int stride;
 };
@@ -40,7 +40,7 @@ DEN_KERNELS_DEVICE void locate(const Source& source, int y0, int rows, int colum
   }
 }
 
-// What a warp multiplies in one step.
+// The operands of a warp in one step.
 struct Operands {
   uint32_t zero, weights;  // addresses of this lane's rows
   int tap, taps;           // taps of the step

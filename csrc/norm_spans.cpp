@@ -16,7 +16,7 @@ using Bits = uint32_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32)));
 constexpr int64_t lanes = 16;
 
-#define INLINED __attribute__((always_inline))  // of a lambda, so that it is compiled for the clone that calls it
+#define INLINED __attribute__((always_inline))  // for a lambda: it is then compiled for the clone that calls it
 
 // The first n lanes of a row; n is `lanes` unless the compiler does not know it.
 template <class V, class T>

@@ -11,12 +11,13 @@ constexpr int64_t folded_lanes = 64;
 
 // Consecutive lanes of consecutive rows of one instance. Unfolded, all are used or all are not; folded, some are used.
 struct Span {
-  int64_t offset;  // of its first element in the batch
+  int64_t offset;  // elements of the batch before its first one
   int64_t rows, stride, width;
   int64_t lane, block;  // first lane; index of the block of rows that it lies in
 };
 
-// Per lane of a span. A floor of NaN, below which nothing is, is no ReLU; keep is all ones where used, 0 elsewhere.
+// Coefficients of each lane of a span. keep: all bits set where the lane is used, else 0. floor: 0 applies ReLU, NaN
+// disables it (no value compares as less than NaN).
 struct Coefficients {
   const float *mean, *scale, *bias, *dmean, *dvar;
   const uint32_t* keep;

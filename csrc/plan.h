@@ -5,9 +5,9 @@
 
 namespace den_kernels {
 
-// What a plan writes, one row per block. With levels segment s of a block holds its instances of level G - s (S = G +
-// 1); with masks it holds the s-th distinct mask (S = B, trailing segments empty). Segment s is
-// order[offsets[s]:offsets[s+1]].
+// The outputs of a plan, one row per block. Segment s of a block is order[offsets[s]:offsets[s+1]]. In a plan of levels
+// (S = G + 1) it holds the instances of level G - s; in one of masks (S = B, the last segments empty) those of the s-th
+// distinct mask.
 struct Plan {
   int32_t* levels;   // [N, B] groups in use
   int32_t* order;    // [N, B] instances, level descending, stable

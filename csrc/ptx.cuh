@@ -49,8 +49,8 @@ DEN_KERNELS_DEVICE uint32_t shared_address() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory()));
 }
 
-// The same value, unknown to the compiler before this point: what follows from it (the reciprocal of a divisor) is not
-// computed ahead of the loops around, where it would hold a register.
+// v, in a form that the compiler knows nothing of before this point. It then cannot move computations on v (such as
+// the reciprocal of a divisor) out of the loops around, where their results would hold registers.
 DEN_KERNELS_DEVICE int here(int v) {
   asm volatile("" : "+r"(v));
   return v;

@@ -90,7 +90,7 @@ class Tensor {
     using Type = TypeOf<std::remove_const_t<T>>;
     return static_cast<T*>(checked(Type::code, Type::bits, sizes, true));
   }
-  // The same for a tensor of any type, which the caller tells apart with is().
+  // The address for a tensor of any type, which the caller tells apart with is().
   void* any_maps(Sizes sizes) const { return checked(view_.code, view_.bits, sizes, true); }
 
   const dlpack::View& view() const { return view_; }

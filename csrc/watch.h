@@ -1,4 +1,4 @@
-// Whether tensors still hold what they held: the key of what was folded or packed from them.
+// Checksums that tell whether tensors still hold the values from which weights were folded or packed.
 #pragma once
 
 #include <cstddef>
@@ -8,12 +8,12 @@
 namespace den_kernels {
 
 // A tensor's memory, cut into lines of 64 bytes. The lines are dealt out to groups in turn, so that each group spreads
-// over the whole: one of a few lines tells of a change of most of them, and all groups one after the other of any.
-// Where the memory is small there is one group.
+// over the whole. One group's sum shows a change of most of the memory; the groups one after the other show any change.
+// Small memory is one group.
 class Checksums {
  public:
   Checksums(const void* data, int64_t bytes);
-  // Whether the group whose turn it is still has its sum.
+  // True where the group whose turn it is still has its sum.
   bool next_holds(const void* data);
   int64_t groups() const { return static_cast<int64_t>(sums_.size()); }
 
