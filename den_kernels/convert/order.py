@@ -16,9 +16,15 @@ def sort_by_l1(region: Region) -> None:
     reordered alike.
     """
     for space in {layer.reads for layer in region.layers if layer.reads}:
-        order = _importance(space, region).argsort(descending=True, stable=True)
-        for layer in region.layers:
-            _reorder(layer, space, order)
+        if not any(_is_bound(layer, space) for layer in region.layers):
+            order = _importance(space, region).argsort(descending=True, stable=True)
+            for layer in region.layers:
+                _reorder(layer, space, order)
+
+
+def _is_bound(layer: Layer, space: Space) -> bool:
+    """Whether a layer's outputs follow inputs that keep their order: of a depthwise convolution that stands first."""
+    return layer.writes is space and layer.reads is not space and getattr(layer.node.target, "groups", 1) > 1
 
 
 def _importance(space: Space, region: Region) -> Tensor:
