@@ -11,9 +11,9 @@ from .spaces import Space
 def sort_by_l1(region: Region) -> None:
     """Sort the units of each space of a region, the important ones first; the model computes the same function.
 
-    The importance of a channel is the L1 norm of the weights that read it (Cai et al., Once-for-All, ICLR 2020, section
-    3.4), times the size of its batch norm's weight; of a unit the sum over its channels. All layers of the space are
-    reordered alike.
+    The importance of a channel is the L1 norm of the weights that read it (Cai et al., Once-for-All, ICLR 2020), times
+    the size of its batch norm's weight; of a unit the sum over its channels. All layers of the space are reordered
+    alike. The outputs of a depthwise convolution that stands first keep their order, which is that of its inputs.
     """
     for space in {layer.reads for layer in region.layers if layer.reads}:
         if not any(_is_bound(layer, space) for layer in region.layers):
