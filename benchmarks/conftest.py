@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from . import floors, tables
 from .harness import PROVIDERS, Settings
+
+FOLDER = Path(__file__).parent
 
 # At import, before torch has made a tensor that matters.
 ALLOCATOR = floors.keep_allocations_on_the_heap()
@@ -28,19 +31,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="network",
         help="where the dense side is also run through torch.compile (compilation takes a minute or so a network)",
     )
+    group.addoption("--autotune", action="store_true", help="search for the kernels of the compiled dense side (GPU)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
 
 
+def is_wanted(item: pytest.Item, config: pytest.Config) -> bool:
+    """Tiny cases in a rehearsal and no others; else those that a GPU or ``--all-cases`` is there for."""
+    if FOLDER not in item.path.parents:
+        return True
+    marks, rehearses = {mark.name for mark in item.iter_markers()}, config.getoption("rehearse", False)
+    if rehearses or "rehearsal" in marks:
+        return rehearses and "rehearsal" in marks
+    if "gpu" in marks and not torch.cuda.is_available():
+        return False
+    return "extra" not in marks or config.getoption("--all-cases")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all-cases the marked ones are not collected."""
-    if config.getoption("--all-cases"):
-        return
-    kept = [item for item in items if item.get_closest_marker("extra") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+    """Cases that are not wanted are not collected."""
+    wanted = [is_wanted(item, config) for item in items]
+    config.hook.pytest_deselected(items=[item for item, kept in zip(items, wanted, strict=True) if not kept])
+    items[:] = [item for item, kept in zip(items, wanted, strict=True) if kept]
 
 
 def wanted_providers(names: list[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -67,7 +82,9 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
     return Settings(
         seconds=request.config.getoption("--case-seconds"),
+        least_rounds=3 if request.config.getoption("rehearse", False) else Settings.least_rounds,
         compile=request.config.getoption("--dense-compile"),
+        autotune=request.config.getoption("--autotune"),
         providers=wanted_providers(request.config.getoption("--provider"))[0],
         environment={
             "machine": floors.this_machine(),

@@ -83,10 +83,6 @@ class ElasticNetwork:
         sizes = [block.conv1.out_groups for block in self.model.estimator.blocks]
         return [peers.select_levels(self.levels[:, i], size) for i, size in enumerate(sizes)]
 
-    def on_host(self) -> ElasticNetwork:
-        """The same on the CPU, for the oracles."""
-        return self if self.images.is_cpu else copy.deepcopy(self).to("cpu")
-
     def with_each(self, kind: Callable[[peers.PreactBlock, Tensor], Any], dtype: torch.dtype | None = None) -> Any:
         """The drawn structures in a plain network whose blocks are made by ``kind(block, selection)``."""
         dense = self.dense(dtype or self.dtype)

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import torch
 
+from den_kernels._triton import clock
+
+GPU_SIZE, GPU_COPIED = 8192, 2**31  # of the product and the copy that are timed on a GPU
+
 # glibc's mallopt parameters (malloc.h) with the values that keep big tensors on the heap: without them each large
 # tensor is mapped and unmapped anew, its pages faulted in inside the timing, and the side with the larger tensors
 # (the dense one) pays most.
@@ -67,18 +71,20 @@ def copy_bandwidth(megabytes: int = 256) -> float:
 
 
 @functools.cache
-def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """FLOP/s of matrix products in ``dtype`` and bytes/s of copies, of a device."""
-    if device == "cpu":
-        return matrix_rate(dtype), copy_bandwidth()
-    from den_kernels._triton.clock import median_seconds as on_device
+def rates(dtype: str, device: str) -> tuple[float, float]:
+    """FLOP/s of matrix products in a case's dtype and bytes/s of copies, read and written, of a device.
 
-    place, size = torch.device(device), 8192
-    a = torch.randn(size, size, device=place).to(dtype)
-    source = torch.empty(2**30, dtype=torch.uint8, device=place)
+    On a GPU the caller says whether float32 may be rounded to TF32 (`precision.float32_products`), and names it so.
+    """
+    kind = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype, torch.float32)
+    if device == "cpu":
+        return matrix_rate(kind), copy_bandwidth()
+    place = torch.device(device)
+    a, b = (torch.randn(GPU_SIZE, GPU_SIZE, device=place).to(kind) for _ in range(2))
+    source = torch.randint(0, 256, (GPU_COPIED,), dtype=torch.uint8, device=place)
     target = torch.empty_like(source)
-    multiply = on_device(lambda: torch.mm(a, a), place)
-    return 2 * size**3 / multiply, 2 * source.numel() / on_device(lambda: target.copy_(source), place)
+    multiply = clock.median_seconds(lambda: torch.mm(a, b), place)
+    return 2 * GPU_SIZE**3 / multiply, 2 * source.numel() / clock.median_seconds(lambda: target.copy_(source), place)
 
 
 def floor_seconds(flops: float, traffic: float, rate: float, bandwidth: float) -> float:

@@ -1,33 +1,32 @@
 """Everything that only a GPU can tell, in one command: ``python -m benchmarks.gpu_check``.
 
 Builds the extension and runs one problem of every kernel within a minute; where that fails nothing else runs. Then it
-measures the machine's ceilings, checks every op against float64, proves that nothing waits for the device and that
-graphs, compilation and export work, times convolutions, blocks, networks and a training step against the best dense
-baseline and the floors, and asks ncu what bounds the kernels; what time is left goes to dense networks whose kernels
-are searched for and to compute-sanitizer (`--only sanitize` for itself). Results go to benchmarks/results/<gpu>.json
-after every step, a table to stdout, its last lines the most important ones. Exit status: 0, 1 where a check failed, 2
-without a GPU. `--rehearse` runs all of it without one, on a simulated GPU (rehearsal.py), and keeps nothing.
-
-The file: {"format": 1, "gpu", "rates": measured FLOP/s and bytes/s by name, "targets": [{"what", "bound", "measured",
-"met"}], "steps": {step: {"seconds", "commit", "cases": [row]}}}. A row has "case", "status" (ok, failed, skipped),
-"seconds", and "error" or "reason" or what was measured; of a timed case "providers": {name: {"median" in seconds,
-"floor", "flops_ratio", "dense_share" of the best dense time, "realised" fraction, "graph"}}; in a rehearsal "computed",
-by what.
+measures the machine's ceilings and runs `pytest tests/gpu` (every op against float64, nothing that waits for the
+device, graphs, compilation, export), the `/cuda` cases of `pytest benchmarks` against the best dense baseline and the
+floors, and ncu; what time is left goes to dense sides whose kernels are searched for and to compute-sanitizer. Results
+go to benchmarks/results/<gpu>.json after every step (gpu_results.py says what it holds), a report to stdout, its last
+lines the most important ones. Exit status: 0, 1 where a check failed, 2 without a GPU. `--rehearse` runs all of it
+without one, tiny, on a simulated GPU (rehearsal.py), and keeps nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,73 +36,48 @@ if __name__ == "__main__" and not __package__:  # run as a file: its folder is o
 
 import torch  # noqa: E402
 
-from benchmarks import (  # noqa: E402
-    gpu_blocks,
-    gpu_composition,
-    gpu_correctness,
-    gpu_machine,
-    gpu_networks,
-    gpu_pool,
-    gpu_profile,
-    gpu_proofs,
-    gpu_sanitize,
-    gpu_smoke,
-    gpu_table,
-    gpu_times,
-    gpu_tuning,
-    rehearsal,
-)
-from benchmarks.gpu_worker import Check, Context, work  # noqa: E402
+from benchmarks import gpu_machine, rehearsal  # noqa: E402
+from benchmarks.gpu_results import GpuResults  # noqa: E402
+from benchmarks.gpu_rows import OUT_OF_TIME, Row, append_to, read  # noqa: E402
 from den.support.terminal import ended  # noqa: E402
 
-FORMAT = 1
-CHECK = 180.0  # seconds after which a single check counts as hung: compiling 60 kernels takes more than a minute
+NOTHING_CHOSEN = 5  # exit status of pytest
+CHECK = 180  # seconds after which a single check counts as hung: compiling 60 kernels takes more than a minute
+DEVICE = "cuda:0"
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def correctness(context: Context) -> list[Check]:
-    """Ops in every dtype."""
-    return [*gpu_correctness.checks(context), *gpu_blocks.checks(context), *gpu_composition.checks(context)]
-
-
-def timed(context: Context) -> list[Check]:
-    """All timings, for their kernels to be compiled beforehand."""
-    lists = (gpu_times.convolution_checks, gpu_times.block_checks, gpu_networks.inference_checks)
-    return [check for checks in (*lists, gpu_networks.training_checks) for check in checks(context)]
-
-
-def autotuned(context: Context) -> list[Check]:
-    """Network and blocks once more, against dense ones whose kernels torch.compile searches for, which takes long."""
-    mode = gpu_times.TUNED
-    networks = [] if context.tiny else gpu_networks.inference_checks(context, mode)
-    return [*networks, *gpu_times.block_checks(context, mode)]
+TUNE = ("--channels", "256", "128", "64", "512")
+WANTED = "ours-inplace ours-kernel ours-fused ours-composed dense-eager dense-folded dense-compiled"  # beside ours
+COMPARED = tuple(f"--provider={name}" for name in WANTED.split())
+TIMED, UNTIMED = (
+    ("--benchmark-only", "--dense-compile=all", *COMPARED),
+    ("--benchmark-disable", "--dense-compile=none", *COMPARED),
+)
 
 
 class Step(NamedTuple):
-    """A part of the run, in processes of its own."""
+    """A part of the run: a call of pytest."""
 
-    checks: Callable[[Context], list[Check]]
-    seconds: float = CHECK  # that it may take at most
-    workers: int = 1  # at a time; more than one only where nothing is timed
-    warm: bool = False
+    folder: str
+    marks: str
+    seconds: float = float("inf")  # that it may take at most
+    workers: int = 0  # of pytest-xdist, which also replaces those that die; none where something is timed
+    options: tuple[str, ...] = ()
+    rehearsed: str = ""  # of its checks only these in a rehearsal, as pytest's -k
 
 
 STEPS = {
-    "build": Step(gpu_machine.build_checks),
-    "smoke": Step(gpu_smoke.checks, 60, workers=4),
-    "machine": Step(gpu_machine.checks),
-    "correctness": Step(correctness, workers=12),
-    "proofs": Step(gpu_proofs.checks, workers=6),
-    "compile": Step(timed, workers=12, warm=True),
-    "convolutions": Step(gpu_times.convolution_checks),
-    "network": Step(gpu_networks.inference_checks),
-    "blocks": Step(gpu_times.block_checks),
-    "training": Step(gpu_networks.training_checks),
-    "profile": Step(gpu_profile.checks, 60),
-    "autotuned": Step(autotuned, 240),
-    "sanitize": Step(gpu_sanitize.checks, 400, workers=2),
+    "smoke": Step("tests/gpu", "smoke", 60, workers=4),
+    "checks": Step("tests/gpu", "not smoke and not tool and not profiler", workers=12),
+    "compile": Step("benchmarks", "check", workers=12, options=UNTIMED, rehearsed="plan"),
+    "times": Step("benchmarks", "check", options=TIMED),
+    "profile": Step("tests/gpu", "profiler", 60),
+    "autotuned": Step(
+        *("benchmarks", "check and (network or residual)", 240),
+        options=("--autotune", *TIMED),
+        rehearsed="residual and full",
+    ),
+    "sanitize": Step("tests/gpu", "tool", 400, workers=2),
 }
-FIRST = ("build", "smoke")  # whatever else is asked for
 
 
 def slug(gpu: str) -> str:
@@ -115,82 +89,164 @@ def slug(gpu: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", gpu.lower()))
 
 
-def new_document(gpu: str) -> dict[str, Any]:
-    """Results without a step."""
-    return {"format": FORMAT, "gpu": gpu, "rates": {}, "targets": [], "steps": {}}
+def pytest_command(step: Step, rows: Path, until: float, options: argparse.Namespace) -> list[str]:
+    """A step as a command line."""
+    hung = ("-o", f"faulthandler_timeout={CHECK}", "-o", "faulthandler_exit_on_timeout=true")
+    most = int(step is STEPS["smoke"]) if options.rehearse else os.cpu_count() or 1  # one core: spread only once
+    workers = min(step.workers, most)
+    spread = ("-n", str(workers)) if workers else ("-p", "no:xdist")
+    select = options.select if step is not STEPS["smoke"] else None  # which runs whole, whatever is asked for
+    expressions = [f"({text})" for text in (select, options.rehearse and step.rehearsed) if text]
+    chosen = ("-k", " and ".join(expressions)) if expressions else ()
+    plugins = ("-p", "benchmarks.gpu_rows", *(("-p", "benchmarks.rehearsal", "--rehearse") if options.rehearse else ()))
+    kept = ("--rows", str(rows), "--until", str(until), "-p", "no:cacheprovider", "-v", "--no-header", "--tb=short")
+    timed = (f"--case-seconds={0 if options.rehearse else 0.1}",) if step.folder == "benchmarks" else ()
+    return [
+        *(sys.executable, "-m", "pytest", step.folder, "-m", step.marks),
+        *(*plugins, *kept, *hung, *spread, *chosen, *timed, *step.options),
+    ]
 
 
-def load(path: Path, gpu: str) -> dict[str, Any]:
-    """What an earlier run kept; a new document where there is none of this format and GPU."""
+def environment() -> dict[str, str]:
+    """For processes that import what this one does, by the same names."""
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    return os.environ | {"PYTHONPATH": path}
+
+
+def stream(command: Sequence[str], seconds: float) -> tuple[int, str]:
+    """Run a program, its lines printed as they come, killed with all it started after so long; status, last lines."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer, last = threading.Timer(seconds, kill), deque[str](maxlen=6)
+    timer.start()
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return new_document(gpu)
-    same = isinstance(document, dict) and (document.get("format"), document.get("gpu")) == (FORMAT, gpu)
-    return document if same else new_document(gpu)
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            last.append(line.strip(" =!\n"))
+    finally:
+        timer.cancel()
+        status = process.wait() if process.stdout else 1
+        kill()
+    return status, " | ".join(filter(None, last))[-400:]
 
 
-def keep(document: dict[str, Any], path: Path) -> None:
-    """Work out the targets and write the file, whole or not at all."""
-    rows = {row["case"]: row for step in document["steps"].values() for row in step["cases"] if not row.get("warm")}
-    document["targets"] = [target.line(rows) for target in gpu_table.TARGETS]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def run_step(name: str, seconds: float, options: argparse.Namespace) -> list[Row]:
+    """What the checks of a step came to, those included that died, hung or did not fit.
 
-
-def run_steps(names: Sequence[str], document: dict[str, Any], path: Path, options: argparse.Namespace) -> bool:
-    """Every step within its limit, results kept after each, tuning before what is timed; whether all checks passed.
-
-    Nothing runs behind a smoke that fails or is not done in time.
+    A process that a check ended is started again for the rest; one in which none began fails as a whole.
     """
-    end, passed = time.monotonic() + options.budget, True
+    step, end = STEPS[name], time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        file, begun = Path(folder) / "rows.jsonl", 0
+        while (left := end - time.monotonic()) > 1:
+            status, last = stream(pytest_command(step, file, time.time() + left, options), left)
+            entries, over = read(file), time.monotonic() >= end
+            why = f"{OUT_OF_TIME} while it ran" if over else f"the process ended with status {status}: {last}"
+            for check in unfinished(entries):
+                append_to(file, row(check, why, "skipped" if over else "failed"))
+            if over or any("finished" in entry for entry in entries):
+                break
+            before, begun = begun, sum("begin" in entry for entry in entries)
+            if step.workers or begun == before:  # workers are replaced by pytest-xdist, which has ended itself
+                nothing = status == NOTHING_CHOSEN
+                append_to(
+                    file, row(name, "nothing of it was chosen" if nothing else why, "skipped" if nothing else "failed")
+                )
+                break
+        return collect(name, read(file))
+
+
+def row(check: str, why: str, status: str) -> Row:
+    """A check that left no row of its own."""
+    return {"check": check, "status": status, "reason" if status == "skipped" else "error": why, "seconds": 0.0}
+
+
+def unfinished(entries: Sequence[Row]) -> list[str]:
+    """The checks that began and did not end."""
+    ended_ones = {entry.get("check") for entry in entries}
+    return [entry["begin"] for entry in entries if "begin" in entry and entry["begin"] not in ended_ones]
+
+
+def collect(step: str, entries: Sequence[Row]) -> list[Row]:
+    """One row a check, in the order of collection; without one it did not fit. A smoke out of time has failed."""
+    names = dict.fromkeys(name for entry in entries for name in entry.get("collected", ()))
+    rows = {name: row(name, OUT_OF_TIME, "skipped") for name in names or [step]}
+    rows |= {entry["check"]: entry for entry in entries if "check" in entry}
+    late = [each for each in rows.values() if each.get("reason", "").startswith(OUT_OF_TIME) and step == "smoke"]
+    return list((rows | {each["check"]: row(each["check"], each["reason"], "failed") for each in late}).values())
+
+
+def machine(options: argparse.Namespace) -> Row:
+    """What a process that starts now says of the machine; {} where it cannot."""
+    command = [sys.executable, *rehearsed(options, "benchmarks.gpu_machine"), DEVICE]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=CHECK, check=True
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        print(f"== machine: {error} {str(error.stderr)[-300:]}", flush=True)
+        return {}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tune(options: argparse.Namespace) -> Row:
+    """Tune the launches of Triton; the tables stay in this installation, with a copy in the folder of the results."""
+    begin, folder = time.monotonic(), ROOT / "den_kernels" / "_triton" / "tables"
+    command = [sys.executable, *rehearsed(options, "den_kernels.tune"), "--seconds", str(options.tune)]
+    if options.rehearse:
+        folder = options.out / "tuned"
+        command += ["--out", str(folder)]
+    more = 600 if options.rehearse else 60  # seconds for a last problem; a rehearsal's machine may be a busy one
+    status, last = stream([*command, *(() if options.rehearse else TUNE)], options.tune + more)
+    for table in folder.glob("sm_*.json"):
+        (options.out / "tables").mkdir(parents=True, exist_ok=True)
+        shutil.copy(table, options.out / "tables")
+    done = {"check": "tune", "status": "ok", "seconds": round(time.monotonic() - begin, 1)}
+    return row("tune", f"it ended with status {status}: {last}", "failed") if status else done
+
+
+def rehearsed(options: argparse.Namespace, module: str) -> tuple[str, ...]:
+    """How Python runs a module here."""
+    return ("-m", "benchmarks.rehearsal", module) if options.rehearse else ("-m", module)
+
+
+def run_steps(names: Sequence[str], found: GpuResults, options: argparse.Namespace) -> bool:
+    """Every step within the budget, results kept after each; whether all passed. Nothing behind a failed smoke."""
+    end = time.monotonic() + options.budget
     for name in names:
         begin = time.monotonic()
-        rows = run_step(name, document, end - begin, options)
-        passed = passed and not any(row["status"] == "failed" for row in rows)
-        keep(document, path)
+        if name == "build":
+            checks = [gpu_machine.build()] if not options.rehearse else []
+        elif name == "machine":
+            found.gpu["machine"] = machine(options)
+            found.gpu["rates"] = found.gpu["machine"].pop("rates", {})
+            checks = [] if found.gpu["machine"] else [row("machine", "it does not say what it is", "failed")]
+        elif name == "tune":
+            checks, end = [tune(options)], end + options.tune
+        else:
+            most = float("inf") if options.rehearse else STEPS[name].seconds
+            checks = run_step(name, min(end - begin, most), options)
+        source = gpu_machine.commit() | {"measured": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": found.path.stem}
+        found.put(name, time.monotonic() - begin, checks, source)
+        found.keep()
         print(f"== {name}: {time.monotonic() - begin:.1f} s, {end - time.monotonic():.0f} s left", flush=True)
-        if name == "smoke" and any(row["status"] == "failed" for row in rows):
+        if name == "smoke" and any(check["status"] == "failed" for check in checks):
             print("== the smoke failed: nothing else runs", flush=True)
             return False
-        if name == "smoke" and options.tune:
-            document["steps"]["tune"] = gpu_tuning.run(options.tune, context_of(options), options.out)
-            passed = passed and not any(row["status"] == "failed" for row in document["steps"]["tune"]["cases"])
-            end += options.tune
-            keep(document, path)
-    return passed
+    return not found.with_status("failed")
 
 
-def run_step(name: str, document: dict[str, Any], left: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The results of a step, which are also put into the document. A smoke that is not done in time has failed."""
-    step, begin = STEPS[name], time.monotonic()
-    try:
-        context = dataclasses.replace(context_of(options), warm=step.warm, rates=document["rates"])
-        checks = [check.name for check in step.checks(context)]
-        most = 2 if options.rehearse else 1 if options.tiny else step.workers
-        rows = gpu_pool.run(name, checks, context, min(left, step.seconds), CHECK, min(most, step.workers))
-    except Exception as error:  # a step that cannot even be listed must not lose the others
-        rows = [gpu_pool.failure(name, f"{type(error).__name__}: {error}")]
-    if name == "smoke":
-        rows = [
-            gpu_pool.failure(row["case"], row["reason"])
-            if row.get("reason", "").startswith(gpu_pool.OUT_OF_TIME)
-            else row
-            for row in rows
-        ]
-    seconds = round(time.monotonic() - begin, 1)
-    document["steps"][name] = {"seconds": seconds, "commit": gpu_machine.commit()["commit"], "cases": rows}
-    if name == "machine":
-        document["rates"] = gpu_machine.rates(rows)
-    return rows
-
-
-def context_of(options: argparse.Namespace) -> Context:
-    """Where and how large, as the command line says."""
-    compiles = options.rehearse or not options.tiny
-    return Context(options.device, options.tiny, 0.4, compiles, options.rehearse)
+def order(options: argparse.Namespace) -> list[str]:
+    """Building and the smoke first, whatever else is asked for; tuning before anything is timed."""
+    chosen = [name for name in list(STEPS)[1:] if name in (options.only or STEPS)]
+    return ["build", "smoke", "machine", *(["tune"] if options.tune else []), *chosen]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -199,69 +255,47 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=list(STEPS), help="these steps; what is kept of the others stays")
+    parser.add_argument("--select", metavar="EXPRESSION", help="of every step but the smoke only these, as pytest's -k")
     parser.add_argument(
         "--budget", type=float, default=480.0, help="seconds; what does not fit is skipped, and said so"
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results)")
     parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS", help="tune the launches after the smoke")
-    parser.add_argument("--device", default="cuda", help="cpu: exercise the script itself, times mean nothing")
-    parser.add_argument("--tiny", action="store_true", help="the smallest sizes")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="all of it on a simulated GPU, tiny; no results are kept"
-    )
-    parser.add_argument("--worker", nargs=4, metavar=("STEP", "CONTEXT", "SHARE", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--rehearse", action="store_true", help="all of it on a simulated GPU; no results are kept")
     return parser.parse_args(arguments)
 
 
-def as_worker(step: str, context: str, share: str, file: str) -> int:
-    """Run a worker's share of a step."""
-    given = Context.of_text(context)
-    first, count = (int(part) for part in share.split("/"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))  # references run on the CPU, in every worker
-    checks = gpu_tuning.checks(given) if step == "tune" else STEPS[step].checks(given)
-    if given.rehearse:
-        return rehearsal.rehearse(checks, given, Path(file), (first, count))
-    if given.is_cuda:
-        torch.cuda.set_device(given.place)
-    return work(checks, given, Path(file), (first, count))
+@contextlib.contextmanager
+def rehearsing(options: argparse.Namespace) -> Iterator[None]:
+    """Everything on a simulated GPU; results go to `--out`, or nowhere."""
+    options.tune = options.tune or 5.0
+    with tempfile.TemporaryDirectory() as folder:
+        options.out = options.out or Path(folder)  # which is removed
+        with mock.patch.dict(os.environ, rehearsal.environment(Path(folder))):
+            yield
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status."""
     options = parse(arguments)
-    if options.worker:
-        return as_worker(*options.worker)
-    if options.rehearse:
-        return rehearse(options)
-    if options.device != "cpu" and not torch.cuda.is_available():
-        print("gpu_check: a CUDA device is needed, torch finds none", file=sys.stderr)
-        return 2
-    return run(options, torch.cuda.get_device_name(options.device) if options.device != "cpu" else "no GPU")
-
-
-def rehearse(options: argparse.Namespace) -> int:
-    """Everything on a simulated GPU; results go to `--out`, or nowhere, but never among those that were measured."""
-    if options.out and options.out.resolve().is_relative_to(RESULTS):
-        print(
-            f"gpu_check: --out must be outside {RESULTS} where --rehearse is given, got {options.out}", file=sys.stderr
-        )
-        return 2
-    options.device, options.tiny, options.tune = "cuda:0", True, options.tune or 5.0
-    with tempfile.TemporaryDirectory() as folder:
-        options.out = options.out or Path(folder)  # which is removed
-        with mock.patch.dict(os.environ, rehearsal.environment(Path(folder))):
-            return run(options, "rehearsal")
+    if options.rehearse and options.out and options.out.resolve().is_relative_to(RESULTS):
+        message = f"--out must be outside {RESULTS} where --rehearse is given, got {options.out}"
+    elif not options.rehearse and not torch.cuda.is_available():
+        message = "a CUDA device is needed, torch finds none"
+    else:
+        with rehearsing(options) if options.rehearse else contextlib.nullcontext():
+            return run(options, "rehearsal" if options.rehearse else torch.cuda.get_device_name(DEVICE))
+    print(f"gpu_check: {message}", file=sys.stderr)
+    return 2
 
 
 def run(options: argparse.Namespace, gpu: str) -> int:
     """All steps that are asked for and the report; the exit status."""
     options.out = options.out or RESULTS
-    path = options.out / f"{slug(gpu)}.json"
-    document = load(path, gpu) if options.only else new_document(gpu)
-    names = [name for name in STEPS if name in FIRST or name in (options.only or STEPS)]
-    passed = run_steps(names, document, path, options)
-    print(gpu_table.render(document))
-    print(f"written: {path}", flush=True)
+    found = GpuResults(options.out / f"{slug(gpu)}.json", gpu, afresh=not options.only)
+    passed = run_steps(order(options), found, options)
+    print(found.report())
+    print(f"written: {found.path}", flush=True)
     return int(not passed)
 
 

@@ -16,7 +16,7 @@ from den.nn.backbones import BACKBONES, block_shapes
 from den.nn.blocks import ResidualShape
 from den_kernels._cuda_layout import FusedProblem, fused_layout
 
-from .gpu_table import columns
+from .tables import table as markdown
 
 SHARES = {"dense": 0.45, "composition": 0.38, "fused": 0.40}  # of the matrix rate: cuDNN seen publicly, ours guessed
 L2_BYTES = 5.5e12  # bytes/s of weights from L2
@@ -92,7 +92,7 @@ def predict(
 
 def table(network: str, flops: float, bandwidth: float, chip: int) -> str:
     """A line for each kind of block and mix, and the sums of the network."""
-    backbone, lines = BACKBONES[network], [["block", "mix", "matrix", "bytes", "dense", "two", "fused", "realised"]]
+    backbone, lines = BACKBONES[network], []
     blocks = block_shapes(backbone.stages, backbone.stem, 32)
     for mix in MIXES:
         made = {block: predict(block, mix, flops, bandwidth, chip=chip) for block in blocks}
@@ -103,7 +103,7 @@ def table(network: str, flops: float, bandwidth: float, chip: int) -> str:
         ours = sum(min(made[block].composition, made[block].fused) for block in blocks)
         ratio = sum(made[b].matrix * made[b].flops_ratio for b in blocks) / sums[0]
         lines.append([f"all {len(blocks)}", mix, *(f"{s * 1e6:.0f}" for s in sums), f"{sums[2] / ours / ratio:.2f}"])
-    return columns(lines)
+    return markdown(["block", "mix", "matrix", "bytes", "dense", "two", "fused", "realised"], lines)
 
 
 def main() -> None:

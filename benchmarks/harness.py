@@ -8,9 +8,10 @@ ours as well, by events.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,17 +19,27 @@ from torch import Tensor
 
 from . import floors
 from .allocations import call_peak, skip_when_exhausted
-from .clocks import Clock, clock_of
-from .precision import float32_products
+from .clocks import Clock, Timed, clock_of
+from .precision import fast_convolutions
+from .targets import AUTOTUNED
 
 Role = Literal["ours", "dense", "tuned", "alternative", "floor"]
 Result = Tensor | Sequence[Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROVIDERS = (
-    *("ours", "ours-inplace", "ours-plan", "ours-whole"),
-    *("dense-eager", "dense-folded", "dense-compiled", "dense-packed", "dense-whole"),
-    *("masked", "bucket", "per-instance", "grouped", "one-by-one", "one-by-one-whole", "bare", "bare-packed"),
-)
+TF32 = "tf32"  # the dtype of a case whose products of float32 may be rounded to TF32, on a GPU
+# "dense" is what anybody can run: the network in nn.Conv2d, eager, bn folded, compiled; "tuned" is on PyTorch's private
+# prepacked operators, or a whole graph on our own kernel; "floor" are the bare convolutions of the levels.
+PROVIDERS: dict[str, Role] = {
+    name: role
+    for role, names in {
+        "ours": "ours ours-inplace ours-plan ours-kernel ours-fused ours-composed",
+        "dense": "dense-eager dense-folded dense-compiled dense-whole",
+        "tuned": "dense-packed ours-whole",
+        "alternative": "masked bucket per-instance grouped one-by-one one-by-one-whole",
+        "floor": "bare bare-packed",
+    }.items()
+    for name in names.split()
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,11 @@ class Case:
     mix: str  # how the levels are drawn
     dtype: str
     device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the maps and the weights."""
+        return DTYPES.get(self.dtype, torch.float32)
 
     @property
     def id(self) -> str:
@@ -59,13 +75,21 @@ class Expected:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a case. ``prepare`` runs before each call and is not timed."""
+    """One way to compute a case. ``prepare`` runs before each call and is not timed.
 
-    name: str
-    role: Role
+    again: the same on other inputs, for a GPU, whose cache would hold those of one call.
+    """
+
+    name: str  # one of PROVIDERS
     call: Callable[[], Result]
     expected: Expected
     prepare: Callable[[], object] | None = None
+    again: Sequence[Callable[[], object]] = ()
+
+    @property
+    def role(self) -> Role:
+        """What it counts as."""
+        return PROVIDERS[self.name]
 
 
 @dataclass(frozen=True)
@@ -85,8 +109,27 @@ class Settings:
     least_rounds: int = 7
     most_rounds: int = 51
     compile: Literal["none", "network", "all"] = "network"
+    autotune: bool = False  # on a GPU: compiled once more, kernels searched for, which takes long
     providers: tuple[str, ...] = ()  # none: all; else only these beside ours
     environment: dict[str, Any] = field(default_factory=dict)  # versions, threads, allocator: copied into every row
+
+
+def provide(
+    calls: Mapping[str, Callable[..., Result]],
+    expected: Expected,
+    whole: Expected | None = None,
+    inputs: Sequence[Any] | None = None,
+) -> list[Provider]:
+    """A provider for each call; those that compute the full structure are expected to give `whole`.
+
+    inputs: what they are called with; the first is checked, all are timed on a GPU. None: they take nothing.
+    """
+    found = []
+    for name, call in calls.items():
+        first, *again = [call] if inputs is None else [functools.partial(call, each) for each in inputs]
+        is_whole = name.startswith("dense") or name.endswith("whole")
+        found.append(Provider(name, first, whole if whole and is_whole else expected, again=again))
+    return found
 
 
 def joined(result: Result) -> Tensor:
@@ -107,7 +150,8 @@ def expect(
     """
     exact, rounded = function(torch.float64), function(dtype)
     if isinstance(exact, Tensor):
-        return Expected(joined(exact), factor * max(_error(exact, rounded), torch.finfo(dtype).eps / 2 * _size(exact)))
+        error = max(_error(exact, rounded), max(torch.finfo(dtype).eps / 2, least / factor) * _size(exact))
+        return Expected(joined(exact), factor * error)
     errors = [_error(e, r) for e, r in zip(exact, rounded, strict=True)]
     sizes = [_size(e) for e in exact]
     usual = statistics.median([error / size for error, size in zip(errors, sizes, strict=True) if size] or [0.0])
@@ -149,6 +193,7 @@ class Interleaved:
 
     def __init__(self, ours: Provider, peers: Sequence[Provider], clock: Clock) -> None:
         self.ours, self.clock = ours, clock
+        self.ready: dict[str, Timed] = {p.name: clock.ready([p.call, *p.again]) for p in (ours, *peers)}
         self.timed = list(peers) if clock.is_host else [ours, *peers]
         self.times: dict[str, list[float]] = {provider.name: [] for provider in self.timed}
         self._round = 0
@@ -162,10 +207,10 @@ class Interleaved:
             self.ours.prepare()
 
     def seconds(self, provider: Provider) -> float:
-        """The time of one call, prepared beforehand."""
+        """The time of one call, prepared beforehand, the mean over its sets of inputs."""
         if provider.prepare:
             provider.prepare()
-        return self.clock.seconds(provider.call)
+        return self.clock.seconds(self.ready[provider.name])
 
     def round_seconds(self) -> float:
         """The time of one whole round, ours included, measured once and not kept."""
@@ -197,29 +242,22 @@ def best(times: dict[str, float], names: Iterable[str]) -> str | None:
     return min(names, key=times.__getitem__, default=None)
 
 
-def dense_role(name: str) -> Role:
-    """Whether a dense provider is one that anybody can run, or needs private operators."""
-    return "tuned" if name.endswith("-packed") else "dense"
-
-
-def account(roles: dict[str, Role], times: dict[str, float], work: Work, floor: float) -> dict[str, Any]:
+def account(times: dict[str, float], work: Work, floor: float) -> dict[str, Any]:
     """The arithmetic of a row: median seconds by provider to ratios, fractions and overheads.
 
-    Providers of role "dense" are what anybody can run: the network in nn.Conv2d, eager, bn folded, compiled; "tuned" is
-    the dense network on PyTorch's private prepacked operators. Providers of role "floor" are the bare convolutions of
-    the levels: overhead is what a provider costs above the faster of them.
+    Overhead is what a provider costs above the faster of those of role "floor".
     """
-    by_role = {role: [name for name in roles if roles[name] == role] for role in ("ours", "dense", "tuned", "floor")}
+    by_role = {role: [name for name in times if PROVIDERS[name] == role] for role in ("dense", "tuned", "floor")}
     tuned = best(times, by_role["dense"] + by_role["tuned"])
     dense, bare, ratio = best(times, by_role["dense"]), best(times, by_role["floor"]), flops_ratio(work)
     providers: dict[str, dict[str, Any]] = {}
     for name, seconds in times.items():
-        providers[name] = {"role": roles[name], "median": seconds, "floor_share": floor / seconds}
+        providers[name] = {"role": PROVIDERS[name], "median": seconds, "floor_share": floor / seconds}
         if dense is not None:
             providers[name]["dense_share"] = seconds / times[dense]
             providers[name]["realised"] = realised_fraction(times[dense], seconds, ratio)
             providers[name]["realised_tuned"] = realised_fraction(times[tuned], seconds, ratio)
-        if bare is not None and roles[name] != "floor" and times[bare] > 0:
+        if bare is not None and PROVIDERS[name] != "floor" and times[bare] > 0:
             providers[name]["overhead"] = seconds / times[bare] - 1
     return {
         "flops": work.flops,
@@ -248,22 +286,23 @@ def run(
                 provider.prepare()
             check(f"{case.id}: {provider.name}", provider.call(), provider.expected)
         peaks = {p.name: call_peak(p.call, case.device) for p in (ours, *peers) if p.role != "floor"}
-        clock = clock_of(case.device)
-        ours, *peers = [replace(provider, call=clock.ready(provider.call)) for provider in (ours, *peers)]
-        hook = Interleaved(ours, peers, clock)
+        if benchmark.disabled:  # everything is right, and compiled
+            benchmark(ours.call)
+            return
+        hook = Interleaved(ours, peers, clock_of(case.device))
         rounds = choose_rounds(hook.round_seconds(), settings)
         benchmark.group = case.suite
-        benchmark.pedantic(ours.call, setup=hook, rounds=rounds)
-        if benchmark.disabled:
-            return
-        rate, bandwidth = floors.rates(DTYPES.get(case.dtype, torch.float32), case.device)
+        benchmark.pedantic(hook.ready[ours.name].run, setup=hook, rounds=rounds)
+        rate, bandwidth = floors.rates(case.dtype, case.device)
     samples = {ours.name: list(benchmark.stats.stats.data), **hook.times}
     medians = {name: statistics.median(times) for name, times in samples.items()}
     floor = floors.floor_seconds(work.flops, work.traffic, rate, bandwidth)
-    row = account({p.name: p.role for p in (ours, *peers)}, medians, work, floor)
+    row = account(medians, work, floor)
     for name, times in samples.items():
         lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
         row["providers"][name] |= {"lower_quartile": lower, "upper_quartile": upper, "peak": peaks.get(name)}
+        if hook.ready[name].graph:
+            row["providers"][name]["graph"] = True
     ceilings = {"matrix_rate": rate, "bandwidth": bandwidth}
     benchmark.extra_info.update(describe(case, settings), rounds=rounds, **ceilings, **row)
 
@@ -280,15 +319,15 @@ def chosen(providers: Sequence[Provider], names: Sequence[str]) -> list[Provider
 
 @contextlib.contextmanager
 def mode(case: Case, trains: bool) -> Iterator[None]:
-    """Inference mode unless the case trains; on a GPU float32 is not rounded to TF32, for anybody."""
-    with float32_products(False), contextlib.nullcontext() if trains else torch.inference_mode():
+    """Inference mode unless the case trains; on a GPU float32 is rounded to TF32 for everybody or for nobody."""
+    with fast_convolutions(case.dtype == TF32), contextlib.nullcontext() if trains else torch.inference_mode():
         yield
 
 
 def describe(case: Case, settings: Settings) -> dict[str, Any]:
     """What every row says about itself: the case, the machine, versions, threads, allocator."""
     return {
-        "case": case.id,
+        "case": f"{case.id}{AUTOTUNED if settings.autotune else ''}",
         "suite": case.suite,
         "shape": case.shape,
         "batch": case.batch,

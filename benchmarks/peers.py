@@ -286,7 +286,7 @@ class BucketConv:
         self.elastic, self.parts = elastic, elastic.pieces()
 
     def __call__(self, x: Tensor) -> Tensor:
-        _, _, h, w = x.shape
+        h, w = (-(-side // step) for side, step in zip(x.shape[2:], self.elastic.conv.stride, strict=True))
         out = x.new_zeros(len(x), h, w, self.elastic.conv.out_channels)
         for rows, outputs, inputs, conv in self.parts:
             gathered = channels_last(rows_of(x, rows)[:, inputs])
@@ -313,13 +313,13 @@ class BareConv:
         return [conv(gathered) for gathered, conv in self.parts]
 
 
-def compiled(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor] | None:
+def compiled(module: nn.Module, example: Tensor, autotune: bool = False) -> Callable[[Tensor], Tensor] | None:
     """``module`` through torch.compile with frozen weights, run once on ``example``; None and a warning if it fails.
 
-    Tuned as far as it goes on a GPU; there the clock records the graph.
+    autotune: its kernels are searched for, which takes long. On a GPU the clock records the graph.
     """
     try:
-        function = torch.compile(module, options={"freezing": True, "max_autotune": example.is_cuda})
+        function = torch.compile(module, options={"freezing": True, "max_autotune": autotune})
         with torch.inference_mode():
             function(example)
     except RuntimeError as error:

@@ -35,3 +35,15 @@ def _write(tf32: bool, settings: tuple[Any, ...], precisions: list[str]) -> None
         setting.fp32_precision = "none"  # as the settings above it say, where that is the same
         if setting.fp32_precision != precision:
             setting.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def fast_convolutions(tf32: bool) -> Iterator[None]:
+    """`float32_products`, and cuDNN's fastest algorithm for everybody."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with float32_products(tf32):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before

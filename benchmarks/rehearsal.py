@@ -1,16 +1,16 @@
 """`python -m benchmarks.gpu_check --rehearse`: the whole script without a GPU, on the simulated one of the tests.
 
-Launches of Triton kernels go to Triton's interpreter, and the operators of some checks run as they would on a GPU; the
-others compute on the CPU, because the interpreter takes seconds for what a CPU does in milliseconds. The CUDA kernels,
-which nothing can run here, are stood in for by PyTorch. Each row of the results says what computed it. Nothing is
-built. compute-sanitizer and ncu are stood in for by scripts that run the same program and print what those would print.
+A pytest plugin (`-p benchmarks.rehearsal`) runs every check on the simulated GPU, ``python -m benchmarks.rehearsal
+MODULE ARGUMENTS`` a program. Launches of Triton kernels go to Triton's interpreter, and the operators of some checks
+run as they would on a GPU; the others compute on the CPU, because the interpreter takes seconds for what a CPU does in
+milliseconds. The CUDA kernels, which nothing can run here, are stood in for by PyTorch. Each check says what computed
+it. Nothing is built. compute-sanitizer and ncu are stood in for by scripts that run the same program and print what
+those would print.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import os
 import runpy
 import stat
@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -30,17 +30,18 @@ from den_kernels.float32 import allows_tf32
 from den_kernels.plan_sort import plan_levels, plan_levels_torch, plan_masks, plan_masks_torch
 from den_kernels.rows import pool_rows
 
-from .gpu_worker import Check, Context, share_of, work
+from . import floors, harness
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("compute-sanitizer", "ncu")
-# Operators run as on a GPU in these checks, their kernels interpreted; everywhere else they are the CPU's.
-INTERPRETED = ("smoke", "composition", "graph: block, new masks", "norm levels/bfloat16")
-# Their launches are interpreted while kernels are compiled (`Context.warm`), and left out while they are timed. The
-# tuner's are left out in the replays that it times.
-TIMED = ("conv-", "block/")
-# torch traces these itself, and takes no tensor of a simulated GPU; builds and rates are those of this machine.
-ON_CPU = ("export", "opcheck", "extension", "rate")
+# Operators run as on a GPU in these checks and in the smoke, their kernels interpreted; everywhere else they are the
+# CPU's. Launches are left out while something is timed.
+INTERPRETED = ("test_composition", "test_mask_graph", "test_norm[bfloat16-levels-plain]")
+# Of every parameter these values; of those that are not named here all.
+KEPT: dict[str, tuple[object, ...]] = {
+    "way": ("float32", "bfloat16"), "problem": ("out", "mask", "cardinality", "composition 64x32x32"),
+    "batch": (1, 5), "groups": (3, 4), "mode": ("eager",), "tool": ("memcheck",),
+}  # fmt: skip
 METRICS = {
     "Kernel Name": ("", "rehearsed"), "gpu__time_duration.sum": ("ns", "1000"),
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": ("%", "40.0"),
@@ -53,34 +54,23 @@ def environment(folder: Path) -> dict[str, str]:
     """What the processes of a rehearsal are started with; the tools' stand-ins are written to a folder."""
     for tool in TOOLS:
         script = folder / tool
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m benchmarks.rehearsal {tool} "$@"\n', encoding="utf-8")
+        script.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" -m benchmarks.rehearsal --as {tool} "$@"\n', encoding="utf-8"
+        )
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
     path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TRITON_INTERPRET"), "1")
     return one | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "DEN_KERNELS_CUDA": "0"}
 
 
-class Patches(contextlib.ExitStack):
-    """Attributes changed until the end, as pytest's monkeypatch does."""
-
-    def setattr(self, owner: Any, name: str, value: Any) -> None:
-        """owner.name = value."""
-        self.enter_context(mock.patch.object(owner, name, value, create=True))
-
-
 class Account:
     """What computed the current check."""
 
     def __init__(self) -> None:
-        self.begin(False)
-
-    def begin(self, as_on_gpu: bool, interprets: bool = True, replays: bool = True) -> None:
-        """Another check: whether operators run as on a GPU, launches are interpreted, and again in a replay."""
-        self.as_on_gpu, self.interprets, self.replays = as_on_gpu, interprets, replays
+        self.as_on_gpu, self.interprets, self.replays = False, True, True  # operators; launches, and those of graphs
         self.launches = self.left_out = self.stand_ins = 0
 
-    def text(self) -> str:
-        """In words."""
+    def __str__(self) -> str:
         counts = {
             "launches interpreted": self.launches, "launches left out": self.left_out,
             "CUDA launches by PyTorch": self.stand_ins,
@@ -92,14 +82,19 @@ class Account:
 @contextlib.contextmanager
 def stage() -> Iterator[Account]:
     """In here "cuda" is the simulated GPU, and everything that runs on a GPU only has something that runs for it."""
-    sys.path.append(str(ROOT))
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
     from tests.simulated_gpu import Device, simulated
 
     account = Account()
-    with Patches() as patches, simulated(patches):
+    with pytest.MonkeyPatch.context() as patches, simulated(patches):
         patches.setattr(torch, "compile", lambda module, **_: module)
         patches.setattr(torch.cuda.profiler, "start", lambda: None)
         patches.setattr(torch.cuda.profiler, "stop", lambda: None)
+        for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+            patches.setattr(torch.cuda, name, lambda device=None: 0)
+        patches.setattr(floors, "GPU_SIZE", 64)
+        patches.setattr(floors, "GPU_COPIED", 2**16)
         for name, function in stand_ins(account).items():
             patches.setattr(_cuda, name, function)
         patches.setattr(Device, "operators", {})
@@ -162,12 +157,12 @@ def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
             output.copy_(values)
 
     def fused_residual(x: Tensor, out: Tensor, route: Any, weights: Any, layout: Any, *, holds_shortcut: bool) -> None:
-        from den_kernels.dynamic_residual import _add_branch_masked
+        from den_kernels._residual_gpu import add_branch_masked
 
         account.stand_ins += 1
         if not holds_shortcut:
             out.copy_(pool_rows(x, weights.conv2.shape[0], weights.stride))
-        _add_branch_masked(x, out, route, weights)
+        add_branch_masked(x, out, route, weights)
         if weights.relu:
             out.relu_()
 
@@ -190,53 +185,83 @@ def operators() -> dict[str, Callable[..., Any]]:
         "den_kernels.plan_masks.default": plan_masks,
         "den_kernels.dynamic_conv2d.default": dynamic_conv._forward,
         "den_kernels.dynamic_conv2d_backward.default": dynamic_conv._dynamic_conv2d_backward._init_fn,
-        "den_kernels.dynamic_residual.default": dynamic_residual._functional_op._init_fn,
-        "den_kernels.dynamic_residual_.default": dynamic_residual._inplace_op._init_fn,
+        "den_kernels.dynamic_residual.default": dynamic_residual._OP.functional_op._init_fn,
+        "den_kernels.dynamic_residual_.default": dynamic_residual._OP.in_place_op._init_fn,
         "den_kernels.dynamic_norm.default": norm.forward,
         "den_kernels.dynamic_norm_backward.default": norm.backward,
     }
 
 
-def rehearse(checks: list[Check], context: Context, file: Path, share: tuple[int, int]) -> int:
-    """`gpu_worker.work` on the stage, or on the CPU what cannot be on it; each row says what computed it."""
-    mine = set(share_of([check.name for check in checks], share))
-    here = [check for check in checks if check.name in mine]
-    on_cpu = [check for check in here if check.name.startswith(ON_CPU)]
-    work(
-        [Check(name, functools.partial(run_on_cpu, run)) for name, run in on_cpu],
-        dataclasses.replace(context, device="cpu"),
-        file,
-    )
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every check, with few of its parameters."""
+
+    def is_kept(item: pytest.Item) -> bool:
+        given = getattr(item, "callspec", None)
+        few = not item.name.startswith("test_composition")
+        return not given or all(not few or value in KEPT.get(name, (value,)) for name, value in given.params.items())
+
+    items[:] = [item for item in items if is_kept(item)]
+
+
+COMPUTED = pytest.StashKey[object]()  # by what, of a check
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    if call.when == "call" and COMPUTED in item.stash:
+        item.user_properties.append(("computed", str(item.stash[COMPUTED])))
+
+
+@pytest.fixture(autouse=True)
+def staged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The check on the simulated GPU, or on the CPU where torch traces it."""
+    if request.node.get_closest_marker("traced"):
+        request.node.stash[COMPUTED] = "on the CPU"
+        yield
+        return
     with stage() as account:
-        staged = [check for check in here if check not in on_cpu]
-        return work([Check(one.name, functools.partial(run_on_stage, one, account)) for one in staged], context, file)
+        request.node.stash[COMPUTED] = account
+        interpreted = request.node.name.startswith(INTERPRETED) or request.node.get_closest_marker("smoke")
+        if interpreted and os.environ.get("TRITON_INTERPRET") == "1":
+            from tests.simulated_gpu import Device
+
+            account.as_on_gpu = True
+            monkeypatch.setattr(Device, "operators", operators())
+        monkeypatch.setattr(harness, "clock_of", untimed(account))
+        yield
 
 
-def run_on_cpu(run: Callable[[Context], dict[str, Any]], context: Context) -> dict[str, Any]:
-    """One check without a GPU."""
-    return run(context) | {"computed": "on the CPU"}
+def untimed(account: Account, clock_of: Callable[[str], Any] = harness.clock_of) -> Callable[[str], Any]:
+    """`harness.clock_of`: from here on launches are left out."""
+
+    def chosen(device: str) -> Any:
+        account.interprets = False
+        return clock_of(device)
+
+    return chosen
 
 
-def run_on_stage(check: Check, account: Account, context: Context) -> dict[str, Any]:
-    """One check on the simulated GPU."""
-    from tests.simulated_gpu import Device
+def run(module: str, arguments: list[str]) -> int:
+    """A program on the stage; its exit status."""
+    sys.argv = [module, *arguments]
+    try:
+        with stage() as account, pytest.MonkeyPatch.context() as patches:
+            account.replays = module != "den_kernels.tune"  # its replays are only timed
+            if module == "den_kernels.tune":
+                from den_kernels._triton import trial
 
-    as_on_gpu = check.name.startswith(INTERPRETED) and os.environ.get("TRITON_INTERPRET") == "1"
-    account.begin(as_on_gpu, context.warm or not check.name.startswith(TIMED), check.name != "tune")
-    with mock.patch.object(Device, "operators", operators() if as_on_gpu else {}):
-        return check.run(context) | {"computed": account.text()}
+                tiny = [trial.Problem("convolve", 16, 4, 2, torch.bfloat16)]
+                patches.setattr(trial, "problems", lambda *_: tiny)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return 0
 
 
 def tool(name: str, arguments: list[str]) -> int:
-    """A stand-in for a tool: run the Python program behind its options on the stage, then print what it would."""
+    """A stand-in for a tool: run the Python program behind its options, then print what the tool would."""
     module = arguments.index("-m") + 1
-    sys.argv = arguments[module:]
-    try:
-        with stage():
-            runpy.run_module(arguments[module], run_name="__main__", alter_sys=True)
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 1
+    status = run(arguments[module], arguments[module + 1 :])
     if name == "ncu":
         lines = [list(METRICS), [unit for unit, _ in METRICS.values()], *[[v for _, v in METRICS.values()]] * 2]
         print("\n".join(",".join(f'"{cell}"' for cell in line) for line in lines))
@@ -246,4 +271,4 @@ def tool(name: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(tool(sys.argv[1], sys.argv[2:]))
+    sys.exit(tool(sys.argv[2], sys.argv[3:]) if sys.argv[1] == "--as" else run(sys.argv[1], sys.argv[2:]))

@@ -14,13 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from den.support.tables import with_section as replaced
 from den.support.terminal import ended
 
 from . import losses, results, tables
+from .summary import summary_table
 from .targets import Row
 
-README = results.ROOT / "README.md"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+README, PAGE = results.ROOT / "README.md", results.ROOT / "docs" / "benchmarks.md"
 
 
 def section(title: str, rows: Sequence[Row]) -> str:
@@ -45,10 +46,23 @@ def by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def readme_section(paths: Sequence[Path]) -> str:
-    """What stands between the README's markers: the targets on the machine that was measured last, where we lose."""
+    """The part of the README between its markers: a row for each kind of target, on the machine measured last."""
     if not paths:
         return "No results are kept yet: see benchmarks/README.md."
     rows = results.load(paths[0])
+    return f"{summary_table(rows)}\n\n{_losses_and_machines(rows, paths)}"
+
+
+def page_section(paths: Sequence[Path]) -> str:
+    """The part of docs/benchmarks.md between its markers: every target, on the machine measured last."""
+    if not paths:
+        return "No results are kept yet."
+    rows = results.load(paths[0])
+    return f"{tables.targets_table(rows)}\n\n{_losses_and_machines(rows, paths)}"
+
+
+def _losses_and_machines(rows: Sequence[Row], paths: Sequence[Path]) -> str:
+    """The cases that we lose, by name, and which machine and versions were measured."""
     broken = [loss for loss in losses.losses(rows) if loss.counts]
     timed = sum("providers" in row for row in rows)
     names = "".join(f"\n- `{loss.row['case']}`: {loss.best}, {losses.reason(loss)}" for loss in broken)
@@ -56,20 +70,16 @@ def readme_section(paths: Sequence[Path]) -> str:
     lost = f"Cases in which something else is more than 2 % faster though a fifth of the FLOPs is saved: {count}"
     others = ", ".join(f"`{path.name}`" for path in paths[1:])
     more = f" Other machines: {others} in `benchmarks/results`." if others else ""
-    return f"{tables.targets_table(rows)}\n\n{lost}{names}\n\n{tables.provenance(rows)}{more}"
+    return f"{lost}{names}\n\n{tables.provenance(rows)}{more}"
 
 
 def with_section(readme: str, section: str) -> str:
-    """``readme`` with ``section`` between its markers. Raises ValueError if it does not have both, in order."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"report: README must hold the lines {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+    """The text of a document with ``section`` between its markers. Raises ValueError unless it has both, in order."""
+    return replaced(readme, "benchmarks", section, "report: README")
 
 
 def readme_agrees(readme: str, paths: Sequence[Path]) -> bool:
-    """Whether the README's table is the one that the kept results give."""
+    """True where the README's table is the one that the kept results give."""
     return with_section(readme, readme_section(paths)) == readme
 
 
@@ -103,7 +113,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("json", nargs="?", type=Path, help="a run, as pytest's --benchmark-json wrote it")
     parser.add_argument("--keep", action="store_true", help="replace its cases in benchmarks/results/<machine>.json")
-    parser.add_argument("--readme", action="store_true", help="write the table of targets into README.md (with --keep)")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the targets into README.md and docs/benchmarks.md (with --keep)"
+    )
     parser.add_argument("--out", type=Path, help="write the tables and the figures to this folder")
     parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
     return parser.parse_args(arguments)
@@ -117,8 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json and (options.keep or options.readme):
             results.keep(json.loads(options.json.read_text(encoding="utf-8")))
         if options.readme:
-            text = with_section(README.read_text(encoding="utf-8"), readme_section(results.results_files()))
-            README.write_text(text, encoding="utf-8")
+            for path, make in ((README, readme_section), (PAGE, page_section)):
+                text = with_section(path.read_text(encoding="utf-8"), make(results.results_files()))
+                path.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from den.support.files import write_text
+
 from .targets import Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,11 +38,12 @@ def load(path: Path) -> list[Row]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
-def store(path: Path, rows: Sequence[Row]) -> None:
-    """Write a results file, one row a line, so that a rerun changes the lines of its cases only."""
+def store(path: Path, rows: Sequence[Row], **rest: Any) -> None:
+    """Write a results file, whole or not at all, one row a line: a rerun changes the lines of its cases only."""
     lines = ",\n".join(json.dumps(row, sort_keys=True) for row in rows)
+    parts = ['"rows": [\n' + lines + "\n]", *(f'"{name}": {json.dumps(part, indent=1)}' for name, part in rest.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('{"rows": [\n' + lines + "\n]}\n", encoding="utf-8")
+    write_text(path, "{" + ",\n".join(parts) + "}\n")
 
 
 def keep(run: dict[str, Any], folder: Path = RESULTS) -> list[Path]:
@@ -55,6 +58,6 @@ def keep(run: dict[str, Any], folder: Path = RESULTS) -> list[Path]:
 
 
 def results_files(folder: Path = RESULTS) -> list[Path]:
-    """The kept results of pytest-benchmark, the newest measurement first; those of gpu_check have another form."""
-    found = [path for path in sorted(folder.glob("*.json")) if "rows" in json.loads(path.read_text(encoding="utf-8"))]
+    """The kept results of CPUs, the newest measurement first; those of gpu_check have a "gpu" as well."""
+    found = [path for path in sorted(folder.glob("*.json")) if set(json.loads(path.read_text("utf-8"))) == {"rows"}]
     return sorted(found, key=lambda path: max((row["measured"] for row in load(path)), default=""), reverse=True)

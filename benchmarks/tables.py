@@ -14,6 +14,7 @@ MEASURES = {
     "speed": "speed against dense",
     "throughput": "throughput",
     "dense_share": "time / dense",
+    "seconds": "time",
     "peak_share": "peak memory / dense",
     "frozen_share": "peak memory / dense, folded",
 }
@@ -29,6 +30,8 @@ def number(value: float | None, measure: str) -> str:
     """
     if value is None:
         return "-"
+    if measure == "seconds":
+        return f"{1e6 * value:.1f} us"
     return f"{100 * value:.1f} %" if measure in PERCENT else f"{value:.2f}"
 
 
@@ -53,17 +56,17 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[
 
 def target_line(target: Target, rows: dict[str, Row]) -> list[str]:
     """What, which measure, the target, what was measured, whether it is met."""
-    value = target.measured(rows[target.case]) if target.case in rows else None
+    value = target.value(rows)
     sign = "≥" if target.is_lower_bound else "≤"
     verdict = "not measured" if value is None else "yes" if target.is_met(value) else "**no**"
     bound, measured = number(target.bound, target.measure), number(value, target.measure)
-    return [target.what, MEASURES[target.measure], f"{sign} {bound}", measured, verdict]
+    return [target.what, MEASURES.get(target.measure, target.measure), f"{sign} {bound}", measured, verdict]
 
 
-def targets_table(rows: Iterable[Row], *, only_measured: bool = False) -> str:
+def targets_table(rows: Iterable[Row], *, only_measured: bool = False, targets: Sequence[Target] = TARGETS) -> str:
     """Every target beside what was measured, or those of the cases that ran."""
     by_case = {row["case"]: row for row in rows}
-    lines = [target_line(target, by_case) for target in TARGETS if target.case in by_case or not only_measured]
+    lines = [target_line(target, by_case) for target in targets if target.case in by_case or not only_measured]
     return table(["case", "measure", "target", "measured", "met"], lines)
 
 
@@ -99,7 +102,7 @@ def cases_table(rows: Iterable[Row]) -> str:
 
 
 def providers_table(rows: Iterable[Row]) -> str:
-    """Every provider of every timed case: role, milliseconds, share of the best dense time, peak memory of a call."""
+    """Every provider of every timed case: role, milliseconds, what they mean, peak memory of a call in MiB."""
     lines = [
         [
             row["case"] if i == 0 else "",
@@ -107,12 +110,16 @@ def providers_table(rows: Iterable[Row]) -> str:
             provider["role"],
             milliseconds(provider["median"]),
             number(provider.get("dense_share"), "dense_share"),
+            number(provider.get("realised"), "realised"),
+            f"{100 * provider['floor_share']:.0f} %",
+            "graph" if provider.get("graph") else "call",
             "-" if provider.get("peak") is None else f"{provider['peak'] / 2**20:.3g}",
         ]
         for row in rows
         for i, (name, provider) in enumerate(sorted(row.get("providers", {}).items(), key=lambda p: p[1]["median"]))
     ]
-    return table(["case", "provider", "role", "ms", "time / dense", "peak MiB"], lines, left=("provider", "role"))
+    header = ["case", "provider", "role", "ms", "time / dense", "realised", "of floor", "timed", "peak MiB"]
+    return table(header, lines, left=("provider", "role"))
 
 
 def memory_table(rows: Iterable[Row]) -> str:

@@ -15,7 +15,7 @@ from den.nn.reference import reference_estimator
 
 from .allocations import require
 from .elastic_network import ElasticNetwork
-from .harness import Case, Provider, Settings, expect, run
+from .harness import Case, Provider, Settings, expect, provide, run
 from .parameters import everywhere, extra
 
 FACTOR = 4.0
@@ -32,26 +32,26 @@ REST = [
 
 def providers_of(network: ElasticNetwork) -> list[Provider]:
     """Ours, the dense network with its batch norms folded, and every channel computed and masked, as authors do it."""
-    images, task, host = network.images, network.task, network.on_host()
+    images, task = network.images, network.task
 
     def masked(network: ElasticNetwork) -> Tensor:
         network.model.select(network.images, network.task)
         return reference_estimator(network.model.estimator, [network.images], [0], network.levels)[0]
 
     def dense(dtype: torch.dtype) -> Tensor:
-        model = copy.deepcopy(host.model).to(dtype)
-        return PlainNetwork(model, task.name)(host.images.to(dtype))
+        model = copy.deepcopy(network.model).to(dtype)
+        return PlainNetwork(model, task.name)(network.images.to(dtype))
 
     def chosen(dtype: torch.dtype) -> Tensor:
-        return masked(replace(host, model=copy.deepcopy(host.model).to(dtype), images=host.images.to(dtype)))
+        return masked(replace(network, model=copy.deepcopy(network.model).to(dtype), images=network.images.to(dtype)))
 
     plain, frozen = PlainNetwork(network.model, task.name), copy.deepcopy(network.model).freeze()
-    expected = expect(chosen, images.dtype, FACTOR)
-    return [
-        Provider("ours", "ours", replace(network, model=frozen).forward, expected),
-        Provider("dense-folded", "dense", lambda: plain(images), expect(dense, images.dtype, FACTOR)),
-        Provider("masked", "alternative", lambda: masked(network), expected),
-    ]
+    calls = {
+        "ours": replace(network, model=frozen).forward,
+        "dense-folded": lambda: plain(images),
+        "masked": lambda: masked(network),
+    }
+    return provide(calls, expect(chosen, images.dtype, FACTOR), expect(dense, images.dtype, FACTOR))
 
 
 @pytest.mark.network

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import den_kernels
-from den_kernels._conv_cpu import Geometry
+from den_kernels import _triton
+from den_kernels._geometry import Geometry
 from den_kernels.dynamic_conv import uses_direct
 
 from . import peers, slicing
 from .allocations import require
-from .harness import DTYPES, Case, Provider, Settings, Work, expect, run
+from .clocks import input_sets
+from .harness import TF32, Case, Provider, Settings, Work, expect, provide, run
 from .mixes import mix_levels
-from .parameters import everywhere
+from .parameters import checked, everywhere
+from .shapes import GPU_MIXES, NETWORKS, Shape
 
 SHAPES = (("64x32x32", 32), ("128x16x16", 32), ("256x8x8", 32), ("128x16x16", 128))
 SLICED = 32  # images at most for the providers that work image by image
@@ -30,6 +32,20 @@ CASES = [
     *[Case(f"conv-{side}-elastic", "128x16x16", 32, "uniform", "bfloat16") for side in ("out", "in")],
     *[Case(f"conv-{side}-elastic", "128x16x16", 32, "masks", "float32") for side in ("out", "in")],
 ]
+GPU = [
+    Case(f"conv-{side}-elastic", shape, 256, mix, dtype)
+    for dtype in ("bfloat16", TF32)
+    for shape in NETWORKS
+    for side in ("out", "in")
+    for mix in GPU_MIXES
+    if side == "out" or Shape.parse(shape).keeps
+]
+TINY = [
+    *[Case("conv-out-elastic", "16x6x6", 8, mix, "bfloat16") for mix in ("uniform", "zero")],
+    *[Case(f"conv-{side}-elastic", "16x6x6", 8, "uniform", TF32) for side in ("out", "in")],
+    Case("conv-out-elastic", "16-32x6x6/2", 8, "full", "bfloat16"),
+]
+COARSE = 2.0**-9  # of the largest value: PyTorch need not round to TF32 where ours does
 
 
 @dataclass
@@ -37,56 +53,63 @@ class Problem:
     """One case's tensors: the plain convolution, the input, and what each instance selects."""
 
     conv: nn.Conv2d
-    x: Tensor  # [B, C, H, W] channels-last; input channels not selected hold zeros, so that dense and masked agree
+    inputs: list[Tensor]  # [B, C, H, W] channels-last; input channels not selected hold 0: dense and masked agree
     groups: Tensor  # bool [B, G]
     levels: Tensor | None  # int32 [B], None for masks
     sizes: tuple[int, ...]
     out_elastic: bool
     in_elastic: bool
 
-    def elastic(self, dtype: torch.dtype, device: str = "cpu") -> peers.ElasticConv:
+    @property
+    def x(self) -> Tensor:
+        """The first of the inputs."""
+        return self.inputs[0]
+
+    def elastic(self, dtype: torch.dtype) -> peers.ElasticConv:
         """The convolution in ``dtype`` with its selections of channels."""
-        channels = peers.select_channels(self.groups, self.sizes).to(device)
-        conv = copy.deepcopy(self.conv).to(device, dtype)
+        channels = peers.select_channels(self.groups, self.sizes)
+        conv = copy.deepcopy(self.conv).to(dtype)
         return peers.ElasticConv(conv, channels if self.out_elastic else None, channels if self.in_elastic else None)
 
     def to(self, device: str) -> Problem:
         """The same on a device."""
         levels = None if self.levels is None else self.levels.to(device)
-        moved = self.conv.to(device), self.x.to(device), self.groups.to(device), levels
+        inputs = [x.to(device) for x in self.inputs]
+        sets = input_sets(torch.device(device), 2 * self.x.nbytes)
+        inputs += [torch.randn_like(inputs[0]) for _ in range(sets - 1)]
+        moved = self.conv.to(device), inputs, self.groups.to(device), levels
         return Problem(*moved, self.sizes, self.out_elastic, self.in_elastic)
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
     """Random weights in the case's dtype; three groups of ¼, ¼, ½ for levels, four equal ones (each at ½) for masks."""
     torch.manual_seed(seed)
-    channels, side, _ = (int(number) for number in case.shape.split("x"))
-    quarter, dtype = channels // 4, DTYPES[case.dtype]
+    shape, dtype = Shape.parse(case.shape), case.torch_dtype
+    side = case.suite.split("-")[1]
+    elastic = Shape(shape.channels, shape.out_channels if side == "out" else shape.channels, shape.size)
     if case.mix == "masks":
-        levels, sizes, groups = None, (quarter,) * 4, torch.rand(case.batch, 4) < 0.5
+        levels, sizes, groups = None, (elastic.out_channels // 4,) * 4, torch.rand(case.batch, 4) < 0.5
     else:
-        levels, sizes = mix_levels(case.mix, case.batch), (quarter, quarter, channels - 2 * quarter)
+        levels, sizes = mix_levels(case.mix, case.batch), elastic.groups
         groups = torch.arange(3) < levels[:, None]
-    elastic_side = case.suite.split("-")[1]
-    x = peers.channels_last(torch.randn(case.batch, channels, side, side))
-    if elastic_side in ("in", "both"):
+    x = peers.channels_last(torch.randn(case.batch, shape.channels, shape.size, shape.size))
+    if side in ("in", "both"):
         x *= peers.select_channels(groups, sizes)[:, :, None, None]
-    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(dtype=dtype, memory_format=torch.channels_last)
-    return Problem(
-        conv, x.to(dtype), groups, levels, sizes, elastic_side in ("out", "both"), elastic_side in ("in", "both")
-    )
+    conv = nn.Conv2d(shape.channels, shape.out_channels, 3, shape.stride, padding=1, bias=False)
+    conv = conv.to(dtype=dtype, memory_format=torch.channels_last)
+    return Problem(conv, [x.to(dtype)], groups, levels, sizes, side in ("out", "both"), side in ("in", "both"))
 
 
 def work_of(problem: Problem) -> Work:
-    """2 FLOPs a multiply-add; traffic is one read of the channels used, one write of the output, one of the weights."""
-    x = problem.x
-    batch, channels, height, width = x.shape
-    share = (problem.groups.cpu() * torch.tensor(problem.sizes)).sum(1) / channels  # [B]
-    dense = 2 * 9 * channels * channels * height * width
+    """2 FLOPs a multiply-add; traffic: the inputs used are read, the output is written, the weights are read once."""
+    x, conv = problem.x, problem.conv
+    share = (problem.groups.cpu() * torch.tensor(problem.sizes)).sum(1) / sum(problem.sizes)  # [B]
+    written = len(x) * conv.out_channels * (-(-x.shape[2] // conv.stride[0])) ** 2
+    dense = 2 * 9 * conv.in_channels * written
     used = share ** (problem.out_elastic + problem.in_elastic)
     read = (share if problem.in_elastic else torch.ones_like(share)).mean().item()
-    traffic = x.nbytes * (read + 1) + problem.conv.weight.nbytes
-    return Work(dense * used.sum().item(), dense * batch, traffic)
+    traffic = x.nbytes * read + written * x.element_size() + conv.weight.nbytes
+    return Work(dense * used.mean().item(), dense, traffic)
 
 
 def route_of(problem: Problem) -> den_kernels.Route:
@@ -100,60 +123,78 @@ def way(problem: Problem) -> str:
     """Which of its implementations `dynamic_conv2d` takes for the case."""
     if problem.x.device.type != "cpu":
         return "gpu"
+    direct = uses_direct(problem.x, problem.conv.weight, route_of(problem), geometry_of(problem))
+    return "direct" if direct else "onednn"
+
+
+def geometry_of(problem: Problem) -> Geometry:
+    """The convolution as the kernels know it."""
     sizes = [problem.sizes if elastic else () for elastic in (problem.out_elastic, problem.in_elastic)]
-    geometry = Geometry((1, 1), (1, 1), (1, 1), 1, *sizes)
-    return "direct" if uses_direct(problem.x, problem.conv.weight, route_of(problem), geometry) else "onednn"
+    return Geometry(problem.conv.stride, (1, 1), (1, 1), 1, *sizes)
 
 
 def our_provider(problem: Problem) -> Any:
-    """dynamic_conv2d with a route built beforehand, as a callable."""
+    """dynamic_conv2d with a route built beforehand, as a callable of x."""
     route = route_of(problem)
     out_groups = problem.sizes if problem.out_elastic else None
     in_groups = problem.sizes if problem.in_elastic else None
     weight = problem.conv.weight.detach()
-    return lambda: den_kernels.dynamic_conv2d(
-        problem.x, weight, None, route, padding=1, out_groups=out_groups, in_groups=in_groups
+    return lambda x: den_kernels.dynamic_conv2d(
+        x, weight, None, route, stride=problem.conv.stride, padding=1, out_groups=out_groups, in_groups=in_groups
     )
 
 
-def peer_providers(problem: Problem) -> list[Provider]:
-    """Dense, masked, bucketed by selection, image by image, and the bare convolutions."""
-    x, dtype, conv, host = problem.x, problem.x.dtype, problem.conv, problem.x.cpu()
-    elastic = problem.elastic(dtype, str(x.device))
+def kernel_provider(problem: Problem) -> Any:
+    """The Triton kernel alone, which clears nothing, as a callable; None where it does not run."""
+    if not _triton.runs_on(problem.x.device):
+        return None
+    from den_kernels._triton.convolve import convolve
+
+    route, weight, out = route_of(problem), problem.conv.weight.detach(), torch.zeros_like(problem.conv(problem.x))
+
+    def kernel(x: Tensor) -> Tensor:
+        convolve(x, weight, out, route, geometry_of(problem), skip_empty=True)
+        return out
+
+    return kernel
+
+
+def peer_providers(problem: Problem, coarse: bool = False) -> list[Provider]:
+    """Ours, dense, masked, bucketed by selection, image by image, and the bare convolutions.
+
+    coarse: products may be rounded to TF32.
+    """
+    x, dtype, conv = problem.x, problem.x.dtype, problem.conv
+    elastic = problem.elastic(dtype)
     mask = peers.select_channels(problem.groups, problem.sizes)[:, :, None, None].to(dtype)
-    selected = expect(lambda d: peers.BucketConv(problem.elastic(d))(host.to(d)), dtype)
-    plain = expect(lambda d: problem.elastic(d).conv(host.to(d)), dtype)
-    bare = expect(lambda d: peers.BareConv(problem.elastic(d), host.to(d), packed=False)(), dtype)
+    least = COARSE if coarse else 0.0
+    selected = expect(lambda d: peers.BucketConv(problem.elastic(d))(x.to(d)), dtype, least=least)
+    plain = expect(lambda d: problem.elastic(d).conv(x.to(d)), dtype, least=least)
+    bare = expect(lambda d: peers.BareConv(problem.elastic(d), x.to(d), packed=False)(), dtype, least=least)
 
-    def masked() -> Tensor:
-        inputs = x * mask if problem.in_elastic else x
-        return conv(inputs).mul_(mask) if problem.out_elastic else conv(inputs)
+    def masked(x: Tensor) -> Tensor:
+        products = conv(x * mask if problem.in_elastic else x)
+        return products.mul_(mask) if problem.out_elastic else products
 
-    found = [
-        Provider("ours", "ours", our_provider(problem), selected),
-        Provider("dense-eager", "dense", lambda: conv(x), plain),
-        Provider("masked", "alternative", masked, selected),
-        Provider("bucket", "alternative", functools.partial(peers.BucketConv(elastic), x), selected),
-        Provider("bare", "floor", peers.BareConv(elastic, x, packed=False), bare),
-    ]
+    calls = {"ours": our_provider(problem), "ours-kernel": kernel_provider(problem), "dense-eager": conv}
+    calls |= {"masked": masked, "bucket": peers.BucketConv(elastic)}
     if len(x) <= SLICED and dtype == torch.float32:
-        calls = {"per-instance": slicing.PerInstanceConv(elastic), "grouped": slicing.GroupedConv(elastic, len(x))}
-        found += [Provider(name, "alternative", functools.partial(call, x), selected) for name, call in calls.items()]
+        calls |= {"per-instance": slicing.PerInstanceConv(elastic), "grouped": slicing.GroupedConv(elastic, len(x))}
+    floors = {"bare": peers.BareConv(elastic, x, packed=False)}
     if peers.can_pack(x):
-        packed = peers.packed_convolution(conv, x.shape, "none")
-        found.append(Provider("dense-packed", "tuned", lambda: packed(x), plain))
-        found.append(Provider("bare-packed", "floor", peers.BareConv(elastic, x, packed=True), bare))
-    return found
+        calls["dense-packed"] = peers.packed_convolution(conv, x.shape, "none")
+        floors["bare-packed"] = peers.BareConv(elastic, x, packed=True)
+    there = {name: call for name, call in calls.items() if call is not None}
+    return [*provide(there, selected, plain, problem.inputs), *provide(floors, bare)]
 
 
 @pytest.mark.op
 @pytest.mark.conv
-@pytest.mark.parametrize("case", everywhere(CASES))
+@pytest.mark.parametrize("case", [*everywhere(CASES), *checked(GPU, TINY)])
 def test_conv(benchmark: Any, case: Case, settings: Settings) -> None:
-    channels, side, _ = map(int, case.shape.split("x"))
-    require(case.id, case.batch * channels * side * side)
+    require(case.id, Shape.parse(case.shape).values(case.batch))
     with torch.no_grad():
         problem = make_problem(case).to(case.device)
-        providers = peer_providers(problem)
+        providers = peer_providers(problem, case.dtype == TF32)
     run(benchmark, case, providers, work_of(problem), settings)
     benchmark.extra_info["way"] = way(problem)

@@ -15,8 +15,9 @@ import den_kernels
 
 from . import peers
 from .allocations import require
-from .harness import Case, Provider, Settings, Work, expect, run
+from .harness import Case, Provider, Settings, Work, expect, provide, run
 from .parameters import everywhere
+from .shapes import Shape
 from .test_bench_conv import Problem, make_problem, route_of, way, work_of
 
 SHAPES = (("64x32x32", 32), ("128x16x16", 32), ("256x8x8", 32))
@@ -82,26 +83,12 @@ def providers_of(problem: Problem) -> list[Provider]:
     tensors = problem.x, problem.conv.weight.detach(), grad
 
     def oracle(convolve: Convolve) -> Any:
-        return expect(lambda d: there_and_back(convolve, *(t.to("cpu", d) for t in tensors)), problem.x.dtype, 4.0)
+        return expect(lambda d: there_and_back(convolve, *(t.to(d) for t in tensors)), problem.x.dtype, 4.0)
 
     dense = functools.partial(F.conv2d, padding=1)
-    selected, whole = oracle(masked(problem)), oracle(dense)
-    calls: dict[str, Convolve] = {
-        "ours": ours,
-        "dense-eager": dense,
-        "masked": masked(problem),
-        "bucket": bucketed(problem),
-    }
-    roles = {"ours": "ours", "dense-eager": "dense"}
-    return [
-        Provider(
-            name,
-            roles.get(name, "alternative"),
-            functools.partial(there_and_back, call, *tensors),
-            whole if name == "dense-eager" else selected,
-        )
-        for name, call in calls.items()
-    ]
+    calls = {"ours": ours, "dense-eager": dense, "masked": masked(problem), "bucket": bucketed(problem)}
+    steps = {name: functools.partial(there_and_back, call, *tensors) for name, call in calls.items()}
+    return provide(steps, oracle(masked(problem)), oracle(dense))
 
 
 def training_work(problem: Problem) -> Work:
@@ -115,8 +102,7 @@ def training_work(problem: Problem) -> Work:
 @pytest.mark.training
 @pytest.mark.parametrize("case", everywhere(CASES))
 def test_conv_training(benchmark: Any, case: Case, settings: Settings) -> None:
-    channels, side, _ = map(int, case.shape.split("x"))
-    require(case.id, 4 * case.batch * channels * side * side)
+    require(case.id, 4 * Shape.parse(case.shape).values(case.batch))
     problem = make_problem(case).to(case.device)
     run(benchmark, case, providers_of(problem), training_work(problem), settings, trains=True)
     benchmark.extra_info["way"] = way(problem)

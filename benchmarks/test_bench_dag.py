@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from .dag_network import PER_TASK, HardShared, MixedTasks
-from .harness import Case, Provider, Settings, expect, run
+from .harness import Case, Provider, Settings, expect, provide, run
 
 SHAPES = ("16x7", "24x7", "32x8", "48x14")  # channels x side; den dag train dag-omniglot has 24x7
 CASES = [
@@ -27,13 +27,14 @@ def providers_of(mixed: MixedTasks) -> list[Provider]:
     expected = expect(functools.partial(mixed.together, mixed.network), torch.float32, factor=4.0)
     whole = expect(functools.partial(mixed.together, mixed.whole), torch.float32, factor=4.0)
     alone, alone_whole = mixed.extracted(mixed.network), mixed.extracted(mixed.whole)
-    return [
-        Provider("ours", "ours", lambda: mixed.together(mixed.network), expected),
-        Provider("one-by-one", "alternative", lambda: mixed.one_by_one(alone), expected),
-        Provider("one-by-one-whole", "alternative", lambda: mixed.one_by_one(alone_whole), whole),
-        Provider("ours-whole", "tuned", lambda: mixed.together(mixed.whole), whole),
-        Provider("dense-whole", "dense", functools.partial(HardShared(mixed.whole), mixed.images), whole),
-    ]
+    calls = {
+        "ours": lambda: mixed.together(mixed.network),
+        "one-by-one": lambda: mixed.one_by_one(alone),
+        "one-by-one-whole": lambda: mixed.one_by_one(alone_whole),
+        "ours-whole": lambda: mixed.together(mixed.whole),
+        "dense-whole": functools.partial(HardShared(mixed.whole), mixed.images),
+    }
+    return provide(calls, expected, whole)
 
 
 @pytest.mark.network

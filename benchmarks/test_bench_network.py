@@ -20,8 +20,9 @@ from torch import Tensor
 from . import memory, peers, slicing
 from .allocations import require
 from .elastic_network import ElasticNetwork
-from .harness import Case, Expected, Provider, Settings, dense_role, describe, expect, run
-from .parameters import everywhere, extra
+from .harness import Case, Expected, Provider, Settings, describe, expect, provide, run
+from .parameters import checked, everywhere, extra, marked
+from .shapes import GPU_MIXES
 
 # Folding rounds the weights once more in each of 15 blocks: bn2 folded in bfloat16 was seen at 2.03 times the error.
 FACTOR = 3.0
@@ -43,6 +44,8 @@ REST = [
     *[Case("network", "resnet42", 64, mix, "bfloat16") for mix in ("1.81x", "2.15x")],
     *[Case("network", "demo", 256, mix, "bfloat16") for mix in RECORDED],
 ]
+GPU = [Case("network", "wrn32_4", 256, mix, "bfloat16") for mix in GPU_MIXES]
+TINY = [Case("network", "wrn8_1", 2, "uniform", "bfloat16")]
 MEMORY_CASES = [
     Case("memory", "wrn32_4", 64, "1.88x", "float32"),
     Case("memory", "resnet42", 16, "1.81x", "float32"),
@@ -50,11 +53,13 @@ MEMORY_CASES = [
 
 
 @functools.lru_cache(maxsize=1)
-def dense_side(shape: str, batch: int, dtype: str, device: str, task: str, compiles: bool) -> list[Provider]:
+def dense_side(
+    shape: str, batch: int, dtype: str, device: str, task: str, compiles: bool, autotune: bool
+) -> list[Provider]:
     """The full structure in plain nn.Conv2d, shared by the mixes of a shape: eager, folded, packed, compiled."""
     mix = f"recorded-{task}" if shape == "demo" else "full"  # names the task; the structures are not used
-    host = ElasticNetwork.make(Case("network", shape, batch, mix, dtype))
-    dense, images = host.dense(host.dtype).to(device), host.images.to(device)
+    network = ElasticNetwork.make(Case("network", shape, batch, mix, dtype, device))
+    dense, images = network.dense(network.dtype), network.images
     blocks = list(dense.blocks)
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "dense-eager": dense,
@@ -65,24 +70,23 @@ def dense_side(shape: str, batch: int, dtype: str, device: str, task: str, compi
         packed = [peers.PackedBlock(block, size) for block, size in zip(blocks, sizes, strict=True)]
         found["dense-packed"] = dense.with_blocks(packed)
     if compiles:
-        function = peers.compiled(copy.deepcopy(dense), images)
+        function = peers.compiled(copy.deepcopy(dense), images, autotune)
         if function is not None:
             found["dense-compiled"] = function
-    expected = expect(lambda dtype: host.dense(dtype)(host.images.to(dtype)), host.dtype, FACTOR)
-    return [Provider(name, dense_role(name), functools.partial(call, images), expected) for name, call in found.items()]
+    expected = expect(lambda dtype: network.dense(dtype)(images.to(dtype)), network.dtype, FACTOR)
+    return provide(found, expected, inputs=[images])
 
 
 def dense_providers(case: Case, network: ElasticNetwork, settings: Settings) -> list[Provider]:
     """Those of `dense_side`; compiled where the settings, the suite and the batch allow."""
     large = case.suite == "network" and case.batch >= COMPILED
     compiles = settings.compile == "all" or (settings.compile == "network" and large)
-    return dense_side(case.shape, case.batch, case.dtype, case.device, network.task.name, compiles)
+    return dense_side(case.shape, case.batch, case.dtype, case.device, network.task.name, compiles, settings.autotune)
 
 
 def elastic_expectation(network: ElasticNetwork) -> Expected:
     """The oracle with the chosen structures."""
-    host = network.on_host()
-    return expect(lambda dtype: host.bucketed(dtype)(host.images.to(dtype)), network.dtype, FACTOR)
+    return expect(lambda dtype: network.bucketed(dtype)(network.images.to(dtype)), network.dtype, FACTOR)
 
 
 def elastic_providers(network: ElasticNetwork) -> list[Provider]:
@@ -93,12 +97,11 @@ def elastic_providers(network: ElasticNetwork) -> list[Provider]:
     """
     images, expected = network.images, elastic_expectation(network)
     frozen = replace(network, model=copy.deepcopy(network.model).freeze())
-    found = [Provider("ours", "ours", frozen.forward, expected)]
-    calls = {"masked": network.masked(), "bucket": network.bucketed(network.dtype)}
+    plain = {"masked": network.masked(), "bucket": network.bucketed(network.dtype)}
     if len(images) <= SLICED:
-        calls["per-instance"] = network.with_each(slicing.PerInstanceBlock)
-    others = {name: functools.partial(choose_and_call, network, call) for name, call in calls.items()}
-    return found + [Provider(name, "alternative", call, expected) for name, call in others.items()]
+        plain["per-instance"] = network.with_each(slicing.PerInstanceBlock)
+    others = {name: functools.partial(choose_and_call, network, call) for name, call in plain.items()}
+    return provide({"ours": frozen.forward, **others}, expected)
 
 
 def choose_and_call(network: ElasticNetwork, call: Callable[[Tensor], Tensor]) -> Tensor:
@@ -108,7 +111,7 @@ def choose_and_call(network: ElasticNetwork, call: Callable[[Tensor], Tensor]) -
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("case", [*everywhere(CASES), *extra(REST)])
+@pytest.mark.parametrize("case", [*everywhere(CASES), *extra(REST), *checked(GPU, TINY)])
 def test_network(benchmark: Any, case: Case, settings: Settings) -> None:
     run_network(benchmark, case, settings)
 
@@ -133,7 +136,7 @@ def peak_in_a_process(provider: str, case: Case) -> dict[str, int]:
 
 @pytest.mark.network
 @pytest.mark.memory
-@pytest.mark.parametrize("case", everywhere(MEMORY_CASES, on_gpu=False))
+@pytest.mark.parametrize("case", marked(MEMORY_CASES))
 def test_memory(benchmark: Any, case: Case, settings: Settings) -> None:
     """Peak resident memory of weights, caches and three forward passes, each network in a process of its own.
 

@@ -16,7 +16,7 @@ from den_kernels import RoutingPlan, dynamic_batch_norm
 
 from . import peers
 from .allocations import require
-from .harness import DTYPES, Case, Provider, Settings, Work, expect, run
+from .harness import DTYPES, Case, Provider, Settings, Work, expect, provide, run
 from .mixes import mix_levels
 from .parameters import everywhere
 from .training_peers import masked_norm
@@ -111,23 +111,14 @@ def providers_of(problem: Problem) -> list[Provider]:
 
     def oracle(kind: Callable[[Problem], Norm]) -> Any:
         def in_dtype(dtype: torch.dtype) -> list[Tensor]:
-            host = problem.to("cpu", dtype)
-            return there_and_back(kind(host), host)
+            other = problem.to(problem.x.device, dtype)
+            return there_and_back(kind(other), other)
 
         return expect(in_dtype, dtype, factor=4.0)
 
-    selected, whole = oracle(bucketed), oracle(lambda _: dense)
     norms = {"ours": ours, "dense-eager": dense, "masked": masked, "bucket": bucketed(problem)}
-    roles = {"ours": "ours", "dense-eager": "dense"}
-    return [
-        Provider(
-            name,
-            roles.get(name, "alternative"),
-            functools.partial(there_and_back, norm, problem),
-            whole if name == "dense-eager" else selected,
-        )
-        for name, norm in norms.items()
-    ]
+    steps = {name: functools.partial(there_and_back, norm, problem) for name, norm in norms.items()}
+    return provide(steps, oracle(bucketed), oracle(lambda _: dense))
 
 
 @pytest.mark.op

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,12 @@ import den_kernels
 
 from . import peers, slicing
 from .allocations import require
-from .harness import DTYPES, Case, Expected, Provider, Settings, Work, dense_role, expect, run
+from .clocks import Call, input_sets
+from .gpu_ways import Unavailable, composed_branch, fused_branch
+from .harness import DTYPES, Case, Expected, Provider, Settings, Work, expect, provide, run
 from .mixes import mix_levels
-from .parameters import everywhere, extra
+from .parameters import checked, everywhere, extra
+from .shapes import GPU_MIXES, NETWORKS, Shape
 
 STAGES = ("64x32x32", "128x16x16", "256x8x8")  # of WRN-32-4
 SHAPES = [*[(stage, batch) for batch in (32, 128) for stage in STAGES], ("16x32x32", 256), ("64x32x32", 8)]
@@ -45,6 +49,8 @@ REST = [
     for dtype in DTYPES
     if (shape, batch, mix, dtype) not in DEFAULT
 ]
+GPU = [Case("residual", shape, 256, mix, "bfloat16") for shape in NETWORKS[1:] for mix in GPU_MIXES]
+TINY = [Case("residual", *shape, "bfloat16") for shape in (("16x6x6", 8, "uniform"), ("16-32x6x6/2", 8, "full"))]
 
 
 @dataclass
@@ -52,9 +58,14 @@ class Problem:
     """One case's tensors: the dense block, the input, the levels."""
 
     block: peers.PreactBlock
-    x: Tensor  # [B, C, H, W] channels-last
+    inputs: list[Tensor]  # [B, C, H, W] channels-last
     levels: Tensor  # int32 [B]
     sizes: tuple[int, ...]  # hidden channels of each group
+
+    @property
+    def x(self) -> Tensor:
+        """The first of the inputs."""
+        return self.inputs[0]
 
     @property
     def selection(self) -> Tensor:
@@ -62,39 +73,43 @@ class Problem:
         return peers.select_levels(self.levels, self.sizes)
 
     def in_dtype(self, dtype: torch.dtype) -> tuple[peers.PreactBlock, Tensor]:
-        """Block and input in another dtype, on the CPU (the values stay those of the case's)."""
-        return copy.deepcopy(self.block).to("cpu", dtype), self.x.to("cpu", dtype)
+        """Block and input in another dtype (the values stay those of the case's)."""
+        return copy.deepcopy(self.block).to(dtype), self.x.to(dtype)
 
     def to(self, device: str) -> Problem:
         """The same on a device."""
-        return Problem(self.block.to(device), self.x.to(device), self.levels.to(device), self.sizes)
+        inputs = [x.to(device) for x in self.inputs]
+        sets = input_sets(torch.device(device), 2 * self.x.nbytes)
+        inputs += [torch.randn_like(inputs[0]) for _ in range(sets - 1)]
+        return Problem(self.block.to(device), inputs, self.levels.to(device), self.sizes)
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
     """Random weights and statistics, all in the case's dtype and channels-last; groups of ¼, ¼ and ½."""
     torch.manual_seed(seed)
-    channels, side, _ = (int(number) for number in case.shape.split("x"))
-    dtype = DTYPES[case.dtype]
-    conv1, conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
-    bn1, bn2 = (nn.BatchNorm2d(channels) for _ in range(2))
+    shape, dtype = Shape.parse(case.shape), case.torch_dtype
+    conv1 = nn.Conv2d(shape.channels, shape.out_channels, 3, shape.stride, padding=1, bias=False)
+    conv2 = nn.Conv2d(shape.out_channels, shape.out_channels, 3, padding=1, bias=False)
+    bn1, bn2 = nn.BatchNorm2d(shape.channels), nn.BatchNorm2d(shape.out_channels)
     for bn in (bn1, bn2):
         nn.init.uniform_(bn.weight, 0.5, 1.5)
         nn.init.normal_(bn.bias, std=0.2)
         bn.running_mean.normal_(std=0.2)
         bn.running_var.uniform_(0.5, 1.5)
     block = peers.PreactBlock(conv1, bn1, conv2, bn2).eval().to(dtype=dtype, memory_format=torch.channels_last)
-    x = peers.channels_last(torch.randn(case.batch, channels, side, side)).to(dtype)
-    quarter = channels // 4
-    return Problem(block, x, mix_levels(case.mix, case.batch), (quarter, quarter, channels - 2 * quarter))
+    x = peers.channels_last(torch.randn(case.batch, shape.channels, shape.size, shape.size)).to(dtype)
+    return Problem(block, [x], mix_levels(case.mix, case.batch), shape.groups)
 
 
 def work_of(problem: Problem) -> Work:
-    """2 FLOPs a multiply-add of both convolutions; traffic: one read and one write of x, one read of the weights."""
-    batch, channels, height, width = problem.x.shape
-    per_channel = 2 * 2 * 9 * channels * height * width
+    """2 FLOPs a multiply-add of both convolutions; traffic: x read, the output written, the weights read, once."""
+    x, block = problem.x, problem.block
+    pixels, out = (-(-x.shape[2] // block.conv1.stride[0])) ** 2, block.conv2.out_channels
+    per_channel = 2 * 9 * (x.shape[1] + out) * pixels
     hidden = problem.selection.sum().item()
-    traffic = 2 * problem.x.nbytes + (2 * problem.block.conv1.weight.nbytes if hidden else 0)
-    return Work(per_channel * hidden, per_channel * channels * batch, traffic)
+    weights = block.conv1.weight.nbytes + block.conv2.weight.nbytes if hidden else 0
+    traffic = x.nbytes + len(x) * out * pixels * x.element_size() + weights
+    return Work(per_channel * hidden, per_channel * out * len(x), traffic)
 
 
 def fold(problem: Problem) -> den_kernels.ResidualWeights:
@@ -110,15 +125,15 @@ def expectation(problem: Problem) -> Expected:
 
     def bucket(dtype: torch.dtype) -> Tensor:
         block, x = problem.in_dtype(dtype)
-        return peers.BucketBlock(block, problem.selection.cpu())(x)
+        return peers.BucketBlock(block, problem.selection)(x)
 
     return expect(bucket, problem.x.dtype, FACTOR)
 
 
 @functools.lru_cache(maxsize=len(DTYPES))
-def dense_expectation(shape: str, batch: int, dtype: str) -> Expected:
+def dense_expectation(shape: str, batch: int, dtype: str, device: str) -> Expected:
     """The oracle at full structure: the mixes of a shape share block and input, and so this."""
-    problem = make_problem(Case("residual", shape, batch, "full", dtype))
+    problem = make_problem(Case("residual", shape, batch, "full", dtype)).to(device)
 
     def dense(dtype: torch.dtype) -> Tensor:
         block, x = problem.in_dtype(dtype)
@@ -129,25 +144,57 @@ def dense_expectation(shape: str, batch: int, dtype: str) -> Expected:
 
 def our_providers(case: Case, problem: Problem, expected: Expected) -> list[Provider]:
     """dynamic_residual: into a new tensor, with the plan built in the timing, and in place as a network runs it."""
-    x, groups, weights = problem.x, len(problem.sizes), fold(problem)
+    inputs, groups, weights = problem.inputs, len(problem.sizes), fold(problem)
     route = den_kernels.RoutingPlan.from_levels(problem.levels[:, None], groups)[0]
-    scratch = torch.empty_like(x)
 
-    def with_plan() -> Tensor:
+    def block(x: Tensor) -> Tensor:
+        return den_kernels.dynamic_residual(x, route, weights)
+
+    def with_plan(x: Tensor) -> Tensor:
         fresh = den_kernels.RoutingPlan.from_levels(problem.levels[:, None], groups)[0]
         return den_kernels.dynamic_residual(x, fresh, weights)
 
-    def in_place() -> Tensor:
-        den_kernels.dynamic_residual_(scratch, route, weights)
-        return scratch
+    calls = {"ours": block} | ({"ours-plan": with_plan} if case.mix == "uniform" else {})
+    found = provide(calls, expected, inputs=inputs)
+    if Shape.parse(case.shape).keeps:
+        maps = [torch.empty_like(x) for x in inputs]
+        in_place = [functools.partial(den_kernels.dynamic_residual_, out, route, weights) for out in maps]
+        found.append(onto("ours-inplace", in_place, maps, inputs, expected))
+    return found + ([] if case.device == "cpu" else branch_providers(problem, route, weights, expected))
 
-    found = [
-        Provider("ours", "ours", lambda: den_kernels.dynamic_residual(x, route, weights), expected),
-        Provider("ours-inplace", "ours", in_place, expected, prepare=lambda: scratch.copy_(x)),
-    ]
-    if case.mix == "uniform":
-        found.append(Provider("ours-plan", "ours", with_plan, expected))
+
+def branch_providers(
+    problem: Problem, route: den_kernels.Route, weights: den_kernels.ResidualWeights, expected: Expected
+) -> list[Provider]:
+    """What a GPU can make of the block: launches of Triton, or the fused kernel, where it takes it."""
+    found = []
+    shortcuts = [peers.channels_last(problem.block.shortcut(x)) for x in problem.inputs]
+    outs = [torch.empty_like(shortcut) for shortcut in shortcuts]
+    for name, way in (("ours-composed", composed_branch), ("ours-fused", fused_branch)):
+        pairs = zip(problem.inputs, outs, strict=True)
+        calls = [functools.partial(way, x, out, route, weights) for x, out in pairs]
+        try:
+            calls[0]()
+            found.append(onto(name, calls, outs, shortcuts, expected))
+        except Unavailable as reason:
+            print(f"{name} is left out: {reason}", flush=True)
     return found
+
+
+def onto(
+    name: str, calls: Sequence[Call], outs: Sequence[Tensor], shortcuts: Sequence[Tensor], expected: Expected
+) -> Provider:
+    """Calls that add a branch to maps, which hold the shortcuts before they are timed."""
+
+    def first() -> Tensor:
+        calls[0]()
+        return outs[0]
+
+    def prepare() -> None:
+        for out, shortcut in zip(outs, shortcuts, strict=True):
+            out.copy_(shortcut)
+
+    return Provider(name, first, expected, prepare, calls[1:])
 
 
 def dense_providers(case: Case, problem: Problem, expected: Expected, settings: Settings) -> list[Provider]:
@@ -156,11 +203,20 @@ def dense_providers(case: Case, problem: Problem, expected: Expected, settings: 
     blocks: dict[str, Any] = {"dense-eager": block, "dense-folded": peers.FoldedBlock(block)}
     if peers.can_pack(x):
         blocks["dense-packed"] = peers.PackedBlock(block, x.shape)
-    if settings.compile == "all" and case.mix == "uniform":
-        function = peers.compiled(copy.deepcopy(block), x)
+    if settings.compile == "all" and (case.mix == "uniform" or case.device != "cpu"):
+        function = compiled_block(case.shape, case.batch, case.dtype, case.device, settings.autotune)
         if function is not None:
             blocks["dense-compiled"] = function
-    return [Provider(name, dense_role(name), functools.partial(call, x), expected) for name, call in blocks.items()]
+    return provide(blocks, expected, inputs=problem.inputs)
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_block(
+    shape: str, batch: int, dtype: str, device: str, autotune: bool
+) -> Callable[[Tensor], Tensor] | None:
+    """The dense block compiled, which the mixes of a shape share."""
+    problem = make_problem(Case("residual", shape, batch, "full", dtype)).to(device)
+    return peers.compiled(problem.block, problem.x, autotune)
 
 
 def other_providers(case: Case, problem: Problem, expected: Expected) -> list[Provider]:
@@ -174,8 +230,7 @@ def other_providers(case: Case, problem: Problem, expected: Expected) -> list[Pr
     if case.mix == "uniform" and len(x) <= SLICED and case.dtype == "float32":
         blocks["per-instance"] = slicing.PerInstanceBlock(block, selection)
         blocks["grouped"] = slicing.GroupedBlock(block, selection)
-    found = [Provider(name, "alternative", functools.partial(call, x), expected) for name, call in blocks.items()]
-    return [*found, *bare_providers(problem)]
+    return [*provide(blocks, expected, inputs=problem.inputs), *bare_providers(problem)]
 
 
 def bare_providers(problem: Problem) -> list[Provider]:
@@ -183,14 +238,14 @@ def bare_providers(problem: Problem) -> list[Provider]:
 
     def bare(dtype: torch.dtype) -> list[Tensor]:
         block, x = problem.in_dtype(dtype)
-        return peers.BareBlock(block, x, problem.selection.cpu(), packed=False)()
+        return peers.BareBlock(block, x, problem.selection, packed=False)()
 
     expected = expect(bare, problem.x.dtype, FACTOR)
     names = {"bare": False} | ({"bare-packed": True} if peers.can_pack(problem.x) else {})
-    return [
-        Provider(name, "floor", peers.BareBlock(problem.block, problem.x, problem.selection, packed), expected)
-        for name, packed in names.items()
-    ]
+    blocks = {
+        name: peers.BareBlock(problem.block, problem.x, problem.selection, packed) for name, packed in names.items()
+    }
+    return provide(blocks, expected)
 
 
 def way(problem: Problem) -> str:
@@ -203,18 +258,18 @@ def way(problem: Problem) -> str:
 
 @pytest.mark.op
 @pytest.mark.residual
-@pytest.mark.parametrize("case", [*everywhere(CASES), *extra(REST)])
+@pytest.mark.parametrize("case", [*everywhere(CASES), *extra(REST), *checked(GPU, TINY)])
 def test_residual(benchmark: Any, case: Case, settings: Settings) -> None:
     run_block(benchmark, case, settings)
 
 
 def run_block(benchmark: Any, case: Case, settings: Settings) -> None:
     """Check and time a case."""
-    channels, side, _ = map(int, case.shape.split("x"))
-    require(case.id, case.batch * channels * side * side)
+    require(case.id, Shape.parse(case.shape).values(case.batch))
     with torch.no_grad():
         problem = make_problem(case).to(case.device)
-        expected, dense_expected = expectation(problem), dense_expectation(case.shape, case.batch, case.dtype)
+        expected = expectation(problem)
+        dense_expected = dense_expectation(case.shape, case.batch, case.dtype, case.device)
         providers = [
             *our_providers(case, problem, expected),
             *dense_providers(case, problem, dense_expected, settings),

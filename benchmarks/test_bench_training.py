@@ -19,8 +19,8 @@ from den_kernels import RoutingPlan
 
 from .allocations import require
 from .elastic_network import ElasticNetwork
-from .harness import Case, Expected, Provider, Settings, Work, expect, run
-from .parameters import everywhere
+from .harness import Case, Expected, Provider, Settings, Work, expect, provide, run
+from .parameters import checked, everywhere
 from .training_peers import TrainingPass, gradients
 
 # Rounding decides now and then on which side of a ReLU a value falls: that changes the gradients of every block before
@@ -31,6 +31,8 @@ ESTIMATOR = [
     *[Case("training-estimator", "demo", 64, mix, "float32") for mix in ("tau0.75", "tau0.25")],
     Case("training-estimator", "wrn32_4", 16, "tau0.25", "float32"),
 ]
+GPU = [Case("training-estimator", "wrn32_4", 256, "tau0.75", "bfloat16")]  # under autocast
+TINY = [Case("training-estimator", "wrn8_1", 2, "tau0.75", "float32")]  # a simulated GPU knows no autocast
 SELECTOR = [Case("training-selector", "demo", 32, "recorded-fashion", "float32")]
 
 
@@ -50,48 +52,60 @@ def task_index(network: ElasticNetwork) -> int:
 
 
 def in_dtype(network: ElasticNetwork, dtype: torch.dtype) -> ElasticNetwork:
-    """A copy on the CPU in another dtype, the estimator and the selector in training mode."""
-    model = copy.deepcopy(network.model).to("cpu", dtype).train()
-    return replace(network, model=model, images=network.images.to("cpu", dtype), levels=network.levels.cpu())
+    """A copy in another dtype, the estimator and the selector in training mode."""
+    model = copy.deepcopy(network.model).to(dtype=dtype).train()
+    return replace(network, model=model, images=network.images.to(dtype))
 
 
-def step_expectation(network: ElasticNetwork, full: bool) -> Expected:
+def autocast(images: Tensor, half: bool) -> torch.autocast:
+    """Convolutions in bfloat16, where that is asked for and the numbers are not those of an oracle."""
+    return torch.autocast(images.device.type, torch.bfloat16, enabled=half and images.dtype == torch.float32)
+
+
+def plain_step(network: ElasticNetwork, logits: Callable[[Tensor], Tensor], half: bool) -> list[Tensor]:
+    """Loss and gradients of the estimator by a pass in plain PyTorch; half: under autocast."""
+    with autocast(network.images, half):
+        loss = F.cross_entropy(logits(network.images).to(network.images), labels_of(network))
+    return gradients(loss, network.model.estimator)
+
+
+def step_expectation(network: ElasticNetwork, full: bool, half: bool) -> Expected:
     """The oracle: loss and gradients of the plain training pass."""
 
     def step(dtype: torch.dtype) -> list[Tensor]:
         here = in_dtype(network, dtype)
-        return training_pass(here, None if full else here.levels).step(here.images, labels_of(here))
+        return plain_step(here, training_pass(here, None if full else here.levels).logits, half)
 
     return expect(step, torch.float32, FACTOR, LEAST)
 
 
-def estimator_providers(network: ElasticNetwork) -> list[Provider]:
-    """Ours with the plan in the timing; the dense step; the masked one."""
+def estimator_providers(network: ElasticNetwork, half: bool = False, compiles: bool = False) -> list[Provider]:
+    """Ours with the plan in the timing; the dense step, also compiled; the masked one. half: under autocast."""
     labels, images, estimator = labels_of(network), network.images, network.model.estimator.train()
 
     def ours() -> list[Tensor]:
         plan = RoutingPlan.from_levels(network.levels, groups=network.model.levels - 1)
-        return gradients(F.cross_entropy(estimator(images, network.task, plan), labels), estimator)
+        with autocast(images, half):
+            loss = F.cross_entropy(estimator(images, network.task, plan).float(), labels)
+        return gradients(loss, estimator)
 
-    chosen, whole = step_expectation(network, False), step_expectation(network, True)
-    passes = {"dense-eager": training_pass(network, None), "masked": training_pass(network, network.levels)}
-    calls = {name: functools.partial(one.step, images, labels) for name, one in passes.items()}
-    return [
-        Provider("ours", "ours", ours, chosen),
-        Provider("dense-eager", "dense", calls["dense-eager"], whole),
-        Provider("masked", "alternative", calls["masked"], chosen),
-    ]
+    chosen, whole = (step_expectation(network, full, half) for full in (False, True))
+    dense, masked = (training_pass(network, levels).logits for levels in (None, network.levels))
+    passes = {"dense-eager": dense, "masked": masked} | ({"dense-compiled": torch.compile(dense)} if compiles else {})
+    steps = {name: functools.partial(plain_step, network, logits, half) for name, logits in passes.items()}
+    return provide({"ours": ours, **steps}, chosen, whole)
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("case", everywhere(ESTIMATOR))
+@pytest.mark.parametrize("case", [*everywhere(ESTIMATOR), *checked(GPU, TINY)])
 def test_estimator_step(benchmark: Any, case: Case, settings: Settings) -> None:
     require(case.id, 4 * case.batch * 64 * 32 * 32)
-    network = ElasticNetwork.make(case)
+    network = ElasticNetwork.make(replace(case, dtype="float32"))
     cost, image = count_flops(network.model, network.levels).sum().item(), image_flops(network.model, network.task)
     ends, dense = case.batch * (image.stem + image.head), case.batch * image.blocks
     work = Work(3 * (cost + ends), 3 * (dense + ends), 3 * network.traffic())
-    run(benchmark, case, estimator_providers(network), work, settings, trains=True)
+    providers = estimator_providers(network, case.dtype == "bfloat16", settings.compile == "all")
+    run(benchmark, case, providers, work, settings, trains=True)
 
 
 def selector_step(network: ElasticNetwork, structures: Tensor, logits: Callable[[], Tensor]) -> list[Tensor]:
@@ -133,16 +147,8 @@ def selector_providers(network: ElasticNetwork) -> list[Provider]:
         "ours": lambda: model.estimator.sampled([images], [network.task], structures)[0],
         **{name: functools.partial(one, images, SAMPLES) for name, one in plain.items()},
     }
-    roles = {"ours": "ours", "dense-eager": "dense"}
-    return [
-        Provider(
-            name,
-            roles.get(name, "alternative"),
-            functools.partial(selector_step, network, structures, function),
-            whole if name == "dense-eager" else chosen,
-        )
-        for name, function in logits.items()
-    ]
+    steps = {name: functools.partial(selector_step, network, structures, one) for name, one in logits.items()}
+    return provide(steps, chosen, whole)
 
 
 @pytest.mark.training

@@ -23,7 +23,7 @@ def masked_norm(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, eps: floa
 
 
 class TrainingPass:
-    """An estimator's forward pass in training mode at given structures, every channel computed; a loss and gradients.
+    """An estimator's forward pass in training mode at given structures, every channel computed.
 
     levels: integer [B, N], whose unused channels are multiplied by 0; None: the full structure, without any mask.
     In float64 the oracle.
@@ -48,10 +48,6 @@ class TrainingPass:
             x = F.relu(_norm(block.bn1, x, runs))
         hidden = F.conv2d(x, block.conv1.weight, None, block.stride, 1)
         return F.conv2d(F.relu(_norm(block.bn2, hidden, used)), block.conv2.weight, None, 1, 1)
-
-    def step(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """The loss and the gradients of all parameters in use."""
-        return gradients(F.cross_entropy(self.logits(images), labels), self.estimator)
 
 
 def _norm(norm: nn.BatchNorm2d, x: Tensor, used: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ void bind_dynamic_graph(pybind11::module_& m);
 // bind_blocks.cpp
 void bind_dynamic_residual(pybind11::module_& m);
 void bind_dynamic_bottleneck(pybind11::module_& m);
+void bind_dynamic_trunk(pybind11::module_& m);
 
 void bind_watch(pybind11::module_& m);     // bind_watch.cpp
 void bind_cuda_ops(pybind11::module_& m);  // bind_cuda.cpp; nothing in a build without CUDA

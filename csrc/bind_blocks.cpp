@@ -11,23 +11,26 @@
 #include "direct_chunks.h"
 #include "dynamic_bottleneck.h"
 #include "dynamic_residual.h"
+#include "dynamic_trunk.h"
 
 namespace py = pybind11;
 
 namespace den_kernels {
 namespace {
 
-// A residual block's weights.
-struct ResidualHandle {
+// A block's weights as Python holds them, and the two problems of which the dtype of conv1 sets one. A `Handle` has
+// fill(problem), which sets the addresses of the rest of the weights, and set_maps(problem, ...) for those of a call.
+template <class Handle, template <class> class Problem>
+struct BlockHandle {
   int64_t C, M, C_out, R, S, stride;
   Ints sizes;
   bool half;  // bfloat16
-  ResidualBlock<float> floats{};
-  ResidualBlock<bf16> halves{};
-  std::array<py::object, 7> tensors;  // scale1, shift1, conv1, scale2, bias1, conv2, bias2
+  Problem<float> floats{};
+  Problem<bf16> halves{};
+  std::array<py::object, 7> tensors;  // scale1, shift1, conv1 and the others
 
-  // shape: C, M, C_out, R, S, stride. conv1 and conv2 packed; of float32 also as they are, four axes, channels-last.
-  ResidualHandle(const std::array<int64_t, 6>& shape, Ints groups, std::array<py::object, 7> weights)
+  // shape: C, M, C_out, R, S, stride.
+  BlockHandle(const int64_t* shape, Ints groups, std::array<py::object, 7> weights)
       : C(shape[0]),
         M(shape[1]),
         C_out(shape[2]),
@@ -35,24 +38,63 @@ struct ResidualHandle {
         S(shape[4]),
         stride(shape[5]),
         sizes(std::move(groups)),
-        half(Tensor(weights[2], op, "conv1").is<bf16>()),
+        half(Tensor(weights[2], Handle::op, "conv1").template is<bf16>()),
         tensors(std::move(weights)) {
-    check(stride >= 1, op, "stride", "at least 1", stride);
-    check(R % 2 && S % 2 && R * S <= max_taps, op, "kernel", "odd and of at most 49 taps", R * S);
-    check(!sizes.empty(), op, "groups", "at least one", sizes.size());
-    check_groups(sizes, static_cast<int64_t>(sizes.size()), M, op, "groups");
-    half ? fill(halves) : fill(floats);
+    check(stride >= 1, Handle::op, "stride", "at least 1", stride);
+    check(R % 2 && S % 2 && R * S <= max_taps, Handle::op, "kernel", "odd and of at most 49 taps", R * S);
+    check(!sizes.empty(), Handle::op, "groups", "at least one", sizes.size());
+    check_groups(sizes, static_cast<int64_t>(sizes.size()), M, Handle::op, "groups");
+  }
+
+  const Handle& self() const { return static_cast<const Handle&>(*this); }
+
+  // To be called by the constructor of a handle.
+  void fill() { half ? fill_common(halves) : fill_common(floats); }
+
+  template <class T>
+  void fill_common(Problem<T>& b) {
+    b.C = C, b.C_out = C_out, b.M = M, b.R = R, b.S = S, b.stride = stride, b.sizes = sizes;
+    b.scale1 = dense_or_null<const float>(tensors[0], Handle::op, "scale1", {C});
+    b.shift1 = dense_or_null<const float>(tensors[1], Handle::op, "shift1", {C});
+    check(!b.scale1 == !b.shift1, Handle::op, "scale1 and shift1", "both tensors or both None", "one of them");
+    self().fill(b);
+  }
+
+  // The problem of a call of `run`: its maps and its route, x first; and the call itself.
+  template <class T, class... Maps>
+  void run_as(Problem<T> b, const Tensor& x, const py::tuple& route, const Maps&... maps) const {
+    b.x = x.maps<const T>({any_size, C, any_size, any_size});
+    b.B = x.size(0), b.H = x.size(2), b.W = x.size(3);
+    b.Ho = (b.H + stride - 1) / stride, b.Wo = (b.W + stride - 1) / stride;
+    self().set_maps(b, maps...);
+    b.route = selections_of(route, Handle::op, b.B);
+    check(b.route.G == static_cast<int64_t>(sizes.size()), Handle::op, "route", "of the block's groups", b.route.G);
+    py::gil_scoped_release unlocked;
+    Handle::compute(b);
+  }
+
+  template <class... Maps>
+  void run(py::handle x, const py::tuple& route, const Maps&... maps) const {
+    const Tensor input(x, Handle::op, "x");
+    half ? run_as(halves, input, route, maps...) : run_as(floats, input, route, maps...);
+  }
+};
+
+// Tensors: scale1, shift1, conv1, scale2, bias1, conv2, bias2; conv1 and conv2 packed, of float32 also as they are,
+// four axes, channels-last.
+struct ResidualHandle : BlockHandle<ResidualHandle, ResidualBlock> {
+  static constexpr char op[] = "dynamic_residual";
+
+  ResidualHandle(const std::array<int64_t, 6>& shape, Ints groups, std::array<py::object, 7> weights)
+      : BlockHandle(shape.data(), std::move(groups), std::move(weights)) {
+    BlockHandle::fill();
   }
 
   template <class T>
-  void fill(ResidualBlock<T>& b) {
-    const auto& [scale1, shift1, conv1, scale2, bias1, conv2, bias2] = tensors;
-    b.C = C, b.C_out = C_out, b.M = M, b.R = R, b.S = S, b.stride = stride, b.sizes = sizes;
-    b.scale1 = dense_or_null<const float>(scale1, op, "scale1", {C});
-    b.shift1 = dense_or_null<const float>(shift1, op, "shift1", {C});
-    check(!b.scale1 == !b.shift1, op, "scale1 and shift1", "both tensors or both None", "one of them");
+  void fill(ResidualBlock<T>& b) const {
+    const py::object &conv1 = tensors[2], &scale2 = tensors[3], &bias1 = tensors[4], &conv2 = tensors[5];
     b.bias1 = Tensor(bias1, op, "bias1").dense<const float>({M});
-    b.bias2 = dense_or_null<const float>(bias2, op, "bias2", {C_out});
+    b.bias2 = dense_or_null<const float>(tensors[6], op, "bias2", {C_out});
     b.scale2 = nullptr, b.unpacked2 = false;
     if constexpr (std::is_same_v<T, float>) {
       const Tensor first(conv1, op, "conv1"), second(conv2, op, "conv2");
@@ -68,24 +110,57 @@ struct ResidualHandle {
   }
 
   template <class T>
-  void run_as(ResidualBlock<T> b, const Tensor& x, py::handle shortcut, py::handle out, const py::tuple& route) const {
-    b.x = x.maps<const T>({any_size, C, any_size, any_size});
-    b.B = x.size(0), b.H = x.size(2), b.W = x.size(3);
-    b.Ho = (b.H + stride - 1) / stride, b.Wo = (b.W + stride - 1) / stride;
+  void set_maps(ResidualBlock<T>& b, py::handle shortcut, py::handle out) const {
     b.shortcut = Tensor(shortcut, op, "shortcut").maps<const T>({b.B, C_out, b.Ho, b.Wo});
     b.out = Tensor(out, op, "out").maps<T>({b.B, C_out, b.Ho, b.Wo});
-    b.route = selections_of(route, op, b.B);
-    check(b.route.G == static_cast<int64_t>(sizes.size()), op, "route", "of the block's groups", b.route.G);
-    py::gil_scoped_release unlocked;
+  }
+
+  template <class T>
+  static void compute(const ResidualBlock<T>& b) {
     dynamic_residual(b);
   }
 
-  void run(py::handle x, py::handle shortcut, py::handle out, const py::tuple& route) const {
-    const Tensor maps(x, op, "x");
-    half ? run_as(halves, maps, shortcut, out, route) : run_as(floats, maps, shortcut, out, route);
+  void call(py::handle x, py::handle shortcut, py::handle out, const py::tuple& route) const {
+    run(x, route, shortcut, out);
+  }
+};
+
+// Tensors: scale1, shift1, conv1, bias1, conv2, bias2, conv3.
+struct BottleneckHandle : BlockHandle<BottleneckHandle, BottleneckProblem> {
+  static constexpr char op[] = "dynamic_bottleneck";
+  int64_t cardinality;
+
+  // shape: C, M, C_out, R, S, stride, cardinality.
+  BottleneckHandle(const std::array<int64_t, 7>& shape, Ints groups, std::array<py::object, 7> weights)
+      : BlockHandle(shape.data(), std::move(groups), std::move(weights)), cardinality(shape[6]) {
+    check(cardinality >= 1 && M % cardinality == 0, op, "cardinality", "a divisor of the hidden channels", cardinality);
+    for (const int64_t size : sizes)
+      check(size % (M / cardinality) == 0 || cardinality == 1, op, "groups", "whole cardinality groups", size);
+    BlockHandle::fill();
   }
 
-  static constexpr char op[] = "dynamic_residual";
+  template <class T>
+  void fill(BottleneckProblem<T>& b) const {
+    const Ints prefixes = cardinality == 1 ? sizes : Ints();
+    b.cardinality = cardinality;
+    b.conv1 = packed_weight<T>(tensors[2], op, "conv1", M, C, 1, 1, {});
+    b.bias1 = Tensor(tensors[3], op, "bias1").dense<const float>({M});
+    b.conv2 = packed_weight<T>(tensors[4], op, "conv2", M, M / cardinality, R, S, prefixes);
+    b.bias2 = Tensor(tensors[5], op, "bias2").dense<const float>({M});
+    b.conv3 = packed_weight<T>(tensors[6], op, "conv3", C_out, M, 1, 1, prefixes);
+  }
+
+  template <class T>
+  void set_maps(BottleneckProblem<T>& b, py::handle out) const {
+    b.out = Tensor(out, op, "out").maps<T>({b.B, C_out, b.Ho, b.Wo});
+  }
+
+  template <class T>
+  static void compute(const BottleneckProblem<T>& b) {
+    dynamic_bottleneck(b);
+  }
+
+  void call(py::handle x, py::handle out, const py::tuple& route) const { run(x, route, out); }
 };
 
 void pack(py::handle weight, py::handle scale, py::handle packed, const Ints& in_sizes) {
@@ -137,87 +212,111 @@ void bind_dynamic_residual(py::module_& m) {
                              "(C, M, C_out, R, S, stride), sizes of the hidden groups, (scale1, shift1, conv1, scale2, "
                              "bias1, conv2, bias2)")
       .def(py::init<std::array<int64_t, 6>, Ints, std::array<py::object, 7>>())
-      .def("__call__", &ResidualHandle::run,
+      .def("__call__", &ResidualHandle::call,
            "out = shortcut + branch(x): x [B, C, H, W], shortcut and out [B, C_out, Ho, Wo], channels-last; a route.");
 }
-
-namespace {
-
-// A bottleneck block's weights.
-struct BottleneckHandle {
-  int64_t C, M, C_out, R, S, stride, cardinality;
-  Ints sizes;
-  bool half;
-  BottleneckProblem<float> floats{};
-  BottleneckProblem<bf16> halves{};
-  std::array<py::object, 7> tensors;  // scale1, shift1, conv1, bias1, conv2, bias2, conv3
-
-  // shape: C, M, C_out, R, S, stride, cardinality.
-  BottleneckHandle(const std::array<int64_t, 7>& shape, Ints groups, std::array<py::object, 7> weights)
-      : C(shape[0]),
-        M(shape[1]),
-        C_out(shape[2]),
-        R(shape[3]),
-        S(shape[4]),
-        stride(shape[5]),
-        cardinality(shape[6]),
-        sizes(std::move(groups)),
-        half(Tensor(weights[2], op, "conv1").is<bf16>()),
-        tensors(std::move(weights)) {
-    check(stride >= 1, op, "stride", "at least 1", stride);
-    check(R % 2 && S % 2 && R * S <= max_taps, op, "kernel", "odd and of at most 49 taps", R * S);
-    check(cardinality >= 1 && M % cardinality == 0, op, "cardinality", "a divisor of the hidden channels", cardinality);
-    check(!sizes.empty(), op, "groups", "at least one", sizes.size());
-    check_groups(sizes, static_cast<int64_t>(sizes.size()), M, op, "groups");
-    for (const int64_t size : sizes)
-      check(size % (M / cardinality) == 0 || cardinality == 1, op, "groups", "whole cardinality groups", size);
-    half ? fill(halves) : fill(floats);
-  }
-
-  template <class T>
-  void fill(BottleneckProblem<T>& b) {
-    const auto& [scale1, shift1, conv1, bias1, conv2, bias2, conv3] = tensors;
-    const Ints prefixes = cardinality == 1 ? sizes : Ints();
-    b.C = C, b.M = M, b.C_out = C_out, b.R = R, b.S = S, b.stride = stride, b.cardinality = cardinality;
-    b.sizes = sizes;
-    b.scale1 = dense_or_null<const float>(scale1, op, "scale1", {C});
-    b.shift1 = dense_or_null<const float>(shift1, op, "shift1", {C});
-    check(!b.scale1 == !b.shift1, op, "scale1 and shift1", "both tensors or both None", "one of them");
-    b.bias1 = Tensor(bias1, op, "bias1").dense<const float>({M});
-    b.bias2 = Tensor(bias2, op, "bias2").dense<const float>({M});
-    b.conv1 = packed_weight<T>(conv1, op, "conv1", M, C, 1, 1, {});
-    b.conv2 = packed_weight<T>(conv2, op, "conv2", M, M / cardinality, R, S, prefixes);
-    b.conv3 = packed_weight<T>(conv3, op, "conv3", C_out, M, 1, 1, prefixes);
-  }
-
-  template <class T>
-  void run_as(BottleneckProblem<T> b, const Tensor& x, py::handle out, const py::tuple& route) const {
-    b.x = x.maps<const T>({any_size, C, any_size, any_size});
-    b.B = x.size(0), b.H = x.size(2), b.W = x.size(3);
-    b.out = Tensor(out, op, "out").maps<T>({b.B, C_out, b.Ho(), b.Wo()});
-    b.route = selections_of(route, op, b.B);
-    check(b.route.G == static_cast<int64_t>(sizes.size()), op, "route", "of the block's groups", b.route.G);
-    py::gil_scoped_release unlocked;
-    dynamic_bottleneck(b);
-  }
-
-  void run(py::handle x, py::handle out, const py::tuple& route) const {
-    const Tensor maps(x, op, "x");
-    half ? run_as(halves, maps, out, route) : run_as(floats, maps, out, route);
-  }
-
-  static constexpr char op[] = "dynamic_bottleneck";
-};
-
-}  // namespace
 
 void bind_dynamic_bottleneck(py::module_& m) {
   py::class_<BottleneckHandle>(m, "BottleneckBlock",
                                "(C, M, C_out, R, S, stride, cardinality), sizes of the hidden groups, (scale1, shift1, "
                                "conv1, bias1, conv2, bias2, conv3)")
       .def(py::init<std::array<int64_t, 7>, Ints, std::array<py::object, 7>>())
-      .def("__call__", &BottleneckHandle::run,
+      .def("__call__", &BottleneckHandle::call,
            "out += branch(x): x [B, C, H, W], out [B, C_out, Ho, Wo], channels-last; a route.");
+}
+
+namespace {
+
+// Blocks one after the other, and the last batch norm and mean behind them.
+struct TrunkHandle {
+  static constexpr char op[] = "dynamic_trunk";
+  py::list handles;  // ResidualHandle, BottleneckHandle: they hold the weights
+  py::object scale, shift;
+  int64_t G = 0;
+  bool half = false;
+  std::vector<TrunkBlock<float>> floats;
+  std::vector<TrunkBlock<bf16>> halves;
+  const float *scales = nullptr, *shifts = nullptr;
+
+  TrunkHandle(py::list blocks, py::object norm_scale, py::object norm_shift)
+      : handles(std::move(blocks)), scale(std::move(norm_scale)), shift(std::move(norm_shift)) {
+    check(!handles.empty(), op, "blocks", "at least one", 0);
+    for (const py::handle& each : handles) {
+      if (py::isinstance<ResidualHandle>(each)) {
+        add(each.cast<const ResidualHandle&>());
+      } else {
+        check(py::isinstance<BottleneckHandle>(each), op, "blocks", "residual blocks or bottlenecks",
+              py::str(py::type::of(each)).cast<std::string>());
+        add(each.cast<const BottleneckHandle&>());
+      }
+    }
+    scales = dense_or_null<const float>(scale, op, "scale", {channels});
+    shifts = dense_or_null<const float>(shift, op, "shift", {channels});
+    check(!scales == !shifts, op, "scale and shift", "both tensors or both None", "one of them");
+  }
+
+  void run(py::handle x, py::handle levels, const py::list& maps, py::handle features) const {
+    half ? run_as(halves, x, levels, maps, features) : run_as(floats, x, levels, maps, features);
+  }
+
+ private:
+  int64_t channels = any_size;  // behind the blocks that were added
+
+  template <class Handle>
+  void add(const Handle& block) {
+    const bool first = channels == any_size;
+    check(first || block.C == channels, op, "a block's input channels", "the output channels of the one before", block.C);
+    check(first || block.half == half, op, "blocks", "of one dtype", block.half ? "bfloat16 and float32" : "float32");
+    check(first || static_cast<int64_t>(block.sizes.size()) == G, op, "blocks", "of as many groups", block.sizes.size());
+    check(block.C_out >= block.C, op, "output channels", "at least the input channels", block.C_out);
+    channels = block.C_out, half = block.half, G = static_cast<int64_t>(block.sizes.size());
+    if (half)
+      halves.emplace_back(block.halves);
+    else
+      floats.emplace_back(block.floats);
+  }
+
+  template <class T>
+  void run_as(const std::vector<TrunkBlock<T>>& blocks, py::handle x, py::handle levels, const py::list& maps,
+              py::handle features) const {
+    const Tensor input(x, op, "x");
+    Trunk<T> t{};
+    t.blocks = &blocks, t.G = G, t.scale = scales, t.shift = shifts;
+    const auto channels_of_block = [](const auto& b) { return b.C; };
+    t.x = input.maps<T>({any_size, std::visit(channels_of_block, blocks[0]), any_size, any_size});
+    t.B = input.size(0), t.H = input.size(2), t.W = input.size(3);
+    check(t.H > 0 && t.W > 0, op, "x", "of at least one pixel", 0);
+    int64_t H = t.H, W = t.W;
+    size_t made = 0;
+    for (const TrunkBlock<T>& block : blocks)
+      std::visit(
+          [&](const auto& b) {
+            H = (H + b.stride - 1) / b.stride, W = (W + b.stride - 1) / b.stride;
+            if (b.stride == 1 && b.C == b.C_out) return;
+            check(made < maps.size(), op, "maps", "one for each block that changes the shape", maps.size());
+            t.maps.push_back(Tensor(maps[made++], op, "maps").maps<T>({t.B, b.C_out, H, W}));
+          },
+          block);
+    check(made == maps.size(), op, "maps", "one for each block that changes the shape", maps.size());
+    const int64_t N = static_cast<int64_t>(blocks.size());
+    t.levels = Tensor(levels, op, "levels").dense<const int32_t>({N, t.B});
+    for (int64_t i = 0; i < N * t.B; ++i)
+      check(t.levels[i] >= 0 && t.levels[i] <= G, op, "levels", "at most the groups", t.levels[i]);
+    t.features = dense_or_null<T>(features, op, "features", {t.B, channels});
+    check(!t.features == !t.scale || !t.B, op, "features", "a tensor where there are scale and shift", "another");
+    py::gil_scoped_release unlocked;
+    dynamic_trunk(t);
+  }
+};
+
+}  // namespace
+
+void bind_dynamic_trunk(py::module_& m) {
+  py::class_<TrunkHandle>(m, "Trunk", "Handles of N blocks; scale and shift [C] of the last batch norm, or None.")
+      .def(py::init<py::list, py::object, py::object>())
+      .def("__call__", &TrunkHandle::run,
+           "x [B, C, H, W] channels-last, written over; levels [N, B]; the maps [B, C_out, Ho, Wo] of the blocks that "
+           "change the shape; features [B, C] or None.");
 }
 
 }  // namespace den_kernels

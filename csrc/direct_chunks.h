@@ -1,8 +1,8 @@
-// What the direct residual blocks share: how instances become chunks, and chunks the work of threads.
+// What the direct blocks share: how instances become chunks, and chunks the work of threads.
 //
-// A kernel brings a Chunk (start, count, hidden, scratch, block; bytes(); hidden_count(), output_count() of work items)
-// and the stages  clear_maps(chunk, begin, end)  for instances,  activate_row(chunk, instance, row),
-// hidden_items(chunk, begin, end)  and  output_items(chunk, begin, end).
+// A kernel brings a Chunk (start, count, scratch, block; bytes()) and its stages: of run_chunk's functions those that
+// differ, or what these call,  clear_maps(chunk, begin, end)  for instances,  activate_row(chunk, instance, row),
+// hidden_items(chunk, begin, end)  and  output_items(chunk, begin, end)  of hidden_count() and output_count() items.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,7 @@
 
 #include "check.h"
 #include "direct_channels.h"
+#include "dispatch.h"
 #include "parallel.h"
 
 namespace den_kernels {
@@ -72,6 +73,27 @@ inline int64_t strip_columns(int64_t columns) { return strips_of_row(columns) * 
 // With two vectors of channels, 24 or 28 of 32 registers sum.
 constexpr int strips_per_tile(int64_t size) { return size == 7 ? 2 : 3; }
 
+// The strips of maps of so many columns, one after the other: the rows of all instances lie together, so that a tile of
+// the first row or the last leaves out the taps on padding.
+struct Strips {
+  int64_t instances, columns, size, per_row;
+  Strips(int64_t instances, int64_t columns)
+      : instances(instances), columns(columns), size(strip_size(columns)), per_row(strips_of_row(columns)) {}
+  int64_t count(int64_t rows) const { return instances * rows * per_row; }
+  struct At {
+    int64_t instance, row, column, live;  // column: the first; live: the pixels of the strip that lie on the map
+  };
+  // Strip q, and strips q0 and on.
+  KERNEL At at(int64_t q) const {
+    const int64_t line = q / per_row, column = (q - line * per_row) * size, row = line / instances;
+    return {line - row * instances, row, column, std::min(size, columns - column)};
+  }
+  template <int count>
+  KERNEL void at(int64_t q0, At (&found)[count]) const {
+    UNROLL for (int q = 0; q < count; ++q) found[q] = at(q0 + q);
+  }
+};
+
 // How the strips of a map, in the order of their rows, are cut into tiles of at most `most`: those of the rows that
 // meet padding above, of the rows that meet none, and of those that meet padding below.
 struct Cut {
@@ -101,6 +123,12 @@ struct Cut {
 // much is left and threads end together.
 inline int64_t fair_share(int64_t rest, int64_t threads) { return std::max<int64_t>(1, rest / (2 * threads)); }
 
+// How many times its instances a chunk may hold, by the memory of its maps and the pixels of its input.
+template <class Chunk>
+int64_t times_fitting(const Chunk& c) {
+  return std::min(scratch_bytes() / c.bytes(1), chunk_pixels / (c.count * c.block.H * c.block.W));
+}
+
 // The chunks of a route, heavy first. Few instances of large weights go together, so that weights are read once; counts
 // are below `multiple` or divisible by it. make(start, count, hidden[s]) gives a chunk.
 template <class Problem, class Make>
@@ -110,8 +138,7 @@ auto make_chunks(const Problem& b, const std::vector<Channels>& hidden, int64_t 
   for (int64_t s = 0; s < b.route.S; ++s) rest += b.route.count(s) * hidden[s].count;
   for (int64_t s = 0; s < b.route.S; ++s) {
     if (!hidden[s].count) continue;
-    const int64_t last = b.route.offsets[s + 1], bytes = make(0, multiple, hidden[s]).bytes(),
-                  fits = std::min(scratch_bytes() / bytes, chunk_pixels / (multiple * b.H * b.W)) * multiple;
+    const int64_t last = b.route.offsets[s + 1], fits = times_fitting(make(0, multiple, hidden[s])) * multiple;
     for (int64_t i = b.route.offsets[s]; i < last;) {
       const int64_t fair = round_up(fair_share(rest / hidden[s].count, threads), multiple);
       const int64_t left = std::min({std::max(fits, multiple), fair, last - i});
@@ -124,29 +151,50 @@ auto make_chunks(const Problem& b, const std::vector<Channels>& hidden, int64_t 
   return chunks;
 }
 
-// What a kernel does between hidden_items and output_items, and then waits: nothing, unless it says otherwise.
-template <class Chunk, class Wait>
-void middle_stage(const Chunk&, int64_t, int64_t, Wait) {}
-
-// One chunk by `threads` threads together; `wait` holds them until all have come.
-template <class Chunk, class Wait>
-void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
+// The input map, activated and padded, in scratch memory.
+template <class Chunk>
+void input_stage(const Chunk& c, int64_t thread, int64_t threads) {
   int64_t begin, end;
   share(c.count, thread, threads, begin, end);
   clear_maps(c, begin, end);
   share(c.count * c.block.H, thread, threads, begin, end);
   for (int64_t i = begin; i < end; ++i) activate_row(c, i / c.block.H, i % c.block.H);
-  wait();
+}
+
+// The hidden map.
+template <class Chunk>
+void hidden_stage(const Chunk& c, int64_t thread, int64_t threads) {
+  int64_t begin, end;
   share(c.hidden_count(), thread, threads, begin, end);
   hidden_items(c, begin, end);
-  wait();
-  middle_stage(c, thread, threads, wait);
+}
+
+// What a kernel does between these two, and then waits: nothing, unless it says otherwise.
+template <class Chunk, class Wait>
+void middle_stage(const Chunk&, int64_t, int64_t, Wait) {}
+
+// The output.
+template <class Chunk>
+void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
+  int64_t begin, end;
   share(c.output_count(), thread, threads, begin, end);
   output_items(c, begin, end);
 }
 
-// All chunks: shared out among the threads where there are enough of them, else one after the other by all together;
-// and `rest_count` times `rest`, small work that lets threads end together.
+// One chunk by `threads` threads together; `wait` holds them until all have come.
+template <class Chunk, class Wait>
+void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
+  input_stage(c, thread, threads);
+  wait();
+  hidden_stage(c, thread, threads);
+  wait();
+  middle_stage(c, thread, threads, wait);
+  output_stage(c, thread, threads);
+}
+
+// All chunks: shared out among the threads where there are enough of them, else one after the other by all together, in
+// one thread's scratch memory of bytes(threads); and `rest_count` times `rest`, small work that lets threads end
+// together.
 template <class Chunk, class Rest>
 void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, Rest rest) {
   using Scratch = decltype(Chunk::scratch);
@@ -160,7 +208,7 @@ void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, 
         continue;
       }
       failure.guard([&] {
-        chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes()));
+        chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes(1)));
         run_chunk(chunks[i], 0, 1, [] {});
       });
     }
@@ -170,7 +218,7 @@ void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, 
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < rest_count; ++i) rest(i);
   for (Chunk& chunk : chunks) {
-    chunk.scratch = static_cast<Scratch>(scratch_of_thread(chunk.bytes()));
+    chunk.scratch = static_cast<Scratch>(scratch_of_thread(chunk.bytes(threads)));
 #pragma omp parallel num_threads(threads)
     run_chunk(chunk, omp_get_thread_num(), omp_get_num_threads(), [] {
 #pragma omp barrier

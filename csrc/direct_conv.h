@@ -23,86 +23,67 @@ struct Maps {
   const Band& band;
   const Channels& words;
   BandMap<T> map;
+  Strips strips;  // of the band's output rows
   const float* scratch;
 };
 
-// Output pixels of strip q of a band: instance, row of the band, first column, and how many of its pixels lie on the
-// map. The rows of all instances lie together, so that a tile of the first row or the last leaves out the taps on
-// padding.
-struct Strip {
-  int64_t instance, row, column, live;
-};
+// The taps of the band's output rows first .. last.
 template <class T>
-KERNEL Strip strip_at(const Maps<T>& m, int64_t q) {
-  const int64_t size = strip_size(m.problem.Wo), per_row = strips_of_row(m.problem.Wo);
-  const int64_t line = q / per_row, column = (q - line * per_row) * size, row = line / m.band.count;
-  return {line - row * m.band.count, row, column, std::min(size, m.problem.Wo - column)};
-}
-
-// The taps of strips q0 .. q0 + strips - 1.
-template <class T>
-KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t q0, int strips) {
+KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_t last) {
   const ConvProblem<T>& p = m.problem;
-  const int64_t first = strip_at(m, q0).row, last = strip_at(m, q0 + strips - 1).row, top = m.band.first_row;
+  const int64_t top = m.band.first_row;
   return taps_on_map(taps, p.R, p.S, top + first, top + last, p.stride[0], p.dilation[0], p.padding[0],
                      p.padding[0] + p.H - 1);
 }
 
 // The blocks of output channels block[0 .. vectors - 1] of strips from q0: the sums, and zeros in lanes not selected.
-template <class T, int vectors, int strips, int size>
-void conv_tile(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
-  const ConvProblem<T>& p = m.problem;
-  const float* input[strips];
-  T* out[strips];
-  UNROLL for (int q = 0; q < strips; ++q) {
-    const Strip at = strip_at(m, q0 + q);
-    input[q] = m.scratch + at.instance * m.map.size() +
-               (at.row * p.stride[0] * m.map.columns + at.column * p.stride[1]) * m.map.pixel;
-    const int64_t row = p.route.order[m.band.start + at.instance] * p.Ho + m.band.first_row + at.row;
-    out[q] = p.out + (row * p.Wo + at.column) * p.C_out;
-    for (int64_t i = 0; i < at.live; ++i) {  // it comes from further out, and is there when the sums are
-      UNROLL for (int v = 0; v < vectors; ++v) {
-        _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.C_out + block[v].index * 16), _MM_HINT_T1);
+template <class T>
+struct ConvTile : TwoVectors {
+  template <int vectors, int strips, int size>
+  static void run(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
+    const ConvProblem<T>& p = m.problem;
+    Strips::At at[strips];
+    m.strips.at(q0, at);
+    const float* input[strips];
+    T* out[strips];
+    UNROLL for (int q = 0; q < strips; ++q) {
+      input[q] = m.scratch + at[q].instance * m.map.size() +
+                 (at[q].row * p.stride[0] * m.map.columns + at[q].column * p.stride[1]) * m.map.pixel;
+      const int64_t row = p.route.order[m.band.start + at[q].instance] * p.Ho + m.band.first_row + at[q].row;
+      out[q] = p.out + (row * p.Wo + at[q].column) * p.C_out;
+      for (int64_t i = 0; i < at[q].live; ++i) {  // it comes from further out, and is there when the sums are
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.C_out + block[v].index * 16), _MM_HINT_T1);
+        }
+      }
+    }
+    __m512 acc[strips * size][vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      const __mmask16 live = static_cast<__mmask16>(block[v].lanes);
+      const __m512 bias = p.bias ? load16(p.bias + block[v].index * 16, live) : _mm512_setzero_ps();
+      UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
+    }
+    const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
+    if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
+    sum_channels<T, vectors, strips, size, false>(
+        acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, at[0].row, at[strips - 1].row),
+        words_of(p.weight) + block[0].index * weight_vector,
+        (block[vectors - 1].index - block[0].index) * weight_vector, m.words.pieces, ahead);
+    UNROLL for (int q = 0; q < strips; ++q) {
+      UNROLL for (int i = 0; i < size; ++i) {
+        if (i >= at[q].live) break;
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          const __m512 sum = _mm512_maskz_mov_ps(static_cast<__mmask16>(block[v].lanes), acc[q * size + i][v]);
+          store16(out[q] + i * p.C_out + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
+        }
       }
     }
   }
-  __m512 acc[strips * size][vectors];
-  UNROLL for (int v = 0; v < vectors; ++v) {
-    const __mmask16 live = static_cast<__mmask16>(block[v].lanes);
-    const __m512 bias = p.bias ? load16(p.bias + block[v].index * 16, live) : _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
-  }
-  const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
-  if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
-  sum_channels<T, vectors, strips, size, false>(acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, q0, strips),
-                                                words_of(p.weight) + block[0].index * weight_vector,
-                                                (block[vectors - 1].index - block[0].index) * weight_vector,
-                                                m.words.pieces, ahead);
-  UNROLL for (int q = 0; q < strips; ++q) {
-    const int64_t live = strip_at(m, q0 + q).live;
-    UNROLL for (int i = 0; i < size; ++i) {
-      if (i >= live) break;
-      UNROLL for (int v = 0; v < vectors; ++v) {
-        const __m512 sum = _mm512_maskz_mov_ps(static_cast<__mmask16>(block[v].lanes), acc[q * size + i][v]);
-        store16(out[q] + i * p.C_out + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
-      }
-    }
-  }
-}
-
-// By how many vectors and strips they take, from one.
-template <class T>
-using ConvTile = void (*)(const Maps<T>&, const Block*, int64_t q0, const int64_t* taps, Ahead);
-template <class T>
-constexpr ConvTile<T> fours[2][3] = {{conv_tile<T, 1, 1, 4>, conv_tile<T, 1, 2, 4>, conv_tile<T, 1, 3, 4>},
-                                     {conv_tile<T, 2, 1, 4>, conv_tile<T, 2, 2, 4>, conv_tile<T, 2, 3, 4>}};
-template <class T>
-constexpr ConvTile<T> sevens[2][3] = {{conv_tile<T, 1, 1, 7>, conv_tile<T, 1, 2, 7>},
-                                      {conv_tile<T, 2, 1, 7>, conv_tile<T, 2, 2, 7>}};
+};
 
 template <class T>
 void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, float* scratch) {
-  const Maps<T> maps{p, band, words, BandMap<T>(p, band, words.count), scratch};
+  const Maps<T> maps{p, band, words, BandMap<T>(p, band, words.count), Strips(band.count, p.Wo), scratch};
   int64_t taps[max_taps];
   maps.map.tap_offsets(p, taps);
   for (int64_t j = 0; j < band.count && words.count; ++j)
@@ -110,10 +91,8 @@ void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, 
 
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
-  const int64_t size = strip_size(p.Wo);
-  const auto& conv_tiles = size == 7 ? sevens<T> : fours<T>;
-  const Cut cut = Cut::of(band.first_row, band.rows, band.count * strips_of_row(p.Wo), p.R, p.padding[0], p.H,
-                          p.stride[0], p.dilation[0], strips_per_tile(size));
+  const Cut cut = Cut::of(band.first_row, band.rows, maps.strips.count(1), p.R, p.padding[0], p.H, p.stride[0],
+                          p.dilation[0], strips_per_tile(maps.strips.size));
   const int64_t tiles = cut.tiles();
   for (int64_t i = 0; i < block_count; i += 2) {
     const bool two = i + 1 < block_count;
@@ -121,7 +100,7 @@ void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, 
       const Ahead ahead = i + 2 < block_count ? ahead_of(tile, tiles) : Ahead{};
       int64_t first, count;
       cut.at(tile, first, count);
-      conv_tiles[two][count - 1](maps, &blocks[i], first, taps, ahead);
+      tile_of<ConvTile<T>>(maps.strips.size, 1 + two, count)(maps, &blocks[i], first, taps, ahead);
     }
   }
   const auto out_of = [&](int64_t j) {

@@ -51,11 +51,12 @@ struct Chunk {
   Selected hidden;
   std::vector<Piece> fours;  // of the hidden channels, for planar maps
   PaddedMap a, h;
+  Strips strips;     // of both outputs
   Cut conv1, conv2;  // of the strips of both maps
   float* scratch;
   float* a_of(int64_t j) const { return scratch + j * (a.size() + h.size()); }
   float* h_of(int64_t j) const { return a_of(j) + a.size(); }
-  int64_t bytes() const { return count * (a.size() + h.size()) * 4; }
+  int64_t bytes(int64_t) const { return count * (a.size() + h.size()) * 4; }
   int64_t hidden_blocks() const {
     return static_cast<int64_t>(h.planar ? fours.size() : (hidden.channels.blocks.size() + 1) / 2);
   }
@@ -75,60 +76,51 @@ KERNEL int64_t tap_offsets(const ResidualBlock<T>& b, const PaddedMap& map, int6
   return b.R * b.S;
 }
 
-// Output pixels of strip q of a chunk: instance, row, first column, and how many of its pixels lie on the map. The rows
-// of all instances lie together, so that a tile of the first row or the last leaves out the taps on padding.
-struct Strip {
-  int64_t instance, row, column, live;
-};
+// The taps of output rows first .. last, of a convolution of a map of H rows with "same" padding.
 template <class T>
-KERNEL Strip strip_at(const Chunk<T>& c, int64_t q) {
-  const int64_t size = strip_size(c.block.Wo), per_row = strips_of_row(c.block.Wo);
-  const int64_t line = q / per_row, column = (q - line * per_row) * size, row = line / c.count;
-  return {line - row * c.count, row, column, std::min(size, c.block.Wo - column)};
-}
-
-// The taps of strips q0 .. q0 + strips - 1, of a convolution of a map of H rows with "same" padding.
-template <class T>
-KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, int64_t q0, int strips, int64_t stride, int64_t H) {
-  const int64_t first = strip_at(c, q0).row, last = strip_at(c, q0 + strips - 1).row, top = c.block.R / 2;
+KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, int64_t first, int64_t last, int64_t stride, int64_t H) {
+  const int64_t top = c.block.R / 2;
   return taps_on_map(taps, c.block.R, c.block.S, first, last, stride, 1, top, top + H - 1);
 }
 
 // One tile of conv1, blocks slot and on of the hidden channels: relu(sum + bias) into the hidden map, [pixel][channel].
-template <class T, int vectors, int strips, int size>
-void hidden_tile(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* taps, Ahead ahead) {
-  const ResidualBlock<T>& b = c.block;
-  const Block *block = &c.hidden.channels.blocks[slot], *words = &c.hidden.words.blocks[slot];
-  const int64_t tap_count = b.R * b.S;
-  const float* input[strips];
-  UNROLL for (int q = 0; q < strips; ++q) {
-    const Strip at = strip_at(c, q0 + q);
-    input[q] = c.a_of(at.instance) + (at.row * b.stride * c.a.columns + at.column * b.stride) * c.a.pixel();
-  }
-  __m512 acc[strips * size][vectors];
-  UNROLL for (int v = 0; v < vectors; ++v) {
-    const __m512 bias = _mm512_maskz_loadu_ps(static_cast<__mmask16>(block[v].lanes), b.bias1 + block[v].index * 16);
-    UNROLL for (int p = 0; p < strips * size; ++p) acc[p][v] = bias;
-  }
-  const int64_t weight_vector = weight_words<T>(b.C, tap_count);
-  const float* weight = words_of(b.conv1) + block[0].index * weight_vector;
-  const bool last = slot + vectors == static_cast<int64_t>(c.hidden.channels.blocks.size());
-  ahead.distance = last ? words_of(b.conv2) - weight : (block[vectors].index - block[0].index) * weight_vector;
-  sum_channels<T, vectors, strips, size, false>(
-      acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, q0, strips, b.stride, b.H), weight,
-      (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
-  UNROLL for (int q = 0; q < strips; ++q) {
-    const Strip at = strip_at(c, q0 + q);
-    float* h = c.h_of(at.instance) + ((at.row + b.R / 2) * c.h.columns + at.column + b.S / 2) * c.h.pixel();
-    UNROLL for (int p = 0; p < size; ++p) {
-      if (p >= at.live) break;
-      UNROLL for (int v = 0; v < vectors; ++v) {
-        const __m512 value = _mm512_max_ps(_mm512_setzero_ps(), acc[q * size + p][v]);
-        store_words<T>(h + p * c.h.pixel() + words[v].place, value, block[v].lanes, words[v].lanes);
+template <class T>
+struct HiddenTile : TwoVectors {
+  template <int vectors, int strips, int size>
+  static void run(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* taps, Ahead ahead) {
+    const ResidualBlock<T>& b = c.block;
+    const Block *block = &c.hidden.channels.blocks[slot], *words = &c.hidden.words.blocks[slot];
+    const int64_t tap_count = b.R * b.S;
+    Strips::At at[strips];
+    c.strips.at(q0, at);
+    const float* input[strips];
+    UNROLL for (int q = 0; q < strips; ++q) {
+      input[q] = c.a_of(at[q].instance) + (at[q].row * b.stride * c.a.columns + at[q].column * b.stride) * c.a.pixel();
+    }
+    __m512 acc[strips * size][vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      const __m512 bias = _mm512_maskz_loadu_ps(static_cast<__mmask16>(block[v].lanes), b.bias1 + block[v].index * 16);
+      UNROLL for (int p = 0; p < strips * size; ++p) acc[p][v] = bias;
+    }
+    const int64_t weight_vector = weight_words<T>(b.C, tap_count);
+    const float* weight = words_of(b.conv1) + block[0].index * weight_vector;
+    const bool last = slot + vectors == static_cast<int64_t>(c.hidden.channels.blocks.size());
+    ahead.distance = last ? words_of(b.conv2) - weight : (block[vectors].index - block[0].index) * weight_vector;
+    sum_channels<T, vectors, strips, size, false>(
+        acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, at[0].row, at[strips - 1].row, b.stride, b.H), weight,
+        (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
+    UNROLL for (int q = 0; q < strips; ++q) {
+      float* h = c.h_of(at[q].instance) + ((at[q].row + b.R / 2) * c.h.columns + at[q].column + b.S / 2) * c.h.pixel();
+      UNROLL for (int p = 0; p < size; ++p) {
+        if (p >= at[q].live) break;
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          const __m512 value = _mm512_max_ps(_mm512_setzero_ps(), acc[q * size + p][v]);
+          store_words<T>(h + p * c.h.pixel() + words[v].place, value, block[v].lanes, words[v].lanes);
+        }
       }
     }
   }
-}
+};
 
 // One tile of conv1 by pixels: the hidden channels of a piece, four vectors of 16 pixels, into the planar hidden map.
 template <int outputs>
@@ -157,49 +149,52 @@ void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t
 }
 
 // One tile of conv2: sums added to the shortcut.
-template <class T, int vectors, int strips, int size, bool planar>
-void output_tile(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* taps, Ahead ahead) {
-  const ResidualBlock<T>& b = c.block;
-  const int64_t tap_count = b.R * b.S, channel = block16 * 16;
-  const float* input[strips];
-  const T* shortcut[strips];
-  T* out[strips];
-  UNROLL for (int q = 0; q < strips; ++q) {
-    const Strip at = strip_at(c, q0 + q);
-    input[q] = c.h_of(at.instance) + (at.row * c.h.columns + at.column) * c.h.pixel();
-    const int64_t pixel = (b.route.order[c.start + at.instance] * b.Ho + at.row) * b.Wo + at.column;
-    shortcut[q] = b.shortcut + pixel * b.C_out + channel;
-    out[q] = b.out + pixel * b.C_out + channel;
-    for (int64_t p = 0; p < at.live; ++p) {  // they come from further out, and are there when the sums are
-      UNROLL for (int v = 0; v < vectors; ++v) {
-        _mm_prefetch(reinterpret_cast<const char*>(shortcut[q] + p * b.C_out + v * 16), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(out[q] + p * b.C_out + v * 16), _MM_HINT_T1);
+template <class T, bool planar>
+struct OutputTile : TwoVectors {
+  template <int vectors, int strips, int size>
+  static void run(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* taps, Ahead ahead) {
+    const ResidualBlock<T>& b = c.block;
+    const int64_t tap_count = b.R * b.S, channel = block16 * 16;
+    Strips::At at[strips];
+    c.strips.at(q0, at);
+    const float* input[strips];
+    const T* shortcut[strips];
+    T* out[strips];
+    UNROLL for (int q = 0; q < strips; ++q) {
+      input[q] = c.h_of(at[q].instance) + (at[q].row * c.h.columns + at[q].column) * c.h.pixel();
+      const int64_t pixel = (b.route.order[c.start + at[q].instance] * b.Ho + at[q].row) * b.Wo + at[q].column;
+      shortcut[q] = b.shortcut + pixel * b.C_out + channel;
+      out[q] = b.out + pixel * b.C_out + channel;
+      for (int64_t p = 0; p < at[q].live; ++p) {  // they come from further out, and are there when the sums are
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          _mm_prefetch(reinterpret_cast<const char*>(shortcut[q] + p * b.C_out + v * 16), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(out[q] + p * b.C_out + v * 16), _MM_HINT_T1);
+        }
+      }
+    }
+    __m512 acc[strips * size][vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      const __m512 bias = b.bias2 ? _mm512_loadu_ps(b.bias2 + channel + v * 16) : _mm512_setzero_ps();
+      UNROLL for (int p = 0; p < strips * size; ++p) acc[p][v] = bias;
+    }
+    const int64_t weight_vector = weight_words<T>(b.M, tap_count);
+    const float* weight = words_of(b.conv2) + block16 * weight_vector;
+    const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
+    ahead.distance = last ? words_of(b.conv1) - weight : vectors * weight_vector;
+    sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
+                                                   taps_of(c, taps, at[0].row, at[strips - 1].row, 1, b.Ho), weight,
+                                                   weight_vector, c.hidden.words.pieces, ahead);
+    UNROLL for (int q = 0; q < strips; ++q) {
+      UNROLL for (int p = 0; p < size; ++p) {
+        if (p >= at[q].live) break;
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          const int64_t to = p * b.C_out + v * 16;
+          store16(out[q] + to, _mm512_add_ps(load16(shortcut[q] + to), acc[q * size + p][v]));
+        }
       }
     }
   }
-  __m512 acc[strips * size][vectors];
-  UNROLL for (int v = 0; v < vectors; ++v) {
-    const __m512 bias = b.bias2 ? _mm512_loadu_ps(b.bias2 + channel + v * 16) : _mm512_setzero_ps();
-    UNROLL for (int p = 0; p < strips * size; ++p) acc[p][v] = bias;
-  }
-  const int64_t weight_vector = weight_words<T>(b.M, tap_count);
-  const float* weight = words_of(b.conv2) + block16 * weight_vector;
-  const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
-  ahead.distance = last ? words_of(b.conv1) - weight : vectors * weight_vector;
-  sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
-                                                 taps_of(c, taps, q0, strips, 1, b.Ho), weight, weight_vector,
-                                                 c.hidden.words.pieces, ahead);
-  UNROLL for (int q = 0; q < strips; ++q) {
-    const int64_t live = strip_at(c, q0 + q).live;
-    UNROLL for (int p = 0; p < size; ++p) {
-      if (p >= live) break;
-      UNROLL for (int v = 0; v < vectors; ++v) {
-        const int64_t at = p * b.C_out + v * 16;
-        store16(out[q] + at, _mm512_add_ps(load16(shortcut[q] + at), acc[q * size + p][v]));
-      }
-    }
-  }
-}
+};
 
 template <class T>
 KERNEL __m512 activate(const ResidualBlock<T>& b, const T* x, int64_t channel) {
@@ -255,43 +250,17 @@ void clear_maps(const Chunk<T>& c, int64_t begin, int64_t end) {
 }
 
 using Planes = void (*)(const Chunk<float>&, int64_t j, const Piece&, int64_t v0, int64_t live, const int64_t* taps);
-template <class T>
-using Tile = void (*)(const Chunk<T>&, int64_t block16, int64_t q0, const int64_t* taps, Ahead);
-
 constexpr Planes hidden_planes_of[4] = {hidden_planes<1>, hidden_planes<2>, hidden_planes<3>, hidden_planes<4>};
 
-// By the size of their strips, and how many vectors and strips they take, from one.
-template <class T>
-using Tiles = Tile<T>[2][3];
-template <class T>
-constexpr Tiles<T> hidden_tiles[2] = {
-    {{hidden_tile<T, 1, 1, 4>, hidden_tile<T, 1, 2, 4>, hidden_tile<T, 1, 3, 4>},
-     {hidden_tile<T, 2, 1, 4>, hidden_tile<T, 2, 2, 4>, hidden_tile<T, 2, 3, 4>}},
-    {{hidden_tile<T, 1, 1, 7>, hidden_tile<T, 1, 2, 7>}, {hidden_tile<T, 2, 1, 7>, hidden_tile<T, 2, 2, 7>}}};
-
-template <class T>
-constexpr Tiles<T> output_tiles[2] = {
-    {{output_tile<T, 1, 1, 4, false>, output_tile<T, 1, 2, 4, false>, output_tile<T, 1, 3, 4, false>},
-     {output_tile<T, 2, 1, 4, false>, output_tile<T, 2, 2, 4, false>, output_tile<T, 2, 3, 4, false>}},
-    {{output_tile<T, 1, 1, 7, false>, output_tile<T, 1, 2, 7, false>},
-     {output_tile<T, 2, 1, 7, false>, output_tile<T, 2, 2, 7, false>}}};
-
-// Of planar maps, which are 16 pixels wide or more.
-template <class T>
-constexpr Tiles<T> planar_tiles = {
-    {output_tile<T, 1, 1, 4, true>, output_tile<T, 1, 2, 4, true>, output_tile<T, 1, 3, 4, true>},
-    {output_tile<T, 2, 1, 4, true>, output_tile<T, 2, 2, 4, true>, output_tile<T, 2, 3, 4, true>}};
-
 // Items begin..end of a convolution to `blocks` blocks of channels: for each two of these, each tile.
-template <class T>
-void tile_items(const Chunk<T>& c, const Tiles<T>& tiles, const Cut& cut, int64_t blocks, int64_t begin, int64_t end,
-                const int64_t* taps) {
+template <class Tile, class T>
+void tile_items(const Chunk<T>& c, const Cut& cut, int64_t blocks, int64_t begin, int64_t end, const int64_t* taps) {
   const int64_t count = cut.tiles();
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block16 = i / count * 2, vectors = std::min<int64_t>(2, blocks - block16);
     int64_t q0, strips;
     cut.at(i % count, q0, strips);
-    tiles[vectors - 1][strips - 1](c, block16, q0, taps, ahead_of(i % count, count));
+    tile_of<Tile>(c.strips.size, vectors, strips)(c, block16, q0, taps, ahead_of(i % count, count));
   }
 }
 
@@ -314,8 +283,8 @@ void hidden_items(const Chunk<T>& c, int64_t begin, int64_t end) {
       return;
     }
   }
-  tile_items(c, hidden_tiles<T>[strip_size(c.block.Wo) == 7], c.conv1,
-             static_cast<int64_t>(c.hidden.channels.blocks.size()), begin, end, taps);
+  const int64_t blocks = static_cast<int64_t>(c.hidden.channels.blocks.size());
+  tile_items<HiddenTile<T>>(c, c.conv1, blocks, begin, end, taps);
 }
 
 template <class T>
@@ -324,11 +293,11 @@ void output_items(const Chunk<T>& c, int64_t begin, int64_t end) {
   tap_offsets(c.block, c.h, taps);
   if constexpr (per_word<T> == 1) {
     if (c.h.planar) {
-      tile_items(c, planar_tiles<T>, c.conv2, c.block.C_out / 16, begin, end, taps);
+      tile_items<OutputTile<T, true>>(c, c.conv2, c.block.C_out / 16, begin, end, taps);
       return;
     }
   }
-  tile_items(c, output_tiles<T>[strip_size(c.block.Wo) == 7], c.conv2, c.block.C_out / 16, begin, end, taps);
+  tile_items<OutputTile<T, false>>(c, c.conv2, c.block.C_out / 16, begin, end, taps);
 }
 
 #pragma GCC pop_options
@@ -340,8 +309,8 @@ Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Sel
   // By pixels where pieces of 4 hidden channels waste less than blocks of 16.
   const bool planar = may_be_planar && per_word<T> == 1 && b.stride == 1 && b.W % 16 == 0 &&
                       fours.size() < 4 * hidden.channels.blocks.size();
-  const int64_t line = count * strips_of_row(b.Wo);
-  const int most = strips_per_tile(strip_size(b.Wo));
+  const Strips strips(count, b.Wo);
+  const int64_t line = strips.count(1), most = strips_per_tile(strips.size);
   return {b,
           start,
           count,
@@ -350,6 +319,7 @@ Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Sel
           std::move(fours),
           padded_map(b.H, b.W, b.C / per_word<T>, planar, b.R, b.S, b.stride),
           padded_map(b.Ho, b.Wo, hidden.words.count, planar, b.R, b.S, 1),
+          strips,
           Cut::of(0, b.Ho, line, b.R, b.R / 2, b.H, b.stride, 1, most),
           Cut::of(0, b.Ho, line, b.R, b.R / 2, b.Ho, 1, 1, most),
           nullptr};

@@ -5,14 +5,47 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
+#include "direct_chunks.h"
 #include "direct_words.h"
 
 namespace den_kernels {
 
 constexpr int64_t prefetch_floats = 8 * 16;  // weights are asked for eight steps ahead: they stream from further out
+
+template <class Tile, int vectors, int size, int... fewer>
+constexpr auto tiles_by_strips(std::integer_sequence<int, fewer...>) {
+  return std::array{&Tile::template run<vectors, fewer + 1, size>...};
+}
+
+template <class Tile, int vectors>
+auto tile_of_vectors(int64_t size, int64_t strips) {
+  static constexpr auto fours =
+      tiles_by_strips<Tile, vectors, 4>(std::make_integer_sequence<int, Tile::most(vectors, 4)>{});
+  static constexpr auto sevens =
+      tiles_by_strips<Tile, vectors, 7>(std::make_integer_sequence<int, Tile::most(vectors, 7)>{});
+  return size == 7 ? sevens[strips - 1] : fours[strips - 1];
+}
+
+// The function of a tile, Tile::run<vectors, strips, size>: `vectors` of 16 channels, 1 .. Tile::vectors, for `strips`
+// of `size` pixels each, 4 or 7. Tile::most(vectors, size): how many strips its registers hold.
+template <class Tile>
+auto tile_of(int64_t size, int64_t vectors, int64_t strips) {
+  if constexpr (Tile::vectors > 2) {
+    if (vectors == 3) return tile_of_vectors<Tile, 3>(size, strips);
+  }
+  return vectors == 2 ? tile_of_vectors<Tile, 2>(size, strips) : tile_of_vectors<Tile, 1>(size, strips);
+}
+
+// A tile of one or two vectors, cut by strips_per_tile.
+struct TwoVectors {
+  static constexpr int vectors = 2;
+  static constexpr int most(int, int size) { return strips_per_tile(size); }
+};
 
 #pragma GCC push_options
 DEN_KERNELS_TARGET

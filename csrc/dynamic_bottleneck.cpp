@@ -24,25 +24,6 @@ namespace {
 
 using Problem = BottleneckProblem<float>;
 
-// Strips of neighbouring pixels of the rows of a map, those of all instances of a row together.
-struct Strips {
-  int64_t instances, rows, columns, size, per_row;
-  Strips(int64_t instances, int64_t rows, int64_t columns)
-      : instances(instances),
-        rows(rows),
-        columns(columns),
-        size(strip_size(columns)),
-        per_row(strips_of_row(columns)) {}
-  int64_t count() const { return instances * rows * per_row; }
-  struct At {
-    int64_t instance, row, column, live;
-  };
-  At at(int64_t q) const {
-    const int64_t line = q / per_row, column = q % per_row * size, row = line / instances;
-    return {line - row * instances, row, column, std::min(size, columns - column)};
-  }
-};
-
 // What the chunks of one selection share.
 struct Selected {
   const Channels& hidden;
@@ -50,35 +31,48 @@ struct Selected {
   std::vector<std::vector<Piece>> inputs;  // of conv2, by cardinality group, counted from its first channel
 };
 
-// Instances order[start : start + count] of a route.
+// Instances order[start : start + count] of a route. In scratch memory: their hidden maps, and behind these a band of
+// each thread.
 struct Chunk {
   const Problem& block;
   const Selected& selected;
   int64_t start, count;
-  Strips in, out;
+  Strips in, out;   // of the input and the output
   int64_t columns;  // of the hidden map: padding, and what whole strips of outputs read
-  const float* hidden = nullptr;
+  float* scratch = nullptr;
   Chunk(const Problem& p, const Selected& s, int64_t start, int64_t count)
       : block(p),
         selected(s),
         start(start),
         count(count),
-        in(count, p.H, p.W),
-        out(count, p.Ho(), p.Wo()),
-        columns(std::max(p.W + p.S - 1, (strip_columns(p.Wo()) - 1) * p.stride + p.S)) {}
+        in(count, p.W),
+        out(count, p.Wo),
+        columns(std::max(p.W + p.S - 1, (strip_columns(p.Wo) - 1) * p.stride + p.S)) {}
   int64_t width() const { return selected.hidden.count; }
   int64_t pixel() const { return spread(width()); }  // of the hidden map
   int64_t map_size() const { return (block.H + block.R - 1) * columns * pixel(); }
-  int64_t map_bytes() const { return round_up(count * map_size() * 4, 64); }
+  int64_t maps_size() const { return round_up(count * map_size(), 16); }
+  int64_t band_size() const;
+  int64_t bytes(int64_t threads) const { return 4 * (maps_size() + threads * band_size()); }
+  float* band_of(int64_t thread) const { return scratch + maps_size() + thread * band_size(); }
 };
-
-constexpr int64_t vectors_at_once = 2;
 
 // Strips of a band: as many as keep their pixels of `channels` channels in half of the scratch memory.
 int64_t band_strips(const Strips& strips, int64_t channels) {
   const int64_t fits = scratch_bytes() / 2 / (strips.size * spread(channels) * 4), most = strips_per_tile(strips.size);
   return std::max<int64_t>(fits / most, 1) * most;
 }
+
+int64_t Chunk::band_size() const {
+  const int64_t first = band_strips(in, block.C) * in.size * spread(block.C);
+  const int64_t second = band_strips(out, width()) * out.size * pixel();
+  return round_up(std::max(first, second), 16);
+}
+
+// A chunk's hidden maps alone: the bands are the same for any number of instances.
+int64_t times_fitting(const Chunk& c) { return scratch_bytes() / (4 * c.maps_size()); }
+
+constexpr int64_t vectors_at_once = 2;
 
 #pragma GCC push_options
 DEN_KERNELS_TARGET
@@ -116,52 +110,68 @@ struct Inputs {
   int64_t weight_vector;
 };
 
-// finish(strip, pixel, sums of its vectors)
-template <int vectors, int strips, int size, class Finish>
-KERNEL void sum_tile(const Inputs& in, const __m512 (&bias)[2], const Finish& finish) {
-  const float* input[strips];
-  UNROLL for (int q = 0; q < strips; ++q) input[q] = in.at[q];
-  __m512 acc[strips * size][vectors];
-  UNROLL for (int i = 0; i < strips * size; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v]; }
-  sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
-                                                    in.pieces, {});
-  UNROLL for (int q = 0; q < strips; ++q) { UNROLL for (int i = 0; i < size; ++i) finish(q, i, acc[q * size + i]); }
+// The sums of a tile, each pixel's to finish(strip, pixel, sums of its vectors). It is copied: of memory that a store
+// may change, all would be read anew for every pixel.
+template <class Finish>
+struct SumTile : TwoVectors {
+  template <int vectors, int strips, int size>
+  static void run(const Inputs& in, const __m512 (&bias)[2], const Finish& finish) {
+    const float* input[strips];
+    UNROLL for (int q = 0; q < strips; ++q) input[q] = in.at[q];
+    __m512 acc[strips * size][vectors];
+    UNROLL for (int i = 0; i < strips * size; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v]; }
+    sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
+                                                      in.pieces, {});
+    const Finish own = finish;
+    UNROLL for (int q = 0; q < strips; ++q) { UNROLL for (int i = 0; i < size; ++i) own(q, i, acc[q * size + i]); }
+  }
+};
+
+template <class Finish>
+void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in, const __m512 (&bias)[2],
+                const Finish& finish) {
+  tile_of<SumTile<Finish>>(size, vectors, strips)(in, bias, finish);
 }
 
-// The same for any number of vectors and strips.
-template <class Finish>
-KERNEL void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in, const __m512 (&bias)[2],
-                       const Finish& finish) {
-  const int64_t kind = (size == 7) * 6 + (strips - 1) * 2 + vectors - 1;
-  switch (kind) {
-    case 0:
-      return sum_tile<1, 1, 4>(in, bias, finish);
-    case 1:
-      return sum_tile<2, 1, 4>(in, bias, finish);
-    case 2:
-      return sum_tile<1, 2, 4>(in, bias, finish);
-    case 3:
-      return sum_tile<2, 2, 4>(in, bias, finish);
-    case 4:
-      return sum_tile<1, 3, 4>(in, bias, finish);
-    case 5:
-      return sum_tile<2, 3, 4>(in, bias, finish);
-    case 6:
-      return sum_tile<1, 1, 7>(in, bias, finish);
-    case 7:
-      return sum_tile<2, 1, 7>(in, bias, finish);
-    case 8:
-      return sum_tile<1, 2, 7>(in, bias, finish);
-    default:
-      return sum_tile<2, 2, 7>(in, bias, finish);
+// relu(sums) of the channels of one or two blocks into a map of the selected channels alone.
+struct StoreHidden {
+  float* to[3];     // the first pixel of each strip
+  int64_t live[3];  // how many of its pixels are kept
+  int64_t pixel;    // floats from a pixel to the next
+  Block blocks[2];
+  template <int vectors>
+  KERNEL void operator()(int strip, int i, const __m512 (&sums)[vectors]) const {
+    if (i >= live[strip]) return;
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      float* at = to[strip] + i * pixel + blocks[v].place;
+      store_words<float>(at, relu(sums[v]), blocks[v].lanes, blocks[v].lanes);
+    }
   }
+};
+
+// Sums added to the output.
+struct AddOutput {
+  float* to[3];
+  int64_t live[3], pixel;
+  template <int vectors>
+  KERNEL void operator()(int strip, int i, const __m512 (&sums)[vectors]) const {
+    if (i >= live[strip]) return;
+    float* at = to[strip] + i * pixel;
+    UNROLL for (int v = 0; v < vectors; ++v) store16(at + v * 16, _mm512_add_ps(load16(at + v * 16), sums[v]));
+  }
+};
+
+// The bias of one or two blocks.
+KERNEL void load_bias(const float* from, const Block* block, int64_t vectors, __m512 (&bias)[2]) {
+  for (int64_t v = 0; v < vectors; ++v)
+    bias[v] = load16(from + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
 }
 
 // conv1 of a band of strips of the input, into the hidden maps.
-void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch, float* hidden) {
+void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   const Problem& p = c.block;
   const Channels& chosen = c.selected.hidden;
-  const int64_t tap = 0, pixel = spread(p.C), weight_vector = weight_words<float>(p.C, 1),
+  const int64_t tap = 0, from_pixel = spread(p.C), pixel = c.pixel(), weight_vector = weight_words<float>(p.C, 1),
                 most = strips_per_tile(c.in.size);
   activate(c, first, count, scratch);
   const int64_t blocks = static_cast<int64_t>(chosen.blocks.size());
@@ -169,129 +179,120 @@ void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch, fl
     const Block* block = &chosen.blocks[n];
     const int64_t vectors = std::min(vectors_at_once, blocks - n);
     __m512 bias[2];
-    for (int64_t v = 0; v < vectors; ++v)
-      bias[v] = load16(p.bias1 + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+    load_bias(p.bias1, block, vectors, bias);
+    StoreHidden store{{}, {}, pixel, {block[0], block[vectors - 1]}};
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
       Inputs in{{},
-                pixel,
+                from_pixel,
                 {&tap, 1, 0, 1},
                 c.selected.stream,
                 p.conv1 + block[0].index * weight_vector,
                 (block[vectors - 1].index - block[0].index) * weight_vector};
-      float* to[3];
-      int64_t live[3];
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.in.at(first + q + i);
-        in.at[i] = scratch + (q + i) * c.in.size * pixel;
-        to[i] =
-            hidden + at.instance * c.map_size() + ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * c.pixel();
-        live[i] = at.live;
+        in.at[i] = scratch + (q + i) * c.in.size * from_pixel;
+        store.to[i] =
+            c.scratch + at.instance * c.map_size() + ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * pixel;
+        store.live[i] = at.live;
       }
-      sum_strips(c.in.size, strips, vectors, in, bias, [&](int strip, int i, const auto& sums) {
-        if (i >= live[strip]) return;
-        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
-          store_words<float>(to[strip] + i * c.pixel() + block[v].place, relu(sums[v]), block[v].lanes, block[v].lanes);
-      });
+      sum_strips(c.in.size, strips, vectors, in, bias, store);
     }
   }
 }
 
-// conv2 and conv3 of a band of strips of the output.
-void second_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
+// conv2 of a band of strips of the output, side by side into the band's memory.
+void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   const Problem& p = c.block;
   const Channels& chosen = c.selected.hidden;
   const int64_t most = strips_per_tile(c.out.size), tap_count = p.R * p.S, unit = p.M / p.cardinality;
   const int64_t pixel = c.pixel(), size = c.out.size, blocks = static_cast<int64_t>(chosen.blocks.size());
   int64_t taps[max_taps];
-  for (int64_t t = 0; t < tap_count; ++t) taps[t] = (t / p.S * c.columns + t % p.S) * c.pixel();
-  const int64_t weight_vector2 = weight_words<float>(unit, tap_count), weight_vector3 = weight_words<float>(p.M, 1);
+  for (int64_t t = 0; t < tap_count; ++t) taps[t] = (t / p.S * c.columns + t % p.S) * pixel;
+  const int64_t weight_vector = weight_words<float>(unit, tap_count);
   for (int64_t n = 0; n < blocks;) {
     const Block* block = &chosen.blocks[n];
     const int64_t group = block->index * 16 / unit;
     const bool two = n + 1 < blocks && block[1].index * 16 / unit == group;
     __m512 bias[2];
-    for (int v = 0; v <= two; ++v)
-      bias[v] = load16(p.bias2 + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+    load_bias(p.bias2, block, 1 + two, bias);
+    StoreHidden store{{}, {size, size, size}, pixel, {block[0], block[two]}};
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
       const int64_t top = c.out.at(first + q).row, bottom = c.out.at(first + q + strips - 1).row;
       Inputs in{{},
-                c.pixel() * p.stride,
+                pixel * p.stride,
                 taps_on_map(taps, p.R, p.S, top, bottom, p.stride, 1, p.R / 2, p.R / 2 + p.H - 1),
                 c.selected.inputs[group],
-                p.conv2 + block[0].index * weight_vector2,
-                (block[two].index - block[0].index) * weight_vector2};
+                p.conv2 + block[0].index * weight_vector,
+                (block[two].index - block[0].index) * weight_vector};
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.out.at(first + q + i);
-        in.at[i] = c.hidden + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * c.pixel();
+        in.at[i] = c.scratch + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * pixel;
+        store.to[i] = scratch + (q + i) * size * pixel;
       }
-      float* to = scratch + q * size * pixel;
-      sum_strips(size, strips, 1 + two, in, bias, [&](int strip, int i, const auto& sums) {
-        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
-          store_words<float>(to + (strip * size + i) * pixel + block[v].place, relu(sums[v]), block[v].lanes,
-                             block[v].lanes);
-      });
+      sum_strips(size, strips, 1 + two, in, bias, store);
     }
     n += 1 + two;
   }
+}
+
+// conv3 of that band, added to the output.
+void last_band(const Chunk& c, int64_t first, int64_t count, const float* scratch) {
+  const Problem& p = c.block;
+  const int64_t most = strips_per_tile(c.out.size), weight_vector = weight_words<float>(p.M, 1), pixel = c.pixel();
   const int64_t tap = 0;
+  const __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  AddOutput store{{}, {}, p.C_out};
   for (int64_t n = 0; n < p.C_out / 16; n += vectors_at_once) {
     const int64_t vectors = std::min(vectors_at_once, p.C_out / 16 - n);
-    const __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
-      Inputs in{{}, pixel, {&tap, 1, 0, 1}, chosen.pieces, p.conv3 + n * weight_vector3, weight_vector3};
-      float* out[3];
-      int64_t live[3];
+      Inputs in{{}, pixel, {&tap, 1, 0, 1}, c.selected.hidden.pieces, p.conv3 + n * weight_vector, weight_vector};
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.out.at(first + q + i);
-        in.at[i] = scratch + (q + i) * size * pixel;
-        const int64_t row = p.route.order[c.start + at.instance] * p.Ho() + at.row;
-        out[i] = p.out + (row * p.Wo() + at.column) * p.C_out + n * 16;
-        live[i] = at.live;
+        in.at[i] = scratch + (q + i) * c.out.size * pixel;
+        const int64_t row = p.route.order[c.start + at.instance] * p.Ho + at.row;
+        store.to[i] = p.out + (row * p.Wo + at.column) * p.C_out + n * 16;
+        store.live[i] = at.live;
         for (int64_t k = 0; k < at.live; ++k)  // it comes from further out, and is there when the sums are
-          _mm_prefetch(reinterpret_cast<const char*>(out[i] + k * p.C_out), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(store.to[i] + k * p.C_out), _MM_HINT_T0);
       }
-      sum_strips(size, strips, vectors, in, bias, [&](int strip, int i, const auto& sums) {
-        if (i >= live[strip]) return;
-        float* at = out[strip] + i * p.C_out;
-        for (size_t v = 0; v < sizeof(sums) / sizeof(sums[0]); ++v)
-          store16(at + v * 16, _mm512_add_ps(load16(at + v * 16), sums[v]));
-      });
+      sum_strips(c.out.size, strips, vectors, in, bias, store);
     }
   }
 }
 
 #pragma GCC pop_options
 
-int64_t band_bytes(const Chunk& c) {
-  const int64_t first = band_strips(c.in, c.block.C) * c.in.size * spread(c.block.C);
-  const int64_t second = band_strips(c.out, c.width()) * c.out.size * c.pixel();
-  return round_up(std::max(first, second) * 4, 64);
-}
-
-// Bands begin .. end (of `total`) of strips, each by work(first, count).
+// A thread's share of the strips of `rows` rows, band by band: work(first strip, strips).
 template <class Work>
-void run_bands(const Strips& strips, int64_t channels, int64_t thread, int64_t threads, Work work) {
-  const int64_t whole = band_strips(strips, channels), per_thread = (strips.count() + threads - 1) / threads;
-  const int64_t most = strips_per_tile(strips.size), length = std::min(whole, round_up(per_thread, most));
-  for (int64_t first = thread * length; first < strips.count(); first += threads * length)
-    work(first, std::min(length, strips.count() - first));
+void run_bands(const Strips& strips, int64_t rows, int64_t channels, int64_t thread, int64_t threads, Work work) {
+  const int64_t most = strips_per_tile(strips.size), count = strips.count(rows), length = band_strips(strips, channels);
+  int64_t begin, end;
+  share((count + most - 1) / most, thread, threads, begin, end);
+  end = std::min(end * most, count);
+  for (int64_t first = begin * most; first < end; first += length) work(first, std::min(length, end - first));
 }
 
-// A chunk by `threads` threads together, with hidden maps that they share and scratch memory of each.
-template <class Wait>
-void run_chunk(const Chunk& c, int64_t thread, int64_t threads, float* hidden, float* scratch, Wait wait) {
+// Zeros around the hidden maps; the input is activated band by band.
+void input_stage(const Chunk& c, int64_t thread, int64_t threads) {
   int64_t begin, end;
   share(c.count, thread, threads, begin, end);
-  std::memset(hidden + begin * c.map_size(), 0, (end - begin) * c.map_size() * sizeof(float));
-  wait();
-  run_bands(c.in, c.block.C, thread, threads,
-            [&](int64_t first, int64_t count) { first_band(c, first, count, scratch, hidden); });
-  wait();
-  run_bands(c.out, c.width(), thread, threads,
-            [&](int64_t first, int64_t count) { second_band(c, first, count, scratch); });
+  std::memset(c.scratch + begin * c.map_size(), 0, (end - begin) * c.map_size() * sizeof(float));
+}
+
+void hidden_stage(const Chunk& c, int64_t thread, int64_t threads) {
+  run_bands(c.in, c.block.H, c.block.C, thread, threads,
+            [&, scratch = c.band_of(thread)](int64_t first, int64_t count) { first_band(c, first, count, scratch); });
+}
+
+void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
+  float* scratch = c.band_of(thread);
+  run_bands(c.out, c.block.Ho, c.width(), thread, threads, [&](int64_t first, int64_t count) {
+    middle_band(c, first, count, scratch);
+    last_band(c, first, count, scratch);
+  });
 }
 
 std::vector<std::vector<Piece>> inputs_by_group(const Problem& p, const Channels& hidden) {
@@ -302,23 +303,6 @@ std::vector<std::vector<Piece>> inputs_by_group(const Problem& p, const Channels
     found[group].push_back({piece.first - group * unit, piece.width, piece.place});
   }
   return found;
-}
-
-std::vector<Chunk> chunks_of(const Problem& p, const std::vector<Selected>& selected, int64_t threads) {
-  std::vector<Chunk> chunks;
-  int64_t rest = 0;  // instances times width
-  for (int64_t s = 0; s < p.route.S; ++s) rest += p.route.count(s) * selected[s].hidden.count;
-  for (int64_t s = 0; s < p.route.S; ++s) {
-    const int64_t width = selected[s].hidden.count, last = p.route.offsets[s + 1];
-    for (int64_t i = p.route.offsets[s]; width && i < last;) {
-      const int64_t fits = std::max<int64_t>(scratch_bytes() / Chunk(p, selected[s], i, 1).map_bytes(), 1);
-      const int64_t count = std::min({fits, fair_share(rest / width, threads), last - i});
-      chunks.emplace_back(p, selected[s], i, count);
-      rest -= count * width;
-      i += count;
-    }
-  }
-  return chunks;
 }
 
 }  // namespace
@@ -334,41 +318,10 @@ void dynamic_bottleneck(const BottleneckProblem<float>& p) {
   for (const Channels& channels : hidden)
     selected.push_back({channels, cut({{0, p.C}}, 16), inputs_by_group(p, channels)});
   const int64_t threads = omp_get_max_threads();
-  std::vector<Chunk> chunks = chunks_of(p, selected, threads);
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  Failure failure;
-  if (count >= 2 * threads || threads == 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count; ++i)
-      failure.guard([&] {
-        Chunk& chunk = chunks[i];
-        float* hidden_maps = static_cast<float*>(scratch_of_thread(chunk.map_bytes() + band_bytes(chunk)));
-        chunk.hidden = hidden_maps;
-        run_chunk(chunk, 0, 1, hidden_maps, hidden_maps + chunk.map_bytes() / 4, [] {});
-      });
-    failure.rethrow();
-    return;
-  }
-  for (Chunk& chunk : chunks) {
-    // The first thread's scratch memory holds the maps that all share, and its own behind them.
-    float* hidden_maps = static_cast<float*>(scratch_of_thread(chunk.map_bytes() + band_bytes(chunk)));
-    chunk.hidden = hidden_maps;
-#pragma omp parallel num_threads(threads)
-    {
-      const int64_t thread = omp_get_thread_num();
-      float* own = hidden_maps + chunk.map_bytes() / 4;
-      failure.guard([&] {
-        if (thread) own = static_cast<float*>(scratch_of_thread(band_bytes(chunk)));
-      });
-#pragma omp barrier
-      // All threads or none: inside they wait for each other.
-      if (!failure.any())
-        run_chunk(chunk, thread, omp_get_num_threads(), hidden_maps, own, [] {
-#pragma omp barrier
-        });
-    }
-    failure.rethrow();
-  }
+  const auto make = [&](int64_t start, int64_t count, const Channels& chosen) {
+    return Chunk(p, selected[&chosen - hidden.data()], start, count);
+  };
+  run_chunks(make_chunks(p, hidden, threads, 1, make), threads, 0, [](int64_t) {});
 }
 
 #else

@@ -15,8 +15,10 @@ namespace den_kernels {
 // R x S with "same" padding, the stride and the cardinality. Maps are channels-last.
 template <class T>
 struct BottleneckProblem {
-  int64_t B, H, W, C, M, C_out;  // input map, hidden channels, output channels
-  int64_t R, S, stride, cardinality;
+  int64_t B, H, W, C;       // input map
+  int64_t Ho, Wo, C_out;    // output map: Ho = ceil(H / stride)
+  int64_t M, R, S, stride;  // hidden channels, kernel and stride of conv2
+  int64_t cardinality;      // of conv2
   Selections route;
   std::vector<int64_t> sizes;  // [G] channels of the hidden groups
   const T* x;                  // [B, H, W, C]
@@ -28,8 +30,6 @@ struct BottleneckProblem {
   const T* conv2;
   const float* bias2;  // [M]
   const T* conv3;
-  int64_t Ho() const { return (H + stride - 1) / stride; }
-  int64_t Wo() const { return (W + stride - 1) / stride; }
 };
 
 // Needs AVX-512 (has_dynamic_residual); C, C_out and M / cardinality divisible by 16; R and S odd, at most 7 x 7; a

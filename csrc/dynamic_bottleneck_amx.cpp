@@ -32,8 +32,8 @@ struct Chunk {
   }  // the last may be part empty
   int64_t size(int i) const { return groups(i) * maps[i].group(); }
   bf16* map(int i) const { return scratch + (i > 0 ? size(0) : 0) + (i > 1 ? size(1) : 0); }
-  int64_t bytes() const { return 2 * (size(0) + size(1) + size(2)); }
-  Tiling tiling(int i) const { return i ? tiling_of(block.Ho(), block.Wo()) : tiling_of(block.H, block.W); }
+  int64_t bytes(int64_t) const { return 2 * (size(0) + size(1) + size(2)); }
+  Tiling tiling(int i) const { return i ? tiling_of(block.Ho, block.Wo) : tiling_of(block.H, block.W); }
   int64_t items(int i) const {  // of the convolution that reads map i
     const int64_t tiles = groups(i) * tiling(i).count, quads = (tiles + 3) / 4;
     return static_cast<int64_t>((i < 2 ? hidden : outputs).blocks.size()) * quads;
@@ -45,8 +45,8 @@ struct Chunk {
 Chunk make_chunk(const Problem& p, const Channels& stream, const Channels& hidden, const Channels& outputs,
                  int64_t start, int64_t count) {
   const Window first{p.H, p.W, 0, 0, p.H, p.W, 1, 1, {1, 1}};
-  const Window second{p.H, p.W, p.R / 2, p.S / 2, p.Ho(), p.Wo(), p.R, p.S, {p.stride, p.stride}};
-  const Window third{p.Ho(), p.Wo(), 0, 0, p.Ho(), p.Wo(), 1, 1, {1, 1}};
+  const Window second{p.H, p.W, p.R / 2, p.S / 2, p.Ho, p.Wo, p.R, p.S, {p.stride, p.stride}};
+  const Window third{p.Ho, p.Wo, 0, 0, p.Ho, p.Wo, 1, 1, {1, 1}};
   return {p,
           start,
           count,
@@ -117,7 +117,7 @@ struct AddOutput {
     const int64_t together = chunk.maps[2].together, sums_step = together * outputs * 16;
     for (int64_t f = 0; f < std::min(together, chunk.count - at.group * together); ++f) {
       const int64_t instance = p.route.order[chunk.start + at.group * together + f];
-      bf16* out = p.out + ((instance * p.Ho() + at.row) * p.Wo() + at.column) * p.C_out + slot * 32;
+      bf16* out = p.out + ((instance * p.Ho + at.row) * p.Wo + at.column) * p.C_out + slot * 32;
       const float *s = sums + f * outputs * 16, *end = s + at.live * sums_step;
       for (; s != end; out += p.C_out, s += sums_step) {
         if constexpr (outputs == 2) {
@@ -137,7 +137,7 @@ template <class Finish>
 void convolve_map(const Chunk& c, int i, int64_t begin, int64_t end, const Channels& inputs, const Channels& outputs,
                   const Section& weights, const Finish& finish) {
   const Problem& p = c.block;
-  const int64_t R = i == 1 ? p.R : 1, S = i == 1 ? p.S : 1, stride = i == 1 ? p.stride : 1, Wo = i ? p.Wo() : p.W;
+  const int64_t R = i == 1 ? p.R : 1, S = i == 1 ? p.S : 1, stride = i == 1 ? p.stride : 1, Wo = i ? p.Wo : p.W;
   const Convolution conv{c.maps[i], c.map(i), c.groups(i), Wo,     R,       S,
                          stride,    stride,   c.tiling(i), inputs, outputs, weights};
   convolve(conv, begin, end, finish);
@@ -176,7 +176,7 @@ void dynamic_bottleneck(const BottleneckProblem<bf16>& p) {
   check(p.M % 16 == 0 && p.C_out % 16 == 0, op, "channels", "divisible by 16", p.M % 16 ? p.M : p.C_out);
   check(p.cardinality == 1, op, "cardinality", "1", p.cardinality);
   check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, op, "kernel", "odd and at most 7 x 7", p.R * p.S);
-  const int64_t threads = omp_get_max_threads(), multiple = together_of(p.Wo(), 16);
+  const int64_t threads = omp_get_max_threads(), multiple = together_of(p.Wo, 16);
   const Channels stream = channels_of({{0, p.C}}, p.C, 32), outputs = channels_of({{0, p.C_out}}, p.C_out, 32);
   const std::vector<Channels> hidden = channels_of(p.route, p.sizes, p.M, 32);
   const auto make = [&](int64_t start, int64_t count, const Channels& selected) {

@@ -33,9 +33,10 @@ struct StateMap {
 // What does not change from instance to instance.
 struct Layout {
   StateMap map;
+  Strips strips;
   std::vector<Piece> pieces;  // the channels in blocks of 16
   int64_t taps[max_taps];     // of each tap, from the tap above and to the left of all
-  explicit Layout(const GraphProblem& p) : map(p), pieces(cut({{0, p.C}}, 16)) {
+  explicit Layout(const GraphProblem& p) : map(p), strips(1, p.W), pieces(cut({{0, p.C}}, 16)) {
     for (int64_t t = 0; t < p.R * p.S; ++t) taps[t] = (t / p.S * map.columns + t % p.S) * p.C;
   }
 };
@@ -44,57 +45,54 @@ struct Layout {
 DEN_KERNELS_TARGET
 
 // The blocks of output channels from `block` of strips from q0: to += gate * relu(conv(from) + bias).
-template <int vectors, int strips, int size>
-void edge_tile(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
-               int64_t block, int64_t q0) {
-  const int64_t per_row = strips_of_row(p.W), weight_vector = weight_words<float>(p.C, p.R * p.S);
-  const float* input[strips];
-  UNROLL for (int q = 0; q < strips; ++q) {
-    input[q] = from + ((q0 + q) / per_row * layout.map.columns + (q0 + q) % per_row * size) * p.C;
-  }
-  __m512 acc[strips * size][vectors];
-  UNROLL for (int v = 0; v < vectors; ++v) {
-    const int64_t first = (block + v) * 16;
-    const __m512 bias = _mm512_maskz_loadu_ps(lanes_of(p.C - first), p.biases[e] + first);
-    UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
-  }
-  sum_channels<float, vectors, strips, size, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
-                                                    p.weights[e] + block * weight_vector, weight_vector, layout.pieces,
-                                                    {});
-  const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
-  UNROLL for (int q = 0; q < strips; ++q) {
-    float* pixel = to + layout.map.origin + (input[q] - from);
-    const int64_t live = p.W - (q0 + q) % per_row * size;
-    UNROLL for (int i = 0; i < size; ++i) {
-      if (i >= live) break;
-      UNROLL for (int v = 0; v < vectors; ++v) {
-        float* at = pixel + i * p.C + (block + v) * 16;
-        const __mmask16 some = lanes_of(p.C - (block + v) * 16);
-        const __m512 made = _mm512_max_ps(zero, acc[q * size + i][v]);  // NaN passes: max gives its second operand
-        _mm512_mask_storeu_ps(at, some, _mm512_fmadd_ps(factor, made, _mm512_maskz_loadu_ps(some, at)));
+struct EdgeTile {
+  // 21 to 28 of 32 registers sum.
+  static constexpr int vectors = 3;
+  static constexpr int most(int vectors, int size) { return 28 / (vectors * size); }
+  template <int vectors, int strips, int size>
+  static void run(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
+                  int64_t block, int64_t q0) {
+    const int64_t weight_vector = weight_words<float>(p.C, p.R * p.S);
+    Strips::At strip[strips];
+    layout.strips.at(q0, strip);
+    const float* input[strips];
+    UNROLL for (int q = 0; q < strips; ++q) {
+      input[q] = from + (strip[q].row * layout.map.columns + strip[q].column) * p.C;
+    }
+    __m512 acc[strips * size][vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      const int64_t first = (block + v) * 16;
+      const __m512 bias = _mm512_maskz_loadu_ps(lanes_of(p.C - first), p.biases[e] + first);
+      UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
+    }
+    sum_channels<float, vectors, strips, size, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
+                                                      p.weights[e] + block * weight_vector, weight_vector,
+                                                      layout.pieces, {});
+    const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
+    UNROLL for (int q = 0; q < strips; ++q) {
+      float* pixel = to + layout.map.origin + (input[q] - from);
+      UNROLL for (int i = 0; i < size; ++i) {
+        if (i >= strip[q].live) break;
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          float* at = pixel + i * p.C + (block + v) * 16;
+          const __mmask16 some = lanes_of(p.C - (block + v) * 16);
+          const __m512 made = _mm512_max_ps(zero, acc[q * size + i][v]);  // NaN passes: max gives its second operand
+          _mm512_mask_storeu_ps(at, some, _mm512_fmadd_ps(factor, made, _mm512_maskz_loadu_ps(some, at)));
+        }
       }
     }
   }
-}
+};
 
-// The tile of `count` strips, at most `strips`.
-template <int vectors, int strips, int size>
-auto tile_of(int64_t count) {
-  if constexpr (strips > 1) {
-    if (count < strips) return tile_of<vectors, strips - 1, size>(count);
-  }
-  return &edge_tile<vectors, strips, size>;
-}
-
-// All strips in tiles of nearly the same size: 21 to 28 of 32 registers sum in the largest, and few do in a small one.
-template <int vectors, int strips, int size>
-void edge_block(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
-                int64_t block) {
-  const int64_t count = p.H * strips_of_row(p.W), tiles = (count + strips - 1) / strips;
+// All strips of some vectors of output channels, in tiles of nearly the same size: few registers sum in a small one.
+void add_vectors(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
+                 int64_t block, int vectors) {
+  const int64_t size = layout.strips.size, count = layout.strips.count(p.H);
+  const int64_t most = EdgeTile::most(vectors, static_cast<int>(size)), tiles = (count + most - 1) / most;
   for (int64_t t = 0; t < tiles; ++t) {
     int64_t begin, end;
     share(count, t, tiles, begin, end);
-    tile_of<vectors, strips, size>(end - begin)(p, layout, e, gate, from, to, block, begin);
+    tile_of<EdgeTile>(size, vectors, end - begin)(p, layout, e, gate, from, to, block, begin);
   }
 }
 
@@ -102,10 +100,8 @@ void add_edge(const GraphProblem& p, const Layout& layout, int64_t e, float gate
   const int64_t blocks = (p.C + 15) / 16;
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block;
-    const int64_t taken = left == 1 ? 1 : left == 3 ? 3 : 2;
-    const auto fours = taken == 1 ? edge_block<1, 7, 4> : taken == 2 ? edge_block<2, 3, 4> : edge_block<3, 2, 4>;
-    const auto sevens = taken == 1 ? edge_block<1, 4, 7> : taken == 2 ? edge_block<2, 2, 7> : edge_block<3, 1, 7>;
-    (strip_size(p.W) == 7 ? sevens : fours)(p, layout, e, gate, from, to, block);
+    const int taken = left == 1 ? 1 : left == 3 ? 3 : 2;
+    add_vectors(p, layout, e, gate, from, to, block, taken);
     block += taken;
   }
 }

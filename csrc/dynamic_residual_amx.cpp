@@ -29,7 +29,7 @@ struct Chunk {
   bf16* scratch;
   bf16* a_of(int64_t j) const { return scratch + a.instance(j); }
   bf16* h_of(int64_t j) const { return scratch + count / a.together * a.group() + h.instance(j); }
-  int64_t bytes() const { return 2 * (count / a.together * a.group() + count / h.together * h.group()); }
+  int64_t bytes(int64_t) const { return 2 * (count / a.together * a.group() + count / h.together * h.group()); }
   int64_t quads(const Map& m) const { return (count / m.together * tiling.count + 3) / 4; }
   int64_t hidden_count() const { return static_cast<int64_t>(hidden.blocks.size()) * quads(a); }
   int64_t output_count() const { return (block.C_out + 31) / 32 * quads(h); }

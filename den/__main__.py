@@ -1,4 +1,4 @@
-"""``python -m den``: the command line."""
+"""`python -m den`: the command line."""
 
 import sys
 

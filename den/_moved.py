@@ -81,4 +81,4 @@ def _new_name(name: str) -> str | None:
 def install() -> None:
     """Let imports find modules by their old names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder())

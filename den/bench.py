@@ -1,4 +1,4 @@
-"""``den bench``: the benchmarks of a checkout, measured on this machine, as a table, Markdown and figures."""
+"""`den bench`: the benchmarks of a checkout, measured on this machine, as a table, Markdown and figures."""
 
 from __future__ import annotations
 

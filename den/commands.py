@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -80,6 +81,13 @@ class Fetch:
     """Folder for the archives."""
 
 
+REPORTERS: dict[type, str] = {
+    Evaluate: "den.runs.command",
+    Report: "den.report.command",
+    DemoConfig: "den.demo",
+    DagReportConfig: "den.report.dag.report",
+}
+"""The modules whose `main` measures and prints, imported when they are asked for."""
 Command = Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info | DagTrain | DagReportConfig
 
 
@@ -192,26 +200,7 @@ def _prepared(settings: Command) -> Callable[[], int]:
         from den_kernels.info import format_report
 
         return lambda: _print(format_report())
-    return partial(_done, _reporter(settings), settings)
-
-
-def _reporter(settings: Evaluate | Report | DemoConfig | DagReportConfig) -> Callable[[Any], None]:
-    """What measures and prints."""
-    if isinstance(settings, Evaluate):
-        from den.runs.command import main as measure
-
-        return measure
-    if isinstance(settings, Report):
-        from den.report.command import main as report
-
-        return report
-    if isinstance(settings, DemoConfig):
-        from den.demo import main as demo
-
-        return demo
-    from den.report.dag.report import main as report_graphs
-
-    return report_graphs
+    return partial(_done, import_module(REPORTERS[type(settings)]).main, settings)
 
 
 def _print(text: str) -> int:

@@ -76,7 +76,7 @@ def _greeting(config: DemoConfig, folder: Path) -> str:
 
 
 def training_note(config: DemoConfig) -> str:
-    """How much each estimator was trained, in words."""
+    """A sentence on the number of updates that each estimator had."""
     dense, elastic = (run.estimator for run in schedule(config).values())
     return (
         f"The dense network had {dense.first.steps:,} updates, the elastic one {elastic.first.steps:,} on random"
@@ -87,7 +87,7 @@ def training_note(config: DemoConfig) -> str:
 
 def train_both(config: DemoConfig) -> dict[str, DeepElasticNetwork]:
     """The trained networks by their mode, "dense" and "den"; runs that exist already are continued."""
-    networks = {}
+    networks: dict[str, DeepElasticNetwork] = {}
     for title, run in schedule(config).items():
         resume = (run.out / "last.safetensors").exists()
         print(f"\n{title}{' (continued)' if resume else ''}", flush=True)

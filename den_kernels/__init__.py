@@ -4,11 +4,14 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from ._on_import import when_imported
+from .bottleneck_weights import BottleneckWeights
 from .convert import ElasticModel, advise, convert, extract, latency_table, levels, recalibrate
+from .dynamic_bottleneck import dynamic_bottleneck, dynamic_bottleneck_
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
 from .dynamic_residual import dynamic_residual, dynamic_residual_
+from .dynamic_trunk import TrunkWeights, dynamic_trunk
 from .fold_cache import invalidate
 from .layers import DynamicConv2d
 from .plan import Route, RoutingPlan
@@ -23,6 +26,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "BottleneckWeights",
     "DynamicBatchNorm2d",
     "DynamicConv2d",
     "ElasticModel",
@@ -30,14 +34,18 @@ __all__ = [
     "ResidualWeights",
     "Route",
     "RoutingPlan",
+    "TrunkWeights",
     "__version__",
     "advise",
     "convert",
     "dynamic_batch_norm",
+    "dynamic_bottleneck",
+    "dynamic_bottleneck_",
     "dynamic_conv2d",
     "dynamic_graph",
     "dynamic_residual",
     "dynamic_residual_",
+    "dynamic_trunk",
     "extract",
     "invalidate",
     "latency_table",

@@ -65,9 +65,9 @@ def sides(
 def pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
     """A setting of rows and columns; raises ValueError for anything but integers of at least `least`."""
     values = (value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int) and v >= least for v in values):
-        raise ValueError(f"dynamic_conv2d: {name} must be one or two integers of at least {least}, got {value!r}")
-    return values
+    if len(values) == 2 and isinstance(values[0], int) and isinstance(values[1], int) and min(values) >= least:
+        return values
+    raise ValueError(f"dynamic_conv2d: {name} must be one or two integers of at least {least}, got {value!r}")
 
 
 def pad(
@@ -100,8 +100,8 @@ def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     return [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    """Raises ValueError for shapes and devices that do not fit each other, TypeError for dtypes that do not."""
+def check(x: Tensor, weight: Tensor, groups: int) -> None:
+    """Raises ValueError for maps and weights of shapes that do not fit each other."""
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
             f"dynamic_conv2d: x and weight must have four axes, got {list(x.shape)} and {list(weight.shape)}"
@@ -110,6 +110,10 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
         raise ValueError(f"dynamic_conv2d: groups must divide {weight.shape[0]} output channels, got {groups}")
     if x.shape[1] != weight.shape[1] * groups:
         raise ValueError(f"dynamic_conv2d: x must have {weight.shape[1] * groups} channels, got {x.shape[1]}")
+
+
+def check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError for a bias or for devices that do not fit, TypeError for dtypes that do not."""
     if not x.is_floating_point():
         raise TypeError(f"dynamic_conv2d: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -20,27 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._geometry import Geometry, compute_dtype, memory_format_of
 from .plan import Route, read_route
 from .rows import gather_rows, scatter_rows_
-
-
-class Geometry(NamedTuple):
-    """What a convolution is, apart from its tensors; sizes are () on a side that is not elastic."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-    out_sizes: Sequence[int]
-    in_sizes: Sequence[int]
-
-    def out_shape(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
-        """The sizes [B, C_out, H_out, W_out] of the output."""
-        (B, _, H, W), (C_out, _, R, S) = x.shape, weight.shape
-        (down, right), (above, left), (apart, aside) = self.stride, self.padding, self.dilation
-        H_out = (H + 2 * above - apart * (R - 1) - 1) // down + 1
-        W_out = (W + 2 * left - aside * (S - 1) - 1) // right + 1
-        return B, C_out, H_out, W_out
 
 
 class Run(NamedTuple):
@@ -134,31 +116,6 @@ def segments_of(route: Route, geometry: Geometry, in_channels: int, out_channels
     return segments
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether torch takes x [B, C, H, W] for channels-last: its rule of strides, slices of wider tensors included."""
-    size, stride = x.shape, x.stride()
-    least = 0
-    for d in (1, 3, 2, 0):
-        if size[d] == 0 or stride[1] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
-            return False
-        least = stride[d] * max(size[d], 1)
-    return True
-
-
-def memory_format_of(*tensors: Tensor) -> torch.memory_format:
-    """Channels-last if one of the tensors is, else contiguous: the rule of `nn.Conv2d` for its input and weight."""
-    return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format
-
-
-def dense(weight: Tensor) -> Tensor:
-    """weight [O, I, R, S] as [O, R, S, I] in memory without a gap, from a 16-byte boundary on; a copy where it is not.
-
-    GPU kernels know of an activation's strides, and not of a weight's.
-    """
-    fits = weight.is_contiguous(memory_format=torch.channels_last) and weight.data_ptr() % 16 == 0
-    return weight if fits else weight.clone(memory_format=torch.channels_last)
-
-
 def _packed(x: Tensor) -> tuple[Tensor, int]:
     """x as rows that `rows.py` takes, and the elements per channel there: 1 channels-last, H * W contiguous."""
     if not (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
@@ -225,11 +182,6 @@ def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:
 def _weight_of(weight: Tensor, part: Part, geometry: Geometry) -> Tensor:
     taken = _take(weight, 0, part.outputs)
     return taken if geometry.groups > 1 else _take(taken, 1, part.inputs)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float16 on a CPU is computed in float32."""
-    return torch.float32 if x.dtype == torch.float16 and x.is_cpu else x.dtype
 
 
 def _convolve(

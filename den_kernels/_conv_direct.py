@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._conv_cpu import Geometry, memory_format_of
 from ._extension import extension
+from ._geometry import Geometry, memory_format_of
 from .eager import refuse_recording
 from .plan import Route
 
@@ -30,11 +30,6 @@ def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = Fa
         fits = tuple(geometry.dilation) == (1, 1) and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
         return fits and extension.has_dynamic_residual_bf16()
     return x.dtype == torch.float32 and extension.has_dynamic_residual()
-
-
-def selections(route: Route) -> tuple[int, Tensor, Tensor, Tensor | None]:
-    """A route as the direct kernels take it; they look at all that they index with (csrc/bind_operands.h)."""
-    return route.groups, route.order, route.offsets, route.mask
 
 
 def _window(kernel: Sequence[int], geometry: Geometry) -> Any:
@@ -86,7 +81,8 @@ def forward(
     x = x.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(B, H_out, W_out, C_out).permute(0, 3, 1, 2)
-    extension.dynamic_conv(x, out, selections(route), _window(kernel, geometry), packed, bias)
+    selections = route.groups, route.order, route.offsets, route.mask
+    extension.dynamic_conv(x, out, selections, _window(kernel, geometry), packed, bias)
     return out
 
 
@@ -100,7 +96,8 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, route: Route, geome
     C_out, C, R, S = weight.shape
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     dweight = weight.new_empty(C_out, R, S, C).permute(0, 3, 1, 2)
-    extension.dynamic_conv_weight_gradient(x, grad, dweight, selections(route), _window((R, S), geometry))
+    selections = route.groups, route.order, route.offsets, route.mask
+    extension.dynamic_conv_weight_gradient(x, grad, dweight, selections, _window((R, S), geometry))
     return dweight
 
 

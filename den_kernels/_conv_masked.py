@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._conv_cpu import Geometry, compute_dtype, memory_format_of
+from ._geometry import Geometry, compute_dtype, memory_format_of
 from .plan import channels_of
 
 

@@ -14,8 +14,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bottleneck, dynamic_conv, dynamic_graph, dynamic_norm, dynamic_residual, plan  # noqa: F401 (the ops)
+from . import dynamic_conv, dynamic_graph, dynamic_norm, plan  # noqa: F401 (the ops)
 from ._conv_cpu import part_of
+from ._operands import Operands
+from .dynamic_bottleneck import OPERANDS as BOTTLENECK
+from .dynamic_residual import OPERANDS as RESIDUAL
+from .plan import Route
 
 _ops = torch.ops.den_kernels
 
@@ -44,6 +48,12 @@ def _products(
     return total * prod(weight.shape[2:]) * pixels
 
 
+def _block(names: Operands, operands: tuple) -> tuple[Route, Any]:
+    """Route and weights of a block's op."""
+    own = operands[: len(names)]
+    return names.route(own), names.weights(own)
+
+
 @register_flop_formula(_ops.dynamic_conv2d, get_raw=True)
 def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, order: Tensor, offsets: Tensor,
@@ -65,38 +75,36 @@ def _conv_backward(
 
 
 @register_flop_formula([_ops.dynamic_residual, _ops.dynamic_residual_], get_raw=True)
-def _residual(
-    x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, scale1: Tensor | None,
-    shift1: Tensor | None, conv1: Tensor, scale2: Tensor, bias1: Tensor, conv2: Tensor, bias2: Tensor | None,
-    group_of_channel: Tensor, groups: Sequence[int], *_: Any, out_val: Tensor | None,
-) -> int:  # fmt: skip
-    pixels = prod((x if out_val is None else out_val).shape[2:])
+def _residual(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
+    route, weights = _block(RESIDUAL, operands)
+    pixels, sizes = prod((x if out_val is None else out_val).shape[2:]), weights.groups
+    selected = route.levels, route.mask
     return 2 * (
-        _products(conv1, pixels, levels, mask, 1, groups, ()) + _products(conv2, pixels, levels, mask, 1, (), groups)
+        _products(weights.conv1, pixels, *selected, 1, sizes, ())
+        + _products(weights.conv2, pixels, *selected, 1, (), sizes)
     )
 
 
-@register_flop_formula(_ops.add_bottleneck_, get_raw=True)
-def _bottleneck(
-    out: Tensor, x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    tensors: Sequence[Tensor | None], block: Sequence[int], groups: Sequence[int], *, out_val: Any,
-) -> int:  # fmt: skip
-    M, C_out, R, S, _, cardinality = block[-6:]
-    total = 0
-    for selected, count in _selected(levels, mask, len(groups)):
-        width = sum(size for size, chosen in zip(groups, selected, strict=True) if chosen)
-        middle = R * S * width * (width if cardinality == 1 else M // cardinality)
-        total += count * (prod(x.shape[1:]) * width + prod(out.shape[2:]) * (middle + width * C_out))
-    return 2 * total
+@register_flop_formula([_ops.dynamic_bottleneck, _ops.dynamic_bottleneck_], get_raw=True)
+def _bottleneck(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
+    route, weights = _block(BOTTLENECK, operands)
+    before, after, sizes = prod(x.shape[2:]), prod((x if out_val is None else out_val).shape[2:]), weights.groups
+    selected = route.levels, route.mask
+    return 2 * (
+        _products(weights.conv1, before, *selected, 1, sizes, ())
+        + _products(weights.conv2, after, *selected, weights.cardinality, sizes, sizes)
+        + _products(weights.conv3, after, *selected, 1, (), sizes)
+    )
 
 
 @register_flop_formula(_ops.dynamic_graph, get_raw=True)
-def _graph(x: Tensor, levels: Tensor, *arguments: Any, out_val: Tensor) -> int:
-    weights = arguments[5]
-    return 2 * sum(
-        _products(weight, prod(x.shape[2:]), levels[:, e], None, 1, (weight.shape[0],), ())
-        for e, weight in enumerate(weights)
-    )
+def _graph(
+    x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, read_in: Tensor, gates: Tensor, read_out: Tensor,
+    weights: Sequence[Tensor], *_: Any, out_val: Tensor,
+) -> int:  # fmt: skip
+    pixels = prod(x.shape[2:])
+    each = (_products(w, pixels, levels[:, e], None, 1, (w.shape[0],), ()) for e, w in enumerate(weights))
+    return 2 * sum(each)
 
 
 @register_flop_formula([_ops.dynamic_norm, _ops.dynamic_norm_backward, _ops.plan_levels, _ops.plan_masks], get_raw=True)

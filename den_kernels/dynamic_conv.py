@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _conv_cpu, _conv_direct, _triton
-from ._conv_arguments import autocast, check, pad, pair, sides
-from ._conv_cpu import Geometry, memory_format_of
+from ._conv_arguments import autocast, check, check_kinds, pad, pair, sides
 from ._conv_masked import equation, masked_backward, masked_forward
+from ._geometry import Geometry, memory_format_of
 from .eager import (
     in_range,
     is_ordinary,
@@ -81,7 +81,7 @@ def _in_triton(x: Tensor) -> bool:
     return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
 
-def _compute(
+def compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -140,7 +140,7 @@ def _forward(
     in_sizes: Sequence[int] | None,  # the same
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
-    return _compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
+    return compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
 
 
 _NAME = "den_kernels::dynamic_conv2d"
@@ -298,27 +298,34 @@ def dynamic_conv2d(
     """
     if selection is None:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return convolve(x, weight, bias, selection, stride, padding, dilation, groups, out_groups, in_groups)
+    refuse_symbols("dynamic_conv2d", x)
+    check(x, weight, groups)
+    sizes = sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
+    return convolve(x, weight, bias, selection, stride, padding, dilation, groups, *sizes)
 
 
 def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
     selection: Route | Tensor,
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
-    out_groups: int | Sequence[int] | None,
-    in_groups: int | Sequence[int] | None,
+    out_sizes: tuple[int, ...],  # [G], or () where that side is not elastic
+    in_sizes: tuple[int, ...],  # the same
     packed: Callable[[torch.dtype], Tensor] | None = None,
-) -> Tensor:
-    """`dynamic_conv2d` for layers that keep their packed weight: `packed` gives it in a dtype when it is needed."""
-    refuse_symbols("dynamic_conv2d", x)
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    """`dynamic_conv2d` of group sizes that were checked: what layers call.
+
+    packed: gives the weight, packed for the direct convolution of a dtype, when it is needed.
+    """
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    check(x, weight, bias, groups)
-    out_sizes, in_sizes = sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
+    check(x, weight, groups)
+    check_kinds(x, weight, bias)
+    if (out_sizes and sum(out_sizes) != weight.shape[0]) or (in_sizes and sum(in_sizes) != x.shape[1]):
+        sides(weight.shape[0], x.shape[1], groups, out_sizes or None, in_sizes or None)  # raises
     route = route_for(x, selection, len(out_sizes) or len(in_sizes), "dynamic_conv2d")
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     x, paddings = pad(x, weight, padding, strides, dilations)
@@ -328,7 +335,7 @@ def convolve(
             f"dynamic_conv2d: the dilated kernel {list(weight.shape[2:])} must fit the padded map, got {list(x.shape)}"
         )
     if runs_eagerly(x, weight, bias):
-        return in_range(_NAME, _compute, x, weight, bias, route, geometry, packed)
+        return in_range(_NAME, compute, x, weight, bias, route, geometry, packed)
     refuse_tangents("dynamic_conv2d", x, weight, bias)
     if is_transformed():
         return equation(x, weight, bias, route.levels, route.mask, geometry)

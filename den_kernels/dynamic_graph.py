@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _conv_direct
-from ._conv_cpu import Geometry
 from ._extension import extension
+from ._geometry import Geometry
 from ._handle import HasHandle
 from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import RoutingPlan, read_route
@@ -145,9 +145,11 @@ def dynamic_graph(
 
 def _run(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
-    if graph.runs_whole(x):
-        return _run_whole(x, graph, plan, read_in, gates, read_out)
-    return _run_edges(x, graph, plan, read_in, gates, read_out)
+    if not graph.runs_whole(x):
+        return _run_edges(x, graph, plan, read_in, gates, read_out)
+    out = torch.empty_like(x)
+    graph.handle(x, out, plan.levels.t().contiguous(), read_in.contiguous(), gates.contiguous(), read_out.contiguous())
+    return out
 
 
 @torch.library.custom_op(_NAME, mutates_args=())
@@ -173,15 +175,6 @@ def _op(
 @_op.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-def _run_whole(
-    x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, gates: Tensor, read_out: Tensor
-) -> Tensor:
-    out = torch.empty_like(x)
-    rows = [plan.levels.t().contiguous(), read_in.contiguous(), gates.contiguous(), read_out.contiguous()]
-    graph.handle(x, out, *rows)
-    return out
 
 
 def _run_edges(
@@ -222,7 +215,7 @@ def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, g
     C, E = graph.weights[0].shape[0], len(graph.edges)
     if x.ndim != 4 or x.shape[1] != C or 0 in x.shape[2:]:
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(x.shape)}")
-    B = len(x)
+    B = x.shape[0]
     if not plan.levels.is_cpu or plan.levels.dtype != torch.int32:
         got = f"{plan.levels.dtype} on {plan.levels.device}"
         raise ValueError(f"{_OP}: plan must be of int32 levels on cpu, as x is, got {got}")

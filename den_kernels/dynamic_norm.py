@@ -14,7 +14,8 @@ Four passes do the work, statistics and apply forward, reduce and gradient backw
 do. On a GPU nothing is read back from the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 
 from . import _triton
 from ._conv_arguments import group_sizes
-from ._conv_cpu import memory_format_of
 from ._extension import extension
+from ._geometry import memory_format_of
 from ._norm_torch import norm_torch, norm_torch_gradients
 from ._sync_norm import kept_by_convert_sync_batchnorm
 from .eager import (
@@ -285,29 +286,40 @@ def dynamic_batch_norm(
     training, as `F.batch_norm` does, where that can be known without waiting for the device: on a CPU, without a
     process group. Elsewhere such a channel gives its bias.
     """
-    refuse_symbols("dynamic_batch_norm", x)
+    if not isinstance(x, Tensor):
+        refuse_symbols("dynamic_batch_norm", x)
     if x.dim() != 4:
         raise ValueError(f"dynamic_batch_norm: x must be [B, C, H, W], got shape {list(x.shape)}")
     route = route_for(x, route, len(groups), "dynamic_batch_norm")
     _check(x, route, groups, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    refuse_tangents("dynamic_batch_norm", x, weight, bias)
+    eager = runs_eagerly(x, weight, bias)
+    if not eager:
+        refuse_tangents("dynamic_batch_norm", x, weight, bias)
     statistics = None
     if not training and running_mean is not None and running_var is not None:
         running = torch.stack([running_mean, running_var, torch.ones_like(running_mean)])
         statistics = running.to(torch.promote_types(x.dtype, torch.float32))
     selection = route.selection()
     arguments = selection, statistics, weight, bias, list(groups), eps, relu
-    if process_group is None and _has_kernels(x) and not is_transformed():
-        x_rows = _channels_last(x)
-        eager = x.is_cpu and is_ordinary(x, weight, bias)
-        y, batch = in_range(_NAME, _EagerNorm.apply, x_rows, *arguments) if eager else _norm_forward(x_rows, *arguments)
+    transformed = not eager and is_transformed()
+    if process_group is None and _has_kernels(x) and not transformed:
+        y, batch = _choose(x, weight, bias, eager)(_channels_last(x), *arguments)
     else:
         y, batch = norm_torch(x, *arguments, process_group)
         if statistics is None and x.is_cpu and process_group is None and not is_traced():
             _check_counts(batch[2], x.shape)
     if training and running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, batch, momentum)
-    return y if is_transformed() else y.contiguous(memory_format=memory_format_of(x))
+    return y if transformed else y.contiguous(memory_format=memory_format_of(x))
+
+
+def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, eager: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op: on a CPU the plain function where no gradient is recorded, and autograd's own where nothing is traced."""
+    if not x.is_cpu:
+        return _norm_forward
+    if eager:
+        return partial(in_range, _NAME, _norm_forward_cpu)
+    return partial(in_range, _NAME, _EagerNorm.apply) if is_ordinary(x, weight, bias) else _norm_forward
 
 
 def _group_of(norm: nn.Module) -> dist.ProcessGroup | Literal["world"] | None:

@@ -6,7 +6,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 
@@ -20,11 +20,12 @@ _transforms, _profiler = torch._C._are_functorch_transforms_active, torch._C._au
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
-    """Whether nothing traces or transforms the call and its tensors are plain.
+    """True where nothing traces or transforms the call and its tensors are plain.
 
-    Compilers, torch.jit.trace, dispatch modes, torch.func and forward-mode derivatives do.
+    Compilers, torch.jit.trace, dispatch modes (in which compilers other than Dynamo trace), torch.func and
+    forward-mode derivatives do.
     """
-    if is_compiling() or _is_tracing() or _modes() or _transforms() or forward_ad._current_level >= 0:
+    if is_dynamo_compiling() or _is_tracing() or _modes() or _transforms() or forward_ad._current_level >= 0:
         return False
     for tensor in tensors:  # noqa: SIM110 (a generator takes three times as long)
         if tensor is not None and type(tensor) not in _PLAIN:

@@ -1,7 +1,6 @@
 """A value derived from tensors, kept until one of them changes."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 from zlib import crc32
@@ -92,8 +91,10 @@ class FoldCache(Generic[Value]):
 
     def _tensors(self, modules: tuple[nn.Module, ...]) -> Source:
         if self._places is not None and self._places[0] == modules:
-            with suppress(KeyError):
-                return tuple(t for entries, name in self._places[1] if (t := entries[name]) is not None)
+            try:  # a list, not a generator, which would be a call for each tensor
+                return tuple([t for entries, name in self._places[1] if (t := entries[name]) is not None])
+            except KeyError:
+                pass
         kept = (entries for each in modules for m in each.modules() for entries in (m._parameters, m._buffers))
         self._places = modules, [(entries, name) for entries in kept for name in entries]
         return tuple(t for entries, name in self._places[1] if (t := entries[name]) is not None)

@@ -98,16 +98,18 @@ class DynamicConv2d(nn.Conv2d):
             return as_fx_leaf(self, x, selection)
         if selection is None:
             return super().forward(x)
+        if not self.out_groups and not self.in_groups:
+            raise ValueError("DynamicConv2d: out_groups or in_groups must be set to use a selection, got None for both")
         padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
         return convolve(
             x, self.weight, self.bias, selection, self.stride, padding, self.dilation, self.groups,
-            self.out_groups or None, self.in_groups or None, self._packed_weight,
+            self.out_groups, self.in_groups, self._packed_weight,
         )  # fmt: skip
 
     def _packed_weight(self, dtype: torch.dtype) -> Tensor:
-        cache = self._packed.setdefault(dtype, FoldCache())
+        cache = self._packed.get(dtype) or self._packed.setdefault(dtype, FoldCache())
         return cache.get((self.weight,), lambda: pack(self.weight.detach().to(dtype), self.in_groups), self.in_groups)
 
     def train(self, mode: bool = True) -> Self:

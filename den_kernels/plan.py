@@ -238,7 +238,10 @@ def route_for(x: Tensor, selection: Route | Tensor, groups: int, op: str) -> Rou
     Raises, beyond what `as_route` does, ValueError for a selection on another device and for a route whose tensors are
     not those of a plan (on a CPU the kernels look at what they hold, too; on a GPU that would wait for the device).
     """
-    route = as_route(selection, groups, x.shape[0])
+    if isinstance(selection, Route) and selection.groups == groups and selection.order.shape[0] == x.shape[0]:
+        route = selection
+    else:
+        route = as_route(selection, groups, x.shape[0])
     order = route.order
     if not (x.is_cpu and order.is_cpu) and (order.device != x.device or route.levels.device != x.device):
         raise ValueError(f"{op}: selection must be on {x.device} as x is, got {route.levels.device}")

@@ -119,7 +119,7 @@ class Server:
 
 
 def may_hurry() -> bool:
-    """Whether real-time priority is allowed here."""
+    """Return True where real-time priority is allowed."""
     try:
         return subprocess.run(["chrt", "-f", "50", "true"], capture_output=True).returncode == 0
     except FileNotFoundError:

@@ -5,11 +5,14 @@ from torch import Tensor, nn
 
 from den.nn.blocks import BottleneckShape, ElasticBlock
 from den_kernels import (
+    BottleneckWeights,
     DynamicBatchNorm2d,
     DynamicConv2d,
     GraphWeights,
     ResidualWeights,
     RoutingPlan,
+    dynamic_bottleneck,
+    dynamic_bottleneck_,
     dynamic_graph,
     dynamic_residual,
     dynamic_residual_,
@@ -76,6 +79,23 @@ class Residual(nn.Module):
         return dynamic_residual(x, levels, self.weights)
 
 
+class Bottleneck(nn.Module):
+    """Of hidden channels that the kernel of the whole block takes (width 32), or that it does not."""
+
+    def __init__(self, width: int = 32, inplace: bool = False) -> None:
+        super().__init__()
+        conv1 = DynamicConv2d(16, width, 1, bias=False, out_groups=GROUPS)
+        conv2, conv3 = nn.Conv2d(width, width, **SAME), nn.Conv2d(width, 16, 1, bias=False)
+        norms = nn.BatchNorm2d(16), nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.weights = BottleneckWeights.fold(conv1, norms[0], conv2, norms[1], conv3, norms[2])
+        self.inplace = inplace
+
+    def forward(self, x: Tensor, levels: Tensor) -> Tensor:
+        if self.inplace:
+            return dynamic_bottleneck_(x.clone(), levels, self.weights)
+        return dynamic_bottleneck(x, levels, self.weights)
+
+
 class Graph(nn.Module):
     """Three states; an instance keeps as many edges as its level says."""
 
@@ -110,13 +130,19 @@ MODULES = {
     "bottleneck": lambda: Routed(BottleneckShape(16, 16, 16, 6, 1).build(GROUPS + 1)),
     "residual": Residual,
     "residual in place": lambda: Residual(inplace=True),
+    "bottleneck op": Bottleneck,
+    "bottleneck op in place": lambda: Bottleneck(inplace=True),
+    "bottleneck op, composed": lambda: Bottleneck(24),
     "graph": Graph,
     "frozen block": lambda: frozen(ElasticBlock(16, 16, GROUPS + 1)),
     "frozen bottleneck": lambda: frozen(BottleneckShape(16, 16, 16, 6, 1).build(GROUPS + 1)),
     "plan of levels": lambda: Planned(masks=False),
     "plan of masks": lambda: Planned(masks=True),
 }
-INFERENCE = {"residual", "residual in place", "graph", "frozen block", "frozen bottleneck"}
+INFERENCE = {
+    *("residual", "residual in place", "graph", "frozen block", "frozen bottleneck"),
+    *("bottleneck op", "bottleneck op in place", "bottleneck op, composed"),
+}
 PLANS = {"plan of levels", "plan of masks"}
 
 

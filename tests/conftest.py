@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,7 @@ import torch
 from hypothesis import settings
 
 import den_kernels
-from den import create_model
-from den.data import load_set
-from den.support.settings import to_dict
-from den.train.checkpoint import prefixed, save_checkpoint
-from den.train.config import DataConfig, NetworkConfig, TrainConfig
+from den_kernels.float32 import allows_tf32
 
 # Workers side by side (pytest -n) share the cores: torch's threads would otherwise spin against each other.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -80,13 +77,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def readable_tf32() -> Iterator[None]:
-    """The older `allow_tf32` can be read in the next test, whatever this one set: torch refuses where they differ."""
+def float32_as_before() -> Iterator[None]:
+    """The settings of float32 products are given back; the older `allow_tf32` can be read: torch refuses mixtures."""
+    cudnn: Any = torch.backends.cudnn
+    settings = (torch.backends, cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    before, allowed = [setting.fp32_precision for setting in settings], allows_tf32()
     yield
-    try:
-        _ = torch.backends.cudnn.allow_tf32
-    except RuntimeError:
-        torch.backends.cudnn.allow_tf32 = True
+    if [setting.fp32_precision for setting in settings] != before:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+        cudnn.allow_tf32 = allowed
 
 
 @pytest.fixture
@@ -98,9 +98,15 @@ def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def stored_run() -> Callable[..., TrainConfig]:
+def stored_run() -> Callable[..., Any]:
     """stored_run(folder, mode, seed, **settings): a run folder as `den train` leaves it, of an untrained network for
     digits whose selector tells images apart."""
+
+    from den import create_model  # here: the checks of tests/gpu run where training has not what it needs
+    from den.data import load_set
+    from den.support.settings import to_dict
+    from den.train.checkpoint import prefixed, save_checkpoint
+    from den.train.config import DataConfig, NetworkConfig, TrainConfig
 
     def store(folder: Path, mode: str = "den", seed: int = 0, **settings: object) -> TrainConfig:
         folder.mkdir(parents=True)

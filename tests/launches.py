@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from den.nn.backbones import BACKBONES
 from den.nn.blocks import BlockShape
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels._triton import convolve, dynamic_conv, norm, residual, weight_gradient
 from den_kernels._triton.launch import Launch
 from den_kernels.plan import Route

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.nn.folding import may_fold, norm_tensors
+from den.nn.folding import folded_conv, may_fold, norm_tensors
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
-from den_kernels.fold_cache import FoldCache
-
-Pair = tuple[int, int]
+from den_kernels.building import FoldCache
 
 
 class Edge(nn.Module):
@@ -41,37 +37,17 @@ class Edge(nn.Module):
         if route is None:
             return self.norm(self.conv(x), relu=True)
         if may_fold(self):
-            return self._folded.get((self.conv.weight, *norm_tensors(self.norm)), self._fold)(x, route).relu_()
+            return self.folded()(x, route).relu_()
         return self.norm(self.conv(x, route), route, relu=True)
+
+    def folded(self) -> DynamicConv2d:
+        """The convolution with the batch norm folded in, from the cache while nothing it depends on changed."""
+        sources = self.conv.weight, *norm_tensors(self.norm)
+        return self._folded.get(sources, lambda: folded_conv(self.conv, self.norm))
 
     def train(self, mode: bool = True) -> Edge:
         self._folded.clear()
         return super().train(mode)
-
-    @torch.inference_mode(False)  # an inference tensor has no version, by which the convolution keeps its packed weight
-    def _fold(self) -> DynamicConv2d:
-        """The convolution with the batch norm's scale and shift."""
-        weight, bias = folded(self.conv.weight, self.norm)
-        own = self.conv
-        kernel_size, stride, padding = cast(tuple[Pair, Pair, Pair], (own.kernel_size, own.stride, own.padding))
-        conv = DynamicConv2d(
-            own.in_channels, own.out_channels, kernel_size, stride, padding,
-            device="meta", dtype=weight.dtype, out_groups=own.out_groups,
-        )  # fmt: skip
-        conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-        return conv.eval().requires_grad_(False)
-
-
-def folded(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight [O, I, R, S], channels-last, and bias [O] that do what the convolution and the batch norm after it do.
-
-    Computed in at least float32.
-    """
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    gain, shift, mean, var = (tensor.detach().to(precise) for tensor in norm_tensors(norm))
-    scale = gain * torch.rsqrt(var + norm.eps)
-    scaled = (weight.detach().to(precise) * scale[:, None, None, None]).to(weight.dtype)
-    return scaled.contiguous(memory_format=torch.channels_last), (shift - mean * scale).to(weight.dtype)
 
 
 def reference_edge(edge: Edge, x: Tensor, levels: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from den.dag.head import ClassHead
 from den.dag.stem import DagStem
-from den.nn.folding import folded_weight, norm_affine
+from den.nn.folding import folded_weight
+from den_kernels.building import norm_affine
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from den.dag.graph import Graph
 from den.nn.tasks import Task
+from den.support.settings import from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,12 @@ class DagConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
-        values = asdict(self)
-        return {**values, "tasks": list(values["tasks"])}
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DagConfig:
         """The config of :meth:`to_dict`'s output; ValueError for keys that are unknown or missing."""
-        known = [field.name for field in fields(cls)]
-        if unknown := [key for key in data if key not in known]:
-            raise ValueError(f"DagConfig: keys must be among {', '.join(known)}, got {', '.join(unknown)}")
-        try:
-            return cls(**{**data, "tasks": tuple(Task(**task) for task in data.get("tasks", ()))})
-        except TypeError as error:
-            raise ValueError(f"DagConfig: {error}") from error
+        return from_dict(cls, dict(data), "DagConfig")
 
 
 def quarter(task: Task) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from den.dag.edge import Edge, folded
+from den.dag.edge import Edge
 from den.dag.ends import MixedEnds
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
@@ -28,11 +28,11 @@ from den.dag.head import ClassHead, DenseHead, make_head
 from den.dag.model_config import DagConfig
 from den.dag.stages import StageEnds, make_edge
 from den.dag.stem import DagStem, DenseStem, make_stem
-from den.nn.folding import may_fold
+from den.nn.folding import folded_weight, may_fold
 from den.nn.modules import Modules
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import GraphWeights, Route, RoutingPlan, dynamic_graph
-from den_kernels.fold_cache import FoldCache
+from den_kernels.building import FoldCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ class DagNetwork(nn.Module):
         """The edges' convolutions with their batch norms folded in."""
 
         def pack() -> GraphWeights:
-            pairs = [folded(edge.conv.weight, edge.norm) for edge in self.edges]
+            pairs = [folded_weight(edge.conv, edge.norm) for edge in self.edges]
             return GraphWeights.pack(self.graph.states, self.graph.edges, *zip(*pairs, strict=True))
 
         return self._packed.of(tuple(module for edge in self.edges for module in (edge.conv, edge.norm)), pack)

@@ -44,17 +44,17 @@ def find(root: Path, name: str, archives: Sequence[Archive]) -> tuple[Archive, P
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether it is a folder with more in it than hidden files."""
+    """Return True for a folder that holds more than hidden files."""
     return folder.is_dir() and any(not name.startswith(".") for name in os.listdir(folder))
 
 
 def member_name(place: Path, name: str) -> str:
-    """What to call a member of an archive in a message: its path where it is unpacked."""
+    """Name of an archive's member for a message: its path where the archive is unpacked."""
     return str(place / name) if place.is_dir() else f"{name} of {place}"
 
 
 def check(archive: Archive, place: Path) -> None:
-    """ValueError when the file does not have the published checksum; folders are not checked."""
+    """Raise ValueError for a file without the published checksum; folders are not checked."""
     if place.is_dir():
         return
     with place.open("rb") as file:

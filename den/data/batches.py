@@ -29,7 +29,7 @@ class MixedTaskBatches:
     """Endless augmented batches; every batch holds `counts[k]` images of set k.
 
     Each set is walked through in a shuffled order, which is drawn anew whenever it has been used up: a small set is
-    cycled while a large one is passed once.  `epoch_steps` batches pass every image of every set at least once.
+    cycled while a large one is passed once. `epoch_steps` batches pass every image of every set at least once.
     The whole position (orders, cursors, generator) is in `state_dict`.
     """
 
@@ -44,6 +44,7 @@ class MixedTaskBatches:
         self._cursors = [0] * len(self.sets)
 
     def next(self) -> Batch:
+        """Draw the next batch, augmented."""
         examples: list[Example] = []
         for k, image_set in enumerate(self.sets):
             examples += image_set.augmented_examples(self._draw(k), self.generator)
@@ -51,7 +52,7 @@ class MixedTaskBatches:
         return Batch(tasks, list(images), list(labels))
 
     def _draw(self, k: int) -> Tensor:
-        """The next counts[k] positions of set k."""
+        """Draw the next counts[k] positions of set k: int64 [counts[k]]."""
         parts, wanted = [], self.counts[k]
         while wanted:
             if self._cursors[k] == len(self._orders[k]):
@@ -69,6 +70,7 @@ class MixedTaskBatches:
         return {**orders, "generator": self.generator.get_state(), "cursors": list(self._cursors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the position of `state_dict`; ValueError for a state of sets of other sizes."""
         orders = [state[f"order.{k}"] for k in range(len(self.sets))]
         for image_set, order in zip(self.sets, orders, strict=True):
             if len(order) not in (0, len(image_set)):

@@ -1,4 +1,4 @@
-"""What every loader asks of the files that it reads; a file that falls short is named in a ValueError."""
+"""Checks that the loaders share; a file that fails one is named in a ValueError."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 
 @contextmanager
 def blamed(op: str, where: str | Path, must: str, hint: str = "") -> Iterator[None]:
-    """Whatever is raised inside becomes ValueError "op: WHERE must MUST, got ...".
+    """Turn any exception raised inside the block into ValueError "op: WHERE must MUST, got ...".
 
-    Libraries raise anything on damaged files.
+    Libraries raise exceptions of all kinds on damaged files.
     """
     try:
         yield
@@ -25,22 +25,22 @@ def blamed(op: str, where: str | Path, must: str, hint: str = "") -> Iterator[No
 
 
 def whole_labels(op: str, where: str | Path, values: Any, classes: int) -> np.ndarray:
-    """Labels as int64 [N]; ValueError when they are not one whole number of 0..classes - 1 each."""
+    """Labels as int64 [N]; ValueError unless each is a whole number of 0..classes - 1."""
     with blamed(op, where, "hold labels that are numbers"):
         labels = np.asarray(values)
     if labels.ndim != 1 or labels.dtype.kind not in "iuf":
         raise ValueError(
             f"{op}: {where} must hold a number as the label of each image, got {labels.dtype} {list(labels.shape)}"
         )
-    # written so that NaN is wrong too
+    # the comparisons are false for NaN, so that it counts as wrong
     wrong = labels[~((labels >= 0) & (labels < classes) & (labels % 1 == 0))] if len(labels) else labels
     if len(wrong):
         raise ValueError(f"{op}: {where} must hold whole labels of 0..{classes - 1}, got {wrong[0]}")
     return labels.astype(np.int64)
 
 
-def all_classes(op: str, where: str | Path, labels: np.ndarray, classes: int) -> None:
-    """ValueError when a class of 0..classes - 1 has no image."""
+def all_classes(op: str, where: str | Path, labels: np.ndarray, classes: int) -> None:  # labels: [N]
+    """Raise ValueError when a class of 0..classes - 1 has no image."""
     if missing := set(range(classes)) - set(labels.tolist()):
         raise ValueError(
             f"{op}: {where} must hold images of all {classes} classes, got none of class {min(missing)}"
@@ -57,7 +57,7 @@ def text(op: str, where: str | Path, content: bytes) -> str:
 
 
 def rows(op: str, where: str | Path, content: bytes, least: int) -> list[list[str]]:
-    """The fields of a list's lines, between blanks; blank lines are passed over.  ValueError for a shorter line."""
+    """The fields of a list's lines, between blanks; blank lines are passed over. ValueError for a shorter line."""
     found = []
     for number, line in enumerate(text(op, where, content).splitlines(), 1):
         fields = line.split()
@@ -68,7 +68,7 @@ def rows(op: str, where: str | Path, content: bytes, least: int) -> list[list[st
 
 
 def matching(op: str, where: str | Path, listed: Sequence[str], there: Iterable[str], place: str | Path) -> None:
-    """ValueError when a list names something twice or what is not `there`, or leaves out what is: it is not whole."""
+    """Raise ValueError unless a list names everything that is `there`, each once, and nothing else."""
     there, counts = set(there), Counter(listed)
     if len(counts) != len(listed):
         twice = counts.most_common(1)[0][0]

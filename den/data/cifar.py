@@ -100,7 +100,8 @@ def _decode(version: Version, place: Path, split: str) -> Pixels:
     names = version.members[split]
     parse = _parse_pickle if next(iter(version.labels.values())) else _parse_binary
     expected = version.images if split == "train" else TEST_IMAGES
-    images, labels = [], {kind: [] for kind in version.labels}
+    images: list[np.ndarray] = []
+    labels: dict[str, list[np.ndarray]] = {kind: [] for kind in version.labels}
     for name, content in zip(names, read(version.archive, place, names), strict=True):
         where = f"{name} of {place}"
         with blamed("load_set", where, "be a file of CIFAR"):
@@ -125,12 +126,16 @@ def _decode(version: Version, place: Path, split: str) -> Pixels:
 
 
 def _parse_binary(content: bytes, labels: dict[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Records of one byte per kind of label, then the red, green and blue plane."""
+    """Pixels uint8 [n, 3 * 32 * 32] and labels uint8 [n] by kind.
+
+    A record is a byte for each kind of label, then the red, green and blue planes.
+    """
     records = np.frombuffer(content, np.uint8).reshape(-1, len(labels) + PIXELS)
     return records[:, len(labels) :], {kind: records[:, k] for k, kind in enumerate(labels)}
 
 
 def _parse_pickle(content: bytes, labels: dict[str, str]) -> tuple[Any, dict[str, Any]]:
+    """Pixels and labels as the pickle holds them, of any type: see `_decode` for the checks."""
     batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
     return batch["data"], {kind: batch[key] for kind, key in labels.items()}
 
@@ -139,6 +144,7 @@ class _ArraysOnly(pickle.Unpickler):
     """Unpickles arrays and plain values, and refuses everything else: a pickle can run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The allowed class or function of a name; UnpicklingError for any other."""
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"an object of {module}.{name}")
         return ALLOWED[module, name]
@@ -158,12 +164,13 @@ def open_tiles(paths: tuple[Path, ...]) -> Pixels:
             pixels, kinds = _read_tiles(path)
         images.append(pixels)
         labels.append(kinds)
-    kinds = {kind: CLASSES[kind] for kind in ("fine", "coarse")}
-    shape, joint = joined("load_set", paths, [pixels.shape for pixels in images], labels, kinds)
+    classes = {kind: CLASSES[kind] for kind in ("fine", "coarse")}
+    shape, joint = joined("load_set", paths, [pixels.shape for pixels in images], labels, classes)
     return Pixels(shape, joint, images)
 
 
 def _read_tiles(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Pixels uint8 [n, H, W, 3] of a piece and its labels [n] by kind, not checked."""
     with np.load(path, allow_pickle=False) as piece:
         shape, offsets, blob = tuple(piece["shape"].tolist()), piece["offsets"], piece["blob"]
         kinds = {key: piece[key] for key in piece.files if key not in ("shape", "offsets", "blob", "tile")}

@@ -1,7 +1,7 @@
 """Cityscapes: street scenes with labels of 19 or 7 classes and disparity, the inverse of depth.
 
 (Cordts et al., CVPR 2016.)  2,975 training and 500 test images, 128x256 as they are handed on; see
-`den.data.npy_scenes` for the layout.  Labels lie in `label_19` or `label_7`, or in `label`.
+`den.data.npy_scenes` for the layout. Labels lie in `label_19` or `label_7`, or in `label`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ Fit = Callable[[Image.Image], Image.Image]
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file's name is a picture's; hidden files are other tools' notes about pictures."""
+    """Return True for the name of a picture file; hidden files are other tools' notes about pictures."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
@@ -62,7 +62,7 @@ def opened(file: io.BytesIO | Path, size: tuple[int, int] | None = None) -> Imag
     if size is not None and picture.size != size:
         raise ValueError(f"{picture.size[0]}x{picture.size[1]} pixels instead of {size[0]}x{size[1]}")
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # of MPO the first is the photograph
-        raise ValueError(f"{picture.n_frames} pictures in one file")
+        raise ValueError(f"{getattr(picture, 'n_frames', 'several')} pictures in one file")
     picture.load()
     return picture
 
@@ -90,7 +90,10 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def square(size: int) -> Fit:
-    """To `size` x `size` pixels, as the papers do it: 224 is the centre of 256 x 256, any other size is scaled to."""
+    """A function that brings pictures to `size` x `size` pixels as the papers do.
+
+    224 is the centre of the picture scaled to 256 x 256; other sizes are scaled to directly.
+    """
     if size != 224:
         return lambda picture: picture.resize((size, size), Image.Resampling.BILINEAR)
     return lambda picture: picture.resize((256, 256), Image.Resampling.BILINEAR).crop((16, 16, 240, 240))

@@ -1,4 +1,4 @@
-"""A labelled image set in memory, and how its images become normalised (and augmented) network inputs."""
+"""A labelled image set in memory, which makes normalised (and augmented) network inputs of its images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ Example = tuple[str, Tensor, Tensor]  # task, images [n, C, H, W], targets [n, .
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one task.  Raises ValueError when it is empty or a label lies outside 0..classes-1."""
+    """Images of one task.
+
+    Raises:
+        ValueError: no image, or a label outside 0..classes - 1.
+    """
 
     name: str
     images: Tensor  # uint8 [N, C, H, W]
@@ -50,34 +54,35 @@ class ImageSet:
 
     @property
     def task(self) -> Task:
+        """The classification task of these images."""
         return Task(self.name, self.classes, size=self.images.shape[-1], channels=self.images.shape[1])
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """Its one task."""
+        """The task, as a tuple of one: a `SceneSet` has several."""
         return (self.task,)
 
     def only(self, names: Sequence[str]) -> ImageSet:
-        """Itself: it has one task."""
+        """Return the set itself, which has one task: a `SceneSet` keeps the tasks named."""
         return self
 
     def split(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-        """All but the share `share` of the images, and these, see `stratified_split`."""
+        """Split into (kept, held out): the second part has the share `share` of the images (see `stratified_split`)."""
         kept, held_out = stratified_split(self.labels, share, seed)
         return self.subset(kept), self.subset(held_out)
 
     def examples(self, index: Tensor | slice) -> list[Example]:
-        """Normalised images as they are, and labels: one entry, that of its task."""
+        """One entry: the task, normalised images float32 [n, C, H, W] without augmentation, labels int64 [n]."""
         return [(self.name, self.inputs(index), self.labels[index])]
 
     def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
-        """The same with the images augmented."""
+        """One entry, as `examples` gives it, with the images at `index` (int64 [n]) augmented."""
         return [(self.name, self.augmented(index, generator), self.labels[sent(index, self.labels.device)])]
 
     def to(self, device: torch.device) -> ImageSet:
-        """The same set for a device: batches lie there, and the images too, if they fit (`fits`).
+        """Copy the set to a device: labels and batches lie there, and the images too where they fit (`fits`).
 
-        Images that do not stay on the host, and a batch of them is copied when it is drawn.
+        Images that do not fit stay on the host; each batch of them is copied when it is drawn.
         """
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         images = self.images.to(device) if fits(self.images.nbytes, free) else self.images
@@ -88,7 +93,7 @@ class ImageSet:
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
     def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Normalised images as they are: float32 [n, C, H, W], channels-last."""
+        """Normalised images without augmentation: float32 [n, C, H, W], channels-last."""
         if isinstance(index, Tensor):
             index = sent(index, self.images.device)
         return self._normalise(self.images[index].permute(0, 2, 3, 1))
@@ -97,7 +102,7 @@ class ImageSet:
         """Normalised images, padded, cropped at random and mirrored where `flip`: float32 [n, C, H, W], channels-last.
 
         One gather for the whole batch: image b reads the rows top_b .. top_b + H - 1 and the columns left_b ..
-        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored.  The border is not stored.
+        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored. The border is not stored.
         """
         height, width = self.images.shape[2:]
         count, device = len(index), self.images.device
@@ -121,7 +126,7 @@ class ImageSet:
 
 
 def fits(size: int, free: int | None) -> bool:
-    """Whether `size` bytes of images go to a device with `free` bytes: half is left for training.  None: no limit."""
+    """Return True if `size` bytes of images take at most half of `free` bytes of a device; None: no limit."""
     return free is None or size <= free // 2
 
 
@@ -136,7 +141,7 @@ def pixel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def resized(image_set: ImageSet, size: int) -> ImageSet:
-    """The set with its images scaled to `size` x `size`: means over areas to shrink, bilinear to enlarge."""
+    """Scale the images to `size` x `size` pixels: means over areas to shrink, bilinear to enlarge."""
     mode = "area" if size <= image_set.images.shape[-1] else "bilinear"
     parts = [
         F.interpolate(part.float(), (size, size), mode=mode).round().to(torch.uint8)
@@ -146,7 +151,7 @@ def resized(image_set: ImageSet, size: int) -> ImageSet:
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Whole numbers that add up to `total`, in proportion to `shares`, by largest remainder, earlier ones first.
+    """Divide `total` into whole numbers in proportion to `shares`, by largest remainder, earlier ones first.
 
     >>> apportion(10, [1, 1, 2])
     [3, 2, 5]
@@ -160,9 +165,12 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def stratified_split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Seeded split of positions, class by class: (kept, held out), each sorted, int64.
+    """Split positions at random, class by class, into (kept, held out), each sorted: int64 [N - n], int64 [n].
 
-    The second part holds ceil(held_out * N) positions, the classes in proportion to their sizes.
+    `n = ceil(held_out * N)`; the classes have parts in proportion to their sizes.
+
+    Args:
+        labels: int64 [N].
     """
     labels, generator = labels.cpu(), torch.Generator().manual_seed(seed)  # positions for images on any device
     sizes = labels.bincount().tolist()

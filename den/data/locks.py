@@ -51,7 +51,7 @@ def claimed(entry: Path) -> Iterator[Path]:
 def clear(entry: Path, files: Sequence[str]) -> None:
     """Remove from beside `entry` what nobody holds a lock on: what killed processes left, entries of its name before.
 
-    files: what an entry consists of, of which the first carries the lock of readers.  Of hidden folders only those
+    files: what an entry consists of, of which the first carries the lock of readers. Of hidden folders only those
     are removed that hold nothing but these.
     """
     name = entry.name.rpartition("-")[0]

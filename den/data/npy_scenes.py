@@ -5,7 +5,7 @@
     ROOT/{train,val}/depth/0.npy   float [H, W, 1] or [H, W], 0 where it is unknown
     ROOT/{train,val}/normal/0.npy  float [H, W, 3] of length 1, the zero vector where it is unknown
 
-and 1.npy and so on (Liu, Johns and Davison, MTAN, CVPR 2019).  Images may also be uint8 in 0..255.
+and 1.npy and so on (Liu, Johns and Davison, MTAN, CVPR 2019). Images may also be uint8 in 0..255.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class NpyScenes:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32))
 
     def _target(self, kind: str, path: Path) -> Tensor:
-        """What a file holds, in the form of its kind."""
+        """The target in a file: int64 [H, W] of segmentation, float32 [1, H, W] of depth, [3, H, W] of normals."""
         values = self._load(path)
         if kind == "segmentation":
             self._within(path, "labels", values, "iuf", -np.inf, np.inf)
@@ -182,7 +182,10 @@ class NpyScenes:
     def _within(
         self, path: Path, what: str, values: np.ndarray, types: str, low: float, high: float, slack: float = 0
     ) -> None:
-        """ValueError when values are of another type (a letter of numpy's), not finite or far outside low..high."""
+        """Raise ValueError for values, of any shape, that are of another type, not finite, or outside the range.
+
+        types: letters of numpy's kinds; the range: low - slack..high + slack.
+        """
         if values.dtype.kind not in types:
             wanted = "floats" if types == "f" else "numbers"
             raise ValueError(f"load_{self.set_name}: {what} must be {wanted}, got {values.dtype} in {path}")
@@ -196,7 +199,7 @@ class NpyScenes:
                 f"load_{self.set_name}: {what} must lie in {low:g}..{high:g}, got {least:g}..{most:g} in {path}"
             )
 
-    def _load(self, path: Path) -> np.ndarray:
+    def _load(self, path: Path) -> np.ndarray:  # of any shape and type
         with blamed(f"load_{self.set_name}", path, "be a complete .npy file"):
             values = np.load(path, allow_pickle=False)
             if not isinstance(values, np.ndarray):

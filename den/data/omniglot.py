@@ -7,7 +7,7 @@ Two layouts are read from a data root:
   are there, the archive is read;
 - packed pieces `omniglot_small.{split}*.npz`, see `den.data.pieces`; 8 alphabets.
 
-Drawers 1 to 15 of every character are the training split, 16 to 20 the test split; this split is not official.  Ink is
+Drawers 1 to 15 of every character are the training split, 16 to 20 the test split; this split is not official. Ink is
 white on black, as in the other sets.
 """
 
@@ -40,7 +40,7 @@ PICTURE = re.compile(r"(?:^|/)character[^/]*/[^./][^/]*\.png$", re.IGNORECASE)  
 def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[ImageSet]:
     """A set per alphabet of what `root` holds: uint8 [n, 1, size, size], labels 0 to characters - 1.
 
-    Images are scaled by averaging over areas.  Normalisation constants are those of the training images of all
+    Images are scaled by averaging over areas. Normalisation constants are those of the training images of all
     alphabets, for both splits; augmentation shifts and does not mirror.
 
     Raises ValueError for an unknown split, a size below 1, a root without the set, files that are damaged, characters
@@ -67,7 +67,10 @@ def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[I
 
 
 def _same_characters(root: Path | None, train: dict[str, tuple[Tensor, Tensor]], wanted: dict) -> None:
-    """ValueError when one split has an alphabet or a character that the other lacks: their labels would differ."""
+    """Raise ValueError when one split has an alphabet or a character that the other lacks: their labels would differ.
+
+    Both splits as `_read` returns them.
+    """
     characters = [{name: labels.unique().tolist() for name, (_, labels) in split.items()} for split in (train, wanted)]
     if characters[0] != characters[1]:
         names = characters[0].keys() | characters[1].keys()
@@ -93,6 +96,7 @@ def _read(root: Path | None, split: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _read_archives(root: Path, split: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images and labels of each alphabet from the official archives or folders, as `_read` returns them."""
     found: dict[str, dict[tuple[int, int], str]] = {}  # by alphabet, character and drawer: the file
     inks: dict[str, np.ndarray] = {}
     for name, content in _members(root):
@@ -134,7 +138,7 @@ def _ink(name: str, content: bytes, others: dict[str, np.ndarray]) -> np.ndarray
 
 
 def _complete(root: Path, alphabet: str, drawings: dict[tuple[int, int], str]) -> None:
-    """ValueError when a character is left out, or lacks a drawer that another character of its alphabet has."""
+    """Raise ValueError when a character is left out, or lacks a drawer that another character of its alphabet has."""
     characters, drawers = {label for label, _ in drawings}, {drawer for _, drawer in drawings}
     for label in range(max(characters) + 1):
         if absent := [drawer for drawer in sorted(drawers) if (label, drawer) not in drawings]:
@@ -166,8 +170,11 @@ def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}/{member}", archive.read(member)
 
 
-def _by_alphabet(images: Tensor, labels: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Split by `c`; the characters of an alphabet are consecutive in `y`."""
+def _by_alphabet(
+    images: Tensor,  # uint8 [N, H, W]
+    labels: dict[str, Tensor],  # "y" and "c", int64 [N]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Split by the alphabet `c`; the characters of an alphabet are consecutive in `y`."""
     members = {alphabet: labels["c"] == alphabet for alphabet in labels["c"].unique().tolist()}
     return {f"alphabet{alphabet}": (images[member], labels["y"][member]) for alphabet, member in members.items()}
 

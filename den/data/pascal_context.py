@@ -52,7 +52,7 @@ TASKS = {"segmentation": ("segmentation", CLASSES), "parts": ("segmentation", le
 def load_pascal_context(root: Path | str | None, split: str, size: int = 512) -> SceneSet:
     """Tasks `segmentation`, `parts`, `saliency`, `normals` and `edges` on images of size x size.
 
-    `split` is "train" or "test" (val.txt).  Parts are unlabelled in images without any.  Normals count wherever they
+    `split` is "train" or "test" (val.txt). Parts are unlabelled in images without any. Normals count wherever they
     are given; the class mask that some authors lay over them is not part of the tree.
 
     Raises ValueError for an unknown split, a size below 1, a root without the tree or a list that is malformed or names
@@ -63,15 +63,16 @@ def load_pascal_context(root: Path | str | None, split: str, size: int = 512) ->
         raise ValueError(f"load_pascal_context: split must be 'train' or 'test', got {split!r}")
     if size < 1:
         raise ValueError(f"load_pascal_context: size must be at least 1, got {size}")
-    names_file = None if root is None else Path(root) / "ImageSets" / "Context" / f"{SPLITS[split]}.txt"
-    if names_file is None or not names_file.is_file() or not (Path(root) / "JPEGImages").is_dir():
+    place = None if root is None else Path(root)
+    names_file = place and place / "ImageSets" / "Context" / f"{SPLITS[split]}.txt"
+    if place is None or names_file is None or not names_file.is_file() or not (place / "JPEGImages").is_dir():
         raise ValueError(
             f"load_pascal_context: data root must be the PASCAL_MT tree, with ImageSets/Context/{SPLITS[split]}.txt and"
             f" JPEGImages, got {root} (use --data.root)"
         )
-    names = _listed(names_file, Path(root) / "JPEGImages")
+    names = _listed(names_file, place / "JPEGImages")
     tasks = tuple(Task(name, classes, size, 3, kind) for name, (kind, classes) in TASKS.items())
-    return SceneSet("pascal", tasks, PascalScenes(Path(root), names, size), torch.arange(len(names)))
+    return SceneSet("pascal", tasks, PascalScenes(place, names, size), torch.arange(len(names)))
 
 
 def _listed(path: Path, images: Path) -> list[str]:
@@ -117,11 +118,11 @@ class PascalScenes:
         ]
         return Scene(torch.stack(colours), targets)
 
-    def _segmentation(self, name: str) -> Tensor:
+    def _segmentation(self, name: str) -> Tensor:  # int64 [H, W]
         voc = f"semseg/VOC12/{name}.png"
         return self._pixels(voc if (self.root / voc).is_file() else f"semseg/pascal-context/{name}.png", None).long()
 
-    def _saliency(self, name: str) -> Tensor:
+    def _saliency(self, name: str) -> Tensor:  # float32 [1, H, W]
         values = self._pixels(f"sal_distill/{name}.png", "L")
         if values.max() == 1:
             raise ValueError(
@@ -129,7 +130,7 @@ class PascalScenes:
             )
         return (values > 127).float()[None]
 
-    def _parts(self, name: str) -> Tensor:
+    def _parts(self, name: str) -> Tensor:  # int64 [H, W]
         place = f"human_parts/{name}.mat"
         annotation = self._annotation(place, "anno")
         labels = np.zeros(self._pixels(f"JPEGImages/{name}.jpg", "L").shape, np.int64)
@@ -139,7 +140,7 @@ class PascalScenes:
                     labels[np.asarray(part["mask"], bool)] = LABEL_OF_PART[part["part_name"]]
         return torch.from_numpy(labels if labels.any() else np.full_like(labels, IGNORE))
 
-    def _label_map(self, name: str) -> Tensor:
+    def _label_map(self, name: str) -> Tensor:  # int64 [H, W]
         place = f"pascal-context/trainval/{name}.mat"
         values = self._annotation(place, "LabelMap")
         with blamed("load_pascal_context", self.root / place, "hold a LabelMap of whole numbers [H, W]"):
@@ -162,7 +163,7 @@ class PascalScenes:
 
 
 def boundaries(labels: Tensor) -> Tensor:
-    """1 where a pixel's label is not that of its right or its lower neighbour, else 0: [H, W] -> float32 [H, W]."""
+    """Mark the pixels whose right or lower neighbour has another label: int64 [H, W] -> float32 [H, W] of 0 and 1."""
     edges = torch.zeros(labels.shape, dtype=torch.bool)
     edges[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     edges[:-1] |= labels[1:] != labels[:-1]
@@ -170,16 +171,19 @@ def boundaries(labels: Tensor) -> Tensor:
 
 
 def framed(values: Tensor, size: int, nothing: float) -> Tensor:
-    """[..., H, W] in the upper left of [..., size, size], every n-th pixel where it is larger, `nothing` around it."""
-    height, width = _fitting(*values.shape[-2:], size)
+    """Lay [..., H, W] in the upper left of [..., size, size] and fill the rest with `nothing`.
+
+    A larger map is scaled down first, by its nearest pixels.
+    """
+    height, width = _fitting(values.shape[-2], values.shape[-1], size)
     rows, columns = nearest(values.shape[-2], height), nearest(values.shape[-1], width)
     kept = values[..., rows[:, None], columns]
     return F.pad(kept, (0, size - width, 0, size - height), value=nothing)
 
 
 def _shrunk(image: Tensor, size: int) -> Tensor:
-    """An image [3, H, W] that is larger than size x size scaled down to fit, with interpolation."""
-    fitting = _fitting(*image.shape[1:], size)
+    """Scale an image [3, H, W] down to fit size x size, with interpolation; a smaller one is returned as it is."""
+    fitting = _fitting(image.shape[1], image.shape[2], size)
     if fitting == tuple(image.shape[1:]):
         return image
     return F.interpolate(image[None], size=fitting, mode="bilinear", antialias=True)[0]

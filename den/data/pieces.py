@@ -38,7 +38,7 @@ def find_pieces(root: Path, name: str, split: str) -> tuple[Path, ...]:
 
 
 def open_pieces(paths: tuple[Path, ...], kinds: dict[str, int], rank: int = 4) -> Pixels:
-    """All of these pieces, one after the other, with the labels `kinds`, each of 0..classes - 1.
+    """Read pieces one after the other, with the labels `kinds`, each of 0..classes - 1.
 
     rank: of the pixels: 3 for bits, 4 for colours.
 
@@ -60,10 +60,13 @@ def joined(
     op: str,
     paths: Sequence[Path],
     shapes: Sequence[tuple[int, ...]],  # of the pixels of each
-    labels: Sequence[dict[str, np.ndarray]],  # of each, by kind
+    labels: Sequence[dict[str, np.ndarray]],  # of each, by kind: [n]
     kinds: dict[str, int],  # classes of the kinds that are wanted
 ) -> tuple[tuple[int, ...], dict[str, np.ndarray]]:
-    """Shape and labels of several pieces, one after the other; ValueError for one that does not go with the others."""
+    """Shape [N, H, W, 3] or [N, H, W] and labels int64 [N] by kind of several pieces, one after the other.
+
+    Raises ValueError for a piece whose images or labels do not go with the others.
+    """
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     for path, shape, own in zip(paths, shapes, labels, strict=True):
         if shape[1:] != shapes[0][1:]:
@@ -78,7 +81,7 @@ def joined(
 
 
 def piece_pixels(path: Path) -> np.ndarray:
-    """Pixels of a piece: uint8 [n, H, W, 3]; of bits 0 or 1, [n, H, W].  ValueError as of `open_pieces`."""
+    """Pixels of a piece: uint8 [n, H, W, 3]; of bits 0 or 1, [n, H, W]. ValueError as of `open_pieces`."""
     with blamed("load_set", path, "be a complete packed piece"):
         with np.load(path, allow_pickle=False) as piece:
             arrays = {key: piece[key] for key in piece.files if key in PAYLOAD}
@@ -89,12 +92,12 @@ def piece_pixels(path: Path) -> np.ndarray:
     return pixels
 
 
-def _bits(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:
+def _bits(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:  # uint8 [n, H, W]
     packed = np.frombuffer(lzma.decompress(arrays["data"].tobytes()), np.uint8).reshape(*shape[:2], -1)
     return np.unpackbits(packed, axis=-1)[..., : shape[2]]
 
 
-def _median_edge(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:
+def _median_edge(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:  # uint8 [n, H, W, 3]
     """Undo the predictor pixel by pixel, all images at once."""
     n, height, width, _ = shape
     residuals = np.frombuffer(lzma.decompress(arrays["data"].tobytes()), np.uint8).reshape(n, 3, height, width)
@@ -113,7 +116,7 @@ def _median_edge(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:
     return np.stack([red + green, green, blue + green], -1).astype(np.uint8)
 
 
-def _jpeg(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:
+def _jpeg(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:  # uint8 [n, H, W, 3]
     heads = [arrays[key].tobytes() for key in ("head0", "head1")]
     ends = arrays["len"].astype(np.int64).cumsum()
     scans = arrays["scan"].tobytes()

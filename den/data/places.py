@@ -1,4 +1,4 @@
-"""Where decoded sets go, and the fingerprint of what they were decoded from."""
+"""Folders for decoded sets, and the fingerprint of the files that a set was decoded from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ FORMAT = 2  # of the entries and of the decoding: another number makes every set
 
 
 def fingerprint(files: Iterable[Path], root: Path) -> str:
-    """Changes with the name, size or times of any of the files, those in folders included; hidden ones do not count.
+    """16 hexadecimal digits that change with the name, size or times of any of the files; hidden ones do not count.
+
+    Folders stand for all files in them.
 
     The time of the last change of a file's state is among them: it cannot be set back, as that of its content can.
-    Names are relative to `root`, which may be moved.  Raises ValueError for folders that cannot be read.
+    Names are relative to `root`, which may be moved. Raises ValueError for folders that cannot be read.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
     try:
@@ -48,7 +50,7 @@ def homes(own: Path) -> list[tuple[Path, str]]:
     """Folders in which entries may lie, the last of them to be written, and what names in each begin with.
 
     The first is `own`, in the data root; a root without write permission is left alone, even by a user who could write
-    to it, for the user's cache folder.  Raises ValueError when neither can be written.
+    to it, for the user's cache folder. Raises ValueError when neither can be written.
     """
     root = own.parent
     found = [(own, "")]

@@ -39,8 +39,7 @@ class SceneSet:
     Attributes:
         read: of a position and the tasks wanted: the scene there; all scenes have the same size.
         index: int64 [N].
-        inverse_depth: whether what is called depth is its inverse (disparity), which grows where an image is zoomed
-            into.
+        inverse_depth: True where "depth" is its inverse (disparity), which grows as an image is zoomed into.
         device: where batches lie.
     """
 
@@ -55,15 +54,15 @@ class SceneSet:
         return len(self.index)
 
     def to(self, device: torch.device) -> SceneSet:
-        """The same set for a device: batches lie there; what they are made of is read and changed on the host."""
+        """Copy the set for a device: batches lie there; scenes are read and augmented on the host."""
         return dataclasses.replace(self, device=device)
 
     def only(self, names: Sequence[str]) -> SceneSet:
-        """The same scenes for some of the tasks."""
+        """Keep only the tasks of these names, on the same scenes."""
         return dataclasses.replace(self, tasks=tuple(task for task in self.tasks if task.name in names))
 
     def split(self, share: float, seed: int) -> tuple[SceneSet, SceneSet]:
-        """All but ``ceil(share N)`` of the scenes, and these, which are drawn with the seed."""
+        """Split at random into (kept, held out); the second part has `ceil(share * N)` scenes."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         held = math.ceil(share * len(self))
         parts = (order[held:].sort().values, order[:held].sort().values)
@@ -71,8 +70,10 @@ class SceneSet:
         return kept, held_out
 
     def check_targets(self) -> None:
-        """Read scenes until every task has had a pixel with a target, in use one or a few; ValueError when one never
-        has."""
+        """Raise ValueError for a task without a target in any pixel of any scene.
+
+        Scenes are read until every task has had a target, which usually takes one or a few.
+        """
         missing = list(self.tasks)
         for position in self.index.tolist():
             targets = self.read(position, missing).targets
@@ -83,11 +84,14 @@ class SceneSet:
         raise ValueError(f"SceneSet: {names} of {self.name} must have a target, got none in {len(self)} images")
 
     def examples(self, index: Tensor | slice) -> list[Example]:
-        """Normalised images, as they are, and targets: an entry per task, of the same images."""
+        """Name, normalised images float32 [n, 3, H, W] and targets [n, ...] of every task; all share the images."""
         return self._stacked([self.read(i, self.tasks) for i in self.index[index].tolist()])
 
     def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
-        """The same, each scene zoomed into by 1, 1.2 or 1.5 at random, and half of them mirrored."""
+        """Entries as of `examples` for `index`, int64 [n], of augmented scenes.
+
+        Each is zoomed into by 1, 1.2 or 1.5 at random, and half of them are mirrored.
+        """
         zooms = torch.randint(len(ZOOMS), (len(index),), generator=generator).tolist()
         places = torch.rand(len(index), 3, generator=generator).tolist()
         scenes = []
@@ -107,7 +111,7 @@ def augmented(
 ) -> Scene:
     """A part of the scene, 1 / zoom as high and wide, at its size; images are interpolated, targets are not.
 
-    place: 0..1, 0..1: where the part lies, from the top and the left.  Zooming in divides depths by the zoom, as if the
+    place: 0..1, 0..1: where the part lies, from the top and the left. Zooming in divides depths by the zoom, as if the
     camera were nearer, and multiplies inverse ones; mirroring turns the first component of normals.
     """
     height, width = scene.image.shape[1:]
@@ -144,7 +148,10 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def checked_target(task: Task, target: Tensor, image: Tensor, where: str) -> Tensor:
-    """`target`, of the dtype of its kind; ValueError when its size is not the image's or a value is not the kind's."""
+    """Return `target` in the dtype of its kind: int64 [H, W] of segmentation, else float32 [classes, H, W].
+
+    Raises ValueError when it is not of the size of `image` ([3, H, W]) or holds a value that its kind does not have.
+    """
     size = tuple(image.shape[1:])
     wanted = size if task.kind == "segmentation" else (task.classes, *size)
     if tuple(target.shape) != wanted:

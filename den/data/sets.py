@@ -13,7 +13,7 @@ and decoded once (`den.data.store`).
 | tin50 | 25,000 + 2,500, 64x64 | 50 of its classes |
 | imagenet50, miniimagenet | 40,000 or 25,000 for training, 84x84 | `den.data.imagenet` |
 
-The sets of fifty classes are also ten tasks of five: `tin50-0` to `tin50-9`, by kind, and so on.  `@S` behind a name
+The sets of fifty classes are also ten tasks of five: `tin50-0` to `tin50-9`, by kind, and so on. `@S` behind a name
 scales the images to S x S pixels: `stl10@32`, `imagenet50-3@224`.
 """
 
@@ -91,7 +91,7 @@ NAME = re.compile(r"(?P<set>.+?)(?:-(?P<task>\d+))?(?:@(?P<size>\d+))?")
 def load_set(name: str, split: str, root: Path | str | None = None) -> ImageSet:
     """The set `name`; `split` is "train" or "test"; `root`: folder of the sets that do not come with the install.
 
-    Normalisation constants are those of the training split, for both splits.  Raises ValueError for an unknown name
+    Normalisation constants are those of the training split, for both splits. Raises ValueError for an unknown name
     or split, a missing root, and files that are missing, damaged or of another layout.
     """
     if split not in SPLITS:
@@ -126,7 +126,7 @@ def _parse(name: str) -> tuple[str, int | None, int | None]:
     """Set, task within it, side in pixels: `_parse("tin50-3@32") == ("tin50", 3, 32)`."""
     parts = NAME.fullmatch(name)
     base = parts["set"] if parts else name
-    if base not in set_names():
+    if parts is None or base not in set_names():
         raise ValueError(f"load_set: name must be one of {', '.join(set_names())}, got {name!r}")
     task, size = (None if parts[key] is None else int(parts[key]) for key in ("task", "size"))
     tasks = KINDS[base].tasks if base in KINDS else 0
@@ -171,7 +171,7 @@ def _digits(split: str) -> ImageSet:
 
 def _fashion(split: str) -> ImageSet:
     source = resources.files("den.data").joinpath("packed", "fashion.npz")
-    with blamed("load_set", source, "be complete", hint="; reinstall the package"):
+    with blamed("load_set", str(source), "be complete", hint="; reinstall the package"):
         with source.open("rb") as file, np.load(file, allow_pickle=False) as packed:
             stream, labels, expected = (packed[f"{split}_{key}"] for key in ("images", "labels", "sha256"))
         pixels = lzma.decompress(stream.tobytes())

@@ -27,7 +27,7 @@ SIZE = 96
 
 
 def open_stl10(root: Path, split: str) -> Found:
-    """With labels `y`; ValueError when `root` has it in neither form."""
+    """Find a split, with labels `y`; ValueError when `root` has the set in neither form."""
     if pieces := find_pieces(root, "stl10", split):
         return Found(pieces, lambda: open_pieces(pieces, {"y": CLASSES}))
     archive, place = find(root, "stl10", [ARCHIVE])

@@ -3,7 +3,7 @@
     ROOT/den-cache/NAME-FINGERPRINT/images.npy, labels.npz   a whole entry; readers hold a shared lock on images.npy
     ROOT/den-cache/.NAME-FINGERPRINT/lock, set/...           one that is being made, by the process that holds the lock
 
-Locks are the kernel's, so those of a killed process are free at once.  On a file system without locks every process
+Locks are the kernel's, so those of a killed process are free at once. On a file system without locks every process
 makes an entry of its own, the first to end gives it its name, and nothing is cleared.
 """
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ def stored(found: Found, root: Path, name: str) -> tuple[Tensor, dict[str, Tenso
     """Images uint8 [N, 3, H, W], channels-last in memory, and labels int64 [N] of each kind.
 
     The first time they are decoded into ROOT/den-cache (where the root is not to be written, into the user's cache
-    folder), later they are mapped from there.  They are decoded anew when any of the files has changed, come or gone
-    since, or when what was decoded is damaged.  Entries of before and what killed processes left are removed; an
+    folder), later they are mapped from there. They are decoded anew when any of the files has changed, come or gone
+    since, or when what was decoded is damaged. Entries of before and what killed processes left are removed; an
     interruption leaves nothing behind.
 
     Raises ValueError for files that cannot be decoded or change meanwhile, and where there is no room.
@@ -77,6 +77,7 @@ def stored(found: Found, root: Path, name: str) -> tuple[Tensor, dict[str, Tenso
 
 
 def _decoded(found: Found, root: Path, name: str, key: str, entry: Path) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """Decode a split into `entry` and open it there, as `_opened`."""
     with claimed(entry) as folder:
         if whole := _opened(entry):  # made by another process while this one waited
             return whole
@@ -89,7 +90,7 @@ def _decoded(found: Found, root: Path, name: str, key: str, entry: Path) -> tupl
 
 
 def _opened(entry: Path) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """An entry, its images mapped; None where there is none, or it is not as it was written.
+    """Images uint8 [N, 3, H, W], mapped, and labels int64 [N] of an entry; None where there is no whole one.
 
     The mapping keeps a duplicate of the descriptor, and with it the lock, as long as the images are in use.
     """
@@ -115,7 +116,7 @@ def _opened(entry: Path) -> tuple[Tensor, dict[str, Tensor]] | None:
 
 
 def _write(pixels: Pixels, folder: Path, name: str) -> None:
-    """Written through the file, not through a mapping, in which a full disk would be a SIGBUS."""
+    """Write an entry through the file, not through a mapping, in which a full disk would be a SIGBUS."""
     folder.mkdir()
     count, *size = pixels.shape
     if count == 0:
@@ -131,7 +132,7 @@ def _write(pixels: Pixels, folder: Path, name: str) -> None:
                 raise ValueError(
                     f"load_set: {name} must have images uint8 {size}, got {part.dtype} {list(part.shape[1:])}"
                 )
-            file.write(np.ascontiguousarray(part))
+            file.write(np.ascontiguousarray(part).data)
             done += len(part)
             bar.update(len(part))
         if done != count:
@@ -140,12 +141,12 @@ def _write(pixels: Pixels, folder: Path, name: str) -> None:
         os.fsync(file.fileno())  # or a power cut leaves zeros under a name that says whole
     written = int(time.time()) // 2 * 2 - 10  # even, as some file systems keep times, and before any later change
     os.utime(folder / IMAGES, (written, written))
-    labels = {kind: values.astype(np.int64) for kind, values in pixels.labels.items()}
-    np.savez(folder / LABELS, **labels, **{WRITTEN: np.int64(written)})
+    arrays: dict[str, Any] = {kind: values.astype(np.int64) for kind, values in pixels.labels.items()}
+    np.savez(folder / LABELS, **arrays | {WRITTEN: np.int64(written)})
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Room for `size` more bytes, so that a full disk is told before hours of decoding; OSError when there is none."""
+    """Reserve `size` more bytes, so that a full disk is reported before hours of decoding: OSError."""
     try:
         os.posix_fallocate(file.fileno(), file.tell(), size)
     except OSError as error:

@@ -2,7 +2,7 @@
 
 Read from the published archive, packed or unpacked; the lists of an unpacked one must fit the pictures beside them.
 `tin50` is the part of 50 classes which makes ten kinds of five (`KINDS`; they are ours): with it, packed pieces
-`tin50.{split}*.npz` are read as well, see `den.data.pieces`.  The test split is the published validation split; that of
+`tin50.{split}*.npz` are read as well, see `den.data.pieces`. The test split is the published validation split; that of
 the publishers has no labels.
 """
 
@@ -46,13 +46,15 @@ KIND_OF = {TIN50.index(position): kind for kind, members in enumerate(KINDS.valu
 
 
 def open_tinyimagenet(root: Path, split: str) -> Found:
-    """All classes, labels `y` in the order of their names; ValueError when `root` does not have it."""
+    """Find a split of all classes, labels `y` in the order of their names; ValueError when `root` does not have it."""
     return _found(root, split, list(range(CLASSES)))
 
 
 def open_tin50(root: Path, split: str) -> Found:
-    """50 classes, labels `y`, the kind `c` of each and its number `k` within that; ValueError when `root` has it in
-    neither form."""
+    """Find a split of 50 classes: labels `y`, the kind `c` of each and its number `k` within that kind.
+
+    Raises ValueError when `root` has the set in neither form.
+    """
     both = {part: find_pieces(root, "tin50", piece) for part, piece in (("train", "train"), ("test", "val"))}
     if both[split]:
         return Found((*both["train"], *both["test"]), lambda: _numbered(both[split], (*both["train"], *both["test"])))
@@ -73,7 +75,7 @@ def _numbered(pieces: tuple[Path, ...], both: tuple[Path, ...]) -> Pixels:
 
 
 def _kind_labels(y: np.ndarray, kinds: dict[int, int], where: Path) -> dict[str, np.ndarray]:
-    """Kind `c` and number `k` within it of each label, from the kinds of all classes."""
+    """Kind `c` and number `k` within it of each label, int64 [N], from the kinds of all classes."""
     members = {c: [label for label in sorted(kinds) if kinds[label] == c] for c in kinds.values()}
     share = len(TIN50) // len(KINDS)
     if large := [c for c, each in members.items() if len(each) > share]:
@@ -113,7 +115,7 @@ def _decode(archive: Archive, place: Path, split: str, classes: list[int]) -> Pi
 
 
 def _training(archive: Archive, place: Path, chosen: list[str], names: list[str]) -> tuple[list[str], np.ndarray]:
-    """Files and labels; each class lists its own."""
+    """Files and their labels int64 [N]; each class lists its own."""
     if place.is_dir():
         folders = [path.name for path in (place / "train").glob("[!.]*") if path.is_dir()]
         matching("load_set", place / "wnids.txt", names, folders, place / "train")
@@ -130,7 +132,7 @@ def _training(archive: Archive, place: Path, chosen: list[str], names: list[str]
 
 
 def _validation(archive: Archive, place: Path, chosen: list[str], names: list[str]) -> tuple[list[str], np.ndarray]:
-    """Files and labels, from one list of all classes."""
+    """Files and their labels int64 [N], from one list of all classes."""
     (listed,) = read(archive, place, ("val/val_annotations.txt",))
     where, folder = member_name(place, "val/val_annotations.txt"), place / "val" / "images"
     lines = rows("load_set", where, listed, 2)

@@ -1,1 +1,1 @@
-"""What a network reaches: accuracy, operating points, its comparison with a dense one."""
+"""Measurements of trained networks: accuracy, time, operating points, comparison with a dense network."""

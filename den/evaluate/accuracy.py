@@ -1,4 +1,4 @@
-"""What a network reaches: accuracy, FLOPs and variety of structures per task, static structures, measured time."""
+"""Accuracy, FLOPs and variety of structures of each task, static structures, and measured time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TaskReport:
 
     @property
     def histogram(self) -> Tensor:
-        """How often each block ran at each level: int64 [N, L]."""
+        """Number of images that ran each block at each level: int64 [N, L]."""
         return F.one_hot(self.levels, self.probabilities.shape[1]).sum(0)
 
     @property
@@ -107,8 +107,14 @@ def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choic
 def task_report(
     model: DeepElasticNetwork, image_set: ImageSet, used: Tensor, chance: Tensor, accuracy: float, loss: float
 ) -> TaskReport:
-    """The report of a set whose images ran at the structures `used`, int64 [images, N], chosen by distributions whose
-    logarithms are `chance`, [images, N, L]; both on the CPU."""
+    """The report of a set whose images ran at given structures.
+
+    Args:
+        used: int64 [images, N] on the CPU, the structure of every image.
+        chance: [images, N, L] on the CPU, logarithms of the distributions that chose them.
+        accuracy: of the whole set, 0..1.
+        loss: mean cross-entropy of the whole set.
+    """
     flops = count_flops(model, used).mean().item()
     mean, shares = chance.exp().mean(0), parameter_fractions(model).cpu()
     return TaskReport(
@@ -133,6 +139,7 @@ def _device(model: DeepElasticNetwork) -> torch.device:
 
 
 def _input_batches(image_set: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images [B, C, S, S] and labels int64 [B] of a set, in order, on the device."""
     for start in range(0, len(image_set), batch_size):
         part = slice(start, start + batch_size)
         yield image_set.inputs(part).to(device), image_set.labels[part].to(device)
@@ -179,7 +186,7 @@ def best_static(
     """The most accurate of many structures that cost about `budget` FLOPs, used for every image of `image_set`.
 
     The candidates are `static_candidates` and those of `extra` (int64 [n, N], such as the structures that the selector
-    uses most) that cost at most (1 + tolerance) * budget.  The best is chosen on `choose_on`, held-out images.  Without
+    uses most) that cost at most (1 + tolerance) * budget. The best is chosen on `choose_on`, held-out images. Without
     them it is chosen on `image_set` itself, which flatters the static structure: a network that beats it even so has
     gained from choosing per image.
     """
@@ -197,7 +204,7 @@ def best_static(
 def static_candidates(model: DeepElasticNetwork, budget: float, count: int, tolerance: float, seed: int) -> Tensor:
     """Up to `count` random structures whose FLOPs lie within `tolerance` of `budget`: int64 [n, N].
 
-    Each is drawn with level probabilities of its own, so that every budget is met by structures of many shapes.  Where
+    Each is drawn with level probabilities of its own, so that every budget is met by structures of many shapes. Where
     none lies within the tolerance: the nearest one.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -229,6 +236,7 @@ class Timing:
 
     @property
     def speedup(self) -> float:
+        """Time of the full structure over time with choosing: above 1 where choosing is faster."""
         return self.dense / self.selected
 
     @property
@@ -248,12 +256,12 @@ def time_per_image(
 ) -> Timing:
     """Time of inference with and without choosing, on the first batches of a set; the model in evaluation mode.
 
-    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector.  An
+    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector. An
     estimator of another kind than `Estimator` has no plain form and is timed against its full structure alone.
 
-    The four ways take turns, so that a change in the machine's speed meets them all.  In its turn each runs all the
-    batches one after the other, as in use, after an untimed one that brings its weights back into the caches.  Per way:
-    the median over the rounds of every batch, added up.  Batches are full where the set has that many.
+    The four ways take turns, so that a change in the machine's speed meets them all. In its turn each runs all the
+    batches one after the other, as in use, after an untimed one that brings its weights back into the caches. Per way:
+    the median over the rounds of every batch, added up. Batches are full where the set has that many.
     """
     model.eval()
     device = _device(model)
@@ -265,7 +273,7 @@ def time_per_image(
 
     parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size, device), batches)]
     parts = [images for images in parts if len(images) == batch_size] or parts
-    runs = {
+    runs: dict[str, Callable[[Tensor], object]] = {
         "plain": PlainNetwork(model, name) if isinstance(model.estimator, Estimator) else full,
         "full": full,
         "selected": selected,

@@ -32,6 +32,7 @@ class Comparison:
 
     @property
     def task(self) -> str:
+        """Name of the task."""
         return self.images.name
 
     @property
@@ -46,7 +47,7 @@ class Comparison:
 
     @property
     def saving(self) -> float:
-        """How many times fewer FLOPs than at the full structure."""
+        """FLOPs of the full structure over those of the chosen ones."""
         return 1 / max(self.selected.flops_ratio, 1e-9)
 
 
@@ -121,7 +122,7 @@ per block: 0 skips it, the highest is all of it.  The best single structure is p
 
 
 def digits(structure: Tensor) -> str:
-    """A structure as its levels: ``digits(torch.tensor([0, 3])) == "03"``."""
+    """A structure as its levels: `digits(torch.tensor([0, 3])) == "03"`."""
     return "".join(map(str, structure.tolist()))
 
 
@@ -130,7 +131,7 @@ def _top_share(c: Comparison) -> float:
 
 
 def remarks(found: Sequence[Comparison]) -> list[str]:
-    """What must be said about the variety of structures, in words."""
+    """Sentences on the variety of structures, one a task and one on how the tasks differ."""
     lines = []
     for c in found:
         count, gain = c.selected.structures, 100 * (c.selected.accuracy - c.best_static.accuracy)
@@ -165,7 +166,7 @@ def most_different_block(first: TaskReport, second: TaskReport) -> tuple[int, fl
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is to be shown."""
+    """A claim, its measurement, and its verdict."""
 
     claim: str
     measured: str
@@ -173,7 +174,7 @@ class Check:
 
 
 def checks(found: Sequence[Comparison], least_accuracy: dict[str, float]) -> list[Check]:
-    """What the demonstration is to show, held against what was measured."""
+    """The claims of the demonstration, each with its measurement and its verdict."""
     lines = []
     for c in found:
         loss = 100 * (c.dense.accuracy - c.selected.accuracy)
@@ -199,8 +200,8 @@ def check_lines(lines: Sequence[Check]) -> str:
 
 
 def write_json(path: Path, found: Sequence[Comparison], extra: dict[str, Any]) -> None:
-    """All numbers of a comparison, for programs."""
-    tasks = {
+    """Write all numbers of a comparison as JSON."""
+    tasks: dict[str, dict[str, Any]] = {
         c.task: {
             "dense": c.dense.summary(),
             "full": c.full.summary(),

@@ -1,12 +1,12 @@
 """Operating points of a trained network: its selector shifted towards a budget at run time, without training.
 
-This is ours; the paper trains a network for every trade-off (rho).  Block i of an image x runs at
+This is ours; the paper trains a network for every trade-off (rho). Block i of an image x runs at
 
     arg max_l  logit_i(l; x) - lambda * cost_i(l)
 
-with one lambda for each task.  The cost that a block's choice has can only fall as lambda grows, whatever the costs are
+with one lambda for each task. The cost that a block's choice has can only fall as lambda grows, whatever the costs are
 (add the two inequalities that say that each choice is the best at its own lambda), so the mean cost of a set of images
-is monotone in lambda and bisection finds the smallest lambda that keeps to a budget.  The shift goes into the biases of
+is monotone in lambda and bisection finds the smallest lambda that keeps to a budget. The shift goes into the biases of
 the selector's heads: an operating point is an ordinary network and costs nothing to run.
 """
 
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ CLOSE = 0.02  # of a time that counts as met
 
 @dataclass(frozen=True, eq=False)
 class LevelCosts:
-    """A linear model of what an image costs: ``fixed`` plus the cost of the level of each of its blocks."""
+    """A linear model of what an image costs: `fixed` plus the cost of the level of each of its blocks."""
 
     levels: Tensor  # float64 [N, L], on the CPU
     fixed: float = 0.0
@@ -65,7 +66,7 @@ def measured_costs(
 ) -> LevelCosts:
     """Milliseconds per image on the model's device: medians of every block at every level, all images at that level.
 
-    ``fixed`` is what the network in use takes beyond that: stem, head, selector, and what mixing levels costs.
+    `fixed` is what the network in use takes beyond that: stem, head, selector, and what mixing levels costs.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -74,7 +75,7 @@ def measured_costs(
     rows = []
     for level in range(model.levels):
         structures = torch.full((len(images), model.num_blocks), level, device=device)
-        rows.append(_block_seconds(model, lambda s=structures: model.estimator(images, name, s), device, rounds))
+        rows.append(_block_seconds(model, partial(model.estimator, images, name, structures), device, rounds))
     blocks = LevelCosts(torch.tensor(rows, dtype=torch.float64).t() * unit)
     whole = milliseconds(model, image_set, batch_size, rounds)
     return LevelCosts(blocks.levels, max(0.0, whole - blocks.of(model.select(images, name)).mean().item()))
@@ -128,15 +129,15 @@ def milliseconds(model: DeepElasticNetwork, image_set: ImageSet, batch_size: int
 
 
 def chosen_levels(logits: Tensor, costs: LevelCosts, weight: float) -> Tensor:
-    """arg max of ``logits - weight * costs``: [B, N, L] -> int64 [B, N]."""
+    """arg max of `logits - weight * costs`: [B, N, L] -> int64 [B, N]."""
     return (logits.double() - weight * costs.levels.to(logits.device)).argmax(-1)
 
 
 def choose_weight(logits: Tensor, costs: LevelCosts, limit: float) -> float:
     """The smallest lambda whose structures cost at most `limit` in the mean over the images of `logits` [B, N, L].
 
-    Negative where the selector by itself costs less than the limit.  What is left of the limit is the step of one
-    block of one image, or, where the images' logits are equal, of all of them.
+    Negative where the selector by itself costs less than the limit. The limit is met up to the step of one block of
+    one image, or of all images where their logits are equal.
 
     Raises:
         ValueError: the cheapest structure costs more.
@@ -173,8 +174,8 @@ def steered(model: DeepElasticNetwork, costs: dict[str, LevelCosts], weights: di
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for task, weight in weights.items():
-            bias = copied.selector.heads[find_task(task, copied.tasks)].bias
-            bias -= (weight * costs[task].levels).flatten().to(bias)
+            head = copied.selector.heads[find_task(task, copied.tasks)]
+            head.bias.sub_((weight * costs[task].levels).flatten().to(head.bias))
     return copied
 
 
@@ -205,7 +206,7 @@ def at_milliseconds(
 ) -> tuple[DeepElasticNetwork, dict[str, float]]:
     """The network at a time per image on its device, for every task; and the lambdas.
 
-    The linear model of `measured_costs` gives a first lambda.  Then the network is timed as a whole, and where it takes
+    The linear model of `measured_costs` gives a first lambda. Then the network is timed as a whole, and where it takes
     more than the limit, or less, the model's aim is corrected by that ratio, at most `CORRECTIONS` times.
 
     Raises:

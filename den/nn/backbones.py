@@ -18,7 +18,7 @@ def block_shapes(stages: Stages, stem: int, trunk_size: int) -> tuple[BlockShape
 def bottleneck_shapes(
     stages: Stages, stem: int, trunk_size: int, cardinality: int, depth: int
 ) -> tuple[BlockShape, ...]:
-    """Bottleneck blocks in order, strides as :func:`block_shapes`'; ``cardinality * depth * 2**stage`` hidden channels.
+    """Bottleneck blocks in order, strides as `block_shapes`'; `cardinality * depth * 2**stage` hidden channels.
 
     So ResNeXt's c x d, and ResNet-50 as 1 x 64 (Xie et al., CVPR 2017, table 1).
     """
@@ -45,7 +45,7 @@ def _residual_shapes(
 def pair_shapes(stages: Stages, stem: int, trunk_size: int) -> tuple[BlockShape, ...]:
     """Consecutive 3x3 convolutions, two by two; 2x2 max pooling, rounding down, after the last of every stage.
 
-    ``pair_shapes(((32, 1), (64, 1)), 3, 32) == (PairShape(3, 32, 64, 32, pools=(True, True)),)``
+    `pair_shapes(((32, 1), (64, 1)), 3, 32) == (PairShape(3, 32, 64, 32, pools=(True, True)),)`
 
     Raises:
         ValueError: an odd number of convolutions; a trunk too small for the pools.
@@ -88,7 +88,7 @@ class Backbone:
 
 
 def _blocks_per_stage(name: str, depth: int, stages: int, convolutions: int = 2) -> int:
-    """``n`` of ``depth = convolutions * stages * n + 2``: ``convolutions`` a block, the stem and the head."""
+    """`n` of `depth = convolutions * stages * n + 2`: `convolutions` a block, the stem and the head."""
     step = convolutions * stages
     blocks, rest = divmod(depth - 2, step)
     if blocks < 1 or rest:
@@ -118,7 +118,7 @@ def wide_resnet(depth: int, width: int) -> Backbone:
 def resnet(depth: int) -> Backbone:
     """ResNet-l of the paper: four stages of 64, 128, 256, 512 channels, l = 8n + 2 (ResNet-42: n = 5), stem of 64.
 
-    Every stage has the same number of basic blocks; give ``stages`` for another split, such as ResNet-34's 3, 4, 6, 3.
+    Every stage has the same number of basic blocks; give `stages` for another split, such as ResNet-34's 3, 4, 6, 3.
 
     Raises:
         ValueError: a depth that does not fit, naming the nearest that do.
@@ -131,7 +131,7 @@ def resnext(depth: int, cardinality: int, group_depth: int, expansion: int = 4) 
     """ResNeXt-l (c x d): stages of 64e, 128e, 256e channels, c d, 2 c d, 4 c d hidden ones, l = 9n + 2, 3x3 stem of 64.
 
     Xie et al. (CVPR 2017, section 5.2) have e = 4. The counts that the Deep Elastic Networks paper prints are those of
-    e = 1, named ``resnext{l}_{c}x{d}d_narrow`` here. Weights of the block convolutions (shortcuts have none):
+    e = 1, named `resnext{l}_{c}x{d}d_narrow` here. Weights of the block convolutions (shortcuts have none):
 
     =====================  ==========  ===========  =====
     ResNeXt-29             e = 4       e = 1        paper
@@ -162,8 +162,8 @@ def bottleneck_resnet(blocks: tuple[int, ...]) -> Backbone:
 def vgg(stages: Stages, stem: int) -> Backbone:
     """VGG (Simonyan and Zisserman, ICLR 2015) with batch norm: pairs of 3x3 convolutions, two layers of 4096.
 
-    An odd number of convolutions leaves the first to the stem: ``vgg16`` is that convolution, per task, and six pairs;
-    ``vgg19`` is eight pairs that read the images. The 38.9M parameters that the Deep Elastic Networks paper prints for
+    An odd number of convolutions leaves the first to the stem: `vgg16` is that convolution, per task, and six pairs;
+    `vgg19` is eight pairs that read the images. The 38.9M parameters that the Deep Elastic Networks paper prints for
     its VGG-16 are those of sixteen convolutions, VGG-19's; thirteen, the standard VGG-16, have 33.6M (both with the
     layers of 4096, for maps of 32 x 32).
     """
@@ -187,11 +187,13 @@ BACKBONES: dict[str, Backbone] = {
     "vgg19": vgg(((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)), stem=0),
     "simpleconvnet": Backbone(((32, 1),) * 4, 0, pair_shapes, fully_connected=(128, 128)),
 }
+"""Backbones that have a name of their own; `named_backbone` knows more."""
+
 FAMILIES = {"wrn": Backbone((), 16), "resnet": Backbone((), 64)}  # where the stages are given one by one
 
 
 def named_backbone(name: str) -> Backbone:
-    """The backbone of a name: one of ``BACKBONES``, or any ``wrn{l}_{r}``, ``resnet{l}``, ``resnext{l}_{c}x{d}d``.
+    """The backbone of a name: one of `BACKBONES`, or any `wrn{l}_{r}`, `resnet{l}`, `resnext{l}_{c}x{d}d`.
 
     Raises:
         ValueError: another name, with those that there are; a depth that does not fit.

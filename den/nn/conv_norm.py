@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.nn.folding import folded_weight, may_fold
-from den_kernels.fold_cache import FoldCache
+from den.nn.modules import lay_out_channels_last
+from den_kernels.building import FoldCache
 
 
 class ConvNormReLU(nn.Module):
-    """``relu(norm(conv(x)))``, x [B, C, H, W] -> [B, out, H', W'] channels-last in memory.
+    """`relu(norm(conv(x)))`, x [B, C, H, W] -> [B, out, H', W'] channels-last in memory.
 
     In eval mode without gradients the batch norm is folded into the convolution. An empty batch leaves the running
     statistics as they are.
@@ -22,7 +23,7 @@ class ConvNormReLU(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        self.to(memory_format=torch.channels_last)
+        lay_out_channels_last(self)
         self._folded: FoldCache[tuple[Tensor, Tensor]] = FoldCache()
 
     def forward(self, x: Tensor) -> Tensor:

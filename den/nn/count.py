@@ -1,6 +1,8 @@
-"""What a network holds and what an image costs."""
+"""Counts: parameters of a network and FLOPs of an image."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +34,20 @@ class ParameterCounts:
 
     @property
     def estimator(self) -> int:
-        """Everything but the selector."""
+        """Parameters of the estimator: all but the selector's."""
         return self.blocks + self.norms + self.stems + self.heads
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Parameters of the whole network."""
         return self.estimator + self.selector
 
 
 @dataclass(frozen=True)
 class ImageFlops:
-    """Twice the multiply-adds that one image of a task costs at the full structure, by place.
+    """FLOPs (twice the multiply-adds) of one image of a task at the full structure, by place.
 
-    ``head`` counts the fully connected layers before the head, too. The Deep Elastic Networks paper counts in this way
+    `head` counts the fully connected layers before the head, too. The Deep Elastic Networks paper counts in this way
     for WRN-32-4 (2.13G) and ResNet-42 (2.91G), but multiply-adds once for SimpleConvNet: its 27.4M at 84 x 84 are half
     of our blocks and head.
     """
@@ -57,9 +59,9 @@ class ImageFlops:
 
 
 def count_parameters(model: DeepElasticNetwork) -> ParameterCounts:
-    """Learned numbers of ``model``, by place; their ``total`` is all of them."""
+    """Learned numbers of `model`, by place; their `total` is all of them."""
     estimator = model.estimator
-    blocks = sum(conv.weight.numel() for block in estimator.blocks for conv, _ in block.layers())
+    blocks = sum(conv.weight.numel() for block in cast(Iterable[Any], estimator.blocks) for conv, _ in block.layers())
     return ParameterCounts(
         blocks=blocks,
         norms=_numbers(estimator.blocks) - blocks + (0 if estimator.norm is None else _numbers(estimator.norm)),
@@ -85,7 +87,7 @@ def count_flops(model: DeepElasticNetwork, levels: Tensor) -> Tensor:
 
 
 def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
-    """FLOPs of one image of ``task`` at the full structure, with what the structure does not change."""
+    """FLOPs of one image of `task` at the full structure, with what the structure does not change."""
     position = find_task(task, model.tasks)
     estimator = model.estimator
     return ImageFlops(
@@ -97,13 +99,13 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
 
 
 def parameter_fractions(model: DeepElasticNetwork) -> Tensor:
-    """``d_i(l)`` of the paper's eq. 5: float32 [N, L], the share of block i's convolution weights that level l uses."""
+    """`d_i(l)` of the paper's eq. 5: float32 [N, L], the share of block i's convolution weights that level l uses."""
     table = model.estimator.level_parameters
     return table.float() / table[:, -1:]
 
 
 def _chosen(table: Tensor, levels: Tensor) -> Tensor:
-    """``table[n, levels[b, n]]`` as [B, N], for a table [N, L]."""
+    """`table[n, levels[b, n]]` as [B, N], for a table [N, L]."""
     if levels.dim() != 2 or levels.shape[1] != len(table) or levels.is_floating_point() or levels.dtype == torch.bool:
         raise ValueError(
             f"count_flops: levels must be integer [B, N] with N = {len(table)}, got {levels.dtype} {list(levels.shape)}"

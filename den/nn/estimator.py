@@ -1,17 +1,22 @@
 """The estimator f(x; z, t): the backbone whose blocks run at the levels of a structure (paper, eq. 1)."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from den.nn.blocks.folded import FoldedBlock
+from den.nn.blocks.shortcut import Shortcut
 from den.nn.folding import may_fold
 from den.nn.levels import level_plan
 from den.nn.model_config import ModelConfig
+from den.nn.modules import Modules
 from den.nn.stem import ImageStem, Stem
 from den.nn.tail import features, last_norm, shared_layers
 from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
-from den_kernels import RoutingPlan
+from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
+from den_kernels.building import FoldCache, norm_affine
 
 
 class Estimator(nn.Module):
@@ -21,7 +26,7 @@ class Estimator(nn.Module):
     paper's Xavier; batch norms from weight 1; heads from Xavier.
 
     Attributes:
-        groups: channel groups of every block in a routing plan (see :mod:`den.nn.levels`).
+        groups: channel groups of every block in a routing plan (see `den.nn.levels`).
         level_parameters: int64 [N, L], convolution weights that each block uses at each level.
         level_flops: int64 [N, L], twice the multiply-adds of each block's convolutions at each level, for one image.
     """
@@ -32,19 +37,19 @@ class Estimator(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         shapes, backbone, levels = config.shapes, config.layout, config.levels
+        _, stem, trunk_size = config.trunk
         self.tasks, self.levels, self.num_blocks = config.tasks, levels, len(shapes)
         self.lowest = shapes[0].lowest
         self.groups = levels - 1 + self.lowest
-        self.stems = nn.ModuleList(
-            Stem(task, config.stem, config.trunk_size, kernel=backbone.stem_kernel)
-            if config.stem
-            else ImageStem(task, config.trunk_size)
+        self.stems: Modules[Stem | ImageStem] = Modules(
+            Stem(task, stem, trunk_size, kernel=backbone.stem_kernel) if stem else ImageStem(task, trunk_size)
             for task in config.tasks
         )
         self.blocks = nn.ModuleList(shape.build(levels, first=index == 0) for index, shape in enumerate(shapes))
         self.norm = last_norm(backbone, shapes[-1])
+        self._trunk: FoldCache[TrunkWeights | None] = FoldCache()
         self.shared, width = shared_layers(backbone, shapes[-1])
-        self.heads = nn.ModuleList(nn.Linear(width, task.classes) for task in config.tasks)
+        self.heads: Modules[nn.Linear] = Modules(nn.Linear(width, task.classes) for task in config.tasks)
         for head in self.heads:
             nn.init.xavier_uniform_(head.weight)
             nn.init.zeros_(head.bias)
@@ -53,12 +58,13 @@ class Estimator(nn.Module):
             self.register_buffer(name, torch.tensor(table, dtype=torch.int64), persistent=False)
 
     def forward(self, images: Images, task: Tasks, levels: Tensor | RoutingPlan | None = None) -> Tensor | list[Tensor]:
-        """Logits of ``images``, each with its own structure.
+        """Logits of `images`, each with its own structure.
 
         Args:
-            images, task: one task, a list per task, or tasks per instance: see :func:`den.nn.task_batch.task_batch`.
+            images: [B, C, S, S], or a list of one such tensor per task.
+            task: one task, a list per task, or tasks per instance: see `den.nn.task_batch.task_batch`.
             levels: integer [B, N] in 0..L-1, in the order of the images (of a list: one part after the other); or
-                the :class:`RoutingPlan` of such levels, as :meth:`level_plan` makes it; None: the full structure.
+                the `RoutingPlan` of such levels, as `level_plan` makes it; None: the full structure.
 
         Returns:
             [B, classes] of one task; a list of them for a list of images; for tasks per instance [B, most classes],
@@ -71,7 +77,10 @@ class Estimator(nn.Module):
         return self.run(batch, self.plan(batch, levels))
 
     def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
-        """Logits of a checked batch; ``plan`` is in the batch's own order (None: plain full blocks)."""
+        """Logits of a checked batch, as `forward` returns them.
+
+        `plan` is in the batch's own order; None runs every block at its full width.
+        """
         return batch.restore_logits(
             self.classify(batch.tasks, batch.sizes, self.trunk(self.stem(batch), plan)),
             max(task.classes for task in self.tasks),
@@ -93,19 +102,39 @@ class Estimator(nn.Module):
         return x[0] if len(x) == 1 else torch.cat(x)
 
     def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:
-        """All blocks and what follows them up to the heads: [B, features]. May write over ``x``.
+        """Run all blocks and the layers up to the heads: [B, C, H, W] -> [B, features]. May write over `x`.
 
-        At inference a block that no instance uses is not called where it is the identity.
+        At inference on a CPU one call where its kernels run every block, else block by block; one that no instance uses
+        is not called where it is the identity.
         """
+        folds = plan is not None and may_fold(self)
+        if plan is not None and folds and x.is_cpu and plan.masks is None:
+            weights = self._folded_trunk()
+            if weights is not None and weights.dtype == x.dtype:
+                return self.shared(dynamic_trunk(x, plan, weights))
         routes = [None] * len(self.blocks) if plan is None else plan
-        idle = plan.idle() if plan is not None and may_fold(self) else [False] * len(self.blocks)
+        idle = plan.idle() if plan is not None and folds else [False] * len(self.blocks)
         for block, route, unused in zip(self.blocks, routes, idle, strict=True):
-            if not (unused and block.shortcut.is_identity):
+            if not (unused and cast(Shortcut, block.shortcut).is_identity):
                 x = block(x, route, inplace=True)
         return features(x, self.norm, self.shared)
 
+    def _folded_trunk(self) -> TrunkWeights | None:
+        """The folded weights of all blocks and of the norm behind them; None where one call does not run them."""
+        norm, blocks = self.norm, [block for block in self.blocks if isinstance(block, FoldedBlock)]
+        if norm is None or len(blocks) < len(self.blocks):
+            return None
+
+        def fold() -> TrunkWeights | None:
+            folded = tuple(block.folded() for block in blocks)
+            weights = TrunkWeights(folded, *norm_affine(norm, torch.float32))
+            return weights if weights.whole else None
+
+        settings = [setting for block in blocks for setting in block.settings()]
+        return self._trunk.of((*blocks, norm), fold, norm.eps, *settings)
+
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
-        """Logits [B_k, classes] of each part by its task's head."""
+        """Logits [B_k, classes] of each part by its task's head, from `pooled` [B, features]."""
         return [self.heads[k](part) for k, part in zip(tasks, pooled.split(sizes), strict=True)]
 
     def level_plan(self, levels: Tensor) -> RoutingPlan:
@@ -113,7 +142,10 @@ class Estimator(nn.Module):
         return level_plan(levels, self.levels, self.lowest)
 
     def plan(self, batch: TaskBatch, levels: Tensor | RoutingPlan | None) -> RoutingPlan | None:
-        """The routing plan of all blocks, in the batch's order; None for the full structure while training."""
+        """The routing plan of all blocks, in the batch's order; None for the full structure while training.
+
+        levels: as of `forward`; ValueError where they do not fit the batch.
+        """
         expected, device = (len(batch), self.num_blocks), self.level_flops.device
         if levels is None:
             return self.level_plan(torch.full(expected, self.levels - 1, device=device)) if may_fold(self) else None

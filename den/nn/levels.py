@@ -1,12 +1,12 @@
 """Levels of a block: how its hidden channels are cut into ordered channel groups.
 
-A level is a number of 0..L-1 everywhere: in a structure, from the selector, in the tables of costs.  What the lowest
-level keeps is a property of the kind of block (paper, section 4.1), called ``lowest``, the groups that it keeps:
+A level is a number of 0..L-1 everywhere: in a structure, from the selector, in the tables of costs. What the lowest
+level keeps is a property of the kind of block (paper, section 4.1), called `lowest`, the groups that it keeps:
 
 - 0 for residual blocks, basic and bottleneck: level 0 is the shortcut; L - 1 groups;
 - 1 for the convolution pairs of VGG and SimpleConvNet, which have no shortcut to fall back on; L groups.
 
-Level ``l`` keeps the first ``l + lowest`` of the ``L - 1 + lowest`` groups (:func:`level_plan`).
+Level `l` keeps the first `l + lowest` of the `L - 1 + lowest` groups (`level_plan`).
 """
 
 import itertools
@@ -18,9 +18,9 @@ from den_kernels import RoutingPlan
 
 
 def level_fractions(levels: int, lowest: int = 0) -> tuple[float, ...]:
-    """Share of the hidden channels that each level keeps: halves of the whole, below them nothing if ``lowest`` is 0.
+    """Share of the hidden channels that each level keeps: halves of the whole, below them nothing if `lowest` is 0.
 
-    ``level_fractions(4) == (0, 1/4, 1/2, 1)`` and ``level_fractions(3, lowest=1) == (1/4, 1/2, 1)``
+    `level_fractions(4) == (0, 1/4, 1/2, 1)` and `level_fractions(3, lowest=1) == (1/4, 1/2, 1)`
     (paper, section 4.1: the lowest level of a residual block has no convolution group, that of VGG has one).
 
     Raises:
@@ -34,10 +34,10 @@ def level_fractions(levels: int, lowest: int = 0) -> tuple[float, ...]:
 
 
 def level_widths(channels: int, levels: int, lowest: int = 0, unit: int = 1) -> tuple[int, ...]:
-    """Channels that each level keeps, rounded down to whole units: ``level_widths(64, 4) == (0, 16, 32, 64)``.
+    """Channels that each level keeps, rounded down to whole units: `level_widths(64, 4) == (0, 16, 32, 64)`.
 
     Args:
-        channels: a multiple of ``unit``.
+        channels: a multiple of `unit`.
         lowest: groups that the lowest level keeps, 0 or 1.
         unit: channels that stay together, as those of a cardinality group do.
 
@@ -53,17 +53,17 @@ def level_widths(channels: int, levels: int, lowest: int = 0, unit: int = 1) -> 
 
 
 def level_groups(channels: int, levels: int, lowest: int = 0, unit: int = 1) -> tuple[int, ...]:
-    """Sizes of the ``levels - 1 + lowest`` groups, adding up to ``channels``: ``level_groups(64, 4) == (16, 16, 32)``.
+    """Sizes of the `levels - 1 + lowest` groups, adding up to `channels`: `level_groups(64, 4) == (16, 16, 32)`.
 
     Raises:
-        ValueError: as :func:`level_widths`.
+        ValueError: as `level_widths`.
     """
     widths = level_widths(channels, levels, lowest, unit)
     return tuple(upper - lower for lower, upper in itertools.pairwise((0, *widths) if lowest else widths))
 
 
 def level_plan(levels: Tensor, count: int, lowest: int = 0) -> RoutingPlan:
-    """The plan of all blocks for integer levels [B, N] in 0..count-1, ``count`` being L.
+    """The plan of all blocks for integer levels [B, N] in 0..count-1, `count` being L.
 
     Raises:
         ValueError: a level out of range, on a CPU; elsewhere it is clamped.

@@ -15,13 +15,15 @@ from den.nn.selector import Selector, SelectorConfig
 from den.nn.task_batch import Images, Tasks, task_batch
 from den.nn.tasks import Task
 
+Logits = Tensor | list[Tensor]
+
 
 class DeepElasticNetwork(nn.Module):
-    """``f(x; z, t)`` with ``z = arg max g(x)``: every image runs through the blocks at the levels chosen for it.
+    """`f(x; z, t)` with `z = arg max g(x)`: every image runs through the blocks at the levels chosen for it.
 
-    ``images`` and ``task`` come in three forms, everywhere:
+    `images` and `task` come in three forms, everywhere:
 
-    - one task: [B, C, S, S] and its name, position or :class:`Task`;
+    - one task: [B, C, S, S] and its name, position or `Task`;
     - a mixed batch: a list with one such tensor per task, of that task's size, and a list of the tasks; the stems and
       heads run per task, the blocks once over all of them;
     - tasks per instance: [B, C, S, S] and integer [B], where all the tasks share size and channels.
@@ -37,14 +39,16 @@ class DeepElasticNetwork(nn.Module):
         self.levels = config.levels
         self.estimator = Estimator(config)
         self.num_blocks = self.estimator.num_blocks
-        self.selector = Selector(config.tasks, config.selector, self.num_blocks, config.levels, config.selector_size)
+        self.selector = Selector(
+            config.tasks, config.chosen_selector, self.num_blocks, config.levels, config.selector_size
+        )
 
-    def forward(self, images: Images, task: Tasks, *, return_levels: bool = False):
-        """Logits of ``images`` at the levels that the selector chooses; with ``return_levels`` also these.
+    def forward(self, images: Images, task: Tasks, *, return_levels: bool = False) -> Logits | tuple[Logits, Tensor]:
+        """Logits of `images` at the levels that the selector chooses; with `return_levels` also these.
 
         Returns:
             [B, classes] of one task; a list of them for a list of images; for tasks per instance [B, most classes],
-            -inf in the classes that an instance's task does not have. With ``return_levels``: (logits, levels [B, N]).
+            -inf in the classes that an instance's task does not have. With `return_levels`: (logits, levels [B, N]).
 
         Raises:
             ValueError: images or task that do not fit.
@@ -56,7 +60,7 @@ class DeepElasticNetwork(nn.Module):
         return (logits, batch.restore(levels)) if return_levels else logits
 
     def selector_logits(self, images: Images, task: Tasks) -> Tensor:
-        """Logits [B, N, L] of ``C_i(l; x)``, the distribution over the levels of every block (paper, eq. 2)."""
+        """Logits [B, N, L] of `C_i(l; x)`, the distribution over the levels of every block (paper, eq. 2)."""
         return self.selector(images, task)
 
     def select(self, images: Images, task: Tasks) -> Tensor:
@@ -68,8 +72,8 @@ class DeepElasticNetwork(nn.Module):
         """Give up training, in place and for good: each block's weights are kept only as its kernel reads them.
 
         Saves the parameters of the residual blocks, which otherwise stay beside their packed copies, where a direct CPU
-        kernel runs them; changes nothing else, nor anywhere else.  Save the network first: a frozen one has no
-        ``state_dict``, and must run without gradients.  Returns the network, in eval mode.
+        kernel runs them; changes nothing else, nor anywhere else. Save the network first: a frozen one has no
+        `state_dict`, and must run without gradients. Returns the network, in eval mode.
         """
         self.eval()
         with torch.no_grad():
@@ -87,10 +91,10 @@ def create_model(
     trunk_size: int | None = None,
     selector: SelectorConfig | None = None,
 ) -> DeepElasticNetwork:
-    """A network of a named size: one of :data:`den.nn.backbones.BACKBONES`, such as ``wrn32_4``, ``resnet42``,
-    ``vgg16``, ``resnext29_8x64d``, ``simpleconvnet``; any ``wrn{l}_{r}``, ``resnet{l}`` or ``resnext{l}_{c}x{d}d``.
+    """A network of a named size: one of `den.nn.backbones.BACKBONES`, such as `wrn32_4`, `resnet42`,
+    `vgg16`, `resnext29_8x64d`, `simpleconvnet`; any `wrn{l}_{r}`, `resnet{l}` or `resnext{l}_{c}x{d}d`.
 
-    The arguments are :class:`ModelConfig`'s.
+    The arguments are `ModelConfig`'s.
 
     Raises:
         ValueError: a name, depth, task, size or number of levels that does not fit.

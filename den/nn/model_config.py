@@ -1,8 +1,8 @@
-"""What a Deep Elastic Network is made of, as plain data."""
+"""The configuration of a Deep Elastic Network: plain data that JSON can hold."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from den.nn.backbones import FAMILIES, Backbone, Stages, named_backbone
 from den.nn.blocks import BlockShape
@@ -10,26 +10,25 @@ from den.nn.levels import level_fractions
 from den.nn.selector import SelectorConfig, default_selector
 from den.nn.stem import KERNEL
 from den.nn.tasks import Task
-
-Config = TypeVar("Config")
+from den.support.settings import from_dict, to_dict
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A network, complete and JSON-able: ``ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config``.
+    """A network, complete and JSON-able: `ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config`.
 
     Args:
         tasks: at least one; names are unique.
-        backbone: a name such as ``wrn32_4``, ``resnext29_8x64d`` or ``vgg16``, which gives the stages, the stem and
-            the kind of block (:func:`den.nn.backbones.named_backbone`); or a family, ``wrn`` or ``resnet``, where
-            ``stages`` are given.
+        backbone: a name such as `wrn32_4`, `resnext29_8x64d` or `vgg16`, which gives the stages, the stem and
+            the kind of block (`den.nn.backbones.named_backbone`); or a family, `wrn` or `resnet`, where
+            `stages` are given.
         stages: (channels, blocks) of each stage, overriding the name's; those of residual networks never shrink.
         stem: channels of the stems; None: the name's (16 for wrn, 64 for resnet). 0, of vgg19 and simpleconvnet: the
             blocks read the images, which all tasks then have in the same number of channels.
-        levels: L, at least 2; what level 0 keeps is in :mod:`den.nn.levels`.
+        levels: L, at least 2; what level 0 keeps is in `den.nn.levels`.
         trunk_size: side of the map that the stems hand to the first block; None: 32, or the side of the largest images
             where these are larger and the blocks read them.
-        selector: None: :func:`den.nn.selector.default_selector`.
+        selector: None: `den.nn.selector.default_selector`.
 
     Raises:
         ValueError: a value that does not fit, saying what must hold.
@@ -50,32 +49,22 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: tasks must be at least one, of unique names, got {names}")
         if dense := [task.name for task in tasks if task.dense]:
             raise ValueError(f"ModelConfig: tasks must be classification tasks, got {', '.join(dense)}")
-        layout = self.layout
-        stages = layout.stages if self.stages is None else self.stages
-        if not stages:
-            raise ValueError(f"ModelConfig: backbone {self.backbone!r} needs stages, or a size, such as wrn32_4")
-        stem = layout.stem if self.stem is None else self.stem
-        largest = 0 if stem else max(task.size for task in tasks)
-        for name, value in {
-            "tasks": tasks,
-            "stages": tuple((channels, blocks) for channels, blocks in stages),
-            "stem": stem,
-            "trunk_size": max(32, largest) if self.trunk_size is None else self.trunk_size,
-        }.items():
+        object.__setattr__(self, "tasks", tasks)
+        for name, value in zip(("stages", "stem", "trunk_size"), self.trunk, strict=True):
             object.__setattr__(self, name, value)
         self._check()
-        if self.selector is None:
-            object.__setattr__(self, "selector", default_selector(tasks, self.shapes, self.selector_size))
+        object.__setattr__(self, "selector", self.chosen_selector)
 
     def _check(self) -> None:
         least_stem = 0 if self.layout.fully_connected is not None else 1
-        if self.trunk_size < 1 or self.stem < least_stem or min(blocks for _, blocks in self.stages) < 1:
+        stages, stem, trunk_size = self.trunk
+        if trunk_size < 1 or stem < least_stem or min(blocks for _, blocks in stages) < 1:
             raise ValueError(
                 f"ModelConfig: trunk_size and the blocks of every stage must be at least 1, stem at least {least_stem},"
-                f" got {self.trunk_size}, {self.stages}, {self.stem}"
+                f" got {trunk_size}, {stages}, {stem}"
             )
         channels = {task.channels for task in self.tasks}
-        if not self.stem and len(channels) > 1:
+        if not stem and len(channels) > 1:
             raise ValueError(
                 f"ModelConfig: tasks must have images of as many channels as each other for {self.backbone},"
                 f" whose blocks read them, got {sorted(channels)}"
@@ -85,13 +74,26 @@ class ModelConfig:
 
     @property
     def layout(self) -> Backbone:
-        """What the name stands for."""
+        """The backbone that the name stands for."""
         return FAMILIES.get(self.backbone) or named_backbone(self.backbone)
+
+    @property
+    def trunk(self) -> tuple[Stages, int, int]:
+        """Stages, stem channels and side of the first block's map, each the backbone's own where it is not given."""
+        layout = self.layout
+        stages = layout.stages if self.stages is None else self.stages
+        if not stages:
+            raise ValueError(f"ModelConfig: backbone {self.backbone!r} needs stages, or a size, such as wrn32_4")
+        stem = layout.stem if self.stem is None else self.stem
+        largest = 0 if stem else max(task.size for task in self.tasks)
+        trunk_size = max(32, largest) if self.trunk_size is None else self.trunk_size
+        return tuple((channels, blocks) for channels, blocks in stages), stem, trunk_size
 
     @property
     def shapes(self) -> tuple[BlockShape, ...]:
         """The blocks, in order."""
-        return self.layout.shapes(self.stages, self.stem or self.tasks[0].channels, self.trunk_size)
+        stages, stem, trunk_size = self.trunk
+        return self.layout.shapes(stages, stem or self.tasks[0].channels, trunk_size)
 
     @property
     def level_fractions(self) -> tuple[float, ...]:
@@ -102,38 +104,23 @@ class ModelConfig:
     def selector_size(self) -> int:
         """Side of the map that the selector's first convolution halves: the trunk's. Where blocks read the images, it
         is 32, or more as far as a 7x7 window needs to leave out no pixel of the images."""
-        return self.trunk_size if self.stem else min(self.trunk_size, max(32, -(-2 * self.trunk_size // KERNEL)))
+        _, stem, trunk_size = self.trunk
+        return trunk_size if stem else min(trunk_size, max(32, -(-2 * trunk_size // KERNEL)))
+
+    @property
+    def chosen_selector(self) -> SelectorConfig:
+        """The selector given, or the default one for these blocks."""
+        return self.selector or default_selector(self.tasks, self.shapes, self.selector_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
-        return _plain(asdict(self))
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
-        """The config of :meth:`to_dict`'s output.
+        """The config of `to_dict`'s output.
 
         Raises:
             ValueError: a key that is unknown or missing, named with the known ones; values that do not fit.
         """
-        values = dict(data)
-        values["tasks"] = tuple(_build(Task, task) for task in values.get("tasks", ()))
-        if values.get("selector") is not None:
-            values["selector"] = _build(SelectorConfig, values["selector"])
-        return _build(cls, values)
-
-
-def _build(kind: type[Config], data: Mapping[str, Any]) -> Config:
-    known = [field.name for field in fields(kind)]
-    if unknown := [key for key in data if key not in known]:
-        raise ValueError(f"{kind.__name__}: keys must be among {', '.join(known)}, got {', '.join(map(repr, unknown))}")
-    try:
-        return kind(**data)
-    except TypeError as error:
-        raise ValueError(f"{kind.__name__}: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down, as JSON has them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return from_dict(cls, dict(data), "ModelConfig")

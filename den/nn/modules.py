@@ -1,10 +1,11 @@
-"""Lists of modules of one class, as type checkers see them."""
+"""Lists of modules of one class, and a layout of their weights, as type checkers see them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -18,3 +19,8 @@ class Modules(nn.ModuleList, Generic[M]):
         def __getitem__(self, index: int) -> M: ...  # type: ignore[override]
 
         def __iter__(self) -> Iterator[M]: ...
+
+
+def lay_out_channels_last(module: nn.Module) -> None:
+    """Lay out the convolution weights [out, in, R, S] of a module channels-last in memory, in place."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,7 @@
-"""The full structure as a plain network, as anybody would write it: what a Deep Elastic Network is timed against."""
+"""The full structure as a plain network of ordinary convolutions: the baseline of all times."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +16,8 @@ from den.nn.tasks import find_task
 class PlainNetwork(nn.Module):
     """One task's estimator at its full structure, for inference: ordinary convolutions, channels-last, without levels.
 
-    Equivalent to ``model.estimator(images, task)`` in eval mode.  Every batch norm that follows a convolution is folded
-    into it; the first of a residual block stands before a ReLU and cannot be.  Block weights are copied; stem, head and
+    Equivalent to `model.estimator(images, task)` in eval mode. Every batch norm that follows a convolution is folded
+    into it; the first of a residual block stands before a ReLU and cannot be. Block weights are copied; stem, head and
     what stands before the head are the model's own.
     """
 
@@ -27,6 +30,7 @@ class PlainNetwork(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C, S, S] -> [B, classes]
+        """Logits of the images."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
@@ -34,7 +38,7 @@ class PlainNetwork(nn.Module):
 
 
 class PlainResidual(nn.Module):
-    """``shortcut(x) + conv(... relu(conv(relu(bn1(x)))))``, the inner batch norms folded."""
+    """`shortcut(x) + conv(... relu(conv(relu(bn1(x)))))`, the inner batch norms folded."""
 
     def __init__(self, block: ElasticBlock | BottleneckBlock) -> None:
         super().__init__()
@@ -44,24 +48,30 @@ class PlainResidual(nn.Module):
         self.branch = nn.Sequential(*first, *hidden, _plain_conv(last, None))
         self.shortcut = block.shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, channels, H', W']
+        """Run the block at its full width."""
         return self.branch(x).add_(self.shortcut(x))
 
 
 def plain_pair(block: ConvPair) -> nn.Sequential:
-    """``pool(relu(conv(pool(relu(conv(x))))))``, both batch norms folded."""
+    """`pool(relu(conv(pool(relu(conv(x))))))`, both batch norms folded."""
     plain = nn.Sequential()
     for (conv, norm), pools in zip(block.layers(), block.pools, strict=True):
         plain.extend([_plain_conv(conv, norm), nn.ReLU(inplace=True), *([nn.MaxPool2d(2)] if pools else [])])
     return plain
 
 
-PLAIN = {ElasticBlock: PlainResidual, BottleneckBlock: PlainResidual, ConvPair: plain_pair}
+PLAIN: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    ElasticBlock: PlainResidual,
+    BottleneckBlock: PlainResidual,
+    ConvPair: plain_pair,
+}
 
 
 def _plain_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> nn.Conv2d:
+    kernel, stride, padding = cast(Sequence[tuple[int, int]], (conv.kernel_size, conv.stride, conv.padding))
     plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups,
+        conv.in_channels, conv.out_channels, kernel, stride, padding, groups=conv.groups,
         bias=norm is not None, device="meta",
     )  # fmt: skip
     if norm is None:

@@ -1,8 +1,12 @@
-"""The estimator in plain PyTorch: everything is computed, then masked. The oracle for the real one.
+"""The estimator in plain PyTorch, the oracle of the tests: every channel is computed, then masked.
 
-Slow and obvious on purpose. It reads the parameters of an :class:`den.nn.estimator.Estimator` (or one of its blocks)
-and updates its running statistics while training, as the real one does; gradients flow through autograd alone.
+Slow and obvious on purpose. Maps are [B, C, H, W], levels integer [B] in 0..num_levels-1. It reads the parameters of
+an `den.nn.estimator.Estimator` (or one of its blocks) and updates its running statistics while training, as the
+real one does; gradients flow through autograd alone.
 """
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +24,9 @@ def masked_batch_norm(x: Tensor, mask: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     x: [B, C, H, W]; mask: bool [B, C]. While training, a channel that no instance uses keeps its running statistics.
     Values of channels that are not used are meaningless.
     """
+    running_mean, running_var = (cast(Tensor, running) for running in (norm.running_mean, norm.running_var))
     if not norm.training:
-        mean, var = norm.running_mean, norm.running_var
+        mean, var = running_mean, running_var
     else:
         weight = mask[:, :, None, None].to(x.dtype)
         count = (mask.sum(0) * x.shape[2] * x.shape[3]).to(x.dtype)
@@ -29,26 +34,29 @@ def masked_batch_norm(x: Tensor, mask: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         var = ((x - mean[:, None, None]).square() * weight).sum((0, 2, 3)) / count.clamp(min=1)
         with torch.no_grad():
             unbiased = var * count / (count - 1).clamp(min=1)
-            for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-                running.copy_(torch.where(count > 0, running.lerp(batch, norm.momentum), running))
+            for running, batch in ((running_mean, mean), (running_var, unbiased)):
+                running.copy_(torch.where(count > 0, running.lerp(batch, cast(float, norm.momentum)), running))
     scale = norm.weight / torch.sqrt(var + norm.eps)
     return (x - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
 
 
 def channel_mask(levels: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """bool [B, M], the hidden channels that instances use: the first ``widths[levels[b]]`` of ``M = widths[-1]``."""
+    """bool [B, M], the hidden channels that instances use: the first `widths[levels[b]]` of `M = widths[-1]`."""
     kept = torch.tensor(widths, device=levels.device)[levels.long()]
     return torch.arange(widths[-1], device=levels.device) < kept[:, None]
 
 
 def masked_layer(x: Tensor, mask: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """``mask * relu(norm(conv(x)))``: everything is computed, then masked."""
+    """`mask * relu(norm(conv(x)))` of x [B, C, H, W] and mask bool [B, M]: [B, M, H', W']."""
     hidden = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, groups=conv.groups)
     return F.relu(masked_batch_norm(hidden, mask, norm)) * mask[:, :, None, None]
 
 
 def activated(block: ElasticBlock | BottleneckBlock, x: Tensor, levels: Tensor) -> Tensor:
-    """``relu(bn1(x))`` with the statistics of the instances above level 0; the network's first block has none."""
+    """`relu(bn1(x))` [B, C, H, W] with the statistics of the instances above level 0 (levels: integer [B]).
+
+    The first block of a network has no bn1: x is returned.
+    """
     active = (levels > 0)[:, None].expand(-1, x.shape[1])
     return x if block.bn1 is None else F.relu(masked_batch_norm(x, active, block.bn1))
 
@@ -61,14 +69,14 @@ def add_shortcut(x: Tensor, y: Tensor) -> Tensor:
 
 
 def reference_residual(block: ElasticBlock, x: Tensor, levels: Tensor, num_levels: int) -> Tensor:
-    """``shortcut(x) + conv2(mask * relu(bn2(conv1(relu(bn1(x))))))``."""
+    """`shortcut(x) + conv2(mask * relu(bn2(conv1(relu(bn1(x))))))`."""
     mask = channel_mask(levels, level_widths(block.conv1.out_channels, num_levels))
     hidden = masked_layer(activated(block, x, levels), mask, block.conv1, block.bn2)
     return add_shortcut(x, F.conv2d(hidden, block.conv2.weight, padding=1))
 
 
 def reference_bottleneck(block: BottleneckBlock, x: Tensor, levels: Tensor, num_levels: int) -> Tensor:
-    """``shortcut(x) + conv3(mask * relu(bn3(conv2(mask * relu(bn2(conv1(relu(bn1(x)))))))))``."""
+    """`shortcut(x) + conv3(mask * relu(bn3(conv2(mask * relu(bn2(conv1(relu(bn1(x)))))))))`."""
     width, cardinality = block.conv2.out_channels, block.conv2.groups
     unit = width // cardinality if cardinality > 1 else 1
     mask = channel_mask(levels, level_widths(width, num_levels, unit=unit))
@@ -78,7 +86,7 @@ def reference_bottleneck(block: BottleneckBlock, x: Tensor, levels: Tensor, num_
 
 
 def reference_pair(block: ConvPair, x: Tensor, levels: Tensor, num_levels: int) -> Tensor:
-    """``pool(relu(bn2(conv2(pool(mask * relu(bn1(conv1(x))))))))``, with the pools that the block has."""
+    """`pool(relu(bn2(conv2(pool(mask * relu(bn1(conv1(x))))))))`, with the pools that the block has."""
     mask = channel_mask(levels, level_widths(block.conv1.out_channels, num_levels, lowest=1))
     hidden = masked_layer(x, mask, block.conv1, block.bn1)
     hidden = F.max_pool2d(hidden, 2) if block.pools[0] else hidden
@@ -86,16 +94,20 @@ def reference_pair(block: ConvPair, x: Tensor, levels: Tensor, num_levels: int) 
     return F.max_pool2d(y, 2) if block.pools[1] else y
 
 
-REFERENCES = {ElasticBlock: reference_residual, BottleneckBlock: reference_bottleneck, ConvPair: reference_pair}
+REFERENCES: dict[type[nn.Module], Callable[..., Tensor]] = {
+    ElasticBlock: reference_residual,
+    BottleneckBlock: reference_bottleneck,
+    ConvPair: reference_pair,
+}
 
 
 def reference_block(block: nn.Module, x: Tensor, levels: Tensor, num_levels: int) -> Tensor:
-    """A block of any kind; x: [B, C, H, W], levels: integer [B] in 0..num_levels-1."""
+    """Run a block of any kind: x [B, C, H, W], levels integer [B] in 0..num_levels-1 -> [B, channels, H', W']."""
     return REFERENCES[type(block)](block, x, levels, num_levels)
 
 
 def reference_estimator(estimator: Estimator, images: list[Tensor], tasks: list[int], levels: Tensor) -> list[Tensor]:
-    """Logits of each part of a mixed batch; ``levels``: integer [B, N], one part after the other."""
+    """Logits of each part of a mixed batch; `levels`: integer [B, N], one part after the other."""
     maps = []
     for k, part in zip(tasks, images, strict=True):
         stem = estimator.stems[k]

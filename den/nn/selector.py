@@ -1,8 +1,9 @@
 """The selector g(x): a small network that gives each block a probability distribution over levels (paper, eq. 2)."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from den.nn.blocks import BlockShape
 from den.nn.conv_norm import ConvNormReLU
+from den.nn.modules import Modules
 from den.nn.stem import KERNEL, Stem
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
@@ -33,11 +35,11 @@ class SelectorConfig:
             raise ValueError(f"SelectorConfig: channels must be whole numbers of at least 1, got {self.channels}")
 
     def sizes(self, trunk_size: int) -> tuple[int, ...]:
-        """Side of each convolution's map: ``trunk_size`` halved once more each time, rounded up."""
+        """Side of each convolution's map: `trunk_size` halved once more each time, rounded up."""
         return tuple(-(-trunk_size // 2 ** (index + 1)) for index in range(len(self.channels)))
 
     def flops(self, image_channels: int, trunk_size: int) -> int:
-        """Twice the multiply-adds of the convolutions for one image."""
+        """FLOPs of the convolutions for one image: twice the multiply-adds."""
         sizes = self.sizes(trunk_size)
         total = 2 * KERNEL**2 * image_channels * self.channels[0] * sizes[0] ** 2
         for (before, channels), size in zip(itertools.pairwise(self.channels), sizes[1:], strict=True):
@@ -51,7 +53,7 @@ def default_selector(
     """A selector for an estimator: few and wide convolutions, as wide as its blocks, within 4 % of their FLOPs.
 
     Starts from (C, 2C, 2C), C being the channels of the first block, and narrows C in steps of 8 until it fits (C = 8
-    at the least). WRN-32-4 gets (64, 128, 128): 0.9 % of its FLOPs; the paper's selector has 5 %. ``trunk_size`` is the
+    at the least). WRN-32-4 gets (64, 128, 128): 0.9 % of its FLOPs; the paper's selector has 5 %. `trunk_size` is the
     side of the map that its first convolution halves; None: what the first block reads.
     """
     budget = BUDGET * sum(shape.flops(shape.hidden) for shape in shapes)
@@ -76,12 +78,12 @@ class Selector(nn.Module):
         super().__init__()
         self.tasks, self.num_blocks, self.levels = tuple(tasks), num_blocks, levels
         self.sizes = config.sizes(trunk_size)
-        self.stems = nn.ModuleList(Stem(task, config.channels[0], trunk_size, self.sizes[0]) for task in tasks)
+        self.stems: Modules[Stem] = Modules(Stem(task, config.channels[0], trunk_size, self.sizes[0]) for task in tasks)
         self.convs = nn.Sequential(
             *(ConvNormReLU(before, after, 3, 2, 1) for before, after in itertools.pairwise(config.channels))
         )
-        self.norms = nn.ModuleList(nn.BatchNorm1d(config.channels[-1], affine=False) for _ in tasks)
-        self.heads = nn.ModuleList(nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks)
+        self.norms: Modules[nn.BatchNorm1d] = Modules(nn.BatchNorm1d(config.channels[-1], affine=False) for _ in tasks)
+        self.heads: Modules[nn.Linear] = Modules(nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks)
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
@@ -90,7 +92,8 @@ class Selector(nn.Module):
         """Logits [B, N, L] of the levels of every block, in the order of the images.
 
         Args:
-            images, task: one task, a list per task, or tasks per instance: see :func:`den.nn.task_batch.task_batch`.
+            images: [B, C, S, S], or a list of one such tensor per task.
+            task: one task, a list per task, or tasks per instance: see `den.nn.task_batch.task_batch`.
 
         Raises:
             ValueError: images or task that do not fit.
@@ -115,7 +118,7 @@ class Selector(nn.Module):
         return self.heads[task](pooled)
 
     def flops(self, task: int) -> int:
-        """Twice the multiply-adds, convolutions and head, for one image of the task at position ``task``."""
-        layers = zip(self.convs, self.sizes[1:], strict=True)
+        """FLOPs of convolutions and head for one image of the task at position `task`: twice the multiply-adds."""
+        layers = zip(cast(Iterable[ConvNormReLU], self.convs), self.sizes[1:], strict=True)
         convs = sum(2 * layer.conv.weight.numel() * size**2 for layer, size in layers)
         return self.stems[task].flops() + convs + 2 * self.heads[task].weight.numel()

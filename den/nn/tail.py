@@ -1,4 +1,4 @@
-"""What stands between the last block and the heads."""
+"""The layers between the last block and the heads."""
 
 from collections.abc import Sequence
 
@@ -32,11 +32,11 @@ def shared_layers(backbone: Backbone, last: BlockShape) -> tuple[nn.Sequential, 
 
 
 def features(x: Tensor, norm: nn.BatchNorm2d | None, shared: nn.Sequential) -> Tensor:
-    """The last map [B, channels, H, W] as what the heads read: [B, features]."""
+    """Features [B, features] that the heads read, of the last map [B, channels, H, W]."""
     x = x.flatten(1) if norm is None else F.relu(norm(x)).mean((2, 3))
     return shared(x)
 
 
 def linear_flops(layers: Sequence[nn.Module]) -> int:
-    """Twice the multiply-adds of the fully connected layers among ``layers``, for one image."""
+    """FLOPs of the fully connected layers among `layers` for one image: twice the multiply-adds."""
     return sum(2 * layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))

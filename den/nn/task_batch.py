@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,10 @@ class TaskBatch:
 
     Attributes:
         tasks: position, in the model's tasks, of the task of each part.
-        images: one [B_k, C_k, S_k, S_k] per part; the B_k add up to B.  Several tasks of the same images are as many
+        images: one [B_k, C_k, S_k, S_k] per part; the B_k add up to B. Several tasks of the same images are as many
             parts of one tensor.
         order: int64 [B], the caller's row that stands at each of our rows; None where they are in the same order.
-        form: what the caller gave and gets back: ``one`` task, a ``list`` of parts, or tasks per ``instance``.
+        form: what the caller gave and gets back: `one` task, a `list` of parts, or tasks per `instance`.
     """
 
     tasks: tuple[int, ...]
@@ -62,7 +63,7 @@ class TaskBatch:
 
 
 def task_batch(images: Images, task: Tasks, tasks: Sequence[Task], like: Tensor) -> TaskBatch:
-    """The batch of ``images`` and their ``task``, checked.
+    """The batch of `images` and their `task`, checked.
 
     Args:
         images: [B, C, S, S], or a list with one such tensor per task.
@@ -73,7 +74,7 @@ def task_batch(images: Images, task: Tasks, tasks: Sequence[Task], like: Tensor)
         like: a parameter of the model; images must have its device, and its dtype unless autocast is on.
 
     Raises:
-        ValueError: a task not in ``tasks``; images of another rank, channels, size, dtype, device; lengths that differ.
+        ValueError: a task not in `tasks`; images of another rank, channels, size, dtype, device; lengths that differ.
     """
     if not isinstance(images, Tensor):
         return _listed(images, task, tasks, like)
@@ -81,11 +82,12 @@ def task_batch(images: Images, task: Tasks, tasks: Sequence[Task], like: Tensor)
         return _per_instance(images, task, tasks, like)
     if isinstance(task, Sequence) and not isinstance(task, str):
         raise ValueError(f"model: images must be a list of one tensor per task for {list(task)}, got one tensor")
-    position = find_task(task.item() if isinstance(task, Tensor) else task, tasks)
+    position = find_task(cast(TaskName, task.item()) if isinstance(task, Tensor) else task, tasks)
     return TaskBatch((position,), (_checked(images, tasks[position], like),), None, "one")
 
 
 def _listed(images: Sequence[Tensor], task: Tasks, tasks: Sequence[Task], like: Tensor) -> TaskBatch:
+    """A batch of one tensor [B_k, C_k, S_k, S_k] per task."""
     if not isinstance(images, Sequence) or not all(isinstance(part, Tensor) for part in images):
         raise ValueError(f"model: images must be a tensor or a list of tensors, got {type(images).__name__}")
     if isinstance(task, str) or not isinstance(task, Sequence) or len(task) != len(images) or not images:
@@ -98,6 +100,7 @@ def _listed(images: Sequence[Tensor], task: Tasks, tasks: Sequence[Task], like: 
 
 
 def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Tensor) -> TaskBatch:
+    """A batch of images [B, C, S, S], each of the task at its position in integer [B]."""
     if task.dtype.is_floating_point or task.dtype.is_complex or task.dtype == torch.bool or task.dim() != 1:
         raise ValueError(f"model: tasks per instance must be integer [B], got {task.dtype} {list(task.shape)}")
     if images.dim() != 4 or len(task) != len(images):
@@ -130,6 +133,8 @@ def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Ten
 
 
 def _checked(images: Tensor, task: Task, like: Tensor) -> Tensor:
+    """Return images [B_k, C_k, S_k, S_k]; ValueError unless they are of the task's shape, and of the device and dtype
+    of `like`."""
     expected = task.shape
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Tasks: what is to be told apart, and the images it is told apart in."""
+"""Tasks: names, classes, kinds, and the size of their images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 TASK_KINDS = ("classification", "segmentation", "depth", "normals", "edges", "saliency")
-IGNORE = 255  # what stands where a pixel has no label, edge or saliency
+IGNORE = 255  # marks a pixel without a label, edge or saliency
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def dense(self) -> bool:
-        """Whether every pixel has a target."""
+        """True where every pixel has a target."""
         return self.kind != "classification"
 
     @property
@@ -58,10 +58,10 @@ class Task:
 
 
 def find_task(task: str | int | Task, tasks: Sequence[Task]) -> int:
-    """Position of ``task`` (a name, a position or the task itself) in ``tasks``.
+    """Position of `task` (a name, a position or the task itself) in `tasks`.
 
     Raises:
-        ValueError: not one of ``tasks``.
+        ValueError: a task that is not one of `tasks`.
     """
     if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(tasks):
         return task

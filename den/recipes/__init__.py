@@ -41,16 +41,18 @@ METHODS: dict[str, type[ComparedMethod]] = {
     "blockdrop": BlockDrop,
     "adashare": AdaShare,
 }
+RECIPES: dict[str, type[Method]] = {"den": Method, "dense": Method, **METHODS}
+"""By the mode of the settings."""
 
 
 def method_of(model: DeepElasticNetwork, config: TrainConfig) -> Method:
     """The method of a run, attached to its network; ValueError where the two do not fit."""
-    return METHODS.get(config.mode, Method)(model, config)
+    return RECIPES[config.mode](model, config)
 
 
 def prepare(config: TrainConfig, device: torch.device) -> Method:
     """The recipe of a run for an engine: its method, network, images and optimisers on a device."""
-    return _prepared(METHODS.get(config.mode, Method), config, device)
+    return _prepared(RECIPES[config.mode], config, device)
 
 
 def prepare_compared(config: TrainConfig, device: torch.device) -> ComparedMethod:

@@ -18,6 +18,7 @@ from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, skippable, task_rows
+from den.support.device import sent
 from den.train.config import PhaseConfig, TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
@@ -145,7 +146,7 @@ def gated(estimator: Estimator, gates: Tensor) -> Iterator[None]:
 def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """softmax((logits + G) / temperature), G standard Gumbel: [..., 2]."""
     uniform = torch.rand(logits.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((logits - (-uniform.log()).log().to(logits.device)) / temperature).softmax(-1)
+    return ((logits - sent((-uniform.log()).log(), logits.device)) / temperature).softmax(-1)
 
 
 def keep_logits(logits: Tensor) -> Tensor:

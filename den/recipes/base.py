@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.nn.tasks import find_task
 from den.recipes.setup import estimator_optimiser
+from den.support.device import sent
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, RunningBaseline, instance_losses
@@ -37,6 +37,7 @@ class Method(Recipe):
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         self.model, self.config, self.state = model, config, self.state_kind()
         model.add_module("method", self.state)
+        self.full_flops = full_flops(model)
 
     def train_on(self, sets: list[ImageSet], held_out: list[ImageSet]) -> None:
         """Make ready for an engine: a training set for each task, and what epochs are measured on, on one device."""
@@ -98,11 +99,6 @@ class Method(Recipe):
     def restore(self, record: dict[str, Any]) -> None:
         self.baseline.restore(record["baseline"])
 
-    @cached_property
-    def full_flops(self) -> float:
-        """FLOPs of one image at the full structure."""
-        return full_flops(self.model)
-
     def flops_ratio(self, structures: Tensor | None) -> Tensor | float:
         """Mean FLOPs of structures [B, N] over those of the full one."""
         return 1.0 if structures is None else count_flops(self.model, structures).mean() / self.full_flops
@@ -150,7 +146,7 @@ def answers(logits: list[Tensor], batch: Batch) -> Tensor:
 
 def task_rows(table: Tensor, model: DeepElasticNetwork, images: Images, task: Tasks) -> Tensor:
     """Rows of a table [K, ...], one for each image, by the image's task: [B, ...] on the network's device."""
-    table = table.to(model.estimator.level_flops.device)
+    table = sent(table, model.estimator.level_flops.device)
     if isinstance(images, Tensor) and isinstance(task, Tensor) and task.dim():
         return table[task.to(table.device)]
     pairs: Iterable[Any] = [(task, images)] if isinstance(images, Tensor) else zip(cast(Any, task), images, strict=True)

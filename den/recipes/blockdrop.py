@@ -13,6 +13,7 @@ from den.evaluate.accuracy import Choice
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, skippable
+from den.support.device import sent
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
@@ -97,7 +98,7 @@ def draw(logits: Tensor, free: int, bound: float, generator: torch.Generator) ->
     """
     chance = logits.sigmoid()
     chance = bound * chance + (1 - bound) * (1 - chance)
-    uniform = torch.rand(logits.shape, generator=generator).to(logits.device)
+    uniform = sent(torch.rand(logits.shape, generator=generator), logits.device)
     fixed = torch.arange(logits.shape[1], device=logits.device) < logits.shape[1] - free
     return (uniform < chance) | fixed, (logits >= 0) | fixed, chance
 

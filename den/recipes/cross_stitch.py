@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from den.data import Batch
+from den.evaluate.accuracy import full_flops
 from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
@@ -42,6 +43,7 @@ class CrossStitch(ComparedMethod):
         with seeded(config.seed):
             self.stitched = StitchedEstimator(model.config, config.methods.stitch).to(device)
         model.estimator = cast(Any, self.stitched)
+        self.full_flops = full_flops(model)
 
     def structures(self, images: Images, task: Tasks) -> None:
         return None
@@ -106,7 +108,7 @@ class StitchedEstimator(nn.Module):
         self.heads: Modules[nn.Module] = Modules(copy.heads[k] for k, copy in enumerate(copies))
         self.blocks = nn.ModuleList(block for copy in copies for block in copy.blocks)
         for copy in copies:
-            copy.stems, copy.heads, copy.blocks = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+            copy.stems, copy.heads, copy.blocks = Modules(), Modules(), nn.ModuleList()
         self.tails: Modules[Estimator] = Modules(copies)  # what follows the blocks, up to the heads
         self.shared = nn.ModuleList()  # layers of all copies together: none
         self.stitches: Modules[Stitch] = Modules(Stitch(len(copies), stage[0].channels, share) for stage in stages)

@@ -9,6 +9,7 @@ from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.recipes import METHODS, prepare, prepare_compared
 from den.recipes.base import Method
+from den.support.device import sent
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import (
@@ -71,7 +72,8 @@ def first_structures(engine: Engine[Method], batch: Batch) -> Tensor:
         with torch.no_grad():
             return selected_structures(model.selector_logits(batch.images, batch.tasks), engine.generator)
     tau = settings.tau if settings.initial == "equation8" else 0.0
-    return initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator).to(engine.device)
+    drawn = initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator)
+    return sent(drawn, engine.device)
 
 
 def derive_structures(engine: Engine[Method], stage: int, batch: Batch) -> Tensor | None:
@@ -89,7 +91,7 @@ def derive_structures(engine: Engine[Method], stage: int, batch: Batch) -> Tenso
         logits = model.selector_logits(batch.images, batch.tasks)
     selected = selected_structures(logits, engine.generator if settings.structures == "sample" else None)
     keeps_initial = torch.rand(len(batch), 1, generator=engine.generator) < settings.initial_share
-    return torch.where(keeps_initial.to(engine.device), initial, selected)
+    return torch.where(sent(keeps_initial, engine.device), initial, selected)
 
 
 def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
@@ -114,22 +116,21 @@ def sparsity_weights(engine: Engine[Method], batch: Batch) -> float | Tensor:
     settings = engine.config.selector
     if settings.budget is None:
         return settings.rho
-    weights = torch.tensor([steered_rho(settings.rho, cost, settings.budget) for cost in task_costs(engine)])
-    sizes = torch.tensor([len(labels) for labels in batch.labels])
-    return weights.repeat_interleave(sizes).unsqueeze(1).to(engine.device)
+    weights = steered_rho(settings.rho, task_costs(engine), settings.budget).float()
+    return torch.cat([weight.expand(len(labels), 1) for weight, labels in zip(weights, batch.labels, strict=True)])
 
 
 @torch.no_grad()
-def task_costs(engine: Engine[Method]) -> list[float]:
-    """Share of the full FLOPs that each task's likeliest structures cost in use.
+def task_costs(engine: Engine[Method]) -> Tensor:
+    """Share of the full FLOPs that each task's likeliest structures cost in use: float64 [K].
 
     Measured on `PROBES` training images of each, without the augmentation (which changes what digits cost by a tenth)
     and with the selector in evaluation mode.
     """
     selector, costs = engine.model.selector.eval(), []
     for image_set in engine.recipe.sets:
-        index = torch.randint(len(image_set), (PROBES,), generator=engine.generator).to(engine.device)
+        index = sent(torch.randint(len(image_set), (PROBES,), generator=engine.generator), engine.device)
         likeliest = selector(image_set.inputs(index), image_set.name).argmax(-1)
-        costs.append(float(engine.recipe.flops_ratio(likeliest)))
+        costs.append(torch.as_tensor(engine.recipe.flops_ratio(likeliest)))
     selector.train()
-    return costs
+    return torch.stack(costs).double()

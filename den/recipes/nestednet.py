@@ -11,6 +11,7 @@ from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, task_rows
+from den.support.device import sent
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
@@ -40,7 +41,7 @@ class NestedNet(ComparedMethod):
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         structures = self.structures(batch.images, batch.tasks).unsqueeze(1)  # [B, S, N]
         if len(self.task_levels) == 1:
-            every = torch.tensor(self.learnt, device=structures.device)
+            every = sent(torch.tensor(self.learnt), structures.device)
             structures = every[None, :, None].expand(len(batch), -1, self.model.num_blocks)
         samples = structures.shape[1]
         logits = self.model.estimator.sampled(batch.images, batch.tasks, structures)

@@ -11,6 +11,7 @@ from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod
+from den.support.device import sent
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, initial_structures
@@ -42,7 +43,7 @@ class RandomSelector(ComparedMethod):
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, tau = self.model, self.config.estimator.tau
         drawn = initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator)
-        return self.estimator_loss(batch, drawn.to(engine.device))
+        return self.estimator_loss(batch, sent(drawn, engine.device))
 
 
 def level_chances(flops: Tensor, share: float | None) -> Tensor:

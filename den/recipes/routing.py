@@ -14,7 +14,7 @@ from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, task_rows
 from den.train.config import TrainConfig
 from den.train.engine import Engine
-from den.train.objective import Objective, instance_losses, sparsity_penalty
+from den.train.objective import Objective, draw_levels, instance_losses, sparsity_penalty
 from den.train.phases import NetworkPhase
 
 
@@ -47,9 +47,8 @@ class Routing(ComparedMethod):
 
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, settings = self.model, self.config.methods
-        chances = task_rows(self.state.policy, model, batch.images, batch.tasks).flatten(0, 1).to("cpu")
-        drawn = torch.multinomial(chances, 1, generator=engine.generator).view(len(batch), model.num_blocks)
-        structures = drawn.to(engine.device)
+        chances = task_rows(self.state.policy, model, batch.images, batch.tasks).flatten(0, 1)
+        structures = draw_levels(chances, 1, engine.generator).view(len(batch), model.num_blocks)
         logits = model.estimator(batch.images, batch.tasks, structures)
         loss, right = instance_losses(logits, batch.labels).mean(), answers(logits, batch)
         penalty = sparsity_penalty(structures, parameter_fractions(model), self.config.selector.rho)

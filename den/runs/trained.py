@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from den.evaluate.accuracy import Choice, Structures
 from den.nn.model import DeepElasticNetwork
-from den.recipes import METHODS, load_method
-from den.train.checkpoint import load_model
+from den.recipes import RECIPES, load_method
 from den.train.config import TrainConfig
 from den.train.folder import stored_config
-
-Opener = Callable[[Path, TrainConfig], tuple[DeepElasticNetwork, Structures]]
-"""Checkpoint and settings -> the network in evaluation mode and its rule; ValueError where the file does not fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,26 +42,8 @@ def open_run(folder: Path, checkpoint: Literal["last", "best"] = "last") -> Run:
     """
     folder = Path(folder)
     config = stored_config(folder)
-    if config.mode not in OPENERS:
-        raise ValueError(f"open_run: mode of {folder} must be one of {', '.join(OPENERS)}, got {config.mode!r}")
+    if config.mode not in RECIPES:
+        raise ValueError(f"open_run: mode of {folder} must be one of {', '.join(RECIPES)}, got {config.mode!r}")
     path = folder / f"{checkpoint}.safetensors"
-    model, structures = OPENERS[config.mode](path, config)
-    return Run(folder, path, config, model.eval(), structures)
-
-
-def _open_den(path: Path, config: TrainConfig) -> tuple[DeepElasticNetwork, Structures]:
-    model = load_model(path)
-    return model, model.select
-
-
-def _open_dense(path: Path, config: TrainConfig) -> tuple[DeepElasticNetwork, Structures]:
-    return load_model(path), lambda images, task: None
-
-
-def _open_compared(path: Path, config: TrainConfig) -> tuple[DeepElasticNetwork, Structures]:
     method = load_method(path, config)
-    return method.model, method.structures
-
-
-OPENERS: dict[str, Opener] = {"den": _open_den, "dense": _open_dense, **dict.fromkeys(METHODS, _open_compared)}
-"""How each method (a value of `TrainConfig.mode`) is opened."""
+    return Run(folder, path, config, method.model, method.structures)

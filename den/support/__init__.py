@@ -1,1 +1,1 @@
-"""What every other part stands on: files, limits, progress, devices, random generators."""
+"""Files, limits, progress, devices, random generators."""

@@ -1,4 +1,4 @@
-"""Where a network is trained and measured."""
+"""Devices: chosen by name, described in words, sent to and waited for."""
 
 import torch
 from torch import Tensor
@@ -25,20 +25,20 @@ def choose_device(name: str) -> torch.device:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the host does not wait until a GPU has done what it was given before."""
+    """Copy a tensor of any shape to a device; the host does not wait for the work that a GPU has queued."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def machine_name(device: torch.device) -> str:
-    """What a device is, in words: the GPU's name, or the CPU and how many threads torch uses."""
+    """Describe a device in words: the GPU's name, or the CPU and the number of torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, threads: {torch.get_num_threads()}"
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what it was given: before a clock is read."""
+    """Wait until the device has finished its queued work, as before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import stat
 import tempfile
 from pathlib import Path
 
+PARTIAL = ".partial"  # ends the name of a file that is being written
+
+
+def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a file so that `path` holds what it held before or `content`, never a part, whatever ends the process.
+
+    The file is written under the name "{path}.partial" and renamed.  sync: wait until the disk has it, so that a power
+    cut leaves one of the two as well.  OSError when it cannot be written.
+    """
+    temporary = path.with_name(path.name + PARTIAL)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the disk has the folder's names, on file systems that can be asked to."""
+    if not hasattr(os, "O_DIRECTORY"):  # no POSIX system: folders cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, as a whole or not at all.
+    """Write a file in UTF-8, as `write_whole` does.
 
     Bytes of file names that the locale could not decode are written as they are where they are UTF-8, else as U+FFFD.
     """
     content = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8")
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, content, sync=False)
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, by trying.  One without write permission is left alone, even by a user
-    who could write to it."""
+    """Return True where a file could be made in the folder, found out by making one.
+
+    A folder without write permission counts as not writable, even for a user who could write to it.
+    """
     try:
         if not folder.stat().st_mode & stat.S_IWUSR:
             return False
@@ -52,7 +84,7 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 def check_own(path: Path, mark: str, what: str) -> None:
-    """Raises ValueError for a file that would be replaced and is not ours: `mark` stands in every one that is."""
+    """Raise ValueError for a file that would be replaced and is not ours: `mark` stands in every one that is."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -3,13 +3,16 @@
 import ctypes
 import platform
 
-# Parameters of glibc's mallopt (malloc.h).  As found, malloc maps every large tensor anew and faults in its pages,
+# Parameters of glibc's mallopt (malloc.h). As found, malloc maps every large tensor anew and faults in its pages,
 # which slows the network with the larger tensors most: the dense one.
 _SETTINGS = {-3: 2**30, -4: 0, -1: 2**31 - 1, -2: 2**28}  # M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def keep_allocations_on_the_heap() -> bool:
-    """Let freed tensors be reused rather than given back to the system; whether this system can (glibc)."""
+    """Keep the memory of freed tensors for reuse instead of returning it to the system.
+
+    Returns True where the C library allows it (glibc).
+    """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `low` to `high`, in an annotation: ``rate: Annotated[float, Range(0)]``.
+    """The finite numbers from `low` to `high`, in an annotation: `rate: Annotated[float, Range(0)]`.
 
-    With `open_low` or `open_high` that bound itself is left out.  In a field of tuples it holds for every number.
+    With `open_low` or `open_high` that bound itself is left out. In a field of tuples it holds for every number.
 
     >>> str(Range(0)), str(Range(0, 1)), str(Range(0, open_low=True)), str(Range(0, 1, open_high=True))
     ('at least 0', 'in 0..1', 'above 0', 'at least 0 and below 1')

@@ -15,17 +15,17 @@ SECONDS = 60.0  # between two lines of text
 
 
 class Progress:
-    """How much of `total` is done.
+    """A count of work done, shown as a bar on a terminal and as lines of text elsewhere.
 
-    A stream that takes no more text (closed, its reader gone, its disk full) ends the telling, never the work.
+    A stream that takes no more text (closed, reader gone, disk full) ends the display, never the work.
 
     Args:
-        total: of what is done; 0 where it is not known yet: `total` may be set later.
-        name: what is done, in a word or two.
-        unit: what is counted.
-        initial: how much was done before.
-        shown: False: say nothing.
-        leave: leave the bar on the terminal when it is closed.
+        total: units of work in all; 0: not known yet, the attribute may be set later.
+        name: the work, in a word or two.
+        unit: name of one unit.
+        initial: units done before.
+        shown: False displays nothing.
+        leave: True leaves the bar on the terminal when it is closed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Progress:
         self.close()
 
     def update(self, count: int = 1) -> None:
-        """Count what has been done since."""
+        """Add `count` units of work done."""
         self.done += count
         with self._telling():
             if self._bar is not None:
@@ -66,14 +66,14 @@ class Progress:
                 self._bar.set_postfix_str(text, refresh=refresh)
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Set the count back to 0."""
         self.done = 0
         with self._telling():
             if self._bar is not None:
                 self._bar.reset()
 
     def close(self) -> None:
-        """The last of it: the bar, or the last line where there has been one."""
+        """Close the bar, or print the final count where a line has been printed before."""
         with self._telling():
             if self._bar is not None:
                 self._bar.close()

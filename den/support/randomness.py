@@ -1,6 +1,6 @@
 """The generators that code draws from without being handed one: Python's, numpy's, torch's, and those of a device.
 
-What this library draws comes from generators of its own.  Layers of torch (dropout) and other people's code draw from
+What this library draws comes from generators of its own. Layers of torch (dropout) and other people's code draw from
 these.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from den.support.device import CPU
 
 @contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """Within it all generators begin from `seed` (0 to 2**32 - 1); afterwards they stand where they stood before.
+    """Seed all generators with `seed` (0 to 2**32 - 1) inside the block; restore their states after it.
 
     Those of a device's kind (of all GPUs) are left alone unless `device` is of that kind: a run on the CPU neither
     starts a GPU nor moves its generators.
@@ -38,8 +38,13 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
 
 def random_state(device: torch.device = CPU) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Where all generators stand: tensors "torch", and "{kind}.0", ... of a device's kind, and a JSON-able record."""
-    kind, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    """States of all generators, for `set_random_state`.
+
+    Returns:
+        Tensors uint8 [bytes] named "torch" and, for each device of the kind of `device`, "{kind}.0", ...; and a record
+        of Python's and numpy's states that JSON can hold.
+    """
+    kind, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))  # noqa: NPY002
     tensors = {"torch": torch.get_rng_state()}
     if device.type != "cpu":
         states = torch.get_device_module(device).get_rng_state_all()
@@ -48,10 +53,12 @@ def random_state(device: torch.device = CPU) -> tuple[dict[str, Tensor], dict[st
 
 
 def set_random_state(tensors: dict[str, Tensor], record: dict[str, Any], device: torch.device = CPU) -> None:
-    """Inverse of `random_state`, from among other tensors and keys too.
+    """Set all generators to the states that `random_state` returned; other tensors and keys are ignored.
 
-    Generators of devices that only one of the two machines has stay as they are.  KeyError, TypeError, ValueError or
-    RuntimeError for what is no state.
+    Generators of devices that only one of the two machines has stay as they are.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: no state of the generators.
     """
     torch.set_rng_state(tensors["torch"])
     version, state, following = record["python"]

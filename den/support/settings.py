@@ -33,7 +33,8 @@ def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
     try:
         return kind(**given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('config: ')}") from error
+        reason = str(error).removeprefix("config: ").removeprefix(f"{where}: ")
+        raise ValueError(f"{where}: {reason}") from error
 
 
 def read_config(kind: type[T], path: Path) -> T:
@@ -64,7 +65,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _first_fit([a for a in arguments if a is not type(None)], value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(arguments[0], item, where) for item in value)

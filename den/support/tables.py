@@ -1,4 +1,5 @@
-"""Tables of text as Markdown, CSV and LaTeX: the first column to the left, the others to the right."""
+"""Tables of text as Markdown, CSV and LaTeX: the first column to the left, the others to the right; and their place in
+a document."""
 
 from __future__ import annotations
 
@@ -29,6 +30,27 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
 
 
+def with_section(document: str, name: str, text: str, what: str) -> str:
+    """Replace what stands between the markers of a section in a Markdown document.
+
+    >>> with_section("Title <!-- t:begin --> old <!-- t:end --> rest", "t", "new", "page")
+    'Title <!-- t:begin -->\\nnew\\n<!-- t:end --> rest'
+
+    Args:
+        name: of the section; its markers are `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+        what: the document, for the message of an error.
+
+    Raises:
+        ValueError: a document without both markers, in this order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin_found, rest = document.partition(begin)
+    _, end_found, after = rest.partition(end)
+    if not (begin_found and end_found):
+        raise ValueError(f"{what} must hold the lines {begin} and {end}, in this order")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
 def csv_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Comma-separated values with a line of names."""
     text = io.StringIO()
@@ -45,5 +67,5 @@ def latex_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Text with LaTeX's special characters escaped: ``latex_text("5 %") == r"5 \\%"``."""
+    """Text with LaTeX's special characters escaped: `latex_text("5 %") == r"5 \\%"`."""
     return re.sub("|".join(map(re.escape, SPECIAL)), lambda match: SPECIAL[match[0]], text)

@@ -48,12 +48,12 @@ def standard_streams() -> Iterator[None]:
     """Streams that can be written to.
 
     What the caller has closed is the null device: else the next file that is opened would get its number, and whatever
-    is printed there.  Characters that stdout cannot encode are spelt in ASCII.  On leaving, what was printed is
+    is printed there. Characters that stdout cannot encode are spelt in ASCII. On leaving, what was printed is
     written; BrokenPipeError where nobody reads it any more.
     """
     _open_closed_files()
     errors = getattr(sys.stdout, "errors", None)
-    _encode(sys.stdout, "den.nn.plain" if errors == "strict" or errors == "surrogateescape" else errors)
+    _encode(sys.stdout, "den.spelt" if errors == "strict" or errors == "surrogateescape" else errors)
     try:
         yield
     finally:
@@ -121,4 +121,4 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
     return "".join(PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end
 
 
-codecs.register_error("den.nn.plain", _spell)
+codecs.register_error("den.spelt", _spell)

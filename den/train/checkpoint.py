@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
+from den.support.files import write_whole
 
 FORMAT = "den-checkpoint-1"
-PARTIAL = ".partial"  # ends the name of a file that is being written
 DAMAGE = (
     KeyError,
     IndexError,
@@ -165,41 +163,6 @@ def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def unprefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of `tensors` whose names begin with "{prefix}.", without it."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
-
-
-def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write a file so that `path` holds what it held before or `content`, never a part, whatever ends the process.
-
-    The file is written under the name "{path}.partial" and renamed.  sync: wait until the disk has it, so that a power
-    cut leaves one of the two as well.  OSError when it cannot be written.
-    """
-    temporary = path.with_name(path.name + PARTIAL)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if sync:
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's names, on file systems that can be asked to."""
-    if not hasattr(os, "O_DIRECTORY"):  # no POSIX system: folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

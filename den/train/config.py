@@ -9,6 +9,9 @@ from typing import Annotated, Literal, Protocol
 import tyro
 
 from den.support.limits import SEED, Range, check_ranges
+from den.support.settings import from_dict as from_dict  # old names of these three; they go with version 0.3
+from den.support.settings import read_config as read_config
+from den.support.settings import to_dict as to_dict
 
 Mode = Literal[
     "den", "dense", "random", "nestednet", "packnet", "routing", "cross-stitch", "blockdrop", "adashare"

@@ -200,8 +200,7 @@ class Engine(Generic[R]):
             for group in self.optimisers[name].param_groups:
                 group["lr"] = rate * phase.scale(here.step) * group.get("factor", 1.0)
         if self._bar is None and self.config.progress:
-            name = " ".join(str(part) for pair in phase.labels.items() for part in pair)
-            self._bar = Progress(phase.settings.steps, name, unit="update", initial=here.step)
+            self._bar = Progress(phase.settings.steps, phase.title, unit="update", initial=here.step)
 
     def _end_epoch(self, phase: Phase) -> None:
         """Measure, log, decide whether the phase has ended, save."""
@@ -214,7 +213,7 @@ class Engine(Generic[R]):
         where = {"epoch": here.epoch, "step": here.total_steps, **phase.labels, "rate": phase.rate(here.step - 1)}
         self.folder.log({**where, "train": means, **measured.line})
         if self._bar is not None:
-            self._bar.note(f"{self.meter.text()} | {measured.text}")
+            self._bar.note(" | ".join(filter(None, (self.meter.text(), measured.text))))
         paths = [self.folder.best] if self._is_best(measured.score) else []
         if here.step == phase.settings.steps or self._converged(phase, means["loss"]):
             paths += self._leave(phase)

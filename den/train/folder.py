@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from den.support.files import PARTIAL, write_whole
 from den.support.settings import flattened, read_config, to_dict
-from den.train.checkpoint import PARTIAL, load_checkpoint, read_updates, write_whole
+from den.train.checkpoint import load_checkpoint, read_updates
 from den.train.config import RunConfig, TrainConfig
 from den.train.lock import RunLock
 

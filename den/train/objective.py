@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from den.nn.count import parameter_fractions
 from den.nn.model import DeepElasticNetwork
+from den.support.device import sent
 
 if TYPE_CHECKING:
     from den.data import Batch  # with what reads pictures, which the objective does not need
@@ -44,13 +46,27 @@ def sample_structures(log_probabilities: Tensor, samples: int, epsilon: float, g
 
     Each is, with probability epsilon, uniform over all structures instead (epsilon-greedy exploration).
     """
-    count, blocks, levels = log_probabilities.shape
-    flat = log_probabilities.detach().float().exp().view(-1, levels).to(generator.device)
-    drawn = torch.multinomial(flat, samples, replacement=True, generator=generator)  # [B * N, samples]
-    drawn = drawn.view(count, blocks, samples).transpose(1, 2)
+    (count, blocks, levels), device = log_probabilities.shape, log_probabilities.device
+    chances = log_probabilities.detach().float().exp().view(-1, levels)
+    drawn = draw_levels(chances, samples, generator).view(count, blocks, samples).transpose(1, 2)
     anything = torch.randint(levels, (count, samples, blocks), generator=generator)
     explores = torch.rand(count, samples, 1, generator=generator) < epsilon
-    return torch.where(explores, anything, drawn).to(log_probabilities.device)
+    return torch.where(sent(explores, device), sent(anything, device), drawn)
+
+
+def draw_levels(chances: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """Levels drawn from distributions [R, L], with replacement: int64 [R, samples], on their device.
+
+    Equivalent to ``torch.multinomial(chances, samples, replacement=True, generator=generator)`` on the CPU, to the bit,
+    but for distributions on a GPU too, whose numbers come from a generator of the CPU and are not waited for.
+    """
+    if samples == 1:
+        noise = torch.empty(chances.shape).exponential_(generator=generator)
+        return (chances / sent(noise, chances.device)).argmax(-1, keepdim=True)
+    uniform = sent(torch.rand(len(chances), samples, dtype=torch.float64, generator=generator), chances.device)
+    bounds = list(accumulate(chances.unbind(1)))  # one after the other: in the order that multinomial adds
+    inner = torch.stack(bounds[:-1], 1) / bounds[-1].unsqueeze(1)  # [R, L - 1]
+    return (uniform.unsqueeze(2) > inner.unsqueeze(1)).sum(-1)
 
 
 def structure_log_probability(log_probabilities: Tensor, structures: Tensor) -> Tensor:
@@ -61,15 +77,15 @@ def structure_log_probability(log_probabilities: Tensor, structures: Tensor) -> 
     return log_probabilities.gather(2, structures.transpose(1, 2)).sum(1)
 
 
-def steered_rho(rho: float, cost: float, budget: float) -> float:
-    """rho for a task that costs `cost` and is to cost `budget`: from rho / 32, 10 % below it, to 32 rho, 10 % above.
+def steered_rho(rho: float, costs: Tensor, budget: float) -> Tensor:
+    """rho for tasks that cost `costs` [K] and are to cost `budget`: from rho / 32, 10 % below, to 32 rho, 10 % above.
 
     It depends on the present cost alone: a weight that adds up past misses is still wrong when the cost is right.
 
-    >>> [round(steered_rho(1.0, cost, 0.5), 5) for cost in (0.1, 0.45, 0.5, 0.55, 1.0)]
-    [0.03125, 0.03125, 1.0, 32.0, 32.0]
+    >>> steered_rho(1.0, torch.tensor([0.1, 0.5, 1.0]), 0.5).tolist()
+    [0.03125, 1.0, 32.0]
     """
-    return rho * STEERING ** min(max(10 * (cost - budget) / budget, -1.0), 1.0)
+    return rho * STEERING ** (10 * (costs - budget) / budget).clamp(-1, 1)
 
 
 def sparsity_penalty(structures: Tensor, fractions: Tensor, rho: float | Tensor) -> Tensor:

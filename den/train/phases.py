@@ -26,6 +26,11 @@ class Phase(ABC):
 
     @property
     @abstractmethod
+    def title(self) -> str:
+        """The phase in words, for the progress bar."""
+
+    @property
+    @abstractmethod
     def labels(self) -> dict[str, str | int]:
         """The phase in a line of metrics."""
 
@@ -57,6 +62,10 @@ class NetworkPhase(Phase):
     @property
     def key(self) -> tuple[str | int, ...]:
         return self.network, self.stage
+
+    @property
+    def title(self) -> str:
+        return f"stage {self.stage} {self.network}"
 
     @property
     def labels(self) -> dict[str, str | int]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._conv_cpu import Geometry, dense
+from .._geometry import Geometry, dense
 from ..float32 import allows_tf32
 from ..plan import Route, channels_of
 from . import choice

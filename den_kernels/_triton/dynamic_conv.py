@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._conv_cpu import Geometry, memory_format_of
+from .._geometry import Geometry, memory_format_of
 from ..plan import Route, channels_of
 from .convolve import Epilogue, convolve
 from .weight_gradient import weight_gradient

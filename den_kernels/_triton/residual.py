@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._conv_cpu import Geometry
+from .._geometry import Geometry
 from ..plan import Route
 from ..residual_weights import ResidualWeights
 from .convolve import Epilogue, Following, convolve

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._conv_cpu import Geometry
+from .._geometry import Geometry
 from ..plan import Route, RoutingPlan
 from ..testing import channel_mask, masked_conv2d
 from . import choice, table

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._conv_cpu import Geometry
+from .._geometry import Geometry
 from ..plan import Route, channels_of
 from . import choice
 from .choice import Side

@@ -83,7 +83,7 @@ def _measure(
 
 def _reason(size: int, x: Tensor, conv: DynamicConv2d) -> str:
     if x.is_cpu:
-        from .._conv_cpu import Geometry
+        from .._geometry import Geometry
 
         geometry = Geometry((1, 1), (0, 0), (1, 1), 1, conv.out_groups, ())
         if not runs_direct(x, conv.weight, geometry, packed=True):

@@ -1,4 +1,4 @@
-"""Converted blocks that run as one op at inference: basic blocks by `dynamic_residual`, bottlenecks by one C++ call."""
+"""Converted blocks that run as one op at inference: `dynamic_residual` for basic blocks, else `dynamic_bottleneck`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..bottleneck import BottleneckWeights, add_bottleneck_
+from ..bottleneck_weights import BottleneckWeights
+from ..dynamic_bottleneck import dynamic_bottleneck
 from ..dynamic_residual import dynamic_residual
 from ..eager import runs_eagerly
 from ..fold_cache import FoldCache
@@ -15,7 +16,7 @@ from ..residual_weights import ResidualWeights
 from .carrier import Selection
 from .layers import RoutedBatchNorm2d, RoutedConv2d
 
-BASIC, BOTTLENECK = "dynamic_residual", "add_bottleneck_"
+BASIC, BOTTLENECK = "dynamic_residual", "dynamic_bottleneck"
 
 
 @dataclass(eq=False)
@@ -69,11 +70,10 @@ class Branch:
     def _bottleneck(
         self, a: Tensor, shortcut: Tensor, selection: Selection, weights: BottleneckWeights, bias: Tensor | None
     ) -> Tensor:
-        out = shortcut.clone(memory_format=torch.channels_last)
         if bias is not None:
             active = (selection.active.levels > 0)[:, None, None, None]
-            out += torch.where(active, bias[:, None, None], 0)
-        out = add_bottleneck_(out, a.contiguous(memory_format=torch.channels_last), selection.hidden, weights)
+            shortcut = shortcut + torch.where(active, bias[:, None, None], 0)
+        out = dynamic_bottleneck(a, selection.hidden, weights, shortcut)
         return out.relu_() if self.post_activation else out
 
     def _fold(self) -> ResidualWeights:
@@ -85,18 +85,15 @@ class Branch:
     @torch.no_grad()
     def _pack(self) -> tuple[BottleneckWeights, Tensor | None] | None:
         """The packed weights, and the bias that remains for the sum; None where the kernel does not run."""
-        norms = (*self.norms, None)[:3]
-        first, second, third = (_folded(conv, norm) for conv, norm in zip(self.convs, norms, strict=True))
-        bias, third.bias = third.bias, None
-        same = second.padding == tuple(k // 2 for k in second.kernel_size) and second.dilation == (1, 1)
-        points = all(conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) for conv in (first, third))
-        if first.out_channels != second.out_channels or not same or not points:
-            return None
-        packed = BottleneckWeights.pack((None, None), first, second, third, self.convs[0].out_groups)
-        return None if packed is None else (packed, None if bias is None else bias.detach())
+        conv1, conv2, conv3 = self.convs
+        behind1, behind2, *behind3 = self.norms
+        last = _folded(conv3, *behind3)
+        bias, last.bias = last.bias, None
+        weights = BottleneckWeights.fold(conv1, None, conv2, behind1, last, behind2).released()
+        return None if weights.direct is None else (weights, None if bias is None else bias.detach())
 
 
-def _folded(conv: nn.Conv2d, norm: Any) -> nn.Conv2d:
+def _folded(conv: nn.Conv2d, norm: Any = None) -> nn.Conv2d:
     """A convolution of its own with the batch norm behind it, if there is one, folded in."""
     same: Any = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
     made = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **same, device="meta")  # type: ignore[arg-type]

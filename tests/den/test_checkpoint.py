@@ -10,6 +10,7 @@ import torch
 from den.nn.model import create_model
 from den.nn.tasks import Task
 from den.recipes.dag.recipe import load_network
+from den.support.files import write_whole
 from den.train.checkpoint import (
     load_checkpoint,
     load_model,
@@ -19,7 +20,6 @@ from den.train.checkpoint import (
     read_updates,
     restore_optimiser,
     save_checkpoint,
-    write_whole,
 )
 
 
@@ -100,9 +100,9 @@ def test_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fails
         raise OSError(28, "No space left on device")
 
     if fails == "rename":
-        monkeypatch.setattr("den.train.checkpoint.os.replace", full_disk)
+        monkeypatch.setattr("den.support.files.os.replace", full_disk)
     else:
-        monkeypatch.setattr("den.train.checkpoint.os.fsync", full_disk)  # after part of the bytes have been written
+        monkeypatch.setattr("den.support.files.os.fsync", full_disk)  # after part of the bytes have been written
     with pytest.raises(ValueError, match=r"must be writable .the old one is intact., got .*No space left"):
         save_checkpoint(path, {"x": torch.zeros(300)}, {"epoch": 2})
     tensors, record = load_checkpoint(path)
@@ -118,7 +118,7 @@ def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("den.train.checkpoint.os.fsync", interrupt)
+    monkeypatch.setattr("den.support.files.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, {"x": torch.zeros(3)}, {"epoch": 2})
     assert load_checkpoint(path)[1] == {"epoch": 1}
@@ -246,7 +246,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         return call
 
     for name in plain:
-        monkeypatch.setattr(f"den.train.checkpoint.os.{name}", seen(name))
+        monkeypatch.setattr(f"den.support.files.os.{name}", seen(name))
     write_whole(path, b"after")
     assert events == [("fsync", b"before"), ("replace", b"before"), ("fsync", b"after")]  # the file, then its folder
     assert [p.name for p in tmp_path.iterdir()] == ["f"]

@@ -307,10 +307,13 @@ def test_bad_levels_are_refused(model, levels, message):
 
 
 BAD_CONFIGS = {
-    "unknown key": ({"widht": 3}, "ModelConfig: keys must be among tasks, backbone, stages.* got 'widht'"),
-    "unknown task key": ({"tasks": [{"name": "a", "clases": 2, "size": 8}]}, "Task: keys must be .* got 'clases'"),
-    "missing task key": ({"tasks": [{"name": "a", "size": 8}]}, "Task: .*classes"),
-    "unknown selector key": ({"selector": {"chanels": [8]}}, "SelectorConfig: keys must be .* got 'chanels'"),
+    "unknown key": ({"widht": 3}, "ModelConfig: key must be one of tasks, backbone, stages.* got 'widht'"),
+    "unknown task key": (
+        {"tasks": [{"name": "a", "clases": 2, "size": 8}]},
+        r"ModelConfig\.tasks: key must be .* got 'clases'",
+    ),
+    "missing task key": ({"tasks": [{"name": "a", "size": 8}]}, r"ModelConfig\.tasks: .*classes"),
+    "unknown selector key": ({"selector": {"chanels": [8]}}, r"ModelConfig\.selector: key must be .* got 'chanels'"),
     "no tasks": ({"tasks": []}, "tasks must be at least one, of unique names"),
     "twins": ({"tasks": [{"name": "a", "classes": 2, "size": 8}] * 2}, r"unique names, got \['a', 'a'\]"),
     "nameless": ({"tasks": [{"name": "", "classes": 2, "size": 8}]}, "name must be a non-empty string"),

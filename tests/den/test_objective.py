@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from den.data import Batch
 from den.nn.count import parameter_fractions
@@ -13,6 +15,7 @@ from den.nn.tasks import Task
 from den.train.objective import (
     STEERING,
     RunningBaseline,
+    draw_levels,
     entropy,
     initial_structures,
     instance_losses,
@@ -117,9 +120,21 @@ def test_penalty_takes_a_rho_for_every_image():
 
 
 def test_steered_rho_rises_steeply_with_the_cost_between_bounds():
-    found = [steered_rho(0.1, cost, 0.4) for cost in (0.0, 0.36, 0.38, 0.4, 0.42, 0.44, 1.0)]
+    costs = torch.tensor([0.0, 0.36, 0.38, 0.4, 0.42, 0.44, 1.0], dtype=torch.float64)
     root = STEERING**0.5
-    assert found == pytest.approx([0.1 / root**2, 0.1 / root**2, 0.1 / root, 0.1, 0.1 * root, 3.2, 3.2])
+    assert steered_rho(0.1, costs, 0.4).tolist() == pytest.approx(
+        [0.1 / root**2, 0.1 / root**2, 0.1 / root, 0.1, 0.1 * root, 3.2, 3.2]
+    )
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(2, 6), st.integers(1, 5), st.floats(0, 8))
+def test_drawn_levels_are_those_of_multinomial(seed, rows, levels, samples, scale):
+    """To the bit, and the generator stands where it would."""
+    chances = random_log_probabilities(rows, levels, seed=seed, scale=scale).exp()
+    ours, theirs = generator(seed), generator(seed)
+    expected = torch.multinomial(chances, samples, replacement=True, generator=theirs)
+    assert torch.equal(draw_levels(chances, samples, ours), expected)
+    assert torch.equal(ours.get_state(), theirs.get_state())
 
 
 def test_entropy_of_known_distributions():

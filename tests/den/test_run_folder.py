@@ -69,7 +69,7 @@ def test_a_folder_with_other_files_is_fine(config):
 
 def test_a_start_that_was_broken_off_before_its_first_checkpoint_may_be_repeated(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_save", lambda *_: 1 / 0)
+        patch.setattr(Engine, "save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert (config.out / "config.json").exists()
@@ -164,7 +164,7 @@ def test_settings_that_cannot_be_read_are_named(interrupted):
 def test_settings_are_written_whole(config, monkeypatch):
     """Cut off at any moment of writing, config.json is absent or complete."""
     with monkeypatch.context() as patch, RunFolder(config, resume=False) as folder:
-        patch.setattr("den.train.checkpoint.os.replace", lambda *_: 1 / 0)
+        patch.setattr("den.support.files.os.replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             folder.begin()
     assert not config.out.exists()
@@ -247,6 +247,6 @@ def test_a_full_disk_is_told_in_one_line(config, monkeypatch, call):
         folder.begin()
         calls = {"log": lambda: folder.log({"epoch": 1}), "rewind": lambda: folder.rewind(1), "begin": folder.begin}
         with monkeypatch.context() as patch:
-            patch.setattr("den.train.checkpoint.os.fsync", full)
+            patch.setattr("den.support.files.os.fsync", full)
             with pytest.raises(ValueError, match=rf"folder that can be written, got {config.out}: .*space"):
                 calls[call]()

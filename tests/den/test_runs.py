@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from den.data import load_set
+from den.recipes import RECIPES
+from den.recipes.base import Method
 from den.runs import trained as runs
 from den.runs.trained import open_run
 
@@ -32,11 +34,11 @@ def test_a_dense_run_gives_the_full_structure(tmp_path, stored_run):
 def test_a_method_that_adds_itself_is_opened(tmp_path, stored_run, monkeypatch):
     stored_run(tmp_path / "run")
 
-    def lowest(path, config):
-        model = runs.load_model(path)
-        return model, lambda images, task: torch.zeros(len(images), model.num_blocks, dtype=torch.int64)
+    class Lowest(Method):
+        def structures(self, images, task):
+            return torch.zeros(len(images), self.model.num_blocks, dtype=torch.int64)
 
-    monkeypatch.setitem(runs.OPENERS, "den", lowest)
+    monkeypatch.setitem(RECIPES, "den", Lowest)
     images = load_set("digits", "test").inputs(slice(0, 4))
     assert open_run(tmp_path / "run").structures(images, "digits").sum() == 0
 

@@ -9,6 +9,7 @@ import torch
 from den import cli
 from den.dag.scenarios import named_settings
 from den.data import load_set
+from den.recipes import prepare
 from den.recipes.den import derive_structures, first_structures
 from den.recipes.setup import hold_out
 from den.support.settings import from_dict, to_dict
@@ -196,7 +197,8 @@ def engine_of(tmp_path, **estimator):
             network=dataclasses.replace(scenario_config("m3").network, backbone="wrn8_1", trunk_size=8),
             estimator=EstimatorTraining(first=PhaseConfig(1, 0.1), **estimator),
             selector=SelectorTraining(phase=PhaseConfig(1, 1e-3)),
-        )
+        ),
+        prepare,
     )
 
 

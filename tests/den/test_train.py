@@ -156,7 +156,7 @@ def test_failed_save_during_training_leaves_a_run_that_continues(tmp_path, small
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("den.train.checkpoint.os.fsync", fails_later)
+        patch.setattr("den.support.files.os.fsync", fails_later)
         with pytest.raises(ValueError, match=r"No space left"):
             train(config)
     train(config, resume=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from den_kernels import RoutingPlan
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels.plan import Route
 
 triton = pytest.importorskip("triton", reason="triton is not installed")

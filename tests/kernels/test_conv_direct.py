@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from den_kernels import DynamicConv2d, _conv_direct, layers
-from den_kernels._conv_cpu import Geometry
 from den_kernels._extension import extension
+from den_kernels._geometry import Geometry
 from den_kernels.dynamic_conv import dynamic_conv2d
 from den_kernels.testing import assert_as_accurate, make_levels, make_mask, masked_conv2d, poison_unread
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from den_kernels import RoutingPlan, _cuda
 from den_kernels._extension import extension
-from den_kernels.dynamic_residual import _add_branch_masked, dynamic_residual_reference
+from den_kernels._residual_gpu import add_branch_masked
+from den_kernels.dynamic_residual import dynamic_residual_reference
 from den_kernels.plan import as_route
 from den_kernels.plan_sort import plan_levels, plan_masks
 from den_kernels.residual_weights import ResidualWeights
@@ -139,6 +140,6 @@ def test_fused_blocks_on_a_gpu(C, H, dtype, monkeypatch):
     assert torch.equal(got, again)
     assert torch.equal(got[levels == 0], x[levels == 0])
     peer = x.clone()
-    _add_branch_masked(x, peer, route, weights)
+    add_branch_masked(x, peer, route, weights)
     wide = dataclasses.replace(weights, conv1=weights.conv1.double(), conv2=weights.conv2.double())
     assert_as_accurate(got, peer, dynamic_residual_reference(x.double(), route, wide))

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from den_kernels._conv_cpu import Geometry, memory_format_of
 from den_kernels._conv_masked import masked_backward
+from den_kernels._geometry import Geometry, memory_format_of
 from den_kernels.dynamic_conv import dynamic_conv2d
 from den_kernels.plan import Route, RoutingPlan, as_route
 from den_kernels.testing import LAYOUTS, LEVEL_KINDS, ConvProblem, assert_as_accurate, channel_mask, masked_conv2d

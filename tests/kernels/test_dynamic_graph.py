@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import den_kernels._conv_direct as direct
 from den_kernels import GraphWeights, RoutingPlan, dynamic_graph
@@ -53,6 +55,43 @@ def check(graph, x, levels, *rows):
 @pytest.mark.parametrize("side", [(7, 7), (8, 5), (1, 1), (3, 14)])
 def test_equals_the_loops(channels, side):
     check(graph_of(channels), *problem(5, channels, side))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    states=st.integers(2, 5),
+    chosen=st.integers(1, 2**10 - 1),
+    channels=st.integers(1, 70),
+    kernel=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 7])),
+    side=st.tuples(st.integers(1, 15), st.integers(1, 15)),
+    batch=st.integers(0, 4),
+    seed=st.integers(0, 99),
+)
+def test_any_graph_equals_the_loops(dtype, states, chosen, channels, kernel, side, batch, seed):
+    """Edges: those of all pairs whose bits `chosen` has, at least one."""
+    pairs = [(i, j) for j in range(states) for i in range(j)]
+    edges = [pair for bit, pair in enumerate(pairs) if chosen >> bit & 1] or pairs[:1]
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    terms = channels * kernel[0] * kernel[1]
+    weights = [(random(channels, channels, *kernel) / terms**0.5).to(dtype) for _ in edges]
+    biases = [random(channels).to(dtype) for _ in edges]
+    x = random(batch, channels, *side).contiguous(memory_format=torch.channels_last).to(dtype)
+    levels = torch.randint(2, (batch, len(edges)), generator=generator)
+    rows = [random(batch, width).to(dtype) for width in (states, len(edges), states)]
+    precise = GraphWeights.pack(states, edges, [w.double() for w in weights], [b.double() for b in biases])
+    wanted = dynamic_graph_reference(x.double(), precise, levels, *(row.double() for row in rows))
+    graph = GraphWeights.pack(states, edges, weights, biases)
+    for each in (graph, without_direct(graph)):
+        got = dynamic_graph(x, each, RoutingPlan.from_levels(levels, 1), *rows)
+        assert (got.dtype, got.shape) == (dtype, x.shape)
+        if len(x):  # each state is rounded, and the errors of one go through all the edges behind it
+            bound = 4 * (states + 1) * (terms**0.5 + 2) * torch.finfo(dtype).eps * max(1.0, wanted.abs().max().item())
+            assert (got.double() - wanted).abs().max() <= bound
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 1), (5, 5), (7, 7)])

@@ -17,6 +17,8 @@ from den_kernels import (
     residual_weights,
     rows,
 )
+from den_kernels._residual_gpu import add_branch_masked
+from den_kernels.rows import pool_rows
 from den_kernels.testing import assert_as_accurate, make_levels, make_mask
 
 
@@ -251,11 +253,11 @@ def test_convolutions_with_different_kernels(dtype):
 
 
 def operands(block, x, selection):
-    from den_kernels.dynamic_residual import _operands
+    from den_kernels.dynamic_residual import OPERANDS
     from den_kernels.plan import as_route
 
     weights = block.fold()
-    return _operands(as_route(selection, len(block.groups), x.shape[0]), weights)
+    return OPERANDS.of(as_route(selection, len(block.groups), x.shape[0]), weights)
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -263,10 +265,10 @@ def operands(block, x, selection):
 def test_opcheck(dtype, masks):
     block, x = Block(16, (8, 8)).to(dtype), image(3, 16, 6, 6, dtype=dtype)
     selection = make_mask(3, 2) if masks else torch.tensor([2, 0, 1])
-    torch.library.opcheck(torch.ops.den_kernels.dynamic_residual, (x, *operands(block, x, selection), 1))
+    torch.library.opcheck(torch.ops.den_kernels.dynamic_residual, (x, *operands(block, x, selection)))
     torch.library.opcheck(torch.ops.den_kernels.dynamic_residual_, (x, *operands(block, x, selection)))
     halving = Block(16, (8, 16), out_channels=32, stride=2).to(dtype)
-    torch.library.opcheck(torch.ops.den_kernels.dynamic_residual, (x, *operands(halving, x, selection), 2))
+    torch.library.opcheck(torch.ops.den_kernels.dynamic_residual, (x, *operands(halving, x, selection)))
 
 
 @pytest.mark.parametrize("case", ["wrn-stage1", "stride 2", "odd channels"])
@@ -295,11 +297,8 @@ def test_routes_of_a_plan_are_shared():
 
 
 def test_masked_composition_of_other_devices_agrees():
-    from importlib import import_module
-
     from den_kernels.plan import as_route
 
-    module = import_module("den_kernels.dynamic_residual")
     for case in ("wrn-stage1", "stride 2", "first block", "biases"):
         make, shape = CASES[case]
         weights, x = Block(**make).fold(), image(*shape)
@@ -308,13 +307,13 @@ def test_masked_composition_of_other_devices_agrees():
             make_mask(shape[0], len(weights.groups)),
         ):
             route = as_route(selection, len(weights.groups), shape[0])
-            out = module.pool_rows(x, weights.conv2.shape[0], weights.stride)
-            module._add_branch_masked(x, out, route, weights)
+            out = pool_rows(x, weights.conv2.shape[0], weights.stride)
+            add_branch_masked(x, out, route, weights)
             torch.testing.assert_close(out, dynamic_residual(x, selection, weights), rtol=1e-5, atol=1e-5)
 
 
 def test_segments_and_chunks_are_pure_functions_of_the_problem():
-    from den_kernels.dynamic_residual import chunk_size, segments
+    from den_kernels._residual_cpu import chunk_size, segments
 
     plan = RoutingPlan.from_levels(torch.tensor([[2], [0], [3], [2]]), 3)
     assert segments(plan[0]) == [(0, 1, (True, True, True)), (1, 3, (True, True, False))]
@@ -383,7 +382,12 @@ BAD_INPUTS = {
     "channels": (image(2, 8, 4, 4), torch.tensor([1, 2]), ValueError, r"x must be \[B, 16, H, W\]"),
     "no rows": (image(2, 16, 0, 4), torch.tensor([1, 2]), ValueError, "H and W of at least 1"),
     "no columns": (image(2, 16, 4, 0), torch.tensor([1, 2]), ValueError, "H and W of at least 1"),
-    "dtype": (image(2, 16, 4, 4, dtype=torch.bfloat16), torch.tensor([1, 2]), TypeError, "weights' dtype"),
+    "dtype": (
+        image(2, 16, 4, 4, dtype=torch.bfloat16),
+        torch.tensor([1, 2]),
+        TypeError,
+        "must be torch.float32 as the weights are",
+    ),
     "device": (torch.empty(2, 16, 4, 4, device="meta"), torch.tensor([1, 2]), ValueError, "x must be on cpu"),
     "level out of range": (image(2, 16, 4, 4), torch.tensor([1, 3]), ValueError, "levels must be in 0..2, got 3"),
     "number of levels": (image(2, 16, 4, 4), torch.tensor([1]), ValueError, r"levels must be \[2\]"),

@@ -24,12 +24,15 @@ WANTED = {
     "residual": 2 * SUM * CONV // 4, "residual in place": 2 * SUM * CONV // 4,
     "graph": int(LEVELS.clamp(max=3).sum()) * CONV, "plan of levels": 0, "plan of masks": 0,
 }  # fmt: skip
-BOTTLENECK = sum(2 * 36 * (2 * 16 * width + 9 * width**2) for width in WIDTHS)
-WANTED |= {"bottleneck": BOTTLENECK, "frozen bottleneck": BOTTLENECK}
+BOTTLENECK = {"bottleneck": WIDTHS, "frozen bottleneck": WIDTHS}
+BOTTLENECK |= {kind: [8 * level for level in LEVELS.tolist()] for kind in ("bottleneck op", "bottleneck op in place")}
+BOTTLENECK["bottleneck op, composed"] = [6 * level for level in LEVELS.tolist()]
+WANTED |= {name: sum(2 * 36 * (2 * 16 * m + 9 * m**2) for m in widths) for name, widths in BOTTLENECK.items()}
 RANGES = {
     "conv": "dynamic_conv2d", "norm": "dynamic_norm", "block": "dynamic_residual", "residual": "dynamic_residual",
-    "residual in place": "dynamic_residual_", "graph": "dynamic_graph", "bottleneck": "add_bottleneck_",
-    "frozen bottleneck": "add_bottleneck_", "plan of levels": "plan_levels", "plan of masks": "plan_masks",
+    "residual in place": "dynamic_residual_", "graph": "dynamic_graph", "bottleneck": "dynamic_bottleneck",
+    "frozen bottleneck": "dynamic_bottleneck", "bottleneck op in place": "dynamic_bottleneck_",
+    "plan of levels": "plan_levels", "plan of masks": "plan_masks",
 }  # fmt: skip
 
 

@@ -14,14 +14,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from den_kernels import DynamicConv2d, ResidualWeights, _cuda, _triton, dynamic_conv2d
-from den_kernels._conv_cpu import Geometry
+from den_kernels import (
+    BottleneckWeights,
+    DynamicConv2d,
+    ResidualWeights,
+    _bottleneck_composed,
+    _cuda,
+    _residual_gpu,
+    _triton,
+    dynamic_conv2d,
+)
 from den_kernels._conv_masked import masked_backward
-from den_kernels.dynamic_conv import _compute, dynamic_conv2d_reference
+from den_kernels._geometry import Geometry
+from den_kernels.dynamic_conv import compute, dynamic_conv2d_reference
 from den_kernels.plan import Route, RoutingPlan, as_route
 from den_kernels.testing import make_levels
 
-residual, norms = (import_module(f"den_kernels.{name}") for name in ("dynamic_residual", "dynamic_norm"))
+residual, bottleneck, norms = (
+    import_module(f"den_kernels.{name}") for name in ("dynamic_residual", "dynamic_bottleneck", "dynamic_norm")
+)
 META = torch.device("meta")
 GROUPS = (16, 16, 32)
 
@@ -36,6 +47,15 @@ def folded(C: int, C_out: int, stride: int, post: bool = False, device="cpu") ->
     norms = nn.BatchNorm2d(sum(GROUPS) if post else C), nn.BatchNorm2d(C_out if post else sum(GROUPS))
     parts = [part.to(device).eval() for part in (conv1, norms[0], conv2, norms[1])]
     return dataclasses.replace(ResidualWeights.fold(*parts, post_activation=post), direct=None, levels=())
+
+
+def folded_bottleneck(C: int, C_out: int, stride: int, device="cpu") -> BottleneckWeights:
+    M = sum(GROUPS)
+    conv1, conv3 = DynamicConv2d(C, M, 1, bias=False, out_groups=GROUPS), nn.Conv2d(M, C_out, 1, bias=False)
+    conv2 = nn.Conv2d(M, M, 3, stride, 1, bias=False)
+    norms = nn.BatchNorm2d(C), nn.BatchNorm2d(M), nn.BatchNorm2d(M)
+    parts = [part.to(device).eval() for part in (conv1, norms[0], conv2, norms[1], conv3, norms[2])]
+    return dataclasses.replace(BottleneckWeights.fold(*parts), direct=None)
 
 
 @pytest.fixture
@@ -95,6 +115,19 @@ def test_norms_and_blocks_read_nothing_back(launches, kind):
     add_branch(x, x, route, folded(64, 64, 1, post=True, device=META))
     assert [launch.kernel.fn.__name__ for launch in launches[8:]] == ["convolve_kernel"] * 2
     assert launches[9].arguments["RELU"]
+
+
+@pytest.mark.parametrize("kind", ["levels", "mask"])
+def test_bottlenecks_read_nothing_back(launches, kind, monkeypatch):
+    monkeypatch.setattr(_triton, "runs_on", lambda device: True)
+    x, route = torch.empty(5, 64, 8, 8, device=META), meta_route(kind, 5)
+    for stride in (1, 2):
+        y = _bottleneck_composed.run(x, route, folded_bottleneck(64, 96, stride, META), None, False)
+        assert y.shape == (5, 96, 8 // stride, 8 // stride)
+        names = [launch.kernel.fn.__name__ for launch in launches]
+        assert names == ["activate_kernel", *["convolve_kernel"] * 3]
+        assert launches[1].arguments["source"] is launches[0].arguments["y"]
+        launches.clear()
 
 
 @pytest.mark.parametrize(("allowed", "precision"), [(True, "tf32"), (False, "ieee")])
@@ -190,13 +223,14 @@ def test_an_old_gpu_or_no_triton_give_right_values_and_one_warning(monkeypatch, 
     levels = torch.tensor([2, 0, 3, 1])
     x, weight = channels_last(4, 64, 6, 6), channels_last(64, 64, 3, 3)
     route, geometry = as_route(levels, 3, 4), Geometry((1, 1), (1, 1), (1, 1), 1, GROUPS, ())
-    there, weights = x.as_subclass(OnOldGpu), folded(64, 64, 1)
+    there, weights, deep = x.as_subclass(OnOldGpu), folded(64, 64, 1), folded_bottleneck(64, 96, 2)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        y = _compute(there, weight, None, route, geometry)
-        block = residual._functional(there, route, weights)
+        y = compute(there, weight, None, route, geometry)
+        block = residual._OP.functional(there, route, weights)
         in_place = there.clone()
-        residual._inplace(in_place, route, weights)
+        residual._OP.over(in_place, route, weights)
+        composed = bottleneck._OP.functional(there, route, deep)
         gradients = masked_backward(y, there, weight, route.levels, None, geometry, (True, True, False))
     assert len(said) == 1
     assert said[0].category is UserWarning
@@ -206,6 +240,8 @@ def test_an_old_gpu_or_no_triton_give_right_values_and_one_warning(monkeypatch, 
     right = residual.dynamic_residual_reference(x, route, weights)
     for got in (block, in_place):
         torch.testing.assert_close(got.as_subclass(Tensor), right, rtol=1e-4, atol=1e-4)
+    right = bottleneck.dynamic_bottleneck_reference(x, route, deep)
+    torch.testing.assert_close(composed.as_subclass(Tensor), right, rtol=1e-4, atol=1e-4)
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     dynamic_conv2d(*leaves, None, levels, padding=1, out_groups=GROUPS).backward(y.as_subclass(Tensor))
     for got, leaf in zip(gradients, leaves, strict=False):
@@ -283,12 +319,13 @@ def test_the_op_goes_through_the_fused_kernel_where_that_takes_the_block(C_out, 
     expected = residual.dynamic_residual(x, levels, weights, shortcut)
     monkeypatch.setattr(_cuda, "choose_fused", lambda *_: "a layout")
     monkeypatch.setattr(_cuda, "fused_residual", fused)
-    got = residual.dynamic_residual(x, levels, weights, shortcut)
+    route = as_route(levels, 3, 4)
+    got = _residual_gpu.run(x, route, weights, shortcut, False)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert calls == [given]
     if stride == 1 and not given:
         own = x.clone(memory_format=torch.channels_last)
-        assert residual.dynamic_residual_(own, levels, weights) is own
+        assert _residual_gpu.run(own, route, weights, None, True) is own
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(own[1], x[1])
         assert calls == [False, True]

@@ -33,6 +33,21 @@ def test_public_names():
     assert den_kernels.__version__[0].isdigit()
 
 
+def test_den_imports_public_names_only():
+    """From the package itself, `building` and `info`."""
+    public = {"den_kernels", "den_kernels.building", "den_kernels.info"}
+    found = {}
+    for file in sorted((PACKAGE.parent / "den").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "den_kernels":
+                names = {alias.name for alias in node.names if alias.name.startswith("_") and alias.name[1] != "_"}
+                found |= {str(file): node.module} if node.module not in public or names else {}
+            elif isinstance(node, ast.Import):
+                deep = [alias.name for alias in node.names if alias.name.startswith("den_kernels.")]
+                found |= {str(file): deep} if deep else {}
+    assert not found
+
+
 def test_the_extension_shares_the_openmp_runtime_of_torch():
     code = (
         "import torch; from den_kernels._extension import extension as c\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from den_kernels._conv_cpu import memory_format_of
+from den_kernels._geometry import memory_format_of
 from den_kernels.dynamic_conv import dynamic_conv2d_reference
 from den_kernels.layers import DynamicConv2d
 from den_kernels.plan import RoutingPlan

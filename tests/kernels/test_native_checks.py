@@ -58,6 +58,14 @@ def bottleneck(x, out, order, offsets, mask, *weights):
     block(x, out, (2, order, offsets, mask))
 
 
+def trunk(x, levels, wider, features, scale, shift):
+    shapes, weights = ((C, M, C, 3, 3, 1), (C, M, 2 * C, 3, 3, 1)), lambda out: (
+        vector(), vector(), packed(M, C, 9), vector(), vector(), packed(out, M, 9), None
+    )  # fmt: skip
+    blocks = [extension.ResidualBlock(shape, (16, 16), weights(shape[2])) for shape in shapes]
+    extension.Trunk(blocks, scale, shift)(x, levels, [wider], features)
+
+
 def graph(x, out, levels, read_in, gates, read_out, weight, bias):
     made = extension.Graph(2, [(0, 1)], C, (3, 3), [weight], [bias])
     made(x, out, levels, read_in, gates, read_out)
@@ -151,6 +159,10 @@ CALLS: dict[str, tuple[Callable, Callable[[], list]]] = {
         lambda: [maps(C), maps(C), *route_tensors(), vector(), vector(), packed(M, C, 1), vector(), packed(M, M, 9),
                  vector(), packed(C, M, 1)],
     ),
+    "Trunk": (
+        trunk,
+        lambda: [maps(C), torch.ones(2, B).int(), maps(2 * C), torch.zeros(B, 2 * C), vector(2 * C), vector(2 * C)],
+    ),
     "Graph": (
         graph,
         lambda: [maps(C), maps(C), torch.ones(1, B).int(), vector(2 * B).view(B, 2), vector(B).view(B, 1),
@@ -242,6 +254,21 @@ def test_rows_outside_the_batch_are_refused(rows, value):
     arguments[2][1] = value
     with pytest.raises(ValueError, match="order must be instances of the batch"):
         call(*arguments)
+
+
+@pytest.mark.parametrize("value", [-1, 3, 2**31 - 1])
+def test_levels_of_a_trunk_are_checked(value):
+    call, tensors = CALLS["Trunk"]
+    arguments = tensors()
+    arguments[1][1, 2] = value
+    with pytest.raises(ValueError, match="dynamic_trunk: levels must be at most the groups, got"):
+        call(*arguments)
+
+
+@pytest.mark.parametrize("blocks", [[], [None], ["a block"]])
+def test_a_trunk_is_made_of_blocks(blocks):
+    with pytest.raises(ValueError, match="dynamic_trunk: blocks must be"):
+        extension.Trunk(blocks, None, None)
 
 
 def test_an_error_says_what_was_expected_and_what_came():

@@ -1,12 +1,11 @@
 """The block of an ordinary ResNet (conv, bn, ReLU, conv, bn, sum, ReLU) through `dynamic_residual`."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from torch import nn
 
 from den_kernels import DynamicConv2d, ResidualWeights, dynamic_residual, dynamic_residual_
+from den_kernels._residual_gpu import add_branch_masked
 from den_kernels.plan import as_route
 from den_kernels.testing import assert_as_accurate, channel_mask, make_levels, make_mask
 
@@ -117,13 +116,12 @@ def test_in_place_equals_functional(case, dtype):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_masked_composition_of_other_devices_agrees(case):
-    module = import_module("den_kernels.dynamic_residual")
     make, shape = CASES[case]
     block, x = BasicBlock(**make), image(*shape)
     levels = make_levels("uniform", shape[0], len(block.groups))
     with torch.no_grad():
         out = block.shortcut(x).contiguous(memory_format=torch.channels_last).clone()
-    module._add_branch_masked(x, out, as_route(levels, len(block.groups), shape[0]), block.fold())
+    add_branch_masked(x, out, as_route(levels, len(block.groups), shape[0]), block.fold())
     torch.testing.assert_close(out.relu(), run(block, x, levels), rtol=1e-5, atol=1e-5)
 
 
@@ -139,18 +137,18 @@ def test_an_ordinary_convolution_is_one_group_that_may_be_skipped():
 
 @pytest.mark.parametrize("case", ["keeps its shape", "projected shortcut"])
 def test_opcheck_and_one_compiled_graph(case):
-    from den_kernels.dynamic_residual import _operands
+    from den_kernels.dynamic_residual import OPERANDS
 
     make, shape = CASES[case]
     block, x = BasicBlock(**make), image(*shape)
     weights, levels = block.fold(), make_levels("uniform", shape[0], len(block.groups))
     with torch.no_grad():
         shortcut = None if block.downsample is None else block.downsample(x)
-    operands = _operands(as_route(levels, len(block.groups), shape[0]), weights)
-    arguments = (x, *operands, weights.stride, True, shortcut)
+    operands = OPERANDS.of(as_route(levels, len(block.groups), shape[0]), weights)
+    arguments = (x, *operands, shortcut)
     torch.library.opcheck(torch.ops.den_kernels.dynamic_residual, arguments)
     if weights.stride == 1:
-        torch.library.opcheck(torch.ops.den_kernels.dynamic_residual_, (x, *operands, True))
+        torch.library.opcheck(torch.ops.den_kernels.dynamic_residual_, (x, *operands))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(x, levels):

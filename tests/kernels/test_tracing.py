@@ -10,12 +10,26 @@ from den_kernels import (
     DynamicConv2d,
     RoutingPlan,
     dynamic_batch_norm,
+    dynamic_bottleneck,
+    dynamic_bottleneck_,
     dynamic_conv2d,
     dynamic_graph,
     dynamic_residual,
     dynamic_residual_,
 )
-from tests.call_kinds import INFERENCE, LEVELS, MODULES, OTHER_LEVELS, PLANS, SAME, Graph, Residual, images, module
+from tests.call_kinds import (
+    INFERENCE,
+    LEVELS,
+    MODULES,
+    OTHER_LEVELS,
+    PLANS,
+    SAME,
+    Bottleneck,
+    Graph,
+    Residual,
+    images,
+    module,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -93,11 +107,11 @@ def test_a_traced_module_is_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["traced", "made_fx"])
-@pytest.mark.parametrize("kind", ["residual", "graph"])
+@pytest.mark.parametrize("kind", ["residual", "bottleneck", "graph"])
 def test_weights_are_packed_before(kind, way):
     if not Residual().weights.direct:
         pytest.skip("without a direct kernel nothing is packed outside of torch's ops")
-    inside = {"residual": Residual, "graph": Graph}[kind]
+    inside = {"residual": Residual, "bottleneck": Bottleneck, "graph": Graph}[kind]
     with torch.no_grad(), pytest.raises(RuntimeError, match="weights must be packed before"):
         WAYS[way](lambda x, levels: inside().requires_grad_(False)(x, levels), images(), LEVELS)
 
@@ -120,7 +134,10 @@ def test_script_is_refused(name):
         torch.jit.script(nn.Sequential(module(name)))
 
 
-FUNCTIONS = (dynamic_conv2d, dynamic_batch_norm, dynamic_residual, dynamic_residual_, dynamic_graph)
+FUNCTIONS = (
+    *(dynamic_conv2d, dynamic_batch_norm, dynamic_residual, dynamic_residual_, dynamic_bottleneck, dynamic_bottleneck_),
+    dynamic_graph,
+)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)

@@ -13,16 +13,15 @@ from benchmarks import figures, harness, losses, report, results, tables  # noqa
 from benchmarks.harness import Case, Work  # noqa: E402
 from benchmarks.targets import TARGETS, Target  # noqa: E402
 
-ROLES = {"ours": "ours", "dense-eager": "dense", "dense-folded": "dense", "masked": "alternative", "bare": "floor"}
 TIMES = {"ours": 0.5, "dense-eager": 1.2, "dense-folded": 1.0, "masked": 1.3, "bare": 0.4}
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SOURCE = {"commit": "0123456789abcdef", "modified": False, "measured": "2026-01-02T03:04:05"}
 
 
 def make_row(case: str = "residual/64x32x32/B32/uniform/float32", *, flops: float = 50.0, **times: float) -> dict:
     """A row whose times (in seconds) are TIMES but for those given; FLOPs of 100 at full structure."""
     times = TIMES | {name.replace("_", "-"): seconds for name, seconds in times.items()}
-    roles = {name: ROLES.get(name, harness.dense_role(name) if "dense" in name else "alternative") for name in times}
-    row = harness.account(roles, times, Work(flops, 100.0, 10.0), floor=0.25)
+    row = harness.account(times, Work(flops, 100.0, 10.0), floor=0.25)
     for name, provider in row["providers"].items():
         spread = 0.01 * times[name]
         provider |= {"lower_quartile": times[name] - spread, "upper_quartile": times[name] + spread, "peak": 3 << 20}
@@ -98,15 +97,14 @@ def test_tables_are_markdown_with_every_case():
 
 
 def test_a_case_without_a_dense_side_has_its_line():
-    roles, times = {"ours": "ours", "bucket": "alternative"}, {"ours": 0.1, "bucket": 0.3}
-    row = {"case": "plan"} | harness.account(roles, times, Work(0, 0, 1.0), floor=0.01)
+    row = {"case": "plan"} | harness.account({"ours": 0.1, "bucket": 0.3}, Work(0, 0, 1.0), floor=0.01)
     assert cells_of(tables.cases_table([row]))[0][:9] == ["plan", "100", "-", "-", "300", "-", "-", "-", "3.00"]
 
 
 def test_providers_are_listed_from_the_fastest_on():
     lines = cells_of(tables.providers_table([make_row("a")]))
     assert [line[1] for line in lines] == ["bare", "ours", "dense-folded", "dense-eager", "masked"]
-    assert lines[1] == ["", "ours", "ours", "500", "50.0 %", "3"]
+    assert lines[1] == ["", "ours", "ours", "500", "50.0 %", "1.00", "50 %", "call", "3"]
 
 
 def test_memory_table_is_in_mebibytes():
@@ -163,7 +161,7 @@ def test_keeping_a_run_twice_changes_nothing(tmp_path):
 def test_the_newest_machine_comes_first_and_other_files_are_left_alone(tmp_path):
     for name, day in (("old", "2026-01-01"), ("new", "2026-02-01"), ("middle", "2026-01-15")):
         results.store(tmp_path / f"{name}.json", [make_row() | {"measured": day}])
-    (tmp_path / "gpu.json").write_text('{"format": 1}')
+    results.store(tmp_path / "gpu.json", [make_row()], gpu={"name": "GPU"})
     assert [path.stem for path in results.results_files(tmp_path)] == ["new", "middle", "old"]
 
 
@@ -176,7 +174,7 @@ def test_rows_carry_commit_and_day():
 def test_readme_section_is_replaced_and_compared(tmp_path):
     paths = [tmp_path / "box.json", tmp_path / "older.json"]
     results.store(paths[0], [make_row(ours=0.9, bucket=0.8)])
-    readme = f"# Title\n{report.BEGIN}\nold\n{report.END}\nrest\n"
+    readme = f"# Title\n{BEGIN}\nold\n{END}\nrest\n"
     assert not report.readme_agrees(readme, paths)
     written = report.with_section(readme, report.readme_section(paths))
     assert report.readme_agrees(written, paths)
@@ -224,8 +222,11 @@ def test_figures_are_drawn_for_what_the_rows_hold(tmp_path):
 def folder(tmp_path, monkeypatch) -> Path:
     """A checkout's results folder and README of its own."""
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\n")
+    readme.write_text(f"# Title\n{BEGIN}\n{END}\n")
+    page = tmp_path / "benchmarks.md"
+    page.write_text(readme.read_text())
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "PAGE", page)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     for name in ("keep", "results_files"):
         plain = getattr(results, name)
@@ -246,6 +247,7 @@ def test_command_reports_a_run_and_keeps_it_when_asked(folder, capsys):
     assert report.main([str(run), "--readme", "--colour", "always"]) == 0
     assert "\033[32m" in capsys.readouterr().out
     assert report.readme_agrees(report.README.read_text(), results.results_files())
+    assert report.page_section(results.results_files()) in report.PAGE.read_text()
     assert report.main([]) == 0
     assert "## box-2-cores" in capsys.readouterr().out
 

@@ -47,10 +47,9 @@ class FakeBenchmark:
 def make_providers(wrong: str = "") -> list[Provider]:
     """x + 1 by three providers, the one of that name wrong."""
     expected = Expected(torch.full((3,), 2.0, dtype=torch.float64), 1e-6)
-    roles = {"ours": "ours", "dense-eager": "dense", "bucket": "alternative"}
     return [
-        Provider(name, role, lambda name=name: torch.ones(3) + (2 if name == wrong else 1), expected)
-        for name, role in roles.items()
+        Provider(name, lambda name=name: torch.ones(3) + (2 if name == wrong else 1), expected)
+        for name in ("ours", "dense-eager", "bucket")
     ]
 
 
@@ -78,7 +77,7 @@ def test_a_device_times_ours_among_the_others():
     hook = harness.Interleaved(ours, others, clock)
     hook()
     assert {name: len(times) for name, times in hook.times.items()} == {"ours": 1, "dense-eager": 1, "bucket": 1}
-    assert clock.graphs == 0  # a CPU captures none
+    assert not any(timed.graph for timed in hook.ready.values())  # a CPU captures none
 
 
 @pytest.mark.parametrize("wrong", ["ours", "dense-eager", "bucket"])
@@ -234,14 +233,24 @@ def test_den_bench_measures_and_reports(tmp_path, monkeypatch, capfd):
     assert row["case"] in (tmp_path / "report.md").read_text()
 
 
-def test_gpu_cases_are_added_where_there_is_one(monkeypatch):
-    case = Case("plan", "15-blocks", 1, "random-blocks", "int32")
-    for there, ids in ((False, [case.id]), (True, [case.id, f"{case.id}/cuda"])):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert [parameter.id for parameter in parameters.everywhere([case])] == ids
-        assert len(parameters.everywhere([case], on_gpu=False)) == 1
-    [marked] = parameters.extra([case])
-    assert [mark.name for mark in marked.marks] == ["extra"]
+@pytest.mark.parametrize(
+    ("options", "has_gpu", "wanted"),
+    [
+        ({}, False, "plain"),
+        ({"--all-cases": True}, False, "plain more"),
+        ({}, True, "plain plain/cuda large/cuda"),
+        ({"rehearse": True}, False, "tiny/cuda"),
+    ],
+)
+def test_a_run_has_the_cases_that_it_can_run(options, has_gpu, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    plain, more, large, tiny = (Case(name, "3", 1, "uniform", "float32") for name in ["plain", "more", "large", "tiny"])
+    made = [*parameters.everywhere([plain]), *parameters.extra([more]), *parameters.checked([large], [tiny])]
+    config = SimpleNamespace(getoption=lambda name, default=False: options.get(name, default))
+    path = ROOT / "benchmarks" / "test_bench.py"
+    items = [SimpleNamespace(iter_markers=lambda one=one: one.marks, name=one.id, path=path) for one in made]
+    names = [item.name.replace("/3/B1/uniform/float32", "") for item in items if conftest.is_wanted(item, config)]
+    assert names == wanted.split()
 
 
 @pytest.mark.parametrize("names", [(), ("bucket",)])

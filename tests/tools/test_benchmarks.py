@@ -11,10 +11,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # at the end: an installed den_kernels stays the one that is tested
 
-from benchmarks import allocations, clocks, floors, harness, memory, mixes, peers, slicing  # noqa: E402
+from benchmarks import allocations, clocks, harness, mixes, peers, slicing  # noqa: E402
 from benchmarks.harness import Case, Expected, Provider, Settings, Work  # noqa: E402
 
-ROLES = {"ours": "ours", "dense-eager": "dense", "dense-folded": "dense", "masked": "alternative", "bare": "floor"}
 TIMES = {"ours": 0.5, "dense-eager": 1.2, "dense-folded": 1.0, "masked": 1.3, "bare": 0.4}
 
 
@@ -31,7 +30,7 @@ def make_block(channels: int = 8) -> peers.PreactBlock:
 
 
 def test_account_compares_with_the_fastest_dense_provider():
-    row = harness.account(ROLES, TIMES, Work(50.0, 100.0, 10.0), floor=0.25)
+    row = harness.account(TIMES, Work(50.0, 100.0, 10.0), floor=0.25)
     assert row["best_dense"] == "dense-folded"
     assert row["flops_ratio"] == 2
     assert row["providers"]["ours"]["realised"] == pytest.approx(1.0)
@@ -40,7 +39,7 @@ def test_account_compares_with_the_fastest_dense_provider():
 
 
 def test_account_measures_overhead_above_the_fastest_bare_convolutions():
-    row = harness.account(ROLES | {"bare-packed": "floor"}, TIMES | {"bare-packed": 0.25}, Work(1, 2, 0), floor=0.1)
+    row = harness.account(TIMES | {"bare-packed": 0.25}, Work(1, 2, 0), floor=0.1)
     assert row["bare"] == "bare-packed"
     assert row["providers"]["ours"]["overhead"] == pytest.approx(1.0)
     assert "overhead" not in row["providers"]["bare"]
@@ -48,19 +47,10 @@ def test_account_measures_overhead_above_the_fastest_bare_convolutions():
 
 
 def test_nothing_to_compute_has_no_ratio_but_a_share_of_dense():
-    row = harness.account({"ours": "ours", "dense": "dense"}, {"ours": 0.01, "dense": 1.0}, Work(0, 8, 8), floor=0.0)
+    row = harness.account({"ours": 0.01, "dense-eager": 1.0}, Work(0, 8, 8), floor=0.0)
     assert row["flops_ratio"] is None
     assert row["providers"]["ours"]["realised"] is None
     assert row["providers"]["ours"]["dense_share"] == pytest.approx(0.01)
-
-
-def test_floor_is_the_larger_of_matrix_and_bytes():
-    assert floors.floor_seconds(flops=2e9, traffic=1e6, rate=1e11, bandwidth=1e10) == 0.02
-    assert floors.floor_seconds(flops=2e9, traffic=1e9, rate=1e11, bandwidth=1e10) == 0.1
-
-
-def test_machine_name_is_a_file_name():
-    assert floors.machine_name("AMD EPYC(TM) 9B14 96-Core / x", 4) == "amd-epyc-9b14-96-core-x-4-cores"
 
 
 @pytest.mark.parametrize(("round_seconds", "rounds"), [(10.0, 7), (0.1, 15), (1e-6, 51), (0.0, 51)])
@@ -72,7 +62,7 @@ def test_interleaved_times_each_peer_once_a_round_in_rotating_order():
     ticks, calls = iter(range(100)), []
     expected = Expected(torch.zeros(0), 0.0)
     providers = [
-        Provider(name, "dense", lambda name=name: calls.append(name), expected, prepare=lambda: calls.append("prepare"))
+        Provider(name, lambda name=name: calls.append(name), expected, prepare=lambda: calls.append("prepare"))
         for name in "oab"
     ]
     hook = harness.Interleaved(providers[0], providers[1:], clocks.HostClock(lambda: next(ticks)))
@@ -155,12 +145,6 @@ def test_bucketed_convolution_equals_the_masked_one(sides, groups):
         torch.testing.assert_close(peers.BucketConv(elastic)(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_status_sizes_are_bytes():
-    assert memory.read_status("VmPeak:\t  9 kB\nVmHWM:\t  12 kB\n", "VmHWM") == 12288
-    with pytest.raises(ValueError, match="got 'VmRSS'"):
-        memory.read_status("VmHWM: 1 kB\n", "VmRSS")
-
-
 def test_small_uniform_batches_take_the_middle_first():
     assert [sorted(mixes.mix_levels("uniform", batch).tolist()) for batch in (1, 2, 4)] == [[2], [2, 3], [0, 1, 2, 3]]
 
@@ -212,10 +196,10 @@ def test_each_tensor_of_a_list_has_an_error_of_its_own():
 
 def test_providers_can_be_chosen_but_one_dense_one_stays():
     expected = Expected(torch.zeros(0), 0.0)
-    roles = [("ours", "ours"), ("dense-eager", "dense"), ("dense-folded", "dense"), ("bucket", "alternative")]
-    providers = [Provider(name, role, lambda: None, expected) for name, role in roles]
+    every = ["ours", "dense-eager", "dense-folded", "bucket"]
+    providers = [Provider(name, lambda: None, expected) for name in every]
     names = [[p.name for p in harness.chosen(providers, wanted)] for wanted in ((), ("bucket",), ("dense-folded",))]
-    assert names == [[name for name, _ in roles], ["ours", "dense-eager", "bucket"], ["ours", "dense-folded"]]
+    assert names == [every, ["ours", "dense-eager", "bucket"], ["ours", "dense-folded"]]
 
 
 def test_peak_of_a_call_is_what_was_alive_at_once():

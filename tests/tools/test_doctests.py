@@ -9,10 +9,12 @@ import pytest
 import den
 import den_kernels
 
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = [*(Path(package.__file__).parent for package in (den_kernels, den)), ROOT / "benchmarks", ROOT / "tests/gpu"]
 MODULES = [
-    ".".join(path.relative_to(Path(package.__file__).parents[1]).with_suffix("").parts)
-    for package in (den_kernels, den)
-    for path in sorted(Path(package.__file__).parent.rglob("*.py"))
+    ".".join([*(["tests"] if folder.name == "gpu" else []), *path.relative_to(folder.parent).with_suffix("").parts])
+    for folder in FOLDERS
+    for path in sorted(folder.rglob("*.py"))
     if ">>> " in path.read_text()
 ]
 KERNELS = ("den_kernels._triton.",)  # import triton where they are imported
@@ -28,4 +30,9 @@ def test_examples(name):
 
 
 def test_there_are_examples():
-    assert {"den_kernels._cuda_layout", "den_kernels._triton.choice"} <= set(MODULES)
+    assert {
+        "den_kernels._cuda_layout",
+        "den_kernels._triton.choice",
+        "benchmarks.shapes",
+        "tests.gpu.test_profiler",
+    } <= set(MODULES)

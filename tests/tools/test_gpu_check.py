@@ -1,388 +1,314 @@
-"""`benchmarks.gpu_check` without a GPU: on CPU tensors, on a simulated GPU, and with workers that fail."""
+"""`benchmarks.gpu_check` without a GPU: checks that die, hang or do not fit, what is kept, what it needs."""
 
-import dataclasses
+import argparse
 import json
 import os
 import subprocess
 import sys
-import textwrap
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
+
+from benchmarks import gpu_check, gpu_machine, gpu_results, gpu_rows
+from benchmarks.gpu_check import Step
+from benchmarks.gpu_results import GpuResults
+from benchmarks.parameters import checked
+from benchmarks.targets import AUTOTUNED, GPU_TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # at the end: an installed den_kernels stays the one that is tested
+SOURCE = {"commit": "0123", "modified": False, "measured": "2026-01-02T03:04:05", "machine": "gpu"}
+CHECKS = """
+import os, signal, time
+import pytest
+from benchmarks import gpu_rows
 
-from benchmarks import (  # noqa: E402
-    gpu_blocks,
-    gpu_check,
-    gpu_correctness,
-    gpu_machine,
-    gpu_pool,
-    gpu_proofs,
-    gpu_table,
-    gpu_times,
-    gpu_tuning,
-    gpu_worker,
-)
-from benchmarks.gpu_numerics import close_by_instance, moved  # noqa: E402
-from benchmarks.gpu_worker import Check, Context, Unavailable, outcome  # noqa: E402
-from den_kernels import RoutingPlan, dynamic_conv2d  # noqa: E402
-from den_kernels._triton import clock  # noqa: E402
-from den_kernels.testing import LAYOUTS, ConvProblem, in_layout  # noqa: E402
-from tests.simulated_gpu import Device, simulated  # noqa: E402
-
-TINY = Context("cpu", tiny=True, seconds=0.01, compiles=False, rates={"bfloat16": 1e11, "tf32": 1e11, "copy": 1e10})
-GPU = Context("cuda:0", tiny=True, seconds=0.01, rates=TINY.rates)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A simulated GPU, on which generated code and Triton do not run."""
-    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    monkeypatch.setattr(gpu_times, "bare_kernel", lambda *_: lambda x: x)
-    monkeypatch.setattr(gpu_times, "ways_of_ours", lambda *_: {"composition": lambda *_: None})
-    with simulated(monkeypatch):
-        yield
-
-
-def results(step: str, context: Context, leave_out: tuple[str, ...] = ()) -> list[dict]:
-    checks = [check for check in gpu_check.STEPS[step].checks(context) if not check.name.startswith(leave_out)]
-    rows = [outcome(check, context) for check in checks]
-    assert rows
-    assert [row for row in rows if row["status"] == "failed"] == []
-    return rows
-
-
-# Tracing of their own: export and opcheck do not take a simulated tensor; on a CPU they run as they are. Triton's own
-# launches are in the rehearsal (test_gpu_rehearsal.py).
-@pytest.mark.parametrize("step", ["correctness", "proofs", "convolutions", "blocks", "autotuned", "training"])
-def test_every_check_on_a_simulated_gpu(step, gpu):
-    rows = results(step, GPU, ("export", "opcheck", "composition levels"))
-    assert all(row["case"].startswith("fused") for row in rows if row["status"] == "skipped")
-
-
-def test_times_are_those_of_graphs_on_a_simulated_gpu(gpu):
-    (row,) = results("network", GPU)
-    assert set(row["providers"]) >= {"dense-eager", "dense-folded", "dense-folded-compiled"}
-    uniform = row["providers"]["ours uniform"]
-    assert uniform["graph"]
-    assert uniform["flops_ratio"] > 1.3
-    assert uniform["realised"] == pytest.approx(1 / uniform["flops_ratio"])  # every simulated time is the same
-    assert row["providers"]["ours zero"]["floor"] < uniform["floor"] < row["providers"]["ours full"]["floor"]
-
-
-def test_warming_up_takes_no_time(gpu):
-    context = dataclasses.replace(GPU, warm=True)
-    row = outcome(gpu_times.block_checks(context)[0], context)
-    assert row["warm"]
-    assert "providers" not in row
-
-
-def test_the_clock_of_the_tuner_times_graphs(gpu):
-    x = torch.zeros(3, device="cuda:0")
-    assert clock.median_seconds(lambda: x.add_(1), torch.device("cuda:0"), times=5) == pytest.approx(0.25e-3 / 5)
-    assert x[0].item() == 2 + 5 * 17  # two calls before the capture, five in it, and sixteen replays of them
-
-
-def test_the_simulated_gpu_sees_what_a_cpu_forgives(gpu):
-    x = torch.ones(3, device="cuda:0")
-    with pytest.raises(RuntimeError, match="same device"):
-        x + torch.ones(3)
-    with pytest.raises(RuntimeError, match="synchronizing"), gpu_proofs.waiting_is_an_error(GPU):
-        x.sum().item()
-    with pytest.raises(RuntimeError, match="capturing"):
-        gpu_proofs.Recording(lambda: x.cpu(), GPU)
-
-
-def test_levels_out_of_range_are_clamped_or_found_where_asked(gpu):
-    levels = torch.tensor([[1], [4], [-1]]).to("cuda:0")
-    with gpu_proofs.waiting_is_an_error(GPU):
-        plan = RoutingPlan.from_levels(levels, 3)
-    assert plan.levels.cpu().tolist() == [[1], [3], [0]]
-    with pytest.raises(ValueError, match=r"levels must be in 0\.\.3, got 4 for instance 1, block 0"):
-        RoutingPlan.from_levels(levels, 3, check=True)
-    with pytest.raises(RuntimeError, match="synchronizing"), gpu_proofs.waiting_is_an_error(GPU):
-        RoutingPlan.from_levels(levels, 3, check=True)
-
-
-def test_a_graph_that_keeps_its_first_route_is_found_out(gpu, monkeypatch):
-    update = RoutingPlan.update_
-
-    def unless_recording(plan, levels):
-        return plan if Device.current.recording is not None else update(plan, levels)
-
-    monkeypatch.setattr(RoutingPlan, "update_", unless_recording)
-    row = outcome(Check("graph", gpu_proofs.check_block_graph), GPU)
-    assert row["status"] == "failed"
-    assert "a replay differs" in row["error"]
-
-
-@pytest.mark.parametrize("name", ["export", "opcheck: dynamic_conv2d", "opcheck: plan_masks", "opcheck: dynamic_norm"])
-def test_tracing_checks_on_a_cpu(name):
-    check = next(check for check in gpu_proofs.checks(TINY) if check.name == name)
-    assert check.run(TINY) is not None
-
-
-def test_machine_and_its_ceilings():
-    rows = results("machine", TINY)
-    assert set(gpu_machine.rates(rows)) == {"bfloat16", "float16", "tf32", "copy"}
-    assert next(row for row in rows if row["case"] == "machine")["versions"]["torch"] == torch.__version__
-
-
-def spoil(y: torch.Tensor) -> torch.Tensor:
-    return y + torch.nn.functional.one_hot(torch.tensor(5), y.numel()).view(y.shape) * 0.1
-
-
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        (spoil, "y: element"),
-        (lambda y: y * float("nan"), "y: element"),
-        (lambda y: y + torch.rand(()) * 1e-9 * y.detach().abs().max(), "different bits"),
-        (lambda y: y * 1 + 0.01 * (y - y.detach()), "dx: element"),  # the value is right, the gradient is not
-    ],
-)
-def test_a_wrong_convolution_is_found_out(fault, words):
-    problem = ConvProblem(batch=2, channels=(8, 1), out_sizes=(8, 8), selection="top")
-    gpu_correctness.check_convolution(problem, "float32", TINY)
-    with pytest.raises(AssertionError, match=words):
-        gpu_correctness.check_convolution(problem, "float32", TINY, lambda *a, **k: fault(dynamic_conv2d(*a, **k)))
-
-
-def test_one_wrong_instance_is_found_out():
-    exact = torch.randn(4, 3, 5, 5)
-    got = exact.clone()
-    assert close_by_instance(got, exact, 1e-6) == 0
-    got[2] = exact[1]
-    with pytest.raises(AssertionError, match="instance 2"):
-        close_by_instance(got, exact, 1e-2)
-    got = exact.clone()
-    got[1, 0, 0, 0] = float("nan")
-    with pytest.raises(AssertionError, match="NaN"):
-        close_by_instance(got, exact, 1e-2)
-
-
-def test_a_plan_that_differs_is_found_out():
-    plan, other = (RoutingPlan.from_levels(torch.tensor([[1], [level]]), 2) for level in (1, 2))
-    with pytest.raises(AssertionError, match=r"plan\.levels differs"):
-        gpu_blocks.same_plan(plan, other)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tensors_move_with_their_strides(layout, gpu):
-    x = in_layout(torch.randn(3, 4, 5, 6), layout)
-    there = moved(x, torch.device("cuda:0"))
-    assert (there.stride(), there.storage_offset()) == (x.stride(), x.storage_offset())
-    assert torch.equal(there.cpu(), x)
-
-
-SCRIPT = """
-import json, os, sys, time
-from pathlib import Path
-from benchmarks import gpu_worker
-from benchmarks.gpu_worker import Check, Context, Unavailable, work
-
-def fine(context): return {"value": 1}
-def wrong(context): assert False, "wrong value"
-def missing(context): raise Unavailable("not here")
-def dies(context): os._exit(9)
-def hangs(context): time.sleep(60)
-def breaks(context):
-    gpu_worker.is_dead = lambda context: True
+def test_fine(record_property): record_property("value", {"one": 1})
+def test_wrong(): assert 1 == 2, "wrong value"
+def test_dies(): os._exit(9)
+def test_breaks(monkeypatch):
+    gpu_rows.is_dead = lambda: True
     raise RuntimeError("CUDA error: an illegal memory access")
-
-_, _, step, context, share, file = sys.argv
-if step == "unimportable":
-    sys.exit("no module named triton")
-checks = [Check(name.rstrip("0123456789"), globals()[name.rstrip("0123456789")]) for name in step.split()]
-named = [Check(name, check.run) for name, check in zip(step.split(), checks)]
-first, count = map(int, share.split("/"))
-sys.exit(work(named, Context.of_text(context), Path(file), (first, count)))
+def test_missing(): pytest.skip("not here")
+def test_hangs(): time.sleep(600)
+def test_stops(): os.killpg(0, signal.SIGKILL)
+def test_fine_too(): pass
 """
 
 
 @pytest.fixture
-def pool(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(SCRIPT)
+def step(tmp_path, monkeypatch):
+    """step(names, seconds, workers): what these of the checks above come to, by name."""
 
-    def run(names: str, limit: float = 60, stall: float = 20, workers: int = 1, step: str | None = None) -> dict:
-        program = (sys.executable, str(script))
-        rows = gpu_pool.run(step or names, names.split(), TINY, limit, stall, workers, program)
-        assert [row["case"] for row in rows] == names.split()
-        return {row["case"]: row for row in rows}
+    def run(names: str, seconds: float = 600, workers: int = 0, text: str = CHECKS) -> dict[str, dict]:
+        (tmp_path / "test_it.py").write_text(text)
+        monkeypatch.setitem(gpu_check.STEPS, "it", Step(str(tmp_path), "", workers=workers))
+        select = " or ".join(f"test_{name}" for name in names.split())
+        rows = gpu_check.run_step("it", seconds, argparse.Namespace(select=select, rehearse=False))
+        return {row["check"].rpartition("::test_")[2]: row for row in rows}
 
     return run
 
 
-def test_nothing_that_a_check_does_loses_the_others(pool, capsys):
-    rows = pool("fine1 wrong dies breaks missing fine2")
-    assert {name: row["status"] for name, row in rows.items()} == {
-        "fine1": "ok", "wrong": "failed", "dies": "failed", "breaks": "failed", "missing": "skipped", "fine2": "ok",
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_that_a_check_does_loses_the_others(workers, step):
+    rows = step("fine wrong dies breaks missing", workers=workers)
+    statuses = {name: row["status"] for name, row in rows.items()}
+    assert statuses == {
+        "fine": "ok", "wrong": "failed", "dies": "failed", "breaks": "failed", "missing": "skipped", "fine_too": "ok",
     }  # fmt: skip
-    assert rows["fine2"]["value"] == 1
+    assert rows["fine"]["value"] == {"one": 1}
     assert "wrong value" in rows["wrong"]["error"]
-    assert "status 9" in rows["dies"]["error"]
+    assert rows["wrong"]["where"] == ["test_it.py:7"]
+    assert "the process ended" in rows["dies"]["error"]
+    assert "illegal memory access" in rows["breaks"]["error"]
     assert rows["missing"]["reason"] == "not here"
-    assert capsys.readouterr().out.count("\n") == 6
 
 
-def test_a_hanging_check_is_ended_and_the_rest_runs(pool):
-    rows = pool("hangs fine", stall=6)
-    assert "no result for 6 s" in rows["hangs"]["error"]
+def test_a_hanging_check_is_ended_and_the_rest_runs(step, monkeypatch):
+    monkeypatch.setattr(gpu_check, "CHECK", 2)
+    rows = step("hangs fine_too")
+    assert "the process ended with status 1" in rows["hangs"]["error"]
+    assert rows["fine_too"]["status"] == "ok"
+
+
+def test_what_does_not_fit_the_time_is_skipped(step, monkeypatch):
+    stream, clock = gpu_check.stream, [0.0]
+
+    def out_of_time(command, seconds):
+        ended, clock[0] = stream(command, 600), 1e6
+        return ended
+
+    monkeypatch.setattr(gpu_check, "stream", out_of_time)
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    rows = step("fine stops fine_too")
     assert rows["fine"]["status"] == "ok"
+    assert rows["stops"]["reason"] == "out of time while it ran"
+    assert rows["fine_too"]["reason"] == "out of time"
+    assert step("fine", seconds=0)["it"]["reason"] == "out of time"
 
 
-def test_what_does_not_fit_the_time_is_skipped(pool):
-    rows = pool("fine hangs fine2", limit=6)
-    assert rows["fine"]["status"] == "ok"
-    assert rows["hangs"]["reason"] == "out of time while it ran"
-    assert rows["fine2"]["reason"] == "out of time"
-    assert pool("fine", limit=0)["fine"]["reason"] == "out of time"
+def test_a_program_is_killed_when_its_time_is_over():
+    status, _ = gpu_check.stream([sys.executable, "-c", "import time; time.sleep(600)"], 0.5)
+    assert status == -9
 
 
-def test_a_worker_that_cannot_start_fails_its_checks_once(pool):
-    rows = pool("fine1 fine2", step="unimportable")
-    assert all("no module named triton" in row["error"] for row in rows.values())
+def test_checks_that_cannot_be_collected_fail_once(step):
+    assert "No module named 'nowhere'" in step("fine", text="import nowhere")["it"]["error"]
 
 
-def test_workers_share_the_checks(pool):
-    rows = pool("fine1 fine2 fine3 fine4 fine5", workers=2)
-    assert all(row["status"] == "ok" for row in rows.values())
+def test_no_check_may_take_more_than_three_minutes(tmp_path):
+    options = argparse.Namespace(select=None, rehearse=False)
+    for step in gpu_check.STEPS.values():
+        command = gpu_check.pytest_command(step, tmp_path, 0, options)
+        assert {"faulthandler_timeout=180", "faulthandler_exit_on_timeout=true"} <= set(command)
+
+
+def test_the_smoke_is_whole_whatever_is_selected(tmp_path):
+    options = argparse.Namespace(select="conv", rehearse=False)
+    commands = {name: gpu_check.pytest_command(step, tmp_path, 0, options) for name, step in gpu_check.STEPS.items()}
+    assert [name for name, command in commands.items() if "-k" not in command] == ["smoke"]
+    assert "(conv)" in commands["times"]
 
 
 def test_a_line_cut_off_is_left_out(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"begin": "a"}\n{"case": "a", "stat')
-    assert gpu_worker.read(file) == (["a"], [])
+    file.write_text('{"begin": "a"}\n{"check": "a", "stat')
+    assert gpu_rows.read(file) == [{"begin": "a"}]
 
 
 def timed_row(case: str, **providers: float) -> dict:
     made = {
-        name.replace("_", " "): {
-            "median": seconds, "floor": 1e-6, "flops_ratio": 2.0, "dense_share": seconds, "realised": 1 / seconds / 2,
-            "graph": True,
+        name.replace("_", "-"): {
+            "role": "ours", "median": seconds, "floor_share": 0.5, "dense_share": seconds, "realised": 1 / seconds / 2,
         }
         for name, seconds in providers.items()
     }  # fmt: skip
-    return {"case": case, "status": "ok", "seconds": 1.0, "providers": made}
+    return {"check": case, "case": case, "status": "ok", "seconds": 1.0, "providers": made}
+
+
+def block(shape: str, mix: str) -> str:
+    return f"residual/{shape}/B256/{mix}/bfloat16/cuda"
 
 
 def test_targets_beside_what_was_measured():
-    rows = {
-        "plan B=1024, N=20": timed_row("plan B=1024, N=20", plan=9e-6),
-        "block/256x8x8/bfloat16": timed_row(
-            "block/256x8x8/bfloat16", op_uniform=0.6, op_zero=0.04, fused_full=0.5, composition_full=0.6
-        ),
-    }
-    tuned = timed_row("block/256x8x8/bfloat16 max-autotune", op_uniform=0.8, op_zero=0.05)
-    lines = {line["what"]: line for line in (target.line(rows) for target in gpu_table.TARGETS)}
-    assert lines["plan of 20 blocks for 1,024 instances: seconds"]["met"] is True
-    assert lines["block 256x8x8, all at level 0: time of dense"]["met"] is False
-    assert lines["block 256x8x8, uniform mix: realised fraction"]["measured"] == pytest.approx(0.5 / 0.6)
-    what = "block 256x8x8, uniform mix: realised fraction"
-    target = next(target for target in gpu_table.TARGETS if target.what == what)
-    assert target.measured(rows | {tuned["case"]: tuned}) == pytest.approx(0.5 / 0.8)  # the faster dense side counts
-    assert lines["block 256x8x8, full level: fused kernel against two launches"]["measured"] == pytest.approx(1.2)
-    assert lines["WRN-32-4, uniform mix: realised fraction"]["met"] is None
+    plan = "plan/20-blocks/B1024/random-blocks/int64/cuda"
+    made = [
+        timed_row(plan, ours=9e-6),
+        timed_row(block("256x8x8", "uniform"), ours_inplace=0.6),
+        timed_row(block("256x8x8", "zero"), ours_inplace=0.04),
+        timed_row(block("256x8x8", "full"), ours_fused=0.5, ours_composed=0.6),
+        timed_row(block("256x8x8", "uniform") + AUTOTUNED, ours_inplace=0.8),  # the faster dense side counts
+    ]
+    values = {target.what: (target.value({row["case"]: row for row in made}), target) for target in GPU_TARGETS}
+    assert values["plan of 20 blocks for 1,024 instances"][0] == 9e-6
+    zero, target = values["block 256x8x8, all at level 0"]
+    assert not target.is_met(zero)
+    assert values["block 256x8x8, uniform mix"][0] == pytest.approx(0.5 / 0.8)
+    against = values["block 256x8x8, full level, fused kernel against launches of Triton"][0]
+    assert against == pytest.approx(1.2)
+    assert values["WRN-32-4, uniform mix"][0] is None
+
+
+def cases_that_are_timed() -> set[str]:
+    from benchmarks import (
+        test_bench_conv,
+        test_bench_network,
+        test_bench_plan,
+        test_bench_residual,
+        test_bench_training,
+    )
+
+    modules = (test_bench_conv, test_bench_network, test_bench_plan, test_bench_residual, test_bench_training)
+    return {parameter.id for module in modules for parameter in checked(module.GPU, [])}
 
 
 def test_every_target_is_a_case_that_is_timed():
-    timed = {check.name for check in gpu_check.timed(Context("cpu"))}
-    assert {target.case for target in gpu_table.TARGETS} <= timed
+    timed = cases_that_are_timed()
+    assert {target.case for target in GPU_TARGETS} <= timed
+    assert len(timed) > 120
 
 
-def test_report_says_the_important_last():
-    document = gpu_check.new_document("GPU")
+def test_report_says_the_important_last(tmp_path):
+    found = GpuResults(tmp_path / "gpu.json", "GPU")
     rows = [
-        timed_row("plan B=1024, N=20", plan=9e-6),
-        {"case": "b", "status": "failed", "error": "E" * 999, "seconds": 0},
+        timed_row("plan/20-blocks/B1024/random-blocks/int64/cuda", ours=9e-6),
+        {"check": "b", "status": "failed", "error": "E" * 999, "seconds": 0},
+        {"check": "c", "status": "skipped", "reason": "time", "seconds": 0},
     ]
-    document["steps"]["convolutions"] = {"seconds": 1, "cases": [*rows, gpu_pool.failure("c", "why")]}
-    document["steps"]["blocks"] = {"seconds": 1, "cases": [{"case": "d", "status": "skipped", "reason": "time"}]}
-    document["targets"] = [target.line({row["case"]: row for row in rows}) for target in gpu_table.TARGETS]
-    *_, failed, _, last = gpu_table.render(document).splitlines()
-    assert failed == "FAILED c: why"
-    assert last.startswith("1 checks passed, 2 failed, 1 skipped; targets: 1 met, 0 not met")
+    found.put("times", 1.0, rows, SOURCE)
+    found.keep()
+    skipped, failed, _, last = found.report().splitlines()[-4:]
+    assert skipped == "skipped c: time"
+    assert failed.startswith("FAILED b: EEE")
+    assert len(failed) == 400
+    assert last.startswith("1 checks passed, 1 failed, 1 skipped; targets: 1 met, 0 not met")
+    assert gpu_results.shortened(["a", "b"], 1) == ["a", "... and 1 more"]
 
 
-def test_results_are_kept_and_steps_replaced(tmp_path):
-    path = tmp_path / "gpu.json"
-    document = gpu_check.load(path, "GPU")
-    document["steps"]["machine"] = {"seconds": 1, "cases": []}
-    gpu_check.keep(document, path)
-    assert gpu_check.load(path, "GPU")["steps"] == document["steps"]
-    assert gpu_check.load(path, "another")["steps"] == {}
+def test_results_are_kept_and_steps_and_cases_replaced(tmp_path):
+    path, old = tmp_path / "gpu.json", [timed_row("a", ours=1.0), timed_row("b", ours=1.0)]
+    found = GpuResults(path, "GPU")
+    found.put("times", 1.0, old, SOURCE)
+    found.put("checks", 1.0, [{"check": "x", "status": "ok", "seconds": 1.0, "errors": {"y": 1e-9}}], SOURCE)
+    found.keep()
+    again = GpuResults(path, "GPU")
+    again.put("times", 2.0, [timed_row("b", ours=2.0)], SOURCE)
+    again.keep()
+    document = json.loads(path.read_text())
+    assert {row["case"]: row["providers"]["ours"]["median"] for row in document["rows"]} == {"a": 1.0, "b": 2.0}
+    assert document["rows"][0]["commit"] == "0123"
+    assert [(row["step"], row["check"]) for row in document["gpu"]["checks"]] == [("checks", "x"), ("times", "b")]
+    assert document["gpu"]["checks"][0]["errors"] == {"y": 1e-9}
+    assert GpuResults(path, "another").rows == GpuResults(path, "GPU", afresh=True).rows == []
     path.write_text("{")
-    assert gpu_check.load(path, "GPU")["steps"] == {}
+    assert GpuResults(path, "GPU").rows == []
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), *arguments]
-    return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def ran(monkeypatch):
+    """Steps as they begin, with their limits; their checks do not run, and have the status that is asked for."""
+    steps: dict[str, float] = {}
+    statuses: dict[str, dict] = {}
+
+    def run_step(name, seconds, options):
+        steps[name] = seconds
+        return gpu_check.collect(name, [{"collected": ["it"]}, {"check": "it", "seconds": 0.0, "status": "ok"}
+                                        | statuses.get(name, {})])  # fmt: skip
+
+    monkeypatch.setattr(gpu_check, "run_step", run_step)
+    monkeypatch.setattr(gpu_check, "machine", lambda options: {"versions": {}, "rates": {"copy": 1e12}})
+    monkeypatch.setattr(gpu_check, "tune", lambda options: {"check": "tune", "status": "ok", "seconds": 1.0})
+    monkeypatch.setattr(gpu_machine, "build", lambda: {"check": "extension", "status": "ok", "seconds": 1.0})
+    return steps, statuses
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return gpu_check.run(gpu_check.parse(["--out", str(folder), *arguments]), "A GPU")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"status": "failed", "error": "wrong"},
+        {"status": "skipped", "reason": "out of time"},
+        {"status": "skipped", "reason": "out of time while it ran"},
+    ],
+)
+def test_nothing_runs_behind_a_smoke_that_fails_or_hangs(row, ran, tmp_path, capsys):
+    steps, statuses = ran
+    statuses["smoke"] = row
+    assert run(tmp_path, "--tune", "5") == 1
+    assert list(steps) == ["smoke"]
+    text = capsys.readouterr().out
+    assert "nothing else runs" in text
+    assert "FAILED it: " in text
+
+
+def test_the_smoke_comes_first_whatever_is_asked_for(ran, tmp_path):
+    steps, statuses = ran
+    statuses["smoke"] = {"status": "skipped", "reason": "the fused kernel does not take this block here"}
+    assert run(tmp_path, "--only", "times", "checks", "--tune", "5") == 0
+    assert list(steps) == ["smoke", "checks", "times"]
+    assert steps["smoke"] == 60
+    document = json.loads((tmp_path / "a-gpu.json").read_text())
+    assert list(document["gpu"]["steps"]) == ["build", "smoke", "machine", "tune", "checks", "times"]
+    assert document["gpu"]["rates"] == {"copy": 1e12}
+
+
+def test_a_failure_is_the_status_and_the_budget_ends_the_rest(ran, tmp_path):
+    steps, statuses = ran
+    statuses["checks"] = {"status": "failed", "error": "wrong"}
+    assert run(tmp_path, "--budget", "200") == 1
+    assert list(steps) == list(gpu_check.STEPS)
+    assert all(seconds <= 200 for seconds in steps.values())
 
 
 def test_without_a_gpu_one_clear_line():
-    done = command()
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == "gpu_check: a CUDA device is needed, torch finds none\n"
 
 
-@pytest.mark.slow
-def test_the_command_from_end_to_end(tmp_path):
-    steps = ("build", "smoke", "machine", "convolutions")
-    done = command("--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", *steps[2:])
-    assert done.returncode == 0, done.stdout + done.stderr
-    document = json.loads((tmp_path / "no-gpu.json").read_text())
-    assert document["format"] == gpu_check.FORMAT
-    assert set(document["steps"]) == set(steps)
-    assert document["rates"]["copy"] > 0
-    plan = next(row for row in document["steps"]["convolutions"]["cases"] if row["case"].startswith("plan"))
-    assert plan["providers"]["plan"]["floor"] > 0
-    assert "conv-in/16x6x6/tf32" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("written: ")
+@pytest.mark.parametrize(
+    ("says", "status"),
+    [
+        ("cuda True", "ok"),
+        ("cuda False", "skipped"),
+        ("den_kernels._C cannot be loaded: x", "failed"),
+        (None, "failed"),
+    ],
+)
+def test_a_build_counts_only_where_a_new_process_can_load_it(says, status, monkeypatch):
+    answers = iter(["cuda False", says])
+    monkeypatch.setattr(gpu_machine, "answer", lambda *_: next(answers))
+    monkeypatch.setattr(gpu_machine.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "", ""))
+    assert gpu_machine.build()["status"] == status
 
 
-def test_a_broken_step_is_a_failure_and_the_budget_ends_the_rest(tmp_path, monkeypatch, capsys):
-    run, clock = gpu_pool.run, [0.0]
-
-    def passing_time(step, names, *rest):
-        clock[0] += 100
-        return run(step, names, *rest) if step == "blocks" else [{"case": "x", "status": "ok", "seconds": 1.0}]
-
-    monkeypatch.setitem(gpu_check.STEPS, "proofs", gpu_check.Step(lambda context: 1 / 0))
-    monkeypatch.setattr(gpu_pool, "run", passing_time)
-    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: clock[0])
-    arguments = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--budget", "200", "--only", "proofs", "blocks"]
-    assert gpu_check.main(arguments) == 1
-    text = capsys.readouterr().out
-    assert "FAILED proofs: ZeroDivisionError" in text
-    assert "skipped block/16x6x6/bfloat16: out of time" in text
+def test_what_a_new_process_says_of_the_extension():
+    assert gpu_machine.loaded() in ("cuda True", "cuda False") or "cannot" in gpu_machine.loaded()
 
 
-def test_tuning_needs_a_gpu():
-    pytest.importorskip("triton", reason="triton is not installed")
-    with pytest.raises(Unavailable, match="on a GPU"):
-        gpu_tuning.tune(TINY)
-
-
-def test_the_extension_builds_with_the_headers_in_torch(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_machine.importlib.util, "find_spec", lambda name: None)
-    with gpu_machine.build_helpers() as environment:
-        program = textwrap.dedent("""
-            from pathlib import Path
-            from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-            extension = Pybind11Extension("x", ["x.cpp"], cxx_std=17)
-            assert Path(extension.include_dirs[0], "pybind11/pybind11.h").exists()
-            from distutils.ccompiler import CCompiler
-            CCompiler.compile = lambda self, sources, **_: [source + ".o" for source in sources]
-            with ParallelCompile(default=2):
-                print(CCompiler.compile(None, ["a", "b"]), extension.extra_compile_args, build_ext.__module__)
-        """)
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path
-        )
-    assert done.stdout == "['a.o', 'b.o'] ['-std=c++17'] setuptools.command.build_ext\n", done.stderr
+def test_a_machine_of_wheels_of_pytest_alone_is_enough():
+    """Where nothing can be installed from elsewhere: torch, numpy, pytest with its plugins, hypothesis."""
+    program = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in NAMES:
+            raise ModuleNotFoundError(f"no module named {name}", name=name)
+NAMES = {"tyro", "safetensors", "tqdm", "PIL", "matplotlib", "sklearn", "pooch", "tensorboard", "ray", "scipy"}
+sys.meta_path.insert(0, Absent())
+import pytest
+options = "-p benchmarks.gpu_rows -p benchmarks.rehearsal --rehearse --collect-only -q -p no:cacheprovider".split()
+sys.exit(pytest.main(["tests/gpu", "benchmarks", "-m", "gpu", *options]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=gpu_check.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert done.stdout.count("::") > 60

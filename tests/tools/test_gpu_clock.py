@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import gpu_clock
-from benchmarks.gpu_clock import Contender
-from benchmarks.gpu_numerics import numerics
-from benchmarks.gpu_times import fast_convolutions
-from benchmarks.gpu_worker import Context
+from benchmarks import clocks
+from benchmarks.precision import fast_convolutions
 from den_kernels._triton import clock
 from den_kernels.float32 import allows_tf32
+from tests.on_gpu import numerics
 from tests.simulated_gpu import Graph, simulated
 
 GPU = torch.device("cuda:0")
@@ -42,9 +40,9 @@ def test_repeats_follow_the_replay_and_not_the_eager_calls(replay, times, gpu, m
     def seconds(call, device):
         return replay if isinstance(getattr(call, "__self__", None), Graph) else 1.0
 
-    monkeypatch.setattr(gpu_clock, "elapsed", seconds)
+    monkeypatch.setattr(clocks, "elapsed", seconds)
     x = torch.zeros(2, device=GPU)
-    timed = gpu_clock.ready(Contender("ours", "ours", lambda i: x.add_(1)), 3, Context("cuda:0"))
+    timed = clocks.DeviceClock(GPU).ready([lambda: x.add_(1)] * 3)
     assert timed.graph
     assert timed.calls == 3 * times
     before = x[0].item()
@@ -52,20 +50,37 @@ def test_repeats_follow_the_replay_and_not_the_eager_calls(replay, times, gpu, m
     assert x[0].item() == before + 3 * times
 
 
-@pytest.fixture
-def settings():
+def test_one_call_is_timed_behind_an_overwritten_cache_and_several_are_not(gpu):
+    clock = clocks.DeviceClock(GPU)
+    x = torch.zeros(2, device=GPU)
+    for calls, flushed in ((1, 1), (3, 0)):
+        timed = clock.ready([lambda: x.add_(1)] * calls)
+        clock._flush.zero_()
+        assert clock.seconds(timed) == pytest.approx(0.25e-3 / timed.calls)
+        assert clock._flush[0].item() == flushed
+
+
+def test_a_call_that_cannot_be_captured_is_timed_as_it_is(gpu):
+    x = torch.ones(2, device=GPU)
+    timed = clocks.DeviceClock(GPU).ready([lambda: x.cpu()])
+    assert not timed.graph
+
+
+def test_the_clock_of_the_tuner_times_graphs(gpu):
+    x = torch.zeros(3, device=GPU)
+    assert clock.median_seconds(lambda: x.add_(1), GPU, times=5) == pytest.approx(0.25e-3 / 5)
+    assert x[0].item() == 2 + 5 * 17  # two calls before the capture, five in it, and sixteen replays of them
+
+
+def settings() -> list[str]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before, allowed = [s.fp32_precision for s in (torch.backends, cudnn, cudnn.conv, cudnn.rnn, matmul)], allows_tf32()
-    yield lambda: [s.fp32_precision for s in (torch.backends, cudnn, cudnn.conv, cudnn.rnn, matmul)]
-    for setting, value in zip((torch.backends, cudnn, cudnn.conv, cudnn.rnn, matmul), before, strict=True):
-        setting.fp32_precision = value
-    cudnn.allow_tf32 = allowed  # else reading it would raise in other tests
+    return [setting.fp32_precision for setting in (torch.backends, cudnn, cudnn.conv, cudnn.rnn, matmul)]
 
 
 @pytest.mark.parametrize("context", [numerics, fast_convolutions])
 @pytest.mark.parametrize("tf32", [True, False])
 @pytest.mark.parametrize("said", ["nothing", "all tf32", "all ieee", "conv ieee"])
-def test_precision_is_set_and_given_back_whatever_was_said_before(said, tf32, context, settings):
+def test_precision_is_set_and_given_back_whatever_was_said_before(said, tf32, context):
     """Reading the older `allow_tf32` raises an error after `cudnn.conv.fp32_precision = "ieee"`."""
     if said.startswith("all"):
         torch.backends.fp32_precision = said.split()[1]

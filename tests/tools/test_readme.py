@@ -14,13 +14,19 @@ from benchmarks import report, results  # noqa: E402
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_table_is_that_of_the_kept_results():
+def test_the_tables_are_those_of_the_kept_results():
     if not results.results_files():
         pytest.skip("no results are kept")
     assert report.readme_agrees(README, results.results_files())
+    page, section = report.PAGE.read_text(), report.page_section(results.results_files())
+    assert report.with_section(page, section) == page
 
 
-@pytest.mark.parametrize("document", ["README.md", "benchmarks/README.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_its_links_lead_somewhere(document):
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())
     missing = [link for link in links if "://" not in link and not ((ROOT / document).parent / link).exists()]

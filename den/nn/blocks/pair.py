@@ -3,27 +3,27 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.nn.blocks.shape import BlockShape
 from den.nn.folding import folded_conv, may_fold, norm_tensors
 from den.nn.initial import initialise
+from den.nn.modules import lay_out_channels_last
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
-from den_kernels.fold_cache import FoldCache
+from den_kernels.building import FoldCache
 
 
 @dataclass(frozen=True)
 class PairShape(BlockShape):
-    """Two 3x3 convolutions, ``in_channels -> width -> channels``, each followed by 2x2 max pooling where ``pools``."""
+    """Two 3x3 convolutions, `in_channels -> width -> channels`, each followed by 2x2 max pooling where `pools`."""
 
     pools: tuple[bool, bool]
     lowest: ClassVar[int] = 1
 
     @property
     def middle_size(self) -> int:
-        """Side of the map that the second convolution reads and writes; the first writes ``in_size``."""
+        """Side of the map that the second convolution reads and writes; the first writes `in_size`."""
         return self.in_size // 2 if self.pools[0] else self.in_size
 
     @property
@@ -38,7 +38,7 @@ class PairShape(BlockShape):
 
 
 class ConvPair(nn.Module):
-    """The block ``pool2(relu(bn2(conv2(pool1(relu(bn1(conv1(x))))))))``, whose hidden channels are elastic.
+    """The block `pool2(relu(bn2(conv2(pool1(relu(bn1(conv1(x))))))))`, whose hidden channels are elastic.
 
     Input [B, in_channels, H, W] -> output [B, channels, H', W'], both sides halved, rounding down, by each pool.
     There is no shortcut to fall back on: routes have one group more than a residual block's, and the lowest level, one
@@ -62,10 +62,10 @@ class ConvPair(nn.Module):
         self.bn2 = DynamicBatchNorm2d(shape.channels)
         for conv in (self.conv1, self.conv2):
             initialise(conv)
-        self.to(memory_format=torch.channels_last)
+        lay_out_channels_last(self)
         self._folded: FoldCache[tuple[DynamicConv2d, DynamicConv2d]] = FoldCache()
 
-    def layers(self) -> tuple[tuple[DynamicConv2d, DynamicBatchNorm2d], ...]:
+    def layers(self) -> tuple[tuple[DynamicConv2d, DynamicBatchNorm2d], tuple[DynamicConv2d, DynamicBatchNorm2d]]:
         """The convolutions in order, each with the batch norm (and ReLU) that follows it."""
         return (self.conv1, self.bn1), (self.conv2, self.bn2)
 
@@ -75,7 +75,7 @@ class ConvPair(nn.Module):
         Args:
             x: [B, in_channels, H, W].
             route: groups of the instances, at least 1 each; None: all hidden channels for all.
-            inplace: ignored; ``x`` is left alone.
+            inplace: ignored; `x` is left alone.
         """
         if route is not None and may_fold(self) and x.dtype == self.conv1.weight.dtype:
             conv1, conv2 = self.folded()
@@ -90,7 +90,8 @@ class ConvPair(nn.Module):
     def folded(self) -> tuple[DynamicConv2d, DynamicConv2d]:
         """Both convolutions with their batch norm (eval mode), from the cache while nothing they depend on changed."""
         sources = tuple(t for conv, norm in self.layers() for t in (conv.weight, *norm_tensors(norm)))
-        return self._folded.get(sources, lambda: tuple(folded_conv(*layer) for layer in self.layers()))
+        first, second = self.layers()
+        return self._folded.get(sources, lambda: (folded_conv(*first), folded_conv(*second)))
 
     def train(self, mode: bool = True) -> "ConvPair":
         self._folded.clear()

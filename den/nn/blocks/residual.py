@@ -2,22 +2,20 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from den.nn.blocks.frozen import check_mode, check_use, release
+from den.nn.blocks.folded import FoldedBlock
 from den.nn.blocks.shape import BlockShape
 from den.nn.blocks.shortcut import Shortcut
-from den.nn.folding import may_fold
 from den.nn.initial import initialise
 from den.nn.levels import level_groups
+from den.nn.modules import lay_out_channels_last
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights, Route, dynamic_residual, dynamic_residual_
-from den_kernels.fold_cache import FoldCache
 
 
 @dataclass(frozen=True)
 class ResidualShape(BlockShape):
-    """Two 3x3 convolutions, ``in_channels -> width -> channels``, the first with the stride."""
+    """Two 3x3 convolutions, `in_channels -> width -> channels`, the first with the stride."""
 
     stride: int
 
@@ -32,12 +30,12 @@ class ResidualShape(BlockShape):
         return ElasticBlock(self.in_channels, self.channels, levels, stride=self.stride, first=first)
 
 
-class ElasticBlock(nn.Module):
-    """The block ``shortcut(x) + conv2(relu(bn2(conv1(relu(bn1(x))))))`` whose hidden channels are elastic.
+class ElasticBlock(FoldedBlock):
+    """The block `shortcut(x) + conv2(relu(bn2(conv1(relu(bn1(x))))))` whose hidden channels are elastic.
 
     Input [B, in_channels, H, W] -> output [B, channels, ceil(H / stride), ceil(W / stride)], channels-last in memory.
-    An instance at level ``l`` uses the first ``l`` groups of hidden channels and nothing else; at level 0 the block is
-    exactly its shortcut: 2x2 average pooling where ``stride`` is 2, and zeros for the channels that are new. While
+    An instance at level `l` uses the first `l` groups of hidden channels and nothing else; at level 0 the block is
+    exactly its shortcut: 2x2 average pooling where `stride` is 2, and zeros for the channels that are new. While
     training, bn1 takes its statistics from the instances above level 0 and bn2, channel by channel, from those that
     use the channel.
 
@@ -47,6 +45,8 @@ class ElasticBlock(nn.Module):
     Args:
         first: the network's first block, whose input is activated already: no bn1, no ReLU before conv1.
     """
+
+    op, op_ = staticmethod(dynamic_residual), staticmethod(dynamic_residual_)
 
     def __init__(self, in_channels: int, channels: int, levels: int, *, stride: int = 1, first: bool = False) -> None:
         super().__init__()
@@ -59,57 +59,18 @@ class ElasticBlock(nn.Module):
         self.conv2 = DynamicConv2d(channels, channels, 3, padding=1, bias=False, in_groups=groups)
         for conv in (self.conv1, self.conv2):
             initialise(conv)
-        self.to(memory_format=torch.channels_last)
-        self._folded: FoldCache[ResidualWeights] = FoldCache()
-        self._frozen: ResidualWeights | None = None
+        lay_out_channels_last(self)
 
     def layers(self) -> tuple[tuple[DynamicConv2d, DynamicBatchNorm2d | None], ...]:
         """The convolutions in order, each with the batch norm (and ReLU) that follows it."""
         return (self.conv1, self.bn2), (self.conv2, None)
 
-    def forward(self, x: Tensor, route: Route | None = None, *, inplace: bool = False) -> Tensor:
-        """Run the block.
-
-        Args:
-            x: [B, in_channels, H, W].
-            route: levels of the instances; None: all hidden channels for all.
-            inplace: the result may be written over ``x`` (only done for inference).
-        """
-        if self._frozen is not None:
-            check_use(self, route)
-            return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self._frozen)
-        if route is not None and may_fold(self) and x.dtype == self.conv1.weight.dtype:
-            return (dynamic_residual_ if inplace else dynamic_residual)(x, route, self.folded())
-        y = self.shortcut(x) + self.residual(x, route)
-        # Another thread may have frozen the block meanwhile, its weights are gone then.
-        return y if self._frozen is None else self.forward(x, route, inplace=inplace)
-
     def residual(self, x: Tensor, route: Route | None = None) -> Tensor:
-        """``conv2(relu(bn2(conv1(relu(bn1(x))))))`` over the selected channels; 0 for instances at level 0."""
+        """`conv2(relu(bn2(conv1(relu(bn1(x))))))` over the selected channels; 0 for instances at level 0."""
         if self.bn1 is not None:
             x = self.bn1(x, None if route is None else route.active(), relu=True)
         hidden = self.bn2(self.conv1(x, route), route, relu=True)
         return self.conv2(hidden, route)
 
-    def folded(self) -> ResidualWeights:
-        """Weights with both batch norms folded (eval mode), from the cache while nothing they depend on changed."""
-        layers = conv1, bn1, conv2, bn2 = self.conv1, self.bn1, self.conv2, self.bn2
-        sources = tuple(layer for layer in layers if layer is not None)
-        settings = conv1.out_groups, bn1 and bn1.eps, bn2.eps
-        made = self._folded.of(sources, lambda: ResidualWeights.fold(conv1, bn1, conv2, bn2, copy=False), *settings)
-        return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
-
-    def freeze(self) -> None:
-        """Keep the weights only as the kernel reads them, for good: see :meth:`DeepElasticNetwork.freeze`."""
-        weights = self.folded().released()
-        if weights.direct is None:
-            return
-        self._frozen = weights  # before the weights go: see forward() and folded()
-        self._folded.clear()
-        release(self, (self.conv1, self.conv2))
-
-    def train(self, mode: bool = True) -> "ElasticBlock":
-        if self._frozen is not None:
-            check_mode(self, mode)
-        self._folded.clear()
-        return super().train(mode)
+    def _fold(self) -> ResidualWeights:
+        return ResidualWeights.fold(self.conv1, self.bn1, self.conv2, self.bn2, copy=False)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Shortcut(nn.Module):
-    """A residual block without its convolutions: 2x2 average pooling where ``stride`` is 2, zeros for new channels.
+    """A residual block without its convolutions: 2x2 average pooling where `stride` is 2, zeros for new channels.
 
     [B, in_channels, H, W] -> [B, channels, ceil(H / stride), ceil(W / stride)]; an odd map's last row and column are
     pooled from what there is.
@@ -25,7 +25,7 @@ class Shortcut(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether the block keeps the shape of its input, so that without convolutions it is nothing."""
+        """True where the shortcut is the identity: without its convolutions the block does nothing."""
         return self.stride == 1 and not self.new_channels
 
     def forward(self, x: Tensor) -> Tensor:

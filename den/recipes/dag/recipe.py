@@ -53,6 +53,10 @@ class SearchPhase(Phase):
         return (self.name,)
 
     @property
+    def title(self) -> str:
+        return self.name
+
+    @property
     def labels(self) -> dict[str, str | int]:
         return {"stage": self.name}
 

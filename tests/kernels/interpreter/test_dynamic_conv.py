@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels._triton import dynamic_conv as kernels
 from den_kernels._triton.convolve import convolve
 from den_kernels.dynamic_conv import dynamic_conv2d_reference

@@ -1,24 +1,23 @@
-"""What only a GPU runs of `benchmarks.gpu_check` and `den_kernels.tune`, with the kernels interpreted."""
-
-from pathlib import Path
+"""What only a GPU runs of tests/gpu, the benchmarks and `den_kernels.tune`, with the kernels interpreted."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_correctness, gpu_times, gpu_tuning
-from benchmarks.gpu_worker import Context
-from den_kernels import tune
-from den_kernels._conv_cpu import Geometry
+from benchmarks import harness, test_bench_conv
+from den_kernels import _triton, tune
+from den_kernels._geometry import Geometry
 from den_kernels._triton import dynamic_conv as kernels
 from den_kernels._triton import rules, table
 from den_kernels._triton.rules import Tile
-from den_kernels._triton.trial import Problem, even_mix, ragged, runs
+from den_kernels._triton.trial import Problem, ragged, runs
 from den_kernels.plan import as_route
 from den_kernels.testing import ConvProblem
+from tests.gpu.test_convolution import check_convolution
+from tests.on_gpu import Context
 
 HALF, FULL, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
-TINY = Context("cpu", tiny=True, seconds=1.0)
+TINY = Context("cpu", tiny=True)
 
 
 class Convolution(torch.autograd.Function):
@@ -46,24 +45,19 @@ def convolve(x, weight, bias, selection, *, stride, padding, dilation, groups, o
 @pytest.mark.parametrize(("selection", "way"), [("uniform", "bfloat16"), ("mask", "float32")])
 def test_convolutions_pass_the_check(selection, way):
     problem = ConvProblem(batch=2, size=(5, 4), in_sizes=(16, 16), out_sizes=(16, 16), selection=selection, seed=3)
-    found = gpu_correctness.check_convolution(problem, way, TINY, convolve)
+    found = check_convolution(problem, way, TINY, convolve)
     assert set(found["errors"]) == {"y", "dx", "dweight", "dbias"}
 
 
-def test_the_kernel_that_is_timed_computes_the_convolution():
-    shape = gpu_times.TINY[0]
-    x, weight = torch.randn(4, 16, 6, 6), torch.randn(16, 16, 3, 3)
-    x = x.contiguous(memory_format=torch.channels_last)
-    levels = even_mix(4)
-    route, like = as_route(levels, 3, 4), torch.empty_like(x)
-    kernel = gpu_times.bare_kernel(shape, "out", weight, route, like)
-    assert kernel(x) is None
-    geometry = Geometry((1, 1), (1, 1), (1, 1), 1, shape.groups, ())
-    call = lambda x: kernels.forward(x, weight, None, route, geometry)  # noqa: E731
-    keywords = {"padding": 1, "out_groups": shape.groups}
-    assert gpu_times.agrees(call, x, weight, route, "tf32", keywords) < 1e-5
-    with pytest.raises(AssertionError, match="errs by"):
-        gpu_times.agrees(lambda x: call(x) * 1.01, x, weight, route, "tf32", keywords)
+@pytest.mark.parametrize("case", test_bench_conv.TINY, ids=lambda case: case.id)
+def test_the_kernel_that_is_timed_computes_the_convolution(case, monkeypatch):
+    monkeypatch.setattr(_triton, "runs_on", lambda device: True)
+    with torch.no_grad():
+        providers = test_bench_conv.peer_providers(test_bench_conv.make_problem(case), case.dtype == harness.TF32)
+    kernel = next(provider for provider in providers if provider.name == "ours-kernel")
+    harness.check(kernel.name, kernel.call(), kernel.expected)
+    with pytest.raises(AssertionError, match="error against float64"):
+        harness.check(kernel.name, kernel.call() + 0.1, kernel.expected)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("convolve", HALF), ("weight", FULL)])
@@ -92,12 +86,11 @@ def test_a_tile_is_scored_through_the_launchers(monkeypatch):
     assert tune.score(Tile(32, 16, 16, 4, 2, 1), tested, 80) == float("inf")
 
 
-def test_the_tuning_step_writes_a_table(monkeypatch, tmp_path):
+def test_tuning_writes_a_table(monkeypatch, tmp_path):
     times = (0.9**i for i in range(1000))  # every tile faster than the one before
     monkeypatch.setattr(tune, "median_seconds", lambda call, device: next(times))
     monkeypatch.setattr(tune, "VALUES", {"rows": (128,), "programs": (2,)})
-    row = gpu_tuning.tune(TINY, tmp_path)
+    assert len(tune.tune([Problem("convolve", 16, 4, 2, HALF)], CPU, 600.0, tmp_path)) == 1
     table.tiles.cache_clear()
-    assert row["searched"] == row["problems"] == 1
-    kept = table.parse(Path(row["table"]).read_text(), 80, rules.installed())
+    kept = table.parse(table.file_of(80, tmp_path).read_text(), 80, rules.installed())
     assert kept == {("convolve", 16, 16, "bfloat16"): (128, 16, 16, 4, 3, 2)}

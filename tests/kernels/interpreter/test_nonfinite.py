@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from den_kernels import DynamicConv2d, ResidualWeights
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels._triton import dynamic_conv, norm
 from den_kernels._triton.residual import add_branch
 from den_kernels.dynamic_norm import dynamic_batch_norm_reference

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu_numerics import close_by_instance
 from den_kernels import DynamicConv2d
 from den_kernels._triton import norm, residual
 from den_kernels._triton.convolve import convolve
@@ -14,6 +13,7 @@ from den_kernels.plan import as_route
 from den_kernels.residual_weights import ResidualWeights
 from den_kernels.rows import pool_rows
 from den_kernels.testing import channel_mask, make_levels, make_mask
+from tests.on_gpu import close_by_instance
 
 
 def random_norm(channels: int) -> nn.BatchNorm2d:

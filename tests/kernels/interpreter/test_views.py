@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from den_kernels import ResidualWeights
-from den_kernels._conv_cpu import Geometry
+from den_kernels._geometry import Geometry
 from den_kernels._triton import dynamic_conv as kernels
 from den_kernels._triton.residual import add_branch
 from den_kernels.plan import as_route

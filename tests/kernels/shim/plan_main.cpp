@@ -1,6 +1,6 @@
 // plan_main KIND SCHEDULE B N G: the plan kernels of csrc/plan.cu on a CPU. KIND: int32 or int64 (levels [B, N]), masks
 // ([N, B, G] bytes). Writes levels, order, offsets.
-#include "../../csrc/plan.cu"
+#include "../../../csrc/plan.cu"
 
 #include "problem.h"
 

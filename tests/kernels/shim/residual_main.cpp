@@ -4,7 +4,7 @@
 // SIZES: B H W C Ho Wo C_out M stride G relu prologue bias2 (the last three 0 or 1), the nine of FusedLayout, the G + 1
 // widths. Reads x, out (add only), order, offsets, conv1, conv2, scale2, bias1 and what of scale1, shift1, bias2 there
 // is; writes out, then int64: bytes streamed, loaded, stored, of shared memory.
-#include "../../csrc/dynamic_residual.cu"
+#include "../../../csrc/dynamic_residual.cu"
 
 #include "problem.h"
 

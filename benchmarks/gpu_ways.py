@@ -1,0 +1,31 @@
+"""The residual block by the fused kernel alone, or by the Triton launches alone, wherever `dynamic_residual` goes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from den_kernels import ResidualWeights, _cuda
+from den_kernels.plan import Route
+
+
+class Unavailable(Exception):
+    """What a check or a provider needs is not here; the message says what."""
+
+
+def fused_branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights, *, onto: bool = True) -> None:
+    """The fused kernel of the extension: out += branch(x), or, not `onto`, out = shortcut + branch. Or Unavailable."""
+    layout = _cuda.layout_of(x, route, weights)
+    if layout is None:
+        raise Unavailable("the fused kernel does not take this block here")
+    _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=onto)
+
+
+def composed_branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
+    """Triton launches: out += branch(x), also where the fused kernel takes the block. Raises Unavailable without."""
+    from den_kernels import _triton
+
+    if not _triton.runs_on(x.device):
+        raise Unavailable("the Triton kernels do not run here")
+    from den_kernels._triton.residual import add_branch
+
+    add_branch(x, out, route, weights)

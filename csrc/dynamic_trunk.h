@@ -1,0 +1,38 @@
+// Several residual blocks, one after the other, at inference on a CPU in one call.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "dynamic_bottleneck.h"
+#include "dynamic_residual.h"
+
+namespace den_kernels {
+
+// A block's weights and shape; its maps and its route are set while the trunk runs.
+template <class T>
+using TrunkBlock = std::variant<ResidualBlock<T>, BottleneckProblem<T>>;
+
+// x = shortcut(x) + branch(x) for each block, shortcut being pool_rows where the block changes the shape of its map,
+// then features[b, c] = mean over the pixels of relu(x[b, :, c] * scale[c] + shift[c]).
+template <class T>
+struct Trunk {
+  const std::vector<TrunkBlock<T>>* blocks;  // N
+  int64_t B, H, W;                           // of x
+  int64_t G;                                 // channel groups of every block
+  const int32_t* levels;                     // [N, B], 0..G
+  T* x;                                      // [B, H, W, C], written over
+  std::vector<T*> maps;                      // [B, Ho, Wo, C_out] of the blocks that change the shape, in their order
+  const float* scale;                        // [C of the last block], or null: no features
+  const float* shift;                        // [C of the last block]
+  T* features;                               // [B, C of the last block]
+};
+
+// Instances do not depend on each other: a chunk of them is one thread's work through all blocks, its maps in that
+// core's cache, and chunks come from one queue, dearest first. Fewer than two instances a thread: all threads share
+// each block. The result does not depend on which.
+void dynamic_trunk(const Trunk<float>& trunk);
+void dynamic_trunk(const Trunk<bf16>& trunk);
+
+}  // namespace den_kernels

@@ -1,0 +1,63 @@
+"""The bottleneck block as three dynamic convolutions, where no kernel takes it whole."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import _triton
+from ._block_op import own_shortcut
+from .bottleneck_weights import BottleneckWeights
+from .dynamic_conv import compute
+from .plan import Route, RoutingPlan
+from .rows import gather_rows, scatter_rows_
+
+
+def run(
+    x: Tensor,  # [B, C, H, W] channels-last
+    route: Route,
+    weights: BottleneckWeights,
+    shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
+    inplace: bool,
+) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
+    """shortcut + branch(x). On a CPU only the instances above level 0 are read and added to."""
+    out = x if inplace else own_shortcut(x, weights, shortcut)
+    if not x.is_cpu:
+        return out.add_(_branch(_activated(x, route, weights), route, weights))
+    rows, users = _users(route)
+    if len(rows):
+        relu = weights.scale1 is not None
+        taken = gather_rows(x, rows, x.shape[1], weights.scale1, weights.shift1, relu)
+        branch = _branch(taken, users, weights).contiguous(memory_format=torch.channels_last)
+        scatter_rows_(out, branch, rows, accumulate=True)
+    return out
+
+
+def _branch(
+    x: Tensor,  # [B, C, H, W] activated
+    route: Route,
+    weights: BottleneckWeights,
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    for index, (weight, bias, geometry) in enumerate(weights.convolutions):
+        x = compute(x, weight, bias, route, geometry, partial(weights.packed_alone, index))
+        x = x.relu_() if index < 2 else x
+    return x
+
+
+def _activated(x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:
+    """relu(bn1(x)) of the instances above level 0, the others anything; x itself where there is no bn1."""
+    if weights.scale1 is None or weights.shift1 is None:
+        return x
+    if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
+        from ._triton.norm import activate
+
+        return activate(x, route.levels, weights.scale1, weights.shift1)
+    return (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu_().to(x.dtype)
+
+
+def _users(route: Route) -> tuple[Tensor, Route]:
+    """The instances above level 0, int32 [n], and their route as a batch of their own. Reads a CPU route's counts."""
+    rows = route.order[: int((route.levels > 0).sum())].contiguous()
+    if route.mask is None:
+        return rows, RoutingPlan.from_levels(route.levels[rows.long()][:, None], route.groups)[0]
+    return rows, RoutingPlan.from_masks(route.mask[rows.long()][:, None])[0]

@@ -1,0 +1,104 @@
+"""The residual block on a CPU: in one direct call of C++, or through oneDNN, segment by segment."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._block_op import own_shortcut
+from .plan import Route, read_route
+from .residual_weights import ResidualWeights
+from .rows import gather_rows, scatter_rows_
+
+# Maps of a chunk that should stay in the private caches of the cores between its two convolutions, in bytes.
+_CHUNK_BYTES = 6 << 20
+
+
+def run_direct(
+    x: Tensor,  # [B, C, H, W] channels-last
+    route: Route,
+    weights: ResidualWeights,
+    shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
+    inplace: bool,
+) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
+    """shortcut + branch(x) in C++ (csrc/dynamic_residual.cpp)."""
+    if inplace or (shortcut is None and weights.stride == 1 and weights.conv2.shape[0] == x.shape[1]):
+        shortcut = x
+    elif shortcut is None:
+        shortcut, inplace = own_shortcut(x, weights), True
+    shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    out = shortcut if inplace else torch.empty_like(shortcut)
+    weights.handle(x, shortcut, out, (route.groups, route.order, route.offsets, route.mask))
+    return out
+
+
+def run_onednn(
+    x: Tensor,  # [B, C, H, W] channels-last
+    route: Route,
+    weights: ResidualWeights,
+    shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
+    inplace: bool,
+) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
+    """shortcut + branch(x) by dense convolutions of the instances of a segment; a row is read before it is added to."""
+    out = x if inplace else own_shortcut(x, weights, shortcut)
+    compute, P_in, P_out = weights.dtype, x.shape[2] * x.shape[3], out.shape[2] * out.shape[3]
+    packed = weights.levels if route.mask is None else ()
+    whole = None if packed else weights.all_hidden()
+    bias2 = None if weights.bias2 is None else weights.bias2.to(compute)
+    for start, end, groups in segments(route):
+        hidden = weights.hidden(groups, whole) if whole else packed[sum(groups) - 1]
+        map_bytes = compute.itemsize * (P_in * x.shape[1] + P_out * (hidden.bias1.shape[0] + out.shape[1]))
+        step = chunk_size(end - start, map_bytes)
+        for i in range(start, end, step):
+            rows = route.order[i : min(i + step, end)]
+            relu = weights.scale1 is not None
+            a = gather_rows(x, rows, x.shape[1], weights.scale1, weights.shift1, relu, compute)
+            h = _convolution(a, hidden.conv1, hidden.bias1, weights.stride, True, hidden.packed)
+            y = _convolution(h, hidden.conv2, bias2, 1, False, hidden.packed)
+            scatter_rows_(out, y, rows, accumulate=True)
+    return out
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, relu: bool, packed: bool) -> Tensor:
+    """The "same" convolution, channels-last. oneDNN's own fused ReLU makes 0 of NaN; a pass in the cache does not."""
+    R, S = weight.shape[2:]
+    if packed:
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, [R // 2, S // 2], [stride] * 2, [1, 1], 1, "none", [], ""
+        )
+    else:
+        y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2))
+    y = y.contiguous(memory_format=torch.channels_last)
+    return y.relu_() if relu else y
+
+
+class Segment(NamedTuple):
+    """Instances order[start:end], which run together over one selection of hidden channels."""
+
+    start: int
+    end: int
+    groups: tuple[bool, ...]
+
+
+def segments(route: Route) -> list[Segment]:
+    """The segments of a route that have work to do, read on the host (CPU routes only)."""
+    (offsets, order), G = read_route(route), route.groups
+    found = []
+    for s, (start, end) in enumerate(pairwise(offsets)):
+        if start < end:
+            groups = (
+                (True,) * (G - s) + (False,) * s if route.mask is None else tuple(route.mask[order[start]].tolist())
+            )
+            found.append(Segment(start, end, groups))
+    return [segment for segment in found if any(segment.groups)]
+
+
+def chunk_size(instances: int, map_bytes: int) -> int:
+    """Instances per chunk: as many as keep the maps in the cache, at least 8 so that a call's cost is spread.
+
+    >>> chunk_size(128, 640 << 10)   # 64 channels, 32 x 32, float32
+    9
+    """
+    return min(instances, max(8, _CHUNK_BYTES // max(map_bytes, 1)))

@@ -1,0 +1,132 @@
+"""The residual blocks of a whole trunk at inference on a CPU, in one call of C++ (csrc/dynamic_trunk.cpp).
+
+Equivalent to the blocks one after the other, each over the hidden channels that an instance selected for it
+
+    for weights in blocks: x = shortcut(x) + branch(x)
+    features = relu(x * scale + shift).mean((2, 3))
+
+(Ahn, Kim, Oh, ICCV 2019, section 3.1). Instances do not depend on each other at inference: a chunk of them is one
+thread's work through all blocks, with no wait between blocks, so that a thread that loses its core delays nobody. The
+result does not depend on how the batch is cut.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._extension import extension
+from ._handle import HasHandle
+from .bottleneck_weights import BottleneckWeights
+from .dynamic_bottleneck import dynamic_bottleneck_
+from .dynamic_residual import dynamic_residual_
+from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
+from .plan import RoutingPlan
+from .residual_weights import ResidualWeights
+
+_OP = "dynamic_trunk"
+_NAME = f"den_kernels::{_OP}"
+Block = ResidualWeights | BottleneckWeights
+
+
+@dataclass(frozen=True)
+class TrunkWeights(HasHandle):
+    """The folded weights of N blocks in their order, at least one, and of the batch norm behind the last one.
+
+    scale, shift: float32 [C] of that norm as an affine map; None: the trunk's result is the last block's map.
+    """
+
+    blocks: tuple[Block, ...]
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    @cached_property
+    def handle(self) -> Any:
+        """The kernel's own object, `extension.Trunk`; ValueError for blocks that do not follow one another."""
+        return extension.Trunk([block.handle for block in self.blocks], self.scale, self.shift)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the maps."""
+        return self.blocks[0].conv1.dtype
+
+    @cached_property
+    def whole(self) -> bool:
+        """True where one call runs all blocks: a direct kernel runs each of them, none of them with a ReLU behind."""
+        plain = all(block.direct is not None and not getattr(block, "relu", False) for block in self.blocks)
+        return plain and {block.conv1.dtype for block in self.blocks} == {self.dtype}
+
+    def shapes(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
+        """[C_out, H_out, W_out] of each block that changes the shape of its map."""
+        for block in self.blocks:
+            out_channels, channels = _channels(block)
+            height, width = -(-height // block.stride), -(-width // block.stride)
+            if block.stride > 1 or out_channels > channels:
+                yield out_channels, height, width
+
+
+def _channels(block: Block) -> tuple[int, int]:
+    """C_out and C."""
+    last = block.conv2 if isinstance(block, ResidualWeights) else block.conv3
+    return last.shape[0], block.conv1.shape[1]
+
+
+@not_scriptable
+def dynamic_trunk(
+    x: Tensor,  # [B, C, H, W]
+    plan: RoutingPlan,  # of N blocks
+    weights: TrunkWeights,
+) -> Tensor:  # [B, C_out, H_out, W_out], or [B, C_out] with a norm behind the last block
+    """Run all blocks of a trunk for inference; may write over `x`.
+
+    One call where `weights.whole` and the plan is one of levels; else block by block, with the same values.
+
+    Raises ValueError for a plan of other blocks, instances or groups, for another device, for `x` that requires a
+    gradient, and inside torch.func; TypeError for another dtype.
+    """
+    refuse_symbols(_OP, x)
+    refuse_training(_OP, x=x)
+    _check(x, plan, weights)
+    if not (weights.whole and x.is_cpu and plan.masks is None and runs_eagerly(x)):
+        return _block_by_block(x, plan, weights)
+    return in_range(_NAME, _run, x, plan, weights)
+
+
+def _check(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> None:
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{_OP}: x must be [B, C, H, W] with at least one pixel, got {list(x.shape)}")
+    expected = x.shape[0], len(weights.blocks)
+    if (plan.batch_size, len(plan)) != expected:
+        raise ValueError(
+            f"{_OP}: plan must be of {expected[0]} instances and {expected[1]} blocks, "
+            f"got {plan.batch_size} and {len(plan)}"
+        )
+    if plan.levels.device != x.device:
+        raise ValueError(f"{_OP}: plan must be on {x.device} as x is, got {plan.levels.device}")
+    if x.dtype != weights.dtype:
+        raise TypeError(f"{_OP}: x must be {weights.dtype} as the weights are, got {x.dtype}")
+
+
+def _run(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
+    B, _, H, W = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    maps = [x.new_empty(B, h, w, c).permute(0, 3, 1, 2) for c, h, w in weights.shapes(H, W)]
+    last = maps[-1] if maps else x
+    features = None if weights.scale is None else x.new_empty(B, last.shape[1])
+    weights.handle(x, plan.levels.t(), maps, features)
+    return last if features is None else features
+
+
+def _block_by_block(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:
+    for block, route in zip(weights.blocks, plan, strict=True):
+        if isinstance(block, ResidualWeights):
+            x = dynamic_residual_(x, route, block)
+        else:
+            x = dynamic_bottleneck_(x, route, block)
+    if weights.scale is None or weights.shift is None:
+        return x
+    scaled = x.float() * weights.scale[:, None, None] + weights.shift[:, None, None]
+    return scaled.relu().mean((2, 3)).to(x.dtype)
