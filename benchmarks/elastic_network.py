@@ -48,7 +48,7 @@ class ElasticNetwork:
         return cls(model, images.to(DTYPES[case.dtype]), levels, task).to(case.device)
 
     def to(self, device: str) -> ElasticNetwork:
-        """The same on a device."""
+        """Copy of the problem on a device."""
         return ElasticNetwork(self.model.to(device), self.images.to(device), self.levels.to(device), self.task)
 
     @property

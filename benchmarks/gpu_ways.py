@@ -9,7 +9,7 @@ from den_kernels.plan import Route
 
 
 class Unavailable(Exception):
-    """What a check or a provider needs is not here; the message says what."""
+    """Raised where this machine lacks what a check or a provider needs; the message says what."""
 
 
 def fused_branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights, *, onto: bool = True) -> None:

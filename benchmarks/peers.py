@@ -1,4 +1,4 @@
-"""What one would use instead, in plain PyTorch, and the loops over selections that serve as oracles.
+"""Alternatives to our kernels in plain PyTorch, and the loops over selections that serve as oracles.
 
 Nothing here imports den_kernels. All tensors are channels-last, all networks in eval mode. ``selection`` is bool
 [B, M]: the (hidden or output) channels that each instance uses.
@@ -98,7 +98,7 @@ class PreactBlock(nn.Module):
 
 
 class FoldedBlock(PreactBlock):
-    """The same with bn2 folded into conv1's weight and bias."""
+    """`PreactBlock` with bn2 folded into conv1's weight and bias."""
 
     def __init__(self, block: PreactBlock) -> None:
         super().__init__(*(copy.deepcopy(m) for m in (block.conv1, block.bn1, block.conv2, block.bn2)))
@@ -137,12 +137,12 @@ def packed_convolution(conv: nn.Conv2d, input_size: Sequence[int], activation: s
 
 
 def can_pack(x: Tensor) -> bool:
-    """Whether this torch has oneDNN and its prepacked convolutions, for tensors like ``x``."""
+    """True where this torch has oneDNN and its prepacked convolutions, for tensors like ``x`` (of any shape)."""
     return x.is_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 class MaskedBlock:
-    """What dynamic networks usually do: compute everything, multiply the hidden map by a mask."""
+    """Block as dynamic networks usually run it: compute every channel, multiply the hidden map by a mask."""
 
     def __init__(self, block: PreactBlock, selection: Tensor) -> None:
         self.block, self.mask = block, selection[:, :, None, None].to(block.conv1.weight.dtype)
@@ -220,7 +220,7 @@ class DenseNetwork(nn.Module):
         return self.head(F.relu_(self.norm(x)).mean((2, 3)))
 
     def with_blocks(self, blocks: Sequence[Callable[[Tensor], Tensor]]) -> DenseNetwork:
-        """The same network around other blocks."""
+        """This network around other blocks, each [B, C, H, W] -> [B, C', H', W']."""
         return DenseNetwork(self.stem, blocks, self.norm, self.head)
 
     def block_input_sizes(self, images: Tensor) -> list[torch.Size]:

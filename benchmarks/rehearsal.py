@@ -51,7 +51,7 @@ METRICS = {
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What the processes of a rehearsal are started with; the tools' stand-ins are written to a folder."""
+    """Environment of the processes of a rehearsal; writes scripts that stand in for the tools to a folder."""
     for tool in TOOLS:
         script = folder / tool
         script.write_text(
@@ -64,7 +64,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class Account:
-    """What computed the current check."""
+    """Counts of what computed the current check: launches interpreted or left out, stand-ins."""
 
     def __init__(self) -> None:
         self.as_on_gpu, self.interprets, self.replays = False, True, True  # operators; launches, and those of graphs
@@ -144,12 +144,12 @@ class StandIn:
 
     @staticmethod
     def is_worth(problem: Any) -> bool:
-        """Whether an operator chooses it."""
+        """False: no operator chooses the stand-in."""
         return False
 
 
 def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
-    """What `_cuda` has of the extension, by PyTorch's operations."""
+    """Replacements, by name, of the functions that `_cuda` has of the extension, made of PyTorch's operations."""
 
     def fill(outputs: Sequence[Tensor], made: Sequence[Tensor]) -> None:
         account.stand_ins += 1
@@ -177,7 +177,7 @@ def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
 
 
 def operators() -> dict[str, Callable[..., Any]]:
-    """What the operators run on a GPU, by the name that the dispatcher gives them."""
+    """Functions that the operators run on a GPU, by the name that the dispatcher gives the operators."""
     names = ("dynamic_conv", "dynamic_residual", "_triton.norm")  # the package has functions of the first two names
     dynamic_conv, dynamic_residual, norm = (import_module(f"den_kernels.{name}") for name in names)
     return {

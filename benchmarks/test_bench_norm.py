@@ -53,7 +53,7 @@ class Problem:
         return cls(*map(peers.channels_last, maps), weight, bias, levels, sizes).to(case.device, DTYPES[case.dtype])
 
     def to(self, device: str, dtype: torch.dtype) -> Problem:
-        """The same on a device, the maps in another dtype."""
+        """Copy of the problem on a device, the maps in another dtype."""
         affine = self.weight.to(device, dtype), self.bias.to(device, dtype)
         return Problem(
             self.x.to(device, dtype), self.grad.to(device, dtype), *affine, self.levels.to(device), self.sizes

@@ -77,7 +77,7 @@ class Problem:
         return copy.deepcopy(self.block).to(dtype), self.x.to(dtype)
 
     def to(self, device: str) -> Problem:
-        """The same on a device."""
+        """Copy of the problem on a device."""
         inputs = [x.to(device) for x in self.inputs]
         sets = input_sets(torch.device(device), 2 * self.x.nbytes)
         inputs += [torch.randn_like(inputs[0]) for _ in range(sets - 1)]
@@ -166,7 +166,7 @@ def our_providers(case: Case, problem: Problem, expected: Expected) -> list[Prov
 def branch_providers(
     problem: Problem, route: den_kernels.Route, weights: den_kernels.ResidualWeights, expected: Expected
 ) -> list[Provider]:
-    """What a GPU can make of the block: launches of Triton, or the fused kernel, where it takes it."""
+    """The GPU's two ways to compute the block: launches of Triton; the fused kernel, where it takes the block."""
     found = []
     shortcuts = [peers.channels_last(problem.block.shortcut(x)) for x in problem.inputs]
     outs = [torch.empty_like(shortcut) for shortcut in shortcuts]
@@ -220,7 +220,7 @@ def compiled_block(
 
 
 def other_providers(case: Case, problem: Problem, expected: Expected) -> list[Provider]:
-    """What one would do instead with the levels, in plain PyTorch, and the bare convolutions of the levels."""
+    """Providers that use the levels in plain PyTorch, and the bare convolutions of the levels."""
     if case.mix in ("full", "zero"):
         return []
     x, block, selection = problem.x, problem.block, problem.selection

@@ -54,12 +54,12 @@ def balanced_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def known_depth(target: Tensor) -> Tensor:
-    """Whether each depth is known."""
+    """True where a depth of [B, 1, H, W] is known: above `DEPTH_FLOOR`."""
     return target > DEPTH_FLOOR
 
 
 def known_normals(target: Tensor) -> Tensor:
-    """Whether each normal of [B, 3, H, W] is known: bool [B, H, W]."""
+    """True where a normal of [B, 3, H, W] is known, that is, not zero: bool [B, H, W]."""
     return target.abs().sum(1) > 0
 
 

@@ -1,4 +1,4 @@
-"""What a task makes of the network's output: logits of an image, or values of each of its pixels."""
+"""Heads of DAG networks: from the trunk's output to logits of an image, or to values of each of its pixels."""
 
 from __future__ import annotations
 

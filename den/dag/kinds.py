@@ -42,7 +42,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Kind:
-    """How tasks of a kind are learned and measured.
+    """Loss and metrics of the tasks of one kind.
 
     Attributes:
         loss: of outputs and targets of a batch, a mean.

@@ -194,7 +194,7 @@ class DagNetwork(nn.Module):
         self.gates.keep(task, kept)
 
     def structure(self, task: int) -> SubGraph:
-        """What a task keeps, less what no path of it passes through."""
+        """The sub-graph that a task keeps, less the items that lie on no path of it."""
         return self.gates.structure(task).clean()
 
     def used_edges(self) -> tuple[int, ...]:

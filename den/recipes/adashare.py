@@ -26,7 +26,7 @@ from den.train.phases import Network, NetworkPhase, schedule_factor
 
 
 class GateState(nn.Module):
-    """What AdaShare learns and draws."""
+    """State of AdaShare beside the network: learned logits and drawn gates."""
 
     logits: nn.Parameter  # [K, N, 2], of skipping and keeping
     keeps: Tensor  # bool [K, N], what was drawn
@@ -164,7 +164,7 @@ def sparsity_loss(keep: Tensor) -> Tensor:
 
 
 def sharing_loss(keep: Tensor, weights: Tensor) -> Tensor:
-    """How far tasks are apart (equation 5): weights[n] |P_k(keep) - P_j(keep)|, the mean over pairs and blocks.
+    """Distance between tasks (equation 5): weights[n] |P_k(keep) - P_j(keep)|, the mean over pairs and blocks.
 
     keep: log odds [K, N]; weights: [N]. 0 for one task.
     """

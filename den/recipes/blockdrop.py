@@ -83,7 +83,7 @@ class BlockDrop(ComparedMethod):
 
 
 def free_blocks(blocks: int, progress: float, curriculum: float) -> int:
-    """How many of the last blocks may be dropped; the others are kept.
+    """Number of the last blocks that may be dropped; the others are kept.
 
     >>> [free_blocks(10, progress, 0.5) for progress in (0, 0.1, 0.25, 0.5, 1)]
     [1, 3, 6, 10, 10]

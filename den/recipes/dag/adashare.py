@@ -45,7 +45,7 @@ def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def edge_weights(graph: Graph, like: Tensor) -> Tensor:
-    """What an edge (i, j) counts in the sharing loss: (N - j) / N, so that the tasks part late."""
+    """Weights [E] of edges (i, j) in the sharing loss: (N - j) / N, so that tasks share early states and part late."""
     weights = [(graph.states - j) / graph.states for _, j in graph.edges]
     return sent(torch.tensor(weights, dtype=like.dtype), like.device)
 

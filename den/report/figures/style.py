@@ -1,4 +1,4 @@
-"""What all figures share: colours, fonts, and how levels, structures and images are drawn."""
+"""Style shared by all figures: colours, fonts, and how levels, structures and images are drawn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def headline(figure: Figure, text: str) -> None:
-    """What was found, above all panels, in lines no longer than the figure is wide."""
+    """Write the finding above all panels, in lines no longer than the figure is wide."""
     width = int(9.5 * figure.get_figwidth())
     lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", weight="bold")
