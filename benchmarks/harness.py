@@ -161,11 +161,11 @@ def expect(
     return Expected(joined(exact), torch.cat(parts) if parts else 0.0)
 
 
-def _size(exact: Tensor) -> float:
+def _size(exact: Tensor) -> float:  # of any shape
     return exact.detach().abs().max().item() if exact.numel() else 0.0
 
 
-def _error(exact: Tensor, rounded: Tensor) -> float:
+def _error(exact: Tensor, rounded: Tensor) -> float:  # of one shape
     return _size(rounded.detach().double() - exact.detach())
 
 

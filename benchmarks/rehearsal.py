@@ -133,7 +133,7 @@ def interpreted(account: Account) -> Callable[..., dict[str, Any]]:
 
 
 def layout_of(x: Tensor, route: Any, weights: Any) -> Any:
-    """`_cuda.layout_of` without asking whether the extension has CUDA kernels, for blocks of any size."""
+    """`_cuda.layout_of` for blocks of any size (x [B, C, H, W]), also where the extension has no CUDA kernels."""
     if x.device.type != "cuda" or route.mask is not None or (x.dtype == torch.float32 and not allows_tf32()):
         return None
     return _cuda._layout(_cuda._problem(x, weights)) or StandIn()
@@ -151,12 +151,13 @@ class StandIn:
 def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
     """Replacements, by name, of the functions that `_cuda` has of the extension, made of PyTorch's operations."""
 
-    def fill(outputs: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def fill(outputs: Sequence[Tensor], made: Sequence[Tensor]) -> None:  # output and values of one shape
         account.stand_ins += 1
         for output, values in zip(outputs, made, strict=True):
             output.copy_(values)
 
     def fused_residual(x: Tensor, out: Tensor, route: Any, weights: Any, layout: Any, *, holds_shortcut: bool) -> None:
+        """As `_cuda.fused_residual`: x [B, C, H, W], out [B, C', H', W']."""
         from den_kernels._residual_gpu import add_branch_masked
 
         account.stand_ins += 1

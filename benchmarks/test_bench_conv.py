@@ -152,7 +152,7 @@ def kernel_provider(problem: Problem) -> Any:
 
     route, weight, out = route_of(problem), problem.conv.weight.detach(), torch.zeros_like(problem.conv(problem.x))
 
-    def kernel(x: Tensor) -> Tensor:
+    def kernel(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         convolve(x, weight, out, route, geometry_of(problem), skip_empty=True)
         return out
 
@@ -172,7 +172,7 @@ def peer_providers(problem: Problem, coarse: bool = False) -> list[Provider]:
     plain = expect(lambda d: problem.elastic(d).conv(x.to(d)), dtype, least=least)
     bare = expect(lambda d: peers.BareConv(problem.elastic(d), x.to(d), packed=False)(), dtype, least=least)
 
-    def masked(x: Tensor) -> Tensor:
+    def masked(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         products = conv(x * mask if problem.in_elastic else x)
         return products.mul_(mask) if problem.out_elastic else products
 

@@ -147,10 +147,10 @@ def our_providers(case: Case, problem: Problem, expected: Expected) -> list[Prov
     inputs, groups, weights = problem.inputs, len(problem.sizes), fold(problem)
     route = den_kernels.RoutingPlan.from_levels(problem.levels[:, None], groups)[0]
 
-    def block(x: Tensor) -> Tensor:
+    def block(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         return den_kernels.dynamic_residual(x, route, weights)
 
-    def with_plan(x: Tensor) -> Tensor:
+    def with_plan(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         fresh = den_kernels.RoutingPlan.from_levels(problem.levels[:, None], groups)[0]
         return den_kernels.dynamic_residual(x, fresh, weights)
 
@@ -184,7 +184,10 @@ def branch_providers(
 def onto(
     name: str, calls: Sequence[Call], outs: Sequence[Tensor], shortcuts: Sequence[Tensor], expected: Expected
 ) -> Provider:
-    """Calls that add a branch to maps, which hold the shortcuts before they are timed."""
+    """Provider of calls that add a branch to ``outs``, which hold the shortcuts before the calls are timed.
+
+    outs, shortcuts: maps [B, C', H', W'], one for each call.
+    """
 
     def first() -> Tensor:
         calls[0]()

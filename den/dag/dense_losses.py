@@ -64,9 +64,10 @@ def known_normals(target: Tensor) -> Tensor:
 
 
 def _check(op: str, target: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless the target has this shape."""
     if tuple(target.shape) != tuple(shape):
         raise ValueError(f"{op}: target must be {list(shape)} as the predictions, got {list(target.shape)}")
 
 
-def _mean(errors: Tensor, known: Tensor) -> Tensor:
+def _mean(errors: Tensor, known: Tensor) -> Tensor:  # of one shape, known bool -> []
     return (errors * known).sum() / known.sum().clamp_min(1)

@@ -33,7 +33,7 @@ class Edge(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._folded: FoldCache[DynamicConv2d] = FoldCache()
 
-    def forward(self, x: Tensor, route: Route | None) -> Tensor:
+    def forward(self, x: Tensor, route: Route | None) -> Tensor:  # [B, C, H, W]
         if route is None:
             return self.norm(self.conv(x), relu=True)
         if may_fold(self):

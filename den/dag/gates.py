@@ -54,8 +54,10 @@ class Gates(nn.Module):
 
     @contextmanager
     def drawn(self, noise: Tensor, temperature: float) -> Iterator[None]:
-        """Within it, the edges' gates are samples of what AdaShare learns, ``sigmoid((gamma + noise) / temperature)``,
-        and those of read-in and read-out 1."""
+        """Context in which the edges' gates are samples of AdaShare's policies, those of read-in and read-out 1.
+
+        A sample is ``sigmoid((gamma + noise) / temperature)``; noise: [K, E].
+        """
         self._draw = noise, temperature
         try:
             yield

@@ -21,7 +21,8 @@ class Metrics(Protocol):
     def count(self) -> int:
         """Targets so far."""
 
-    def add(self, outputs: Tensor, targets: Tensor) -> None: ...
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch; shapes as the task's loss has them, such as [B, K] and int64 [B] of a classification."""
 
     def results(self) -> dict[str, float]: ...
 

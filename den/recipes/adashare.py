@@ -128,7 +128,7 @@ def gated(estimator: Estimator, gates: Tensor) -> Iterator[None]:
     """Blocks give shortcut(x) + gate * residual(x) meanwhile; gates: [B, N], in the order of the images."""
 
     def hook(i: int) -> Callable[..., Tensor]:
-        def gate(block: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def gate(block: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:  # [B, C, H, W], [B, C', H', W']
             return torch.lerp(
                 block.shortcut(given[0]).to(output.dtype), output, gates[:, i, None, None, None].to(output.dtype)
             )

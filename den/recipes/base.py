@@ -104,7 +104,10 @@ class Method(Recipe):
         return 1.0 if structures is None else count_flops(self.model, structures).mean() / self.full_flops
 
     def estimator_loss(self, batch: Batch, structures: Tensor | None) -> Objective:
-        """Mean cross-entropy of the batch at its structures (equation 4; S(z) does not depend on the estimator)."""
+        """Mean cross-entropy of the batch at structures [B, N]; None: the full ones.
+
+        Equation 4; S(z) does not depend on the estimator.
+        """
         logits = self.model.estimator(batch.images, batch.tasks, structures)
         loss = instance_losses(logits, batch.labels).mean()
         accuracy = answers(logits, batch).mean()
@@ -117,7 +120,7 @@ class Method(Recipe):
         return self.state.state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`; RuntimeError for another method's."""
+        """Load the tensors of `state_dict`, of its names and shapes; RuntimeError for another method's."""
         self.state.load_state_dict(tensors)
 
 

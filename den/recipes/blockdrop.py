@@ -78,7 +78,7 @@ class BlockDrop(ComparedMethod):
             measured["loss"] = loss.detach()
         return Objective(loss, {**measured, "flops_ratio": self.flops_ratio(structures[:, 0])})
 
-    def _levels(self, keeps: Tensor) -> Tensor:
+    def _levels(self, keeps: Tensor) -> Tensor:  # 0 or 1 -> levels, [..., N]
         return keeps.long() * (self.model.levels - 1)
 
 

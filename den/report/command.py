@@ -197,4 +197,5 @@ def _selection_figures(name: str, row: Row, found: Found) -> dict[str, Figure]:
 
 
 def _selected(model: DeepElasticNetwork, image_set: ImageSet, chance: Tensor, result: TaskResult) -> TaskReport:
+    """The report of a task whose images take the likeliest levels; chance: log probabilities [n, N, L]."""
     return task_report(model, image_set, chance.argmax(-1), chance, result.accuracy, result.loss)

@@ -38,7 +38,7 @@ def adashare_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
 
 
 def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Differences of two Gumbel variables, as many as `like` has elements."""
+    """Differences of two Gumbel variables, in the shape, dtype and device of `like`."""
     eps = torch.finfo(torch.float32).eps
     noise = torch.rand(like.shape, generator=generator).clamp(eps, 1 - eps).logit()
     return sent(noise.to(like.dtype), like.device)

@@ -86,7 +86,7 @@ def level_legend(figure: Figure, model: DeepElasticNetwork) -> None:
 def structure_cells(
     axes: Axes, structure: Tensor, levels: int, *, left: float, row: float, cell: float, height: float
 ) -> None:
-    """A structure as coloured cells from `left` on, centred on `row`."""
+    """Draw a structure [N] as coloured cells from `left` on, centred on `row`."""
     for i, level in enumerate(structure.tolist()):
         corner = (left + i * cell, row - height / 2)
         axes.add_patch(Rectangle(corner, 0.88 * cell, height, color=level_colour(level, levels), lw=0))
