@@ -52,7 +52,27 @@ def test_types_are_right():
     run("mypy")
 
 
-@pytest.mark.parametrize("folder", ["den/support", "den/data", "den/nn", "den/nn/blocks", "den/evaluate", "scripts"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "benchmarks",
+        "den",
+        "den/dag",
+        "den/data",
+        "den/evaluate",
+        "den/nn",
+        "den/nn/blocks",
+        "den/recipes",
+        "den/recipes/dag",
+        "den/report",
+        "den/report/dag",
+        "den/report/figures",
+        "den/runs",
+        "den/support",
+        "den/train",
+        "scripts",
+    ],
+)
 def test_docstrings_begin_with_a_verb_or_the_thing(folder):
     """Not with "What ..." or "Whether ...": CONTRIBUTING.md, style."""
     found = []
