@@ -1,4 +1,4 @@
-"""How calls are timed: the host's clock, or a GPU's events around a graph whose inputs are not in its cache."""
+"""Clocks that time calls: the host's, or a GPU's events around a graph whose inputs are not in its cache."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def input_sets(device: torch.device, bytes_of_a_set: int) -> int:
-    """How many sets of inputs are larger than three times the cache of a GPU, between 2 and 24; 1 on a CPU.
+    """Number of sets of inputs that together exceed three times the cache of a GPU, from 2 to 24; 1 on a CPU.
 
     >>> input_sets(torch.device("cpu"), 1 << 20)
     1
@@ -118,7 +118,7 @@ def capture(call: Call, device: torch.device) -> tuple[Call, bool]:
 
 
 def repeats(seconds: float) -> int:
-    """How often something of so many seconds runs in one timing, at most 16 times.
+    """Number of runs, at most 16, in one timing of a call that takes so many seconds.
 
     >>> repeats(1e-3), repeats(6e-5), repeats(1e-6)
     (1, 4, 16)

@@ -77,7 +77,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.fixture(scope="session")
 def settings(request: pytest.FixtureRequest) -> Settings:
-    """How long a case may take, and what every row says of the machine."""
+    """Settings of the benchmark run, from the command line, and the machine's description for every row."""
     import den_kernels
 
     return Settings(

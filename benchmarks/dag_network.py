@@ -77,7 +77,7 @@ class HardShared(nn.Module):
         self.trunk, self.stems, self.heads = SubNetwork(whole, 0), whole.stems, whole.heads
         self.eval()
 
-    def forward(self, images: list[Tensor]) -> list[Tensor]:
+    def forward(self, images: list[Tensor]) -> list[Tensor]:  # [n, c, S, S] -> [n, classes], for each task
         x = torch.cat([stem(part) for stem, part in zip(self.stems, images, strict=True)])
         rows = self.trunk.trunk(x).mean((2, 3)).split([len(part) for part in images])
         return [head(part) for head, part in zip(self.heads, rows, strict=True)]

@@ -48,7 +48,7 @@ class ElasticNetwork:
         return cls(model, images.to(DTYPES[case.dtype]), levels, task).to(case.device)
 
     def to(self, device: str) -> ElasticNetwork:
-        """The same on a device."""
+        """Copy of the problem on a device."""
         return ElasticNetwork(self.model.to(device), self.images.to(device), self.levels.to(device), self.task)
 
     @property
@@ -84,7 +84,10 @@ class ElasticNetwork:
         return [peers.select_levels(self.levels[:, i], size) for i, size in enumerate(sizes)]
 
     def with_each(self, kind: Callable[[peers.PreactBlock, Tensor], Any], dtype: torch.dtype | None = None) -> Any:
-        """The drawn structures in a plain network whose blocks are made by ``kind(block, selection)``."""
+        """The drawn structures in a plain network whose blocks are made by ``kind(block, selection)``.
+
+        selection: bool [B, M], the hidden channels of the block that each image uses.
+        """
         dense = self.dense(dtype or self.dtype)
         pairs = zip(dense.blocks, self.selections(), strict=True)
         return dense.with_blocks([kind(block, selection) for block, selection in pairs])
@@ -109,7 +112,7 @@ class ElasticNetwork:
         """Each block reads and writes the maps of the instances that do not skip it, and reads its weights, once."""
         maps: list[int] = []  # values of an image that each block reads and writes
 
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # [B, C, H, W], [B, C', H', W']
             maps.append(inputs[0][0].numel() + output[0].numel())
 
         blocks = self.model.estimator.blocks

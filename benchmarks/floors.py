@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the same run: matrix rate, copy bandwidth, and the fairness settings."""
+"""Floors of this machine, measured in the same run: matrix rate, copy bandwidth; and the fairness settings."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def stream(command: Sequence[str], seconds: float) -> tuple[int, str]:
 
 
 def run_step(name: str, seconds: float, options: argparse.Namespace) -> list[Row]:
-    """What the checks of a step came to, those included that died, hung or did not fit.
+    """Run a step and return a row for each check, those included that died, hung or did not fit.
 
     A process that a check ended is started again for the rest; one in which none began fails as a whole.
     """
@@ -184,7 +184,7 @@ def collect(step: str, entries: Sequence[Row]) -> list[Row]:
 
 
 def machine(options: argparse.Namespace) -> Row:
-    """What a process that starts now says of the machine; {} where it cannot."""
+    """Description of the machine, asked of a process that starts now; {} where that fails."""
     command = [sys.executable, *rehearsed(options, "benchmarks.gpu_machine"), DEVICE]
     try:
         done = subprocess.run(
@@ -213,7 +213,7 @@ def tune(options: argparse.Namespace) -> Row:
 
 
 def rehearsed(options: argparse.Namespace, module: str) -> tuple[str, ...]:
-    """How Python runs a module here."""
+    """Arguments of Python that run a module, under the rehearsal where that is asked for."""
     return ("-m", "benchmarks.rehearsal", module) if options.rehearse else ("-m", module)
 
 

@@ -82,7 +82,7 @@ def build() -> Row:
 
 
 def loaded() -> str | None:
-    """What a process that starts now says of the extension: "cuda True", "cuda False", or why it has none."""
+    """State of the extension in a process that starts now: "cuda True", "cuda False", or why it does not load."""
     return answer(sys.executable, "-c", LOADED)
 
 

@@ -1,4 +1,4 @@
-"""What to expect of a GPU before it is measured: ``python -m benchmarks.gpu_predict --tflops 790 --tbps 4.3``.
+"""Predicted times on a GPU that is not measured yet: ``python -m benchmarks.gpu_predict --tflops 790 --tbps 4.3``.
 
 For every residual block of WRN-32-4 and ResNet-42: floors (FLOPs over the matrix rate, bytes over the bandwidth), and
 times predicted with the shares of the rate in `SHARES`, of the dense block, of two Triton launches behind a pass that

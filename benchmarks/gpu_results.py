@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_check` keeps of a GPU, and the report of it."""
+"""Results that `benchmarks.gpu_check` keeps of a GPU, and the report of them."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 
 
 def row_of(item: pytest.Item, call: pytest.CallInfo, report: pytest.TestReport) -> Row:
-    """What a check came to."""
+    """Row of a finished check: its status, and the reason, error or times."""
     row: Row = {"check": name_of(item), "status": {"passed": "ok"}.get(report.outcome, report.outcome)}
     if report.skipped:
         row["reason"] = str(report.longrepr[2]).removeprefix("Skipped: ")
@@ -110,7 +110,7 @@ def row_of(item: pytest.Item, call: pytest.CallInfo, report: pytest.TestReport) 
 
 
 def is_dead() -> bool:
-    """Whether the device refuses everything after a fault."""
+    """True where the device refuses everything after a fault."""
     if not torch.cuda.is_initialized():
         return False
     try:

@@ -9,11 +9,14 @@ from den_kernels.plan import Route
 
 
 class Unavailable(Exception):
-    """What a check or a provider needs is not here; the message says what."""
+    """Raised where this machine lacks what a check or a provider needs; the message says what."""
 
 
 def fused_branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights, *, onto: bool = True) -> None:
-    """The fused kernel of the extension: out += branch(x), or, not `onto`, out = shortcut + branch. Or Unavailable."""
+    """Run the extension's fused kernel: out += branch(x), or, not `onto`, out = shortcut(x) + branch(x).
+
+    x: [B, C, H, W], out: [B, C', H', W'], both channels-last.  Raises Unavailable where the kernel cannot run.
+    """
     layout = _cuda.layout_of(x, route, weights)
     if layout is None:
         raise Unavailable("the fused kernel does not take this block here")
@@ -21,7 +24,10 @@ def fused_branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights,
 
 
 def composed_branch(x: Tensor, out: Tensor, route: Route, weights: ResidualWeights) -> None:
-    """Triton launches: out += branch(x), also where the fused kernel takes the block. Raises Unavailable without."""
+    """Run Triton's launches: out += branch(x), also where the fused kernel takes the block.
+
+    x: [B, C, H, W], out: [B, C', H', W'], both channels-last.  Raises Unavailable where Triton does not run.
+    """
     from den_kernels import _triton
 
     if not _triton.runs_on(x.device):

@@ -44,7 +44,7 @@ PROVIDERS: dict[str, Role] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed, by everybody."""
+    """Problem that all providers compute."""
 
     suite: str  # "residual", "conv-out-elastic", ...
     shape: str  # "64x32x32", "wrn32_4"
@@ -88,13 +88,13 @@ class Provider:
 
     @property
     def role(self) -> Role:
-        """What it counts as."""
+        """Role of the provider, by its name."""
         return PROVIDERS[self.name]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the case costs: FLOPs with the chosen levels, at full structure, and the bytes nobody can avoid."""
+    """Cost of a case: FLOPs with the chosen levels, at full structure, and the bytes that any provider must move."""
 
     flops: float
     dense_flops: float
@@ -103,7 +103,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long a case may take and whether the dense side is compiled as well."""
+    """Settings of a benchmark run: time for a case, which providers, how the dense ones are compiled."""
 
     seconds: float = 1.0
     least_rounds: int = 7
@@ -161,11 +161,11 @@ def expect(
     return Expected(joined(exact), torch.cat(parts) if parts else 0.0)
 
 
-def _size(exact: Tensor) -> float:
+def _size(exact: Tensor) -> float:  # of any shape
     return exact.detach().abs().max().item() if exact.numel() else 0.0
 
 
-def _error(exact: Tensor, rounded: Tensor) -> float:
+def _error(exact: Tensor, rounded: Tensor) -> float:  # of one shape
     return _size(rounded.detach().double() - exact.detach())
 
 
@@ -325,7 +325,7 @@ def mode(case: Case, trains: bool) -> Iterator[None]:
 
 
 def describe(case: Case, settings: Settings) -> dict[str, Any]:
-    """What every row says about itself: the case, the machine, versions, threads, allocator."""
+    """Fields that every row carries: the case, the machine, versions, threads, allocator."""
     return {
         "case": f"{case.id}{AUTOTUNED if settings.autotune else ''}",
         "suite": case.suite,

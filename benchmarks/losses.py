@@ -21,7 +21,7 @@ class Loss(NamedTuple):
 
     @property
     def counts(self) -> bool:
-        """Whether a fifth of the FLOPs is saved and the slack exceeded: where we said that we would not lose."""
+        """True where a fifth of the FLOPs is saved and yet the slack exceeded, which we said would not happen."""
         ratio = self.row["flops_ratio"]
         return self.factor > SLACK and (ratio is None or ratio >= LEAST_SAVING)
 

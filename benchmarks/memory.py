@@ -27,7 +27,7 @@ _RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs: resets the peak resident siz
 
 
 def is_measurable() -> bool:
-    """Whether this system tells a process its peak resident size."""
+    """True where this system tells a process its peak resident size."""
     return STATUS.exists() and "VmHWM" in STATUS.read_text(encoding="utf-8")
 
 

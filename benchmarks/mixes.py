@@ -1,4 +1,4 @@
-"""How the levels of a case are drawn: named mixes of one block's levels and of whole structures."""
+"""Mixes of levels, by name: rules that draw the levels of one block, or whole structures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one would use instead, in plain PyTorch, and the loops over selections that serve as oracles.
+"""Alternatives to our kernels in plain PyTorch, and the loops over selections that serve as oracles.
 
 Nothing here imports den_kernels. All tensors are channels-last, all networks in eval mode. ``selection`` is bool
 [B, M]: the (hidden or output) channels that each instance uses.
@@ -60,7 +60,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """``x`` contiguous in channels-last order."""
+    """``x`` [B, C, H, W], contiguous in channels-last order."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -78,19 +78,19 @@ class PreactBlock(nn.Module):
         return self.hidden_to_output(self.hidden(self.activated(x))).add_(self.shortcut(x))
 
     def activated(self, x: Tensor) -> Tensor:
-        """relu(bn1(x)), or x without a bn1."""
+        """relu(bn1(x)) of x [B, C, H, W], or x without a bn1."""
         return x if self.bn1 is None else F.relu_(self.bn1(x))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """relu(bn2(conv1(x)))."""
+        """relu(bn2(conv1(x))): x [B, C, H, W] -> [B, M, H', W']."""
         return F.relu_(self.bn2(self.conv1(x)))
 
     def hidden_to_output(self, h: Tensor) -> Tensor:
-        """conv2(h)."""
+        """conv2(h): h [B, M, H', W'] -> [B, C', H', W']."""
         return self.conv2(h)
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """x as the block's output needs it."""
+        """x [B, C, H, W], pooled and padded to the shape [B, C', H', W'] of the block's output."""
         if self.conv1.stride == (2, 2):
             x = F.avg_pool2d(x, 2, ceil_mode=True)
         extra = self.conv2.out_channels - x.shape[1]
@@ -98,7 +98,7 @@ class PreactBlock(nn.Module):
 
 
 class FoldedBlock(PreactBlock):
-    """The same with bn2 folded into conv1's weight and bias."""
+    """`PreactBlock` with bn2 folded into conv1's weight and bias."""
 
     def __init__(self, block: PreactBlock) -> None:
         super().__init__(*(copy.deepcopy(m) for m in (block.conv1, block.bn1, block.conv2, block.bn2)))
@@ -118,10 +118,10 @@ class PackedBlock(FoldedBlock):
         self._packed1 = packed_convolution(self.conv1, tuple(input_size), "relu")
         self._packed2 = packed_convolution(self.conv2, hidden_size, "none")
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, M, H', W']
         return self._packed1(x)
 
-    def hidden_to_output(self, h: Tensor) -> Tensor:
+    def hidden_to_output(self, h: Tensor) -> Tensor:  # [B, M, H', W'] -> [B, C', H', W']
         return self._packed2(h)
 
 
@@ -137,23 +137,23 @@ def packed_convolution(conv: nn.Conv2d, input_size: Sequence[int], activation: s
 
 
 def can_pack(x: Tensor) -> bool:
-    """Whether this torch has oneDNN and its prepacked convolutions, for tensors like ``x``."""
+    """True where this torch has oneDNN and its prepacked convolutions, for maps like ``x`` [B, C, H, W]."""
     return x.is_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 class MaskedBlock:
-    """What dynamic networks usually do: compute everything, multiply the hidden map by a mask."""
+    """Block as dynamic networks usually run it: compute every channel, multiply the hidden map by a mask."""
 
-    def __init__(self, block: PreactBlock, selection: Tensor) -> None:
+    def __init__(self, block: PreactBlock, selection: Tensor) -> None:  # selection: bool [B, M]
         self.block, self.mask = block, selection[:, :, None, None].to(block.conv1.weight.dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         hidden = self.block.hidden(self.block.activated(x)).mul_(self.mask)
         return self.block.hidden_to_output(hidden).add_(self.block.shortcut(x))
 
 
 def slice_block(block: PreactBlock, channels: Tensor) -> PreactBlock:
-    """The block with only the hidden ``channels``, weights copied."""
+    """The block with only the hidden ``channels`` (int64 [m]), weights copied."""
     conv1, bn2, conv2 = (copy.deepcopy(m) for m in (block.conv1, block.bn2, block.conv2))
     conv1.weight = nn.Parameter(channels_last(conv1.weight.detach()[channels]))
     conv2.weight = nn.Parameter(channels_last(conv2.weight.detach()[:, channels]))
@@ -169,11 +169,11 @@ class BucketBlock:
     Doubles as the oracle, in float64.
     """
 
-    def __init__(self, block: PreactBlock, selection: Tensor) -> None:
+    def __init__(self, block: PreactBlock, selection: Tensor) -> None:  # selection: bool [B, M]
         self.block = block
         self.parts = [(segment.rows, slice_block(block, segment.channels)) for segment in segments(selection)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         shortcut = self.block.shortcut(x)
         out = channels_last(shortcut.clone() if shortcut is x else shortcut)
         for rows, part in self.parts:
@@ -183,9 +183,12 @@ class BucketBlock:
 
 
 class BareBlock:
-    """Only the convolutions of the levels, on rows gathered beforehand: no batch norm, no ReLU, no data movement."""
+    """Only the convolutions of the levels, on rows gathered beforehand: no batch norm, no ReLU, no data movement.
 
-    def __init__(self, block: PreactBlock, x: Tensor, selection: Tensor, packed: bool) -> None:
+    x: [B, C, H, W]; selection: bool [B, M]; packed: through oneDNN with prepacked weights.
+    """
+
+    def __init__(self, block: PreactBlock, x: Tensor, selection: Tensor, packed: bool) -> None:  # [B, C, H, W], [B, M]
         self.parts: list[tuple[Tensor, Convolution, Convolution]] = []
         for segment in segments(selection):
             part, rows = slice_block(block, segment.channels), channels_last(rows_of(x, segment.rows))
@@ -203,7 +206,10 @@ class BareBlock:
 
 
 class DenseNetwork(nn.Module):
-    """A stem, blocks in order, and the closing norm, average pool and head: logits [B, classes]."""
+    """A stem, blocks in order, and the closing norm, average pool and head: images [B, c, S, S] -> logits [B, classes].
+
+    Each of ``blocks`` maps [B, C, H, W] -> [B, C', H', W'].
+    """
 
     def __init__(self, stem: nn.Module, blocks: Sequence[Callable[[Tensor], Tensor]], norm: nn.Module, head: nn.Module):
         super().__init__()
@@ -211,7 +217,7 @@ class DenseNetwork(nn.Module):
         self.modules_of_blocks = nn.ModuleList(block for block in blocks if isinstance(block, nn.Module))
 
     def forward(self, images: Tensor, samples: int = 1) -> Tensor:
-        """Logits of ``samples`` rows of each image; the stem runs once per image."""
+        """Logits [B * samples, classes] of images [B, c, S, S], each repeated ``samples`` times after the stem."""
         x = self.stem(images)
         if samples > 1:
             x = channels_last(x.repeat_interleave(samples, 0))
@@ -220,7 +226,7 @@ class DenseNetwork(nn.Module):
         return self.head(F.relu_(self.norm(x)).mean((2, 3)))
 
     def with_blocks(self, blocks: Sequence[Callable[[Tensor], Tensor]]) -> DenseNetwork:
-        """The same network around other blocks."""
+        """This network around other blocks, each [B, C, H, W] -> [B, C', H', W']."""
         return DenseNetwork(self.stem, blocks, self.norm, self.head)
 
     def block_input_sizes(self, images: Tensor) -> list[torch.Size]:
@@ -274,7 +280,7 @@ class ElasticConv:
 
 
 def as_slice(channels: Tensor) -> Tensor | slice:
-    """A run of consecutive channels as a slice (a view when indexed), anything else as it is."""
+    """Channels int64 [m], ascending: a slice (a view when indexed) where they are consecutive, else as they are."""
     first, last = int(channels[0]), int(channels[-1])
     return slice(first, last + 1) if last - first + 1 == len(channels) else channels
 
@@ -285,7 +291,7 @@ class BucketConv:
     def __init__(self, elastic: ElasticConv) -> None:
         self.elastic, self.parts = elastic, elastic.pieces()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         h, w = (-(-side // step) for side, step in zip(x.shape[2:], self.elastic.conv.stride, strict=True))
         out = x.new_zeros(len(x), h, w, self.elastic.conv.out_channels)
         for rows, outputs, inputs, conv in self.parts:
@@ -301,9 +307,9 @@ class BucketConv:
 
 
 class BareConv:
-    """Only the convolutions, on inputs gathered beforehand."""
+    """Only the convolutions, on inputs gathered beforehand from x [B, C, H, W]; packed: with oneDNN's own weights."""
 
-    def __init__(self, elastic: ElasticConv, x: Tensor, packed: bool) -> None:
+    def __init__(self, elastic: ElasticConv, x: Tensor, packed: bool) -> None:  # [B, C, H, W]
         self.parts: list[tuple[Tensor, Convolution]] = []
         for rows, _, inputs, conv in elastic.pieces():
             gathered = channels_last(rows_of(x, rows)[:, inputs])
@@ -316,7 +322,8 @@ class BareConv:
 def compiled(module: nn.Module, example: Tensor, autotune: bool = False) -> Callable[[Tensor], Tensor] | None:
     """``module`` through torch.compile with frozen weights, run once on ``example``; None and a warning if it fails.
 
-    autotune: its kernels are searched for, which takes long. On a GPU the clock records the graph.
+    example: the module's input, a map [B, C, H, W] or images [B, c, S, S].
+    autotune: search for the fastest kernels, which takes long. On a GPU the clock records the graph.
     """
     try:
         function = torch.compile(module, options={"freezing": True, "max_autotune": autotune})

@@ -1,4 +1,4 @@
-"""What products of float32 are on a GPU while something is checked or timed: rounded to TF32, or not."""
+"""Precision of float32 products on a GPU while something is checked or timed: rounded to TF32, or not."""
 
 from __future__ import annotations
 

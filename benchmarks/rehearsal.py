@@ -51,7 +51,7 @@ METRICS = {
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What the processes of a rehearsal are started with; the tools' stand-ins are written to a folder."""
+    """Environment of the processes of a rehearsal; writes scripts that stand in for the tools to a folder."""
     for tool in TOOLS:
         script = folder / tool
         script.write_text(
@@ -64,7 +64,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class Account:
-    """What computed the current check."""
+    """Counts of what computed the current check: launches interpreted or left out, stand-ins."""
 
     def __init__(self) -> None:
         self.as_on_gpu, self.interprets, self.replays = False, True, True  # operators; launches, and those of graphs
@@ -133,7 +133,7 @@ def interpreted(account: Account) -> Callable[..., dict[str, Any]]:
 
 
 def layout_of(x: Tensor, route: Any, weights: Any) -> Any:
-    """`_cuda.layout_of` without asking whether the extension has CUDA kernels, for blocks of any size."""
+    """`_cuda.layout_of` for blocks of any size (x [B, C, H, W]), also where the extension has no CUDA kernels."""
     if x.device.type != "cuda" or route.mask is not None or (x.dtype == torch.float32 and not allows_tf32()):
         return None
     return _cuda._layout(_cuda._problem(x, weights)) or StandIn()
@@ -144,19 +144,20 @@ class StandIn:
 
     @staticmethod
     def is_worth(problem: Any) -> bool:
-        """Whether an operator chooses it."""
+        """False: no operator chooses the stand-in."""
         return False
 
 
 def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
-    """What `_cuda` has of the extension, by PyTorch's operations."""
+    """Replacements, by name, of the functions that `_cuda` has of the extension, made of PyTorch's operations."""
 
-    def fill(outputs: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def fill(outputs: Sequence[Tensor], made: Sequence[Tensor]) -> None:  # output and values of one shape
         account.stand_ins += 1
         for output, values in zip(outputs, made, strict=True):
             output.copy_(values)
 
     def fused_residual(x: Tensor, out: Tensor, route: Any, weights: Any, layout: Any, *, holds_shortcut: bool) -> None:
+        """As `_cuda.fused_residual`: x [B, C, H, W], out [B, C', H', W']."""
         from den_kernels._residual_gpu import add_branch_masked
 
         account.stand_ins += 1
@@ -177,7 +178,7 @@ def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
 
 
 def operators() -> dict[str, Callable[..., Any]]:
-    """What the operators run on a GPU, by the name that the dispatcher gives them."""
+    """Functions that the operators run on a GPU, by the name that the dispatcher gives the operators."""
     names = ("dynamic_conv", "dynamic_residual", "_triton.norm")  # the package has functions of the first two names
     dynamic_conv, dynamic_residual, norm = (import_module(f"den_kernels.{name}") for name in names)
     return {

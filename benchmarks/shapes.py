@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
     @property
     def keeps(self) -> bool:
-        """Whether what comes out is as large as what goes in."""
+        """True where the output is as large as the input."""
         return self.channels == self.out_channels and self.stride == 1
 
     def values(self, batch: int) -> int:

@@ -14,14 +14,14 @@ from .peers import ElasticConv, PreactBlock, channels_last, slice_block
 class PerInstanceBlock:
     """One call for every image, with the weights of its channels sliced beforehand, as Once-for-All style code does."""
 
-    def __init__(self, block: PreactBlock, selection: Tensor) -> None:
+    def __init__(self, block: PreactBlock, selection: Tensor) -> None:  # selection: bool [B, M]
         sliced: dict[tuple[bool, ...], PreactBlock] = {}
         for row in selection.unique(dim=0):
             if row.any():
                 sliced[tuple(row.tolist())] = slice_block(block, row.nonzero().flatten())
         self.block, self.parts = block, [sliced.get(tuple(row.tolist())) for row in selection]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         images = zip(x.split(1), self.parts, strict=True)
         return torch.cat([self.block.shortcut(image) if part is None else part(image) for image, part in images])
 
@@ -32,7 +32,7 @@ class GroupedBlock:
     All instances compute as many hidden channels as the widest one; the stacked weights take batch times the memory.
     """
 
-    def __init__(self, block: PreactBlock, selection: Tensor) -> None:
+    def __init__(self, block: PreactBlock, selection: Tensor) -> None:  # selection: bool [B, M]
         self.block, batch = block, len(selection)
         used = selection[:, : max(1, int((selection * torch.arange(1, selection.shape[1] + 1)).max()))]
         mask = used.to(block.conv1.weight.dtype)
@@ -46,7 +46,7 @@ class GroupedBlock:
         self.conv2 = (conv2 * mask[:, None, :, None, None]).flatten(0, 1)  # [B * C_out, width, R, S]
         self.batch = batch
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         a = self.block.activated(x)
         folded = a.reshape(1, -1, *a.shape[2:])
         stride, padding = self.block.conv1.stride, self.block.conv1.padding
@@ -64,7 +64,7 @@ class PerInstanceConv:
         for rows, outputs, inputs, conv in elastic.pieces():
             self.parts |= dict.fromkeys(rows.tolist(), (outputs, inputs, conv))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         out = channels_last(x.new_zeros(len(x), self.channels, *x.shape[2:]))
         for i, (outputs, inputs, conv) in self.parts.items():
             out[i : i + 1, outputs] = conv(channels_last(x[i : i + 1, inputs]))
@@ -83,7 +83,7 @@ class GroupedConv:
             stacked = stacked * elastic.in_selection[:, None, :, None, None].to(weight.dtype)
         self.weight, self.batch, self.stride, self.padding = stacked.flatten(0, 1), batch, conv.stride, conv.padding
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         folded = x.reshape(1, -1, *x.shape[2:])
         out = F.conv2d(folded, self.weight, None, self.stride, self.padding, groups=self.batch)
         return out.view(self.batch, -1, *out.shape[2:])

@@ -55,7 +55,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[
 
 
 def target_line(target: Target, rows: dict[str, Row]) -> list[str]:
-    """What, which measure, the target, what was measured, whether it is met."""
+    """Cells of a target's line: its name, the measure, the bound, the measured value, yes or no."""
     value = target.value(rows)
     sign = "≥" if target.is_lower_bound else "≤"
     verdict = "not measured" if value is None else "yes" if target.is_met(value) else "**no**"
@@ -156,7 +156,7 @@ def provenance(rows: Sequence[Row]) -> str:
 
 
 def coloured(text: str) -> str:
-    """The same with ANSI colours: headings bold, what is met green, what is not and where we lose red."""
+    """The text with ANSI colours: headings bold, what is met green, what is not and where we lose red."""
     lines = []
     for line in text.split("\n"):
         if line.startswith("#"):

@@ -25,7 +25,7 @@ class Target:
 
     @property
     def is_lower_bound(self) -> bool:
-        """Whether more is better."""
+        """True where a larger value is better."""
         return self.measure in ("realised", "speed", "throughput") or self.measure.startswith("against ")
 
     def measured(self, row: Row) -> float | None:
@@ -49,7 +49,7 @@ class Target:
         return (min if self.is_lower_bound else max)(known, default=None)
 
     def is_met(self, value: float) -> bool:
-        """Whether ``value`` is on the right side of the bound."""
+        """True where ``value`` is on the right side of the bound."""
         return value >= self.bound if self.is_lower_bound else value <= self.bound
 
 

@@ -72,7 +72,7 @@ class Problem:
         return peers.ElasticConv(conv, channels if self.out_elastic else None, channels if self.in_elastic else None)
 
     def to(self, device: str) -> Problem:
-        """The same on a device."""
+        """Copy of the problem on a device."""
         levels = None if self.levels is None else self.levels.to(device)
         inputs = [x.to(device) for x in self.inputs]
         sets = input_sets(torch.device(device), 2 * self.x.nbytes)
@@ -113,7 +113,7 @@ def work_of(problem: Problem) -> Work:
 
 
 def route_of(problem: Problem) -> den_kernels.Route:
-    """What each instance selects, planned."""
+    """The plan's route of the problem's levels or masks."""
     if problem.levels is None:
         return den_kernels.RoutingPlan.from_masks(problem.groups[:, None])[0]
     return den_kernels.RoutingPlan.from_levels(problem.levels[:, None], len(problem.sizes))[0]
@@ -152,7 +152,7 @@ def kernel_provider(problem: Problem) -> Any:
 
     route, weight, out = route_of(problem), problem.conv.weight.detach(), torch.zeros_like(problem.conv(problem.x))
 
-    def kernel(x: Tensor) -> Tensor:
+    def kernel(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         convolve(x, weight, out, route, geometry_of(problem), skip_empty=True)
         return out
 
@@ -172,7 +172,7 @@ def peer_providers(problem: Problem, coarse: bool = False) -> list[Provider]:
     plain = expect(lambda d: problem.elastic(d).conv(x.to(d)), dtype, least=least)
     bare = expect(lambda d: peers.BareConv(problem.elastic(d), x.to(d), packed=False)(), dtype, least=least)
 
-    def masked(x: Tensor) -> Tensor:
+    def masked(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         products = conv(x * mask if problem.in_elastic else x)
         return products.mul_(mask) if problem.out_elastic else products
 

@@ -30,7 +30,7 @@ Convolve = Callable[[Tensor, Tensor], Tensor]  # x, weight -> y
 
 
 def there_and_back(convolve: Convolve, x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of input and weight."""
+    """The output and the gradients of x and weight; x, grad and output: [B, C, H, W], weight: [C, C, 3, 3]."""
     inputs = [tensor.detach().requires_grad_() for tensor in (x, weight)]
     y = convolve(*inputs)
     return [y, *torch.autograd.grad(y, inputs, grad)]
@@ -40,7 +40,7 @@ def masked(problem: Problem) -> Convolve:
     """The whole convolution, multiplied by masks. In float64 the oracle."""
     mask = peers.select_channels(problem.groups, problem.sizes)[:, :, None, None]
 
-    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:  # [B, C, H, W], [C, C, 3, 3]
         scale = mask.to(x.device, x.dtype)
         y = F.conv2d(x * scale if problem.in_elastic else x, weight, padding=1)
         return y * scale if problem.out_elastic else y
@@ -58,7 +58,7 @@ def bucketed(problem: Problem) -> Convolve:
         )
         parts.append((segment.rows.to(problem.x.device), outputs, inputs))
 
-    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:  # [B, C, H, W], [C, C, 3, 3]
         y = torch.zeros_like(x)
         for rows, outputs, inputs in parts:
             part = F.conv2d(peers.channels_last(x[rows, inputs]), weight[outputs][:, inputs], padding=1)

@@ -105,7 +105,7 @@ def elastic_providers(network: ElasticNetwork) -> list[Provider]:
 
 
 def choose_and_call(network: ElasticNetwork, call: Callable[[Tensor], Tensor]) -> Tensor:
-    """The selector, whose choice `call` was built to follow, and the network."""
+    """Run the selector, then `call`, built to follow its choice: images [B, c, S, S] -> logits [B, classes]."""
     network.model.select(network.images, network.task)
     return call(network.images)
 

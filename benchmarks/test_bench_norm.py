@@ -53,7 +53,7 @@ class Problem:
         return cls(*map(peers.channels_last, maps), weight, bias, levels, sizes).to(case.device, DTYPES[case.dtype])
 
     def to(self, device: str, dtype: torch.dtype) -> Problem:
-        """The same on a device, the maps in another dtype."""
+        """Copy of the problem on a device, the maps in another dtype."""
         affine = self.weight.to(device, dtype), self.bias.to(device, dtype)
         return Problem(
             self.x.to(device, dtype), self.grad.to(device, dtype), *affine, self.levels.to(device), self.sizes
@@ -79,7 +79,7 @@ def there_and_back(norm: Norm, problem: Problem) -> list[Tensor]:
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Every instance, every channel."""
+    """Batch norm of x [B, C, H, W] over every instance and channel, and ReLU; weight and bias: [C]."""
     return F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
 
 
@@ -88,7 +88,7 @@ def bucketed(problem: Problem) -> Norm:
     bounds = torch.tensor((0, *problem.sizes)).cumsum(0).tolist()
     rows = [(problem.levels > group).nonzero().flatten() for group in range(len(problem.sizes))]
 
-    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [B, C, H, W], [C], [C]
         y = torch.zeros_like(x)
         for users, first, last in zip(rows, bounds, bounds[1:], strict=False):
             part = dense(x[users, first:last], weight[first:last], bias[first:last])
@@ -103,10 +103,10 @@ def providers_of(problem: Problem) -> list[Provider]:
     dtype, mask = problem.x.dtype, problem.selection
     route = RoutingPlan.from_levels(problem.levels[:, None], len(problem.sizes))[0]
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [B, C, H, W], [C], [C]
         return dynamic_batch_norm(x, route, weight, bias, None, None, groups=problem.sizes, training=True, relu=True)
 
-    def masked(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def masked(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [B, C, H, W], [C], [C]
         return F.relu(masked_norm(x, mask, weight, bias))
 
     def oracle(kind: Callable[[Problem], Norm]) -> Any:

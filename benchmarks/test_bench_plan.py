@@ -27,7 +27,7 @@ def sorted_instances(levels: Tensor) -> Tensor:
 
 
 def bucketed(levels: Tensor) -> Tensor:
-    """The same as bucketing by level does it: a comparison and a nonzero for each block and level."""
+    """Rows [N, B] of a plan of levels [B, N], by bucketing: a comparison and a nonzero for each block and level."""
     blocks = levels.t()
     found = [torch.cat([(c == level).nonzero().flatten() for level in range(LEVELS)[::-1]]) for c in blocks]
     return torch.stack(found)

@@ -77,7 +77,7 @@ class Problem:
         return copy.deepcopy(self.block).to(dtype), self.x.to(dtype)
 
     def to(self, device: str) -> Problem:
-        """The same on a device."""
+        """Copy of the problem on a device."""
         inputs = [x.to(device) for x in self.inputs]
         sets = input_sets(torch.device(device), 2 * self.x.nbytes)
         inputs += [torch.randn_like(inputs[0]) for _ in range(sets - 1)]
@@ -147,10 +147,10 @@ def our_providers(case: Case, problem: Problem, expected: Expected) -> list[Prov
     inputs, groups, weights = problem.inputs, len(problem.sizes), fold(problem)
     route = den_kernels.RoutingPlan.from_levels(problem.levels[:, None], groups)[0]
 
-    def block(x: Tensor) -> Tensor:
+    def block(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         return den_kernels.dynamic_residual(x, route, weights)
 
-    def with_plan(x: Tensor) -> Tensor:
+    def with_plan(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         fresh = den_kernels.RoutingPlan.from_levels(problem.levels[:, None], groups)[0]
         return den_kernels.dynamic_residual(x, fresh, weights)
 
@@ -166,7 +166,7 @@ def our_providers(case: Case, problem: Problem, expected: Expected) -> list[Prov
 def branch_providers(
     problem: Problem, route: den_kernels.Route, weights: den_kernels.ResidualWeights, expected: Expected
 ) -> list[Provider]:
-    """What a GPU can make of the block: launches of Triton, or the fused kernel, where it takes it."""
+    """The GPU's two ways to compute the block: launches of Triton; the fused kernel, where it takes the block."""
     found = []
     shortcuts = [peers.channels_last(problem.block.shortcut(x)) for x in problem.inputs]
     outs = [torch.empty_like(shortcut) for shortcut in shortcuts]
@@ -184,7 +184,10 @@ def branch_providers(
 def onto(
     name: str, calls: Sequence[Call], outs: Sequence[Tensor], shortcuts: Sequence[Tensor], expected: Expected
 ) -> Provider:
-    """Calls that add a branch to maps, which hold the shortcuts before they are timed."""
+    """Provider of calls that add a branch to ``outs``, which hold the shortcuts before the calls are timed.
+
+    outs, shortcuts: maps [B, C', H', W'], one for each call.
+    """
 
     def first() -> Tensor:
         calls[0]()
@@ -220,7 +223,7 @@ def compiled_block(
 
 
 def other_providers(case: Case, problem: Problem, expected: Expected) -> list[Provider]:
-    """What one would do instead with the levels, in plain PyTorch, and the bare convolutions of the levels."""
+    """Providers that use the levels in plain PyTorch, and the bare convolutions of the levels."""
     if case.mix in ("full", "zero"):
         return []
     x, block, selection = problem.x, problem.block, problem.selection

@@ -42,7 +42,7 @@ def labels_of(network: ElasticNetwork) -> Tensor:
 
 
 def training_pass(network: ElasticNetwork, levels: Tensor | None) -> TrainingPass:
-    """In plain PyTorch over the network's own parameters."""
+    """Forward pass in plain PyTorch over the network's own parameters; levels: [B, N], None: the full structure."""
     return TrainingPass(network.model.estimator, task_index(network), levels)
 
 
@@ -58,12 +58,15 @@ def in_dtype(network: ElasticNetwork, dtype: torch.dtype) -> ElasticNetwork:
 
 
 def autocast(images: Tensor, half: bool) -> torch.autocast:
-    """Convolutions in bfloat16, where that is asked for and the numbers are not those of an oracle."""
+    """Autocast to bfloat16 where `half` asks for it and the images [B, c, S, S] are not an oracle's float64."""
     return torch.autocast(images.device.type, torch.bfloat16, enabled=half and images.dtype == torch.float32)
 
 
 def plain_step(network: ElasticNetwork, logits: Callable[[Tensor], Tensor], half: bool) -> list[Tensor]:
-    """Loss and gradients of the estimator by a pass in plain PyTorch; half: under autocast."""
+    """Loss [] and gradients of the estimator, by a pass in plain PyTorch; half: under autocast.
+
+    logits: images [B, c, S, S] -> [B, classes].
+    """
     with autocast(network.images, half):
         loss = F.cross_entropy(logits(network.images).to(network.images), labels_of(network))
     return gradients(loss, network.model.estimator)

@@ -29,11 +29,11 @@ class TrainingPass:
     In float64 the oracle.
     """
 
-    def __init__(self, estimator: Estimator, task: int, levels: Tensor | None) -> None:
+    def __init__(self, estimator: Estimator, task: int, levels: Tensor | None) -> None:  # levels: [B, N]
         self.estimator, self.task, self.levels = estimator, task, levels
 
     def logits(self, images: Tensor) -> Tensor:
-        """[B, classes]."""
+        """Logits [B, classes] of images [B, c, S, S]."""
         x = self.estimator.stems[self.task](images)
         for i, block in enumerate(self.estimator.blocks):
             used = None if self.levels is None else select_levels(self.levels[:, i], block.conv1.out_groups)
@@ -43,6 +43,7 @@ class TrainingPass:
         return self.estimator.heads[self.task](x.mean((2, 3)))
 
     def _branch(self, block: ElasticBlock, x: Tensor, used: Tensor | None) -> Tensor:
+        """The block's residual branch: x [B, C, H, W], used bool [B, M] (None: all) -> [B, C', H', W']."""
         if block.bn1 is not None:
             runs = None if used is None else used.any(1, keepdim=True).expand(-1, x.shape[1])
             x = F.relu(_norm(block.bn1, x, runs))
@@ -50,13 +51,13 @@ class TrainingPass:
         return F.conv2d(F.relu(_norm(block.bn2, hidden, used)), block.conv2.weight, None, 1, 1)
 
 
-def _norm(norm: nn.BatchNorm2d, x: Tensor, used: Tensor | None) -> Tensor:
+def _norm(norm: nn.BatchNorm2d, x: Tensor, used: Tensor | None) -> Tensor:  # [B, C, H, W], [B, C]
     if used is None:
         return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
     return masked_norm(x, used, norm.weight, norm.bias, norm.eps)
 
 
 def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
-    """The loss and its gradients, those of parameters that it does not depend on left out."""
+    """The loss [] and its gradients, each of its parameter's shape; none for parameters that it does not depend on."""
     found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
     return [loss.detach(), *[gradient for gradient in found if gradient is not None]]

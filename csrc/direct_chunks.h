@@ -169,7 +169,7 @@ void hidden_stage(const Chunk& c, int64_t thread, int64_t threads) {
   hidden_items(c, begin, end);
 }
 
-// A stage between the hidden map and the output, followed by a wait: an overload of kernels that have one, else nothing.
+// A stage between the hidden map and the output, followed by a wait; kernels that have one overload this function.
 template <class Chunk, class Wait>
 void middle_stage(const Chunk&, int64_t, int64_t, Wait) {}
 

@@ -35,7 +35,7 @@ void dynamic_conv(const ConvProblem<float>& problem);
 // weight and bias are not looked at. Needs what dynamic_conv needs.
 void dynamic_conv_weight_gradient(const ConvProblem<float>& problem, const float* grad, float* dweight);
 
-// dynamic_conv_weight_gradient with AMX (has_amx), for stride 1, dilation 1, C and C_out divisible by 16.
+// Takes bfloat16. Needs AMX (has_amx), stride 1, dilation 1, C and C_out divisible by 16.
 void dynamic_conv_weight_gradient(const ConvProblem<bf16>& problem, const bf16* grad, bf16* dweight);
 
 // Needs AMX or AVX-512 BF16 (has_dynamic_residual_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible

@@ -92,7 +92,7 @@ Command = Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info | 
 
 
 def command(arguments: list[str]) -> Callable[[], int]:
-    """What the arguments ask for, with all that it needs imported; called, it returns the exit status.
+    """Import and return the command that the arguments ask for; called, it runs and returns the exit status.
 
     Raises ValueError and OSError for wrong input, SystemExit from --help and for options that there are not.
     """

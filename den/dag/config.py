@@ -18,7 +18,7 @@ Scenario = Literal["omniglot", "cifar100", "nyuv2", "cityscapes", "pascal"]
 
 @dataclass(frozen=True)
 class DagDataConfig:
-    """What is trained on."""
+    """Settings of the data."""
 
     scenario: Annotated[Scenario, tyro.conf.arg(aliases=("--scenario",))] = "omniglot"
     """omniglot: one alphabet is one task.  cifar100: 20 tasks, one per coarse label, of five classes each.  nyuv2,
@@ -63,7 +63,7 @@ class DagNetworkConfig:
 
 @dataclass(frozen=True)
 class DagTraining:
-    """How it is trained: SGD with Nesterov momentum on the weights, Adam on the gates."""
+    """Settings of training: SGD with Nesterov momentum on the weights, Adam on the gates."""
 
     steps: Annotated[int, Range(1)] = 2000
     """Updates of the weights, all stages together."""
@@ -93,7 +93,7 @@ class DagTraining:
 
 @dataclass(frozen=True)
 class ReductionConfig:
-    """What every task keeps after the search."""
+    """Settings of the reduction that follows the search: the share to remove, and by which order."""
 
     ratio: Annotated[float, Range(0, 1)] = 0.5
     """mu: share of the edges, read-ins and read-outs that is removed."""
@@ -107,7 +107,7 @@ class ReductionConfig:
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """What only AdaShare and cross-stitch networks need."""
+    """Settings of AdaShare and cross-stitch networks only."""
 
     temperature: Annotated[float, Range(1e-3)] = 5.0
     """AdaShare: of the Gumbel-softmax at first."""

@@ -54,19 +54,20 @@ def balanced_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def known_depth(target: Tensor) -> Tensor:
-    """Whether each depth is known."""
+    """True where a depth of [B, 1, H, W] is known: above `DEPTH_FLOOR`."""
     return target > DEPTH_FLOOR
 
 
 def known_normals(target: Tensor) -> Tensor:
-    """Whether each normal of [B, 3, H, W] is known: bool [B, H, W]."""
+    """True where a normal of [B, 3, H, W] is known, that is, not zero: bool [B, H, W]."""
     return target.abs().sum(1) > 0
 
 
 def _check(op: str, target: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless the target has this shape."""
     if tuple(target.shape) != tuple(shape):
         raise ValueError(f"{op}: target must be {list(shape)} as the predictions, got {list(target.shape)}")
 
 
-def _mean(errors: Tensor, known: Tensor) -> Tensor:
+def _mean(errors: Tensor, known: Tensor) -> Tensor:  # of one shape, known bool -> []
     return (errors * known).sum() / known.sum().clamp_min(1)

@@ -1,4 +1,4 @@
-"""What is measured of dense predictions on a set, collected batch by batch; shares and errors in 0..1, not per cent."""
+"""Metrics of dense predictions on a set, collected batch by batch; shares and errors in 0..1, not per cent."""
 
 from __future__ import annotations
 

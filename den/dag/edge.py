@@ -33,7 +33,7 @@ class Edge(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._folded: FoldCache[DynamicConv2d] = FoldCache()
 
-    def forward(self, x: Tensor, route: Route | None) -> Tensor:
+    def forward(self, x: Tensor, route: Route | None) -> Tensor:  # [B, C, H, W]
         if route is None:
             return self.norm(self.conv(x), relu=True)
         if may_fold(self):
@@ -43,7 +43,7 @@ class Edge(nn.Module):
     def folded(self) -> DynamicConv2d:
         """The convolution with the batch norm folded in, from the cache while nothing it depends on changed."""
         sources = self.conv.weight, *norm_tensors(self.norm)
-        return self._folded.get(sources, lambda: folded_conv(self.conv, self.norm))
+        return self._folded.get(sources, lambda: folded_conv(self.conv, self.norm), self.norm.eps)
 
     def train(self, mode: bool = True) -> Edge:
         self._folded.clear()
@@ -51,9 +51,10 @@ class Edge(nn.Module):
 
 
 def reference_edge(edge: Edge, x: Tensor, levels: Tensor) -> Tensor:
-    """What `Edge` computes, in plain PyTorch operations and with all groups: the instances at a level above 0 together.
+    """Compute `Edge` with all its groups in plain PyTorch: x [B, C, H, W], levels [B] -> [B, C', H', W'].
 
-    Running statistics move as the edge's would.
+    Instances at level 0 get zeros; the others are convolved and normalised together.  Running statistics are updated as
+    the edge updates them.
     """
     conv, used = edge.conv, levels > 0
     out = torch.zeros_like(F.conv2d(x, conv.weight, None, conv.stride, conv.padding))

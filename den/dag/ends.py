@@ -31,7 +31,10 @@ class MixedEnds:
 
     @staticmethod
     def fit(stems: Sequence[object], heads: Sequence[object], images: Sequence[Tensor]) -> bool:
-        """Whether the tasks of a batch can go together: alike but for their weights, as many images of each."""
+        """True where the tasks of a batch can share one pass: stems and heads differ in their weights only.
+
+        images: one tensor [n, c, S, S] for each task, all of one shape.
+        """
         if len(images) < 2 or any(part.shape != images[0].shape for part in images) or not len(images[0]):
             return False
         if not all(isinstance(stem, DagStem) for stem in stems) or not all(isinstance(h, ClassHead) for h in heads):

@@ -1,4 +1,4 @@
-"""What a DAG network reaches and what it costs, task by task."""
+"""Results and cost of a DAG network, task by task."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class TaskCost:
-    """What one task's sub-network is and costs."""
+    """Structure and cost of one task's sub-network."""
 
     task: str
     kept: SubGraph
@@ -135,7 +135,7 @@ def time_tasks(
 
 
 def _alone(model: DagNetwork | PeerNetwork, task: str) -> Callable[[Tensor], Tensor]:
-    """What one task takes to run; a cross-stitch network has no smaller part that does."""
+    """The smallest network that runs one task: its sub-network; the whole of a cross-stitch network, which has none."""
     if isinstance(model, CrossStitchNetwork):
         return partial(model, task=task)
     if isinstance(model, SeparateNetworks):

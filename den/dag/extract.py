@@ -51,7 +51,7 @@ class SubNetwork(nn.Module):
         self.train(model.training).to(model.gates.gamma.device, model.gates.gamma.dtype)
 
     def _take_stage_ends(self, model: DagNetwork) -> None:
-        """Of each later stage the read-in and the read-out, where the task keeps one of its states'."""
+        """Copy the read-in and the read-out of each later stage in which the task keeps one."""
         self.read_ins, self.read_outs = nn.ModuleDict(), nn.ModuleDict()
         config, stage_of = model.config, model.graph.stage_of
         for stage, ends in enumerate(model.stages, 1):
@@ -63,12 +63,12 @@ class SubNetwork(nn.Module):
                 self.read_outs[place] = nn.Conv2d(*channels[::-1], 1, bias=False)
                 self.read_outs[place].load_state_dict(ends.read_out.state_dict())
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # [B, c, H, W] -> [B, classes]; dense: [B, classes, H, W]
         maps = self.trunk(self.stem(images))
         return self.head(maps if self.task.dense else maps.mean((2, 3)))
 
     def trunk(self, x: Tensor) -> Tensor:
-        """The gated sum of the states that the task keeps."""
+        """The gated sum of the states that the task keeps: the stem's maps x [B, C, H, W] -> [B, C, H, W]."""
         inputs = {0: x, **{int(s): read(pooled(x, int(s))) for s, read in self.read_ins.items()}}
         states: dict[int, Tensor] = {}
         outs: dict[int, Tensor] = {}
@@ -99,7 +99,8 @@ class SubNetwork(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def _plus(total: Tensor | None, y: Tensor, gate: float) -> Tensor:
+def _plus(total: Tensor | None, y: Tensor, gate: float) -> Tensor:  # [B, C, H, W]
+    """total + gate * y, in place for inference; total None: gate * y."""
     if total is None:
         return y * gate
     return torch.add(total, y, alpha=gate) if torch.is_grad_enabled() else total.add_(y, alpha=gate)

@@ -1,4 +1,4 @@
-"""What every task learns about the graph: read-in, read-out and connectivity logits, whose sigmoids are its gates."""
+"""The gates of every task: sigmoids of the logits of read-in, read-out and connectivity, which are learned."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ class Gates(nn.Module):
 
     @contextmanager
     def drawn(self, noise: Tensor, temperature: float) -> Iterator[None]:
-        """Within it, the edges' gates are samples of what AdaShare learns, ``sigmoid((gamma + noise) / temperature)``,
-        and those of read-in and read-out 1."""
+        """Context in which the edges' gates are samples of AdaShare's policies, those of read-in and read-out 1.
+
+        A sample is ``sigmoid((gamma + noise) / temperature)``; noise: [K, E].
+        """
         self._draw = noise, temperature
         try:
             yield
@@ -78,7 +80,7 @@ class Gates(nn.Module):
         return TaskGates(read_in, read_out, edges)
 
     def structure(self, task: int) -> SubGraph:
-        """What a task keeps."""
+        """The sub-graph that a task keeps."""
         rows = (self.edge_levels[task] > 0, self.kept_in[task], self.kept_out[task])
         return SubGraph(self.graph, *(tuple(row.tolist()) for row in rows))
 

@@ -64,7 +64,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Item:
-    """What a reduction may remove: an edge, the read-in of a state or the read-out of a state.
+    """Item that a reduction may remove: an edge, the read-in of a state or the read-out of a state.
 
     The source of the flow counts as state -1 and its sink as state N, so that every item leads from `tail` to `head`.
     """
@@ -84,7 +84,7 @@ KINDS = ("edge", "read-in", "read-out")
 
 @dataclass(frozen=True)
 class SubGraph:
-    """What one task keeps of a graph."""
+    """Sub-graph that one task keeps."""
 
     graph: Graph
     edges: tuple[bool, ...]  # [E], in the order of graph.edges
@@ -107,14 +107,14 @@ class SubGraph:
         ]
 
     def count(self, kind: str) -> int:
-        """How many items of a kind it keeps."""
+        """Number of items of a kind that are kept."""
         return sum(self._flags(kind))
 
     def keeps(self, item: Item) -> bool:
         return self._flags(item.kind)[item.index]
 
     def without(self, item: Item) -> SubGraph:
-        """The same less one item."""
+        """This sub-graph less one item."""
         flags = {kind: list(self._flags(kind)) for kind in KINDS}
         flags[item.kind][item.index] = False
         return SubGraph(self.graph, *(tuple(flags[kind]) for kind in KINDS))
@@ -137,7 +137,7 @@ class SubGraph:
         )  # fmt: skip
 
     def has_path(self) -> bool:
-        """Whether anything flows from the source to the sink."""
+        """True where a path leads from the source to the sink."""
         return any(out and reached for out, reached in zip(self.read_out, self._reached(), strict=True))
 
     @property

@@ -1,4 +1,4 @@
-"""What a task makes of the network's output: logits of an image, or values of each of its pixels."""
+"""Heads of DAG networks: from the trunk's output to logits of an image, or to values of each of its pixels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ClassHead(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, pooled: Tensor) -> Tensor:
+    def forward(self, pooled: Tensor) -> Tensor:  # [B, C] -> [B, classes]
         if self.training and len(pooled) == 1:
             raise ValueError("ClassHead: while training a batch must hold at least two images of a task, got one")
         return self.linear(self.norm(pooled) if len(pooled) else pooled)
@@ -55,7 +55,7 @@ class DenseHead(nn.Module):
         nn.init.xavier_uniform_(self.conv.weight)
         nn.init.zeros_(cast(Tensor, self.conv.bias))
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps: Tensor) -> Tensor:  # [B, C, h, w] -> [B, classes, H, W]
         values = self.conv(torch.cat([branch(maps) for branch in self.branches], 1))
         if not len(maps):
             return values.new_empty(0, values.shape[1], *self.image_size)

@@ -21,7 +21,8 @@ class Metrics(Protocol):
     def count(self) -> int:
         """Targets so far."""
 
-    def add(self, outputs: Tensor, targets: Tensor) -> None: ...
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch; shapes as the task's loss has them, such as [B, K] and int64 [B] of a classification."""
 
     def results(self) -> dict[str, float]: ...
 
@@ -42,7 +43,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Kind:
-    """How tasks of a kind are learned and measured.
+    """Loss and metrics of the tasks of one kind.
 
     Attributes:
         loss: of outputs and targets of a batch, a mean.

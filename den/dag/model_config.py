@@ -1,4 +1,4 @@
-"""What a DAG network is made of, as plain data."""
+"""Description of a DAG network as plain data: its graph, width, tasks."""
 
 from __future__ import annotations
 

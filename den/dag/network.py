@@ -130,13 +130,13 @@ class DagNetwork(nn.Module):
         return None if gates.plan is None else gates.plan[len(self.edges) + index]
 
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
-        """`trunk` on folded weights: on a CPU the whole graph in one call."""
+        """`trunk` on folded weights, x [B, C, H, W]: on a CPU the whole graph in one call."""
         if x.is_cpu and self.config.groups == 1 and x.dtype == gates.edges.dtype and gates.plan is not None:
             return dynamic_graph(x, self._weights(), gates.plan, gates.read_in, gates.edges, gates.read_out)
         return self.run_edges(x, gates)
 
     def run_edges(self, x: Tensor, gates: BatchGates) -> Tensor:
-        """`trunk` for inference, one edge after the other, adding only where it ran."""
+        """`trunk` for inference, x [B, C, H, W]: one edge after the other, each added to the instances that use it."""
         states: list[Tensor] = []
         out = torch.zeros_like(x)
         for j in range(self.graph.states):
@@ -160,7 +160,8 @@ class DagNetwork(nn.Module):
 
         return self._packed.of(tuple(module for edge in self.edges for module in (edge.conv, edge.norm)), pack)
 
-    def _edge(self, e: int, states: list[Tensor], gates: BatchGates) -> Tensor:
+    def _edge(self, e: int, states: list[Tensor], gates: BatchGates) -> Tensor:  # [B, C, H, W] each
+        """The output of edge e, computed from the state that it leaves."""
         return self.edges[e](states[self.graph.edges[e][0]], None if gates.plan is None else gates.plan[e])
 
     def route(self, batch: TaskBatch) -> BatchGates:
@@ -194,7 +195,7 @@ class DagNetwork(nn.Module):
         self.gates.keep(task, kept)
 
     def structure(self, task: int) -> SubGraph:
-        """What a task keeps, less what no path of it passes through."""
+        """The sub-graph that a task keeps, less the items that lie on no path of it."""
         return self.gates.structure(task).clean()
 
     def used_edges(self) -> tuple[int, ...]:

@@ -22,8 +22,10 @@ from den.nn.task_batch import Images, Tasks, task_batch
 
 
 class PeerNetwork(nn.Module):
-    """What training and reports ask of a network, for one that every task runs whole.  ``images`` and ``task`` are
-    those of `DagNetwork`, and so is what comes out."""
+    """Base of networks that every task runs whole, with the interface that training and reports use.
+
+    Arguments and results of ``forward(images, task)`` are those of `DagNetwork`.
+    """
 
     def __init__(self, config: DagConfig) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class PeerNetwork(nn.Module):
         self.gates.keep(task, kept)
 
     def structure(self, task: int) -> SubGraph:
-        """What a task keeps."""
+        """The sub-graph that a task keeps, less the items that lie on no path of it."""
         return self.gates.structure(task).clean()
 
     def used_edges(self) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What a task keeps, and what it was to keep."""
+    """Sub-graph that a task keeps, and the numbers of items that it was to keep."""
 
     kept: SubGraph
     targets: dict[str, int]  # by kind of item
@@ -67,7 +67,7 @@ class Reduction:
 
 
 def flow(graph: Graph, gates: TaskGates) -> Flow:
-    """How a unit of mass divides over the whole graph, in proportion to the gates.
+    """Divide a unit of mass over the whole graph, in proportion to the gates.
 
     Into state j goes ``a_j / sum(a)`` from the source; what arrives in a state leaves over its edges and its read-out
     in proportion to their gates.

@@ -64,10 +64,10 @@ def stage_end_flops(config: DagConfig, stage: int) -> int:
 
 
 def pooled(x: Tensor, stage: int) -> Tensor:
-    """Means over 2^stage x 2^stage pixels, fewer at the lower and the right border."""
+    """Means of x [B, C, H, W] over 2^stage x 2^stage pixels, fewer at the lower and the right border."""
     return F.avg_pool2d(x, 2**stage, ceil_mode=True)
 
 
 def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear interpolation to a height and width."""
+    """x [B, C, h, w], interpolated bilinearly to a height and width."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

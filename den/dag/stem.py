@@ -34,7 +34,7 @@ class DagStem(nn.Module):
         self.in_size, self.out_size = max(task.size, trunk_size), trunk_size
         self.conv = ConvNormReLU(task.channels, channels, *stem_geometry(self.in_size, trunk_size))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, C, S, S]
         return self.conv(enlarge(images, self.in_size) if images.shape[-1] < self.in_size else images)
 
     def flops(self) -> int:
@@ -54,7 +54,7 @@ class DenseStem(nn.Module):
         self.conv = ConvNormReLU(task.channels, channels, 7, 2, 3)
         self._outputs = -(-height // 2) * -(-width // 2)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # [B, C_k, H, W] -> [B, C, H / 4, W / 4]
         return F.max_pool2d(self.conv(images), 3, 2, 1) if len(images) else self.conv(images)[:, :, ::2, ::2]
 
     def flops(self) -> int:

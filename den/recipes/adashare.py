@@ -26,7 +26,7 @@ from den.train.phases import Network, NetworkPhase, schedule_factor
 
 
 class GateState(nn.Module):
-    """What AdaShare learns and draws."""
+    """State of AdaShare beside the network: learned logits and drawn gates."""
 
     logits: nn.Parameter  # [K, N, 2], of skipping and keeping
     keeps: Tensor  # bool [K, N], what was drawn
@@ -128,7 +128,7 @@ def gated(estimator: Estimator, gates: Tensor) -> Iterator[None]:
     """Blocks give shortcut(x) + gate * residual(x) meanwhile; gates: [B, N], in the order of the images."""
 
     def hook(i: int) -> Callable[..., Tensor]:
-        def gate(block: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def gate(block: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:  # [B, C, H, W], [B, C', H', W']
             return torch.lerp(
                 block.shortcut(given[0]).to(output.dtype), output, gates[:, i, None, None, None].to(output.dtype)
             )
@@ -164,7 +164,7 @@ def sparsity_loss(keep: Tensor) -> Tensor:
 
 
 def sharing_loss(keep: Tensor, weights: Tensor) -> Tensor:
-    """How far tasks are apart (equation 5): weights[n] |P_k(keep) - P_j(keep)|, the mean over pairs and blocks.
+    """Distance between tasks (equation 5): weights[n] |P_k(keep) - P_j(keep)|, the mean over pairs and blocks.
 
     keep: log odds [K, N]; weights: [N]. 0 for one task.
     """

@@ -62,7 +62,7 @@ class Method(Recipe):
         return {"all": MixedTaskBatches(sets, data.batch_size, data.shares or None, self.config.seed)}
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """What the selector's optimiser updates."""
+        """Parameters that the selector's optimiser updates."""
         return [*self.model.selector.parameters(), *self.state.parameters()]
 
     def faster(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Method(Recipe):
         return "full" if phase.network == "estimator" and phase.stage == 1 else "selected"
 
     def comparable(self, phase: NetworkPhase) -> bool:
-        """Whether epochs of a phase may be compared with one another to choose the checkpoint "best"."""
+        """True where epochs of a phase may be compared with one another to choose the checkpoint "best"."""
         return self.config.mode == "dense" or phase.network != "estimator" or phase.stage > 1
 
     def measure(self, engine: Engine[Any], phase: NetworkPhase) -> Measured:
@@ -104,7 +104,10 @@ class Method(Recipe):
         return 1.0 if structures is None else count_flops(self.model, structures).mean() / self.full_flops
 
     def estimator_loss(self, batch: Batch, structures: Tensor | None) -> Objective:
-        """Mean cross-entropy of the batch at its structures (equation 4; S(z) does not depend on the estimator)."""
+        """Mean cross-entropy of the batch at structures [B, N]; None: the full ones.
+
+        Equation 4; S(z) does not depend on the estimator.
+        """
         logits = self.model.estimator(batch.images, batch.tasks, structures)
         loss = instance_losses(logits, batch.labels).mean()
         accuracy = answers(logits, batch).mean()
@@ -113,20 +116,20 @@ class Method(Recipe):
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the method has learnt besides the network's weights."""
+        """Tensors that the method has learned besides the network's weights."""
         return self.state.state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`; RuntimeError for another method's."""
+        """Load the tensors of `state_dict`, of its names and shapes; RuntimeError for another method's."""
         self.state.load_state_dict(tensors)
 
 
 class ComparedMethod(Method, ABC):
-    """What the compared methods have in common: the estimator's first phase, measured as it is used."""
+    """Base of the compared methods: they train the estimator's first phase, and are measured as they are used."""
 
     @abstractmethod
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
-        """What an update of a phase minimises."""
+        """The loss that an update of a phase minimises, and means of the batch."""
 
     def phases(self) -> tuple[NetworkPhase, ...]:
         return (NetworkPhase("estimator", 1, self.config.estimator.first),)

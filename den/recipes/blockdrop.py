@@ -78,12 +78,12 @@ class BlockDrop(ComparedMethod):
             measured["loss"] = loss.detach()
         return Objective(loss, {**measured, "flops_ratio": self.flops_ratio(structures[:, 0])})
 
-    def _levels(self, keeps: Tensor) -> Tensor:
+    def _levels(self, keeps: Tensor) -> Tensor:  # 0 or 1 -> levels, [..., N]
         return keeps.long() * (self.model.levels - 1)
 
 
 def free_blocks(blocks: int, progress: float, curriculum: float) -> int:
-    """How many of the last blocks may be dropped; the others are kept.
+    """Number of the last blocks that may be dropped; the others are kept.
 
     >>> [free_blocks(10, progress, 0.5) for progress in (0, 0.1, 0.25, 0.5, 1)]
     [1, 3, 6, 10, 10]

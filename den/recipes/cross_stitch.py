@@ -121,7 +121,7 @@ class StitchedEstimator(nn.Module):
         return nn.ModuleList([*self.tails, *self.stitches])
 
     def forward(self, images: Images, task: Tasks, levels: Tensor | RoutingPlan | None = None) -> Tensor | list[Tensor]:
-        """As `den.nn.estimator.Estimator`."""
+        """Logits; images [B, c, S, S], task and levels [B, N] as in `den.nn.estimator.Estimator`."""
         batch = task_batch(images, task, self.tasks, like=next(self.heads.parameters()))
         return self.run(batch, self.tails[0].plan(batch, levels))
 

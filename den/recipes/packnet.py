@@ -114,7 +114,10 @@ class PackNet(ComparedMethod):
 def normalise_frozen(
     norm: DynamicBatchNorm2d, given: tuple[Any, ...], named: dict[str, Any], output: Tensor, kept: tuple[Tensor, ...]
 ) -> Tensor:
-    """A norm's output with the first channels normalised by `kept`, their mean and variance, which they also keep."""
+    """Forward hook: a norm's output [B, C, H, W] with its first c channels normalised by `kept`, mean and variance [c].
+
+    The running statistics of these channels are set back to `kept`.
+    """
     if not norm.training:
         return output
     mean, var = kept
@@ -134,7 +137,9 @@ def statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def owners(estimator: Estimator, of_level: Tensor, of_task: list[int]) -> dict[str, Tensor]:
-    """The stage that trains each entry of each parameter, by name, broadcastable to it.
+    """The stage that trains each entry of each parameter, by name: int64, of a shape broadcastable to the parameter.
+
+    of_level: int64 [L], the stage that trains each level's group; of_task: of each task's stem and head.
 
     A convolution's weight belongs to the later of the groups that it reads and writes.
     """
@@ -155,7 +160,10 @@ def owners(estimator: Estimator, of_level: Tensor, of_task: list[int]) -> dict[s
 
 
 def _stages(groups: tuple[int, ...], of_level: Tensor, alone: bool = False) -> Tensor:
-    """The stage of each channel; group j is what the level with j + 1 groups adds.  Channels in no group: stage 0."""
+    """The stage of each channel, int64 [C], of sizes of groups and the stages of_level [L].
+
+    Group j is what the level with j + 1 groups adds.  alone: one group, whose channels are not elastic: stage 0.
+    """
     if alone:
         return torch.zeros(groups[0], dtype=torch.int64)
     return torch.repeat_interleave(of_level[-len(groups) :], torch.tensor(groups))

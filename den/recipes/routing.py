@@ -19,7 +19,7 @@ from den.train.phases import NetworkPhase
 
 
 class Policies(nn.Module):
-    """What the agents learn."""
+    """State of the agents, which they learn."""
 
     policy: Tensor  # [K, N, L], chances of the levels
     value: Tensor  # [K, N], running mean of the returns of an agent

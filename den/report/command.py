@@ -174,7 +174,7 @@ def sweeps(section: Section) -> Iterator[tuple[str, list[Group]]]:
 
 
 def _selection_figures(name: str, row: Row, found: Found) -> dict[str, Figure]:
-    """What the selector of a row's first run chose: figures 3, 6 and 7 of the paper."""
+    """Figures of what the selector of a row's first run chose: 3, 6 and 7 of the paper."""
     drawings: dict[str, Figure] = {}
     for group in row.groups:
         record = group.first
@@ -197,4 +197,5 @@ def _selection_figures(name: str, row: Row, found: Found) -> dict[str, Figure]:
 
 
 def _selected(model: DeepElasticNetwork, image_set: ImageSet, chance: Tensor, result: TaskResult) -> TaskReport:
+    """The report of a task whose images take the likeliest levels; chance: log probabilities [n, N, L]."""
     return task_report(model, image_set, chance.argmax(-1), chance, result.accuracy, result.loss)

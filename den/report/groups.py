@@ -64,7 +64,7 @@ class Row:
 
     @property
     def unfinished(self) -> str:
-        """How far its runs have come, in words; of finished ones nothing."""
+        """Progress of its unfinished runs, in words; empty when all have finished."""
         return "; ".join(dict.fromkeys(g.first.unfinished for g in self.groups if g.first.unfinished))
 
     def results(self, task: str) -> list[TaskResult]:
@@ -133,7 +133,7 @@ def group_runs(records: Sequence[Evaluation]) -> list[Group]:
 
 
 def settings_of(record: Evaluation) -> dict[str, Any]:
-    """What makes a run what it is: its settings by flat names, without the seed and what does not matter."""
+    """Settings that tell runs apart, by flat names, without those of `NOT_SETTINGS`; and the name of the checkpoint."""
     flat = {name: value for name, value in flattened(record.settings).items() if name not in NOT_SETTINGS}
     return flat | {"checkpoint": record.checkpoint}
 

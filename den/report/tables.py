@@ -46,7 +46,7 @@ class Table:
 
     @property
     def comparable(self) -> bool:
-        """Whether the paper has this very backbone, so that its accuracies and FLOPs stand beside ours."""
+        """True where the paper has this very backbone, so that its accuracies and FLOPs stand beside ours."""
         return self.paper_backbone == self.section.backbone
 
     @property
@@ -56,7 +56,7 @@ class Table:
 
     @property
     def short_head(self) -> list[str]:
-        """The same for the eye: the paper's columns stand beside what they are of."""
+        """Names of the columns as printed: each of the paper's is "paper", and stands beside ours."""
         return ["paper" if name.startswith(PAPER) else name for name in self.head]
 
     @property
@@ -147,7 +147,7 @@ def _stat(stat: Stat | None, scale: float, digits: int) -> str:
 
 
 def heading(table: Table) -> str:
-    """What the table is of, and what the paper's columns are."""
+    """Sentence that names the table of the paper beside ours, and says which of its columns compare."""
     of = f"Table {' and '.join(table.numbers)}" if table.numbers else ""
     if not table.numbers:
         return "The paper has no such table."

@@ -1,4 +1,4 @@
-"""What the runs of a section show, and what they do not, in words."""
+"""Verdicts on the runs of a section, in words: what they show and what they do not."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _selection(name: str, results: list[TaskResult]) -> Iterator[Check]:
 
 
 def _task_usage(row: Row) -> Iterator[Check]:
-    """Whether the tasks of a network use some block differently."""
+    """Check that the tasks of a network use some block differently."""
     results = row.groups[0].first.tasks
     if len(row.groups) > 1 or len(results) < 2:
         return

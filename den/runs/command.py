@@ -129,7 +129,7 @@ def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | 
 
 
 def _budget_line(result: TaskResult, budget: Budget) -> str:
-    """What the test images cost against the budget, which was met on training images."""
+    """Line that compares the cost on test images with the budget, which was met on training images."""
     cost, unit = result.flops_ratio, "of the full structure's FLOPs"
     if budget.unit == "ms" and result.timing:
         cost, unit = 1e3 * result.timing.selected, "ms per image"

@@ -14,7 +14,7 @@ from den.support.settings import read_config
 
 @dataclass(frozen=True, eq=False)
 class OpenedRun:
-    """What `open_run` found in a folder."""
+    """Run of a DAG network, as `open_run` found it in a folder."""
 
     path: Path
     config: DagTrainConfig

@@ -1,4 +1,4 @@
-"""What `den evaluate` measures of a run, as one record: dataclasses, and evaluation.json in the run's folder."""
+"""Record of what `den evaluate` measures of a run: dataclasses, and evaluation.json in the run's folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Budget:
-    """What an operating point was chosen to cost: see `den.evaluate.operating`."""
+    """Cost that an operating point was chosen to have: see `den.evaluate.operating`."""
 
     unit: str  # "flops" (share of the full structure's) or "ms" (per image)
     limit: float
@@ -84,7 +84,7 @@ class Evaluation:
 
     @property
     def unfinished(self) -> str:
-        """How far a run had come that had not finished, in words; of a finished one nothing."""
+        """Progress of a run that had not finished, in words; empty for a finished one."""
         return self.training.words if self.training else ""
 
     @property
@@ -189,7 +189,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def is_current(record: Evaluation, checkpoint: Path, config: TrainConfig) -> bool:
-    """Whether a record tells of this checkpoint of a run of these settings as it is now, after all its updates."""
+    """True where a record was measured on this checkpoint with these settings, after all updates that it has now."""
     try:
         same = _settled(from_dict(TrainConfig, record.settings)) == _settled(config)
     except ValueError:  # of another version, or another command

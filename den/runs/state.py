@@ -1,4 +1,4 @@
-"""How far a run has come: whether what is measured of it is that of a finished training."""
+"""Progress of a run's training: a measurement of an unfinished run is marked as such."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Training:
 
 
 def training_of(folder: Path, config: TrainConfig | DagTrainConfig, checkpoint: str = "last") -> Training | None:
-    """How far the run in a folder has come: by its last checkpoint, by `checkpoint` where that is lost.
+    """Progress of the run in a folder: by its last checkpoint, by `checkpoint` where that is lost.
 
     None where the checkpoint does not say.
 

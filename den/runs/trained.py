@@ -15,7 +15,7 @@ from den.train.folder import stored_config
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What `open_run` found in a folder."""
+    """Trained run, as `open_run` found it in a folder."""
 
     folder: Path
     checkpoint: Path
@@ -30,7 +30,7 @@ class Run:
 
     @property
     def choice(self) -> Choice:
-        """What `evaluate` is to use: the selector where there is one, for its distributions; else the rule."""
+        """Argument for `evaluate`: the selector where there is one, for its distributions; else the rule."""
         return "selected" if self.config.mode == "den" else self.structures
 
 

@@ -31,7 +31,10 @@ DAMAGE = (
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write tensors and a JSON-able record to `path` as `write_whole` does; ValueError when it cannot be written."""
+    """Write tensors of any shapes and a JSON-able record to `path`, whole or not at all (`write_whole`).
+
+    Raises ValueError where `path` cannot be written.
+    """
     kept = {name for name, t in tensors.items() if _is_channels_last(t)}
     metadata = {"format": FORMAT, "record": json.dumps(record), "channels_last": json.dumps(sorted(kept))}
     content = safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors.items()}, metadata)
@@ -124,7 +127,7 @@ def load_model(path: Path) -> DeepElasticNetwork:
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the weights of a checkpoint into `model`; ValueError when they are another network's."""
+    """Copy the weights of a checkpoint into `model`; ValueError where their names or shapes are another network's."""
     try:
         model.load_state_dict(unprefixed("model", tensors))
     except RuntimeError as error:
@@ -141,7 +144,7 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimiser(
     optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], expected: Collection[str] = ()
 ) -> None:
-    """Inverse of `optimiser_tensors`.
+    """Load the state that `optimiser_tensors` returned; each tensor has its parameter's shape, or is a scalar [].
 
     expected: names of the tensors that were saved.  ValueError that names those which are missing: of `expected`, and
     of what the optimiser keeps for every parameter that it has updated.
@@ -156,16 +159,17 @@ def restore_optimiser(
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:  # of any shapes
+    """The tensors by names that begin with "{prefix}."."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def unprefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `tensors` whose names begin with "{prefix}.", without it."""
+    """The tensors (of any shapes) whose names begin with "{prefix}.", by the rest of their names."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
+def _is_channels_last(tensor: Tensor) -> bool:  # of any shape
     return (
         tensor.ndim == 4
         and tensor.is_contiguous(memory_format=torch.channels_last)

@@ -37,7 +37,7 @@ class RunConfig(Protocol):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """Settings of the data."""
 
     tasks: tuple[str, ...] = ("digits", "fashion")
     """Image sets, one task each: digits, fashion, cifar10, cifar100, cifar100-coarse, stl10, tinyimagenet, tin50,
@@ -94,7 +94,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class EstimatorTraining:
-    """How the estimator is trained: SGD with Nesterov momentum."""
+    """Settings of the estimator's training: SGD with Nesterov momentum."""
 
     first: PhaseConfig = PhaseConfig(steps=1500, rate=0.1)
     """Stage 1, on structures of the initial distribution."""
@@ -125,7 +125,7 @@ class EstimatorTraining:
 
 @dataclass(frozen=True)
 class SelectorTraining:
-    """How the selector is trained: REINFORCE with Adam."""
+    """Settings of the selector's training: REINFORCE with Adam."""
 
     phase: PhaseConfig = PhaseConfig(steps=500, rate=1e-3)
     """Every stage's selector phase."""
@@ -141,7 +141,7 @@ class SelectorTraining:
     samples: Annotated[int, Range(1)] = 4
     """|Z|: structures sampled for every image."""
     baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
-    """What a sample's cost is compared with: the other samples of its image; a running mean of its task; nothing."""
+    """Baseline of a sample's cost: the mean of the other samples of its image; a running mean of its task; none."""
     entropy_bonus: Annotated[float, Range(0)] = 0.1
     """Weight of the entropy that keeps the structures varied; falls linearly to 0 within every phase."""
     exploration: Annotated[float, Range(0, 1)] = 0.99

@@ -262,7 +262,7 @@ class Engine(Generic[R]):
             set_random_state(tensors, record, self.device)
         self.folder.rewind(self.position.epoch)
 
-    def _restore_batches(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def _restore_batches(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:  # of any shapes
         for name, batches in self.batches.items():
             batches.load_state_dict({**unprefixed(f"batches.{name}", tensors), "cursors": record["cursors"][name]})
 
@@ -286,6 +286,7 @@ class Meter:
         self._count = 0
 
     def add(self, measured: Mapping[str, Tensor | float]) -> None:
+        """Take in an update's numbers by name; a tensor [] on a GPU is not waited for."""
         self._count += 1
         for name, value in measured.items():
             waits = isinstance(value, Tensor) and value.device.type != "cpu"

@@ -14,7 +14,10 @@ LAYOUT = 2  # of what `den.train.engine` writes; before, records had no number
 
 
 def upgraded(tensors: dict[str, Tensor], record: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a run's checkpoint in today's layout; KeyError or TypeError for one that is not whole."""
+    """Tensors (by name, shapes unchanged) and record of a run's checkpoint in today's layout.
+
+    Raises KeyError or TypeError for a record that is not whole.
+    """
     if record.get("layout") == LAYOUT:
         return tensors, record
     searched = "dag" in record

@@ -63,7 +63,7 @@ class RunLock:
             file.close()  # its holder released it in between
 
     def _is_current(self, file: FileIO) -> bool:
-        """Whether the file that was locked still has its name."""
+        """True where the name still leads to the file that was locked."""
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         return False

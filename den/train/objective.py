@@ -157,7 +157,7 @@ class RunningBaseline:
 
 @dataclass(frozen=True)
 class Objective:
-    """What an update minimises.
+    """Loss that an update minimises, and means of its batch.
 
     Attributes:
         loss: [], differentiable.

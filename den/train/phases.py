@@ -40,7 +40,7 @@ class Phase(ABC):
         """The optimisers that step, and their learning rates at the start."""
 
     def scale(self, step: int) -> float:
-        """What the learning rates are multiplied by in update `step` (from 0)."""
+        """Factor of the learning rates in update `step` (from 0)."""
         return self.factor * schedule_factor(self.settings.schedule, step / self.settings.steps)
 
     def rate(self, step: int) -> float:

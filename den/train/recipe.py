@@ -1,4 +1,4 @@
-"""What the engine leaves to a recipe: model, data, phases, objective and measurement of a run."""
+"""Interface by which the engine asks a recipe: model, data, phases, objective and measurement of a run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What a checkpoint's record says of the model, and where the recipe stands; as JSON has it."""
+        """Record of the model and of where the recipe stands, for a checkpoint; serialisable as JSON."""
 
     @abstractmethod
     def restore(self, record: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from den.train.config import (
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a scenario trains on, and with."""
+    """Tasks, backbones and batch size of a scenario."""
 
     tasks: tuple[str, ...]
     backbones: tuple[str, ...]  # the paper's; the first is the default

@@ -27,7 +27,7 @@ def run(tool: str, *arguments: str) -> None:
         found = "none"
     if found != PINS[tool]:
         pytest.skip(f"{tool} must be {PINS[tool]} (pip install '.[dev]'), got {found}")
-    command = [sys.executable, "-m", tool.replace("-", "_"), *arguments]
+    command = [str(Path(sys.executable).parent / tool), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -55,11 +55,21 @@ def test_types_are_right():
 @pytest.mark.parametrize(
     "folder",
     [
+        "benchmarks",
+        "den",
+        "den/dag",
         "den/data",
         "den/evaluate",
         "den/nn",
         "den/nn/blocks",
+        "den/recipes",
+        "den/recipes/dag",
+        "den/report",
+        "den/report/dag",
+        "den/report/figures",
+        "den/runs",
         "den/support",
+        "den/train",
         "den_kernels",
         "den_kernels/_triton",
         "scripts",

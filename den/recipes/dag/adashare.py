@@ -38,14 +38,14 @@ def adashare_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
 
 
 def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Differences of two Gumbel variables, as many as `like` has elements."""
+    """Differences of two Gumbel variables, in the shape, dtype and device of `like`."""
     eps = torch.finfo(torch.float32).eps
     noise = torch.rand(like.shape, generator=generator).clamp(eps, 1 - eps).logit()
     return sent(noise.to(like.dtype), like.device)
 
 
 def edge_weights(graph: Graph, like: Tensor) -> Tensor:
-    """What an edge (i, j) counts in the sharing loss: (N - j) / N, so that the tasks part late."""
+    """Weights [E] of edges (i, j) in the sharing loss: (N - j) / N, so that tasks share early states and part late."""
     weights = [(graph.states - j) / graph.states for _, j in graph.edges]
     return sent(torch.tensor(weights, dtype=like.dtype), like.device)
 

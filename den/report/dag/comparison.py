@@ -67,8 +67,10 @@ def repetitions(runs: Sequence[RunReport]) -> list[str]:
 
 
 def verdicts(runs: Sequence[RunReport]) -> str:
-    """Whether the first kind of run is at least as accurate as each of the others, after as many updates; over the
-    seeds that both have.  Nothing is concluded from unfinished runs."""
+    """Verdicts, as Markdown: the first kind of run is at least as accurate as each other kind, or it is not.
+
+    Compared are finished runs with as many updates, over the seeds that both kinds have.
+    """
     groups = grouped([run for run in runs if run.finished])
     first, lines = reference(runs).kind, ["What this is to show:", ""]
     for (label, updates), theirs in groups.items():

@@ -88,7 +88,7 @@ def _task_panel(axes: Axes, sub: SubGraph, colour: str, name: str) -> None:
 
 
 def _bend(i: int, j: int) -> float:
-    """How far an edge bows: odd spans above the row of states, even ones below; neighbours straight."""
+    """Curvature of an edge's arc: above the row of states for even spans, below it for odd ones, 0 for a span of 1."""
     span = j - i
     return 0.0 if span == 1 else (-1 if span % 2 == 0 else 1) * (0.42 if span == 2 else 0.38)
 

@@ -48,12 +48,12 @@ class RunReport:
 
     @property
     def dense(self) -> bool:
-        """Whether a task is dense."""
+        """True where at least one task is dense."""
         return any(task.dense for task in self.model.tasks)
 
     @property
     def finished(self) -> bool:
-        """Whether something can be concluded from it."""
+        """True unless the run is known to be unfinished; only then conclusions are drawn from it."""
         return self.state is None or self.state.finished
 
     @property
@@ -63,7 +63,7 @@ class RunReport:
 
     @property
     def kind(self) -> str:
-        """What the run is, in words."""
+        """Name of the method, as a report prints it."""
         if self.config.mode in PEERS:
             return PEERS[self.config.mode]
         reduction = self.config.reduction
@@ -86,7 +86,7 @@ class RunReport:
         return f"{self.state.updates:,} of {steps}" if self.state and not self.finished else steps
 
     def label(self, first: RunReport) -> str:
-        """What the run is, and which of its settings are not those of the first run."""
+        """Name of the method, and the settings that differ from those of the first run."""
         own, others = flat_settings(self.config), flat_settings(first.config)
         changed = [f"{name.split('.')[-1].replace('_', ' ')} {shown(value)}" for name, value in own.items()
                    if value != others[name] and name not in TOLD]  # fmt: skip

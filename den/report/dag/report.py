@@ -103,7 +103,7 @@ def task_table(run: RunReport) -> str:
 
 
 def remarks(run: RunReport) -> str:
-    """What a table does not show: sharing, and whether the gates say anything."""
+    """Remarks on what a table does not show: sharing, and the spread of the gates."""
     spread = [cost.spread for cost in run.costs]
     used = len(run.model.used_edges())
     lines = [

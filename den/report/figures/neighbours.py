@@ -61,7 +61,7 @@ def neighbours(sets: Sequence[ImageSet], distributions: Sequence[Tensor], seed: 
 
 
 def _without(chances: Tensor, index: int | None) -> Tensor:
-    """The distributions, that of the query itself out of reach."""
+    """The distributions [n, N, L] with that at `index`, the query's own, at infinity, so that it is never nearest."""
     if index is None:
         return chances
     changed = chances.clone()
@@ -69,7 +69,7 @@ def _without(chances: Tensor, index: int | None) -> Tensor:
     return changed
 
 
-def _show(axes: Axes, images: Tensor, title: str) -> None:
+def _show(axes: Axes, images: Tensor, title: str) -> None:  # [n, c, S, S]
     axes.imshow(image_strip(images), aspect="equal")
     axes.set_title(title, fontsize=9, color=INK)
     axes.set_axis_off()

@@ -139,7 +139,7 @@ def _example_rows(
     return rows
 
 
-def _leading_classes(image_set: ImageSet, members: Tensor) -> str:
+def _leading_classes(image_set: ImageSet, members: Tensor) -> str:  # members: int64 [n]
     counts = image_set.labels[members].bincount(minlength=image_set.classes)
     names = image_set.class_names or tuple(map(str, range(image_set.classes)))
     leading = [names[k] for k in counts.argsort(descending=True, stable=True)[:2].tolist() if counts[k]]

@@ -1,4 +1,4 @@
-"""What all figures share: colours, fonts, and how levels, structures and images are drawn."""
+"""Style shared by all figures: colours, fonts, and how levels, structures and images are drawn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def headline(figure: Figure, text: str) -> None:
-    """What was found, above all panels, in lines no longer than the figure is wide."""
+    """Write the finding above all panels, in lines no longer than the figure is wide."""
     width = int(9.5 * figure.get_figwidth())
     lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", weight="bold")
@@ -86,7 +86,7 @@ def level_legend(figure: Figure, model: DeepElasticNetwork) -> None:
 def structure_cells(
     axes: Axes, structure: Tensor, levels: int, *, left: float, row: float, cell: float, height: float
 ) -> None:
-    """A structure as coloured cells from `left` on, centred on `row`."""
+    """Draw a structure [N] as coloured cells from `left` on, centred on `row`."""
     for i, level in enumerate(structure.tolist()):
         corner = (left + i * cell, row - height / 2)
         axes.add_patch(Rectangle(corner, 0.88 * cell, height, color=level_colour(level, levels), lw=0))

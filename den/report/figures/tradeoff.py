@@ -91,7 +91,7 @@ def _look(section: Section, index: int) -> tuple[str | tuple[float, ...], str]:
 
 
 def _finding(section: Section, cost: str) -> str:
-    """What the most accurate network that chooses saves and loses against dense, in words."""
+    """Sentence on what the most accurate network that chooses saves and loses against the dense one."""
     rows = [row for row in section.finished if row.method == "den"]
     dense, row = section.dense, max(rows, key=lambda row: row.stat("accuracy", MEAN).mean, default=None)
     what, less = ("FLOPs", "fewer FLOPs") if cost == "flops" else ("time", "as fast")
