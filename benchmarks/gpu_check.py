@@ -108,7 +108,7 @@ def pytest_command(step: Step, rows: Path, until: float, options: argparse.Names
 
 
 def environment() -> dict[str, str]:
-    """For processes that import what this one does, by the same names."""
+    """Environment of child processes, with this process's import path."""
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     return os.environ | {"PYTHONPATH": path}
 
@@ -175,7 +175,10 @@ def unfinished(entries: Sequence[Row]) -> list[str]:
 
 
 def collect(step: str, entries: Sequence[Row]) -> list[Row]:
-    """One row a check, in the order of collection; without one it did not fit. A smoke out of time has failed."""
+    """One row for each check, in the order of collection.
+
+    A check without a result did not fit the time and is skipped; in the step "smoke" that is a failure.
+    """
     names = dict.fromkeys(name for entry in entries for name in entry.get("collected", ()))
     rows = {name: row(name, OUT_OF_TIME, "skipped") for name in names or [step]}
     rows |= {entry["check"]: entry for entry in entries if "check" in entry}
@@ -218,7 +221,10 @@ def rehearsed(options: argparse.Namespace, module: str) -> tuple[str, ...]:
 
 
 def run_steps(names: Sequence[str], found: GpuResults, options: argparse.Namespace) -> bool:
-    """Every step within the budget, results kept after each; whether all passed. Nothing behind a failed smoke."""
+    """Run the steps within the budget, keeping results after each; True where all passed.
+
+    A failed step "smoke" ends the run.
+    """
     end = time.monotonic() + options.budget
     for name in names:
         begin = time.monotonic()
@@ -290,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, gpu: str) -> int:
-    """All steps that are asked for and the report; the exit status."""
+    """Run the steps that are asked for, print the report and return the exit status."""
     options.out = options.out or RESULTS
     found = GpuResults(options.out / f"{slug(gpu)}.json", gpu, afresh=not options.only)
     passed = run_steps(order(options), found, options)

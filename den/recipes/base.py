@@ -138,7 +138,7 @@ class ComparedMethod(Method, ABC):
         return self.structures
 
     def comparable(self, phase: NetworkPhase) -> bool:
-        """In the last phase: before, something has not been trained yet."""
+        """True in the last phase: in those before, part of the method has not been trained yet."""
         return phase == self.phases()[-1]
 
 

@@ -21,7 +21,7 @@ COMPARED = ("random", "blockdrop", "nestednet", "packnet", "routing", "cross-sti
 
 
 def verdicts(table: Table, points: Points | None = None) -> list[Check]:
-    """Every claim that these runs can be held against; of runs that have not finished only that they have not.
+    """Checks of every claim that these runs can confirm or refute; of an unfinished run only that it is unfinished.
 
     points: with them, the dense network and the compared methods are held against the operating point of fitting FLOPs.
     """
@@ -114,7 +114,7 @@ def _task_usage(row: Row) -> Iterator[Check]:
 
 
 def _against_paper(table: Table, row: Row) -> Iterator[Check]:
-    """Where the paper's network is no less accurate than its baseline, so should ours be."""
+    """Check that a network falls no further below its dense baseline than the paper's does below its own."""
     dense = table.section.dense
     for line in table.lines:
         base = table.paper_dense(line.task)

@@ -32,7 +32,7 @@ class Training:
 
     @property
     def words(self) -> str:
-        """As tables, figures and verdicts tell it: "unfinished: 40 of 4,000 updates", or of a finished run nothing."""
+        """Progress as reports tell it: "unfinished: 40 of 4,000 updates"; empty for a finished run."""
         return "" if self.finished else f"unfinished: {self.updates:,} of {self.planned:,} updates"
 
 

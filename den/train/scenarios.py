@@ -112,7 +112,7 @@ def _selector(options: ScenarioOptions) -> SelectorTraining:
 
 
 def _steps(full: int, budget: float) -> int:
-    """At least one, and few enough to count.
+    """Number of updates within the budget, from 1 to 10^15.
 
     >>> [_steps(4_693, budget) for budget in (1, 0.1, 1e-6)]
     [4693, 469, 1]
