@@ -15,6 +15,7 @@ from .stream_guard import Guarded
 Value = TypeVar("Value")
 Source = tuple[Tensor, ...]
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _versions = attrgetter("_version")  # in C, for many tensors
 
 
@@ -65,6 +66,7 @@ class FoldCache(Generic[Value]):
         self._entry: tuple[tuple, Any, Source, Guarded[Value]] | None = None
         self._captured: list[Any] = []  # values that CUDA graphs read
         self._places: tuple[tuple[nn.Module, ...], list[tuple[dict[str, Any], str]]] | None = None
+        self._norms: list[nn.BatchNorm1d | nn.BatchNorm2d] = []
 
     def get(self, sources: Source, build: Callable[[], Value], *settings: object) -> Value:
         """The value of ``sources`` and ``settings``, built anew if any of them changed since the last call."""
@@ -82,12 +84,13 @@ class FoldCache(Generic[Value]):
         return value.get()
 
     def of(self, modules: tuple[nn.Module, ...], build: Callable[[], Value], *settings: object) -> Value:
-        """:meth:`get` of all parameters and buffers of the modules.
+        """:meth:`get` of all parameters and buffers of the modules, and of the eps of batch norms among them.
 
         Where they stand is looked up once for a set of modules, and again when one of them is gone (parametrizations
         and pruning move them): asking many modules for their attributes takes longer than to run a small network.
         """
-        return self.get(self._tensors(modules), build, *settings)
+        tensors = self._tensors(modules)
+        return self.get(tensors, build, *settings, *[norm.eps for norm in self._norms])
 
     def _tensors(self, modules: tuple[nn.Module, ...]) -> Source:
         if self._places is not None and self._places[0] == modules:
@@ -95,7 +98,9 @@ class FoldCache(Generic[Value]):
                 return tuple([t for entries, name in self._places[1] if (t := entries[name]) is not None])
             except KeyError:
                 pass
-        kept = (entries for each in modules for m in each.modules() for entries in (m._parameters, m._buffers))
+        every = [module for each in modules for module in each.modules()]
+        kept = (entries for module in every for entries in (module._parameters, module._buffers))
+        self._norms = [module for module in every if isinstance(module, _NORMS)]
         self._places = modules, [(entries, name) for entries in kept for name in entries]
         return tuple(t for entries, name in self._places[1] if (t := entries[name]) is not None)
 

@@ -43,7 +43,7 @@ class Edge(nn.Module):
     def folded(self) -> DynamicConv2d:
         """The convolution with the batch norm folded in, from the cache while nothing it depends on changed."""
         sources = self.conv.weight, *norm_tensors(self.norm)
-        return self._folded.get(sources, lambda: folded_conv(self.conv, self.norm))
+        return self._folded.get(sources, lambda: folded_conv(self.conv, self.norm), self.norm.eps)
 
     def train(self, mode: bool = True) -> Edge:
         self._folded.clear()

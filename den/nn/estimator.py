@@ -131,7 +131,7 @@ class Estimator(nn.Module):
             return weights if weights.whole else None
 
         settings = [setting for block in blocks for setting in block.settings()]
-        return self._trunk.of((*blocks, norm), fold, norm.eps, *settings)
+        return self._trunk.of((*blocks, norm), fold, *settings)
 
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
         """Logits [B_k, classes] of each part by its task's head, from `pooled` [B, features]."""

@@ -10,7 +10,7 @@ from .carrier import Carrier
 from .layers import Routed, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear
 from .record import evaluating
 from .region import Layer, Region
-from .rules import Unfit, describe
+from .rules import NORMS, Unfit, describe
 from .spaces import Space
 
 
@@ -51,7 +51,7 @@ def _routed(layer: Layer, module: Any, shares: Sequence[float]) -> Routed:
 @torch.no_grad()
 def _check_norm(norm: RoutedBatchNorm2d, module: nn.Module) -> None:
     """Raises TypeError where a norm of another package is not a batch norm and its own modules behind it."""
-    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(module) in NORMS:
         return
     first = next(iter(module.parameters()), torch.empty(0))
     x = torch.randn(2, norm.num_features, 3, 3, device=first.device, dtype=first.dtype)

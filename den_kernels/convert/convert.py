@@ -52,7 +52,8 @@ def convert(
             quarter and a half. With cardinality they lie on its boundaries.
         blocks: "auto" for all that are found, names of the report's, or a predicate `(name, module) -> bool`.
         order: "l1" sorts hidden channels by importance first, so that low levels keep the important ones. The model
-            computes the same function; its parameters are permuted.
+            computes the same function; its parameters are permuted. Hidden channels that a depthwise convolution makes
+            of the block's input keep their order.
         example: an input (or arguments, as a tuple or a mapping) for the recorded run; None: one image of the size that
             the model says it takes (`in_size`, `default_cfg`), 224 x 224 if it says nothing.
 

@@ -110,6 +110,7 @@ class FusedForward:
 
     def __init__(self, block: nn.Module, branch: Branch) -> None:
         self.block, self.branch = block, branch
+        self.inside = tuple(module for module in block.modules() if module is not block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         selection = self._selection(args, kwargs)
@@ -125,13 +126,13 @@ class FusedForward:
         [x], conv = args, self.branch.convs[0]
         if not isinstance(x, Tensor) or x.dtype != conv.weight.dtype or not runs_eagerly(x):
             return None
-        if torch.is_autocast_enabled(x.device.type) or any(_is_changed(module) for module in self.branch.modules):
+        if torch.is_autocast_enabled(x.device.type) or any(_needs_layers(module) for module in self.inside):
             return None
         return conv.carrier.selection(conv.block)
 
 
-def _is_changed(module: nn.Module) -> bool:
-    """Whether a module does something that the op does not: trains, tells others, or knows statistics of levels."""
+def _needs_layers(module: nn.Module) -> bool:
+    """Whether a module of a block does what the op does not: tells others of its results, trains, knows levels."""
     if module._forward_hooks or module._forward_pre_hooks:
         return True
     return isinstance(module, nn.BatchNorm2d) and (module.training or getattr(module, "level_mean", None) is not None)

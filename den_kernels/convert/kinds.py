@@ -4,6 +4,7 @@ from torch import nn
 
 from .record import Node
 from .region import Region
+from .rules import is_norm
 
 
 def kind_of_block(region: Region, node: Node | None) -> str:
@@ -16,7 +17,7 @@ def kind_of_block(region: Region, node: Node | None) -> str:
         return f"{name} without a shortcut"
     tail = region.path[region.path.index(region.last) + 1 :]
     if name.startswith(("basic block", "bottleneck", "grouped bottleneck")):
-        has_norm = any(isinstance(each.target, nn.BatchNorm2d) for each in tail)
+        has_norm = any(is_norm(each) for each in tail)
         return f"{'post' if has_norm else 'pre'}-activation {name}"
     return name
 

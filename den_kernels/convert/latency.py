@@ -48,13 +48,13 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The table that `save` wrote. Raises ValueError for a file that holds something else."""
         try:
-            read = json.loads(Path(path).read_text())
+            read = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = tuple(tuple(map(float, row)) for row in read.pop("milliseconds"))
             table = cls(tuple(read.pop("blocks")), rows, **read)
         except (TypeError, KeyError, AttributeError, ValueError) as why:

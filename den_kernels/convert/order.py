@@ -11,14 +11,20 @@ from .spaces import Space
 def sort_by_l1(region: Region) -> None:
     """Sort the units of each space of a region, the important ones first; the model computes the same function.
 
-    The importance of a channel is the L1 norm of the weights that read it (Cai et al., Once-for-All, ICLR 2020, section
-    3.4), times the size of its batch norm's weight; of a unit the sum over its channels. All layers of the space are
-    reordered alike.
+    The importance of a channel is the L1 norm of the weights that read it (Cai et al., Once-for-All, ICLR 2020), times
+    the size of its batch norm's weight; of a unit the sum over its channels. All layers of the space are reordered
+    alike. The outputs of a depthwise convolution that stands first keep their order, which is that of its inputs.
     """
     for space in {layer.reads for layer in region.layers if layer.reads}:
-        order = _importance(space, region).argsort(descending=True, stable=True)
-        for layer in region.layers:
-            _reorder(layer, space, order)
+        if not any(_is_bound(layer, space) for layer in region.layers):
+            order = _importance(space, region).argsort(descending=True, stable=True)
+            for layer in region.layers:
+                _reorder(layer, space, order)
+
+
+def _is_bound(layer: Layer, space: Space) -> bool:
+    """Whether a layer's outputs follow inputs that keep their order: of a depthwise convolution that stands first."""
+    return layer.writes is space and layer.reads is not space and getattr(layer.node.target, "groups", 1) > 1
 
 
 def _importance(space: Space, region: Region) -> Tensor:

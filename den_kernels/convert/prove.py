@@ -12,7 +12,7 @@ from .carrier import Carrier, Shared
 from .record import Node, Recording, Ref
 from .region import Region
 from .report import Block
-from .rules import Unfit, describe
+from .rules import NORMS, Unfit, describe
 from .spaces import Space
 
 _TOLERANCE = 1e-4  # of float32, against the root mean square of an instance; what is wired wrongly errs by about 1
@@ -81,7 +81,7 @@ def _randomised(module: nn.Module) -> nn.Module:
         getattr(own, hooks).clear()
     for parameter in own.parameters():
         parameter.uniform_(-1, 1).mul_((3 / max(1, parameter[0].numel())) ** 0.5)
-    if isinstance(own, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+    if isinstance(own, NORMS):
         for tensor, low, high in ((own.weight, 0.5, 1.5), (own.bias, -0.5, 0.5), (own.running_mean, -0.5, 0.5)):
             if tensor is not None:
                 tensor.uniform_(low, high)

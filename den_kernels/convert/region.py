@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .record import Node, Recording, Ref
-from .rules import PRODUCTS, Unfit, channel_axis, describe, has_weight, is_channelwise, is_norm, keeps_zero
+from .rules import PRODUCTS, Unfit, channel_axis, describe, has_weight, is_norm, keeps_zero, reorders_axes
 from .spaces import Space
 
 
@@ -196,7 +196,7 @@ class _Search:
         elif len(node.inputs) == 2:
             self._join(node, read)
         else:
-            zero = before.zero if is_channelwise(node) else keeps_zero(node, before.zero)
+            zero = before.zero if reorders_axes(node) else keeps_zero(node, before.zero)
             axis = channel_axis(node, before.axis, before.shape)
             self.elastic[node.index] = Elastic(before.space, axis, zero, node.shape)
 

@@ -21,7 +21,7 @@ _SPATIAL = {
     "adaptive_max_pool2d", "adaptivemaxpool2d", "mean", "flatten", "view", "reshape", "squeeze", "unsqueeze",
     "getitem", "pad", "zeropad2d", "interpolate", "upsample", "expand",
 }  # fmt: skip
-ADDS = ("add",)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 PRODUCTS = ("mul", "multiply")
 _SCALED = {"mul", "multiply", "div", "truediv", "divide"}
 _SHIFTED = {"add", "sub"}
@@ -42,7 +42,7 @@ def has_weight(node: Node) -> bool:
 
 
 def is_norm(node: Node) -> bool:
-    return isinstance(node.target, nn.BatchNorm2d)
+    return isinstance(node.target, NORMS)
 
 
 def keeps_zero(node: Node, was_zero: bool) -> bool:
@@ -97,7 +97,7 @@ def _reduces(node: Node, axis: int, rank: int) -> bool:
     return axis in [int(d) % rank for d in (dims if isinstance(dims, (tuple, list)) else (dims,))]
 
 
-def is_channelwise(node: Node) -> bool:
+def reorders_axes(node: Node) -> bool:
     """Whether a node reorders axes only."""
     return kind_of(node) in ("permute", "transpose")
 

@@ -90,7 +90,7 @@ def with_autocast(model: nn.Module) -> Tensor:
 
 def with_a_hook(model: nn.Module) -> Tensor:
     for block in model.layers:
-        block.conv2.register_forward_hook(lambda module, args, y: y)
+        block.relu.register_forward_hook(lambda module, args, y: y)
     return at(model, X, OWN)
 
 

@@ -106,6 +106,21 @@ WRITES = {
 }
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("layer")])
+def test_another_eps_of_a_norm_is_noticed(module):
+    """A setting, and no tensor, that folded weights depend on."""
+    torch.manual_seed(0)
+    made, run = MODULES[module]()
+    before = run(made.eval())
+    for norm in made.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eps = 3.0
+    after = run(made)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, run(copy.deepcopy(made)))
+
+
 @pytest.mark.parametrize("write", WRITES, ids=str)
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_write_of_any_kind_is_followed(module, write):

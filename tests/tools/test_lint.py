@@ -27,7 +27,7 @@ def run(tool: str, *arguments: str) -> None:
         found = "none"
     if found != PINS[tool]:
         pytest.skip(f"{tool} must be {PINS[tool]} (pip install '.[dev]'), got {found}")
-    command = [sys.executable, "-m", tool.replace("-", "_"), *arguments]
+    command = [str(Path(sys.executable).parent / tool), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -69,9 +69,8 @@ class FoldedBlock(nn.Module):
         return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
 
     def settings(self) -> tuple[object, ...]:
-        """All but tensors that folded weights depend on."""
-        norms = [module.eps for module in self._modules.values() if isinstance(module, nn.BatchNorm2d)]
-        return self.conv1.out_groups, *norms
+        """All but tensors and the eps of norms that folded weights depend on."""
+        return (self.conv1.out_groups,)
 
     def freeze(self) -> None:
         """Keep the weights only as the kernel reads them, for good: see `DeepElasticNetwork.freeze`."""

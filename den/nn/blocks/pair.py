@@ -91,7 +91,9 @@ class ConvPair(nn.Module):
         """Both convolutions with their batch norm (eval mode), from the cache while nothing they depend on changed."""
         sources = tuple(t for conv, norm in self.layers() for t in (conv.weight, *norm_tensors(norm)))
         first, second = self.layers()
-        return self._folded.get(sources, lambda: (folded_conv(*first), folded_conv(*second)))
+        return self._folded.get(
+            sources, lambda: (folded_conv(*first), folded_conv(*second)), first[1].eps, second[1].eps
+        )
 
     def train(self, mode: bool = True) -> "ConvPair":
         self._folded.clear()
