@@ -90,7 +90,7 @@ def slug(gpu: str) -> str:
 
 
 def pytest_command(step: Step, rows: Path, until: float, options: argparse.Namespace) -> list[str]:
-    """A step as a command line."""
+    """Command line of a step."""
     hung = ("-o", f"faulthandler_timeout={CHECK}", "-o", "faulthandler_exit_on_timeout=true")
     most = int(step is STEPS["smoke"]) if options.rehearse else os.cpu_count() or 1  # one core: spread only once
     workers = min(step.workers, most)
@@ -164,7 +164,7 @@ def run_step(name: str, seconds: float, options: argparse.Namespace) -> list[Row
 
 
 def row(check: str, why: str, status: str) -> Row:
-    """A check that left no row of its own."""
+    """Row of a check that left none of its own."""
     return {"check": check, "status": status, "reason" if status == "skipped" else "error": why, "seconds": 0.0}
 
 
@@ -250,7 +250,7 @@ def run_steps(names: Sequence[str], found: GpuResults, options: argparse.Namespa
 
 
 def order(options: argparse.Namespace) -> list[str]:
-    """Building and the smoke first, whatever else is asked for; tuning before anything is timed."""
+    """Steps in order: building and the smoke first, whatever else is asked for; tuning before anything is timed."""
     chosen = [name for name in list(STEPS)[1:] if name in (options.only or STEPS)]
     return ["build", "smoke", "machine", *(["tune"] if options.tune else []), *chosen]
 
@@ -273,7 +273,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def rehearsing(options: argparse.Namespace) -> Iterator[None]:
-    """Everything on a simulated GPU; results go to `--out`, or nowhere."""
+    """Context in which everything runs on a simulated GPU; results go to `--out`, or nowhere."""
     options.tune = options.tune or 5.0
     with tempfile.TemporaryDirectory() as folder:
         options.out = options.out or Path(folder)  # which is removed
@@ -282,7 +282,7 @@ def rehearsing(options: argparse.Namespace) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
+    """Run the command line; returns the exit status."""
     options = parse(arguments)
     if options.rehearse and options.out and options.out.resolve().is_relative_to(RESULTS):
         message = f"--out must be outside {RESULTS} where --rehearse is given, got {options.out}"

@@ -86,7 +86,10 @@ def _within(variants: list[Row], limit: float, task: str) -> Row:
 
 
 def _against(row: Row, other: Row, task: str) -> Check:
-    """More accurate than a compared method, or as accurate and cheaper; not decided where the better one costs more."""
+    """Check that ours is more accurate than a compared method, or as accurate and cheaper.
+
+    Not decided where the better one costs more.
+    """
     gain = 100 * (row.stat("accuracy", task).mean - other.stat("accuracy", task).mean)
     cost = row.stat("flops", task).mean / max(other.stat("flops", task).mean, 1e-9)
     better = gain > 0 or (gain == 0 and cost < 1 / SAME_COST)
@@ -131,7 +134,7 @@ def _against_paper(table: Table, row: Row) -> Iterator[Check]:
 
 
 def _rho_checks(section: Section, rows: list[Row]) -> Iterator[Check]:
-    """A smaller rho gives more FLOPs and no lower accuracy."""
+    """Checks that a smaller rho gives more FLOPs and no lower accuracy."""
     known = sorted(((row.rho, row) for row in rows if row.rho is not None), key=lambda pair: -pair[0])
     for (larger, large), (smaller, small) in itertools.pairwise(known):
         for task in (t for t in small.tasks if t in large.tasks and larger > smaller):

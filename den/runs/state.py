@@ -80,7 +80,7 @@ def phases_of(config: TrainConfig | DagTrainConfig, record: dict[str, Any]) -> S
 
 
 def check_kind(folder: Path, kind: str) -> None:
-    """ValueError for the run of another command; `kind`: a key of `COMMANDS`.  A folder without a run passes."""
+    """Raise ValueError for the run of another command; `kind`: a key of `COMMANDS`.  A folder without a run passes."""
     path = folder / "last.safetensors"
     if not path.is_file():
         return

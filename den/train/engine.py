@@ -273,7 +273,7 @@ def restored_position(values: dict[str, Any]) -> Position:
 
 
 def check_finite(loss: float, step: int) -> None:
-    """ValueError for a loss, after so many updates, that is not finite."""
+    """Raise ValueError for a loss, after so many updates, that is not finite."""
     if not math.isfinite(loss):
         raise ValueError(f"train: loss must stay finite, got {loss} at step {step} (lower the rate)")
 
