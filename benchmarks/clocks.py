@@ -85,7 +85,7 @@ def clock_of(device: str) -> Clock:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the last cache before memory."""
+    """Size of a GPU's L2 cache in bytes (64 MiB where torch does not tell it); 1 MiB for a CPU."""
     if device.type != "cuda":
         return 1 << 20
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))

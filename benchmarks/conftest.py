@@ -52,7 +52,7 @@ def is_wanted(item: pytest.Item, config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Cases that are not wanted are not collected."""
+    """Leave out the cases that are not wanted."""
     wanted = [is_wanted(item, config) for item in items]
     config.hook.pytest_deselected(items=[item for item, kept in zip(items, wanted, strict=True) if not kept])
     items[:] = [item for item, kept in zip(items, wanted, strict=True) if kept]

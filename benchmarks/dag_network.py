@@ -43,7 +43,7 @@ class MixedTasks:
         return cls(network, whole, images, [task.name for task in tasks])
 
     def together(self, network: DagNetwork, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """All tasks in one batch, in a copy of another dtype where that is asked for."""
+        """Logits [n, classes] of each task, all tasks in one batch; in another dtype by a copy of the network."""
         if dtype != torch.float32:
             network = copy.deepcopy(network).to(dtype)
         return network([part.to(dtype) for part in self.images], self.tasks)
@@ -53,7 +53,7 @@ class MixedTasks:
         return [SubNetwork(network, task).eval() for task in self.tasks]
 
     def one_by_one(self, networks: list[SubNetwork]) -> list[Tensor]:
-        """The tasks one after the other."""
+        """Logits [n, classes] of each task, the tasks one after the other."""
         return [network(part) for network, part in zip(networks, self.images, strict=True)]
 
     def work(self) -> Work:

@@ -109,7 +109,10 @@ class ElasticNetwork:
         return Work(chosen, dense, self.traffic())
 
     def traffic(self) -> float:
-        """Each block reads and writes the maps of the instances that do not skip it, and reads its weights, once."""
+        """Bytes that no implementation avoids.
+
+        Each block reads and writes the maps of the instances that do not skip it, and reads its weights, once.
+        """
         maps: list[int] = []  # values of an image that each block reads and writes
 
         def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # [B, C, H, W], [B, C', H', W']

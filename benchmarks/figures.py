@@ -123,7 +123,7 @@ def _seconds(row: Row, name: str) -> float | None:
 
 
 def fastest_from(rows: Sequence[Row]) -> str:
-    """From which batch on ours is the fastest way, in words; rows in order of the batch."""
+    """Sentence on the batch from which ours is the fastest provider; rows in ascending order of the batch."""
     wins = [_seconds(row, "ours") <= row["providers"][best_alternative(row)]["median"] for row in rows]
     first = len(wins)
     while first and wins[first - 1]:

@@ -90,7 +90,7 @@ def slug(gpu: str) -> str:
 
 
 def pytest_command(step: Step, rows: Path, until: float, options: argparse.Namespace) -> list[str]:
-    """A step as a command line."""
+    """Command line of a step."""
     hung = ("-o", f"faulthandler_timeout={CHECK}", "-o", "faulthandler_exit_on_timeout=true")
     most = int(step is STEPS["smoke"]) if options.rehearse else os.cpu_count() or 1  # one core: spread only once
     workers = min(step.workers, most)
@@ -108,7 +108,7 @@ def pytest_command(step: Step, rows: Path, until: float, options: argparse.Names
 
 
 def environment() -> dict[str, str]:
-    """For processes that import what this one does, by the same names."""
+    """Environment of child processes, with this process's import path."""
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     return os.environ | {"PYTHONPATH": path}
 
@@ -164,7 +164,7 @@ def run_step(name: str, seconds: float, options: argparse.Namespace) -> list[Row
 
 
 def row(check: str, why: str, status: str) -> Row:
-    """A check that left no row of its own."""
+    """Row of a check that left none of its own."""
     return {"check": check, "status": status, "reason" if status == "skipped" else "error": why, "seconds": 0.0}
 
 
@@ -175,7 +175,10 @@ def unfinished(entries: Sequence[Row]) -> list[str]:
 
 
 def collect(step: str, entries: Sequence[Row]) -> list[Row]:
-    """One row a check, in the order of collection; without one it did not fit. A smoke out of time has failed."""
+    """One row for each check, in the order of collection.
+
+    A check without a result did not fit the time and is skipped; in the step "smoke" that is a failure.
+    """
     names = dict.fromkeys(name for entry in entries for name in entry.get("collected", ()))
     rows = {name: row(name, OUT_OF_TIME, "skipped") for name in names or [step]}
     rows |= {entry["check"]: entry for entry in entries if "check" in entry}
@@ -218,7 +221,10 @@ def rehearsed(options: argparse.Namespace, module: str) -> tuple[str, ...]:
 
 
 def run_steps(names: Sequence[str], found: GpuResults, options: argparse.Namespace) -> bool:
-    """Every step within the budget, results kept after each; whether all passed. Nothing behind a failed smoke."""
+    """Run the steps within the budget, keeping results after each; True where all passed.
+
+    A failed step "smoke" ends the run.
+    """
     end = time.monotonic() + options.budget
     for name in names:
         begin = time.monotonic()
@@ -244,7 +250,7 @@ def run_steps(names: Sequence[str], found: GpuResults, options: argparse.Namespa
 
 
 def order(options: argparse.Namespace) -> list[str]:
-    """Building and the smoke first, whatever else is asked for; tuning before anything is timed."""
+    """Steps in order: building and the smoke first, whatever else is asked for; tuning before anything is timed."""
     chosen = [name for name in list(STEPS)[1:] if name in (options.only or STEPS)]
     return ["build", "smoke", "machine", *(["tune"] if options.tune else []), *chosen]
 
@@ -267,7 +273,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def rehearsing(options: argparse.Namespace) -> Iterator[None]:
-    """Everything on a simulated GPU; results go to `--out`, or nowhere."""
+    """Context in which everything runs on a simulated GPU; results go to `--out`, or nowhere."""
     options.tune = options.tune or 5.0
     with tempfile.TemporaryDirectory() as folder:
         options.out = options.out or Path(folder)  # which is removed
@@ -276,7 +282,7 @@ def rehearsing(options: argparse.Namespace) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
+    """Run the command line; returns the exit status."""
     options = parse(arguments)
     if options.rehearse and options.out and options.out.resolve().is_relative_to(RESULTS):
         message = f"--out must be outside {RESULTS} where --rehearse is given, got {options.out}"
@@ -290,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, gpu: str) -> int:
-    """All steps that are asked for and the report; the exit status."""
+    """Run the steps that are asked for, print the report and return the exit status."""
     options.out = options.out or RESULTS
     found = GpuResults(options.out / f"{slug(gpu)}.json", gpu, afresh=not options.only)
     passed = run_steps(order(options), found, options)

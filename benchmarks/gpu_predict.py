@@ -32,7 +32,10 @@ class Traffic(NamedTuple):
 
 
 def fused_traffic(p: FusedProblem, counts: Sequence[int]) -> Traffic:
-    """Of a block that adds to a map, with counts[l] instances at level l; ValueError where the kernel takes it not."""
+    """Traffic of a block that adds to a map, with counts[l] instances at level l.
+
+    Raises ValueError where the fused kernel does not take the block.
+    """
     layout = fused_layout(p)
     if layout is None:
         raise ValueError(f"fused_traffic: the problem must be one that the fused kernel takes, got {p}")
@@ -44,7 +47,7 @@ def fused_traffic(p: FusedProblem, counts: Sequence[int]) -> Traffic:
 
 
 def problem_of(block: ResidualShape, B: int, multiprocessors: int) -> FusedProblem:
-    """In bfloat16, with hidden groups of a quarter, a quarter and a half, on a Hopper GPU."""
+    """The block as a problem in bfloat16 on a Hopper GPU, its hidden groups a quarter, a quarter and a half."""
     widths = tuple(accumulate((block.channels // 4, block.channels // 4, block.channels // 2)))
     size = block.size * block.stride
     chip = multiprocessors, 227 << 10
@@ -52,7 +55,7 @@ def problem_of(block: ResidualShape, B: int, multiprocessors: int) -> FusedProbl
 
 
 class Prediction(NamedTuple):
-    """Seconds."""
+    """Predicted times in seconds, and the FLOPs ratio."""
 
     matrix: float  # floor: FLOPs
     fused_bytes: float  # floor: the fused kernel's maps
@@ -63,14 +66,14 @@ class Prediction(NamedTuple):
 
     @property
     def realised(self) -> float:
-        """Of the faster of ours."""
+        """Realised fraction of the faster of our two ways: the saving in time over the saving in FLOPs."""
         return self.dense / min(self.composition, self.fused) / self.flops_ratio
 
 
 def predict(
     block: ResidualShape, mix: str, flops: float, bandwidth: float, B: int = 256, chip: int = 132
 ) -> Prediction:
-    """The rates in FLOP/s and bytes/s; `chip`: multiprocessors."""
+    """Predict the times of a block: flops in FLOP/s, bandwidth in bytes/s, chip: number of multiprocessors."""
     p, counts = problem_of(block, B, chip), [round(B * share) for share in MIXES[mix]]
     work = [B * block.flops(p.widths[-1]), sum(n * block.flops(w) for n, w in zip(counts[1:], p.widths, strict=True))]
     traffic = fused_traffic(p, counts)

@@ -29,7 +29,7 @@ class GpuResults:
             self.rows, self.gpu = document["rows"], self.gpu | document["gpu"]
 
     def put(self, step: str, seconds: float, checks: Sequence[Row], source: Row) -> None:
-        """The checks of a step in place of its earlier ones; timed rows, with their source, in place of their cases."""
+        """Replace the earlier checks of a step by these, and the rows of cases by the timed ones, with their source."""
         own = [{"step": step} | ({k: row[k] for k in KEPT} if "providers" in row else row) for row in checks]
         self.gpu["checks"] = [row for row in self.gpu["checks"] if row["step"] != step] + own
         self.gpu["steps"][step] = {"seconds": round(seconds, 1), "commit": source["commit"]}
@@ -47,7 +47,7 @@ class GpuResults:
         results.store(self.path, self.rows, gpu=self.gpu)
 
     def with_status(self, status: str) -> list[Row]:
-        """The checks that ended so."""
+        """Checks that ended with this status."""
         return [row for row in self.gpu["checks"] if row["status"] == status]
 
     def report(self) -> str:

@@ -37,13 +37,13 @@ def name_of(item: pytest.Item) -> str:
 
 
 def append(config: pytest.Config, entry: Mapping[str, Any]) -> None:
-    """One line of the run's file, where it has one."""
+    """Append an entry to the run's file, where it has one."""
     if (path := config.getoption("--rows")) is not None:
         append_to(path, entry)
 
 
 def append_to(path: Path, entry: Mapping[str, Any]) -> None:
-    """One line, on disk when this returns, also beside other processes."""
+    """Append an entry as one line, on disk when this returns; other processes may append too."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
         file.flush()

@@ -55,7 +55,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the maps and the weights."""
+        """The dtype of the maps and the weights."""
         return DTYPES.get(self.dtype, torch.float32)
 
     @property

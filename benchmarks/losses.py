@@ -1,4 +1,4 @@
-"""Where ours is not the fastest way: which cases, against what, and what the row itself tells about the reason."""
+"""Cases in which ours is not the fastest provider: against which one, and what the row tells about the reason."""
 
 from __future__ import annotations
 

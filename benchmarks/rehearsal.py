@@ -81,7 +81,7 @@ class Account:
 
 @contextlib.contextmanager
 def stage() -> Iterator[Account]:
-    """In here "cuda" is the simulated GPU, and everything that runs on a GPU only has something that runs for it."""
+    """Context in which "cuda" is the simulated GPU, with stand-ins for all that runs on a GPU only."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
     from tests.simulated_gpu import Device, simulated
@@ -111,7 +111,7 @@ def interpreted(account: Account) -> Callable[..., dict[str, Any]]:
     """`Launch.run` on the memory behind simulated tensors; a graph that is being captured keeps the launch."""
     from tests.simulated_gpu import Device, values_of
 
-    def run(launch: Any, like: Tensor) -> dict[str, Any]:
+    def run(launch: Any, like: Tensor) -> dict[str, Any]:  # like: of any shape
         def call(**arguments: Any) -> None:
             with _disable_current_modes():
                 launch.kernel[(launch.programs,)](**arguments)
@@ -194,7 +194,7 @@ def operators() -> dict[str, Callable[..., Any]]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Every check, with few of its parameters."""
+    """Keep every check, with few of its parameters."""
 
     def is_kept(item: pytest.Item) -> bool:
         given = getattr(item, "callspec", None)

@@ -43,5 +43,5 @@ class Shape(NamedTuple):
         return self.channels == self.out_channels and self.stride == 1
 
     def values(self, batch: int) -> int:
-        """Of the larger map of a batch."""
+        """Number of values in the larger of the block's two maps, for a batch."""
         return batch * max(self.channels, self.out_channels) * self.size**2

@@ -64,7 +64,7 @@ def target_line(target: Target, rows: dict[str, Row]) -> list[str]:
 
 
 def targets_table(rows: Iterable[Row], *, only_measured: bool = False, targets: Sequence[Target] = TARGETS) -> str:
-    """Every target beside what was measured, or those of the cases that ran."""
+    """Table of all targets beside what was measured; only_measured: of those whose cases ran."""
     by_case = {row["case"]: row for row in rows}
     lines = [target_line(target, by_case) for target in targets if target.case in by_case or not only_measured]
     return table(["case", "measure", "target", "measured", "met"], lines)
@@ -133,7 +133,7 @@ def memory_table(rows: Iterable[Row]) -> str:
 
 
 def losses_table(rows: Iterable[Row]) -> str:
-    """Where something else is faster: what, by how much, whether it breaks the promise, and why."""
+    """Table of the cases in which another provider is faster: which, by how much, and why."""
     lines = [
         [loss.row["case"], loss.best, f"{loss.factor:.2f}", "**yes**" if loss.counts else "no", losses.reason(loss)]
         for loss in losses.losses(rows)
@@ -143,7 +143,7 @@ def losses_table(rows: Iterable[Row]) -> str:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """One line: machine, threads, versions, commits, days of the rows."""
+    """Line of text: machine, threads, versions, commits, days of the rows."""
 
     def each(values: Iterable[str]) -> str:
         return ", ".join(sorted(set(values)))

@@ -15,7 +15,7 @@ BFLOAT16_SLACK = 0.05  # realised fractions in bfloat16 may be this much lower
 
 @dataclass(frozen=True)
 class Target:
-    """One line of the table."""
+    """Bound on one measure of one case."""
 
     what: str
     case: str

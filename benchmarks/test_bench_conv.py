@@ -120,7 +120,7 @@ def route_of(problem: Problem) -> den_kernels.Route:
 
 
 def way(problem: Problem) -> str:
-    """Which of its implementations `dynamic_conv2d` takes for the case."""
+    """Name of the implementation that `dynamic_conv2d` takes for the case."""
     if problem.x.device.type != "cpu":
         return "gpu"
     direct = uses_direct(problem.x, problem.conv.weight, route_of(problem), geometry_of(problem))

@@ -78,7 +78,7 @@ def dense_side(
 
 
 def dense_providers(case: Case, network: ElasticNetwork, settings: Settings) -> list[Provider]:
-    """Those of `dense_side`; compiled where the settings, the suite and the batch allow."""
+    """The providers of `dense_side`; compiled where the settings, the suite and the batch allow."""
     large = case.suite == "network" and case.batch >= COMPILED
     compiles = settings.compile == "all" or (settings.compile == "network" and large)
     return dense_side(case.shape, case.batch, case.dtype, case.device, network.task.name, compiles, settings.autotune)

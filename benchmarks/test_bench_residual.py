@@ -252,7 +252,7 @@ def bare_providers(problem: Problem) -> list[Provider]:
 
 
 def way(problem: Problem) -> str:
-    """Which of its implementations `dynamic_residual` takes for the case."""
+    """Name of the implementation that `dynamic_residual` takes for the case."""
     weights = fold(problem)
     if problem.x.device.type != "cpu":
         return "gpu"

@@ -27,7 +27,7 @@ Settings = TypeVar("Settings", TrainConfig, DagTrainConfig)
 
 @dataclass(frozen=True)
 class Source:
-    """Where the settings of a run begin."""
+    """Options that say where the settings of a run begin."""
 
     config: Path | None = None
     """JSON file of settings, such as a run's config.json; options given here come before it."""

@@ -40,7 +40,7 @@ class DagDataConfig:
 
 @dataclass(frozen=True)
 class DagNetworkConfig:
-    """The central network."""
+    """Settings of the central network."""
 
     states: Annotated[int, Range(1)] = 8
     """N: states of the graph."""

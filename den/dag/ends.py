@@ -49,7 +49,7 @@ class MixedEnds:
 
     @staticmethod
     def fold(stems: Sequence[DagStem], heads: Sequence[ClassHead]) -> MixedEnds:
-        """The products of the tasks, from their modules in eval mode."""
+        """Fold the batch norms of stems and heads in eval mode, and stack the tasks' weights."""
         convolutions = [folded_weight(stem.conv.conv, stem.conv.norm) for stem in stems]
         conv, most = stems[0].conv.conv, max(head.linear.out_features for head in heads)
         weights, biases = [], []

@@ -35,7 +35,7 @@ class TaskResult:
 
     @property
     def accuracy(self) -> float:
-        """Of a classification task, 0..1."""
+        """Accuracy of a classification task, 0..1."""
         return self.metrics["accuracy"]
 
 
@@ -69,7 +69,7 @@ def evaluate_tasks(
 def _evaluate(
     model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet, batch_size: int
 ) -> dict[str, TaskResult]:
-    """All tasks of the images together."""
+    """Results of all tasks of one set, by name; each batch runs them together."""
     tasks = image_set.tasks
     step = min(batch_size, DENSE_BATCH) if any(task.dense for task in tasks) else batch_size
     losses = dict.fromkeys((task.name for task in tasks), 0.0)

@@ -1,4 +1,4 @@
-"""One task's sub-network, alone: ordinary convolutions, with the weights that the task keeps and no others."""
+"""Sub-network of one task as an ordinary network: plain convolutions with only the weights that the task keeps."""
 
 from __future__ import annotations
 

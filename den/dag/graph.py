@@ -58,7 +58,7 @@ class Graph:
         return tuple(tuple(e for e, (i, _) in enumerate(self.edges) if i == s) for s in range(self.states))
 
     def whole(self) -> SubGraph:
-        """All edges, and every state read in and read out."""
+        """The sub-graph of all items: every edge, and every state's read-in and read-out."""
         return SubGraph(self, (True,) * len(self.edges), (True,) * self.states, (True,) * self.states)
 
 
@@ -120,7 +120,7 @@ class SubGraph:
         return SubGraph(self.graph, *(tuple(flags[kind]) for kind in KINDS))
 
     def clean(self) -> SubGraph:
-        """Less every item of a dead state: one that the source does not reach, or from which the sink is not reached.
+        """This sub-graph less the items of dead states, which the source does not reach or which do not reach the sink.
 
         One sweep forward, one backward; ``s.clean().clean() == s.clean()``.
         """

@@ -98,7 +98,7 @@ class DagNetwork(nn.Module):
         return batch.restore_logits(logits, most)
 
     def _mixed_ends(self, batch: TaskBatch) -> MixedEnds | None:
-        """The stems and heads of the batch's tasks as one, where that can be; kept for the next batch of the same."""
+        """The stems and heads of the batch's tasks, folded for one pass and cached; None where they do not fit."""
         stems, heads = [self.stems[k] for k in batch.tasks], [self.heads[k] for k in batch.tasks]
         casts = torch.is_autocast_enabled(batch.images[0].device.type)
         if casts or not may_fold(self) or not MixedEnds.fit(stems, heads, batch.images):
@@ -126,7 +126,7 @@ class DagNetwork(nn.Module):
         return out
 
     def _block(self, gates: BatchGates, index: int) -> Route | None:
-        """The route of what comes after the edges; None: all instances."""
+        """The route of block `index` after the edges, a stage's read-in or read-out; None: all instances."""
         return None if gates.plan is None else gates.plan[len(self.edges) + index]
 
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:

@@ -32,7 +32,7 @@ class TaskGates:
 
 @dataclass(frozen=True)
 class Flow:
-    """One unit of mass on its way from the source to the sink."""
+    """Flow of one unit of mass from the source to the sink."""
 
     read_in: tuple[float, ...]  # [N]: from the source into each state; adds up to 1
     edges: tuple[float, ...]  # [E]: along each edge

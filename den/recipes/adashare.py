@@ -125,7 +125,7 @@ class AdaShare(ComparedMethod):
 
 @contextlib.contextmanager
 def gated(estimator: Estimator, gates: Tensor) -> Iterator[None]:
-    """Blocks give shortcut(x) + gate * residual(x) meanwhile; gates: [B, N], in the order of the images."""
+    """Context in which blocks give shortcut(x) + gate * residual(x); gates: [B, N], in the order of the images."""
 
     def hook(i: int) -> Callable[..., Tensor]:
         def gate(block: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:  # [B, C, H, W], [B, C', H', W']

@@ -70,7 +70,7 @@ class Method(Recipe):
         return {}
 
     def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
-        """The network that trains goes into training mode, the other one rests in evaluation mode."""
+        """Put the network that trains into training mode, the other one into evaluation mode."""
         self.model.estimator.train("estimator" in phase.trained)
         self.model.selector.train("selector" in phase.trained)
 
@@ -138,7 +138,7 @@ class ComparedMethod(Method, ABC):
         return self.structures
 
     def comparable(self, phase: NetworkPhase) -> bool:
-        """In the last phase: before, something has not been trained yet."""
+        """True in the last phase: in those before, part of the method has not been trained yet."""
         return phase == self.phases()[-1]
 
 
@@ -157,7 +157,7 @@ def task_rows(table: Tensor, model: DeepElasticNetwork, images: Images, task: Ta
 
 
 def skippable(model: DeepElasticNetwork, name: str) -> None:
-    """ValueError unless every block can be left out."""
+    """Raise ValueError unless every block can be left out."""
     if model.estimator.level_parameters[:, 0].any():
         raise ValueError(
             f"{name}: backbone must be of residual blocks, which can be left out, got {model.config.backbone}"

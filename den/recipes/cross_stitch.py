@@ -70,7 +70,7 @@ class Stitch(nn.Module):
         self.weight = nn.Parameter(weight[:, :, None].repeat(1, 1, channels))
 
     def forward(self, maps: list[Tensor], t: int) -> Tensor:
-        """x~_t of maps [B, C, H, W], one for each copy."""
+        """Mixed maps x~_t of maps x_s [B, C, H, W], one for each copy."""
         weights = self.weight[t].to(maps[0].dtype)[:, None, :, None, None]  # [K, 1, C, 1, 1]
         return reduce(torch.add, (weight * x for weight, x in zip(weights, maps, strict=True)))
 

@@ -19,7 +19,7 @@ from den.train.phases import NetworkPhase
 
 
 class Policies(nn.Module):
-    """State of the agents, which they learn."""
+    """Learned state of the agents."""
 
     policy: Tensor  # [K, N, L], chances of the levels
     value: Tensor  # [K, N], running mean of the returns of an agent

@@ -119,7 +119,7 @@ def section_text(table: Table, points: Points | None = None, folders: Mapping[in
 
 
 def _repetitions(section: Section, folders: Mapping[int, Path]) -> list[str]:
-    """Which of several runs of the same settings and seed is shown, and why."""
+    """Remark on runs with the settings and the seed of another: only the one given first is shown."""
     lines = [
         f"{_name(other, folders)} has the settings and the seed {other.seed} of {_name(shown, folders)}, which was"
         " given first and is shown alone."

@@ -208,7 +208,7 @@ def method_label(record: Evaluation) -> str:
 
 
 def differences(groups: Sequence[Group]) -> list[str]:
-    """For each of several groups, the settings in which they differ, in words; the data's only if nothing else does."""
+    """Settings in which groups differ, in words for each group; the data's only if nothing else does."""
     flat = [settings_of(group.first) for group in groups]
     names = [name for name in flat[0] if any(f.get(name) != flat[0][name] for f in flat)]
     named = [name for name in names if not name.startswith("data.")] or names

@@ -17,7 +17,7 @@ M1 = (CIFAR100, TINY, STL)
 
 @dataclass(frozen=True)
 class PaperEntry:
-    """One cell group of a table.  None: the paper does not say."""
+    """Results of one network and task in a table of the paper.  None: the paper does not say."""
 
     table: str  # "2a"
     scenario: str  # m1, m2, m3, c1

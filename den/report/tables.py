@@ -27,7 +27,7 @@ faster of plain convolutions and our kernels. Entropy: of the structures in use,
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table before it is text.  None: not there."""
+    """Line of a table before it is text.  None: not there."""
 
     label: str
     task: str
@@ -160,7 +160,7 @@ def heading(table: Table) -> str:
 
 
 def machines(section: Section) -> str:
-    """Where the runs of a section were measured."""
+    """Machines on which the runs of a section were measured, with platform and torch release."""
     records = [record for row in section.rows for group in row.groups for record in group.records]
     return "; ".join(
         dict.fromkeys(f"{r.machine}, {r.versions['platform']}, torch {r.versions['torch']}" for r in records)

@@ -21,7 +21,7 @@ COMPARED = ("random", "blockdrop", "nestednet", "packnet", "routing", "cross-sti
 
 
 def verdicts(table: Table, points: Points | None = None) -> list[Check]:
-    """Every claim that these runs can be held against; of runs that have not finished only that they have not.
+    """Checks of every claim that these runs can confirm or refute; of an unfinished run only that it is unfinished.
 
     points: with them, the dense network and the compared methods are held against the operating point of fitting FLOPs.
     """
@@ -86,7 +86,10 @@ def _within(variants: list[Row], limit: float, task: str) -> Row:
 
 
 def _against(row: Row, other: Row, task: str) -> Check:
-    """More accurate than a compared method, or as accurate and cheaper; not decided where the better one costs more."""
+    """Check that ours is more accurate than a compared method, or as accurate and cheaper.
+
+    Not decided where the better one costs more.
+    """
     gain = 100 * (row.stat("accuracy", task).mean - other.stat("accuracy", task).mean)
     cost = row.stat("flops", task).mean / max(other.stat("flops", task).mean, 1e-9)
     better = gain > 0 or (gain == 0 and cost < 1 / SAME_COST)
@@ -114,7 +117,7 @@ def _task_usage(row: Row) -> Iterator[Check]:
 
 
 def _against_paper(table: Table, row: Row) -> Iterator[Check]:
-    """Where the paper's network is no less accurate than its baseline, so should ours be."""
+    """Check that a network falls no further below its dense baseline than the paper's does below its own."""
     dense = table.section.dense
     for line in table.lines:
         base = table.paper_dense(line.task)
@@ -131,7 +134,7 @@ def _against_paper(table: Table, row: Row) -> Iterator[Check]:
 
 
 def _rho_checks(section: Section, rows: list[Row]) -> Iterator[Check]:
-    """A smaller rho gives more FLOPs and no lower accuracy."""
+    """Checks that a smaller rho gives more FLOPs and no lower accuracy."""
     known = sorted(((row.rho, row) for row in rows if row.rho is not None), key=lambda pair: -pair[0])
     for (larger, large), (smaller, small) in itertools.pairwise(known):
         for task in (t for t in small.tasks if t in large.tasks and larger > smaller):

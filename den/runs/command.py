@@ -58,7 +58,7 @@ def main(command: Evaluate) -> None:
 
 
 def record_folders(runs: tuple[Path, ...], out: Path | None) -> dict[Path, Path]:
-    """Where the record of each run goes: its own folder, or `out`, with several runs a folder of each in it.
+    """Folder for the record of each run: its own, or `out`, which for several runs gets a folder of each.
 
     Raises:
         ValueError: one that cannot be written to, or two runs of the same name with `out`.

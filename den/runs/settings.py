@@ -35,7 +35,7 @@ class Evaluate:
     """Folder for evaluation.json, with several runs for a folder of each; None: the run folders."""
 
     def check(self) -> None:
-        """ValueError for values that mean nothing."""
+        """Raise ValueError where runs are missing, both budgets are given, or a value is out of its range."""
         if not self.runs:
             raise ValueError("evaluate: runs must be at least one run folder, got none")
         if self.budget_flops is not None and self.budget_ms is not None:

@@ -32,7 +32,7 @@ class Training:
 
     @property
     def words(self) -> str:
-        """As tables, figures and verdicts tell it: "unfinished: 40 of 4,000 updates", or of a finished run nothing."""
+        """Progress as reports tell it: "unfinished: 40 of 4,000 updates"; empty for a finished run."""
         return "" if self.finished else f"unfinished: {self.updates:,} of {self.planned:,} updates"
 
 
@@ -80,7 +80,7 @@ def phases_of(config: TrainConfig | DagTrainConfig, record: dict[str, Any]) -> S
 
 
 def check_kind(folder: Path, kind: str) -> None:
-    """ValueError for the run of another command; `kind`: a key of `COMMANDS`.  A folder without a run passes."""
+    """Raise ValueError for the run of another command; `kind`: a key of `COMMANDS`.  A folder without a run passes."""
     path = folder / "last.safetensors"
     if not path.is_file():
         return

@@ -1,4 +1,4 @@
-"""Which trained run keeps to a budget best, and how its selector is steered there."""
+"""Choice of the trained run that keeps to a budget best, and steering of its selector to that budget."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unseen_images(run: Run, data_root: Path | None) -> tuple[list[ImageSet], lis
 
 
 def _filled(first: list[ImageSet], rest: ImageSet) -> ImageSet:
-    """At most `STEERED_ON` images: of `first`, and what is left over of `rest`, each spread evenly."""
+    """At most `STEERED_ON` images: those of `first`, filled up from `rest`, evenly spread over each."""
     parts, room = [], STEERED_ON
     for part in (*first, rest):
         count = min(len(part), room)

@@ -25,7 +25,7 @@ class Run:
 
     @property
     def name(self) -> Literal["last", "best"]:
-        """Which of the folder's checkpoints it is."""
+        """Name of the checkpoint that was opened."""
         return "best" if self.checkpoint.stem == "best" else "last"
 
     @property

@@ -73,7 +73,7 @@ def read_updates(path: Path) -> int:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Makes of what goes wrong while something is rebuilt from a checkpoint a ValueError that names its file."""
+    """Context that turns errors while something is rebuilt from a checkpoint into a ValueError that names its file."""
     try:
         yield
     except DAMAGE as error:

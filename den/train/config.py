@@ -57,7 +57,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The network."""
+    """Settings of the network."""
 
     backbone: str = "wrn14_1"
     """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50_bottleneck, vgg16, vgg19,
@@ -76,7 +76,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """One phase: training of one of the two networks while the other rests."""
+    """Settings of one phase: training of one of the two networks while the other rests."""
 
     steps: Annotated[int, Range(0)]
     """Updates; with until="converge" the most there may be."""
@@ -150,7 +150,7 @@ class SelectorTraining:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Numbers of the compared methods, which have no part in the others."""
+    """Settings of the compared methods; other methods ignore them."""
 
     levels: Annotated[tuple[int, ...], Range(0)] = ()
     """NestedNet, PackNet*: the level of each task, in the order of tasks, no two alike.  Empty: the last task gets the

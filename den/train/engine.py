@@ -41,7 +41,7 @@ R = TypeVar("R", bound=Recipe)
 
 @dataclass
 class Position:
-    """Where a run stands; all of it is in a checkpoint."""
+    """Position of a run in its schedule; a checkpoint holds all of it."""
 
     phase: int = 0  # phases done
     step: int = 0  # updates done in the phase at hand
@@ -137,7 +137,7 @@ class Engine(Generic[R]):
                 self._end_epoch(phase)
 
     def update(self, objective: Objective) -> None:
-        """One step of the optimisers of the phase at hand, or of those that the objective names.
+        """Make one step of the optimisers of the phase at hand, or of those that the objective names.
 
         An objective without measurements is a part of an update that another objective completes.
         """
@@ -273,7 +273,7 @@ def restored_position(values: dict[str, Any]) -> Position:
 
 
 def check_finite(loss: float, step: int) -> None:
-    """ValueError for a loss, after so many updates, that is not finite."""
+    """Raise ValueError for a loss, after so many updates, that is not finite."""
     if not math.isfinite(loss):
         raise ValueError(f"train: loss must stay finite, got {loss} at step {step} (lower the rate)")
 

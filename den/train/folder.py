@@ -119,14 +119,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Tells in one line what cannot be written."""
+        """Context that turns an OSError into a ValueError of one line."""
         try:
             yield
         except OSError as error:
             raise ValueError(f"train: out must be a folder that can be written, got {self.path}: {error}") from error
 
     def _check_free(self) -> None:
-        """A start that was broken off before its first checkpoint may be repeated."""
+        """Raise ValueError where the folder holds a run; one broken off before its first checkpoint may be repeated."""
         found = [name for name in WRITTEN if (self.path / name).exists()]
         if checkpoints := [name for name in found if name in CHECKPOINTS]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""Lock that lets one process at a time train in a run's folder."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def initial_structures(count: int, blocks: int, levels: int, tau: float, generat
 
 
 def selected_structures(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One structure per instance of logits [B, N, L]: drawn from them, or the likeliest without generator. [B, N]."""
+    """Structures int64 [B, N] of logits [B, N, L]: drawn from them, or without a generator the likeliest."""
     if generator is None:
         return logits.argmax(-1)
     return sample_structures(logits.log_softmax(-1), 1, 0.0, generator)[:, 0]

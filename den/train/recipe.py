@@ -68,7 +68,7 @@ class Recipe(ABC):
         """Stand where `record` says; KeyError, TypeError or ValueError for one that is not whole."""
 
     def begin(self, engine: Engine[Any]) -> None:
-        """Called once in a new run, before its first checkpoint; nothing has to be done then."""
+        """Prepare a new run: called once, before its first checkpoint; does nothing unless overridden."""
         return None
 
     def epoch_steps(self, phase: Phase) -> int:

@@ -101,7 +101,7 @@ def _estimator(budget: float) -> EstimatorTraining:
 
 
 def _selector(options: ScenarioOptions) -> SelectorTraining:
-    """Exploration, too, falls within its share of the phase."""
+    """Settings of the selector's training, with exploration falling the faster, the smaller the budget."""
     return SelectorTraining(
         phase=PhaseConfig(_steps(4_693, options.budget), 1e-3, "constant"),
         decay=0.1,
@@ -112,7 +112,7 @@ def _selector(options: ScenarioOptions) -> SelectorTraining:
 
 
 def _steps(full: int, budget: float) -> int:
-    """At least one, and few enough to count.
+    """Number of updates within the budget, from 1 to 10^15.
 
     >>> [_steps(4_693, budget) for budget in (1, 0.1, 1e-6)]
     [4693, 469, 1]
@@ -121,14 +121,14 @@ def _steps(full: int, budget: float) -> int:
 
 
 def _trunk_size(backbone: str, tasks: tuple[str, ...]) -> int:
-    """SimpleConvNet has no stems: its first block sees the largest images themselves."""
+    """Side of the trunk's maps; of SimpleConvNet, which has no stems, that of the largest images."""
     if backbone != "simpleconvnet":
         return TRUNK_SIZE
     return max(int(size) if size else IMAGE_SIZE for _, _, size in (task.partition("@") for task in tasks))
 
 
 def expand_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Ranges written out.
+    """Names of tasks with ranges written out.
 
     >>> expand_tasks(("digits", "tin50-0..1@32"))
     ('digits', 'tin50-0@32', 'tin50-1@32')

@@ -22,7 +22,7 @@ from den.train.objective import Objective
 
 
 def adashare_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
-    """One update of the weights on `batch` and one of the policy on the other half, each with its own draw."""
+    """Update the weights on `batch` and the policy on a batch of the other half, each with its own draw."""
     config, model, temperature = engine.config, engine.model, engine.recipe.temperature(engine)
     peers, gates, weights = config.peers, model.gates, engine.recipe.loss_weights
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + engine.position.total_steps)

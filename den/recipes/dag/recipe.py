@@ -133,7 +133,7 @@ class SearchRecipe(Recipe):
         self.model.gates.requires_grad_(phase.name == "search")
 
     def temperature(self, engine: Engine[Any]) -> float:
-        """AdaShare's, of the Gumbel-softmax: it falls from epoch to epoch of the search."""
+        """Temperature of AdaShare's Gumbel-softmax, which falls from epoch to epoch of the search."""
         peers = self.config.peers
         return peers.temperature * peers.cooling ** (engine.position.step // engine.epoch_steps)
 

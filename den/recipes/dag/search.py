@@ -49,14 +49,14 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
 
 
 def train_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
-    """One update of the weights."""
+    """Update the weights once."""
     with engine.autocast():
         loss, measured = task_loss(engine.model, batch, engine.recipe.loss_weights)
     engine.update(Objective(loss, measured))
 
 
 def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
-    """One update of the weights and one of the gates, as the variant has it."""
+    """Update the weights and the gates once, in the order of `training.search`."""
     training, model = engine.config.training, engine.model
     edges = len(model.graph.edges)
     first: dict[str, Tensor] = {}

@@ -54,7 +54,7 @@ def comparison(runs: Sequence[RunReport]) -> str:
 
 
 def repetitions(runs: Sequence[RunReport]) -> list[str]:
-    """Which of several runs of the same settings and seed is compared, and why."""
+    """Remark on runs with the settings and the seed of another: only the one given first is compared."""
     groups, lines = grouped(runs), []
     for run in runs:
         shown = groups[run.label(reference(runs)), run.updates][run.config.seed]

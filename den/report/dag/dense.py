@@ -26,8 +26,10 @@ def value_text(name: str, value: float) -> str:
 
 
 def delta_tables(runs: Sequence[RunReport]) -> str:
-    """Of every run that shares something between tasks, or of all where there is no such run: each metric beside that
-    of a single-task network, and Delta; of several such runs their Deltas side by side first.
+    """Tables of each metric beside that of a single-task network, with Delta, the mean of its relative gains.
+
+    One table for each run that shares something between tasks (for every run, where none does); for several runs, first
+    a table of their Deltas side by side.
 
     Runs of one task, and those of a network for each task, are the single-task references (several: their mean); for
     tasks without one the published values stand, where there are any.
@@ -39,7 +41,7 @@ def delta_tables(runs: Sequence[RunReport]) -> str:
 
 
 def single_task_references(runs: Sequence[RunReport]) -> dict[tuple[str, str], Metrics]:
-    """By scenario and task: what networks of this task alone reach that have been trained to the end."""
+    """Metrics of finished networks of one task alone, by scenario and task; of several, their mean."""
     alone: dict[tuple[str, str], list[Metrics]] = {}
     for run in runs:
         for task in run.model.tasks if _alone(run) and run.finished else ():
@@ -49,7 +51,7 @@ def single_task_references(runs: Sequence[RunReport]) -> dict[tuple[str, str], M
 
 
 def task_references(run: RunReport, references: dict[tuple[str, str], Metrics]) -> dict[str, tuple[Metrics, bool]]:
-    """Of each task of a run what it is compared with, and whether these are published values."""
+    """Metrics that each task of a run is compared with; True where they are published values."""
     scenario, found = run.config.data.scenario, {}
     for task in run.model.tasks:
         own = references.get((scenario, task.name)) if not _alone(run) else None
@@ -59,7 +61,7 @@ def task_references(run: RunReport, references: dict[tuple[str, str], Metrics]) 
 
 
 def task_gains(run: RunReport, references: dict[tuple[str, str], Metrics]) -> dict[str, Metrics]:
-    """Of each task of a run with a reference: the gains of its metrics."""
+    """Relative gains of the metrics of each task that has a reference, see `relative_gains`."""
     compared = task_references(run, references)
     gains = {
         task.name: relative_gains(task.kind, run.results[task.name].metrics, compared[task.name][0])

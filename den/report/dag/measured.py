@@ -36,7 +36,7 @@ TOLD = {
 
 @dataclass(frozen=True, eq=False)
 class RunReport:
-    """One run on its test sets."""
+    """Run of a DAG network, measured on its test sets."""
 
     path: Path
     config: DagTrainConfig
@@ -81,7 +81,7 @@ class RunReport:
 
     @property
     def updates(self) -> str:
-        """Those of the whole run, "4,000"; of an unfinished one those done too: "40 of 4,000"."""
+        """Number of updates, such as "4,000"; of an unfinished run "40 of 4,000"."""
         steps = f"{self.config.training.steps:,}"
         return f"{self.state.updates:,} of {steps}" if self.state and not self.finished else steps
 

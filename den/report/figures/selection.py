@@ -147,7 +147,7 @@ def _leading_classes(image_set: ImageSet, members: Tensor) -> str:  # members: i
 
 
 def _class_costs(c: TaskReport, image_set: ImageSet, model: DeepElasticNetwork) -> str:
-    """Which classes cost least and most, in words."""
+    """Sentence on the classes that cost least and most."""
     costs = count_flops(model, c.levels) / 1e6
     names = image_set.class_names or tuple(map(str, range(image_set.classes)))
     present = image_set.labels.unique().tolist()

@@ -35,7 +35,7 @@ STYLE: Any = {
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """The style must hold while a figure is built and while it is saved."""
+    """Decorator that draws a figure in `STYLE`, which must hold while it is built and while it is saved."""
 
     @functools.wraps(draw)
     def in_style(*arguments: Any, **options: Any) -> Figure:
@@ -63,7 +63,7 @@ def save_all(drawings: dict[str, Figure], folder: Path) -> list[Path]:
 
 
 def level_colour(level: int, levels: int) -> tuple[float, float, float, float]:
-    """Darker for more channels."""
+    """Colour of a level, darker for more channels."""
     return LEVELS(level / (levels - 1))
 
 
