@@ -122,7 +122,7 @@ class Estimator(nn.Module):
     def _folded_trunk(self) -> TrunkWeights | None:
         """The folded weights of all blocks and of the norm behind them; None where one call does not run them."""
         norm, blocks = self.norm, [block for block in self.blocks if isinstance(block, FoldedBlock)]
-        if norm is None or len(blocks) < len(self.blocks):
+        if norm is None or len(blocks) < len(self.blocks) or any(map(_is_watched, (*blocks, norm))):
             return None
 
         def fold() -> TrunkWeights | None:
@@ -174,3 +174,8 @@ class Estimator(nn.Module):
             f"estimator: levels must be integer [B, N] = {list(expected)} in 0..{self.levels - 1}"
             f" on the images' device, or a RoutingPlan of them with {self.groups} groups, got {got}"
         )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """True where hooks or a forward of its own have to see the module being called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -217,3 +217,17 @@ def test_changed_weights_are_noticed(change):
     after = estimator(x, "a", levels)
     assert not torch.equal(before, after)
     assert torch.equal(after, copy.deepcopy(estimator)(x, "a", levels))
+
+
+@torch.no_grad()
+def test_hooks_of_a_block_are_called():
+    model = randomise(create_model("wrn8_1", tasks=[Task("a", 5, 32)], levels=3), 0)
+    estimator, x, seen = model.estimator, torch.randn(2, 3, 32, 32), []
+    levels = torch.full((2, model.num_blocks), 2)
+    whole = estimator(x, "a", levels)
+    hook = estimator.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    torch.testing.assert_close(estimator(x, "a", levels), whole, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 1
+    hook.remove()
+    estimator(x, "a", levels)
+    assert len(seen) == 1
