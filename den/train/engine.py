@@ -167,7 +167,7 @@ class Engine(Generic[R]):
         cursors: dict[str, list[int]] = {}
         for name, optimiser in self.optimisers.items():
             kept = optimiser_tensors(optimiser)
-            optimised[name] = list(kept)
+            optimised[name] = sorted(kept)  # in one order, whether the run was continued or not
             tensors |= prefixed(f"optimiser.{name}", kept)
         for name, batches in self.batches.items():
             state = batches.state_dict()

@@ -24,7 +24,7 @@ from tests.small_runs import cut_sets, small_config, train_interrupted
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
     whole = load_set("digits", "test").subset(torch.arange(60))
-    monkeypatch.setattr("den.data.load_set", lambda name, split, root: whole)
+    monkeypatch.setattr("den.data.load_set", lambda name, split, root=None: whole)
 
 
 def come_to(folder, phase, updates):

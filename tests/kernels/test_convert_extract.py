@@ -73,7 +73,7 @@ def test_an_extracted_network_loads_and_runs_without_den_kernels(tmp_path):
     plain = extract(model, [0, 1, 2])
     torch.save((plain, x, plain(x)), tmp_path / "plain.pt")
     code = (
-        "import sys; sys.modules['den_kernels'] = None; import torch\n"
+        f"import sys; sys.path.append({str(ROOT)!r}); sys.modules['den_kernels'] = None; import torch\n"
         f"model, x, y = torch.load({str(tmp_path / 'plain.pt')!r}, weights_only=False)\n"
         "print(torch.equal(model(x), y))"
     )
