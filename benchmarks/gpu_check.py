@@ -102,7 +102,8 @@ def pytest_command(step: Step, rows: Path, until: float, options: argparse.Names
     kept = ("--rows", str(rows), "--until", str(until), "-p", "no:cacheprovider", "-v", "--no-header", "--tb=short")
     timed = (f"--case-seconds={0 if options.rehearse else 0.1}",) if step.folder == "benchmarks" else ()
     return [
-        *(sys.executable, "-m", "pytest", step.folder, "-m", step.marks),
+        # The root is given: a worker that replaces a dead one would find another, and checks would have other names.
+        *(sys.executable, "-m", "pytest", step.folder, f"--rootdir={ROOT}", "-m", step.marks),
         *(*plugins, *kept, *hung, *spread, *chosen, *timed, *step.options),
     ]
 
