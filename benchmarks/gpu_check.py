@@ -110,7 +110,7 @@ def pytest_command(step: Step, rows: Path, until: float, options: argparse.Names
 
 def environment() -> dict[str, str]:
     """Environment of child processes, with this process's import path."""
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    path = os.pathsep.join([*filter(None, sys.path), str(ROOT)])  # at the end: an installed den stays the one checked
     return os.environ | {"PYTHONPATH": path}
 
 
