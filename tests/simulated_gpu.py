@@ -248,7 +248,8 @@ def simulated(monkeypatch: Any) -> Iterator[None]:
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "tensor", tensor)
     # A wrapper's version cannot be set in inference mode; `mode` may be a function, where it decorates one.
-    monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad(mode if callable(mode) else None))
+    plain = torch.no_grad
+    monkeypatch.setattr(torch, "inference_mode", lambda mode=True: plain(mode) if callable(mode) else plain())
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
     monkeypatch.setattr(eager, "_modes", tracers)
     with Device() as Device.current:
