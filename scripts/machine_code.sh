@@ -18,7 +18,8 @@ workers=$(nproc)
 
 for version; do
   place=$FOLDER/triton-$version
-  [ -d "$place/triton" ] || python -m pip install --quiet --no-deps --target "$place" "triton==$version"
+  # Whatever else a constraint holds Triton to.
+  [ -d "$place/triton" ] || env -u PIP_CONSTRAINT python -m pip install --quiet --no-deps --target "$place" "triton==$version"
   echo "Triton $version"
   TRITON_CACHE_DIR=$FOLDER/cache-$version PYTHONPATH=$place${PYTHONPATH:+:$PYTHONPATH} \
     pytest tests/kernels/test_{machine_code,wgmma_hazards}.py -q -p no:cacheprovider -n "$workers" \
