@@ -133,7 +133,7 @@ class BottleneckWeights(HasHandle):
             return False
         if self.conv1.dtype == torch.bfloat16:
             return extension.bf16_isa() == "AMX" and self.cardinality == 1 and C % 32 == 0
-        return self.conv1.dtype == torch.float32 and extension.has_dynamic_residual() and C % 16 == 0
+        return self.conv1.dtype == torch.float32 and extension.has_direct_float32() and C % 16 == 0
 
 
 def _checked_groups(

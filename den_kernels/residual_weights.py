@@ -22,7 +22,7 @@ _OP = "dynamic_residual"
 # Fewest input channels of conv1 and conv2 that are read unpacked if `copy` is False: with fewer, that is too slow.
 # conv2 needs more, because its inputs are hidden channels, of which a low level keeps few.
 _WIDE = (128, 256)
-_HAS_DIRECT = {torch.float32: "has_dynamic_residual", torch.bfloat16: "has_dynamic_residual_bf16"}
+_HAS_DIRECT = {torch.float32: "has_direct_float32", torch.bfloat16: "has_direct_bf16"}
 
 
 def stand_in(weight: Tensor) -> Tensor:
