@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _cuda
 from ._conv_direct import pack
 from ._extension import extension
-from ._fold_checks import check_convolution, check_norm, hidden_groups
+from ._fold_checks import check_convolution, check_layers, check_norm, hidden_groups
 from ._geometry import compute_dtype, dense
 from ._handle import HasHandle
 from .folding import fold_norm, norm_affine, shifted_bias
@@ -226,6 +226,7 @@ def _checked_groups(
     conv1: nn.Conv2d, bn1: nn.BatchNorm2d | None, conv2: nn.Conv2d, bn2: nn.BatchNorm2d, post_activation: bool
 ) -> tuple[int, ...]:
     """The sizes of the hidden channel groups; raises for layers that are none of a block's or do not fit each other."""
+    check_layers(_OP, conv1=conv1, bn1=bn1, conv2=conv2, bn2=bn2)
     check_convolution(_OP, "conv1", conv1, conv1, stride=None)
     check_convolution(_OP, "conv2", conv2, conv1)
     groups = hidden_groups(_OP, conv1)
