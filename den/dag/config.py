@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,12 +21,17 @@ class DagDataConfig:
     """Settings of the data."""
 
     scenario: Annotated[Scenario, tyro.conf.arg(aliases=("--scenario",))] = "omniglot"
-    """omniglot: one alphabet is one task.  cifar100: 20 tasks, one per coarse label, of five classes each.  nyuv2,
+    """omniglot: one alphabet is one task, see the protocol.  cifar100: 20 tasks, one per coarse label, of five classes each.  nyuv2,
     cityscapes, pascal: two to five dense tasks of the same images."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
     """Folder of the set."""
+    protocol: Literal["drawers", "mtl20"] = "drawers"
+    """Of Omniglot.  drawers: all alphabets that are there, drawers 1 to 15 for training, 16 to 20 for testing; ours.
+    mtl20: 20 of the full set's 50 alphabets, 50, 20 and 30 % of each for training, validation and testing, on which
+    multi-task papers report."""
     size: Annotated[int | None, Range(1)] = None
-    """Side in pixels that Omniglot's images are scaled to (None: 28), and of PASCAL-Context's squares (None: 512)."""
+    """Side in pixels that Omniglot's images are scaled to (None: 28; of mtl20 105, as they are), and of PASCAL-Context's
+    squares (None: 512)."""
     classes: Annotated[int | None, Range(2, IGNORE)] = None
     """Classes of the labels of NYU-v2 (40 or 13) and Cityscapes (19 or 7); None: what the files say."""
     only: tuple[str, ...] = ()
@@ -35,7 +40,8 @@ class DagDataConfig:
     """Images in a batch, all tasks together, in proportion to the sizes of their training sets; tasks of the same
     images share them."""
     validation: Annotated[float, Range(0, 0.9)] = 0.0
-    """Share of every training set that is held out and measured after every epoch; nothing is chosen by it."""
+    """Share of every training set that is held out and measured after every epoch; only AdaShare's draws are chosen by
+    it.  Of mtl20 the validation split is, and this stays 0."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class DagTraining:
     """Learning rate of the gates."""
     search: Literal["alternating", "joint", "frozen"] = "alternating"
     """alternating: weights on one half of the training images, gates on the other.  joint: both at once on all images.
-    frozen: the edges' weights rest, gates and the tasks' own weights learn."""
+    frozen: the weights that tasks share rest, gates and the tasks' own weights learn."""
     squeeze: Annotated[float, Range(0)] = 0.05
     """Weight of the squeeze loss; 0: none."""
     loss_weights: Annotated[tuple[float, ...], Range(0)] = ()
@@ -96,19 +102,35 @@ class ReductionConfig:
     """Settings of the reduction that follows the search: the share to remove, and by which order."""
 
     ratio: Annotated[float, Range(0, 1)] = 0.5
-    """mu: share of the edges, read-ins and read-outs that is removed."""
+    """mu: share of the edges that is removed."""
+    ends: Annotated[float | None, Range(0, 1)] = None
+    """Share of the read-ins, and of the read-outs, that is removed; None: only those of states that are on no path."""
     ranking: Literal["flow", "gates", "random"] = "flow"
     """Least important first by the flow through them, by their gates, or at random."""
+    rerank: bool = False
+    """Let the flow find its way again after every removal."""
     guard: bool = True
     """Take back a removal that leaves no path or fewer than wanted."""
     norm_batches: Annotated[int, Range(0)] = 30
     """Batches that the batch norms' running statistics are taken from anew, before fine-tuning."""
+
+    @staticmethod
+    def of_earlier_versions(values: dict[str, Any]) -> dict[str, Any]:
+        """Stored settings in today's form: there was one share, of edges and ends alike."""
+        before = {"ratio", "ranking", "guard", "norm_batches"}
+        return {**values, "ends": values["ratio"]} if set(values) == before else values
 
 
 @dataclass(frozen=True)
 class PeerConfig:
     """Settings of AdaShare and cross-stitch networks only."""
 
+    draws: Annotated[int, Range(1)] = 8
+    """AdaShare: policies that are drawn of what was learned; the best on held-out images (without any, on the images
+    that the policy was learned from) is trained."""
+    curriculum: bool = True
+    """AdaShare: in the first half of the search the policy is learned of the last state's edges first, and of one state
+    more at a time; the other edges run."""
     temperature: Annotated[float, Range(1e-3)] = 5.0
     """AdaShare: of the Gumbel-softmax at first."""
     cooling: Annotated[float, Range(1e-3, 1)] = 0.965
@@ -119,6 +141,12 @@ class PeerConfig:
     """AdaShare: weight of the sharing loss."""
     stitch_rate: Annotated[float, Range(0)] = 10.0
     """Cross-stitch: learning rate of the stitches over that of the other weights."""
+
+    @staticmethod
+    def of_earlier_versions(values: dict[str, Any]) -> dict[str, Any]:
+        """Stored settings in today's form: AdaShare drew one policy and learned it of all edges at once."""
+        before = {"temperature", "cooling", "sparsity", "sharing", "stitch_rate"}
+        return {**values, "draws": 1, "curriculum": False} if set(values) == before else values
 
 
 @dataclass(frozen=True)
@@ -154,6 +182,12 @@ class DagTrainConfig:
         shares = self.training.shares
         if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"config: training.shares must be three shares that add up to 1, got {list(shares)}")
+        if self.reduction.rerank and self.reduction.ranking != "flow":
+            raise ValueError(f"config: reduction.ranking must be flow to rerank, got {self.reduction.ranking}")
+        if self.data.protocol == "mtl20" and (self.data.scenario != "omniglot" or self.data.validation):
+            wanted = "scenario omniglot and data.validation 0, since it has a validation split"
+            got = f"{self.data.scenario} and {self.data.validation}"
+            raise ValueError(f"config: data.protocol mtl20 must be with data.{wanted}, got {got}")
 
 
 @dataclass(frozen=True)

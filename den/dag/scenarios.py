@@ -78,6 +78,8 @@ def named_settings(name: str) -> DagTrainConfig:
 def load_tasks(data: DagDataConfig, split: str, root: Path | None = None) -> list[ImageSet | SceneSet]:
     """The sets of the scenario, one per task or one for tasks of the same images; `root` replaces that of the settings.
 
+    split: "train" or "test", and "validation" where `has_validation` says so.
+
     Raises ValueError for data that are missing or damaged, and for a task that they lack or have no target of.
     """
     sets = _load(data, split, root or data.root)
@@ -92,9 +94,14 @@ def load_tasks(data: DagDataConfig, split: str, root: Path | None = None) -> lis
     return sets
 
 
+def has_validation(data: DagDataConfig) -> bool:
+    """True where the scenario has a validation split of its own."""
+    return data.scenario == "omniglot" and data.protocol == "mtl20"
+
+
 def _load(data: DagDataConfig, split: str, root: Path | None) -> list[ImageSet | SceneSet]:
     if data.scenario == "omniglot":
-        return [*load_omniglot(root, split, data.size or 28)]
+        return [*load_omniglot(root, split, data.size, data.protocol)]
     if data.scenario == "nyuv2":
         return [nyuv2.load_nyuv2(root, split, data.classes)]
     if data.scenario == "cityscapes":

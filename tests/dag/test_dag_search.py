@@ -26,6 +26,7 @@ from den.report.dag.comparison import comparison, verdicts
 from den.report.dag.drawing import graph_figure, task_colour
 from den.report.dag.measured import measure
 from den.report.dag.report import command_of, report
+from den.support.settings import from_dict, to_dict
 from den.train.checkpoint import load_checkpoint
 from den.train.engine import Engine
 from den.train.folder import read_metrics
@@ -160,6 +161,31 @@ def test_a_run_broken_off_anywhere_continues_to_the_same_weights(tmp_path, monke
     assert [line["train"] for line in first] == [line["train"] for line in second]
 
 
+def test_settings_of_earlier_versions_mean_what_they_meant():
+    """Then one share was of edges and ends alike, and AdaShare drew once; what a user leaves out has today's default."""
+    old = {
+        "reduction": {"ratio": 0.6, "ranking": "flow", "guard": True, "norm_batches": 30},
+        "peers": {"temperature": 5.0, "cooling": 0.965, "sparsity": 0.2, "sharing": 0.2, "stitch_rate": 10.0},
+    }
+    config = from_dict(DagTrainConfig, old)
+    assert config.reduction == ReductionConfig(ratio=0.6, ends=0.6)
+    assert (config.peers.draws, config.peers.curriculum) == (1, False)
+    assert from_dict(DagTrainConfig, to_dict(DagTrainConfig())) == DagTrainConfig()
+    assert from_dict(DagTrainConfig, {"reduction": {"ratio": 0.6}}).reduction.ends is None
+
+
+def test_a_frozen_search_lets_all_shared_weights_rest(tmp_path):
+    network = DagNetworkConfig(states=5, flow=2, channels=8, trunk_size=4, stages=(3, 2))
+    with Engine(tiny(tmp_path, {"search": "frozen"}, network=network), SearchRecipe) as engine:
+        engine.position.phase = 1
+        engine.model.train()
+        before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+        search_step(engine, engine.batches["all"].next())
+        moved = {name.split(".")[0] for name, p in engine.model.named_parameters() if not torch.equal(before[name], p)}
+        assert moved == {"stems", "heads", "gates"}
+        assert all(p.requires_grad for p in engine.model.parameters())
+
+
 def test_another_reduction_starts_from_a_searched_network(tmp_path):
     train(tiny(tmp_path / "flow"))
     other = train(tiny(tmp_path / "random", start=tmp_path / "flow", reduction=ReductionConfig(ranking="random")))
@@ -206,7 +232,7 @@ def test_gates_that_hardly_differ_are_warned_of(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*the reduction kept")
 def test_a_ratio_that_leaves_no_path_is_explained(tmp_path):
-    config = tiny(tmp_path, reduction=ReductionConfig(ratio=1.0))
+    config = tiny(tmp_path, reduction=ReductionConfig(ratio=1.0, ends=1.0))
     with Engine(config, SearchRecipe) as engine, pytest.warns(UserWarning, match="low: the reduction kept"):
         reduce_tasks(engine)
 
@@ -222,6 +248,9 @@ def test_a_kappa_that_never_squeezes_is_warned_of(tmp_path):
         ({"training": DagTraining(shares=(0.5, 0.5))}, "shares must be three"),
         ({"training": DagTraining(kappa=1.5)}, r"kappa must be in 0\.\.1"),
         ({"reduction": ReductionConfig(ratio=1.5)}, r"ratio must be in 0\.\.1"),
+        ({"reduction": ReductionConfig(ends=-0.5)}, r"ends must be in 0\.\.1"),
+        ({"reduction": ReductionConfig(ranking="gates", rerank=True)}, "ranking must be flow to rerank, got gates"),
+        ({"data": DagDataConfig(protocol="mtl20", validation=0.1)}, "mtl20 must be with .*, got omniglot and 0.1"),
         ({"epoch_steps": 0}, "epoch_steps must be at least 1"),
     ],
 )

@@ -18,7 +18,7 @@ from den.dag.graph import SubGraph
 from den.dag.model_config import DagConfig, quarter
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
-from den.dag.scenarios import load_tasks, loss_weights
+from den.dag.scenarios import has_validation, load_tasks, loss_weights
 from den.data import ImageSet, MixedTaskBatches, SceneSet
 from den.nn.tasks import Task
 from den.support.randomness import seeded
@@ -104,6 +104,8 @@ class SearchRecipe(Recipe):
     def __init__(self, config: DagTrainConfig, device: torch.device) -> None:
         self.config, self.reduced = config, False
         parts = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
+        if has_validation(config.data):
+            parts = parts[0], load_tasks(config.data, "validation")
         sets, self.held_out = ([each.to(device) for each in part] for part in parts)
         tasks = [task for each in sets for task in each.tasks]
         self.loss_weights = loss_weights(config, tasks)

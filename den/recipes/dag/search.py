@@ -66,14 +66,20 @@ def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
         engine.update(Objective(loss, None, ("weights",)))
         batch = engine.batches["gates"].next()
     elif training.search == "frozen":
-        model.edges.requires_grad_(False)
+        shared_weights_learn(model, False)
     with engine.autocast():
         loss, measured = task_loss(model, batch, engine.recipe.loss_weights)
     squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
     measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.detach()}
     updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
     engine.update(Objective(loss + training.squeeze * squeeze, measured, updated))
-    model.edges.requires_grad_(True)
+    shared_weights_learn(model, True)
+
+
+def shared_weights_learn(model: DagNetwork, learn: bool) -> None:
+    """Let the weights that tasks share, of edges and of the stages' read-ins and read-outs, learn or rest."""
+    for shared in (model.edges, model.stages):
+        shared.requires_grad_(learn)
 
 
 def reduce_tasks(engine: Engine[SearchRecipe]) -> None:
@@ -84,7 +90,7 @@ def reduce_tasks(engine: Engine[SearchRecipe]) -> None:
         seed = engine.config.seed * len(model.tasks) + k
         found = reduce(
             model.structure(k), model.gates.of_task(k), settings.ratio,
-            ranking=settings.ranking, guard=settings.guard, seed=seed,
+            ends=settings.ends, ranking=settings.ranking, rerank=settings.rerank, guard=settings.guard, seed=seed,
         )  # fmt: skip
         if reason := found.explain():
             warnings.warn(f"{task.name}: {reason}", stacklevel=2)
