@@ -13,7 +13,7 @@ from den.support.limits import SEED, Range, check_ranges
 
 Mode = Literal["dag", "hard", "single", "adashare", "cross-stitch"]
 SEARCHING = ("dag", "adashare")  # modes in which a task's topology is learned
-Scenario = Literal["omniglot", "cifar100", "nyuv2", "cityscapes", "pascal"]
+Scenario = Literal["omniglot", "cifar100", "nyuv2", "cityscapes", "pascal", "own"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,11 @@ class DagDataConfig:
 
     scenario: Annotated[Scenario, tyro.conf.arg(aliases=("--scenario",))] = "omniglot"
     """omniglot: one alphabet is one task, see the protocol.  cifar100: 20 tasks, one per coarse label, of five classes each.  nyuv2,
-    cityscapes, pascal: two to five dense tasks of the same images."""
+    cityscapes, pascal: two to five dense tasks of the same images.  own: those of data.tasks."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of your own: names of image sets that den train knows, each a task (digits, cifar100@32); folder:PATH, a folder
+    of pictures by class, {train,test}/CLASS/*.jpg, each a task; or folder:PATH with dense tasks,
+    {train,val}/{image,label,depth,normal}/*.npy.  Paths begin at the data root, where there is one."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
     """Folder of the set."""
     protocol: Literal["drawers", "mtl20"] = "drawers"
@@ -30,10 +34,10 @@ class DagDataConfig:
     mtl20: 20 of the full set's 50 alphabets, 50, 20 and 30 % of each for training, validation and testing, on which
     multi-task papers report."""
     size: Annotated[int | None, Range(1)] = None
-    """Side in pixels that Omniglot's images are scaled to (None: 28; of mtl20 105, as they are), and of PASCAL-Context's
-    squares (None: 512)."""
+    """Side in pixels that Omniglot's images are scaled to (None: 28; of mtl20 105, as they are), those of folders by class
+    (None: 64), and of PASCAL-Context's squares (None: 512)."""
     classes: Annotated[int | None, Range(2, IGNORE)] = None
-    """Classes of the labels of NYU-v2 (40 or 13) and Cityscapes (19 or 7); None: what the files say."""
+    """Classes of the labels of NYU-v2 (40 or 13), Cityscapes (19 or 7) and dense folders; None: what the files say."""
     only: tuple[str, ...] = ()
     """Names of the tasks to be trained; empty: all."""
     batch_size: Annotated[int, Range(1)] = 96
@@ -42,6 +46,13 @@ class DagDataConfig:
     validation: Annotated[float, Range(0, 0.9)] = 0.0
     """Share of every training set that is held out and measured after every epoch; only AdaShare's draws are chosen by
     it.  Of mtl20 the validation split is, and this stays 0."""
+
+
+    def __post_init__(self) -> None:
+        names = tuple(name for each in self.tasks for name in each.split(",") if name)
+        object.__setattr__(self, "tasks", names)
+        if names:
+            object.__setattr__(self, "scenario", "own")
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class DagTraining:
 
     steps: Annotated[int, Range(1)] = 2000
     """Updates of the weights, all stages together."""
-    shares: Annotated[tuple[float, ...], Range(0, 1)] = (0.2, 0.5, 0.3)
+    shares: Annotated[tuple[float, ...], Range(0, 1)] = (0.1, 0.3, 0.6)
     """Shares of the steps that warm-up, search and fine-tuning get; 0: none."""
     rate: Annotated[float, Range(0)] = 0.05
     """Learning rate at the start, falling to 0 by a cosine until the search ends."""
@@ -83,7 +94,7 @@ class DagTraining:
     """Nesterov momentum."""
     weight_decay: Annotated[float, Range(0)] = 5e-4
     """Weight decay of the weights; the gates have none."""
-    gate_rate: Annotated[float, Range(0)] = 0.01
+    gate_rate: Annotated[float, Range(0)] = 0.1
     """Learning rate of the gates."""
     search: Literal["alternating", "joint", "frozen"] = "alternating"
     """alternating: weights on one half of the training images, gates on the other.  joint: both at once on all images.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from den.dag.extract import SubNetwork
 from den.dag.graph import SubGraph
+from den.dag.head import head_flops
 from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.data import ImageSet, SceneSet
+from den.data.images import Example
+from den.data.loaders import LoaderSet
 from den.nn.tasks import find_task
 from den.support.device import wait_for
 
@@ -51,7 +54,7 @@ class TaskCost:
 
 
 def evaluate_tasks(
-    model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet], batch_size: int = BATCH
+    model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet | LoaderSet], batch_size: int = BATCH
 ) -> dict[str, TaskResult]:
     """Results of every task of the sets, by its name; the model's mode is as before afterwards.
 
@@ -67,23 +70,32 @@ def evaluate_tasks(
 
 
 def _evaluate(
-    model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet, batch_size: int
+    model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet | LoaderSet, batch_size: int
 ) -> dict[str, TaskResult]:
     """Results of all tasks of one set, by name; each batch runs them together."""
-    tasks = image_set.tasks
-    step = min(batch_size, DENSE_BATCH) if any(task.dense for task in tasks) else batch_size
+    tasks, count = image_set.tasks, 0
     losses = dict.fromkeys((task.name for task in tasks), 0.0)
     metrics = {task.name: KINDS[task.kind].metrics(task) for task in tasks}
-    for start in range(0, len(image_set), step):
-        names, images, targets = zip(*image_set.examples(slice(start, start + step)), strict=True)
+    for examples in _batches(image_set, batch_size):
+        names, images, targets = zip(*examples, strict=True)
+        count += len(images[0])
         for task, output, target in zip(tasks, model(images, names), targets, strict=True):
             losses[task.name] += KINDS[task.kind].loss(output, target).item() * len(target)
             metrics[task.name].add(output, target)
-    count = len(image_set)
     for task in tasks:
         if not metrics[task.name].count:
             raise ValueError(f"evaluate: {task.name} must have a target in the set, got none in {count} images")
     return {name: TaskResult(name, count, losses[name] / count, metrics[name].results()) for name in losses}
+
+
+def _batches(image_set: ImageSet | SceneSet | LoaderSet, batch_size: int) -> Iterator[list[Example]]:
+    """Batches of a set in its order, once through; a loader's as it makes them."""
+    if isinstance(image_set, LoaderSet):
+        yield from image_set.batches()
+        return
+    step = min(batch_size, DENSE_BATCH) if any(task.dense for task in image_set.tasks) else batch_size
+    for start in range(0, len(image_set), step):
+        yield image_set.examples(slice(start, start + step))
 
 
 def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
@@ -97,7 +109,7 @@ def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
     found = []
     for k, task in enumerate(model.tasks):
         alone = SubNetwork(cast(DagNetwork, model), k)
-        flops = alone.stem.flops() + alone.head.flops() + alone.trunk_flops()
+        flops = alone.stem.flops() + head_flops(alone.head, task, model.config) + alone.trunk_flops()
         found.append(TaskCost(task.name, alone.kept, alone.parameters_count, flops, spread[k]))
     return found
 

@@ -24,7 +24,7 @@ from den.dag.edge import Edge
 from den.dag.ends import MixedEnds
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
-from den.dag.head import ClassHead, DenseHead, make_head
+from den.dag.head import ClassHead, make_head
 from den.dag.model_config import DagConfig
 from den.dag.stages import StageEnds, make_edge
 from den.dag.stem import DagStem, DenseStem, make_stem
@@ -65,7 +65,7 @@ class DagNetwork(nn.Module):
         self.config, self.tasks, self.graph = config, config.tasks, config.graph
         self.stems: Modules[DagStem | DenseStem] = Modules(make_stem(task, config) for task in config.tasks)
         self.edges: Modules[Edge] = Modules(make_edge(config, i, j) for i, j in self.graph.edges)
-        self.heads: Modules[ClassHead | DenseHead] = Modules(make_head(task, config) for task in config.tasks)
+        self.heads: Modules[nn.Module] = Modules(make_head(task, config) for task in config.tasks)
         later = range(1, len(self.graph.stages))
         self.stages: Modules[StageEnds] = Modules(StageEnds(config, stage) for stage in later)
         self.gates = Gates(self.graph, len(config.tasks), config.groups)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
-from den.dag.head import ClassHead, DenseHead, make_head
+from den.dag.head import head_flops, make_head
 from den.dag.model_config import DagConfig
 from den.dag.network import DagNetwork
 from den.dag.stem import DagStem, DenseStem, make_stem
@@ -91,7 +91,7 @@ class CrossStitchNetwork(PeerNetwork):
             nn.Conv2d(K * C, K * C, 3, padding=1, groups=K, bias=False) for _ in self.graph.edges
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(K * C) for _ in edges)
-        self.heads: Modules[ClassHead | DenseHead] = Modules(make_head(task, config) for task in config.tasks)
+        self.heads: Modules[nn.Module] = Modules(make_head(task, config) for task in config.tasks)
         for conv in self.convs:
             nn.init.normal_(conv.weight, std=(2 / (9 * C)) ** 0.5)  # kaiming of one column's fan
         own = torch.eye(K)[:, :, None]
@@ -123,4 +123,5 @@ class CrossStitchNetwork(PeerNetwork):
         height, width = self.config.map_size()
         weights = sum(conv.weight.numel() for conv in self.convs) + self.stitches.numel()
         stems = sum(stem.flops() for stem in self.stems)
-        return stems + 2 * weights * height * width + self.heads[task].flops()
+        head = head_flops(self.heads[task], self.tasks[task], self.config)
+        return stems + 2 * weights * height * width + head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,19 @@ class Batch:
         return sum(map(len, self.labels))
 
 
+class BatchStream(Protocol):
+    """Endless batches of some sets, with a position that a checkpoint holds."""
+
+    epoch_steps: int
+    sets: tuple[Any, ...]
+
+    def next(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class MixedTaskBatches:
     """Endless augmented batches; every batch holds `counts[k]` images of set k.
 
@@ -36,7 +49,7 @@ class MixedTaskBatches:
     def __init__(
         self, sets: Sequence[ImageSet | SceneSet], batch_size: int, shares: Sequence[float] | None = None, seed: int = 0
     ) -> None:
-        self.sets = tuple(sets)
+        self.sets: tuple[Any, ...] = tuple(sets)
         self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))
         self.epoch_steps = max(-(-len(s) // n) for s, n in zip(self.sets, self.counts, strict=True))
         self.generator = torch.Generator().manual_seed(seed)

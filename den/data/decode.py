@@ -50,6 +50,14 @@ def pictures(
         yield np.stack(part)
 
 
+def contents(files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of files, each read when its turn comes; ValueError that names one that cannot be read."""
+    for path in files:
+        with blamed("load_set", path, "be readable", hint="; unpack the set again"):
+            content = path.read_bytes()
+        yield str(path), content
+
+
 def opened(file: io.BytesIO | Path, size: tuple[int, int] | None = None) -> Image.Image:
     """The one picture in a file, read to its end; where `size` is given its header must say so.
 

@@ -13,6 +13,8 @@ and decoded once (`den.data.store`).
 | tin50 | 25,000 + 2,500, 64x64 | 50 of its classes |
 | imagenet50, miniimagenet | 40,000 or 25,000 for training, 84x84 | `den.data.imagenet` |
 
+`folder:PATH` is any folder of pictures by class (`den.data.folders`), a path from the data root or a whole one.
+
 The sets of fifty classes are also ten tasks of five: `tin50-0` to `tin50-9`, by kind, and so on. `@S` behind a name
 scales the images to S x S pixels: `stl10@32`, `imagenet50-3@224`.
 """
@@ -37,6 +39,7 @@ from den.data.archives import Archive
 from den.data.archives import fetch as fetch_archive
 from den.data.checks import blamed
 from den.data.cifar import open_cifar
+from den.data.folders import PREFIX, load_folder
 from den.data.imagenet import open_imagenet50, open_miniimagenet
 from den.data.images import ImageSet, pixel_moments, resized, stratified_split
 from den.data.store import Found, stored
@@ -96,10 +99,22 @@ def load_set(name: str, split: str, root: Path | str | None = None) -> ImageSet:
     """
     if split not in SPLITS:
         raise ValueError(f"load_set: split must be 'train' or 'test', got {split!r}")
+    if name.startswith(PREFIX):
+        return _folder(name, split, root)
     base, task, size = _parse(name)
     image_set = _INSTALLED[base](split) if base in _INSTALLED else _read(name, base, task, size, split, root)
     image_set = image_set if size in (None, image_set.images.shape[-1]) else resized(image_set, size)
     return dataclasses.replace(image_set, name=name)
+
+
+def _folder(name: str, split: str, root: Path | str | None) -> ImageSet:
+    parts = re.fullmatch(r"(?P<path>.+?)(?:@(?P<size>\d+))?", name.removeprefix(PREFIX), re.DOTALL)
+    if parts is None:
+        raise ValueError(f"load_set: name must have a path behind {PREFIX}, got {name!r}")
+    size = None if parts["size"] is None else int(parts["size"])
+    if size is not None and not 1 <= size <= 1024:
+        raise ValueError(f"load_set: size of a folder must be in 1..1024, got {name!r}")
+    return load_folder(name, Path(root or "") / parts["path"], split, size)
 
 
 def set_names() -> tuple[str, ...]:

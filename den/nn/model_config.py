@@ -47,8 +47,8 @@ class ModelConfig:
         names = [task.name for task in tasks]
         if not tasks or len(set(names)) != len(names):
             raise ValueError(f"ModelConfig: tasks must be at least one, of unique names, got {names}")
-        if dense := [task.name for task in tasks if task.dense]:
-            raise ValueError(f"ModelConfig: tasks must be classification tasks, got {', '.join(dense)}")
+        if others := [task.name for task in tasks if task.kind != "classification"]:
+            raise ValueError(f"ModelConfig: tasks must be classification tasks, got {', '.join(others)}")
         object.__setattr__(self, "tasks", tasks)
         for name, value in zip(("stages", "stem", "trunk_size"), self.trunk, strict=True):
             object.__setattr__(self, name, value)

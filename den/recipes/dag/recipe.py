@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,8 @@ from den.dag.model_config import DagConfig, quarter
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.scenarios import has_validation, load_tasks, loss_weights
-from den.data import ImageSet, MixedTaskBatches, SceneSet
+from den.data import BatchStream, ImageSet, MixedTaskBatches, SceneSet
+from den.data.loaders import LoaderSet
 from den.nn.tasks import Task
 from den.support.randomness import seeded
 from den.train.checkpoint import load_checkpoint, load_weights, reading
@@ -28,7 +29,7 @@ from den.train.engine import Engine
 from den.train.phases import Phase, schedule_factor
 from den.train.recipe import Measured, Recipe
 
-TaskSet = ImageSet | SceneSet
+TaskSet = ImageSet | SceneSet | LoaderSet
 Network = DagNetwork | PeerNetwork
 NETWORKS: dict[str, type[Network]] = {
     "dag": DagNetwork,
@@ -91,8 +92,28 @@ def search_phases(config: DagTrainConfig) -> tuple[SearchPhase, ...]:
     )
 
 
+class TaskData(NamedTuple):
+    """What a run trains and is measured on: its tasks, streams of batches (all, weights, gates), held-out sets."""
+
+    tasks: list[Task]
+    batches: Mapping[str, BatchStream]
+    held_out: list[TaskSet]
+
+
+DataOf = Callable[[DagTrainConfig, torch.device], TaskData]
+
+
+def scenario_data(config: DagTrainConfig, device: torch.device) -> TaskData:
+    """The data of a run's scenario, on a device."""
+    parts = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
+    if has_validation(config.data):
+        parts = parts[0], load_tasks(config.data, "validation")
+    sets, held_out = ([each.to(device) for each in part] for part in parts)
+    return TaskData([task for each in sets for task in each.tasks], make_batches(sets, config), held_out)
+
+
 class SearchRecipe(Recipe):
-    """A search, or the training of a peer, on the images of its scenario.
+    """A search, or the training of a peer, on the images of its scenario or what else `data` gives.
 
     Attributes:
         reduced: whether the tasks have been reduced to what they keep.
@@ -101,16 +122,11 @@ class SearchRecipe(Recipe):
     model: Network
     keeps_best = False
 
-    def __init__(self, config: DagTrainConfig, device: torch.device) -> None:
+    def __init__(self, config: DagTrainConfig, device: torch.device, data: DataOf | None = None) -> None:
         self.config, self.reduced = config, False
-        parts = hold_out(load_tasks(config.data, "train"), config.data.validation, config.seed)
-        if has_validation(config.data):
-            parts = parts[0], load_tasks(config.data, "validation")
-        sets, self.held_out = ([each.to(device) for each in part] for part in parts)
-        tasks = [task for each in sets for task in each.tasks]
+        tasks, self.batches, self.held_out = (data or scenario_data)(config, device)
         self.loss_weights = loss_weights(config, tasks)
         self.model = new_network(config, tasks).to(device)
-        self.batches = make_batches(sets, config)
         training = config.training
         self.optimisers = {
             "weights": torch.optim.SGD(
@@ -203,7 +219,9 @@ def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> Network:
     return model
 
 
-def hold_out(sets: list[TaskSet], share: float, seed: int) -> tuple[list[TaskSet], list[TaskSet]]:
+def hold_out(
+    sets: list[ImageSet | SceneSet], share: float, seed: int
+) -> tuple[list[ImageSet | SceneSet], list[ImageSet | SceneSet]]:
     """Training sets, and the part of them that is held out."""
     if share == 0:
         return sets, []
@@ -211,7 +229,7 @@ def hold_out(sets: list[TaskSet], share: float, seed: int) -> tuple[list[TaskSet
     return [kept for kept, _ in splits], [held_out for _, held_out in splits]
 
 
-def make_batches(sets: list[TaskSet], config: DagTrainConfig) -> dict[str, MixedTaskBatches]:
+def make_batches(sets: list[ImageSet | SceneSet], config: DagTrainConfig) -> dict[str, MixedTaskBatches]:
     """Batches of all training images, and of the two halves that weights and gates learn from in turn."""
     weights, gates = hold_out(sets, 0.5, config.seed)
     parts = {"all": sets, "weights": weights, "gates": gates}

@@ -7,6 +7,7 @@ long a stage takes, and the reduction in its details are this library's.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,17 +17,18 @@ from den.dag.gates import SPREAD_WARNING, squeeze_loss
 from den.dag.losses import task_loss
 from den.dag.network import DagNetwork
 from den.dag.reduction import reduce
-from den.data import Batch, MixedTaskBatches
+from den.data import Batch, BatchStream
 from den.recipes.dag.adashare import adashare_step, draw_policies
-from den.recipes.dag.recipe import SearchRecipe
+from den.recipes.dag.recipe import DataOf, SearchRecipe
 from den.train.engine import Engine
 from den.train.objective import Objective
 
 
-def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
+def train(config: DagTrainConfig, *, resume: bool = False, data: DataOf | None = None) -> DagNetwork:
     """Train a network as `config` says and return it, in evaluation mode; its run folder is `config.out`.
 
     resume: continue the run in that folder from its last checkpoint, with the losses it would have had uninterrupted.
+    data: gives the tasks and batches, see `TaskData`; None: those of the scenario.
 
     The global generators of Python, numpy and torch begin at `config.seed` meanwhile, or where the checkpoint has them,
     and stand afterwards where they stood before the call.
@@ -34,7 +36,7 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
     Raises ValueError for settings that do not fit, a folder that is in use or cannot be used, and a loss that is not
     finite.
     """
-    with Engine(config, SearchRecipe, resume=resume) as engine:
+    with Engine(config, partial(SearchRecipe, data=data), resume=resume) as engine:
         for batch in engine.phase("warm-up"):  # all gates at 1/2
             train_step(engine, batch)
         for batch in engine.phase("search"):
@@ -111,7 +113,7 @@ def mark_reduced(engine: Engine[SearchRecipe]) -> None:
 
 
 @torch.no_grad()
-def reestimate_norms(model: DagNetwork, batches: MixedTaskBatches, count: int) -> None:
+def reestimate_norms(model: DagNetwork, batches: BatchStream, count: int) -> None:
     """Take the running statistics of all batch norms anew, as plain means over `count` batches."""
     if count == 0:
         return
