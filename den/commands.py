@@ -1,4 +1,4 @@
-"""The commands: den train, fetch, evaluate, report, demo, bench, info, dag train, dag report."""
+"""The commands: den train, fetch, evaluate, report, demo, bench, info, dag train, report, predict, extract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from den.bench import BenchConfig
-from den.dag.config import DagReportConfig, DagTrainConfig
+from den.dag.config import DagExtract, DagPredict, DagReportConfig, DagTrainConfig
 from den.report.settings import Report
 from den.runs.settings import Evaluate
 from den.support.files import check_folder
@@ -86,9 +86,12 @@ REPORTERS: dict[type, str] = {
     Report: "den.report.command",
     DemoConfig: "den.demo",
     DagReportConfig: "den.report.dag.report",
+    DagPredict: "den.runs.dag_predict",
+    DagExtract: "den.runs.dag_extract",
 }
 """The modules whose `main` measures and prints, imported when they are asked for."""
-Command = Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info | DagTrain | DagReportConfig
+OfDag = DagTrain | DagReportConfig | DagPredict | DagExtract
+Command = Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info | OfDag
 
 
 def command(arguments: list[str]) -> Callable[[], int]:
@@ -127,6 +130,8 @@ def _commands(train: Train, dag_train: DagTrain) -> Any:
     of_dag = (
         Annotated[DagTrain, tyro.conf.subcommand("train", default=dag_train)]
         | Annotated[DagReportConfig, tyro.conf.subcommand("report")]
+        | Annotated[DagPredict, tyro.conf.subcommand("predict")]
+        | Annotated[DagExtract, tyro.conf.subcommand("extract")]
     )
     dag = make_dataclass("Dag", [("command", Annotated[of_dag, tyro.conf.arg(name="")])], frozen=True)
     return (

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 # Imported when they are asked for, so that the command line has its settings before torch.
 _HOMES = {
-    "DagConfig": "model_config", "DagNetwork": "network", "Graph": "graph", "Kind": "kinds", "Metrics": "kinds", "OwnTask": "own",
-    "Reduction": "reduction", "SubGraph": "graph", "SubNetwork": "extract", "TaskGates": "reduction", "reduce": "reduction",
-    "register_kind": "kinds",
+    "DagConfig": "model_config", "DagNetwork": "network", "Graph": "graph", "Kind": "kinds", "Metrics": "kinds",
+    "OwnTask": "own", "Reduction": "reduction", "SubGraph": "graph", "SubNetwork": "extract", "TaskGates": "reduction",
+    "reduce": "reduction", "register_kind": "kinds",
 }  # fmt: skip
 
 __all__ = [
-    "DagConfig", "DagNetwork", "Graph", "Kind", "Metrics", "OwnTask", "Reduction", "SubGraph", "SubNetwork", "TaskGates",
-    "reduce", "register_kind",
+    "DagConfig", "DagNetwork", "Graph", "Kind", "Metrics", "OwnTask", "Reduction", "SubGraph", "SubNetwork",
+    "TaskGates", "reduce", "register_kind",
 ]  # fmt: skip
 
 

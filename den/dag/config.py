@@ -21,11 +21,12 @@ class DagDataConfig:
     """Settings of the data."""
 
     scenario: Annotated[Scenario, tyro.conf.arg(aliases=("--scenario",))] = "omniglot"
-    """omniglot: one alphabet is one task, see the protocol.  cifar100: 20 tasks, one per coarse label, of five classes each.  nyuv2,
+    """omniglot: one alphabet is one task, see the protocol.  cifar100: 20 tasks, one per coarse label, of five classes
+    each.  nyuv2,
     cityscapes, pascal: two to five dense tasks of the same images.  own: those of data.tasks."""
     tasks: tuple[str, ...] = ()
-    """Tasks of your own: names of image sets that den train knows, each a task (digits, cifar100@32); folder:PATH, a folder
-    of pictures by class, {train,test}/CLASS/*.jpg, each a task; or folder:PATH with dense tasks,
+    """Tasks of your own: names of image sets that den train knows, each a task (digits, cifar100@32); folder:PATH, a
+    folder of pictures by class, {train,test}/CLASS/*.jpg, each a task; or folder:PATH with dense tasks,
     {train,val}/{image,label,depth,normal}/*.npy.  Paths begin at the data root, where there is one."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
     """Folder of the set."""
@@ -34,15 +35,15 @@ class DagDataConfig:
     mtl20: 20 of the full set's 50 alphabets, 50, 20 and 30 % of each for training, validation and testing, on which
     multi-task papers report."""
     size: Annotated[int | None, Range(1)] = None
-    """Side in pixels that Omniglot's images are scaled to (None: 28; of mtl20 105, as they are), those of folders by class
-    (None: 64), and of PASCAL-Context's squares (None: 512)."""
+    """Side in pixels that Omniglot's images are scaled to (None: 28; of mtl20 105, as they are), those of folders by
+    class (None: 64), and of PASCAL-Context's squares (None: 512)."""
     classes: Annotated[int | None, Range(2, IGNORE)] = None
     """Classes of the labels of NYU-v2 (40 or 13), Cityscapes (19 or 7) and dense folders; None: what the files say."""
     only: tuple[str, ...] = ()
     """Names of the tasks to be trained; empty: all."""
     batch_size: Annotated[int, Range(1)] = 96
-    """Images in a batch, all tasks together, in proportion to the sizes of their training sets; tasks of the same
-    images share them."""
+    """Images in a batch, all tasks together, in proportion to the sizes of their training sets (of your own, in equal
+    parts); tasks of the same images share them."""
     validation: Annotated[float, Range(0, 0.9)] = 0.0
     """Share of every training set that is held out and measured after every epoch; only AdaShare's draws are chosen by
     it.  Of mtl20 the validation split is, and this stays 0."""
@@ -199,6 +200,39 @@ class DagTrainConfig:
             wanted = "scenario omniglot and data.validation 0, since it has a validation split"
             got = f"{self.data.scenario} and {self.data.validation}"
             raise ValueError(f"config: data.protocol mtl20 must be with data.{wanted}, got {got}")
+
+
+@dataclass(frozen=True)
+class DagPredict:
+    """Apply a trained network to pictures: classes are printed, maps of dense tasks are written to a folder."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Files of pictures, or folders of them."""
+    task: tuple[str, ...] = ()
+    """Names of tasks; none: all."""
+    out: Path | None = None
+    """Folder for the maps of dense tasks, PICTURE-TASK.npy: labels, depths, normals, or probabilities."""
+    modules: tuple[str, ...] = ()
+    """Python modules that are imported first, such as one that registers kinds of tasks."""
+    device: str = "auto"
+    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
+
+
+@dataclass(frozen=True)
+class DagExtract:
+    """Write the network of one task to a file that needs nothing of this library."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    task: str
+    """Name of the task."""
+    out: Path
+    """The file: .pt2, a program that torch.export.load opens; .onnx, for other runtimes (needs the packages onnx and
+    onnxscript)."""
+    modules: tuple[str, ...] = ()
+    """Python modules that are imported first, such as one that registers kinds of tasks."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from den.dag.extract import SubNetwork
+from den.dag.extract import SubNetwork, alone
 from den.dag.graph import SubGraph
 from den.dag.head import head_flops
 from den.dag.kinds import KINDS
@@ -21,7 +21,6 @@ from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.data import ImageSet, SceneSet
 from den.data.images import Example
 from den.data.loaders import LoaderSet
-from den.nn.tasks import find_task
 from den.support.device import wait_for
 
 BATCH, DENSE_BATCH = 250, 8
@@ -108,9 +107,9 @@ def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
         return [TaskCost(t.name, kept, count, model.flops(k), spread[k]) for k, t in enumerate(model.tasks)]
     found = []
     for k, task in enumerate(model.tasks):
-        alone = SubNetwork(cast(DagNetwork, model), k)
-        flops = alone.stem.flops() + head_flops(alone.head, task, model.config) + alone.trunk_flops()
-        found.append(TaskCost(task.name, alone.kept, alone.parameters_count, flops, spread[k]))
+        network = SubNetwork(cast(DagNetwork, model), k)
+        flops = network.stem.flops() + head_flops(network.head, task, model.config) + network.trunk_flops()
+        found.append(TaskCost(task.name, network.kept, network.parameters_count, flops, spread[k]))
     return found
 
 
@@ -134,10 +133,10 @@ def time_tasks(
     with torch.inference_mode():
         examples = [example for each in sets for example in each.examples(slice(0, batch_size))]
         images = {name: part for name, part, _ in examples}
-        alone = {name: _alone(model, name) for name in images}
-        seconds: dict[str, list[float]] = {name: [] for name in alone}
+        networks = {name: _alone(model, name) for name in images}
+        seconds: dict[str, list[float]] = {name: [] for name in networks}
         for _ in range(rounds + 1):
-            for name, network in alone.items():
+            for name, network in networks.items():
                 wait_for(images[name].device)
                 start = time.perf_counter()
                 network(images[name])
@@ -148,8 +147,4 @@ def time_tasks(
 
 def _alone(model: DagNetwork | PeerNetwork, task: str) -> Callable[[Tensor], Tensor]:
     """The smallest network that runs one task: its sub-network; the whole of a cross-stitch network, which has none."""
-    if isinstance(model, CrossStitchNetwork):
-        return partial(model, task=task)
-    if isinstance(model, SeparateNetworks):
-        return SubNetwork(model.networks[find_task(task, model.tasks)], 0).eval()
-    return SubNetwork(cast(DagNetwork, model), task).eval()
+    return partial(model, task=task) if isinstance(model, CrossStitchNetwork) else alone(model, task)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from den.dag.head import make_head
 from den.dag.network import DagNetwork
+from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.stages import edge_flops, edge_geometry, enlarged, pooled, stage_end_flops
 from den.dag.stem import make_stem
 from den.nn.conv_norm import ConvNormReLU
@@ -97,6 +98,18 @@ class SubNetwork(nn.Module):
     def parameters_count(self) -> int:
         """Learned numbers, batch norms, stem and head included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def alone(model: DagNetwork | PeerNetwork, task: str | int) -> SubNetwork:
+    """The network of one task, in evaluation mode.
+
+    Raises ValueError for a task that is not the model's, and for a cross-stitch network, whose tasks need all columns.
+    """
+    if isinstance(model, CrossStitchNetwork):
+        raise ValueError("SubNetwork: model must have a network for each task, got a cross-stitch network")
+    if isinstance(model, SeparateNetworks):
+        return SubNetwork(model.networks[find_task(task, model.tasks)], 0).eval()
+    return SubNetwork(cast(DagNetwork, model), task).eval()
 
 
 def _plus(total: Tensor | None, y: Tensor, gate: float) -> Tensor:  # [B, C, H, W]

@@ -57,7 +57,8 @@ class Gates(nn.Module):
     def drawn(self, noise: Tensor, temperature: float, first: int = 0) -> Iterator[None]:
         """Context in which the edges' gates are samples of AdaShare's policies, those of read-in and read-out 1.
 
-        A sample is ``sigmoid((gamma + noise) / temperature)``; noise: [K, E].  Edges before `first` have the gate 1 too.
+        A sample is ``sigmoid((gamma + noise) / temperature)``; noise: [K, E].  Edges before `first` have the gate 1
+        too.
         """
         self._draw = noise, temperature, first
         try:

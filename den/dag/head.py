@@ -33,9 +33,9 @@ class ClassHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:  # [B, C] -> [B, classes]
-        if self.training and len(pooled) == 1:
+        if self.training and pooled.shape[0] == 1:
             raise ValueError("ClassHead: while training a batch must hold at least two images of a task, got one")
-        return self.linear(self.norm(pooled) if len(pooled) else pooled)
+        return self.linear(self.norm(pooled) if pooled.shape[0] else pooled)
 
     def flops(self) -> int:
         """Twice the multiply-adds of the linear layer for one image."""
@@ -59,7 +59,7 @@ class DenseHead(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:  # [B, C, h, w] -> [B, classes, H, W]
         values = self.conv(torch.cat([branch(maps) for branch in self.branches], 1))
-        if not len(maps):
+        if not maps.shape[0]:
             return values.new_empty(0, values.shape[1], *self.image_size)
         return F.interpolate(values, size=self.image_size, mode="bilinear", align_corners=False)
 

@@ -85,7 +85,8 @@ def _of_images(loss: Callable[[Tensor, Tensor], Tensor], metrics: Callable[[Task
 register_kind("classification", Kind(F.cross_entropy, lambda task: ClassMetrics()))
 register_kind("segmentation", _of_images(segmentation_loss, lambda task: SegmentationMetrics(task.classes)))
 register_kind("depth", _of_images(depth_loss, lambda task: DepthMetrics(), "abs_error", "rel_error", values=1))
-register_kind("normals", _of_images(normals_loss, lambda task: NormalsMetrics(), "mean_angle", "median_angle", values=3))
+register_kind("normals", _of_images(normals_loss, lambda task: NormalsMetrics(), "mean_angle", "median_angle",
+                                    values=3))  # fmt: skip
 register_kind("edges", _of_images(balanced_loss, lambda task: EdgeMetrics(), values=1))
 register_kind("saliency", _of_images(balanced_loss, lambda task: SaliencyMetrics(), values=1))
 

@@ -25,8 +25,8 @@ def task_loss(
 
 
 def batch_losses(model: DagNetwork | PeerNetwork, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean losses of the tasks [K], in the order of the batch, and what to report of them: their mean, the accuracy over
-    the images of classification tasks, and the losses of the others, on the model's device."""
+    """Mean losses of the tasks [K], in the order of the batch, and what to report of them: their mean, the accuracy
+    over the images of classification tasks, and the losses of the others, on the model's device."""
     outputs = model(batch.images, batch.tasks)
     tasks = [model.tasks[find_task(name, model.tasks)] for name in batch.tasks]
     parts = list(zip(tasks, outputs, batch.labels, strict=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from den.dag.kinds import KINDS, Kind, Metrics, register_kind
+from den.dag.kinds import KINDS, Metrics, register_kind
 from den.dag.model_config import DagConfig
 from den.nn.tasks import Task
 

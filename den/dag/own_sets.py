@@ -24,8 +24,8 @@ def load_own_sets(data: DagDataConfig, split: str, root: Path | None) -> list[Im
     """
     if not data.tasks:
         raise ValueError(
-            "config: data.tasks must name the tasks of the scenario own (--data.tasks digits,folder:PATH), got none; tasks"
-            " of data loaders are trained by den.recipes.dag.fit"
+            "config: data.tasks must name the tasks of the scenario own (--data.tasks digits,folder:PATH), got none;"
+            " tasks of data loaders are trained by den.recipes.dag.fit"
         )
     sets = [_load(name, data, split, root) for name in data.tasks]
     counts = Counter(task.name for each in sets for task in each.tasks)
@@ -48,10 +48,12 @@ def _scenes(path: Path, data: DagDataConfig, split: str, several: bool) -> Scene
     """The dense tasks that a folder has targets of; named after their kind, and their folder where there are others."""
     kinds = tuple(kind for kind, folder in FOLDERS.items() if (path / "train" / folder).is_dir())
     if not kinds:
-        raise ValueError(f"config: {path / 'train'} must hold one of {', '.join(FOLDERS.values())} beside image, got none")
+        wanted = ", ".join(FOLDERS.values())
+        raise ValueError(f"config: {path / 'train'} must hold one of {wanted} beside image, got none")
     classes = data.classes
     if classes is None and "segmentation" in kinds:
-        classes = 1 + max(map(_highest, sorted((path / "train" / FOLDERS["segmentation"]).glob("[!.]*.npy"))), default=0)
+        files = sorted((path / "train" / FOLDERS["segmentation"]).glob("[!.]*.npy"))
+        classes = 1 + max(map(_highest, files), default=0)
     known = (classes or 1,)
     found = load_npy_scenes(path.name, path, split, kinds, classes, known_classes=known, farthest=float("inf"))
     names = {task.name: f"{path.name}-{task.name}" if several else task.name for task in found.tasks}

@@ -97,7 +97,8 @@ def flow(graph: Graph, gates: TaskGates) -> Flow:
 
 
 def targets(start: SubGraph, ratio: float, ends: float | None = None) -> dict[str, int]:
-    """Items of each kind to be kept when the share `ratio` of the edges, and `ends` of read-ins and read-outs, is removed.
+    """Items of each kind to be kept when the share `ratio` of the edges, and `ends` of read-ins and read-outs, is
+    removed.
 
     Without `ends` these have no number to be kept: they go where their state is dead.
 
@@ -124,7 +125,8 @@ def reduce(
     guard: bool = True,
     seed: int = 0,
 ) -> Reduction:
-    """Remove the least important edges until the share `ratio` of them is gone, and with `ends` of read-ins and read-outs.
+    """Remove the least important edges until the share `ratio` of them is gone, and with `ends` of read-ins and
+    read-outs.
 
     Items go in ascending order of their importance (ties: longer span first, then larger head); after each, everything
     on no path from the source to the sink goes too.

@@ -55,7 +55,7 @@ class DenseStem(nn.Module):
         self._outputs = -(-height // 2) * -(-width // 2)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C_k, H, W] -> [B, C, H / 4, W / 4]
-        return F.max_pool2d(self.conv(images), 3, 2, 1) if len(images) else self.conv(images)[:, :, ::2, ::2]
+        return F.max_pool2d(self.conv(images), 3, 2, 1) if images.shape[0] else self.conv(images)[:, :, ::2, ::2]
 
     def flops(self) -> int:
         """Twice the multiply-adds of the convolution for one image."""

@@ -1,7 +1,7 @@
 """Folders of pictures sorted by class, as torchvision's ImageFolder has them: ``PATH/{train,test}/CLASS/picture.jpg``.
 
-``val`` stands for ``test`` where there is no such folder.  Classes are numbered in the order of the names of the training
-folders.
+``val`` stands for ``test`` where there is no such folder.  Classes are numbered in the order of the names of the
+training folders.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def load_folder(name: str, path: Path, split: str, size: int | None = None) -> I
 
     Images are padded by a sixteenth of their side and mirrored in training.
 
-    Raises ValueError for a folder without the split, pictures that are damaged, a class without pictures and, of the test
-    split, one that was not trained.
+    Raises ValueError for a folder without the split, pictures that are damaged, a class without pictures and, of the
+    test split, one that was not trained.
     """
     size, train = size or SIZE, split_folder(path, "train")
     classes = class_names(train)

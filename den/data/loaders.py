@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from den.support.device import CPU, sent
 from den.support.randomness import random_state, set_random_state
 
 Loaders = DataLoader[Any] | Mapping[str, DataLoader[Any]]
-"""One loader of ``(images, {task: targets})`` for tasks of the same images; or by task loaders of ``(images, targets)``."""
+"""One loader of ``(images, {task: targets})`` for tasks of the same images; or by task loaders of ``(images,
+targets)``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,8 @@ class LoaderSet:
     def taken(self, values: Any) -> list[Example]:
         """A loader's batch as an entry for each task, on the device.
 
-        Raises ValueError for what is not a pair, targets that lack a task, and numbers of them that are not the images'.
+        Raises ValueError for what is not a pair, targets that lack a task, and numbers of them that are not the
+        images'.
         """
         names = ", ".join(task.name for task in self.tasks)
         wanted = "(images, {task: targets})" if self.shared else "(images, targets)"
@@ -55,7 +58,8 @@ class LoaderSet:
         for task in self.tasks:
             target = targets[task.name] if self.shared else targets
             if not isinstance(target, Tensor) or len(target) != len(images):
-                raise ValueError(f"fit: targets of {task.name} must be {len(images)}, as the images, got {_shape(target)}")
+                got = _shape(target)
+                raise ValueError(f"fit: targets of {task.name} must be {len(images)}, as the images, got {got}")
             found.append((task.name, images, sent(target, self.device)))
         return found
 
@@ -63,8 +67,8 @@ class LoaderSet:
 class LoaderBatches:
     """Endless batches of loaders, each gone through anew when it has ended: the stream that a run trains on.
 
-    Every pass begins with generators that are seeded by its number, so that a continued run gets the batches that it would
-    have had: it goes through those of the pass that it stopped in once more.
+    Every pass begins with generators that are seeded by its number, so that a continued run gets the batches that it
+    would have had: it goes through those of the pass that it stopped in once more.
     """
 
     def __init__(self, sets: Sequence[LoaderSet], seed: int) -> None:
@@ -107,7 +111,8 @@ class LoaderBatches:
         return values
 
     def _begun(self, k: int) -> tuple[Any, Iterator[Any]]:
-        """The first batch of a pass and the iterator of the others; torch draws its seeds when the first is asked for."""
+        """The first batch of a pass and the iterator of the others; torch draws its seeds when the first is asked
+        for."""
         loader, tensors = self.sets[k].loader, random_state()
         seed = (self.seed * 1_000_003 + self._passes[k]) % 2**63
         try:
@@ -141,8 +146,8 @@ def halves(each: LoaderSet, seed: int) -> tuple[LoaderSet, LoaderSet]:
     loader, name = each.loader, each.tasks[0].name
     if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None or len(each) < 2:
         raise ValueError(
-            f"fit: loader of {name} must have a data set of positions and a batch_size to be halved for the search; give"
-            " such a loader, or choose training.search='joint'"
+            f"fit: loader of {name} must have a data set of positions and a batch_size to be halved for the search;"
+            " give such a loader, or choose training.search='joint'"
         )
     order = torch.randperm(len(each), generator=torch.Generator().manual_seed(seed)).tolist()
     parts = sorted(order[: len(order) // 2]), sorted(order[len(order) // 2 :])
@@ -154,7 +159,7 @@ def halves(each: LoaderSet, seed: int) -> tuple[LoaderSet, LoaderSet]:
         )
         for part in parts
     )  # fmt: skip
-    return LoaderSet(each.tasks, first, each.shared, each.device), LoaderSet(each.tasks, second, each.shared, each.device)
+    return dataclasses.replace(each, loader=first), dataclasses.replace(each, loader=second)
 
 
 def _shape(value: Any) -> str:

@@ -7,11 +7,11 @@ Two layouts are read from a data root:
   are there, the archive is read;
 - packed pieces `omniglot_small.{split}*.npz`, see `den.data.pieces`; 8 alphabets.
 
-Two protocols: `drawers`, of all alphabets that are there drawers 1 to 15 of every character for training and 16 to 20 for
-testing, which is ours; and `mtl20`, on which multi-task papers report (Meyerson and Miikkulainen, ICLR 2018, and others
-after them): a fixed random subset of 20 of the 50 alphabets, of every character 10 drawings for training, 4 for validation
-and 6 for testing. The papers do not name their subset; this one is drawn with the seed 0, as are the splits. Ink is white
-on black, as in the other sets.
+Two protocols: `drawers`, of all alphabets that are there drawers 1 to 15 of every character for training and 16 to 20
+for testing, which is ours; and `mtl20`, on which multi-task papers report (Meyerson and Miikkulainen, ICLR 2018, and
+others after them): a fixed random subset of 20 of the 50 alphabets, of every character 10 drawings for training, 4 for
+validation and 6 for testing. The papers do not name their subset; this one is drawn with the seed 0, as are the splits.
+Ink is white on black, as in the other sets.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def load_omniglot(
     """A set per alphabet of a protocol: uint8 [n, 1, size, size], labels 0 to characters - 1.
 
     Images are scaled by averaging over areas, to 28 pixels (`mtl20`: left at 105) where no size is given. Normalisation
-    constants are those of the training images of all alphabets, for every split; augmentation shifts and does not mirror.
+    constants are those of the training images of all alphabets, for every split; augmentation shifts and does not
+    mirror.
 
-    Raises ValueError for an unknown protocol or split, a size below 1, a root without the set (of `mtl20`: without all of
-    its 50 alphabets), files that are damaged, characters that lack a drawing which others have, and splits of different
-    characters.
+    Raises ValueError for an unknown protocol or split, a size below 1, a root without the set (of `mtl20`: without all
+    of its 50 alphabets), files that are damaged, characters that lack a drawing which others have, and splits of
+    different characters.
     """
     if protocol not in SPLITS:
         raise ValueError(f"load_omniglot: protocol must be one of {', '.join(SPLITS)}, got {protocol!r}")
@@ -95,8 +96,8 @@ def mtl20(root: Path | None) -> dict[str, Drawings]:
     whole = _read_archives(root, None) if root is not None and _is_official(root) else {}
     if len(whole) != ALPHABETS:
         raise ValueError(
-            f"load_omniglot: data root must hold all {ALPHABETS} alphabets, in {' and '.join(ARCHIVES)} (folders or .zip),"
-            f" for the protocol mtl20, got {len(whole)} in {root}"
+            f"load_omniglot: data root must hold all {ALPHABETS} alphabets, in {' and '.join(ARCHIVES)} (folders or"
+            f" .zip), for the protocol mtl20, got {len(whole)} in {root}"
         )
     draw = random.Random(0)
     chosen = sorted(draw.sample(sorted(whole), SUBSET))

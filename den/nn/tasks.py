@@ -37,8 +37,8 @@ class Task:
         width: of the images of a dense task that are not square.
 
     Raises:
-        ValueError: an empty name, a count below 1, an unknown kind, classes that the kind does not have, images that are
-            not square of a task that is not dense.
+        ValueError: an empty name, a count below 1, an unknown kind, classes that the kind does not have, images that
+            are not square of a task that is not dense.
     """
 
     name: str

@@ -154,7 +154,8 @@ def test_without_a_share_of_the_ends_only_those_of_dead_states_go():
 
 
 def test_reranked_reduction_removes_what_carries_least_of_what_is_left():
-    """Against a search written anew: at every step the flow of the remaining graph is computed by adding up all paths."""
+    """Against a search written anew: at every step the flow of the remaining graph is computed by adding up all
+    paths."""
 
     def carried(sub, gates):
         flows = dict.fromkeys(range(len(sub.graph.edges)), 0.0)

@@ -79,11 +79,11 @@ def test_protocol_mtl20_is_a_fixed_subset_in_parts_of_50_20_and_30_percent(tmp_p
 
 def test_protocol_mtl20_needs_the_whole_set(tmp_path):
     write_official(tmp_path)
-    with pytest.raises(ValueError, match="must hold all 50 alphabets.*got 2 in"):
+    with pytest.raises(ValueError, match=r"must hold all 50 alphabets.*got 2 in"):
         load_omniglot(tmp_path, "train", protocol="mtl20")
     (tmp_path / "pieces").mkdir()
     write_pieces(tmp_path / "pieces", "train", 15)
-    with pytest.raises(ValueError, match="must hold all 50 alphabets.*got 0 in"):
+    with pytest.raises(ValueError, match=r"must hold all 50 alphabets.*got 0 in"):
         load_omniglot(tmp_path / "pieces", "train", protocol="mtl20")
     with pytest.raises(ValueError, match="protocol must be one of drawers, mtl20, got 'other'"):
         load_omniglot(tmp_path, "train", protocol="other")

@@ -170,7 +170,7 @@ def test_a_name_stands_for_one_kind():
     register_kind("pair", kind)
     with pytest.raises(ValueError, match="classes of 'x' must be 2 for pair, got 3"):
         Task("x", 3, 8, kind="pair")
-    with pytest.raises(ValueError, match="name must not be one of classification, .*, pair, got 'pair'"):
+    with pytest.raises(ValueError, match=r"name must not be one of classification, .*, pair, got 'pair'"):
         register_kind("pair", dataclasses.replace(kind, dense=True))
 
 

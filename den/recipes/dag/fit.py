@@ -15,7 +15,6 @@ from den.dag.config import DagDataConfig, DagTrainConfig
 from den.dag.evaluate import TaskResult, evaluate_tasks
 from den.dag.own import OwnTask, own_tasks
 from den.data.loaders import LoaderBatches, Loaders, LoaderSet, halves, loader_sets
-from den.nn.tasks import Task
 from den.recipes.dag.recipe import Network, TaskData
 from den.recipes.dag.search import train as search
 
@@ -42,9 +41,9 @@ def fit(
     Args:
         tasks: by name.
         train: one loader of ``(images, {task: targets})``, for tasks of the same images, or a loader of ``(images,
-            targets)`` for each task; images float [B, C, H, W], normalised, of one size a task.  While weights and gates
-            learn in turn (`training.search`, by default), each gets a half of every data set, shuffled, with the loader's
-            batch size, workers and `collate_fn`.
+            targets)`` for each task; images float [B, C, H, W], normalised, of one size a task.  While weights and
+            gates learn in turn (`training.search`, by default), each gets a half of every data set, shuffled, with the
+            loader's batch size, workers and `collate_fn`.
         test: the same for measuring, after every epoch and at the end; None: nothing is measured.
         config: all other settings; its `out` is the run folder.  What concerns the data does not count, `loss_weights`
             are those of the tasks unless given.
@@ -73,7 +72,7 @@ def fit(
             pairs = [halves(each, config.seed) for each in sets]
             parts |= {"weights": [first for first, _ in pairs], "gates": [second for _, second in pairs]}
         batches = {name: LoaderBatches(part, config.seed + n) for n, (name, part) in enumerate(parts.items())}
-        return TaskData(list(known), batches, [*tests])
+        return TaskData(list(known), batches, [*tests], {})
 
     model = search(config, resume=resume, data=data)
     return Fitted(model, evaluate_tasks(model, tests), Path(config.out))

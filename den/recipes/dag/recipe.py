@@ -20,9 +20,11 @@ from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.scenarios import has_validation, load_tasks, loss_weights
 from den.data import BatchStream, ImageSet, MixedTaskBatches, SceneSet
+from den.data.inputs import Inputs, inputs_of
 from den.data.loaders import LoaderSet
 from den.nn.tasks import Task
 from den.support.randomness import seeded
+from den.support.settings import to_dict
 from den.train.checkpoint import load_checkpoint, load_weights, reading
 from den.train.config import PhaseConfig
 from den.train.engine import Engine
@@ -93,11 +95,13 @@ def search_phases(config: DagTrainConfig) -> tuple[SearchPhase, ...]:
 
 
 class TaskData(NamedTuple):
-    """What a run trains and is measured on: its tasks, streams of batches (all, weights, gates), held-out sets."""
+    """What a run trains and is measured on: its tasks, streams of batches (all, weights, gates), held-out sets, and how
+    pictures become inputs of each task (none where data loaders make them)."""
 
     tasks: list[Task]
     batches: Mapping[str, BatchStream]
     held_out: list[TaskSet]
+    inputs: dict[str, Inputs]
 
 
 DataOf = Callable[[DagTrainConfig, torch.device], TaskData]
@@ -109,7 +113,10 @@ def scenario_data(config: DagTrainConfig, device: torch.device) -> TaskData:
     if has_validation(config.data):
         parts = parts[0], load_tasks(config.data, "validation")
     sets, held_out = ([each.to(device) for each in part] for part in parts)
-    return TaskData([task for each in sets for task in each.tasks], make_batches(sets, config), held_out)
+    tasks = [task for each in sets for task in each.tasks]
+    ink = config.data.scenario == "omniglot"
+    inputs = {task.name: inputs_of(each, ink) for each in sets for task in each.tasks}
+    return TaskData(tasks, make_batches(sets, config), [*held_out], inputs)
 
 
 class SearchRecipe(Recipe):
@@ -124,7 +131,7 @@ class SearchRecipe(Recipe):
 
     def __init__(self, config: DagTrainConfig, device: torch.device, data: DataOf | None = None) -> None:
         self.config, self.reduced = config, False
-        tasks, self.batches, self.held_out = (data or scenario_data)(config, device)
+        tasks, self.batches, self.held_out, self.inputs = (data or scenario_data)(config, device)
         self.loss_weights = loss_weights(config, tasks)
         self.model = new_network(config, tasks).to(device)
         training = config.training
@@ -172,7 +179,11 @@ class SearchRecipe(Recipe):
         return (SEARCHED,) if phase.name == "search" else ()
 
     def record(self) -> dict[str, Any]:
-        return {"dag": self.model.config.to_dict(), "network": type(self.model).__name__, "reduced": self.reduced}
+        inputs = {name: to_dict(each) for name, each in self.inputs.items()}
+        return {
+            "dag": self.model.config.to_dict(), "network": type(self.model).__name__, "reduced": self.reduced,
+            "inputs": inputs,
+        }  # fmt: skip
 
     def restore(self, record: dict[str, Any]) -> None:
         self.reduced = record["reduced"]
@@ -233,7 +244,7 @@ def make_batches(sets: list[ImageSet | SceneSet], config: DagTrainConfig) -> dic
     """Batches of all training images, and of the two halves that weights and gates learn from in turn."""
     weights, gates = hold_out(sets, 0.5, config.seed)
     parts = {"all": sets, "weights": weights, "gates": gates}
-    shares = [float(len(image_set)) for image_set in sets]
+    shares = [1.0 if config.data.scenario == "own" else float(len(image_set)) for image_set in sets]
     return {
         name: MixedTaskBatches(part, config.data.batch_size, shares, config.seed + offset)
         for offset, (name, part) in enumerate(parts.items())

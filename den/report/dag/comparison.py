@@ -32,8 +32,8 @@ def grouped(runs: Sequence[RunReport]) -> Groups:
 
 
 def comparison(runs: Sequence[RunReport]) -> str:
-    """A row per kind of run and number of updates: means over its seeds, and what the first kind has above each, after as
-    many updates, over the seeds that both have and with its interval."""
+    """A row per kind of run and number of updates: means over its seeds, and what the first kind has above each, after
+    as many updates, over the seeds that both have and with its interval."""
     groups, first, rows = grouped(runs), reference(runs).kind, []
     for (label, updates), group in groups.items():
         accuracy = [run.accuracy for run in group.values()]
@@ -111,7 +111,7 @@ def verdicts(runs: Sequence[RunReport]) -> str:
     ]
     words = {True: "yes", False: "**no**", None: "open"}
     lines = [f"- {words[check.holds]}: {check.claim}: {check.measured}" for check in found]
-    title = "What this is to show (by points, paired over seeds, with the 95 % interval; open: not decided by these runs):"
+    title = "What this is to show (points, paired over seeds, with the 95 % interval; open: not decided by these runs):"
     return "\n".join([title, "", *lines])
 
 
