@@ -105,6 +105,14 @@ class DagTraining:
     loss_weights: Annotated[tuple[float, ...], Range(0)] = ()
     """Weights of the tasks' losses, in the order of the tasks (of a scenario's settings those of the public protocols);
     empty: 1 each."""
+    balance: Literal["fixed", "uncertainty", "dwa"] = "fixed"
+    """How losses are weighed.  fixed: by loss_weights.  uncertainty: also by learned uncertainties.  dwa: also by how
+    fast they fell in the last epochs."""
+    gradients: Literal["sum", "pcgrad", "cagrad"] = "sum"
+    """Gradients of the weights that tasks share: their sum, or combined by PCGrad or CAGrad, which takes a backward
+    pass for each task."""
+    conflict: Annotated[float, Range(0, 1, open_high=True)] = 0.4
+    """CAGrad: c, how far from the mean gradient it may go, as a share of its length."""
     kappa: Annotated[float, Range(0, 1)] = 0.35
     """Edges that a task may keep unsqueezed (the sum of its gates), as a share of all edges."""
 
@@ -194,6 +202,9 @@ class DagTrainConfig:
         shares = self.training.shares
         if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"config: training.shares must be three shares that add up to 1, got {list(shares)}")
+        if self.training.gradients != "sum" and self.mode in ("single", "cross-stitch"):
+            got = f"{self.training.gradients} for {self.mode}"
+            raise ValueError(f"config: training.gradients must be sum where nothing is shared by all tasks, got {got}")
         if self.reduction.rerank and self.reduction.ranking != "flow":
             raise ValueError(f"config: reduction.ranking must be flow to rerank, got {self.reduction.ranking}")
         if self.data.protocol == "mtl20" and (self.data.scenario != "omniglot" or self.data.validation):

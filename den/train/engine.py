@@ -146,7 +146,7 @@ class Engine(Generic[R]):
             check_finite(objective.loss.item(), here.total_steps)
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
-        objective.loss.backward()
+        (objective.backward or objective.loss.backward)()
         for name in objective.optimisers or phase.trained:
             self.optimisers[name].step()
             here.updates[name] = here.updates.get(name, 0) + 1

@@ -5,7 +5,7 @@ Structures are int64 [..., N], one level per block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -163,11 +163,13 @@ class Objective:
         loss: [], differentiable.
         measured: means over the batch, by name; None: a part of an update that another objective completes.
         optimisers: those that step; empty: those of the phase.
+        backward: runs the backward pass; None: that of `loss`.
     """
 
     loss: Tensor
     measured: Mapping[str, Tensor | float] | None
     optimisers: tuple[str, ...] = ()
+    backward: Callable[[], None] | None = None
 
 
 def reinforce(log_probabilities: Tensor, structures: Tensor, advantage: Tensor, entropy_bonus: float) -> Tensor:

@@ -9,10 +9,10 @@ from den.dag import DagConfig, DagNetwork, Graph
 from den.dag.config import DagReportConfig, PeerConfig
 from den.dag.evaluate import deployed_parameters, evaluate_tasks, task_costs
 from den.dag.gates import Gates
-from den.dag.losses import task_loss
+from den.dag.losses import batch_losses
 from den.dag.peers import CrossStitchNetwork, SeparateNetworks
 from den.nn.tasks import Task
-from den.recipes.dag import search
+from den.recipes.dag import recipe
 from den.recipes.dag.adashare import adashare_step, draw_policies, edge_weights, keep_edges, logistic_noise
 from den.recipes.dag.recipe import SearchRecipe, load_network, new_network
 from den.recipes.dag.search import train
@@ -233,12 +233,11 @@ def test_drawn_policies_begin_the_weights_anew_and_keep_a_path(tmp_path):
 def test_bfloat16_trains_float32_weights(tmp_path, monkeypatch, mode):
     dtypes = []
 
-    def watched(model, batch, weights=()):
-        loss, measured = task_loss(model, batch, weights)
+    def watched(model, batch):
         dtypes.append(model(batch.images, batch.tasks)[0].dtype)
-        return loss, measured
+        return batch_losses(model, batch)
 
-    monkeypatch.setattr(search, "task_loss", watched)
+    monkeypatch.setattr(recipe, "batch_losses", watched)
     model = train(tiny(tmp_path, {"steps": 4, "shares": (0.25, 0.5, 0.25)}, mode=mode, precision="bfloat16"))
     assert set(dtypes) == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -20,7 +20,8 @@ from tests.dag.test_dag_own_tasks import write_pictures, write_scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little", "ignore:.*as if there were")
 QUICK = (
-    "--training.steps 3 --network.states 3 --network.flow 1 --network.channels 8 --reduction.norm-batches 1 --no-progress"
+    "--training.steps 3 --network.states 3 --network.flow 1 --network.channels 8 --reduction.norm-batches 1"
+    " --no-progress"
 )
 
 

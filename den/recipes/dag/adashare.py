@@ -12,12 +12,13 @@ loss under the weights of the search, on held-out images or, without any, on the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from den.dag.evaluate import evaluate_tasks
 from den.dag.graph import Graph, SubGraph
-from den.dag.losses import task_loss
 from den.dag.network import DagNetwork
 from den.data import Batch
 from den.recipes.adashare import sharing_loss, sparsity_loss
@@ -29,20 +30,19 @@ from den.train.objective import Objective
 
 def adashare_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """Update the weights on `batch` and the policy on a batch of the other half, each with its own draw."""
-    config, model, temperature = engine.config, engine.model, engine.recipe.temperature(engine)
-    peers, gates, weights = config.peers, model.gates, engine.recipe.loss_weights
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + engine.position.total_steps)
-    first_edge = first_learned(engine)
-    with gates.drawn(logistic_noise(gates.gamma, generator), temperature, first_edge), engine.autocast():
-        loss, first = task_loss(model, batch, weights)
-    engine.update(Objective(loss, None, ("weights",)))
-    batch = engine.batches["gates"].next()
-    with gates.drawn(logistic_noise(gates.gamma, generator), temperature, first_edge), engine.autocast():
-        loss, measured = task_loss(model, batch, weights)
-    policy, shared = gates.gamma[:, first_edge:], edge_weights(model.graph, gates.gamma)[first_edge:]
+    recipe, gates, peers = engine.recipe, engine.model.gates, engine.config.peers
+    temperature, first_edge = recipe.temperature(engine), first_learned(engine)
+    generator = torch.Generator().manual_seed(engine.config.seed * 1_000_003 + engine.position.total_steps)
+    with gates.drawn(logistic_noise(gates.gamma, generator), temperature, first_edge):
+        first = recipe.objective(engine, batch, ("weights",))
+    engine.update(replace(first, measured=None))
+    with gates.drawn(logistic_noise(gates.gamma, generator), temperature, first_edge):
+        losses, measured = recipe.loss(engine, engine.batches["gates"].next())
+    policy, shared = gates.gamma[:, first_edge:], edge_weights(engine.model.graph, gates.gamma)[first_edge:]
     sparsity, sharing = sparsity_loss(policy), sharing_loss(policy, shared)
-    measured = {**measured, **first, "sparsity": sparsity.detach(), "sharing": sharing.detach()}
-    engine.update(Objective(loss + peers.sparsity * sparsity + peers.sharing * sharing, measured, ("gates",)))
+    told = {**measured, **(first.measured or {}), "sparsity": sparsity.detach(), "sharing": sharing.detach()}
+    total = losses.sum() + peers.sparsity * sparsity + peers.sharing * sharing
+    engine.update(Objective(total, told, ("gates",)))
 
 
 def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:

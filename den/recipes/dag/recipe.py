@@ -7,27 +7,33 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from den.dag.config import SEARCHING, DagTrainConfig
 from den.dag.evaluate import evaluate_tasks
 from den.dag.graph import SubGraph
+from den.dag.losses import batch_losses
 from den.dag.model_config import DagConfig, quarter
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.scenarios import has_validation, load_tasks, loss_weights
-from den.data import BatchStream, ImageSet, MixedTaskBatches, SceneSet
+from den.data import Batch, BatchStream, ImageSet, MixedTaskBatches, SceneSet
 from den.data.inputs import Inputs, inputs_of
 from den.data.loaders import LoaderSet
 from den.nn.tasks import Task
+from den.recipes.dag.balance import Balance
+from den.recipes.dag.gradients import Combine, cagrad, combined_backward, pcgrad
 from den.support.randomness import seeded
 from den.support.settings import to_dict
 from den.train.checkpoint import load_checkpoint, load_weights, reading
 from den.train.config import PhaseConfig
 from den.train.engine import Engine
+from den.train.objective import Objective
 from den.train.phases import Phase, schedule_factor
 from den.train.recipe import Measured, Recipe
 
@@ -132,19 +138,47 @@ class SearchRecipe(Recipe):
     def __init__(self, config: DagTrainConfig, device: torch.device, data: DataOf | None = None) -> None:
         self.config, self.reduced = config, False
         tasks, self.batches, self.held_out, self.inputs = (data or scenario_data)(config, device)
-        self.loss_weights = loss_weights(config, tasks)
         self.model = new_network(config, tasks).to(device)
+        self.balance = Balance(config.training.balance, loss_weights(config, tasks), device)
         training = config.training
         self.optimisers = {
             "weights": torch.optim.SGD(
-                weight_groups(self.model, config), training.rate, training.momentum, weight_decay=training.weight_decay,
-                nesterov=training.momentum > 0,
+                weight_groups(self.model, config, self.balance.parameters), training.rate, training.momentum,
+                weight_decay=training.weight_decay, nesterov=training.momentum > 0,
             ),
             "gates": torch.optim.Adam(self.model.gates.parameters(), training.gate_rate),
         }  # fmt: skip
 
     def phases(self) -> tuple[SearchPhase, ...]:
         return search_phases(self.config)
+
+    def loss(self, engine: Engine[Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted losses of the tasks of a batch [K], and what to report of them."""
+        with engine.autocast():
+            losses, measured = batch_losses(self.model, batch)
+        return self.balance.weighted(losses), measured
+
+    def objective(
+        self, engine: Engine[Any], batch: Batch, optimisers: tuple[str, ...] = (), extra: Tensor | None = None
+    ) -> Objective:
+        """Objective of an update of the weights: the weighted losses and `extra`, with gradients as the settings
+        say."""
+        with engine.autocast():
+            losses, told = batch_losses(self.model, batch)
+        self.balance.add(losses)
+        weighted = self.balance.weighted(losses)
+        total = weighted.sum() if extra is None else weighted.sum() + extra
+        backward = None
+        if self.config.training.gradients != "sum":
+            shared = [*self.model.edges.parameters(), *self.model.stages.parameters()]
+            backward = partial(combined_backward, weighted, total, shared, self._combine(engine))
+        return Objective(total, told, optimisers, backward)
+
+    def _combine(self, engine: Engine[Any]) -> Combine:
+        if self.config.training.gradients == "cagrad":
+            return partial(cagrad, c=self.config.training.conflict)
+        seed = self.config.seed * 1_000_003 + engine.position.total_steps
+        return partial(pcgrad, generator=torch.Generator().manual_seed(seed))
 
     def begin(self, engine: Engine[Any]) -> None:
         """Take over the searched network of `start`, ready to be reduced."""
@@ -167,6 +201,7 @@ class SearchRecipe(Recipe):
 
     def measure(self, engine: Engine[Any], phase: SearchPhase) -> Measured:
         """Results of every task, and the gates."""
+        self.balance.end_epoch()
         gates = self.model.gates
         drawn = self.config.mode == "adashare" and phase.name == "search"  # measured as it trains, but for the noise
         with gates.drawn(torch.zeros_like(gates.gamma), self.temperature(engine)) if drawn else nullcontext():
@@ -182,11 +217,13 @@ class SearchRecipe(Recipe):
         inputs = {name: to_dict(each) for name, each in self.inputs.items()}
         return {
             "dag": self.model.config.to_dict(), "network": type(self.model).__name__, "reduced": self.reduced,
-            "inputs": inputs,
+            "inputs": inputs, "balance": self.balance.record(),
         }  # fmt: skip
 
     def restore(self, record: dict[str, Any]) -> None:
         self.reduced = record["reduced"]
+        if "balance" in record:  # earlier versions had fixed weights only
+            self.balance.restore(record["balance"])
 
 
 def load_network(path: Path) -> Network:
@@ -201,12 +238,16 @@ def load_network(path: Path) -> Network:
     return model.eval()
 
 
-def weight_groups(model: Network, config: DagTrainConfig) -> list[dict[str, Any]]:
+def weight_groups(
+    model: Network, config: DagTrainConfig, undecayed: Sequence[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """The optimiser's groups of what is learned but the gates; `factor`: of the learning rate."""
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("gates.")}
     groups = [{"params": [p for name, p in learned.items() if name != "stitches"], "factor": 1.0}]
     if "stitches" in learned:
         groups.append({"params": [learned["stitches"]], "factor": config.peers.stitch_rate, "weight_decay": 0.0})
+    if undecayed:
+        groups.append({"params": [*undecayed], "factor": 1.0, "weight_decay": 0.0})
     return groups
 
 

@@ -7,14 +7,13 @@ long a stage takes, and the reduction in its details are this library's.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from den.dag.config import SEARCHING, DagTrainConfig
 from den.dag.gates import SPREAD_WARNING, squeeze_loss
-from den.dag.losses import task_loss
 from den.dag.network import DagNetwork
 from den.dag.reduction import reduce
 from den.data import Batch, BatchStream
@@ -52,29 +51,25 @@ def train(config: DagTrainConfig, *, resume: bool = False, data: DataOf | None =
 
 def train_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """Update the weights once."""
-    with engine.autocast():
-        loss, measured = task_loss(engine.model, batch, engine.recipe.loss_weights)
-    engine.update(Objective(loss, measured))
+    engine.update(engine.recipe.objective(engine, batch))
 
 
 def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """Update the weights and the gates once, in the order of `training.search`."""
-    training, model = engine.config.training, engine.model
-    edges = len(model.graph.edges)
-    first: dict[str, Tensor] = {}
+    training, model, recipe = engine.config.training, engine.model, engine.recipe
+    squeeze = squeeze_loss(model.gates.gamma, training.kappa * len(model.graph.edges))
+    extra = training.squeeze * squeeze
     if training.search == "alternating":
-        with engine.autocast():
-            loss, first = task_loss(model, batch, engine.recipe.loss_weights)
-        engine.update(Objective(loss, None, ("weights",)))
-        batch = engine.batches["gates"].next()
-    elif training.search == "frozen":
-        shared_weights_learn(model, False)
-    with engine.autocast():
-        loss, measured = task_loss(model, batch, engine.recipe.loss_weights)
-    squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
-    measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.detach()}
-    updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
-    engine.update(Objective(loss + training.squeeze * squeeze, measured, updated))
+        first = recipe.objective(engine, batch, ("weights",))
+        engine.update(replace(first, measured=None))
+        losses, told = recipe.loss(engine, engine.batches["gates"].next())
+        told = {**told, **(first.measured or {}), "gate_loss": told["loss"], "squeeze": squeeze.detach()}
+        engine.update(Objective(losses.sum() + extra, told, ("gates",)))
+        return
+    shared_weights_learn(model, training.search != "frozen")
+    objective = recipe.objective(engine, batch, ("gates", "weights"), extra)
+    told = dict(objective.measured or {})
+    engine.update(replace(objective, measured={**told, "gate_loss": told["loss"], "squeeze": squeeze.detach()}))
     shared_weights_learn(model, True)
 
 
