@@ -71,6 +71,16 @@ class DagNetworkConfig:
     stages: Annotated[tuple[int, ...], Range(1)] = ()
     """States of each resolution, adding up to the states; every stage halves the side and doubles the channels.  Empty:
     all states have the same."""
+    edge: Literal["conv", "residual"] = "conv"
+    """What an edge is.  conv: convolution, batch norm, ReLU.  residual: the block of Deep Elastic Networks, a shortcut
+    and two convolutions."""
+    groups: Annotated[int, Range(1)] = 1
+    """Channel groups of an edge: above 1 each task uses, of each edge that it keeps, only the first few."""
+    stem: str = "conv"
+    """What images pass first, a copy for each task.  conv: a convolution.  Or layers of a published network,
+    torchvision:NAME:LAYER (torchvision:resnet18:layer2) or timm:NAME:STAGE (timm:resnet18:2); trunk-size follows."""
+    pretrained: bool = True
+    """Begin such a stem with its published weights."""
     gates: Literal["soft", "bare"] = "soft"
     """Gates after the reduction: soft, the sigmoids where kept; bare, 1 where kept."""
     read_in: bool = True
@@ -125,6 +135,9 @@ class ReductionConfig:
     """mu: share of the edges that is removed."""
     ends: Annotated[float | None, Range(0, 1)] = None
     """Share of the read-ins, and of the read-outs, that is removed; None: only those of states that are on no path."""
+    levels: Annotated[float, Range(0, 1)] = 0.25
+    """Share of the channel groups of a task's edges that is removed, where they have several: those that cost least
+    loss; every edge keeps one."""
     ranking: Literal["flow", "gates", "random"] = "flow"
     """Least important first by the flow through them, by their gates, or at random."""
     rerank: bool = False
@@ -205,6 +218,9 @@ class DagTrainConfig:
         if self.training.gradients != "sum" and self.mode in ("single", "cross-stitch"):
             got = f"{self.training.gradients} for {self.mode}"
             raise ValueError(f"config: training.gradients must be sum where nothing is shared by all tasks, got {got}")
+        if self.network.groups > 1 and self.mode != "dag":
+            got = f"{self.network.groups} for {self.mode}"
+            raise ValueError(f"config: network.groups must be 1 where no topology is searched for, got {got}")
         if self.reduction.rerank and self.reduction.ranking != "flow":
             raise ValueError(f"config: reduction.ranking must be flow to rerank, got {self.reduction.ranking}")
         if self.data.protocol == "mtl20" and (self.data.scenario != "omniglot" or self.data.validation):

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from den.dag.extract import SubNetwork, alone
+from den.dag.extract import SubNetwork, alone, plain_edge
 from den.dag.graph import SubGraph
 from den.dag.head import head_flops
 from den.dag.kinds import KINDS
@@ -114,10 +114,12 @@ def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
 
 
 def deployed_parameters(model: DagNetwork | PeerNetwork) -> int:
-    """Learned numbers of the network less the edges that no task keeps; gates are counted where they are kept."""
+    """Learned numbers of the network less the edges, and channel groups of edges, that no task keeps; gates are counted
+    where they are kept."""
     if isinstance(model, PeerNetwork):
         return sum(p.numel() for name, p in model.named_parameters() if "gates." not in name)
-    modules = [*model.stems, *model.heads, *(model.edges[e] for e in model.used_edges())]
+    levels = model.gates.edge_levels.amax(0).tolist()  # the most that a task uses of each edge
+    modules = [*model.stems, *model.heads, *(plain_edge(model, e, levels[e]) for e in model.used_edges())]
     ends = [end for stage in model.stages for end in (stage.read_in, stage.read_out)]
     used = model.gates.block_levels().any(0)[len(model.edges) :].tolist()
     modules += [end for end, kept in zip(ends, used, strict=True) if kept]

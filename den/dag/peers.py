@@ -16,7 +16,7 @@ from den.dag.graph import SubGraph
 from den.dag.head import head_flops, make_head
 from den.dag.model_config import DagConfig
 from den.dag.network import DagNetwork
-from den.dag.stem import DagStem, DenseStem, make_stem
+from den.dag.stem import Stem, make_stem
 from den.nn.modules import Modules
 from den.nn.task_batch import Images, Tasks, task_batch
 
@@ -74,19 +74,20 @@ class CrossStitchNetwork(PeerNetwork):
     Stitches are per channel, 0.9 within a column and 0.1 / (K - 1) between two at first.  Columns lie side by side in
     the channels, and an edge is one convolution with a group for each.
 
-    Raises ValueError for tasks whose images differ in shape, dense tasks, stages and channel groups.
+    Raises ValueError for tasks whose images differ in shape, dense tasks, stages, channel groups and residual blocks.
     """
 
     def __init__(self, config: DagConfig) -> None:
         super().__init__(config)
         K, C, edges = len(config.tasks), config.channels, self.graph.edges
         shapes = sorted({task.shape for task in config.tasks})
-        if len(shapes) > 1 or config.groups > 1 or config.stages or any(task.dense for task in config.tasks):
+        plain = config.groups == 1 and config.edge == "conv" and not config.stages
+        if len(shapes) > 1 or not plain or any(task.dense for task in config.tasks):
             raise ValueError(
-                "CrossStitchNetwork: tasks must classify images of one shape, without stages and channel groups,"
+                "CrossStitchNetwork: tasks must classify images of one shape, without stages, groups and blocks,"
                 f" got images of {shapes}"
             )
-        self.stems: Modules[DagStem | DenseStem] = Modules(make_stem(task, config) for task in config.tasks)
+        self.stems: Modules[Stem] = Modules(make_stem(task, config) for task in config.tasks)
         self.convs: Modules[nn.Conv2d] = Modules(
             nn.Conv2d(K * C, K * C, 3, padding=1, groups=K, bias=False) for _ in self.graph.edges
         )

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.dag.model_config import DagConfig
+from den.dag.pretrained import PretrainedStem
 from den.nn.conv_norm import ConvNormReLU
 from den.nn.stem import enlarge
 from den.nn.tasks import Task
@@ -62,6 +63,11 @@ class DenseStem(nn.Module):
         return 2 * self.conv.conv.weight.numel() * self._outputs
 
 
-def make_stem(task: Task, config: DagConfig) -> DagStem | DenseStem:
+Stem = DagStem | DenseStem | PretrainedStem
+
+
+def make_stem(task: Task, config: DagConfig) -> Stem:
     """The stem of a task: its images as maps of the first stage."""
+    if config.stem != "conv":
+        return PretrainedStem(task, config)
     return DenseStem(task, config.channels) if task.dense else DagStem(task, config.channels, config.map_size()[0])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from den.dag.losses import batch_losses
 from den.dag.model_config import DagConfig, quarter
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
+from den.dag.pretrained import load_pretrained, pretrained_map_size
 from den.dag.scenarios import has_validation, load_tasks, loss_weights
 from den.data import Batch, BatchStream, ImageSet, MixedTaskBatches, SceneSet
 from den.data.inputs import Inputs, inputs_of
@@ -28,6 +29,7 @@ from den.data.loaders import LoaderSet
 from den.nn.tasks import Task
 from den.recipes.dag.balance import Balance
 from den.recipes.dag.gradients import Combine, cagrad, combined_backward, pcgrad
+from den.recipes.dag.levels import random_levels
 from den.support.randomness import seeded
 from den.support.settings import to_dict
 from den.train.checkpoint import load_checkpoint, load_weights, reading
@@ -154,7 +156,7 @@ class SearchRecipe(Recipe):
 
     def loss(self, engine: Engine[Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted losses of the tasks of a batch [K], and what to report of them."""
-        with engine.autocast():
+        with self._levels(engine), engine.autocast():
             losses, measured = batch_losses(self.model, batch)
         return self.balance.weighted(losses), measured
 
@@ -163,16 +165,23 @@ class SearchRecipe(Recipe):
     ) -> Objective:
         """Objective of an update of the weights: the weighted losses and `extra`, with gradients as the settings
         say."""
-        with engine.autocast():
+        with self._levels(engine), engine.autocast():
             losses, told = batch_losses(self.model, batch)
         self.balance.add(losses)
         weighted = self.balance.weighted(losses)
         total = weighted.sum() if extra is None else weighted.sum() + extra
         backward = None
         if self.config.training.gradients != "sum":
-            shared = [*self.model.edges.parameters(), *self.model.stages.parameters()]
+            model = cast(DagNetwork, self.model)  # of others the settings refuse it
+            shared = [*model.edges.parameters(), *model.stages.parameters()]
             backward = partial(combined_backward, weighted, total, shared, self._combine(engine))
         return Objective(total, told, optimisers, backward)
+
+    def _levels(self, engine: Engine[Any]) -> AbstractContextManager[None]:
+        """Context in which elastic edges are trained at random levels, until the tasks' levels are chosen."""
+        if self.reduced or not isinstance(self.model, DagNetwork):
+            return nullcontext()
+        return random_levels(self.model, engine.generator)
 
     def _combine(self, engine: Engine[Any]) -> Combine:
         if self.config.training.gradients == "cagrad":
@@ -255,14 +264,19 @@ def new_network(config: DagTrainConfig, tasks: Sequence[Task]) -> Network:
     """The network of `config`; its weights are drawn with the seed, global generators stay as they were."""
     network = config.network
     shape: dict[str, Any] = {
-        name: getattr(network, name) for name in ("states", "flow", "channels", "trunk_size", "gates", "stages")
+        name: getattr(network, name)
+        for name in ("states", "flow", "channels", "trunk_size", "gates", "stages", "edge", "groups", "stem")
     }
     if config.mode == "adashare":
         shape["gates"] = "bare"
-    if dense := [task for task in tasks if task.dense]:
-        shape["trunk_size"] = quarter(dense[0])
     with seeded(config.seed):
+        if network.stem != "conv":
+            shape["trunk_size"] = pretrained_map_size(network.stem, tasks)
+        elif dense := [task for task in tasks if task.dense]:
+            shape["trunk_size"] = quarter(dense[0])
         model = NETWORKS.get(config.mode, DagNetwork)(DagConfig(tuple(tasks), **shape))
+        if network.stem != "conv" and network.pretrained:
+            load_pretrained(model)
     whole, states = model.graph.whole(), model.graph.states
     first = tuple(network.read_in or j == 0 for j in range(states))
     last = tuple(network.read_out or j == states - 1 for j in range(states))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from den.dag.config import SEARCHING, DagTrainConfig
 from den.dag.gates import SPREAD_WARNING, squeeze_loss
@@ -18,6 +20,7 @@ from den.dag.network import DagNetwork
 from den.dag.reduction import reduce
 from den.data import Batch, BatchStream
 from den.recipes.dag.adashare import adashare_step, draw_policies
+from den.recipes.dag.levels import choose_levels
 from den.recipes.dag.recipe import DataOf, SearchRecipe
 from den.train.engine import Engine
 from den.train.objective import Objective
@@ -42,6 +45,7 @@ def train(config: DagTrainConfig, *, resume: bool = False, data: DataOf | None =
             (adashare_step if config.mode == "adashare" else search_step)(engine, batch)
         if config.mode in SEARCHING and not engine.recipe.reduced:
             (draw_policies if config.mode == "adashare" else reduce_tasks)(engine)
+            choose_levels(engine)
             reestimate_norms(engine.model, engine.batches["all"], config.reduction.norm_batches)
             mark_reduced(engine)
         for batch in engine.phase("fine-tuning"):  # gates rest
@@ -63,12 +67,13 @@ def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
         first = recipe.objective(engine, batch, ("weights",))
         engine.update(replace(first, measured=None))
         losses, told = recipe.loss(engine, engine.batches["gates"].next())
-        told = {**told, **(first.measured or {}), "gate_loss": told["loss"], "squeeze": squeeze.detach()}
+        weights = cast(dict[str, Tensor], first.measured)
+        told = {**told, **weights, "gate_loss": told["loss"], "squeeze": squeeze.detach()}
         engine.update(Objective(losses.sum() + extra, told, ("gates",)))
         return
     shared_weights_learn(model, training.search != "frozen")
     objective = recipe.objective(engine, batch, ("gates", "weights"), extra)
-    told = dict(objective.measured or {})
+    told = cast(dict[str, Tensor], objective.measured)
     engine.update(replace(objective, measured={**told, "gate_loss": told["loss"], "squeeze": squeeze.detach()}))
     shared_weights_learn(model, True)
 
