@@ -22,18 +22,9 @@ class DagDataConfig:
 
     scenario: Annotated[Scenario, tyro.conf.arg(aliases=("--scenario",))] = "omniglot"
     """omniglot: one alphabet is one task, see the protocol.  cifar100: 20 tasks, one per coarse label, of five classes
-    each.  nyuv2,
-    cityscapes, pascal: two to five dense tasks of the same images.  own: those of data.tasks."""
-    tasks: tuple[str, ...] = ()
-    """Tasks of your own: names of image sets that den train knows, each a task (digits, cifar100@32); folder:PATH, a
-    folder of pictures by class, {train,test}/CLASS/*.jpg, each a task; or folder:PATH with dense tasks,
-    {train,val}/{image,label,depth,normal}/*.npy.  Paths begin at the data root, where there is one."""
+    each.  nyuv2, cityscapes, pascal: two to five dense tasks of the same images.  own: those of data.tasks."""
     root: Annotated[Path | None, tyro.conf.arg(aliases=("--data-root",))] = None
     """Folder of the set."""
-    protocol: Literal["drawers", "mtl20"] = "drawers"
-    """Of Omniglot.  drawers: all alphabets that are there, drawers 1 to 15 for training, 16 to 20 for testing; ours.
-    mtl20: 20 of the full set's 50 alphabets, 50, 20 and 30 % of each for training, validation and testing, on which
-    multi-task papers report."""
     size: Annotated[int | None, Range(1)] = None
     """Side in pixels that Omniglot's images are scaled to (None: 28; of mtl20 105, as they are), those of folders by
     class (None: 64), and of PASCAL-Context's squares (None: 512)."""
@@ -47,7 +38,14 @@ class DagDataConfig:
     validation: Annotated[float, Range(0, 0.9)] = 0.0
     """Share of every training set that is held out and measured after every epoch; only AdaShare's draws are chosen by
     it.  Of mtl20 the validation split is, and this stays 0."""
-
+    tasks: tuple[str, ...] = ()
+    """Tasks of your own: names of image sets that den train knows, each a task (digits, cifar100@32); folder:PATH, a
+    folder of pictures by class, {train,test}/CLASS/*.jpg, each a task; or folder:PATH with dense tasks,
+    {train,val}/{image,label,depth,normal}/*.npy.  Paths begin at the data root, where there is one."""
+    protocol: Literal["drawers", "mtl20"] = "drawers"
+    """Of Omniglot.  drawers: all alphabets that are there, drawers 1 to 15 for training, 16 to 20 for testing; ours.
+    mtl20: 20 of the full set's 50 alphabets, 50, 20 and 30 % of each for training, validation and testing, on which
+    multi-task papers report."""
 
     def __post_init__(self) -> None:
         names = tuple(name for each in self.tasks for name in each.split(",") if name)
