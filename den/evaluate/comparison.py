@@ -195,7 +195,7 @@ def checks(found: Sequence[Comparison], least_accuracy: dict[str, float]) -> lis
 
 def check_lines(lines: Sequence[Check]) -> str:
     """The checks as text, one a line."""
-    words = {True: "yes", False: "NO ", None: " ? "}
+    words = {True: "yes ", False: "NO  ", None: "open"}
     return "\n".join(f"  {words[c.holds]}  {c.claim}: {c.measured}" for c in lines)
 
 

@@ -114,7 +114,7 @@ def section_text(table: Table, points: Points | None = None, folders: Mapping[in
         markdown_table(table.short_head, table.rows),
         NOTES,
         *_repetitions(table.section, folders or {}),
-        f"{words} (?: not decided by these runs):" + (f"\n\n```\n{check_lines(checks)}\n```" if checks else ""),
+        f"{words} (open: not decided by these runs):" + (f"\n\n```\n{check_lines(checks)}\n```" if checks else ""),
     ])  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def test_an_unfinished_run_is_told_and_hides_no_finished_one(tmp_path, runs, cap
     accuracy = 100 * read_evaluation(tmp_path / "done" / "evaluation.json").accuracy
     assert rows(tmp_path)["DEN (rho = 0.3)"]["accuracy %"] == f"{accuracy:.2f}"
     assert f"NO   DEN (rho = 0.3), digits: trained to the end: {words}" in text
-    claims = [line for line in text.splitlines() if line.startswith(("  yes", "  NO", "   ?"))]
+    claims = [line for line in text.splitlines() if line.startswith(("  yes", "  NO", "  open"))]
     assert sum("unfinished" in line for line in claims) == 1  # nothing else is claimed of it
     assert read_evaluation(tmp_path / "stopped" / "evaluation.json").training == Training(40, planned, False)
     drawn = {path.name for path in (tmp_path / "out").glob("*-levels.png")}
