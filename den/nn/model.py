@@ -39,9 +39,12 @@ class DeepElasticNetwork(nn.Module):
         self.levels = config.levels
         self.estimator = Estimator(config)
         self.num_blocks = self.estimator.num_blocks
-        self.selector = Selector(
-            config.tasks, config.chosen_selector, self.num_blocks, config.levels, config.selector_size
-        )
+        self.selector = self.new_selector()
+
+    def new_selector(self) -> Selector:
+        """A selector as this network's is before training."""
+        config = self.config
+        return Selector(config.tasks, config.chosen_selector, self.num_blocks, config.levels, config.selector_size)
 
     def forward(self, images: Images, task: Tasks, *, return_levels: bool = False) -> Logits | tuple[Logits, Tensor]:
         """Logits of `images` at the levels that the selector chooses; with `return_levels` also these.
