@@ -1,9 +1,9 @@
-"""The commands: den train, fetch, evaluate, report, demo, bench, info, dag train, dag report."""
+"""The commands: den train, fetch, evaluate, predict, report, demo, bench, info, dag train, dag report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +13,7 @@ import tyro
 
 from den.bench import BenchConfig
 from den.dag.config import DagReportConfig, DagTrainConfig
-from den.report.settings import Report
+from den.report.settings import Predict, Report
 from den.runs.settings import Evaluate
 from den.support.files import check_folder
 from den.support.settings import read_config
@@ -84,11 +84,12 @@ class Fetch:
 REPORTERS: dict[type, str] = {
     Evaluate: "den.runs.command",
     Report: "den.report.command",
+    Predict: "den.report.predict",
     DemoConfig: "den.demo",
     DagReportConfig: "den.report.dag.report",
 }
 """The modules whose `main` measures and prints, imported when they are asked for."""
-Command = Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info | DagTrain | DagReportConfig
+Command = Train | Fetch | Evaluate | Predict | Report | DemoConfig | BenchConfig | Info | DagTrain | DagReportConfig
 
 
 def command(arguments: list[str]) -> Callable[[], int]:
@@ -133,6 +134,7 @@ def _commands(train: Train, dag_train: DagTrain) -> Any:
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Fetch, tyro.conf.subcommand("fetch")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
@@ -167,12 +169,16 @@ def _dag_settings(arguments: list[str]) -> tuple[DagTrainConfig, list[str]]:
 
 
 def base_settings(default: Settings, arguments: list[str]) -> Settings:
-    """The settings that the options of `train` change: of --config, of the run to be resumed, or the default ones."""
-    places = make_dataclass("Places", [("out", Path, default.out)], bases=(Source,), frozen=True)
+    """The settings that the options of `train` change: of --config, of the run to be resumed or to start from, or the
+    default ones."""
+    fields = [("out", Path, default.out), ("start", Path | None, None)]
+    places = make_dataclass("Places", fields, bases=(Source,), frozen=True)
     given: Any = tyro.cli(places, args=arguments, prog="den train", return_unknown_args=True, add_help=False)[0]
-    if given.config is None and not given.resume:
-        return default
-    return read_config(type(default), given.config or given.out / "config.json")
+    if given.config is not None or given.resume:
+        return read_config(type(default), given.config or given.out / "config.json")
+    if given.start is not None and isinstance(default, TrainConfig):
+        return replace(read_config(TrainConfig, given.start / "config.json"), out=default.out)
+    return default
 
 
 def _prepared(settings: Command) -> Callable[[], int]:

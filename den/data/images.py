@@ -17,6 +17,15 @@ from den.support.device import sent
 Example = tuple[str, Tensor, Tensor]  # task, images [n, C, H, W], targets [n, ...]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a trained network needs to know of its images: it stands in the checkpoint."""
+
+    mean: tuple[float, ...]  # [C], of the training pixels divided by 255
+    std: tuple[float, ...]  # [C]
+    class_names: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images of one task.
@@ -51,6 +60,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def kept(self) -> Kept:
+        """What a network that was trained on these images needs to know of them."""
+        return Kept(self.mean, self.std, self.class_names)
 
     @property
     def task(self) -> Task:

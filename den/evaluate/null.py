@@ -27,10 +27,10 @@ def untrained_report(model: DeepElasticNetwork, image_set: ImageSet, seed: int) 
     parts = [slice(start, start + BATCH) for start in range(0, len(image_set), BATCH)]
     name, logits = image_set.name, []
     for part in parts:
-        selector.train()(image_set.inputs(part).to(device), name)
+        model.choose(selector.train(), image_set.inputs(part).to(device), name)
     selector.eval()
     for part in parts:
-        logits.append(selector(image_set.inputs(part).to(device), name).cpu())
+        logits.append(model.choose(selector, image_set.inputs(part).to(device), name).cpu())
     chance = torch.cat(logits).log_softmax(-1)
     return task_report(model, image_set, chance.argmax(-1), chance, float("nan"), float("nan"))
 
@@ -55,5 +55,5 @@ def shuffled_accuracy(model: DeepElasticNetwork, image_set: ImageSet, levels: Te
     gone.
     """
     order = torch.randperm(len(levels), generator=torch.Generator().manual_seed(seed))
-    given = iter(levels[order].split(BATCH))
-    return evaluate(model, [image_set], lambda images, _: next(given).to(images.device))[image_set.name].accuracy
+    given, device = iter(levels[order].split(BATCH)), next(model.parameters()).device
+    return evaluate(model, [image_set], lambda *_: next(given).to(device))[image_set.name].accuracy

@@ -76,13 +76,15 @@ class Estimator(nn.Module):
         batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
         return self.run(batch, self.plan(batch, levels))
 
-    def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
+    def run(self, batch: TaskBatch, plan: RoutingPlan | None, stem: Tensor | None = None) -> Tensor | list[Tensor]:
         """Logits of a checked batch, as `forward` returns them.
 
-        `plan` is in the batch's own order; None runs every block at its full width.
+        `plan` is in the batch's own order; None runs every block at its full width. `stem`: what `self.stem` has made
+        of the batch, which may be written over; None: not yet made.
         """
+        x = self.stem(batch) if stem is None else stem
         return batch.restore_logits(
-            self.classify(batch.tasks, batch.sizes, self.trunk(self.stem(batch), plan)),
+            self.classify(batch.tasks, batch.sizes, self.trunk(x, plan)),
             max(task.classes for task in self.tasks),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from den.nn.task_batch import Images, Tasks
 from den.nn.tasks import find_task
 from den.recipes.setup import estimator_optimiser
 from den.support.device import sent
+from den.support.settings import to_dict
+from den.train.checkpoint import load_checkpoint, load_weights
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, RunningBaseline, instance_losses
@@ -43,6 +46,7 @@ class Method(Recipe):
         """Make ready for an engine: a training set for each task, and what epochs are measured on, on one device."""
         config = self.config
         self.sets, self.held_out, self.batches = sets, held_out, self.streams(sets)
+        self.images = {image_set.name: image_set.kept for image_set in sets}
         self.optimisers = {
             "estimator": estimator_optimiser(self.model.estimator, config.estimator, **self.faster()),
             "selector": torch.optim.Adam(self.policy_parameters(), lr=config.selector.phase.rate),
@@ -69,6 +73,13 @@ class Method(Recipe):
         """Arguments of `estimator_optimiser`: parameters that learn faster than the others."""
         return {}
 
+    def begin(self, engine: Engine[Any]) -> None:
+        """Take over the network of the run to start from, if there is one; ValueError where it is another's."""
+        if self.config.start is not None:
+            path = Path(self.config.start) / "last.safetensors"
+            tensors, _ = load_checkpoint(path)
+            load_weights(self.model, tensors, path)
+
     def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
         """Put the network that trains into training mode, the other one into evaluation mode."""
         self.model.estimator.train("estimator" in phase.trained)
@@ -94,7 +105,8 @@ class Method(Recipe):
         return Measured({"held_out": held_out}, text, score if compared else None)
 
     def record(self) -> dict[str, Any]:
-        return {"model": self.model.config.to_dict(), "baseline": self.baseline.record()}
+        data = {name: to_dict(kept) for name, kept in self.images.items()}
+        return {"model": self.model.config.to_dict(), "baseline": self.baseline.record(), "data": data}
 
     def restore(self, record: dict[str, Any]) -> None:
         self.baseline.restore(record["baseline"])

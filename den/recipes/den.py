@@ -130,7 +130,7 @@ def task_costs(engine: Engine[Method]) -> Tensor:
     selector, costs = engine.model.selector.eval(), []
     for image_set in engine.recipe.sets:
         index = sent(torch.randint(len(image_set), (PROBES,), generator=engine.generator), engine.device)
-        likeliest = selector(image_set.inputs(index), image_set.name).argmax(-1)
+        likeliest = engine.model.select(image_set.inputs(index), image_set.name)
         costs.append(torch.as_tensor(engine.recipe.flops_ratio(likeliest)))
     selector.train()
     return torch.stack(costs).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from den.data import ImageSet, load_set
 from den.data.images import stratified_split
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
-from den.nn.selector import SelectorConfig
+from den.nn.own_backbones import resolved
+from den.nn.selector import SelectorConfig, paper_selector
 from den.nn.tasks import Task
 from den.support.randomness import seeded
 from den.train.config import EstimatorTraining, NetworkConfig, TrainConfig
@@ -34,18 +36,29 @@ def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet],
     return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
 
 
+def _selector(network: NetworkConfig, default: SelectorConfig) -> SelectorConfig:
+    """The selector that the settings ask for; default: the small one for their blocks."""
+    base = paper_selector(network.backbone) if network.selector == "paper" else default
+    return replace(
+        base,
+        channels=network.selector_channels or base.channels,
+        shared_head=network.selector_head == "shared",
+        reads=network.selector_reads,
+        heads=network.selector_start,
+    )
+
+
 def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElasticNetwork:
     """The network of `network` for `tasks`, its weights drawn with `seed`; global generators stay as they were."""
-    selector = SelectorConfig(network.selector_channels) if network.selector_channels else None
     config = ModelConfig(
         tuple(tasks),
-        backbone=network.backbone,
+        backbone=resolved(network.backbone),
         stages=network.stages or None,
         stem=network.stem,
         levels=network.levels,
         trunk_size=network.trunk_size,
-        selector=selector,
     )
+    config = replace(config, selector=_selector(network, config.chosen_selector))
     with seeded(seed):
         return DeepElasticNetwork(config)
 

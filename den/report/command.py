@@ -77,7 +77,7 @@ def gather(command: Report) -> Found:
     found = Found({}, [], {}, SetsOfRuns(command.data_root))
     for run in runs:
         if run.record is None or (command.figures and run.config.mode == "den"):
-            found.sets.of(run.config)
+            found.sets.of(run)
     for run in progress(runs, "runs"):
         record, points = measured(run, found.sets, command.time)
         if run.record is None and run.place != run.folder:
@@ -179,7 +179,7 @@ def _selection_figures(name: str, row: Row, found: Found) -> dict[str, Figure]:
     for group in row.groups:
         record = group.first
         run = opened(found.folders[id(record)], record.checkpoint)
-        sets = found.sets.of(run.config)
+        sets = found.sets.of(run)
         chances = [selector_logits(run.model, image_set).log_softmax(-1) for image_set in sets]
         model = run.model.cpu()
         reports: Sequence[TaskReport] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -12,7 +13,8 @@ from typing import Any
 
 from den.report.paper import COUNTS_ALL, MEAN
 from den.runs.evaluation import Evaluation, TaskResult
-from den.support.settings import flattened
+from den.support.settings import flattened, from_dict, to_dict
+from den.train.config import TrainConfig
 
 NOT_SETTINGS = ("out", "seed", "progress", "device", "data.root")
 
@@ -159,8 +161,13 @@ def group_runs(records: Sequence[Evaluation]) -> list[Group]:
 
 def settings_of(record: Evaluation) -> dict[str, Any]:
     """Settings that tell runs apart, by flat names, without those of `NOT_SETTINGS`; and the name of the checkpoint."""
-    flat = {name: value for name, value in flattened(record.settings).items() if name not in NOT_SETTINGS}
-    return flat | {"checkpoint": record.checkpoint}
+    settings = record.settings
+    with contextlib.suppress(ValueError):  # of a later version
+        settings = to_dict(
+            from_dict(TrainConfig, settings)
+        )  # those that an older version did not have are as they were
+    flat = {name: value for name, value in flattened(settings).items() if name not in NOT_SETTINGS}
+    return flat | {"checkpoint": record.checkpoint, "start": bool(settings.get("start"))}
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:

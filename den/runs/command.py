@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from den.data import ImageSet
+from den.data.images import Kept
 from den.evaluate.accuracy import TaskReport, best_static
 from den.runs.evaluation import (
     NAME,
@@ -23,7 +24,7 @@ from den.runs.evaluation import (
 from den.runs.settings import Evaluate
 from den.runs.state import check_kind, training_of
 from den.runs.steering import choose_point
-from den.runs.trained import Run, open_run
+from den.runs.trained import Run, as_trained, kept_of, open_run
 from den.support.device import choose_device
 from den.support.files import check_folder, check_own, is_writable
 from den.train.config import TrainConfig
@@ -40,7 +41,7 @@ def main(command: Evaluate) -> None:
     runs = [opened(folder, command.checkpoint, command.device) for folder in command.runs]
     sets = SetsOfRuns(command.data_root)
     for run in runs:
-        sets.of(run.config)
+        sets.of(run)
         training = training_of(run.folder, run.config, command.checkpoint)
         if training and not training.finished:
             print(f"{run.folder}: {training.words}", flush=True)
@@ -49,12 +50,12 @@ def main(command: Evaluate) -> None:
         run, budget = choose_point(runs, Budget(unit, limit, {}), command.data_root)
         shown = ", ".join(f"{task} {weight:.4g}" for task, weight in budget.weights.items())
         print(f"{run.folder}: lambda of the cost at run time: {shown}", flush=True)
-        _report(run, sets.of(run.config), command, budget, folders[run.folder])
+        _report(run, sets.of(run), command, budget, folders[run.folder])
         return
     for run in runs:
         if len(runs) > 1:
             print(f"{run.folder}:", flush=True)
-        _report(run, sets.of(run.config), command, None, folders[run.folder])
+        _report(run, sets.of(run), command, None, folders[run.folder])
 
 
 def record_folders(runs: tuple[Path, ...], out: Path | None) -> dict[Path, Path]:
@@ -101,15 +102,18 @@ class SetsOfRuns:
         self._root = data_root
         self._loaded: dict[tuple[str, Path | None], ImageSet] = {}
 
-    def of(self, config: TrainConfig) -> list[ImageSet]:
-        """The test images of each task of a run; ValueError where they are missing or damaged."""
+    def of(self, run: Run | Measurable) -> list[ImageSet]:
+        """The test images of each task of a run, normalised as those that it was trained on.
+
+        ValueError where they are missing or damaged, or their classes are not those that the run has learnt.
+        """
         from den.data import load_set
 
-        root = self._root or config.data.root
-        for name in config.data.tasks:
+        root = self._root or run.config.data.root
+        for name in run.config.data.tasks:
             if (name, root) not in self._loaded:
                 self._loaded[name, root] = load_set(name, "test", root)
-        return [self._loaded[name, root] for name in config.data.tasks]
+        return [as_trained(self._loaded[name, root], run.kept.get(name)) for name in run.config.data.tasks]
 
 
 def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | None, folder: Path) -> None:
@@ -159,6 +163,7 @@ class Measurable:
     record: Evaluation | None  # of the checkpoint as it is; None: to be measured
     checkpoint: Literal["last", "best"]
     place: Path  # where the record is, or will be
+    kept: dict[str, Kept]  # of the images that it was trained on
 
 
 def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) -> Measurable:
@@ -179,22 +184,24 @@ def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) 
             timed = record.tasks and (record.tasks[0].timing or not time)
             if timed and is_current(record, folder / f"{checkpoint}.safetensors", config):
                 training = training_of(folder, config, checkpoint)
-                return Measurable(folder, config, dataclasses.replace(record, training=training), checkpoint, place)
+                kept = kept_of(folder / f"{checkpoint}.safetensors")
+                record = dataclasses.replace(record, training=training)
+                return Measurable(folder, config, record, checkpoint, place, kept)
     training_of(folder, config, checkpoint)
-    open_run(folder, checkpoint)  # here, not after others have been measured
+    run = open_run(folder, checkpoint)  # here, not after others have been measured
     if is_writable(folder):
-        return Measurable(folder, config, None, checkpoint, folder)
+        return Measurable(folder, config, None, checkpoint, folder, run.kept)
     if elsewhere is None:
         raise ValueError(_unwritable(folder))
     check_folder(elsewhere, "report: out")
-    return Measurable(folder, config, None, checkpoint, elsewhere)
+    return Measurable(folder, config, None, checkpoint, elsewhere, run.kept)
 
 
 def measured(run: Measurable, sets: SetsOfRuns, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:
     """The record of a run, measured and written where there is none, and those of its operating points."""
     record = run.record
     if record is None:
-        record, _ = evaluate_run(opened(run.folder, run.checkpoint), sets.of(run.config), time=time)
+        record, _ = evaluate_run(opened(run.folder, run.checkpoint), sets.of(run), time=time)
         write_evaluation(run.place / NAME, record)
     points = [read_evaluation(other) for other in sorted(run.folder.glob("evaluation.*-*.json"))]
     return record, [point for point in points if point.updates == record.updates and point.budget]

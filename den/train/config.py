@@ -60,8 +60,8 @@ class NetworkConfig:
     """Settings of the network."""
 
     backbone: str = "wrn14_1"
-    """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50_bottleneck, vgg16, vgg19,
-    simpleconvnet."""
+    """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50, vgg16, vgg19, simpleconvnet; or
+    FILE.py:NAME, a den.Backbone of your own."""
     stages: Annotated[tuple[tuple[int, int], ...], Range(1)] = ()
     """Channels and blocks of each stage, overriding the name's; empty: the name's."""
     stem: Annotated[int | None, Range(0)] = None
@@ -72,6 +72,14 @@ class NetworkConfig:
     """Side in pixels of the maps that the first block sees; None: 32, or the images' own where there is no stem."""
     selector_channels: Annotated[tuple[int, ...], Range(1)] = ()
     """Channels of the selector's convolutions; empty: as wide as its share of the FLOPs allows."""
+    selector: Literal["small", "paper"] = "small"
+    """small: plain convolutions.  paper: residual blocks, of the size that the paper gives for the backbone."""
+    selector_head: Literal["own", "shared"] = "own"
+    """The selector's last norm and layer: of each task its own, or one for all tasks, as in the authors' code."""
+    selector_reads: Literal["images", "stem"] = "images"
+    """What the selector reads: the images, through stems of its own, or what the estimator's stems make of them."""
+    selector_start: Literal["near-uniform", "xavier"] = "near-uniform"
+    """How the selector's last layer begins: so small that all levels are as likely, or as other layers do."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,13 @@ class TrainConfig:
     """bfloat16: training computes in it where autocast does; weights stay float32."""
     stages: Annotated[int, Range(1)] = 2
     """S of Algorithm 1."""
+    start: Path | None = None
+    """Run folder whose network this run begins with; the settings of that run are the defaults of the options."""
+    selector_only: bool = False
+    """Train the selector alone, in its phases of all stages, on the network of --start as it is."""
+    estimator_only: bool = False
+    """Train the estimator alone, in its phases after the first, on the structures that the network of --start
+    chooses."""
     epoch_steps: Annotated[int | None, Range(1)] = None
     """Updates between measurements and checkpoints; None: one pass over the largest task."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -225,6 +240,14 @@ class TrainConfig:
         shares, tasks = list(self.data.shares), len(self.data.tasks)
         if len(shares) not in (0, tasks):
             raise ValueError(f"config: data.shares must be one for each of {tasks} tasks, got {shares}")
+        if self.selector_only or self.estimator_only:
+            one = "selector_only" if self.selector_only else "estimator_only"
+            if self.start is None or self.mode != "den" or (self.selector_only and self.estimator_only):
+                raise ValueError(
+                    f"config: {one} must come with the run to start from, mode den, and not with its opposite, got"
+                    f" start {self.start}, mode {self.mode}, selector_only {self.selector_only}, estimator_only"
+                    f" {self.estimator_only}"
+                )
         if not self.data.tasks or len(set(self.data.tasks)) != len(self.data.tasks):
             raise ValueError(f"config: data.tasks must be different image sets, got {list(self.data.tasks)}")
 

@@ -118,4 +118,10 @@ def run_phases(config: TrainConfig) -> tuple[NetworkPhase, ...]:
                 phases.append(NetworkPhase("estimator", stage, estimator.later, tuned[stage - 2]))
             phases.append(NetworkPhase("selector", stage, selector.phase, chosen[stage - 1]))
         phases.append(NetworkPhase("estimator", config.stages + 1, estimator.finish))
-    return tuple(phase for phase in phases if phase.settings.steps > 0)
+    if config.selector_only or config.estimator_only:
+        kept = "selector" if config.selector_only else "estimator"
+        phases = [phase for phase in phases[1:] if phase.network == kept]
+    found = tuple(phase for phase in phases if phase.settings.steps > 0)
+    if not found:
+        raise ValueError("train: settings must leave an update to be made, got none (more stages, or a finish)")
+    return found

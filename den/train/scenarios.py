@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,9 @@ class ScenarioOptions:
     """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
     budget: Annotated[float, Range(0, open_low=True)] = 1.0
     """Share of the full schedule: every phase has that share of its updates, and its rate falls that much sooner."""
+    quick: bool = False
+    """A small network (wrn14_1 on maps of 16x16) and a short schedule, some minutes on a CPU: for a first look at your
+    own images.  It says nothing about the paper."""
     tasks: tuple[str, ...] = ()
     """Image sets, one task each, instead of the paper's; tin50-0..9 stands for tin50-0 to tin50-9."""
 
@@ -74,6 +78,8 @@ def scenario_config(name: str, options: ScenarioOptions | None = None) -> TrainC
         raise ValueError(f"den train: scenario must be one of {', '.join(SCENARIOS)}, got {name!r}")
     options, scenario = options or ScenarioOptions(), SCENARIOS[name]
     check_ranges(options, "den train")
+    if options.quick:
+        return _quick(name, options)
     backbone = options.backbone or scenario.backbones[0]
     tasks = expand_tasks(options.tasks or scenario.tasks)
     return TrainConfig(
@@ -86,6 +92,22 @@ def scenario_config(name: str, options: ScenarioOptions | None = None) -> TrainC
         ),
         estimator=_estimator(options.budget),
         selector=_selector(options),
+    )
+
+
+def _quick(name: str, options: ScenarioOptions) -> TrainConfig:
+    """Settings of a first look: two stages, as long as a selector needs to decide."""
+    backbone, steps = options.backbone or "wrn14_1", partial(_steps, budget=options.budget)
+    return TrainConfig(
+        out=Path("runs") / name,
+        scenario=name,
+        stages=2,
+        data=DataConfig(tasks=expand_tasks(options.tasks or SCENARIOS[name].tasks), batch_size=64),
+        network=NetworkConfig(backbone=backbone, levels=LEVELS.get(backbone, 4), trunk_size=16),
+        estimator=EstimatorTraining(
+            first=PhaseConfig(steps(600), 0.1), later=PhaseConfig(steps(300), 0.03), weight_decay=5e-4
+        ),
+        selector=SelectorTraining(phase=PhaseConfig(steps(250), 3e-3), rho=options.rho),
     )
 
 
