@@ -221,6 +221,11 @@ def _done(run: Callable[[Any], None], settings: Any) -> int:
 
 def _train(train: Callable[..., object], command: Train | DagTrain, measure: str) -> int:
     train(command.settings, resume=command.resume)
+    if isinstance(command, Train) and command.settings.joint:
+        from den.train.folder import read_metrics
+
+        same = read_metrics(command.settings.out)[-1]["equal_structures"]
+        print(f"den: one structure for all labels of {same:.1%} of the held-out images")
     return _print(f"den: finished; measure it with: {measure} {command.settings.out}")
 
 

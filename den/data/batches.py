@@ -11,6 +11,7 @@ from torch import Tensor
 
 from den.data.images import Example, ImageSet, apportion
 from den.data.scenes import SceneSet
+from den.support.device import sent
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,49 @@ class Batch:
     def __len__(self) -> int:
         return sum(map(len, self.labels))
 
+    @property
+    def joint(self) -> bool:
+        """True where all tasks label the same images."""
+        return len(self.images) > 1 and all(images is self.images[0] for images in self.images)
+
+    @property
+    def parts(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Task, images and labels of each part; of joint tasks one, with the labels of the first task."""
+        whole = list(zip(self.tasks, self.images, self.labels, strict=True))
+        return whole[:1] if self.joint else whole
+
+    @property
+    def count(self) -> int:
+        """Number of images: each has one structure, however many labels."""
+        return sum(len(images) for _, images, _ in self.parts)
+
+
+class Labels:
+    """Training images that several tasks label, drawn once with all their labels.
+
+    Raises:
+        ValueError: sets that are not of the same images, or not of one size.
+    """
+
+    def __init__(self, sets: Sequence[ImageSet]) -> None:
+        first, *others = sets
+        for other in others:
+            same = other.source == first.source and torch.equal(other.places, first.places)
+            if not same or other.images.shape != first.images.shape:
+                raise ValueError(
+                    f"data.joint: tasks must be labels of the same images, got {first.name} and {other.name}"
+                    f" ({len(first)} and {len(other)} images)"
+                )
+        self.sets, self.name = tuple(sets), first.name
+
+    def __len__(self) -> int:
+        return len(self.sets[0])
+
+    def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
+        """An entry for each task: the images at `index` (int64 [n]) augmented, the same tensor for all, its labels."""
+        images = self.sets[0].augmented(index, generator)
+        return [(s.name, images, s.labels[sent(index, s.labels.device)]) for s in self.sets]
+
 
 class MixedTaskBatches:
     """Endless augmented batches; every batch holds `counts[k]` images of set k.
@@ -34,7 +78,11 @@ class MixedTaskBatches:
     """
 
     def __init__(
-        self, sets: Sequence[ImageSet | SceneSet], batch_size: int, shares: Sequence[float] | None = None, seed: int = 0
+        self,
+        sets: Sequence[ImageSet | SceneSet | Labels],
+        batch_size: int,
+        shares: Sequence[float] | None = None,
+        seed: int = 0,
     ) -> None:
         self.sets = tuple(sets)
         self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))

@@ -9,6 +9,7 @@ file that cannot be read is named and left out. Pixels are normalised by the mom
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,8 @@ def open_folder(name: str, split: str, root: Path | str | None) -> ImageSet:
     else:
         train_images, train_labels = read(train, folder, size)
         images, labels = (train_images, train_labels) if split == "train" else read(test, folder, size)
-    return own_set(name, images, labels, train.classes, train_images)
+    source = f"{PREFIX}{folder.resolve()}"
+    return dataclasses.replace(own_set(name, images, labels, train.classes, train_images), source=source)
 
 
 def own_set(name: str, images: Tensor, labels: Tensor, classes: Sequence[str], train_images: Tensor) -> ImageSet:

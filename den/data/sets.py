@@ -108,7 +108,7 @@ def load_set(name: str, split: str, root: Path | str | None = None) -> ImageSet:
     base, task, size = _parse(name)
     image_set = _INSTALLED[base](split) if base in _INSTALLED else _read(name, base, task, size, split, root)
     image_set = image_set if size in (None, image_set.images.shape[-1]) else resized(image_set, size)
-    return dataclasses.replace(image_set, name=name)
+    return dataclasses.replace(image_set, name=name, source=image_set.source or base)
 
 
 def normalisation(name: str, root: Path | str | None = None) -> Kept:
@@ -164,15 +164,18 @@ def _read(name: str, base: str, task: int | None, size: int | None, split: str, 
     decoded = (size or kind.size,) if kind.size else ()
     found = kind.find(Path(root), split, *decoded)
     images, labels = stored(found, Path(root), "-".join(map(str, (base.removesuffix("-coarse"), split, *decoded))))
-    y, classes = labels[kind.label], kind.classes
+    y, classes, ids = labels[kind.label], kind.classes, torch.arange(len(images))
     if task is not None:
         share = classes // kind.tasks
         group, number = (labels[each] for each in kind.task_labels) if kind.task_labels else (y // share, y % share)
         member = (group == task).nonzero().flatten()
         if not len(member):
             raise ValueError(f"load_set: {root} must hold images of {name!r} ({split}), got none")
-        images, y, classes = images[member], number[member], share
-    return ImageSet(name, images, y, classes, kind.mean, kind.std, pad=kind.pad, class_names=kind.class_names)
+        images, y, classes, ids = images[member], number[member], share, member
+    source = base.removesuffix("-coarse")
+    return ImageSet(
+        name, images, y, classes, kind.mean, kind.std, kind.pad, class_names=kind.class_names, source=source, ids=ids
+    )
 
 
 def _digits(split: str) -> ImageSet:

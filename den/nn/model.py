@@ -46,7 +46,13 @@ class DeepElasticNetwork(nn.Module):
         config = self.config
         _, stem, _ = config.trunk
         return Selector(
-            config.tasks, config.chosen_selector, self.num_blocks, config.levels, config.selector_size, stem
+            config.tasks,
+            config.chosen_selector,
+            self.num_blocks,
+            config.levels,
+            config.selector_size,
+            stem,
+            config.joint,
         )
 
     def forward(self, images: Images, task: Tasks, *, return_levels: bool = False) -> Logits | tuple[Logits, Tensor]:

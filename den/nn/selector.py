@@ -164,8 +164,10 @@ class Selector(nn.Module):
         levels: int,
         trunk_size: int,
         stem: int = 0,
+        joint: bool = False,
     ) -> None:
-        """`stem`: channels of the estimator's stems, which it reads with `config.reads == "stem"`."""
+        """`stem`: channels of the estimator's stems, which it reads with `config.reads == "stem"`; `joint`: the tasks
+        are labels of the same images and share a stem."""
         super().__init__()
         self.tasks, self.num_blocks, self.levels, self.config = tuple(tasks), num_blocks, levels, config
         self.sizes, widths = config.sizes(trunk_size), config.widths(stem)
@@ -173,7 +175,9 @@ class Selector(nn.Module):
             raise ValueError("selector: backbone must have stems for a selector that reads them, got none")
         step = ResidualStep if config.residual else PlainStep
         self.stems: Modules[Stem] = Modules(
-            Stem(task, widths[0], trunk_size, self.sizes[0]) for task in tasks if config.reads == "images"
+            Stem(task, widths[0], trunk_size, self.sizes[0])
+            for task in (tasks[:1] if joint else tasks)
+            if config.reads == "images"
         )
         strides = [1 if size == before else 2 for before, size in itertools.pairwise(self.sizes)]
         self.convs = nn.Sequential(
@@ -210,7 +214,7 @@ class Selector(nn.Module):
                 raise ValueError("selector: stem must be the maps of the estimator's stems, got None")
             x = stem
         else:
-            parts = [self.stems[k](images) for k, images in zip(batch.tasks, batch.images, strict=True)]
+            parts = [self.stem_of(k)(images) for k, images in zip(batch.tasks, batch.images, strict=True)]
             x = parts[0] if len(parts) == 1 else torch.cat(parts)
         pooled = self.convs(x).mean((2, 3))
         if self.config.shared_head:
@@ -219,6 +223,10 @@ class Selector(nn.Module):
             of_tasks = zip(batch.tasks, pooled.split(batch.sizes), strict=True)
             logits = torch.cat([self._head(k, part) for k, part in of_tasks])
         return logits.view(-1, self.num_blocks, self.levels)
+
+    def stem_of(self, task: int) -> Stem:
+        """The stem of the task at a position."""
+        return self.stems[min(task, len(self.stems) - 1)]
 
     def head(self, task: int) -> nn.Linear:
         """The head of the task at a position."""
@@ -244,5 +252,5 @@ class Selector(nn.Module):
         """FLOPs of convolutions and head for one image of the task at position `task`: twice the multiply-adds."""
         layers = zip(cast(Iterable[PlainStep | ResidualStep], self.convs), self.sizes[1:], strict=True)
         convs = sum(2 * layer.numel() * size**2 for layer, size in layers)
-        stem = self.stems[task].flops() if len(self.stems) else 0
+        stem = self.stem_of(task).flops() if len(self.stems) else 0
         return stem + convs + 2 * self.head(task).weight.numel()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from den.data import Batch, ImageSet, MixedTaskBatches
-from den.evaluate.accuracy import Choice, evaluate, full_flops
+from den.data.batches import Labels
+from den.evaluate.accuracy import Choice, equal_structures, evaluate, full_flops
 from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
@@ -62,8 +63,21 @@ class Method(Recipe):
 
     def streams(self, sets: list[ImageSet]) -> dict[str, MixedTaskBatches]:
         """The batches of a run, by the name that phases have for their stream."""
-        data = self.config.data
-        return {"all": MixedTaskBatches(sets, data.batch_size, data.shares or None, self.config.seed)}
+        data, seed = self.config.data, self.config.seed
+        if self.config.joint:
+            return {"all": MixedTaskBatches([Labels(sets)], data.batch_size, None, seed)}
+        return {"all": MixedTaskBatches(sets, data.batch_size, data.shares or None, seed)}
+
+    def choose(self, batch: Batch) -> Tensor:
+        """The selector's logits [B, N, L] of the images of a batch, each image once."""
+        names, images, _ = zip(*batch.parts, strict=True)
+        return self.model.selector_logits(list(images), list(names))
+
+    def estimate(self, batch: Batch, structures: Tensor | None) -> list[Tensor]:
+        """Logits of every part of a batch at structures [B, N] of its images, or [B, S, N]; None: the full ones."""
+        if batch.joint:
+            return self.model.estimator.joint(batch.images[0], structures)
+        return cast(list[Tensor], self.model.estimator(batch.images, batch.tasks, structures))
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Parameters that the selector's optimiser updates."""
@@ -99,10 +113,14 @@ class Method(Recipe):
         text = "; ".join(
             f"{r.task} {r.accuracy:.1%} at {r.flops_ratio:.2f}, {r.structures} structures" for r in reports.values()
         )
+        equal: dict[str, Any] = {}
+        if self.config.joint:
+            equal = {"equal_structures": equal_structures(list(reports.values()))}
+            text += f"; one structure for all labels of {equal['equal_structures']:.1%} of the images"
         score = sum(r.loss + self.config.selector.rho * r.penalty for r in reports.values()) / len(reports)
         compared = self.comparable(phase) and self.config.data.validation > 0
         held_out = {name: report.summary() for name, report in reports.items()}
-        return Measured({"held_out": held_out}, text, score if compared else None)
+        return Measured({"held_out": held_out, **equal}, text, score if compared else None)
 
     def record(self) -> dict[str, Any]:
         data = {name: to_dict(kept) for name, kept in self.images.items()}
@@ -120,7 +138,7 @@ class Method(Recipe):
 
         Equation 4; S(z) does not depend on the estimator.
         """
-        logits = self.model.estimator(batch.images, batch.tasks, structures)
+        logits = self.estimate(batch, structures)
         loss = instance_losses(logits, batch.labels).mean()
         accuracy = answers(logits, batch).mean()
         return Objective(

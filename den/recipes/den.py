@@ -70,9 +70,9 @@ def first_structures(engine: Engine[Method], batch: Batch) -> Tensor:
     model, settings = engine.model, engine.config.estimator
     if settings.initial == "selector":
         with torch.no_grad():
-            return selected_structures(model.selector_logits(batch.images, batch.tasks), engine.generator)
+            return selected_structures(engine.recipe.choose(batch), engine.generator)
     tau = settings.tau if settings.initial == "equation8" else 0.0
-    drawn = initial_structures(len(batch), model.num_blocks, model.levels, tau, engine.generator)
+    drawn = initial_structures(batch.count, model.num_blocks, model.levels, tau, engine.generator)
     return sent(drawn, engine.device)
 
 
@@ -81,23 +81,23 @@ def derive_structures(engine: Engine[Method], stage: int, batch: Batch) -> Tenso
 
     None stands for the full structure of a dense run.
     """
-    model, settings = engine.model, engine.config.estimator
+    settings = engine.config.estimator
     if engine.config.mode == "dense":
         return None
     initial = first_structures(engine, batch)
     if stage == 1:
         return initial
     with torch.no_grad():
-        logits = model.selector_logits(batch.images, batch.tasks)
+        logits = engine.recipe.choose(batch)
     selected = selected_structures(logits, engine.generator if settings.structures == "sample" else None)
-    keeps_initial = torch.rand(len(batch), 1, generator=engine.generator) < settings.initial_share
+    keeps_initial = torch.rand(batch.count, 1, generator=engine.generator) < settings.initial_share
     return torch.where(sent(keeps_initial, engine.device), initial, selected)
 
 
 def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
     """The REINFORCE estimate of equation 7, less the entropy bonus; the measured loss is the mean cost R."""
     settings, model = engine.config.selector, engine.model
-    log_probabilities = model.selector_logits(batch.images, batch.tasks).log_softmax(-1)  # [B, N, L]
+    log_probabilities = engine.recipe.choose(batch).log_softmax(-1)  # [B, N, L]
     epsilon = settings.exploration ** engine.position.updates.get("selector", 0) if settings.exploration else 0.0
     structures = sample_structures(log_probabilities, settings.samples, epsilon, engine.generator)  # [B, S, N]
     costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch))  # [B, S]
@@ -117,7 +117,8 @@ def sparsity_weights(engine: Engine[Method], batch: Batch) -> float | Tensor:
     if settings.budget is None:
         return settings.rho
     weights = steered_rho(settings.rho, task_costs(engine), settings.budget).float()
-    return torch.cat([weight.expand(len(labels), 1) for weight, labels in zip(weights, batch.labels, strict=True)])
+    parts = zip(weights[: len(batch.parts)], batch.parts, strict=True)
+    return torch.cat([weight.expand(len(labels), 1) for weight, (_, _, labels) in parts])
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from den.data import ImageSet, load_set
-from den.data.images import stratified_split
+from den.data.images import split_by_image
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
 from den.nn.own_backbones import resolved
@@ -26,12 +26,16 @@ def load_sets(config: TrainConfig) -> tuple[list[ImageSet], list[ImageSet]]:
 
 
 def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet], list[ImageSet]]:
-    """Training sets, the share that is asked for, and what epochs are measured on: a part of them, or the test sets."""
+    """Training sets, the share that is asked for, and what epochs are measured on: a part of them, or the test sets.
+
+    Images that several sets have are on the same side in all of them.
+    """
     if config.data.share < 1:
-        sets = [s.subset(stratified_split(s.labels, 1 - config.data.share, config.seed)[0]) for s in sets]
+        chosen = split_by_image(sets, 1 - config.data.share, config.seed)
+        sets = [s.subset(kept) for s, (kept, _) in zip(sets, chosen, strict=True)]
     if config.data.validation == 0:
         return sets, [load_set(name, "test", config.data.root) for name in config.data.tasks]
-    splits = [stratified_split(s.labels, config.data.validation, config.seed) for s in sets]
+    splits = split_by_image(sets, config.data.validation, config.seed)
     kept = [s.subset(split[0]) for s, split in zip(sets, splits, strict=True)]
     return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
 
@@ -48,7 +52,7 @@ def _selector(network: NetworkConfig, default: SelectorConfig) -> SelectorConfig
     )
 
 
-def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElasticNetwork:
+def new_model(network: NetworkConfig, tasks: list[Task], seed: int, joint: bool = False) -> DeepElasticNetwork:
     """The network of `network` for `tasks`, its weights drawn with `seed`; global generators stay as they were."""
     config = ModelConfig(
         tuple(tasks),
@@ -57,6 +61,7 @@ def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElast
         stem=network.stem,
         levels=network.levels,
         trunk_size=network.trunk_size,
+        joint=joint,
     )
     config = replace(config, selector=_selector(network, config.chosen_selector))
     with seeded(seed):

@@ -138,7 +138,7 @@ def _task_usage(row: Row) -> Iterator[Check]:
 
     Tasks that are labels of the same images share their structures (M3) and have nothing to show here.
     """
-    if len(row.groups) > 1 or len(row.tasks) < 2:
+    if len(row.groups) > 1 or len(row.tasks) < 2 or row.groups[0].first.settings["data"].get("joint"):
         return
     records = row.groups[0].records
     claim = f"{row.label}: levels differ between tasks"

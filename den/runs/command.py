@@ -9,7 +9,7 @@ from typing import Literal
 
 from den.data import ImageSet
 from den.data.images import Kept
-from den.evaluate.accuracy import TaskReport, best_static
+from den.evaluate.accuracy import TaskReport, best_static, equal_structures
 from den.runs.evaluation import (
     NAME,
     Budget,
@@ -128,6 +128,9 @@ def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | 
         if budget is not None:
             lines.append(_budget_line(result, budget))
         print("\n".join(lines), flush=True)
+    if run.config.joint:
+        same = equal_structures(list(reports.values()))
+        print(f"{', '.join(reports)}: one structure for all labels of {100 * same:.1f} % of the images", flush=True)
     if command.out is not None:
         print(f"{run.folder}: the numbers are in {path}")
 

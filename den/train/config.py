@@ -48,6 +48,10 @@ class DataConfig:
     """Folder of the sets that do not come with the install."""
     share: Annotated[float, tyro.conf.arg(aliases=("--share",)), Range(1e-6, 1)] = 1.0
     """Share of every training set that is used, of every class alike, chosen by the seed."""
+    joint: bool = False
+    """The tasks are labels of the same images (cifar100 and cifar100-coarse): an image is drawn once, with all its
+    labels, has one stem and one structure, and a head for each.  Methods that give each task a structure of its own
+    (nestednet, packnet, routing, cross-stitch, blockdrop, adashare) take the labels as tasks apart all the same."""
     batch_size: Annotated[int, Range(1)] = 128
     """Images in a batch, all tasks together."""
     validation: Annotated[float, Range(0, 0.9)] = 0.05
@@ -230,6 +234,11 @@ class TrainConfig:
     scenario: Annotated[str | None, tyro.conf.Suppress] = None
     """Name of the paper's experiment that these settings come from; reports group runs by it."""
 
+    @property
+    def joint(self) -> bool:
+        """True where an image has one structure for all its labels."""
+        return self.data.joint and len(self.data.tasks) > 1 and self.mode in ("den", "dense", "random")
+
     def __post_init__(self) -> None:
         check_ranges(self)
         estimator, selector = self.estimator, self.selector
@@ -248,6 +257,8 @@ class TrainConfig:
                     f" start {self.start}, mode {self.mode}, selector_only {self.selector_only}, estimator_only"
                     f" {self.estimator_only}"
                 )
+        if self.data.joint and self.data.shares:
+            raise ValueError(f"config: data.shares must be empty with data.joint, got {list(self.data.shares)}")
         if not self.data.tasks or len(set(self.data.tasks)) != len(self.data.tasks):
             raise ValueError(f"config: data.tasks must be different image sets, got {list(self.data.tasks)}")
 

@@ -113,11 +113,15 @@ def structure_costs(model: DeepElasticNetwork, batch: Batch, structures: Tensor,
     """R(z; x, y, t) = L(f(x; z, t), y) + S(z) (equation 6) of structures [B, S, N], rho a number or [B, 1]: [B, S].
 
     All samples of all images run through the blocks as one batch of B * S instances; the estimator must be in
-    evaluation mode.
+    evaluation mode.  An image of several labels costs the mean of their losses.
     """
     samples = structures.shape[1]
     labels = [part.repeat_interleave(samples, 0) for part in batch.labels]
-    losses = instance_losses(model.estimator.sampled(batch.images, batch.tasks, structures), labels)
+    if batch.joint:
+        losses = instance_losses(model.estimator.joint(batch.images[0], structures), labels)
+        losses = losses.view(len(labels), -1).mean(0)
+    else:
+        losses = instance_losses(model.estimator.sampled(batch.images, batch.tasks, structures), labels)
     penalty = sparsity_penalty(structures, parameter_fractions(model), rho)
     return losses.view(-1, samples) + penalty
 
@@ -140,7 +144,8 @@ class RunningBaseline:
     def advantage(self, costs: Tensor, batch: Batch) -> Tensor:
         """Costs [B, S] minus the running mean of their task, which then takes in the mean of these: [B, S]."""
         parts = []
-        for task, part in zip(batch.tasks, costs.split([len(y) for y in batch.labels]), strict=True):
+        of_parts = costs.split([len(labels) for _, _, labels in batch.parts])
+        for (task, _, _), part in zip(batch.parts, of_parts, strict=True):
             seen, now = self.means[task], part.mean().double()
             parts.append(part - (now if seen is None else seen))
             self.means[task] = now if seen is None else self.momentum * seen + (1 - self.momentum) * now

@@ -86,7 +86,7 @@ def scenario_config(name: str, options: ScenarioOptions | None = None) -> TrainC
         out=Path("runs") / name,
         scenario=name,
         stages=10,
-        data=DataConfig(tasks=tasks, batch_size=scenario.batch_size),
+        data=DataConfig(tasks=tasks, batch_size=scenario.batch_size, joint=name == "m3"),
         network=NetworkConfig(
             backbone=backbone, levels=LEVELS.get(backbone, 4), trunk_size=_trunk_size(backbone, tasks)
         ),
@@ -102,7 +102,7 @@ def _quick(name: str, options: ScenarioOptions) -> TrainConfig:
         out=Path("runs") / name,
         scenario=name,
         stages=2,
-        data=DataConfig(tasks=expand_tasks(options.tasks or SCENARIOS[name].tasks), batch_size=64),
+        data=DataConfig(expand_tasks(options.tasks or SCENARIOS[name].tasks), batch_size=64, joint=name == "m3"),
         network=NetworkConfig(backbone=backbone, levels=LEVELS.get(backbone, 4), trunk_size=16),
         estimator=EstimatorTraining(
             first=PhaseConfig(steps(600), 0.1), later=PhaseConfig(steps(300), 0.03), weight_decay=5e-4

@@ -18,11 +18,11 @@ from tests.small_runs import cut_sets, small_config
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Four test images of digits, enlarged, as files in a folder, and a file that is no picture."""
+    """Four test images of digits as files in a folder, and a file that is no picture."""
     folder = tmp_path / "pictures"
     (folder / "deep").mkdir(parents=True)
     for k, image in enumerate(load_set("digits", "test").images[:4]):
-        Image.fromarray(image[0].numpy()).resize((32, 32), Image.Resampling.BOX).save(folder / "deep" / f"{k}.png")
+        Image.fromarray(image[0].numpy()).save(folder / "deep" / f"{k}.png")
     (folder / "broken.png").write_bytes(b"nothing")
     return folder
 
@@ -119,9 +119,8 @@ def test_one_of_the_two_networks_is_trained_from_a_runs(trained, tmp_path, monke
 def test_the_settings_begin_with_those_of_the_run_to_start_from(trained, tmp_path, monkeypatch):
     from den.commands import parse
 
-    settings = parse(
-        ["train", "--start", str(trained), "--selector-only", "--out", str(tmp_path), "--seed", "5"]
-    ).settings
+    options = ["--start", str(trained), "--selector-only", "--out", str(tmp_path), "--seed", "5"]
+    settings = parse(["train", *options]).settings
     assert (settings.network.backbone, settings.data.tasks, settings.seed) == ("wrn8_1", ("fashion", "digits"), 5)
     assert (settings.start, settings.selector_only, settings.out) == (trained, True, tmp_path)
 
