@@ -17,8 +17,9 @@ from den.report.settings import Predict, Report
 from den.runs.settings import Evaluate
 from den.support.files import check_folder
 from den.support.settings import read_config
-from den.train.config import DemoConfig, TrainConfig
-from den.train.scenarios import ScenarioOptions, scenario_config
+from den.support.terminal import complain
+from den.train.config import DemoConfig, MethodConfig, TrainConfig
+from den.train.scenarios import ScenarioOptions, changes, scenario_config
 
 HELP = "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
 DAG_HELP = "Networks over one shared graph: a topology for each task, found by training."
@@ -111,16 +112,21 @@ def parse(arguments: list[str]) -> Command:
     """
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-"):
         arguments = ["dag", *arguments]
-    train, dag_train = Train(), DagTrain()
+    train, dag_train = Train(settings=new_settings()), DagTrain()
     if arguments[:1] == ["train"]:
         if arguments[1:2] and not arguments[1].startswith("-"):
             return _parse_scenario(arguments[1], arguments[2:])
-        train = Train(settings=base_settings(TrainConfig(), arguments[1:]))
+        train = Train(settings=base_settings(new_settings(), arguments[1:]))
     if arguments[:2] == ["dag", "train"]:
         settings, options = _dag_settings(arguments[2:])
         dag_train, arguments = DagTrain(settings=settings), ["dag", "train", *options]
     found: Any = tyro.cli(_commands(train, dag_train), args=arguments, prog="den", description=HELP)
     return getattr(found, "command", found)
+
+
+def new_settings() -> TrainConfig:
+    """The settings of a new run: the compared methods train as long as what they are compared with."""
+    return TrainConfig(methods=MethodConfig(updates="estimator"))
 
 
 def _commands(train: Train, dag_train: DagTrain) -> Any:
@@ -151,6 +157,9 @@ def _parse_scenario(name: str, arguments: list[str]) -> Train:
         settings = scenario_config(name, options)
     default = TrainScenario(settings=settings)
     command = tyro.cli(TrainScenario, args=arguments, prog=f"den train {name}", default=default)
+    if not command.options.quick and (changed := changes(name, command.options, command.settings)):
+        shown = ", ".join(f"{key} {ours} ({theirs})" for key, (ours, theirs) in changed.items())
+        complain(f"not as in the {'text' if command.options.paper else 'code'} of the authors (theirs): {shown}")
     return Train(resume=command.resume, settings=command.settings)
 
 

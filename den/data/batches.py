@@ -45,11 +45,13 @@ class Batch:
 class Labels:
     """Training images that several tasks label, drawn once with all their labels.
 
+    joint: False makes the tasks' images parts of their own in a batch, for methods that treat the tasks apart.
+
     Raises:
         ValueError: sets that are not of the same images, or not of one size.
     """
 
-    def __init__(self, sets: Sequence[ImageSet]) -> None:
+    def __init__(self, sets: Sequence[ImageSet], joint: bool = True) -> None:
         first, *others = sets
         for other in others:
             same = other.source == first.source and torch.equal(other.places, first.places)
@@ -58,15 +60,18 @@ class Labels:
                     f"data.joint: tasks must be labels of the same images, got {first.name} and {other.name}"
                     f" ({len(first)} and {len(other)} images)"
                 )
-        self.sets, self.name = tuple(sets), first.name
+        self.sets, self.name, self.joint = tuple(sets), first.name, joint
 
     def __len__(self) -> int:
         return len(self.sets[0])
 
     def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
-        """An entry for each task: the images at `index` (int64 [n]) augmented, the same tensor for all, its labels."""
+        """An entry for each task: the images at `index` (int64 [n]) augmented, the same for all, and its labels."""
         images = self.sets[0].augmented(index, generator)
-        return [(s.name, images, s.labels[sent(index, s.labels.device)]) for s in self.sets]
+        return [
+            (s.name, images if self.joint else images.view_as(images), s.labels[sent(index, s.labels.device)])
+            for s in self.sets
+        ]
 
 
 class MixedTaskBatches:

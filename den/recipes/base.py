@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +22,10 @@ from den.recipes.setup import estimator_optimiser
 from den.support.device import sent
 from den.support.settings import to_dict
 from den.train.checkpoint import load_checkpoint, load_weights
-from den.train.config import TrainConfig
+from den.train.config import PhaseConfig, TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, RunningBaseline, instance_losses
-from den.train.phases import NetworkPhase, run_phases
+from den.train.phases import NetworkPhase, estimator_updates, run_phases
 from den.train.recipe import Measured, Recipe
 
 
@@ -64,8 +65,8 @@ class Method(Recipe):
     def streams(self, sets: list[ImageSet]) -> dict[str, MixedTaskBatches]:
         """The batches of a run, by the name that phases have for their stream."""
         data, seed = self.config.data, self.config.seed
-        if self.config.joint:
-            return {"all": MixedTaskBatches([Labels(sets)], data.batch_size, None, seed)}
+        if data.joint and len(sets) > 1:
+            return {"all": MixedTaskBatches([Labels(sets, self.config.joint)], data.batch_size, None, seed)}
         return {"all": MixedTaskBatches(sets, data.batch_size, data.shares or None, seed)}
 
     def choose(self, batch: Batch) -> Tensor:
@@ -162,7 +163,25 @@ class ComparedMethod(Method, ABC):
         """The loss that an update of a phase minimises, and means of the batch."""
 
     def phases(self) -> tuple[NetworkPhase, ...]:
-        return (NetworkPhase("estimator", 1, self.config.estimator.first),)
+        return (NetworkPhase("estimator", 1, self.first()),)
+
+    def first(self, spent: int = 0, share: float = 1.0) -> PhaseConfig:
+        """The phase in which the method trains its network, as long as `methods.updates` says.
+
+        spent: updates of the network in other phases. share: of what remains.
+        """
+        config = self.config
+        total, given = estimator_updates(config), config.estimator.first.steps
+        if config.methods.updates == "first":
+            return config.estimator.first
+        if config.methods.updates == "flops":
+            total = round(given * initial_cost(self.model, config) / self.update_cost())
+            total += round((estimator_updates(config) - given) * config.methods.chosen_flops / self.update_cost())
+        return replace(config.estimator.first, steps=max(1, round((total - spent) * share)))
+
+    def update_cost(self) -> float:
+        """FLOPs of an update of the network over those of one at the full structure, for the same batch."""
+        return 1.0
 
     def choice(self, phase: NetworkPhase) -> Choice:
         return self.structures
@@ -170,6 +189,13 @@ class ComparedMethod(Method, ABC):
     def comparable(self, phase: NetworkPhase) -> bool:
         """True in the last phase: in those before, part of the method has not been trained yet."""
         return phase == self.phases()[-1]
+
+
+def initial_cost(model: DeepElasticNetwork, config: TrainConfig) -> float:
+    """Mean FLOPs of the structures of equation 8 over those of the full structure."""
+    costs = model.estimator.level_flops.cpu().double()
+    anything = (costs.mean(1).sum() / costs[:, -1].sum()).item()
+    return config.estimator.tau + (1 - config.estimator.tau) * anything
 
 
 def answers(logits: list[Tensor], batch: Batch) -> Tensor:

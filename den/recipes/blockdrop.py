@@ -47,7 +47,7 @@ class BlockDrop(ComparedMethod):
     def phases(self) -> tuple[NetworkPhase, ...]:
         estimator, selector = self.config.estimator, self.config.selector
         phases = (
-            NetworkPhase("estimator", 1, estimator.first),
+            NetworkPhase("estimator", 1, self.first(spent=estimator.finish.steps)),
             NetworkPhase("selector", 1, selector.phase),
             NetworkPhase("both", 2, estimator.finish, selector_rate=selector.phase.rate * selector.decay),
         )

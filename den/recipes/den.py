@@ -100,15 +100,22 @@ def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
     log_probabilities = engine.recipe.choose(batch).log_softmax(-1)  # [B, N, L]
     epsilon = settings.exploration ** engine.position.updates.get("selector", 0) if settings.exploration else 0.0
     structures = sample_structures(log_probabilities, settings.samples, epsilon, engine.generator)  # [B, S, N]
-    costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch))  # [B, S]
+    costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch), settings.penalty)  # [B, S]
     if settings.baseline == "leave-one-out":
         advantage = leave_one_out_advantage(costs)
     else:
         advantage = engine.recipe.baseline.advantage(costs, batch) if settings.baseline == "running-mean" else costs
-    loss = reinforce(log_probabilities, structures, advantage, settings.entropy_bonus * (1 - engine.progress))
+    bonus = settings.entropy_bonus * (1 - selector_progress(engine))
+    loss = reinforce(log_probabilities, structures, advantage, bonus)
     variety = entropy(log_probabilities.detach()).mean()
     ratio = engine.recipe.flops_ratio(structures.flatten(0, 1))
     return Objective(loss, {"loss": costs.mean(), "flops_ratio": ratio, "entropy": variety})
+
+
+def selector_progress(engine: Engine[Method]) -> float:
+    """Share of the selector's updates that are done, over all its phases."""
+    planned = sum(phase.settings.steps for phase in engine.recipe.phases() if phase.network == "selector")
+    return min(1.0, engine.position.updates.get("selector", 0) / planned)
 
 
 def sparsity_weights(engine: Engine[Method], batch: Batch) -> float | Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
-from den.recipes.base import ComparedMethod
+from den.recipes.base import ComparedMethod, initial_cost
 from den.support.device import sent
 from den.train.config import TrainConfig
 from den.train.engine import Engine
@@ -39,6 +39,9 @@ class RandomSelector(ComparedMethod):
         chances = self.chances.to(device)
         drawn = torch.multinomial(chances, count * self.model.num_blocks, replacement=True, generator=generator)
         return drawn.view(count, self.model.num_blocks)
+
+    def update_cost(self) -> float:
+        return initial_cost(self.model, self.config)
 
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, tau = self.model, self.config.estimator.tau

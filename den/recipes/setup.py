@@ -65,7 +65,12 @@ def new_model(network: NetworkConfig, tasks: list[Task], seed: int, joint: bool 
     )
     config = replace(config, selector=_selector(network, config.chosen_selector))
     with seeded(seed):
-        return DeepElasticNetwork(config)
+        model = DeepElasticNetwork(config)
+        if network.start == "xavier":
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+    return model
 
 
 def estimator_optimiser(

@@ -76,6 +76,8 @@ class NetworkConfig:
     """Side in pixels of the maps that the first block sees; None: 32, or the images' own where there is no stem."""
     selector_channels: Annotated[tuple[int, ...], Range(1)] = ()
     """Channels of the selector's convolutions; empty: as wide as its share of the FLOPs allows."""
+    start: Literal["he", "xavier"] = "he"
+    """How weights begin: as He et al. for ReLU, or all of both networks as Glorot and Bengio, which the paper names."""
     selector: Literal["small", "paper"] = "small"
     """small: plain convolutions.  paper: residual blocks, of the size that the paper gives for the backbone."""
     selector_head: Literal["own", "shared"] = "own"
@@ -147,6 +149,9 @@ class SelectorTraining:
     """Stages that begin with such a decay; empty: all after the first."""
     rho: Annotated[float, Range(0)] = 0.3
     """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
+    penalty: Literal["squared", "l1"] = "squared"
+    """S(z): rho times the square of the mean share of the blocks that a structure uses (equation 5), or times that
+    share."""
     budget: Annotated[float | None, Range(0.01, 1)] = None
     """Share of the full structure's FLOPs that the likeliest structures of every task are to cost: rho is made larger
     for a task that costs more, smaller for one that costs less.  None: rho stays, and the tasks cost what they cost."""
@@ -154,8 +159,8 @@ class SelectorTraining:
     """|Z|: structures sampled for every image."""
     baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
     """Baseline of a sample's cost: the mean of the other samples of its image; a running mean of its task; none."""
-    entropy_bonus: Annotated[float, Range(0)] = 0.1
-    """Weight of the entropy that keeps the structures varied; falls linearly to 0 within every phase."""
+    entropy_bonus: Annotated[float, Range(0)] = 0.01
+    """Weight of the entropy that keeps the structures varied; falls linearly to 0 over the selector's phases."""
     exploration: Annotated[float, Range(0, 1)] = 0.99
     """A sample is drawn at random with probability exploration ** step; 0: never."""
 
@@ -164,6 +169,12 @@ class SelectorTraining:
 class MethodConfig:
     """Settings of the compared methods; other methods ignore them."""
 
+    updates: Literal["first", "estimator", "flops"] = "first"
+    """How long they train their network.  first: estimator.first.  estimator: as many updates as the estimator of a
+    Deep Elastic Network gets in all (what den train does unless told otherwise).  flops: as many as cost the FLOPs of
+    these."""
+    chosen_flops: Annotated[float, Range(0, 1)] = 0.5
+    """With updates "flops": share of the full FLOPs that the structures which a selector chooses are taken to cost."""
     levels: Annotated[tuple[int, ...], Range(0)] = ()
     """NestedNet, PackNet*: the level of each task, in the order of tasks, no two alike.  Empty: the last task gets the
     highest, the one before it the next lower, and so on."""

@@ -103,6 +103,12 @@ def decay_factors(decay: float, decay_at: tuple[int, ...], first: int, last: int
     return [decay ** sum(decayed <= stage for decayed in at) for stage in range(first, last + 1)]
 
 
+def estimator_updates(config: TrainConfig) -> int:
+    """Updates that the estimator of a Deep Elastic Network gets in all its phases."""
+    estimator = config.estimator
+    return estimator.first.steps + (config.stages - 1) * estimator.later.steps + estimator.finish.steps
+
+
 def run_phases(config: TrainConfig) -> tuple[NetworkPhase, ...]:
     """The phases of Algorithm 1 in order; those without steps are left out.  A dense run is the estimator's first.
 
