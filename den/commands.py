@@ -17,7 +17,6 @@ from den.report.settings import Predict, Report
 from den.runs.settings import Evaluate
 from den.support.files import check_folder
 from den.support.settings import read_config
-from den.support.terminal import complain
 from den.train.config import DemoConfig, MethodConfig, TrainConfig
 from den.train.scenarios import ScenarioOptions, changes, scenario_config
 
@@ -44,6 +43,7 @@ class Train(Source):
     """
 
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    note: tyro.conf.Suppress[str] = ""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def _parse_scenario(name: str, arguments: list[str]) -> Train:
     command = tyro.cli(TrainScenario, args=arguments, prog=f"den train {name}", default=default)
     if not command.options.quick and (changed := changes(name, command.options, command.settings)):
         shown = ", ".join(f"{key} {ours} ({theirs})" for key, (ours, theirs) in changed.items())
-        complain(f"not as in the {'text' if command.options.paper else 'code'} of the authors (theirs): {shown}")
+        note = f"den: not as in the {'text' if command.options.paper else 'code'} of the authors (theirs): {shown}"
+        return Train(resume=command.resume, settings=command.settings, note=note)
     return Train(resume=command.resume, settings=command.settings)
 
 
@@ -229,6 +230,8 @@ def _done(run: Callable[[Any], None], settings: Any) -> int:
 
 
 def _train(train: Callable[..., object], command: Train | DagTrain, measure: str) -> int:
+    if isinstance(command, Train) and command.note:
+        print(command.note, flush=True)
     train(command.settings, resume=command.resume)
     if isinstance(command, Train) and command.settings.joint:
         from den.train.folder import read_metrics

@@ -118,7 +118,9 @@ class Method(Recipe):
         if self.config.joint:
             equal = {"equal_structures": equal_structures(list(reports.values()))}
             text += f"; one structure for all labels of {equal['equal_structures']:.1%} of the images"
-        score = sum(r.loss + self.config.selector.rho * r.penalty for r in reports.values()) / len(reports)
+        selector = self.config.selector
+        spent = {r.task: r.usage.mean().item() if selector.penalty == "l1" else r.penalty for r in reports.values()}
+        score = sum(r.loss + selector.rho * spent[r.task] for r in reports.values()) / len(reports)
         compared = self.comparable(phase) and self.config.data.validation > 0
         held_out = {name: report.summary() for name, report in reports.items()}
         return Measured({"held_out": held_out, **equal}, text, score if compared else None)

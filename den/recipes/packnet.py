@@ -53,7 +53,9 @@ class PackNet(ComparedMethod):
 
     def phases(self) -> tuple[NetworkPhase, ...]:
         count = len(self.order)
-        each = self.first() if len(self.task_levels) > 1 else self.first(share=1 / count)
+        each = self.first(
+            share=1.0 if len(self.task_levels) > 1 else 1 / count
+        )  # a task sees as many images either way
         return tuple(NetworkPhase("estimator", i + 1, each) for i in range(count))
 
     def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:

@@ -40,6 +40,17 @@ def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet],
     return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
 
 
+def network_settings(config: TrainConfig) -> NetworkConfig:
+    """The network that a run's settings ask for.
+
+    A selector whose structures the estimator is to begin with has heads that begin as other layers do: small ones would
+    make all levels as likely, which is the uniform distribution.
+    """
+    if config.estimator.initial == "selector":
+        return replace(config.network, selector_start="xavier")
+    return config.network
+
+
 def _selector(network: NetworkConfig, default: SelectorConfig) -> SelectorConfig:
     """The selector that the settings ask for; default: the small one for their blocks."""
     base = paper_selector(network.backbone) if network.selector == "paper" else default

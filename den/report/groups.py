@@ -167,7 +167,7 @@ def settings_of(record: Evaluation) -> dict[str, Any]:
             from_dict(TrainConfig, settings)
         )  # those that an older version did not have are as they were
     flat = {name: value for name, value in flattened(settings).items() if name not in NOT_SETTINGS}
-    return flat | {"checkpoint": record.checkpoint, "start": bool(settings.get("start"))}
+    return flat | {"checkpoint": record.checkpoint, "variant": record.variant, "start": bool(settings.get("start"))}
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:
@@ -225,12 +225,18 @@ def method_of(record: Evaluation) -> tuple[str, float | None]:
     if method == "nestednet" and len(record.tasks) == 1:
         used = record.tasks[0].parameters / record.parameters.blocks
         return f"nestednet {Fraction(1, 2 ** max(0, round(-math.log2(max(used, 2**-9)))))}", None
+    if method == "routing":
+        return "routing over levels", None  # not the paper's, which chooses among blocks of separate weights
     return method, None
 
 
 def method_label(record: Evaluation) -> str:
     """A method in words, with what it was trained for, and how far where it has not finished."""
     method, rho = method_of(record)
+    if record.variant == "random":
+        method = f"random selector on DEN (rho = {record.settings['selector']['rho']:g})"
+    if method == "level":
+        method = f"{record.settings['mode']}, all at {record.variant.replace('-', ' ')}"
     if method == "den":
         budget = record.settings["selector"].get("budget")
         method = f"DEN (rho = {rho:g})" if budget is None else f"DEN (budget {budget:g})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,8 +26,10 @@ from den.runs.settings import Evaluate
 from den.runs.state import check_kind, training_of
 from den.runs.steering import choose_point
 from den.runs.trained import Run, as_trained, kept_of, open_run
+from den.runs.variants import at_level, with_random_selector
 from den.support.device import choose_device
 from den.support.files import check_folder, check_own, is_writable
+from den.support.settings import to_dict
 from den.train.config import TrainConfig
 from den.train.folder import stored_config
 
@@ -55,7 +58,18 @@ def main(command: Evaluate) -> None:
     for run in runs:
         if len(runs) > 1:
             print(f"{run.folder}:", flush=True)
-        _report(run, sets.of(run), command, None, folders[run.folder])
+        for each, variant in variants(run, command):
+            _report(each, sets.of(run), command, None, folders[run.folder], variant, run.config)
+
+
+def variants(run: Run, command: Evaluate) -> Iterator[tuple[Run, str]]:
+    """What is to be measured of a run, and the names of those that are not the run itself."""
+    if command.selector == "random":
+        yield with_random_selector(run, command.random_flops), "random"
+    for level in command.levels:
+        yield at_level(run, level), f"level-{level}"
+    if command.selector == "own" and not command.levels:
+        yield run, ""
 
 
 def record_folders(runs: tuple[Path, ...], out: Path | None) -> dict[Path, Path]:
@@ -116,10 +130,22 @@ class SetsOfRuns:
         return [as_trained(self._loaded[name, root], run.kept.get(name)) for name in run.config.data.tasks]
 
 
-def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | None, folder: Path) -> None:
+def _report(
+    run: Run,
+    sets: list[ImageSet],
+    command: Evaluate,
+    budget: Budget | None,
+    folder: Path,
+    variant: str = "",
+    settings: TrainConfig | None = None,
+) -> None:
+    """Measure, write and print; settings: of the run that a variant is of."""
     timed = command.time or command.budget_ms is not None
     record, reports = evaluate_run(run, sets, time=timed, budget=budget)
-    path = folder / file_name(budget)
+    if variant:
+        record = dataclasses.replace(record, settings=to_dict(settings), variant=variant)
+        print(f"{run.folder}, {variant}:", flush=True)
+    path = folder / file_name(budget, variant)
     write_evaluation(path, record)
     for image_set, result in zip(sets, record.tasks, strict=True):
         lines = result_lines(result)
@@ -128,7 +154,7 @@ def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | 
         if budget is not None:
             lines.append(_budget_line(result, budget))
         print("\n".join(lines), flush=True)
-    if run.config.joint:
+    if run.config.joint and not variant:
         same = equal_structures(list(reports.values()))
         print(f"{', '.join(reports)}: one structure for all labels of {100 * same:.1f} % of the images", flush=True)
     if command.out is not None:
@@ -152,8 +178,10 @@ def _static_line(run: Run, image_set: ImageSet, report: TaskReport, candidates: 
     )
 
 
-def file_name(budget: Budget | None) -> str:
-    """evaluation.json, or evaluation.flops-0.5.json of an operating point."""
+def file_name(budget: Budget | None, variant: str = "") -> str:
+    """evaluation.json; evaluation.flops-0.5.json of an operating point, evaluation.random.json of a variant."""
+    if variant:
+        return f"evaluation.{variant}.json"
     return NAME if budget is None else f"evaluation.{budget.unit}-{budget.limit:g}.json"
 
 
@@ -201,13 +229,13 @@ def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) 
 
 
 def measured(run: Measurable, sets: SetsOfRuns, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:
-    """The record of a run, measured and written where there is none, and those of its operating points."""
+    """The record of a run, measured and written where there is none, and those of its operating points and variants."""
     record = run.record
     if record is None:
         record, _ = evaluate_run(opened(run.folder, run.checkpoint), sets.of(run), time=time)
         write_evaluation(run.place / NAME, record)
-    points = [read_evaluation(other) for other in sorted(run.folder.glob("evaluation.*-*.json"))]
-    return record, [point for point in points if point.updates == record.updates and point.budget]
+    points = [read_evaluation(other) for other in sorted(run.folder.glob("evaluation.*.json"))]
+    return record, [p for p in points if p.updates == record.updates and (p.budget or p.variant)]
 
 
 def evaluations(folder: Path, data_root: Path | None = None, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:

@@ -105,6 +105,7 @@ class Evaluation:
     versions: dict = field(default_factory=versions)
     budget: Budget | None = None
     training: Training | None = None  # how far the run had come; None: not known
+    variant: str = ""  # "random" or "level-2" in place of the run's own choice (`den.runs.variants`)
     version: int = VERSION
 
     @property
@@ -114,7 +115,10 @@ class Evaluation:
 
     @property
     def method(self) -> str:
-        return self.settings["mode"]
+        mode = self.settings["mode"]
+        if self.variant.startswith("level") and mode not in ("nestednet", "packnet"):
+            return "level"
+        return "random" if self.variant == "random" else mode
 
     @property
     def scenario(self) -> str | None:
