@@ -39,8 +39,8 @@ class DagDataConfig:
     """Share of every training set that is held out and measured after every epoch; only AdaShare's draws are chosen by
     it.  Of mtl20 the validation split is, and this stays 0."""
     tasks: tuple[str, ...] = ()
-    """Tasks of your own: names of image sets that den train knows, each a task (digits, cifar100@32); folder:PATH, a
-    folder of pictures by class, {train,test}/CLASS/*.jpg, each a task; or folder:PATH with dense tasks,
+    """Tasks of your own: names of image sets that den train knows, each a task (digits, cifar100@32, folder:PATH@64, a
+    folder with a sub-folder of pictures for each class); or folder:PATH with dense tasks,
     {train,val}/{image,label,depth,normal}/*.npy.  Paths begin at the data root, where there is one."""
     protocol: Literal["drawers", "mtl20"] = "drawers"
     """Of Omniglot.  drawers: all alphabets that are there, drawers 1 to 15 for training, 16 to 20 for testing; ours.

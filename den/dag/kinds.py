@@ -44,7 +44,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the tasks of one kind are: how they are learned and measured, and what they predict.
+    """Loss, metrics and outputs of the tasks of one kind.
 
     Attributes:
         loss: of outputs and targets of a batch, a mean: a tensor [].

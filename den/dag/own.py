@@ -15,7 +15,7 @@ from den.nn.tasks import Task
 
 @dataclass(frozen=True)
 class OwnTask:
-    """What a task predicts, and what its kind says otherwise.
+    """Outputs of a task, and all in which it differs from its kind.
 
     Attributes:
         values: number of classes, or of values predicted.

@@ -10,7 +10,7 @@ import numpy as np
 
 from den.dag.config import DagDataConfig
 from den.data.checks import blamed
-from den.data.folders import PREFIX
+from den.data.folder import PREFIX, found_folder, parse
 from den.data.images import ImageSet
 from den.data.npy_scenes import FOLDERS, load_npy_scenes
 from den.data.scenes import SceneSet
@@ -37,7 +37,7 @@ def load_own_sets(data: DagDataConfig, split: str, root: Path | None) -> list[Im
 def _load(name: str, data: DagDataConfig, split: str, root: Path | None) -> ImageSet | SceneSet:
     if not name.startswith(PREFIX):
         return load_set(name, split, root)
-    path = Path(root or "") / name.removeprefix(PREFIX).partition("@")[0]
+    path = found_folder(parse(name, PREFIX)[0], root)
     if (path / "train" / "image").is_dir():
         return _scenes(path, data, split, len(data.tasks) > 1)
     sized = name if "@" in name or data.size is None else f"{name}@{data.size}"

@@ -46,7 +46,7 @@ class PretrainedStem(nn.Module):
         return self.conv(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the published layers make of images: [B, C', h, w]."""
+        """The maps that the published layers make of images: [B, C', h, w]."""
         if self.grey and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         found = self.body(images)
@@ -77,9 +77,7 @@ def make_body(name: str, channels: int, pretrained: bool) -> tuple[nn.Module, bo
     package, _, rest = name.partition(":")
     network, _, place = rest.partition(":")
     if package not in ("torchvision", "timm") or not network or not place:
-        raise ValueError(
-            f"config: network.stem must be conv, torchvision:NAME:LAYER or timm:NAME:STAGE, got {name!r}"
-        )
+        raise ValueError(f"config: network.stem must be conv, torchvision:NAME:LAYER or timm:NAME:STAGE, got {name!r}")
     with _explained(name, package):
         if package == "timm":
             import timm

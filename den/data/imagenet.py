@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from den.data.checks import blamed, matching, text
-from den.data.decode import contents, picture_names, pictures, square
+from den.data.decode import picture_names, pictures, square
 from den.data.store import Found, Pixels
 
 CLASSES = 50
@@ -124,5 +125,12 @@ def _listed(path: Path) -> list[tuple[str, str]]:
 
 def _decode(files: list[Path], labels: list[int], size: int) -> Pixels:
     """Each file is read when its turn comes."""
-    parts = pictures(contents(files), fit=square(size))
+    parts = pictures(_contents(files), fit=square(size))
     return Pixels((len(files), size, size, 3), {"y": np.array(labels)}, parts)
+
+
+def _contents(files: list[Path]) -> Iterator[tuple[str, bytes]]:
+    for path in files:
+        with blamed("load_set", path, "be readable", hint="; unpack the set again"):
+            content = path.read_bytes()
+        yield str(path), content

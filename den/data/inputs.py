@@ -1,8 +1,7 @@
-"""How pictures become the images of a task, as its training images did: what a run remembers of its data."""
+"""Pictures as the images of a task, as its training images did: what a run remembers of its data."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from den.data.checks import blamed
-from den.data.decode import opened, picture_names, rgb, upright
-from den.data.images import ImageSet
+from den.data.decode import opened, picture_names, rgb, squared, upright
+from den.data.images import ImageSet, Kept
 from den.data.scenes import MEAN, STD, SceneSet
 from den.nn.tasks import Task
 
@@ -22,12 +21,9 @@ PAPER = 127  # mean grey above which a drawing is taken for ink on paper
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Normalisation of a task's images, and the names of its classes where the set had them."""
+class Inputs(Kept):
+    """What a network needs to know of a task's images to be given pictures."""
 
-    mean: tuple[float, ...]  # [C], of pixels divided by 255
-    std: tuple[float, ...]  # [C]
-    class_names: tuple[str, ...] = ()
     ink: bool = False  # True where the set has white ink on black: dark ink on paper is turned
 
 
@@ -56,7 +52,7 @@ def picture_files(given: Sequence[Path]) -> list[Path]:
 def as_inputs(files: Sequence[Path], task: Task, inputs: Inputs) -> Tensor:
     """Pictures scaled to the task's size and normalised: float32 [n, C, H, W], channels-last in memory.
 
-    Raises ValueError for a file that is no picture.
+    Of a classification the square about their centre.  Raises ValueError for a file that is no picture.
     """
     channels, height, width = task.shape
     if channels not in (1, 3):
@@ -64,11 +60,11 @@ def as_inputs(files: Sequence[Path], task: Task, inputs: Inputs) -> Tensor:
     parts = []
     for path in files:
         with blamed("dag predict", path, "be a complete picture"):
-            picture = upright(opened(io.BytesIO(path.read_bytes())))
-            picture = rgb(picture).convert("RGB" if channels == 3 else "L")
-            smaller = picture.width > width or picture.height > height
-            picture = picture.resize((width, height), Image.Resampling.BOX if smaller else Image.Resampling.BILINEAR)
-        pixels = np.array(picture).reshape(height, width, channels)
+            if task.dense:
+                picture = rgb(upright(opened(path))).resize((width, height), Image.Resampling.BILINEAR)
+            else:
+                picture = squared(path, height)
+            pixels = np.array(picture.convert("RGB" if channels == 3 else "L")).reshape(height, width, channels)
         if inputs.ink and pixels.mean() > PAPER:
             pixels = 255 - pixels
         parts.append(torch.from_numpy(pixels))

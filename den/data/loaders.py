@@ -163,5 +163,5 @@ def halves(each: LoaderSet, seed: int) -> tuple[LoaderSet, LoaderSet]:
 
 
 def _shape(value: Any) -> str:
-    """What came, in a few words."""
+    """A value that came, in a few words."""
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

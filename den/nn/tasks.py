@@ -8,7 +8,7 @@ IGNORE = 255  # marks a pixel without a label, edge or saliency
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What the tasks of a kind predict: values of an image, or of each of its pixels (dense); and how many."""
+    """Outputs of the tasks of a kind: values of an image, or of each of its pixels (dense); and how many."""
 
     dense: bool
     values: int | None = None  # None: as many as the task says

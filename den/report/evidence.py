@@ -37,8 +37,8 @@ class Interval:
     def of(cls, values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
         """The interval of independent values, one a seed; of none NaN as their mean.
 
-        >>> Interval.of([1.0, 2.0, 3.0])
-        Interval(mean=2.0, low=-0.48413771175032694, high=4.484137711750327, count=3)
+        >>> Interval.of([1.0, 2.0, 3.0]).words()
+        '+2.00 [-0.48, +4.48], 3 seeds'
         """
         count = len(values)
         mean = statistics.fmean(values) if count else math.nan
@@ -75,7 +75,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float
 def above_chance(accuracy: float, chance: float, images: int) -> bool:
     """Return True where an accuracy on so many images is more than guessing by a margin.
 
-    That is a twentieth of the way from chance to always right, and three standard deviations of the accuracy of guesses.
+    By a twentieth of the way from chance to always right, and by three standard deviations of the accuracy of guesses.
 
     Args:
         accuracy: 0..1.

@@ -72,8 +72,9 @@ def tiny(place, mode="dag", device="cpu", **changes):
 
 
 @contextlib.contextmanager
-def no_waiting(monkeypatch):
-    """Drawing a batch and learning from it may wait for the GPU only to read what the tasks keep, when that changed."""
+def no_waiting(monkeypatch, most=2):
+    """Drawing a batch and learning from it may wait for the GPU only to read what the tasks keep, when that changed:
+    of one network before and after the reduction, or of two that have none."""
     reads = []
 
     def in_mode(mode, function, calls=None):
@@ -99,8 +100,7 @@ def no_waiting(monkeypatch):
         patch.setattr(MixedTaskBatches, "next", watched(MixedTaskBatches.next))
         patch.setattr(Engine, "update", watched(Engine.update))
         yield
-    most = 10 if mode == "adashare" else 2  # of its 8 draws each is a topology that is read once
-    assert len(reads) <= most  # of one network before and after the reduction, or of two that have none
+    assert len(reads) <= most
 
 
 def numbers(out):

@@ -17,7 +17,6 @@ from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagT
 from den.dag.kinds import KINDS, ClassMetrics
 from den.dag.scenarios import load_tasks
 from den.data.loaders import LoaderBatches, halves, loader_sets
-from den.data.sets import load_set
 from den.nn.tasks import TASK_KINDS, Task
 from den.recipes.dag import fit
 from den.recipes.dag.recipe import load_network
@@ -193,26 +192,21 @@ def write_scenes(place, count=4):
             np.save(place / split / "depth" / f"{i}.npy", 100 * generator.random((16, 24), np.float32))
 
 
-def test_folders_of_pictures_are_tasks(tmp_path):
+def test_folders_of_pictures_and_known_sets_are_tasks(tmp_path):
     write_pictures(tmp_path, "animals", "train", ("cat", "dog", "owl"))
-    write_pictures(tmp_path, "animals", "val", ("cat", "owl"))
-    sets = [load_set("folder:animals@12", split, tmp_path) for split in ("train", "test")]
-    assert [tuple(each.images.shape) for each in sets] == [(18, 3, 12, 12), (12, 3, 12, 12)]
-    assert sets[0].class_names == ("cat", "dog", "owl")
-    assert sets[1].labels.tolist() == [0] * 6 + [2] * 6  # numbered as in training
-    assert sets[0].mean == sets[1].mean
+    write_pictures(tmp_path, "animals", "val", ("cat", "dog", "owl"))
     data = DagDataConfig(tasks=("digits,folder:animals",), root=tmp_path, size=8)
     assert data.scenario == "own"
-    assert [(each.name, each.images.shape[-1]) for each in load_tasks(data, "test")] == [("digits", 8), ("animals", 8)]
-    (tmp_path / "animals" / "train" / "dog").rename(tmp_path / "animals" / "val" / "dog")
-    with pytest.raises(ValueError, match="must hold classes of the training split only, got dog"):
-        load_set("folder:animals", "test", tmp_path)
-    with pytest.raises(ValueError, match="folder must hold train, got"):
-        load_set("folder:nothing", "train", tmp_path)
+    digits, animals = load_tasks(data, "test")
+    assert [(each.name, each.images.shape[-1]) for each in (digits, animals)] == [("digits", 8), ("animals", 8)]
+    assert animals.class_names == ("cat", "dog", "owl")
+    assert len(load_tasks(data, "train")[1]) == 18
     with pytest.raises(ValueError, match="must have different names, got digits twice"):
         load_tasks(DagDataConfig(tasks=("digits", "digits")), "train")
     with pytest.raises(ValueError, match=r"tasks must name the tasks .* got none"):
         load_tasks(DagDataConfig("own"), "train")
+    with pytest.raises(ValueError, match="folder:nothing must be there"):
+        load_tasks(DagDataConfig(tasks=("folder:nothing",), root=tmp_path), "train")
 
 
 @pytest.mark.filterwarnings("ignore:.*as if there were")

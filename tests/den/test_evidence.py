@@ -76,7 +76,8 @@ def test_words():
     assert Interval.of([0.5]).words(1, 1, False) == "0.5, 1 seed, so no interval"
     assert Interval.of([]).words() == "no seed in common"
     assert math.isnan(Interval.of([]).mean)
-    assert check_lines([judged("a", [1.0]), judged("b", [2.0, 2.1]), judged("c", [-2.0, -2.1])]).split() == (
-        "open a: +1.00, 1 seed, so no interval yes b: +2.05 [+1.41, +2.69], 2 seeds"
-        " NO c: -2.05 [-2.69, -1.41], 2 seeds"
-    ).split()
+    assert check_lines([judged("a", [1.0]), judged("b", [2.0, 2.1]), judged("c", [-2.0, -2.1])]).splitlines() == [
+        "  open  a: +1.00, 1 seed, so no interval",
+        "  yes   b: +2.05 [+1.41, +2.69], 2 seeds",
+        "  NO    c: -2.05 [-2.69, -1.41], 2 seeds",
+    ]

@@ -1,4 +1,4 @@
-"""How the losses of several tasks are weighed: by fixed weights, by learned uncertainties, or by how fast they fall."""
+"""Weights of the losses of several tasks: fixed, by learned uncertainties, or by how fast the losses fall."""
 
 from __future__ import annotations
 

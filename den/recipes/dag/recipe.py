@@ -103,8 +103,8 @@ def search_phases(config: DagTrainConfig) -> tuple[SearchPhase, ...]:
 
 
 class TaskData(NamedTuple):
-    """What a run trains and is measured on: its tasks, streams of batches (all, weights, gates), held-out sets, and how
-    pictures become inputs of each task (none where data loaders make them)."""
+    """Data that a run trains and is measured on: its tasks, streams of batches (all, weights, gates), held-out sets,
+    and how pictures become inputs of each task (none where data loaders make them)."""
 
     tasks: list[Task]
     batches: Mapping[str, BatchStream]
