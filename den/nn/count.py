@@ -91,7 +91,7 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
     position = find_task(task, model.tasks)
     estimator = model.estimator
     return ImageFlops(
-        stem=estimator.stems[position].flops(),
+        stem=estimator.stem_of(position).flops(),
         blocks=sum(shape.flops(shape.hidden) for shape in model.config.shapes),
         head=linear_flops([*estimator.shared, estimator.heads[position]]),
         selector=model.selector.flops(position),
