@@ -56,7 +56,7 @@ def open_run(folder: Path, checkpoint: Literal["last", "best"] = "last") -> Run:
 
 
 def kept_of(checkpoint: Path) -> dict[str, Kept]:
-    """What a checkpoint knows of the images of each task; nothing in those of before version 0.2."""
+    """Facts of the images of each task, of a checkpoint; none in those of before version 0.2."""
     with reading(checkpoint):
         data = read_record(checkpoint).get("data", {})
         return {name: from_dict(Kept, values, "data") for name, values in data.items()}
