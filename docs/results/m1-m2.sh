@@ -7,7 +7,7 @@ out=${OUT:-runs}
 train() {  # NAME SCENARIO OPTIONS...
   local folder=$out/$1 resume=
   if [[ -e $folder/last.safetensors ]]; then resume=--resume; fi
-  den train "$2" --data-root "${DATA:-data}" --data.validation 0.1 --precision bfloat16 --seed 0 --epoch-steps 200 \
+  den train "$2" --data-root "${DATA:-data}" --data.validation 0.1 --precision bfloat16 --seed 0 --epoch-steps 200 --methods.updates first --data.batch-size "${BATCH:-128}" \
     --stages 1 --no-progress --out "$folder" $resume --estimator.first.rate 0.1 --estimator.first.schedule cosine \
     --estimator.finish.rate 0.1 --estimator.finish.schedule cosine --estimator.weight-decay 5e-4 \
     --estimator.tau 0.25 --estimator.initial-share 0.04 --selector.phase.rate 3e-3 \
