@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from ._triton import choice, rules, table
+from ._triton.boxes import tile_by_rule
 from ._triton.choice import Side
 from ._triton.clock import median_seconds
 from ._triton.launch import architecture
@@ -66,7 +67,8 @@ def rule(problem: Problem, arch: int) -> Tile:
             sides = Side(problem.channels, problem.groups), Side(problem.channels, ())
             return choice.choose_weight_tile(*sides, problem.dtype, arch, False)
         C = problem.channels
-        return choice.choose_tile(C, C, problem.dtype, arch)
+        boxes_tile = tile_by_rule(C, C, (problem.size,) * 2) if arch >= 90 and problem.dtype.itemsize == 2 else None
+        return boxes_tile or choice.choose_tile(C, C, problem.dtype, arch)
 
 
 def shared_bytes(kind: str, tile: Tile, dtype: torch.dtype) -> int:

@@ -154,14 +154,40 @@ def _multiply(
 
 
 @triton.jit
+def _pooled(
+    shortcut, instance, i, j, live, n, H, W, map_b, map_h, map_w, C: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    """The mean of POOL x POOL pixels of shortcut, fewer at the lower and right border; 0 in channels from C on."""
+    mean = tl.load(
+        shortcut + (instance.to(tl.int64) * map_b + i * POOL * map_h + j * POOL * map_w)[:, None] + n[None, :],
+        mask=live[:, None] & (n < C)[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    for t in tl.static_range(1, POOL * POOL):
+        h = i * POOL + t // POOL
+        w = j * POOL + t % POOL
+        ok = (live & (h < H) & (w < W))[:, None] & (n < C)[None, :]
+        at = instance.to(tl.int64) * map_b + h * map_h + w * map_w
+        mean += tl.load(shortcut + at[:, None] + n[None, :], mask=ok, other=0.0).to(tl.float32)
+    if POOL > 1:
+        count = tl.minimum(H - i * POOL, POOL) * tl.minimum(W - j * POOL, POOL)
+        mean /= tl.maximum(count, 1).to(tl.float32)[:, None]
+    return mean
+
+
+@triton.jit
 def _store(
-    acc, out, bias, scale_out, following, scale_next, shift_next, levels_next, at, instance, live, idle, n, n_ok,
+    acc, out, bias, scale_out, following, scale_next, shift_next, levels_next,
+    shortcut, MAP_H, MAP_W, map_b, map_h, map_w, i, j,
+    at, instance, live, idle, n, n_ok,
     BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, NEXT: tl.constexpr,
+    POOL: tl.constexpr, MAP_C: tl.constexpr,
 ):  # fmt: skip
     """out = relu(out + acc * scale_out + bias), of which every part may be left out.
 
+    POOL: the mean of POOL x POOL pixels of shortcut stands in for what out holds.
     NEXT: also writes following = relu(out * scale_next + shift_next), for instances above level 0 in levels_next. A
-    tile is `idle` if it is computed for that alone: its instances are at level 0 and keep out as it is.
+    tile is `idle` if it is computed for these alone: its instances are at level 0, and keep out as it is if that holds
+    the shortcut already.
     """
     if SCALE:
         acc *= tl.load(scale_out + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
@@ -169,15 +195,17 @@ def _store(
         acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     place = at[:, None] + n[None, :]
     ok = live[:, None] & n_ok[None, :]
-    if NEXT:
+    if NEXT or POOL > 0:
         acc = tl.where(idle != 0, 0.0, acc)
-    if ADD:
+    if POOL > 0:
+        acc += _pooled(shortcut, instance, i, j, live, n, MAP_H, MAP_W, map_b, map_h, map_w, MAP_C, POOL)
+    elif ADD:
         acc += tl.load(out + place, mask=ok, other=0.0).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     value = acc.to(out.dtype.element_ty)
     if NEXT:
-        tl.store(out + place, value, mask=ok & (idle == 0))
+        tl.store(out + place, value, mask=ok if POOL > 0 else ok & (idle == 0))
         factor = tl.load(scale_next + n, mask=n_ok, other=0.0)[None, :]
         offset = tl.load(shift_next + n, mask=n_ok, other=0.0)[None, :]
         acc = tl.maximum(value.to(tl.float32) * factor + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -195,9 +223,10 @@ def convolve_kernel(
     out,  # [B, OH, OW, NC], strides out_b, out_h, out_w, 1
     bias, scale_out,  # per channel
     following, scale_next, shift_next, levels_next,  # a second output with out's strides, its affine map, its route
+    shortcut,  # [B, MAP_H, MAP_W, MAP_C], strides map_b, map_h, map_w, 1: a map that is pooled and added
     levels, order, offsets,  # of the route; with masks the offsets are not read
     units_n, counts_n, bits_n, units_k, counts_k, bits_k,  # of masks: [B, units], [B], [B, channels] on each side
-    B, H, W, OH, OW, source_b, source_h, source_w, out_b, out_h, out_w,
+    B, H, W, OH, OW, source_b, source_h, source_w, out_b, out_h, out_w, MAP_H, MAP_W, map_b, map_h, map_w,
     NC: tl.constexpr, KC: tl.constexpr, CARDINALITY: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, SKIP_H: tl.constexpr, SKIP_W: tl.constexpr,
@@ -206,7 +235,7 @@ def convolve_kernel(
     BNS: tl.constexpr, BKS: tl.constexpr, EVENS: tl.constexpr,  # of each rung
     MASKED: tl.constexpr, N_MASK: tl.constexpr, K_MASK: tl.constexpr, SKIP_EMPTY: tl.constexpr,
     BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
-    NEXT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    NEXT: tl.constexpr, POOL: tl.constexpr, MAP_C: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     CLASSES: tl.constexpr = STRIDE_H * STRIDE_W if TRANSPOSED else 1
     GRID_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
@@ -279,9 +308,10 @@ def convolve_kernel(
                         K_MASK, EVENS[r], PRECISION, BM, BN, BK,
                     )  # fmt: skip
                     idle = 0
-                    if NEXT:
+                    if NEXT or POOL > 0:
                         idle = (tl.load(levels + place) == 0).to(tl.int32) if MASKED else (k_width == 0).to(tl.int32)
                     _store(
                         acc, out, bias, scale_out, following, scale_next, shift_next, levels_next,
-                        at, instance, live, idle, n, n_ok, BIAS, SCALE, ADD, RELU, NEXT,
+                        shortcut, MAP_H, MAP_W, map_b, map_h, map_w, out_row, out_column,
+                        at, instance, live, idle, n, n_ok, BIAS, SCALE, ADD, RELU, NEXT, POOL, MAP_C,
                     )  # fmt: skip
