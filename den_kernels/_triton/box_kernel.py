@@ -56,14 +56,15 @@ def box_kernel(
     bias, scale_out,  # per channel
     following, scale_next, shift_next, levels_next,  # a second output with out's strides, its affine map, its route
     shortcut,  # [B, MAP_H, MAP_W, MAP_C], strides map_b, map_h, map_w, 1: a map that is pooled and added
+    gate,  # [B], stride gate_b
     order, offsets,  # of the route
-    OH, out_b, out_h, out_w, MAP_H, MAP_W, map_b, map_h, map_w,
+    OH, out_b, out_h, out_w, MAP_H, MAP_W, map_b, map_h, map_w, gate_b,
     OW: tl.constexpr, NC: tl.constexpr, IN: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr,
     N_WIDTHS: tl.constexpr, K_WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, RUNG: tl.constexpr,  # of each segment
     BNS: tl.constexpr, BKS: tl.constexpr,  # of each rung
     BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
-    NEXT: tl.constexpr, POOL: tl.constexpr, MAP_C: tl.constexpr, BM: tl.constexpr,
+    NEXT: tl.constexpr, POOL: tl.constexpr, MAP_C: tl.constexpr, GATE: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = BM // OW
     total = count_tiles(offsets, OH * OW, COLUMNS, 1, BM)
@@ -99,6 +100,6 @@ def box_kernel(
                     idle = (k_width == 0).to(tl.int32)
                 _store(
                     acc.T, out, bias, scale_out, following, scale_next, shift_next, levels_next,
-                    shortcut, MAP_H, MAP_W, map_b, map_h, map_w, i, j,
-                    at, place, i < OH, idle, n, n < n_width, BIAS, SCALE, ADD, RELU, NEXT, POOL, MAP_C,
+                    shortcut, MAP_H, MAP_W, map_b, map_h, map_w, i, j, gate, gate_b,
+                    at, place, i < OH, idle, n, n < n_width, BIAS, SCALE, ADD, RELU, NEXT, POOL, MAP_C, GATE,
                 )  # fmt: skip

@@ -177,13 +177,14 @@ def _pooled(
 @triton.jit
 def _store(
     acc, out, bias, scale_out, following, scale_next, shift_next, levels_next,
-    shortcut, MAP_H, MAP_W, map_b, map_h, map_w, i, j,
+    shortcut, MAP_H, MAP_W, map_b, map_h, map_w, i, j, gate, gate_b,
     at, instance, live, idle, n, n_ok,
     BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, NEXT: tl.constexpr,
-    POOL: tl.constexpr, MAP_C: tl.constexpr,
+    POOL: tl.constexpr, MAP_C: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """out = relu(out + acc * scale_out + bias), of which every part may be left out.
 
+    GATE: out = out + gate[instance] * relu(acc * scale_out + bias).
     POOL: the mean of POOL x POOL pixels of shortcut stands in for what out holds.
     NEXT: also writes following = relu(out * scale_next + shift_next), for instances above level 0 in levels_next. A
     tile is `idle` if it is computed for these alone: its instances are at level 0, and keep out as it is if that holds
@@ -195,6 +196,9 @@ def _store(
         acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     place = at[:, None] + n[None, :]
     ok = live[:, None] & n_ok[None, :]
+    if GATE:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        acc *= tl.load(gate + instance * gate_b, mask=live, other=0.0).to(tl.float32)[:, None]
     if NEXT or POOL > 0:
         acc = tl.where(idle != 0, 0.0, acc)
     if POOL > 0:
@@ -224,9 +228,10 @@ def convolve_kernel(
     bias, scale_out,  # per channel
     following, scale_next, shift_next, levels_next,  # a second output with out's strides, its affine map, its route
     shortcut,  # [B, MAP_H, MAP_W, MAP_C], strides map_b, map_h, map_w, 1: a map that is pooled and added
+    gate,  # [B], stride gate_b
     levels, order, offsets,  # of the route; with masks the offsets are not read
     units_n, counts_n, bits_n, units_k, counts_k, bits_k,  # of masks: [B, units], [B], [B, channels] on each side
-    B, H, W, OH, OW, source_b, source_h, source_w, out_b, out_h, out_w, MAP_H, MAP_W, map_b, map_h, map_w,
+    B, H, W, OH, OW, source_b, source_h, source_w, out_b, out_h, out_w, MAP_H, MAP_W, map_b, map_h, map_w, gate_b,
     NC: tl.constexpr, KC: tl.constexpr, CARDINALITY: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, SKIP_H: tl.constexpr, SKIP_W: tl.constexpr,
@@ -235,7 +240,8 @@ def convolve_kernel(
     BNS: tl.constexpr, BKS: tl.constexpr, EVENS: tl.constexpr,  # of each rung
     MASKED: tl.constexpr, N_MASK: tl.constexpr, K_MASK: tl.constexpr, SKIP_EMPTY: tl.constexpr,
     BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
-    NEXT: tl.constexpr, POOL: tl.constexpr, MAP_C: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    NEXT: tl.constexpr, POOL: tl.constexpr, MAP_C: tl.constexpr, GATE: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     CLASSES: tl.constexpr = STRIDE_H * STRIDE_W if TRANSPOSED else 1
     GRID_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
@@ -312,6 +318,6 @@ def convolve_kernel(
                         idle = (tl.load(levels + place) == 0).to(tl.int32) if MASKED else (k_width == 0).to(tl.int32)
                     _store(
                         acc, out, bias, scale_out, following, scale_next, shift_next, levels_next,
-                        shortcut, MAP_H, MAP_W, map_b, map_h, map_w, out_row, out_column,
-                        at, instance, live, idle, n, n_ok, BIAS, SCALE, ADD, RELU, NEXT, POOL, MAP_C,
+                        shortcut, MAP_H, MAP_W, map_b, map_h, map_w, out_row, out_column, gate, gate_b,
+                        at, instance, live, idle, n, n_ok, BIAS, SCALE, ADD, RELU, NEXT, POOL, MAP_C, GATE,
                     )  # fmt: skip

@@ -42,6 +42,7 @@ class Epilogue(NamedTuple):
     shortcut: Pooled | None = None  # in place of what out holds; instances at level 0 get it too
     relu: bool = False
     following: Following | None = None  # of the sum, for instances at level 0 too
+    gate: Tensor | None = None  # [B]: `out + gate * relu(sum * scale + bias)` instead, with `add`
 
 
 PLAIN = Epilogue()
@@ -64,9 +65,9 @@ def channels_last(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.channels_last)
 
 
-def dense_vector(operand: Tensor) -> Tensor:
-    """A vector [n] without gaps in memory; a map [B, C, H, W], whose strides the kernel knows, as it is."""
-    return operand.contiguous() if operand.ndim == 1 else operand
+def dense_vector(operand: Tensor, name: str) -> Tensor:
+    """A vector [n] without gaps in memory; what has strides that the kernel knows, a map or the gate, as it is."""
+    return operand.contiguous() if operand.ndim == 1 and name != "gate" else operand
 
 
 def instance_stride(x: Tensor) -> int:
@@ -142,7 +143,7 @@ def convolution_launch(
     skip_empty = skip_empty and after is None and epilogue.shortcut is None
     added, pool = epilogue.shortcut or Pooled(source, 0)
     pointers: dict[str, Any] = {
-        "bias": epilogue.bias, "scale_out": epilogue.scale, "following": after and after.map,
+        "bias": epilogue.bias, "scale_out": epilogue.scale, "gate": epilogue.gate, "following": after and after.map,
         "scale_next": after and after.scale, "shift_next": after and after.shift, "levels_next": after and after.levels,
     }  # fmt: skip
     arguments: dict[str, Any] = dict(
@@ -152,8 +153,9 @@ def convolution_launch(
         map_b=instance_stride(added), map_h=added.stride(2), map_w=added.stride(3),
         PAD_H=geometry.padding[0], PAD_W=geometry.padding[1], DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1],
         TRANSPOSED=transposed, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
-        RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None,
-        **{name: source if tensor is None else dense_vector(tensor) for name, tensor in pointers.items()},
+        RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None, GATE=epilogue.gate is not None,
+        gate_b=1 if epilogue.gate is None else epilogue.gate.stride(0),
+        **{name: source if tensor is None else dense_vector(tensor, name) for name, tensor in pointers.items()},
     )  # fmt: skip
     problem = boxes.Problem(
         n, k, route.groups, (OH, OW), geometry.stride, geometry.groups, source.dtype, route.mask is not None,

@@ -30,7 +30,7 @@ from den_kernels.testing import assert_as_accurate, make_levels
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.gpu_predict import fused_traffic  # noqa: E402
+from benchmarks.gpu_model import fused_traffic  # noqa: E402
 
 SCHEDULES = ("forward-eager", "backward-lazy")
 FLAGS = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all --coverage"
