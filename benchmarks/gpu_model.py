@@ -2,7 +2,7 @@
 
 A tile issues instructions (a warp one a cycle), multiplies, moves bytes through shared memory, and loads bytes from L2:
 every tap of a convolution loads its operand anew, past the first-level cache. Several thread blocks share a
-multiprocessor and overlap, so a tile costs what its scarcest resource costs, and a launch what the busiest
+multiprocessor and overlap, so a tile costs little more than its scarcest resource, and a launch what the busiest
 multiprocessor has to do: the makespan of the tiles in their order, not their mean.
 
 The counts (issue slots of a turn, of what is behind the sums, products of a step) are those of the machine code;
@@ -36,6 +36,7 @@ class Chip(NamedTuple):
     narrow: float  # cycles of a quarter of a multiprocessor for an `mma` of 16 x 8 x 16, which the fused kernel uses
     l2: float  # bytes a second from L2, all multiprocessors together
     bandwidth: float  # bytes a second of memory, read plus written
+    dense: float  # share of the rate of products that cuDNN is taken to reach
 
 
 # Data sheets, and for L2 what is publicly seen; H200: 790 TFLOP/s and 4.3 TB/s were measured on one. B200: L2 and the
@@ -43,12 +44,13 @@ class Chip(NamedTuple):
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("A100", 80, 108, 1.41e9, 163 << 10, 2048, 8.0, 4.0e12, 1.75e12),
-        Chip("H200", 90, 132, 1.755e9, 227 << 10, 790e12 / 132 / 1.755e9, 6.45, 5.5e12, 4.3e12),
-        Chip("B200", 100, 148, 1.85e9, 227 << 10, 8192, 6.45, 9.0e12, 7.0e12),
-        Chip("RTX 4090", 89, 128, 2.5e9, 99 << 10, 512, 32.0, 4.5e12, 0.93e12),
+        Chip("A100", 80, 108, 1.41e9, 163 << 10, 2048, 8.0, 4.0e12, 1.75e12, 0.65),
+        Chip("H200", 90, 132, 1.755e9, 227 << 10, 790e12 / 132 / 1.755e9, 6.45, 5.5e12, 4.3e12, 0.55),
+        Chip("B200", 100, 148, 1.85e9, 227 << 10, 8192, 6.45, 9.0e12, 7.0e12, 0.5),
+        Chip("RTX 4090", 89, 128, 2.5e9, 99 << 10, 512, 32.0, 4.5e12, 0.93e12, 0.85),
     )
 }
+OVERLAP = 0.9  # of its scarcest resource that a multiprocessor uses at best
 SHARED_BYTES = 128  # of shared memory in a cycle, read plus written
 LAUNCH = 1.5e-6  # seconds between two launches of a graph
 
@@ -66,16 +68,20 @@ SLOTS = {"boxes": Slots(120, 1000), "pointers": Slots(260, 1300)}
 class Fused(NamedTuple):
     """What the fused kernel's machine code takes: of a step of 32 bytes and a full warp, and of what is around."""
 
-    products: int = 32  # `mma` of conv2's step
-    loads: int = 8  # `ldmatrix` of it
-    load_cycles: float = 4.0  # of shared memory, for one
-    turn: int = 400  # cycles of a step of the ring of weights that nothing covers
-    locate: int = 800  # of finding the map rows of a slice, for each convolution
-    activate: int = 1500  # of activating 1,024 pieces of 16 bytes
-    add: int = 340  # of a dependent load and store of the result
+    products: int  # `mma` of conv2's step
+    loads: int  # `ldmatrix` of it
+    load_cycles: float  # of shared memory, for one
+    turn: int  # cycles of a step of the ring of weights that nothing covers
+    locate: int  # of finding the map rows of a convolution, once a band
+    recall: int  # of the same, in each slice
+    activate: int  # of activating 1,024 pieces of 16 bytes
+    add: int  # of 16 channels of a row of the result, loaded and stored
 
 
-CODE = Fused()
+# Of the first kernel: rows found anew in each slice, bn1 loaded for every 16 bytes, a load of the result behind each
+# store. Then rows kept in shared memory, bn1 in registers, four loads at a time.
+BEFORE = Fused(32, 8, 4.0, turn=400, locate=0, recall=800, activate=1500, add=340)
+CODE = Fused(32, 8, 4.0, turn=400, locate=800, recall=40, activate=700, add=100)
 
 
 def makespan(tiles: Iterable[float], programs: int, multiprocessors: int, snake: bool = False) -> float:
@@ -104,9 +110,8 @@ def convolution_tile(tile: Tile, columns: int, depth: int, turns: int, boxed: bo
     m, n = (columns, tile.rows) if boxed else (tile.rows, columns)  # products are turned on boxes
     read = turns * -(-m // 64) * (64 + n) * depth * itemsize
     product = turns * 2 * max(64, m) * n * depth / chip.flops
-    return max(
-        issue, product, (loaded + read) / SHARED_BYTES, loaded / (chip.l2 / chip.multiprocessors / chip.clock)
-    )
+    of_l2 = loaded / (chip.l2 / chip.multiprocessors / chip.clock)
+    return max(issue, product, (loaded + read) / SHARED_BYTES, of_l2) / OVERLAP
 
 
 def convolution(
@@ -169,12 +174,12 @@ def fused_tile(p: FusedProblem, layout: FusedLayout, width: int, chip: Chip, cod
             total += p.C_out * 9 * w * p.itemsize / 128
             turns = -(-9 // layout.taps1) * -(-p.C * p.itemsize // layout.bytes1)
             turns += -(-9 // layout.taps2) * -(-w * p.itemsize // layout.bytes2)
-            total += turns * code.turn + 2 * code.locate
+            total += turns * code.turn + 2 * code.recall
         last = min(p.H, (h1 - 1) * p.stride + 2)
         done = 0 if y == 0 else min(p.H, (min(rows_out, y + 1) - 1) * p.stride + 2)
         pieces = layout.instances * (last - done) * p.W * p.C * p.itemsize // 16
         total += -(-pieces // 1024) * code.activate
-        total += f2 * 2 * (100 + pairs * code.add)
+        total += f2 * 2 * (100 + pairs * code.add) + 2 * code.locate
         y = y1
     return total
 

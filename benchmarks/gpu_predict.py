@@ -9,7 +9,9 @@ is not always the faster one.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from den.nn.backbones import BACKBONES, block_shapes
@@ -19,7 +21,8 @@ from den_kernels._cuda_layout import FusedProblem, fused_layout
 from .gpu_model import CHIPS, CODE, Chip, Fused, fused, problem_of, two_launches
 from .tables import table as markdown
 
-DENSE = 0.55  # of the matrix rate
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "gpu.md", ROOT / "benchmarks" / "GPU_SESSION.md"
 MIXES = {"full": (0, 0, 0, 1), "uniform": (0.25, 0.25, 0.25, 0.25), "quarter": (0, 1, 0, 0)}  # of levels 0, 1, 2, 3
 
 
@@ -51,9 +54,9 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    block: ResidualShape, mix: str, chip: Chip, B: int = 256, dense: float = DENSE, code: Fused = CODE
+    block: ResidualShape, mix: str, chip: Chip, B: int = 256, code: Fused = CODE
 ) -> Prediction:
-    """The times of a block; dense: the share of the matrix rate that cuDNN reaches."""
+    """The times of a block of 1 + 3 levels, for B images in a mix of them."""
     p, counts = problem_of(block, B, chip), [round(B * share) for share in MIXES[mix]]
     rate = chip.flops * chip.multiprocessors * chip.clock
     work = [B * block.flops(p.widths[-1]), sum(n * block.flops(w) for n, w in zip(counts[1:], p.widths, strict=True))]
@@ -65,14 +68,14 @@ def predict(
     one = float("inf") if layout is None else fused(p, layout, counts, chip, code)
     ours = one if layout is not None and layout.is_worth(p) else two
     return Prediction(
-        work[1] / rate, maps, max(work[0] / rate / dense, dense_maps), two, one, ours, work[0] / work[1]
+        work[1] / rate, maps, max(work[0] / rate / chip.dense, dense_maps), two, one, ours, work[0] / work[1]
     )
 
 
-def sums(network: str, mix: str, chip: Chip, dense: float = DENSE) -> Prediction:
+def sums(network: str, mix: str, chip: Chip) -> Prediction:
     """The blocks of a network together."""
     backbone = BACKBONES[network]
-    made = [predict(block, mix, chip, dense=dense) for block in block_shapes(backbone.stages, backbone.stem, 32)]
+    made = [predict(block, mix, chip) for block in block_shapes(backbone.stages, backbone.stem, 32)]
     ratio = sum(one.matrix * one.flops_ratio for one in made) / sum(one.matrix for one in made)
     return Prediction(*(sum(one[i] for one in made) for i in range(6)), ratio)  # type: ignore[arg-type]
 
@@ -83,17 +86,27 @@ def cells(one: Prediction) -> list[str]:
     return [*times, f"{one.realised:.2f}"]
 
 
-def table(network: str, chip: Chip, dense: float = DENSE) -> str:
+def table(network: str, chip: Chip) -> str:
     """A line for each kind of block and mix, and the sums of the network."""
     backbone, lines = BACKBONES[network], []
     blocks = block_shapes(backbone.stages, backbone.stem, 32)
     for mix in MIXES:
         for block in dict.fromkeys(blocks):
             name = f"{block.in_channels}-{block.channels}x{block.size}x{block.size}/{block.stride}"
-            lines.append([name, mix, *cells(predict(block, mix, chip, dense=dense))])
-        lines.append([f"all {len(blocks)}", mix, *cells(sums(network, mix, chip, dense))])
+            lines.append([name, mix, *cells(predict(block, mix, chip))])
+        lines.append([f"all {len(blocks)}", mix, *cells(sums(network, mix, chip))])
     head = ["block", "mix", "matrix", "bytes", "dense", "two", "fused", "ours", "realised"]
     return markdown(head, lines)
+
+
+def filled(page: Path) -> str:
+    """The text of a page with today's predictions between its marks `<!-- predicted CHIP, NETWORK -->`."""
+
+    def fill(found: re.Match) -> str:
+        return f"{found[1]}\n{table(found[3], CHIPS[found[2]])}\n{found[4]}"
+
+    marks = r"(<!-- predicted ([\w ]+), (\w+) -->)\n(?:.*?\n)??(<!-- end -->)"
+    return re.sub(marks, fill, page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def main() -> None:
@@ -103,8 +116,13 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, help="measured matrix rate in bfloat16, in place of the chip's")
     parser.add_argument("--tbps", type=float, help="measured copy bandwidth, read plus written")
     parser.add_argument("--l2-tbps", type=float, help="bandwidth of L2")
-    parser.add_argument("--dense", type=float, default=DENSE, help="share of the matrix rate that cuDNN reaches")
+    parser.add_argument("--dense", type=float, help="share of the matrix rate that cuDNN reaches")
+    parser.add_argument("--write", action="store_true", help="write the pages that show predictions, nothing else")
     options = parser.parse_args()
+    if options.write:
+        for page in PAGES:
+            page.write_text(filled(page), encoding="utf-8")
+        return
     chip = CHIPS[options.chip]
     if options.tflops:
         chip = chip._replace(flops=options.tflops * 1e12 / chip.multiprocessors / chip.clock)
@@ -112,9 +130,11 @@ def main() -> None:
         chip = chip._replace(bandwidth=options.tbps * 1e12)
     if options.l2_tbps:
         chip = chip._replace(l2=options.l2_tbps * 1e12)
+    if options.dense:
+        chip = chip._replace(dense=options.dense)
     for network in ("wrn32_4", "resnet42"):
         print(f"{network} on {chip.name}, predicted, B = 256, bfloat16, microseconds")
-        print(table(network, chip, options.dense), end="\n\n")
+        print(table(network, chip), end="\n\n")
 
 
 if __name__ == "__main__":

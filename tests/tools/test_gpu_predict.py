@@ -61,12 +61,11 @@ def test_fewer_levels_never_cost_more_and_small_maps_are_bound_by_their_weights(
     assert full.ours == full.two
 
 
-@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(("channels", "size"), [(64, 32), (128, 16), (256, 8), (512, 4)])
-def test_the_way_that_is_taken_is_never_far_from_the_better_one(channels, size, chip):
-    """Over a uniform mix: the rule is one number for every chip."""
-    one = gpu_predict.predict(ResidualShape(channels, channels, channels, size, 1), "uniform", CHIPS[chip])
-    assert one.ours <= 1.5 * min(one.two, one.fused)
+def test_the_way_that_is_taken_is_the_better_one(channels, size):
+    """Over a uniform mix on an H200: what the rule of pixels was made from."""
+    one = gpu_predict.predict(ResidualShape(channels, channels, channels, size, 1), "uniform", H200)
+    assert one.ours == min(one.two, one.fused)
 
 
 def test_the_table_has_a_line_for_each_block_and_mix(capsys, monkeypatch):
