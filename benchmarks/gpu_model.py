@@ -6,8 +6,8 @@ multiprocessor and overlap, so a tile costs little more than its scarcest resour
 multiprocessor has to do: the makespan of the tiles in their order, not their mean.
 
 The counts (issue slots of a turn, of what is behind the sums, products of a step) are those of the machine code;
-tests/kernels/test_machine_code.py and test_cuda_code.py compare them with it. Rates are of data sheets or seen publicly;
-nothing here was measured by us but what `Chip` says.
+tests/kernels/test_machine_code.py and test_cuda_code.py compare them. Rates are of data sheets or publicly seen,
+and nothing here was measured with these kernels.
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ class Fused(NamedTuple):
 # store. Then rows kept in shared memory, bn1 in registers, four loads at a time.
 BEFORE = Fused(32, 8, 4.0, turn=400, locate=0, recall=800, activate=1500, add=340)
 CODE = Fused(32, 8, 4.0, turn=400, locate=800, recall=40, activate=700, add=100)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def makespan(tiles: Iterable[float], programs: int, multiprocessors: int, snake: bool = False) -> float:
@@ -162,14 +167,16 @@ def fused_tile(p: FusedProblem, layout: FusedLayout, width: int, chip: Chip, cod
         y1 = min(rows_out, y + layout.rows)
         h0, h1 = max(0, y - 1), min(rows_out, y1 + 1)
         hidden, out = (layout.instances * rows * columns_out for rows in (h1 - h0, y1 - y))
-        f1 = -(-(-(-hidden // 16)) // (8 // layout.hidden_columns))
-        f2 = -(-(-(-out // 16)) // (8 // layout.columns))
+        f1 = ceil_div(ceil_div(hidden, 16), 8 // layout.hidden_columns)
+        f2 = ceil_div(ceil_div(out, 16), 8 // layout.columns)
         pairs = -(-(p.C_out // 16) // layout.columns)
         for m in range(0, width, slice_):
             w = min(slice_, width - m)
             working = -(-w // 16) * (8 // layout.hidden_columns)  # warps that work in conv1
             steps1, steps2 = p.C * p.itemsize // 32 * 9, -(-w * p.itemsize // 32) * 9
-            total += steps1 * max((f1 + 1) * ldsm * working, f1 * 2 * mma * working / 4) + w * 9 * p.C * p.itemsize / 128
+            total += (
+                steps1 * max((f1 + 1) * ldsm * working, f1 * 2 * mma * working / 4) + w * 9 * p.C * p.itemsize / 128
+            )
             total += steps2 * max((f2 + pairs) * ldsm * 8, f2 * pairs * 2 * mma * 2)
             total += p.C_out * 9 * w * p.itemsize / 128
             turns = -(-9 // layout.taps1) * -(-p.C * p.itemsize // layout.bytes1)

@@ -1,9 +1,9 @@
 """Predicted times on GPUs, none of them measured: ``python -m benchmarks.gpu_predict --chip H200``.
 
-For every residual block of WRN-32-4 and ResNet-42, 256 images in bfloat16: floors (FLOPs over the matrix rate, bytes over
-the bandwidth); the dense block at a share of the matrix rate (cuDNN is seen at 45 to 65 %); two launches and the fused
-kernel by the cycle model of `benchmarks/gpu_model.py`; and the realised fraction of the way that the library takes, which
-is not always the faster one.
+For every residual block of WRN-32-4 and ResNet-42, 256 images in bfloat16: floors (FLOPs over the matrix rate, bytes
+over the bandwidth); the dense block at a share of the matrix rate (cuDNN is seen at 45 to 65 % on a Hopper GPU); two
+launches and the fused kernel by the cycle model of `benchmarks/gpu_model.py`; and the realised fraction of the way that
+the library takes, which is not always the faster one.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ class Prediction(NamedTuple):
         return self.dense / self.ours / self.flops_ratio
 
 
-def predict(
-    block: ResidualShape, mix: str, chip: Chip, B: int = 256, code: Fused = CODE
-) -> Prediction:
+def predict(block: ResidualShape, mix: str, chip: Chip, B: int = 256, code: Fused = CODE) -> Prediction:
     """The times of a block of 1 + 3 levels, for B images in a mix of them."""
     p, counts = problem_of(block, B, chip), [round(B * share) for share in MIXES[mix]]
     rate = chip.flops * chip.multiprocessors * chip.clock

@@ -86,7 +86,11 @@ def compile_launch(launch: Launch, arch: int) -> Code:
             kind = POINTERS[value.base.dtype].removeprefix("*")
             signature[parameter.name] = f"tensordesc<{kind}{list(value.block_shape)}>"
             continue
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"

@@ -130,7 +130,7 @@ class DagNetwork(nn.Module):
         return None if gates.plan is None else gates.plan[len(self.edges) + index]
 
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
-        """`trunk` on folded weights, x [B, C, H, W]: the whole graph in one call, where edges have one channel group."""
+        """`trunk` on folded weights, x [B, C, H, W]: in one call where edges have one channel group."""
         if self.config.groups == 1 and x.dtype == gates.edges.dtype and gates.plan is not None:
             return dynamic_graph(x, self._weights(), gates.plan, gates.read_in, gates.edges, gates.read_out)
         return self.run_edges(x, gates)

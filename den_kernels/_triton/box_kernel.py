@@ -1,6 +1,6 @@
-"""The convolution kernel of Hopper and later for stride 1 and levels: tiles are boxes that the chip's copy engine loads.
+"""The convolution kernel of Hopper and later for stride 1 and levels: the chip's copy engine loads tiles as boxes.
 
-    out[b, i, j, n] = sum over taps (r, s) and channels k of  source[b, i + row(r), j + column(s), k] * weight[n, r, s, k]
+    out[b, i, j, n] = sum over taps (r, s), channels k of  source[b, i + row(r), j + column(s), k] * weight[n, r, s, k]
 
 A tile is ROWS whole rows of one instance. For a tap, its operand is a box [1, ROWS, OW, BK] of the source, shifted by
 the tap: a tensor descriptor gives zeros for what lies outside the map, so there is no mask and no address to compute,
@@ -14,7 +14,8 @@ Segments, their tiles and the step behind the sums are those of conv_kernel.py.
 import triton
 import triton.language as tl
 
-from .conv_kernel import _pick, _store, count_tiles, find_tile
+from .conv_kernel import count_tiles, find_tile, pick
+from .store_kernel import store
 
 
 @triton.jit
@@ -72,9 +73,9 @@ def box_kernel(
         segment, start, _, m_tile, _, n_tile = find_tile(tile, offsets, OH * OW, COLUMNS, 1, BM)
         instance = tl.load(order + start + m_tile // (OH // ROWS))
         top = m_tile % (OH // ROWS) * ROWS
-        n_width = _pick(N_WIDTHS, segment)
-        k_width = _pick(K_WIDTHS, segment)
-        rung = _pick(RUNG, segment)
+        n_width = pick(N_WIDTHS, segment)
+        k_width = pick(K_WIDTHS, segment)
+        rung = pick(RUNG, segment)
         for r in tl.static_range(len(BNS)):
             if rung == r:
                 BN: tl.constexpr = BNS[r]
@@ -98,7 +99,7 @@ def box_kernel(
                 idle = 0
                 if NEXT or POOL > 0:
                     idle = (k_width == 0).to(tl.int32)
-                _store(
+                store(
                     acc.T, out, bias, scale_out, following, scale_next, shift_next, levels_next,
                     shortcut, MAP_H, MAP_W, map_b, map_h, map_w, i, j, gate, gate_b,
                     at, place, i < OH, idle, n, n < n_width, BIAS, SCALE, ADD, RELU, NEXT, POOL, MAP_C, GATE,

@@ -28,9 +28,10 @@ class Problem(NamedTuple):
 def tile_by_rule(n: int, k: int, out_size: tuple[int, int]) -> Tile | None:
     """The tile where n channels are written, of up to k; None where no whole rows of a map make one.
 
-    >>> tile_by_rule(64, 64, (32, 32)), tile_by_rule(256, 256, (8, 8)), tile_by_rule(64, 64, (7, 7))
-    (Tile(rows=128, columns=64, depth=64, warps=4, stages=3, programs=3), Tile(rows=64, columns=128, depth=64, warps=4, \
-stages=3, programs=3), None)
+    >>> tile_by_rule(64, 64, (32, 32))
+    Tile(rows=128, columns=64, depth=64, warps=4, stages=3, programs=3)
+    >>> tile_by_rule(64, 64, (7, 7)) is None
+    True
     """
     rows = next((rows for rows in (128, 64) if holds_rows(rows, out_size)), 0)
     columns = 128 if n >= 128 else 64
@@ -83,15 +84,15 @@ def arguments_of(
 
     tile, shape = chosen
     B, KC, H, W = source.shape
-    O, I, R, S = weight.shape  # noqa: E741
+    outs, ins, R, S = weight.shape
     strides = [s if size > 1 else KC * W * H for s, size in zip(source.stride(), source.shape, strict=True)]
     strides = [strides[0], strides[2], strides[3], 1]
     made: dict[str, Any] = {f"{name}_{r}": None for name in ("boxes", "weights") for r in range(3)}
     for r, (bn, bk) in enumerate(zip(shape.bns, shape.bks, strict=True)):
         made[f"boxes_{r}"] = TensorDescriptor(source, [B, H, W, KC], strides, [1, tile.rows // columns, columns, bk])
         block = [bk, bn] if transposed else [bn, bk]
-        made[f"weights_{r}"] = TensorDescriptor(weight, [O, R * S * I], [R * S * I, 1], block)
+        made[f"weights_{r}"] = TensorDescriptor(weight, [outs, R * S * ins], [R * S * ins, 1], block)
     return made | dict(
-        IN=I, N_WIDTHS=shape.n_widths, K_WIDTHS=shape.k_widths, COLUMNS=shape.columns, RUNG=shape.rung,
+        IN=ins, N_WIDTHS=shape.n_widths, K_WIDTHS=shape.k_widths, COLUMNS=shape.columns, RUNG=shape.rung,
         BNS=shape.bns, BKS=shape.bks, BM=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

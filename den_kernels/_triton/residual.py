@@ -1,8 +1,8 @@
 """Residual blocks on a GPU as launches of the convolution kernel, one for each convolution.
 
-The first convolution reads the activated stream, relu(bn1(x)) where the block has these; each writes the selected hidden
-channels through the next norm and ReLU; the last reads those and adds to the stream, with a ReLU behind where the block
-has one. None touches an instance at level 0, and no hidden channel is cleared.
+The first convolution reads the activated stream, relu(bn1(x)) where the block has these; each writes the selected
+hidden channels through the next norm and ReLU; the last reads those and adds to the stream, with a ReLU behind where
+the block has one. None touches an instance at level 0, and no hidden channel is cleared.
 
 The activated stream comes from the block before, whose last convolution writes what the next block reads as well, or
 from a pass over the instances above level 0. It is never made between a load and a product (conv_kernel.py says why).

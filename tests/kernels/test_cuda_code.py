@@ -98,8 +98,9 @@ def test_nothing_is_spilled(reports, source, kernel, arch):
 @needs_nvcc
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch == "90"])
 def test_the_fused_kernel_takes_the_counts_of_the_predictions(reports, code_folder, arch):
-    """benchmarks/gpu_model.py, in bfloat16: products and loads of a step, four pieces activated without bn1 or division,
-    the result loaded four words at a time."""
+    """In bfloat16 (benchmarks/gpu_model.py): products and loads of a step, four pieces activated without a load of bn1
+    or a division, the result loaded four words at a time.
+    """
     command = [cuobjdump(), "-sass", "-arch", f"sm_{arch}", str(code_folder / "dynamic_residual.o")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernel = next(part for part in text.split("Function : ") if "Bf16" in part.split("\n", 1)[0])
