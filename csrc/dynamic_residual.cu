@@ -66,17 +66,47 @@ __device__ void add_to_output(const FusedResidual& p, const Tile& tile, int y0,
       if (t >= tile.count) continue;
       const int64_t pixel = (static_cast<int64_t>(p.order[tile.first + t]) * p.Ho + band.y0) * p.Wo + q % of_map;
       unsigned char* row = static_cast<unsigned char*>(p.out) + pixel * p.C_out * E::bytes;
+      // Loads before the stores, which could be to the same place; as many at a time as registers are left for.
+      constexpr int kHeld = 8 / E::bytes;
 #pragma unroll
-      for (int n = 0; n < 2 * kOutputPairs; ++n) {
-        const int c = (column + n / 2 * columns) * 16 + n % 2 * 8 + lane % 4 * 2;
-        if (c >= p.C_out) continue;
-        Float2 v = unpack(E{}, load_global<typename E::Pair>(row + c * E::bytes));
-        v = {v.lo + sums[i][n][2 * half], v.hi + sums[i][n][2 * half + 1]};
-        if (p.bias2) v = {v.lo + p.bias2[c], v.hi + p.bias2[c + 1]};
-        if (p.relu) v = {relu(v.lo), relu(v.hi)};
-        store_global(row + c * E::bytes, pack(E{}, v));
+      for (int first = 0; first < 2 * kOutputPairs; first += kHeld) {
+        typename E::Pair held[kHeld];
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k) {
+          const int n = first + k, c = (column + n / 2 * columns) * 16 + n % 2 * 8 + lane % 4 * 2;
+          if (c < p.C_out) held[k] = load_global<typename E::Pair>(row + c * E::bytes);
+        }
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k) {
+          const int n = first + k, c = (column + n / 2 * columns) * 16 + n % 2 * 8 + lane % 4 * 2;
+          if (c >= p.C_out) continue;
+          Float2 v = unpack(E{}, held[k]);
+          v = {v.lo + sums[i][n][2 * half], v.hi + sums[i][n][2 * half + 1]};
+          if (p.bias2) v = {v.lo + p.bias2[c], v.hi + p.bias2[c + 1]};
+          if (p.relu) v = {relu(v.lo), relu(v.hi)};
+          store_global(row + c * E::bytes, pack(E{}, v));
+        }
       }
     }
+}
+
+// Where the pixels of this warp's fragments lie, for all slices of a band: of the activations, then of the slice.
+template <class E>
+DEN_KERNELS_DEVICE void place_pixels(const Arguments& arguments, const Tile& tile, int y0) {
+  const FusedResidual& p = arguments.block;
+  const FusedShared& s = arguments.shared;
+  const FusedLayout& l = p.layout;
+  const Band band = band_at(p, y0);
+  const int warp = warp_id();
+  const Source act = {shared_address() + s.act, s.act_row, p.H, p.W, band.r0, s.in_rows * p.W, p.stride};
+  Pixels<kHiddenFragments> made;
+  locate(act, band.h0, band.h1 - band.h0, p.Wo, tile.count, warp / l.hidden_columns, kFusedWarps / l.hidden_columns,
+         made);
+  keep(made, shared_address() + s.pixels);
+  const Source hidden = {shared_address() + s.hidden, s.hidden_row, p.Ho, p.Wo, band.h0, (band.h1 - band.h0) * p.Wo, 1};
+  Pixels<kOutputFragments> used;
+  locate(hidden, band.y0, band.y1 - band.y0, p.Wo, tile.count, warp / l.columns, kFusedWarps / l.columns, used);
+  keep(used, shared_address() + s.pixels + 4 * kHiddenFragments * kThreads);
 }
 
 // One slice of hidden channels: made from the activations, written to shared memory.
@@ -93,7 +123,7 @@ DEN_KERNELS_DEVICE void make_hidden(const Arguments& arguments, const Tile& tile
   const bool works = m0 + column * 16 < tile.width;
   const int mine = works ? most(0, ((count + 15) / 16 - fragment + fragments - 1) / fragments) : 0;
   Pixels<kHiddenFragments> pixels;
-  locate(act, band.h0, rows, p.Wo, tile.count, fragment, fragments, pixels);
+  recall(shared_address() + s.pixels, pixels);
   float sums[kHiddenFragments][2][4] = {};
   const int whole = p.C * E::bytes, lane_row = column * 16 + lane % 8 + lane / 16 * 8;
   for (int tap = 0; tap < 9; tap += l.taps1)
@@ -126,7 +156,7 @@ DEN_KERNELS_DEVICE void use_hidden(const Arguments& arguments, const Tile& tile,
   const int mine = most(0, ((count + 15) / 16 - fragment + fragments - 1) / fragments);
   const int pairs = most(0, (p.C_out / 16 - column + l.columns - 1) / l.columns);
   Pixels<kOutputFragments> pixels;
-  locate(hidden, band.y0, rows, p.Wo, tile.count, fragment, fragments, pixels);
+  recall(shared_address() + s.pixels + 4 * kHiddenFragments * kThreads, pixels);
   const int whole = least(s.slice, tile.width - m0) * E::bytes, row = s.row2;
   const int lane_row = column * 16 + lane % 8 + lane / 16 * 8;
   for (int tap = 0; tap < 9; tap += l.taps2)
@@ -158,6 +188,7 @@ DEN_KERNELS_DEVICE void run_band(const Arguments& arguments, const Tile& tile, i
   Ring<E> ring = {arguments, tile.width, 0, {0, 0, 0, false}};
   ring.start();
   load_band<E>(arguments, tile, y0);
+  place_pixels<E>(arguments, tile, y0);
   float sums[kOutputFragments][2 * kOutputPairs][4] = {};
   for (int m0 = 0; m0 < tile.width; m0 += arguments.shared.slice) {
     make_hidden(arguments, tile, y0, m0, ring);

@@ -19,6 +19,7 @@ struct FusedShared {
   int zero;                     // a row of zeros, for pixels outside the map
   int act, act_row;             // relu(bn1(x)): [instances, in_rows, W] rows of C
   int hidden, hidden_row;       // [instances, hidden_rows, Wo] rows of a slice
+  int pixels;                   // where the pixels of a warp's fragments lie: for each thread a word of each
   int ring, stage, row1, row2;  // weights: stages of rows of taps x bytes
   int in_rows, slice, total;
 };
@@ -37,7 +38,8 @@ inline FusedShared fused_shared(const FusedResidual& p, int element) {
   s.zero = 0;
   s.act = std::max(s.act_row, s.hidden_row);
   s.hidden = s.act + l.instances * s.in_rows * p.W * s.act_row;
-  s.ring = s.hidden + l.instances * hidden_rows * p.Wo * s.hidden_row;
+  s.pixels = s.hidden + l.instances * hidden_rows * p.Wo * s.hidden_row;
+  s.ring = s.pixels + 32 * kFusedWarps * (kHiddenFragments + kOutputFragments) * 4;
   s.total = s.ring + kFusedStages * s.stage;
   return s;
 }

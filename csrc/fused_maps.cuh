@@ -93,47 +93,66 @@ DEN_KERNELS_DEVICE void keep_rows(const Arguments& arguments, uint32_t act, cons
   }
 }
 
-// 16 bytes of x through bn1 and ReLU.
+// bn1 of the channels of 16 bytes, as factors and offsets; of none where the block has no bn1.
 template <class E>
-DEN_KERNELS_DEVICE Words<4> activate(const FusedResidual& p, Words<4> words, int c) {
-  constexpr int pairs = 8 / E::bytes, per_pair = 4 / pairs;
-#pragma unroll
-  for (int i = 0; i < pairs; ++i) {
-    typename E::Pair pair;
-    for (int w = 0; w < per_pair; ++w) pair.w[w] = words.w[i * per_pair + w];
-    Float2 v = unpack(E{}, pair);
-    if (p.scale1) {
-      v.lo = relu(fmaf(v.lo, p.scale1[c + 2 * i], p.shift1[c + 2 * i]));
-      v.hi = relu(fmaf(v.hi, p.scale1[c + 2 * i + 1], p.shift1[c + 2 * i + 1]));
-    }
-    pair = operand(E{}, v);
-    for (int w = 0; w < per_pair; ++w) words.w[i * per_pair + w] = pair.w[w];
-  }
-  return words;
-}
+struct Affine {
+  static constexpr int channels = 16 / E::bytes;
+  float scale[channels], shift[channels];
 
-// Input rows [from, band.r1) of the tile's instances, activated, to shared memory.
-template <class E>
+  DEN_KERNELS_DEVICE void load(const FusedResidual& p, int c) {
+#pragma unroll
+    for (int i = 0; i < channels; ++i) {
+      scale[i] = p.scale1 ? p.scale1[c + i] : 1.f;
+      shift[i] = p.scale1 ? p.shift1[c + i] : 0.f;
+    }
+  }
+  // 16 bytes of x through bn1 and ReLU.
+  DEN_KERNELS_DEVICE Words<4> activate(Words<4> words, bool active) const {
+    constexpr int pairs = channels / 2, per_pair = 4 / pairs;
+#pragma unroll
+    for (int i = 0; i < pairs; ++i) {
+      typename E::Pair pair;
+      for (int w = 0; w < per_pair; ++w) pair.w[w] = words.w[i * per_pair + w];
+      Float2 v = unpack(E{}, pair);
+      if (active)
+        v = {relu(fmaf(v.lo, scale[2 * i], shift[2 * i])), relu(fmaf(v.hi, scale[2 * i + 1], shift[2 * i + 1]))};
+      pair = operand(E{}, v);
+      for (int w = 0; w < per_pair; ++w) words.w[i * per_pair + w] = pair.w[w];
+    }
+    return words;
+  }
+};
+
+// Input rows [from, band.r1) of the tile's instances, activated, to shared memory. `fixed`: a thread has the same 16
+// bytes of every pixel, so that it needs one part of bn1 and no division.
+template <class E, bool fixed>
 DEN_KERNELS_DEVICE void load_rows(const Arguments& arguments, uint32_t act, const Tile& tile, const Band& band,
                                   int from) {
   constexpr int kFlight = 4;  // loads that a thread has on their way
   const FusedResidual& p = arguments.block;
   const FusedShared& s = arguments.shared;
   const int chunks = here(p.C * E::bytes / 16), count = (band.r1 - from) * p.W * chunks;
+  const int own_chunk = thread_id() % chunks, own_pixel = thread_id() / chunks, next = kThreads / chunks;
+  const bool active = p.scale1 != nullptr;
+  Affine<E> affine;
+  if (fixed) affine.load(p, own_chunk * Affine<E>::channels);
   for (int t = 0; t < tile.count; ++t) {
     const int64_t pixel = (static_cast<int64_t>(p.order[tile.first + t]) * p.H + from) * p.W;
     const unsigned char* x = bytes_of(p.x) + pixel * p.C * E::bytes;
     const uint32_t to = act + (t * s.in_rows + from - band.r0) * p.W * s.act_row;
-    for (int first = thread_id(); first < count; first += kFlight * kThreads) {
+    for (int first = thread_id(), round = 0; first < count; first += kFlight * kThreads, round += kFlight) {
       Words<4> words[kFlight];
 #pragma unroll
       for (int j = 0; j < kFlight; ++j)
         if (first + j * kThreads < count) words[j] = load_global<Words<4>>(x + (first + j * kThreads) * 16);
 #pragma unroll
       for (int j = 0; j < kFlight; ++j) {
-        const int i = first + j * kThreads, chunk = i % chunks;
-        if (i < count)
-          store_shared(to + i / chunks * s.act_row + chunk * 16, activate<E>(p, words[j], chunk * 16 / E::bytes));
+        const int i = first + j * kThreads;
+        if (i >= count) continue;
+        const int place = fixed ? own_pixel + (round + j) * next : i / chunks;
+        const int chunk = fixed ? own_chunk : i - place * chunks;
+        if (!fixed) affine.load(p, chunk * Affine<E>::channels);
+        store_shared(to + place * s.act_row + chunk * 16, affine.activate(words[j], active));
       }
     }
   }
@@ -146,7 +165,11 @@ DEN_KERNELS_DEVICE void load_band(const Arguments& arguments, const Tile& tile, 
   const uint32_t act = shared_address() + arguments.shared.act;
   const Band band = band_at(p, y0);
   if (y0 > 0) keep_rows(arguments, act, band);
-  load_rows<E>(arguments, act, tile, band, y0 > 0 ? band_at(p, y0 - p.layout.rows).r1 : 0);
+  const int from = y0 > 0 ? band_at(p, y0 - p.layout.rows).r1 : 0;
+  if (kThreads % (p.C * E::bytes / 16) == 0)
+    load_rows<E, true>(arguments, act, tile, band, from);
+  else
+    load_rows<E, false>(arguments, act, tile, band, from);
   if (!p.holds_shortcut) write_shortcut<E>(p, tile, band.y0, band.y1, false);
 }
 

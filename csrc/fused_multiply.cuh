@@ -40,6 +40,18 @@ DEN_KERNELS_DEVICE void locate(const Source& source, int y0, int rows, int colum
   }
 }
 
+// The words of this thread, kept in shared memory while registers hold something else: 4 kThreads bytes apart.
+template <int F>
+DEN_KERNELS_DEVICE void keep(const Pixels<F>& pixels, uint32_t at) {
+#pragma unroll
+  for (int i = 0; i < F; ++i) store_shared(at + 4 * (i * kThreads + thread_id()), Words<1>{{pixels.packed[i]}});
+}
+template <int F>
+DEN_KERNELS_DEVICE void recall(uint32_t at, Pixels<F>& pixels) {
+#pragma unroll
+  for (int i = 0; i < F; ++i) pixels.packed[i] = load_shared<Words<1>>(at + 4 * (i * kThreads + thread_id())).w[0];
+}
+
 // The operands of a warp in one step.
 struct Operands {
   uint32_t zero, weights;  // addresses of this lane's rows

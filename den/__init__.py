@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         parameter_fractions,
     )
     from den.nn.estimator import Estimator
+    from den.nn.graphed import GraphedNetwork
     from den.nn.levels import level_fractions, level_groups, level_widths
     from den.nn.model import DeepElasticNetwork, create_model
     from den.nn.model_config import ModelConfig
@@ -29,6 +30,7 @@ _HOMES = {
         "ImageFlops", "ParameterCounts", "count_flops", "count_parameters", "image_flops", "parameter_fractions",
     ),
     "den.nn.estimator": ("Estimator",),
+    "den.nn.graphed": ("GraphedNetwork",),
     "den.nn.levels": ("level_fractions", "level_groups", "level_widths"),
     "den.nn.model": ("DeepElasticNetwork", "create_model"),
     "den.nn.model_config": ("ModelConfig",),
@@ -44,6 +46,7 @@ __all__ = [
     "Backbone",
     "DeepElasticNetwork",
     "Estimator",
+    "GraphedNetwork",
     "ImageFlops",
     "ModelConfig",
     "ParameterCounts",

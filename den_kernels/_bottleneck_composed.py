@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._block_op import own_shortcut
+from ._block_op import empty_result, own_shortcut
 from .bottleneck_weights import BottleneckWeights
 from .dynamic_conv import compute
 from .plan import Route, RoutingPlan
@@ -20,10 +20,17 @@ def run(
     shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
-    """shortcut + branch(x). On a CPU only the instances above level 0 are read and added to."""
+    """shortcut + branch(x). Only the instances above level 0 are read and added to, on a CPU and in Triton."""
+    if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
+        from ._triton.residual import add_branch
+
+        given = inplace or shortcut is not None
+        out = x if inplace else own_shortcut(x, weights, shortcut) if given else empty_result(x, weights)
+        add_branch(x, out, route, weights, holds_shortcut=given)
+        return out
     out = x if inplace else own_shortcut(x, weights, shortcut)
     if not x.is_cpu:
-        return out.add_(_branch(_activated(x, route, weights), route, weights))
+        return out.add_(_branch(_activated(x, weights), route, weights))
     rows, users = _users(route)
     if len(rows):
         relu = weights.scale1 is not None
@@ -45,14 +52,10 @@ def _branch(
     return x
 
 
-def _activated(x: Tensor, route: Route, weights: BottleneckWeights) -> Tensor:
-    """relu(bn1(x)) [B, C, H, W], of instances at level 0 anything; x itself where there is no bn1."""
+def _activated(x: Tensor, weights: BottleneckWeights) -> Tensor:
+    """relu(bn1(x)) [B, C, H, W]; x itself where there is no bn1."""
     if weights.scale1 is None or weights.shift1 is None:
         return x
-    if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
-        from ._triton.norm import activate
-
-        return activate(x, route.levels, weights.scale1, weights.shift1)
     return (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu_().to(x.dtype)
 
 

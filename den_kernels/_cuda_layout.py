@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 WARPS, STAGES, PAD = 8, 3, 16
 WARP_PIXELS, WARP_CHANNELS = 64, 64  # a warp's share is at most this
-LEAST_PIXELS = 48  # fewest pixels that share a read of the weights: with fewer, L2 is too slow for the tensor cores
+LEAST_PIXELS = 128  # fewest pixels that share a read of the weights: with fewer, two launches are predicted faster
+PLACES = 8 * 32 * WARPS * 4  # bytes: each thread has a word for each fragment of pixels, hidden ones and the result's
 STAGE_BYTES = 24 << 10  # largest step of weights: a larger one only delays the first product
 
 
@@ -43,12 +44,12 @@ class FusedLayout(NamedTuple):
     blocks: int
 
     def maps_bytes(self, p: FusedArguments) -> int:
-        """Shared memory of the row of zeros, the activations and a slice of the hidden map."""
+        """Shared memory of the row of zeros, the activations, a slice of the hidden map and the places of pixels."""
         hidden_rows = min(-(-p.H // p.stride), self.rows + 2)
         in_rows = min(p.H, (hidden_rows - 1) * p.stride + 3)
         row, hidden_row = p.C * p.itemsize + PAD, 16 * self.hidden_columns * p.itemsize + PAD
         pixels = in_rows * p.W * row + hidden_rows * -(-p.W // p.stride) * hidden_row
-        return max(row, hidden_row) + self.instances * pixels
+        return max(row, hidden_row) + self.instances * pixels + PLACES
 
     def shared(self, p: FusedArguments) -> int:
         """Shared memory in bytes."""
@@ -59,8 +60,9 @@ class FusedLayout(NamedTuple):
     def is_worth(self, p: FusedArguments) -> bool:
         """True where the kernel should win over two launches, whose tiles are pixels of many instances.
 
-        A byte of weights serves as many FLOPs as pixels share it, in float32 half as many, at half the rate: at 4 x 4
-        and one instance the 16 would need some 20 TB/s of L2 to be as fast.
+        A byte of weights serves as many FLOPs as pixels share it, in float32 half as many, at half the rate: one
+        instance of 8 x 8 asks 12 TB/s of L2. `benchmarks/gpu_model.py` predicts both ways from counts; nothing here was
+        measured.
         """
         return self.instances * self.rows * -(-p.W // p.stride) >= LEAST_PIXELS
 

@@ -24,20 +24,19 @@ def run(
     and so its shortcut is not negative.
     """
     layout = _cuda.choose_fused(x, route, weights)
-    if layout is not None and shortcut is None and not inplace:
-        out = empty_result(x, weights)
-        _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=False)
-        return out
-    out = x if inplace else own_shortcut(x, weights, shortcut)
-    if layout is not None:
-        _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=True)
-    elif x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
-        from ._triton.residual import add_branch
-
-        add_branch(x, out, route, weights)
-    else:
+    in_triton = layout is None and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
+    if layout is None and not in_triton:
+        out = x if inplace else own_shortcut(x, weights, shortcut)
         add_branch_masked(x, out, route, weights)
         return out.relu_() if weights.relu else out
+    given = inplace or shortcut is not None
+    out = x if inplace else own_shortcut(x, weights, shortcut) if given else empty_result(x, weights)
+    if layout is not None:
+        _cuda.fused_residual(x, out, route, weights, layout, holds_shortcut=given)
+    else:
+        from ._triton.residual import add_branch
+
+        add_branch(x, out, route, weights, holds_shortcut=given)
     return out.relu_() if weights.relu and shortcut is not None else out  # a given shortcut may hold negative values
 
 

@@ -7,7 +7,11 @@ An instance keeps an edge where its level is 1 in the edge's block of a `Routing
 
 On a CPU with AVX-512, in float32, one C++ call runs the whole graph (csrc/dynamic_graph.cpp): a thread takes an
 instance from the first state to the last, so that its states stay in the core's cache; nothing is gathered, scattered
-or allocated on the way.  Elsewhere each edge runs over the rows of its instances, gathered for it.
+or allocated on the way.  Elsewhere on a CPU each edge runs over the rows of its instances, gathered for it.
+
+On a GPU an edge is one launch of the Triton convolution, which multiplies by the gate and adds to the state itself, and
+leaves instances alone that do not keep the edge; one launch before reads all states in, one behind reads them out.  The
+host waits for nothing.  Where Triton does not run, whole batches go through PyTorch's operations.
 """
 
 from collections.abc import Sequence
@@ -19,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _conv_direct
+from . import _conv_direct, _triton
 from ._extension import extension
 from ._geometry import Geometry
 from ._handle import HasHandle
@@ -126,7 +130,7 @@ def dynamic_graph(
     gates: Tensor,  # [B, E]
     read_out: Tensor,  # [B, N]
 ) -> Tensor:  # [B, C, H, W], channels-last
-    """The gated sum of the graph's states for each instance: see the module.  No gradients; CPU tensors of one dtype.
+    """The gated sum of the graph's states for each instance: see the module.  No gradients; all tensors of one dtype.
 
     Equivalent to ``dynamic_graph_reference(x, graph, plan.levels, read_in, gates, read_out)``.  An edge costs nothing
     for an instance that does not keep it.
@@ -155,6 +159,12 @@ def _run(
     read_out: Tensor,  # [B, N]
 ) -> Tensor:  # [B, C, H, W] channels-last
     x = x.contiguous(memory_format=torch.channels_last)
+    if not x.is_cpu:
+        if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
+            from ._triton.graph import run_graph
+
+            return run_graph(x, graph.edges, graph.weights, graph.biases, plan, read_in, gates, read_out)
+        return _run_masked(x, graph, plan, read_in, gates, read_out)
     if not graph.runs_whole(x):
         return _run_edges(x, graph, plan, read_in, gates, read_out)
     out = torch.empty_like(x)
@@ -218,6 +228,28 @@ def _run_edges(
     return out
 
 
+def _run_masked(
+    x: Tensor,  # [B, C, H, W] channels-last
+    graph: GraphWeights,
+    plan: RoutingPlan,
+    read_in: Tensor,  # [B, N]
+    gates: Tensor,  # [B, E]
+    read_out: Tensor,  # [B, N]
+) -> Tensor:  # [B, C, H, W] channels-last
+    """The graph on any device, without waiting for it: each edge over all instances."""
+    states: list[Tensor] = []
+    out = torch.zeros_like(x)
+    for j in range(graph.states):
+        v = x * _column(read_in, j)
+        for e, (i, head) in enumerate(graph.edges):
+            if head == j:
+                y = F.conv2d(states[i], graph.weights[e], graph.biases[e], padding=_padding(graph)).relu_()
+                v += torch.where(_column(plan.levels, e) > 0, y * _column(gates, e), 0)
+        states.append(v)
+        out.addcmul_(v, _column(read_out, j))
+    return out
+
+
 def _padding(graph: GraphWeights) -> tuple[int, int]:
     R, S = graph.weights[0].shape[2:]
     return R // 2, S // 2
@@ -233,9 +265,9 @@ def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, g
     if x.ndim != 4 or x.shape[1] != C or 0 in x.shape[2:]:
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(x.shape)}")
     B = x.shape[0]
-    if not plan.levels.is_cpu or plan.levels.dtype != torch.int32:
-        got = f"{plan.levels.dtype} on {plan.levels.device}"
-        raise ValueError(f"{_OP}: plan must be of int32 levels on cpu, as x is, got {got}")
+    if plan.levels.device != x.device or plan.levels.dtype != torch.int32 or plan.masks is not None:
+        got = "masks" if plan.masks is not None else f"{plan.levels.dtype} on {plan.levels.device}"
+        raise ValueError(f"{_OP}: plan must be of int32 levels on {x.device}, as x is, got {got}")
     if tuple(plan.levels.shape) != (B, E) or plan.groups != 1:
         raise ValueError(
             f"{_OP}: plan must hold {E} blocks of one group for {B} instances,"
@@ -247,5 +279,5 @@ def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, g
             raise ValueError(f"{_OP}: {name} must be [{B}, {width}], got {list(rows.shape)}")
     for name, tensor in (("x", x), ("read_in", read_in), ("gates", gates), ("read_out", read_out),
                          ("weights", graph.weights[0]), ("biases", graph.biases[0])):  # fmt: skip
-        if tensor.dtype != x.dtype or not tensor.is_cpu:
-            raise ValueError(f"{_OP}: {name} must be {x.dtype} on a CPU, got {tensor.dtype} on {tensor.device}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(f"{_OP}: {name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")

@@ -1,13 +1,14 @@
-"""The residual blocks of a whole trunk at inference on a CPU, in one call of C++ (csrc/dynamic_trunk.cpp).
+"""The residual blocks of a whole trunk at inference, in one call.
 
 Equivalent to the blocks one after the other, each over the hidden channels that an instance selected for it
 
     for weights in blocks: x = shortcut(x) + branch(x)
     features = relu(x * scale + shift).mean((2, 3))
 
-(Ahn, Kim, Oh, ICCV 2019, section 3.1). Instances do not depend on each other at inference: a chunk of them is one
-thread's work through all blocks, with no wait between blocks, so that a thread that loses its core delays nobody. The
-result does not depend on how the batch is cut.
+(Ahn, Kim, Oh, ICCV 2019, section 3.1). On a CPU that is one call of C++ (csrc/dynamic_trunk.cpp). Instances do not
+depend on each other at inference: a chunk of them is one thread's work through all blocks, with no wait between blocks,
+so that a thread that loses its core delays nobody. The result does not depend on how the batch is cut. On a GPU a block
+writes, beside its result, what the next one reads of it (`_trunk_gpu.py`).
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _triton, _trunk_gpu
 from ._extension import extension
 from ._handle import HasHandle
 from .bottleneck_weights import BottleneckWeights
@@ -61,7 +63,19 @@ class TrunkWeights(HasHandle):
     def whole(self) -> bool:
         """True where one call runs all blocks: a direct kernel runs each of them, and none ends in a ReLU."""
         plain = all(block.direct is not None and not getattr(block, "relu", False) for block in self.blocks)
-        return plain and {block.conv1.dtype for block in self.blocks} == {self.dtype}
+        return plain and self._alike
+
+    @cached_property
+    def _alike(self) -> bool:
+        """True where all blocks have one dtype and device."""
+        kinds = {(block.conv1.dtype, block.conv1.device) for block in self.blocks}
+        return len(kinds) == 1
+
+    def runs_whole(self, x: Tensor, plan: RoutingPlan) -> bool:
+        """True where one call runs all blocks on x [B, C, H, W], for a plan on its device."""
+        if x.is_cpu:
+            return self.whole and plan.masks is None
+        return self._alike and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
     def shapes(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
         """[C_out, H_out, W_out] of each block that changes the shape of its map."""
@@ -86,17 +100,20 @@ def dynamic_trunk(
 ) -> Tensor:  # [B, C_out, H_out, W_out], or [B, C_out] with a norm behind the last block
     """Run all blocks of a trunk for inference; may write over `x`.
 
-    One call where `weights.whole` and the plan is one of levels; else block by block, with the same values.
+    One call on a CPU where `weights.whole` and the plan is one of levels, on a GPU where Triton runs; else block by
+    block, with the same values.
 
-    Raises ValueError for a plan of other blocks, instances or groups, for another device, for `x` that requires a
-    gradient, and inside torch.func; TypeError for another dtype.
+    Raises ValueError for a plan of other blocks, instances or groups, for blocks that do not follow one another, for
+    another device, for `x` that requires a gradient, and inside torch.func; TypeError for another dtype.
     """
     refuse_symbols(_OP, x)
     refuse_training(_OP, x=x)
     _check(x, plan, weights)
-    if not (weights.whole and x.is_cpu and plan.masks is None and runs_eagerly(x)):
+    if not (runs_eagerly(x) and weights.runs_whole(x, plan)):
         return _block_by_block(x, plan, weights)
-    return in_range(_NAME, _run, x, plan, weights)
+    if x.is_cpu:
+        return in_range(_NAME, _run, x, plan, weights)
+    return in_range(_NAME, _trunk_gpu.run, x, tuple(plan), weights.blocks, weights.scale, weights.shift)
 
 
 def _check(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> None:
@@ -113,6 +130,17 @@ def _check(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> None:
         raise ValueError(f"{_OP}: plan must be on {x.device} as x is, got {plan.levels.device}")
     if x.dtype != weights.dtype:
         raise TypeError(f"{_OP}: x must be {weights.dtype} as the weights are, got {x.dtype}")
+    if x.is_cpu:
+        return  # the kernel's own object and the blocks' ops check the rest
+    channels = x.shape[1]
+    for i, block in enumerate(weights.blocks):
+        out_channels, reads = _channels(block)
+        if reads != channels or len(block.groups) != plan.groups:
+            raise ValueError(
+                f"{_OP}: block {i} must read {channels} channels in {plan.groups} groups, as x or the block before"
+                f" gives and the plan has, got {reads} in {len(block.groups)}"
+            )
+        channels = out_channels
 
 
 def _run(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:  # as `dynamic_trunk`, x [B, C, H, W]

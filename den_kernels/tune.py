@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from ._triton import choice, rules, table
+from ._triton.boxes import tile_by_rule
 from ._triton.choice import Side
 from ._triton.clock import median_seconds
 from ._triton.launch import architecture
@@ -66,7 +67,8 @@ def rule(case: Case, arch: int) -> Tile:
             sides = Side(case.channels, case.groups), Side(case.channels, ())
             return choice.choose_weight_tile(*sides, case.dtype, arch, False)
         C = case.channels
-        return choice.choose_tile(C, C, case.dtype, arch)
+        boxes_tile = tile_by_rule(C, C, (case.size,) * 2) if arch >= 90 and case.dtype.itemsize == 2 else None
+        return boxes_tile or choice.choose_tile(C, C, case.dtype, arch)
 
 
 def shared_bytes(kind: str, tile: Tile, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from den.nn.backbones import BACKBONES
 from den.nn.blocks import BlockShape
@@ -23,10 +24,12 @@ from den_kernels._geometry import Geometry
 from den_kernels._triton import convolve, dynamic_conv, norm, residual, weight_gradient
 from den_kernels._triton.launch import Launch
 from den_kernels.plan import Route
+from tests.wgmma_hazards import parse
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 POINTERS |= {torch.uint8: "*u8"}
+PRODUCT = re.compile(r"HGMMA|HMMA|UTC\w*MMA")
 META = torch.device("meta")
 BATCH = 256
 
@@ -45,6 +48,33 @@ class Code(NamedTuple):
         return " ".join(self.instructions)
 
 
+class Loop(NamedTuple):
+    """An innermost loop that multiplies."""
+
+    slots: int  # instructions that a warp issues in a turn
+    products: tuple[str, ...]  # names of its matrix instructions
+
+
+def product_loops(code: Code) -> list[Loop]:
+    """The loops of a kernel that multiply, one for each rung: for each product the shortest one that holds it.
+
+    Longer ones are those around, and retries of a wait that jump back into the loop.
+    """
+    instructions, labels = parse(code.listing)
+    spans = []
+    for end, one in enumerate(instructions):
+        target = re.search(r"`\((\.L_x_\d+)\)", one.operands) if one.name.split(".")[0] == "BRA" else None
+        if target and labels[target[1]] <= end:
+            spans.append(range(labels[target[1]], end + 1))
+    loops, seen = [], set()
+    for span in sorted(spans, key=len):
+        products = [i for i in span if PRODUCT.match(instructions[i].name)]
+        if products and not seen.intersection(products):
+            seen.update(products)
+            loops.append(Loop(len(span), tuple(instructions[i].name for i in products)))
+    return loops
+
+
 def compile_launch(launch: Launch, arch: int) -> Code:
     """Compile what a launch would run on an architecture, and take the result apart."""
     arguments = {"num_stages": 1} | launch.arguments
@@ -52,7 +82,15 @@ def compile_launch(launch: Launch, arch: int) -> Code:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+        if isinstance(value, TensorDescriptor):
+            kind = POINTERS[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{kind}{list(value.block_shape)}>"
+            continue
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
@@ -141,8 +179,10 @@ def run_block(block: nn.Module, shape: BlockShape, dtype: torch.dtype, masked: b
     if len(block.layers()) == 2:
         weights = ResidualWeights.fold(block.conv1, block.bn1, block.conv2, block.bn2)
         residual.add_branch(stream, x, route, weights)
+        if block.bn1 is not None and weights.scale1 is not None:
+            norm.pool(stream, weights.scale1, weights.scale1)
         if block.bn1 is not None and x.shape == stream.shape:  # and what it writes where another such block follows
-            residual.add_branch(stream, x, route, weights, following=residual.Next(weights, route))
+            residual.add_branch(stream, x, route, weights, following=residual.Next.of(weights, route))
 
 
 def block_kinds(network: str) -> tuple[BlockShape, ...]:
@@ -175,9 +215,11 @@ def identity(launch: Launch) -> tuple:
 def _constants(launch: Launch) -> Iterator[object]:
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
-        if isinstance(value, Tensor):
+        if isinstance(value, TensorDescriptor):
+            yield value.base.dtype, tuple(value.block_shape)
+        elif isinstance(value, Tensor):
             yield value.dtype
-        elif parameter.is_constexpr:
+        elif parameter.is_constexpr or value is None:
             yield value
         elif not parameter.do_not_specialize:
             yield 1 if value == 1 else value % 16 == 0
@@ -187,7 +229,7 @@ def _constants(launch: Launch) -> Iterator[object]:
 def describe(launch: Launch) -> str:
     """A name for reports: the kernel and what it is about."""
     a = launch.arguments
-    picked = ("NC", "KC", "C", "R", "STRIDE_H", "CARDINALITY", "TRANSPOSED", "MASKED", "LISTS", "RELU", "ADD")
-    kind = a["source"].dtype if "source" in a else a["x"].dtype if "x" in a else torch.float32
+    picked = ("NC", "KC", "C", "R", "STRIDE_H", "CARDINALITY", "TRANSPOSED", "MASKED", "LISTS", "RELU", "ADD", "NEXT")
+    kind = next((a[name].dtype for name in ("source", "x", "out") if name in a), torch.float32)
     sizes = " ".join(f"{name}={a[name]}" for name in picked if name in a)
     return f"{launch.kernel.fn.__name__} {str(kind).removeprefix('torch.')} {a.get('PRECISION', '')} {sizes}"

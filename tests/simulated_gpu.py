@@ -92,6 +92,7 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.recording: list[tuple] | None = None
         self.waiting = "default"
+        self.launched: list[str] | None = None  # names of operations that write memory, where somebody counts them
         self.writes = Writes()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
@@ -113,6 +114,8 @@ class Device(TorchDispatchMode):
         made = run(function, arguments, keywords, to_gpu)
         if is_not_a_view(made, tensors):
             self.writes.note(values_of(tree_flatten(made)[0]))
+            if self.launched is not None and (to_gpu or any(here)):
+                self.launched += kernels_of(name, arguments)
         if self.recording is not None and (to_gpu or any(here)):
             self.recording.append((function, arguments, keywords, made))
         return made
@@ -134,6 +137,14 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
         if waits and self.waiting == "error":
             raise RuntimeError(f"{name}: called a synchronizing CUDA operation")
+
+
+def kernels_of(name: str, arguments: Any) -> list[str]:
+    """What a GPU would launch for an operation: nothing for memory that is not filled, two for a convolution's bias."""
+    if name.startswith(("aten.empty", "aten.new_empty", "aten.detach")):
+        return []
+    with_bias = name.startswith("aten.convolution") and arguments[2] is not None
+    return [name, "bias"] if with_bias else [name]
 
 
 def values_of(parts: list) -> list[Tensor]:

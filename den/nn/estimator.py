@@ -124,12 +124,12 @@ class Estimator(nn.Module):
     def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:
         """Run all blocks and the layers up to the heads: [B, C, H, W] -> [B, features]. May write over `x`.
 
-        At inference on a CPU one call where its kernels run every block, else block by block; one that no instance uses
-        is not called where it is the identity.
+        At inference one call where kernels run every block, else block by block; one that no instance uses is not
+        called where it is the identity.
         """
         folds = plan is not None and may_fold(self)
-        if plan is not None and folds and x.is_cpu and plan.masks is None:
-            weights = self._folded_trunk()
+        if plan is not None and folds and not (x.is_cpu and plan.masks is not None):
+            weights = self._folded_trunk(x.is_cpu)
             if weights is not None and weights.dtype == x.dtype:
                 return self.shared(dynamic_trunk(x, plan, weights))
         routes = [None] * len(self.blocks) if plan is None else plan
@@ -139,7 +139,7 @@ class Estimator(nn.Module):
                 x = block(x, route, inplace=True)
         return features(x, self.norm, self.shared)
 
-    def _folded_trunk(self) -> TrunkWeights | None:
+    def _folded_trunk(self, on_cpu: bool) -> TrunkWeights | None:
         """The folded weights of all blocks and of the norm behind them; None where one call does not run them."""
         norm, blocks = self.norm, [block for block in self.blocks if isinstance(block, FoldedBlock)]
         if norm is None or len(blocks) < len(self.blocks) or any(map(_is_watched, (*blocks, norm))):
@@ -148,7 +148,7 @@ class Estimator(nn.Module):
         def fold() -> TrunkWeights | None:
             folded = tuple(block.folded() for block in blocks)
             weights = TrunkWeights(folded, *norm_affine(norm, torch.float32))
-            return weights if weights.whole else None
+            return weights if weights.whole or not on_cpu else None
 
         settings = [setting for block in blocks for setting in block.settings()]
         return self._trunk.of((*blocks, norm), fold, *settings)

@@ -53,7 +53,8 @@ def ceil_power(width: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << max(width - 1, 0).bit_length()))
 
 
-def _tuned(kind: str, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile | None:
+def tuned(kind: str, n: int, k: int, dtype: torch.dtype, arch: int) -> Tile | None:
+    """The tile that the table of the architecture has for n channels written and k read, None where it has none."""
     found = table.tiles(arch).get(table.key(kind, ceil_power(n, 16, 512), ceil_power(k, 16, 512), dtype))
     return Tile(*found) if found else None
 
@@ -64,9 +65,9 @@ def choose_tile(n: int, k: int, dtype: torch.dtype, arch: int, ieee: bool = Fals
     A tuned one where the table of the architecture has it (table.py), else by rule (rules.py). IEEE float32 (`ieee`)
     knows no tensor core; tables, tuned with TF32, do not count there.
     """
-    tuned = None if ieee else _tuned("convolve", n, k, dtype, arch)
-    if tuned:
-        return tuned
+    found = None if ieee else tuned("convolve", n, k, dtype, arch)
+    if found:
+        return found
     tile = rules.find("convolve", arch, rules.numbers_of(dtype, ieee), n)
     return tile._replace(columns=ceil_power(n, 16, tile.columns), depth=ceil_power(k, 16, tile.depth))
 
@@ -82,15 +83,20 @@ def unit_of(sizes: Sequence[int], most: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def shape_of_levels(n: Side, k: Side, groups: int, cardinality: int, skip_empty: bool, tile: Tile) -> Shape:
-    """The segments of a route of levels. `skip_empty`: instances at level 0 are left alone."""
+def shape_of_levels(
+    n: Side, k: Side, groups: int, cardinality: int, skip_empty: bool, tile: Tile, least: int = 16
+) -> Shape:
+    """The segments of a route of levels, of tiles of at least `least` columns.
+
+    skip_empty: instances at level 0 are left alone.
+    """
     n_widths, k_widths = n.widths(groups), k.widths(groups)
     if n.sizes or skip_empty:  # level 0 writes nothing
         n_widths, k_widths = n_widths[:-1], k_widths[:-1]
     rungs: list[tuple[int, int]] = []
     chosen = []
     for n_width, k_width in zip(n_widths, k_widths, strict=True):
-        rung = ceil_power(n_width, 16, tile.columns), ceil_power(k_width, 16, tile.depth)
+        rung = ceil_power(n_width, least, tile.columns), ceil_power(k_width, 16, tile.depth)
         if k_width == 0 and rungs:  # takes no step
             rung = rungs[-1]
         if rung not in rungs and len(rungs) < 3:
@@ -136,9 +142,9 @@ def choose_weight_tile(n: Side, k: Side, dtype: torch.dtype, arch: int, masked: 
     rule or the groups allow, but not under 64: there a wider tile that some instances fill in part costs less than
     reading the other side once more. For masks it stays within a group.
     """
-    tuned = None if masked or ieee else _tuned("weight", n.channels, k.channels, dtype, arch)
-    if tuned:
-        return tuned
+    found = None if masked or ieee else tuned("weight", n.channels, k.channels, dtype, arch)
+    if found:
+        return found
     numbers = rules.numbers_of(dtype, ieee)
     most = rules.find("weight", arch, numbers, 0)
     sides = []

@@ -23,6 +23,8 @@ writes to registers that a product in flight still reads (Triton 3.6 and 3.7). A
 import triton
 import triton.language as tl
 
+from .store_kernel import store
+
 # How a side of the GEMM follows a mask.
 ALL = 0  # it does not: every channel
 BITS = 1  # bool per channel
@@ -30,7 +32,7 @@ UNITS = 2  # list of units
 
 
 @triton.jit
-def _pick(values: tl.constexpr, index):
+def pick(values: tl.constexpr, index):
     """values[index] of a tuple of constants, in a form that shows the compiler their common divisors."""
     chosen = values[0]
     for i in tl.static_range(1, len(values)):
@@ -67,7 +69,7 @@ def find_tile(tile, offsets, pixels, COLUMNS: tl.constexpr, CLASSES: tl.constexp
         local = tl.where(here, tile - begin, local)
         begin += tiles
         first = last
-    columns = tl.maximum(_pick(COLUMNS, segment), 1)
+    columns = tl.maximum(pick(COLUMNS, segment), 1)
     pair = local // columns
     return segment, start, stop, pair // CLASSES, pair % CLASSES, local % columns
 
@@ -153,40 +155,6 @@ def _multiply(
     return acc
 
 
-@triton.jit
-def _store(
-    acc, out, bias, scale_out, following, scale_next, shift_next, levels_next, at, instance, live, idle, n, n_ok,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, NEXT: tl.constexpr,
-):  # fmt: skip
-    """out = relu(out + acc * scale_out + bias), of which every part may be left out.
-
-    NEXT: also writes following = relu(out * scale_next + shift_next), for instances above level 0 in levels_next. A
-    tile is `idle` if it is computed for that alone: its instances are at level 0 and keep out as it is.
-    """
-    if SCALE:
-        acc *= tl.load(scale_out + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    place = at[:, None] + n[None, :]
-    ok = live[:, None] & n_ok[None, :]
-    if NEXT:
-        acc = tl.where(idle != 0, 0.0, acc)
-    if ADD:
-        acc += tl.load(out + place, mask=ok, other=0.0).to(tl.float32)
-    if RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    value = acc.to(out.dtype.element_ty)
-    if NEXT:
-        tl.store(out + place, value, mask=ok & (idle == 0))
-        factor = tl.load(scale_next + n, mask=n_ok, other=0.0)[None, :]
-        offset = tl.load(shift_next + n, mask=n_ok, other=0.0)[None, :]
-        acc = tl.maximum(value.to(tl.float32) * factor + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        used = (tl.load(levels_next + instance, mask=live, other=0) > 0)[:, None] & n_ok[None, :]
-        tl.store(following + place, acc.to(out.dtype.element_ty), mask=used)
-    else:
-        tl.store(out + place, value, mask=ok)
-
-
 # What depends on the batch and on where the rows of its plan lie is not compiled in.
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["levels", "order", "offsets", "levels_next"])
 def convolve_kernel(
@@ -195,9 +163,11 @@ def convolve_kernel(
     out,  # [B, OH, OW, NC], strides out_b, out_h, out_w, 1
     bias, scale_out,  # per channel
     following, scale_next, shift_next, levels_next,  # a second output with out's strides, its affine map, its route
+    shortcut,  # [B, MAP_H, MAP_W, MAP_C], strides map_b, map_h, map_w, 1: a map that is pooled and added
+    gate,  # [B], stride gate_b
     levels, order, offsets,  # of the route; with masks the offsets are not read
     units_n, counts_n, bits_n, units_k, counts_k, bits_k,  # of masks: [B, units], [B], [B, channels] on each side
-    B, H, W, OH, OW, source_b, source_h, source_w, out_b, out_h, out_w,
+    B, H, W, OH, OW, source_b, source_h, source_w, out_b, out_h, out_w, MAP_H, MAP_W, map_b, map_h, map_w, gate_b,
     NC: tl.constexpr, KC: tl.constexpr, CARDINALITY: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, SKIP_H: tl.constexpr, SKIP_W: tl.constexpr,
@@ -206,7 +176,8 @@ def convolve_kernel(
     BNS: tl.constexpr, BKS: tl.constexpr, EVENS: tl.constexpr,  # of each rung
     MASKED: tl.constexpr, N_MASK: tl.constexpr, K_MASK: tl.constexpr, SKIP_EMPTY: tl.constexpr,
     BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
-    NEXT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    NEXT: tl.constexpr, POOL: tl.constexpr, MAP_C: tl.constexpr, GATE: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     CLASSES: tl.constexpr = STRIDE_H * STRIDE_W if TRANSPOSED else 1
     GRID_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
@@ -249,9 +220,9 @@ def convolve_kernel(
         STEP_W: tl.constexpr = -(SKIP_W * DIL_W // STRIDE_W) if TRANSPOSED else DIL_W
         row = i if TRANSPOSED else i * STRIDE_H
         column = j if TRANSPOSED else j * STRIDE_W
-        n_width = _pick(N_WIDTHS, segment)
-        k_width = _pick(K_WIDTHS, segment)
-        rung = _pick(RUNG, segment)
+        n_width = pick(N_WIDTHS, segment)
+        k_width = pick(K_WIDTHS, segment)
+        rung = pick(RUNG, segment)
         for r in tl.static_range(len(BNS)):
             if rung == r:
                 BN: tl.constexpr = BNS[r]
@@ -279,9 +250,10 @@ def convolve_kernel(
                         K_MASK, EVENS[r], PRECISION, BM, BN, BK,
                     )  # fmt: skip
                     idle = 0
-                    if NEXT:
+                    if NEXT or POOL > 0:
                         idle = (tl.load(levels + place) == 0).to(tl.int32) if MASKED else (k_width == 0).to(tl.int32)
-                    _store(
+                    store(
                         acc, out, bias, scale_out, following, scale_next, shift_next, levels_next,
-                        at, instance, live, idle, n, n_ok, BIAS, SCALE, ADD, RELU, NEXT,
+                        shortcut, MAP_H, MAP_W, map_b, map_h, map_w, out_row, out_column, gate, gate_b,
+                        at, instance, live, idle, n, n_ok, BIAS, SCALE, ADD, RELU, NEXT, POOL, MAP_C, GATE,
                     )  # fmt: skip

@@ -9,7 +9,8 @@ from torch import Tensor
 from .._geometry import Geometry, dense
 from ..float32 import allows_tf32
 from ..plan import Route, channels_of
-from . import choice
+from . import boxes, choice
+from .box_kernel import box_kernel
 from .choice import Shape, Side
 from .conv_kernel import convolve_kernel
 from .launch import Launch, architecture
@@ -25,14 +26,23 @@ class Following(NamedTuple):
     levels: Tensor  # int32 [B] of the next block
 
 
+class Pooled(NamedTuple):
+    """A block's own shortcut: a map of which means over `size` x `size` pixels are added, in its channels."""
+
+    map: Tensor  # [B, C, H, W] channels-last
+    size: int
+
+
 class Epilogue(NamedTuple):
     """The last step before the sums are written: `relu(out + sum * scale + bias)`, any part of which may be absent."""
 
     bias: Tensor | None = None  # [channels written]
     scale: Tensor | None = None  # float32 [channels written]
     add: bool = False  # to what out holds
+    shortcut: Pooled | None = None  # in place of what out holds; instances at level 0 get it too
     relu: bool = False
     following: Following | None = None  # of the sum, for instances at level 0 too
+    gate: Tensor | None = None  # [B]: `out + gate * relu(sum * scale + bias)` instead, with `add`
 
 
 PLAIN = Epilogue()
@@ -55,9 +65,9 @@ def channels_last(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.channels_last)
 
 
-def dense_vector(operand: Tensor) -> Tensor:
-    """A vector [n] without gaps in memory; a map [B, C, H, W], whose strides the kernel knows, as it is."""
-    return operand.contiguous() if operand.ndim == 1 else operand
+def dense_vector(operand: Tensor, name: str) -> Tensor:
+    """A vector [n] without gaps in memory; what has strides that the kernel knows, a map or the gate, as it is."""
+    return operand.contiguous() if operand.ndim == 1 and name != "gate" else operand
 
 
 def instance_stride(x: Tensor) -> int:
@@ -130,30 +140,43 @@ def convolution_launch(
     product = precision(source.dtype)
     tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, product == "ieee")
     after = epilogue.following
-    skip_empty = skip_empty and after is None
+    skip_empty = skip_empty and after is None and epilogue.shortcut is None
+    added, pool = epilogue.shortcut or Pooled(source, 0)
+    pointers: dict[str, Any] = {
+        "bias": epilogue.bias, "scale_out": epilogue.scale, "gate": epilogue.gate, "following": after and after.map,
+        "scale_next": after and after.scale, "shift_next": after and after.shift, "levels_next": after and after.levels,
+    }  # fmt: skip
+    arguments: dict[str, Any] = dict(
+        out=out, order=route.order, offsets=route.offsets, OH=OH, OW=OW, NC=NC, R=weight.shape[2], S=weight.shape[3],
+        out_b=instance_stride(out), out_h=out.stride(2), out_w=out.stride(3), shortcut=added,
+        MAP_H=added.shape[2], MAP_W=added.shape[3], MAP_C=added.shape[1] if pool else 0, POOL=pool,
+        map_b=instance_stride(added), map_h=added.stride(2), map_w=added.stride(3),
+        PAD_H=geometry.padding[0], PAD_W=geometry.padding[1], DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1],
+        TRANSPOSED=transposed, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
+        RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None, GATE=epilogue.gate is not None,
+        gate_b=1 if epilogue.gate is None else epilogue.gate.stride(0),
+        **{name: source if tensor is None else dense_vector(tensor, name) for name, tensor in pointers.items()},
+    )  # fmt: skip
+    problem = boxes.Problem(
+        n, k, route.groups, (OH, OW), geometry.stride, geometry.groups, source.dtype, route.mask is not None,
+        boxes.is_aligned(source, weight), after is not None or pool > 0,
+    )  # fmt: skip
+    if chosen := boxes.choose_boxes(problem, skip_empty, arch):
+        arguments |= boxes.arguments_of(source, weight, chosen, OW, transposed)
+        most = _tiles_at_most(chosen[1], B, OH * OW, 1, chosen[0].rows, False)
+        return Launch(box_kernel, min(most, chosen[0].programs * multiprocessors), arguments)
     selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile, source)
     stride, classes = geometry.stride, geometry.stride[0] * geometry.stride[1] if transposed else 1
     pixels = -(-OH // (stride[0] if transposed else 1)) * -(-OW // (stride[1] if transposed else 1))
     most = _tiles_at_most(shape, B, pixels, classes, tile.rows, route.mask is not None)
     skip = [s // gcd(s, d) if transposed else 1 for s, d in zip(stride, geometry.dilation, strict=True)]
-    pointers: dict[str, Any] = {
-        "bias": epilogue.bias, "scale_out": epilogue.scale, "following": after and after.map,
-        "scale_next": after and after.scale, "shift_next": after and after.shift, "levels_next": after and after.levels,
-    }  # fmt: skip
-    arguments = dict(
-        source=source, weight=weight, out=out, levels=route.levels, order=route.order, offsets=route.offsets,
-        B=B, H=H, W=W, OH=OH, OW=OW,
+    arguments |= dict(
+        source=source, weight=weight, levels=route.levels, B=B, H=H, W=W,
         source_b=instance_stride(source), source_h=source.stride(2), source_w=source.stride(3),
-        out_b=instance_stride(out), out_h=out.stride(2), out_w=out.stride(3),
-        NC=NC, KC=KC, CARDINALITY=geometry.groups, R=weight.shape[2], S=weight.shape[3],
-        STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=geometry.padding[0], PAD_W=geometry.padding[1],
-        DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1], SKIP_H=skip[0], SKIP_W=skip[1], TRANSPOSED=transposed,
+        KC=KC, CARDINALITY=geometry.groups, STRIDE_H=stride[0], STRIDE_W=stride[1], SKIP_H=skip[0], SKIP_W=skip[1],
         N_WIDTHS=shape.n_widths, K_WIDTHS=shape.k_widths, COLUMNS=shape.columns, RUNG=shape.rung,
-        BNS=shape.bns, BKS=shape.bks, EVENS=shape.evens,
-        BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
-        RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None, SKIP_EMPTY=skip_empty,
-        PRECISION=product, BM=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
-        **{name: source if tensor is None else dense_vector(tensor) for name, tensor in pointers.items()}, **selection,
+        BNS=shape.bns, BKS=shape.bks, EVENS=shape.evens, SKIP_EMPTY=skip_empty,
+        PRECISION=product, BM=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **selection,
     )  # fmt: skip
     return Launch(convolve_kernel, min(most, tile.programs * multiprocessors), arguments)
 

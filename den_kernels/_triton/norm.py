@@ -1,5 +1,5 @@
 """The passes of `dynamic_batch_norm` on tensors: statistics and apply forward, reduce and gradient backward; and
-`activate`, the folded norm and ReLU in front of a residual block at inference.
+`activate`, the folded norm and ReLU in front of a residual block at inference, and `pool`, those behind the last one.
 
 All maps are channels-last in memory. A pass reads what the instances use of its maps once; `apply` and `gradient` write
 the whole of theirs. Nothing waits for the device.
@@ -14,7 +14,15 @@ from torch import Tensor
 
 from .choice import ceil_power, unit_of
 from .launch import Launch, architecture
-from .norm_kernel import activate_kernel, apply_kernel, fold_kernel, gradient_kernel, reduce_kernel, statistics_kernel
+from .norm_kernel import (
+    activate_kernel,
+    apply_kernel,
+    fold_kernel,
+    gradient_kernel,
+    pool_kernel,
+    reduce_kernel,
+    statistics_kernel,
+)
 
 
 class Affine(NamedTuple):
@@ -187,6 +195,33 @@ def activate(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if x.numel():
         activate_launch(x, y, levels, scale.contiguous(), shift.contiguous(), architecture(x.device)[1]).run(x)
+    return y
+
+
+def pool_launch(
+    x: Tensor,  # [B, C, H, W] channels-last
+    y: Tensor,  # [B, C], written
+    scale: Tensor,  # float32 [C]
+    shift: Tensor,  # float32 [C]
+) -> Launch:
+    """The launch of `pool_kernel`."""
+    B, C, H, W = x.shape
+    tile = choose_tile((C,), H * W, x.element_size(), 4096)
+    arguments = dict(
+        x=x, y=y, scale=scale, shift=shift, pixels=H * W, C=C, BR=tile.rows, BC=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    return Launch(pool_kernel, B * -(-C // tile.columns), arguments)
+
+
+def pool(
+    x: Tensor,  # [B, C, H, W] channels-last
+    scale: Tensor,  # float32 [C]
+    shift: Tensor,  # float32 [C]
+) -> Tensor:  # [B, C] of x's dtype
+    """The means of relu(x * scale + shift) over the pixels of each instance, in one launch."""
+    y = x.new_empty(x.shape[:2])
+    if x.numel():
+        pool_launch(x, y, scale.contiguous(), shift.contiguous()).run(x)
     return y
 
 

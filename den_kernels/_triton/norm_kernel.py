@@ -1,5 +1,5 @@
-"""The four passes of a batch norm over the channels that each instance uses, the fold of the first one's parts, and the
-pass of a folded norm at inference.
+"""The four passes of a batch norm over the channels that each instance uses, the fold of the first one's parts, and two
+passes of a folded norm at inference.
 
 A program owns a block of BC channels and walks every shares-th tile of BR pixels of one instance. A tile whose channels
 the instance does not use is not read. Every share leaves its part of a sum in its own row of `partial`, and the rows
@@ -10,6 +10,7 @@ are added up in a fixed order, so the result does not depend on how programs are
     reduce      dy, x -> sum of g and of g * xhat of each share, g = dy where y > 0, xhat = (x - mean) / sqrt(...)
     gradient    dy, x -> dx = scale * (g - sum of g / count - xhat * sum of g * xhat / count), or scale * g
     activate    x -> y = relu(x * scale + shift) of the instances above level 0
+    pool        x -> y = the mean of relu(x * scale + shift) over an instance's pixels
 
 Moments are joined as Chan, Golub and LeVeque (1979) do: a common offset of the values does not cancel.
 """
@@ -263,3 +264,28 @@ def activate_kernel(
             value = tl.load(x + place, mask=ok, other=0.0).to(tl.float32) * factor + offset
             value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
             tl.store(y + place, value.to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def pool_kernel(
+    x,  # [B, pixels, C]
+    y,  # [B, C]
+    scale, shift,  # float32 [C]
+    pixels,
+    C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A program has BC channels of one instance."""
+    blocks: tl.constexpr = (C + BC - 1) // BC
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    c_ok = c < C
+    factor = tl.load(scale + c, mask=c_ok, other=0.0)[None, :]
+    offset = tl.load(shift + c, mask=c_ok, other=0.0)[None, :]
+    r = tl.arange(0, BR)
+    sums = tl.zeros((BR, BC), tl.float32)
+    for first in range(0, pixels, BR):
+        ok = (first + r < pixels)[:, None] & c_ok[None, :]
+        value = tl.load(x + (b * pixels + first) * C + r[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        value = tl.maximum(value * factor + offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        sums += tl.where(ok, value, 0.0)
+    tl.store(y + b * C + c, (tl.sum(sums, 0) / pixels).to(y.dtype.element_ty), mask=c_ok)

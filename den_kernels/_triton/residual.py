@@ -1,10 +1,10 @@
-"""The residual block on a GPU as launches of the convolution kernel.
+"""Residual blocks on a GPU as launches of the convolution kernel, one for each convolution.
 
-The first convolution reads the activated stream, relu(bn1(x)) where the block has these, and writes the selected hidden
-channels through the next norm and ReLU; the second reads those and adds to the stream, with a ReLU behind where the
-block has one. None touches an instance at level 0, and no hidden channel is cleared.
+The first convolution reads the activated stream, relu(bn1(x)) where the block has these; each writes the selected
+hidden channels through the next norm and ReLU; the last reads those and adds to the stream, with a ReLU behind where
+the block has one. None touches an instance at level 0, and no hidden channel is cleared.
 
-The activated stream comes from the block before, whose second convolution writes what the next block reads as well, or
+The activated stream comes from the block before, whose last convolution writes what the next block reads as well, or
 from a pass over the instances above level 0. It is never made between a load and a product (conv_kernel.py says why).
 """
 
@@ -14,58 +14,91 @@ import torch
 from torch import Tensor
 
 from .._geometry import Geometry
+from ..bottleneck_weights import BottleneckWeights
 from ..plan import Route
 from ..residual_weights import ResidualWeights
-from .convolve import Epilogue, Following, convolve
+from .convolve import Epilogue, Following, Pooled, convolve
 from .norm import activate
 
 
 class Next(NamedTuple):
-    """The block that reads the result: its weights, with bn1, and its route."""
+    """The block that reads the result: its bn1 as an affine map, and its levels."""
 
-    weights: ResidualWeights
-    route: Route
+    scale: Tensor  # float32 [C_out]
+    shift: Tensor  # float32 [C_out]
+    levels: Tensor  # int32 [B]
+
+    @classmethod
+    def of(cls, weights: ResidualWeights | BottleneckWeights, route: Route) -> "Next | None":
+        """Of a block's weights and route; None where the block has no bn1 and reads the result itself."""
+        if weights.scale1 is None or weights.shift1 is None:
+            return None
+        return cls(weights.scale1, weights.shift1, route.levels)
+
+
+class _Layer(NamedTuple):
+    """A convolution of the branch, and the affine map behind it."""
+
+    weight: Tensor  # [out, in / groups, R, S]
+    bias: Tensor | None  # float32 [out]
+    scale: Tensor | None  # float32 [out]
+    geometry: Geometry
+
+
+def _layers(weights: ResidualWeights | BottleneckWeights) -> tuple[_Layer, ...]:
+    if isinstance(weights, BottleneckWeights):
+        biases = weights.bias1, weights.bias2, None
+        return tuple(
+            _Layer(weight, bias, None, geometry)
+            for (weight, _, geometry), bias in zip(weights.convolutions, biases, strict=True)
+        )
+    (R, S), (R2, S2) = weights.conv1.shape[2:], weights.conv2.shape[2:]
+    first = Geometry((weights.stride,) * 2, (R // 2, S // 2), (1, 1), 1, weights.groups, ())
+    second = Geometry((1, 1), (R2 // 2, S2 // 2), (1, 1), 1, (), weights.groups)
+    return (
+        _Layer(weights.conv1, weights.bias1, weights.scale2, first),
+        _Layer(weights.conv2, weights.bias2, None, second),
+    )
 
 
 def add_branch(
     x: Tensor,  # [B, C, H, W] channels-last
     out: Tensor,  # [B, C_out, H_out, W_out] channels-last; may be x
     route: Route,
-    weights: ResidualWeights,
+    weights: ResidualWeights | BottleneckWeights,
     activated: Tensor | None = None,  # as x: what the block before returned
     following: Next | None = None,
+    *,
+    holds_shortcut: bool = True,
 ) -> Tensor | None:
     """out += branch(x) for every instance that selected a group; of a post-activation block then through ReLU.
 
-    Returns relu(bn1(out)) of `following`, as out, of the instances above level 0 there (the rest is not written); None
-    where that is not given or has no bn1.
+    Where `out` does not hold the shortcut, it gets that too, x pooled and widened, of every instance.
+
+    Returns relu(out * scale + shift) of `following`, as out, of the instances above level 0 there (the rest is not
+    written); None where that is not given.
     """
-    R, S = weights.conv1.shape[2:]
-    first = Geometry((weights.stride,) * 2, (R // 2, S // 2), (1, 1), 1, weights.groups, ())
-    second = Geometry((1, 1), tuple(side // 2 for side in weights.conv2.shape[2:]), (1, 1), 1, (), weights.groups)
-    if weights.scale1 is None or weights.shift1 is None:
+    here = Next.of(weights, route)
+    if here is None:
         activated = x
     elif activated is None:
-        activated = activate(x, route.levels, weights.scale1, weights.shift1)
-    shape = first.out_shape(x, weights.conv1)
-    hidden = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    convolve(
-        activated, weights.conv1, hidden, route, first, epilogue=Epilogue(weights.bias1, weights.scale2, relu=True)
-    )
-    after = None if following is None else _after(out, following)
+        activated = activate(x, here.levels, here.scale, here.shift)
+    *inner, last = _layers(weights)
+    for layer in inner:
+        shape = layer.geometry.out_shape(activated, layer.weight)
+        hidden = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        epilogue = Epilogue(layer.bias, layer.scale, relu=True)
+        convolve(activated, layer.weight, hidden, route, layer.geometry, epilogue=epilogue)
+        activated = hidden
+    after = None if following is None else Following(torch.empty_like(out), *following)
     fused = after if out.dtype != torch.float32 else None  # float32 leaves no registers for a second output
+    relu = isinstance(weights, ResidualWeights) and weights.relu
     convolve(
-        hidden, weights.conv2, out, route, second, skip_empty=True,
-        epilogue=Epilogue(weights.bias2, add=True, relu=weights.relu, following=fused),
+        activated, last.weight, out, route, last.geometry, skip_empty=True,
+        epilogue=Epilogue(
+            last.bias, last.scale, holds_shortcut, None if holds_shortcut else Pooled(x, weights.stride), relu, fused
+        ),
     )  # fmt: skip
     if after is None or fused is not None:
         return after and after.map
     return activate(out, after.levels, after.scale, after.shift)
-
-
-def _after(out: Tensor, following: Next) -> Following | None:
-    """The second output, of the shape of out [B, C_out, H_out, W_out], for the block behind; None if it has no bn1."""
-    scale, shift = following.weights.scale1, following.weights.shift1
-    if scale is None or shift is None:
-        return None
-    return Following(torch.empty_like(out), scale, shift, following.route.levels)

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks.gpu_model import CODE
 from den_kernels import _extension
 from den_kernels._cuda_layout import FusedArguments, fused_layout
 
@@ -54,10 +55,14 @@ def compile_(source: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("cuda")
+def code_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(scope="module")
+def reports(code_folder) -> dict[str, str]:
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(KERNELS, pool.map(lambda source: compile_(source, folder), KERNELS), strict=True))
+        return dict(zip(KERNELS, pool.map(lambda source: compile_(source, code_folder), KERNELS), strict=True))
 
 
 def entries(report: str) -> dict[tuple[str, str], str]:
@@ -90,14 +95,43 @@ def test_nothing_is_spilled(reports, source, kernel, arch):
     assert static is None, "shared memory is all dynamic"
 
 
-def listed(kind: str) -> list[str]:
-    """The architectures of the pieces of code of a kind, elf or ptx, in the extension under test."""
+@needs_nvcc
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch == "90"])
+def test_the_fused_kernel_takes_the_counts_of_the_predictions(reports, code_folder, arch):
+    """In bfloat16 (benchmarks/gpu_model.py): products and loads of a step, four pieces activated without a load of bn1
+    or a division, the result loaded four words at a time.
+    """
+    command = [cuobjdump(), "-sass", "-arch", f"sm_{arch}", str(code_folder / "dynamic_residual.o")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernel = next(part for part in text.split("Function : ") if "Bf16" in part.split("\n", 1)[0])
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", kernel)
+    names, places = [name.split(".")[0] for _, name, _ in found], {int(at, 16): i for i, (at, _, _) in enumerate(found)}
+    loops = []
+    for end, (_, name, operands) in enumerate(found):
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if target and places.get(int(target[1], 16), end + 1) <= end:
+            loops.append(Counter(names[places[int(target[1], 16)] : end + 1]))
+    steps = [loop for loop in loops if (loop["HMMA"], loop["LDSM"]) == (CODE.products, CODE.loads)]
+    assert min(loop.total() for loop in steps) <= 100
+    pieces = [loop for loop in loops if (loop["LDG"], loop["STS"], loop["MUFU"]) == (4, 4, 0)]
+    assert min(loop.total() for loop in pieces) <= 180
+    last = max(i for i, name in enumerate(names) if name == "HMMA")
+    behind = "".join({"LDG": "L", "STG": "S", "BRA": "|"}.get(name, "") for name in names[last:])
+    assert len(re.findall("LLLL", behind)) >= 16  # 64 words of a thread
+
+
+def cuobjdump() -> str:
     triton = find_spec("triton")
     beside = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else Path()
     tool = shutil.which("cuobjdump") or (str(beside) if beside.is_file() else None)
     if tool is None:
         pytest.skip("there is no cuobjdump, which CUDA toolkits and triton bring")
-    command = [tool, f"--list-{kind}", _extension.extension.__file__]
+    return tool
+
+
+def listed(kind: str) -> list[str]:
+    """The architectures of the pieces of code of a kind, elf or ptx, in the extension under test."""
+    command = [cuobjdump(), f"--list-{kind}", _extension.extension.__file__]
     return re.findall(r"\.sm_(\w+)\.", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

@@ -178,7 +178,7 @@ def test_graphs_that_do_not_fit_are_refused(changes, message):
     [
         (0, torch.zeros(3, 9, 7, 7), r"x must be \[B, 8, H, W\] .*, got \[3, 9, 7, 7\]"),
         (0, torch.zeros(3, 8, 7, 0), r"x must be .* H and W of at least 1, got \[3, 8, 7, 0\]"),
-        (0, torch.zeros(3, 8, 7, 7, dtype=torch.float64), "read_in must be torch.float64 on a CPU"),
+        (0, torch.zeros(3, 8, 7, 7, dtype=torch.float64), "read_in must be torch.float64 on cpu"),
         (1, torch.ones(2, 5, dtype=torch.int64), "plan must hold 5 blocks of one group for 3 instances"),
         (1, torch.ones(3, 4, dtype=torch.int64), "plan must hold 5 blocks"),
         (2, torch.zeros(3, 5), r"read_in must be \[3, 4\], got \[3, 5\]"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from den_kernels._triton import choice, rules, table
+from den_kernels._triton import boxes, choice, rules, table
 from den_kernels._triton.choice import ALL, BITS, UNITS, Side
 from den_kernels._triton.rules import Tile
 from den_kernels.tune import shared_bytes
@@ -37,6 +37,42 @@ def test_tile_of_a_convolution(n, k, dtype, arch, tile):
     assert choice.choose_tile(n, k, dtype, arch)[:5] == tile
 
 
+BOXES = boxes.Problem(Side(64, ()), Side(64, (16, 16, 32)), 3, (32, 32), (1, 1), 1, HALF, False, True, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "tile"),
+    [
+        ({}, (128, 64, 64, 4, 3, 3)),
+        ({"n": Side(128, ()), "k": Side(128, (32, 32, 64)), "out_size": (16, 16)}, (128, 128, 64, 4, 3, 2)),
+        ({"n": Side(128, ()), "out_size": (16, 16), "heavy": True}, (128, 64, 64, 4, 3, 2)),
+        ({"n": Side(256, ()), "out_size": (8, 8), "heavy": True}, (64, 128, 64, 4, 3, 3)),
+        ({"dtype": torch.float16, "k": Side(16, ())}, (128, 64, 16, 4, 3, 3)),
+        ({"dtype": FULL}, None),
+        ({"out_size": (28, 28)}, None),
+        ({"out_size": (4, 4)}, None),
+        ({"stride": (2, 2)}, None),
+        ({"masked": True}, None),
+        ({"cardinality": 2}, None),
+        ({"aligned": False}, None),
+        ({"k": Side(64, (24, 24, 16))}, None),  # a box would hold channels that the level does not
+    ],
+)
+def test_which_convolutions_run_on_boxes(change, tile):
+    problem = BOXES._replace(**change)
+    chosen = boxes.choose_boxes(problem, False, 90)
+    assert (chosen and chosen[0]) == tile
+    assert boxes.choose_boxes(problem, False, 80) is None
+
+
+def test_a_tuned_tile_that_is_none_of_boxes_means_pointers(monkeypatch):
+    for tile, boxed in (((32, 64, 64, 4, 3, 2), True), ((128, 32, 64, 4, 3, 2), False), ((256, 64, 64, 4, 3, 2), True)):
+        entries = {table.key("convolve", 64, 64, HALF): tile}
+        monkeypatch.setattr(table, "tiles", lambda arch, entries=entries: entries)
+        chosen = boxes.choose_boxes(BOXES, False, 90)
+        assert (chosen and chosen[0]) == (tile if boxed else None)
+
+
 @pytest.mark.parametrize(("arch", "like"), [(86, 80), (89, 80), (103, 100), (110, 100), (120, 80), (121, 80), (75, 80)])
 def test_cards_between_take_the_rules_of_their_kind(arch, like):
     for dtype in (HALF, FULL):
@@ -46,7 +82,7 @@ def test_cards_between_take_the_rules_of_their_kind(arch, like):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_tiles_without_tensor_cores(arch, monkeypatch):
     """Small enough that operands and sums share the registers, and no table is read: it was tuned with TF32."""
-    monkeypatch.setattr(choice, "_tuned", lambda *problem: pytest.fail("a tuned tile is asked for"))
+    monkeypatch.setattr(choice, "tuned", lambda *problem: pytest.fail("a tuned tile is asked for"))
     assert choice.choose_tile(256, 256, FULL, arch, ieee=True)[:5] == (32, 64, 16, 4, 3)
     assert choice.choose_tile(10, 3, FULL, arch, ieee=True)[:5] == (32, 16, 16, 4, 3)
     dense, elastic = Side(256, ()), Side(256, SIZES)

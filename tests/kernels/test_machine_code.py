@@ -2,7 +2,8 @@
 
 For every launch that a network makes: tensor core instructions of the architecture, asynchronous 128-bit copies, shared
 memory that fits and holds the planned stages, no spilled register and no local memory; on Hopper no register of a
-matrix instruction in flight is touched, and none of these takes an operand from registers.
+matrix instruction in flight is touched, none of these takes an operand from registers, and convolutions on boxes are
+loaded by the copy engine in few issue slots.
 
     pytest tests/kernels/test_machine_code.py                      what this project ships, in the installed Triton
     pytest tests/kernels/test_machine_code.py -k wrn32_4           the launches of WRN-32-4 (scripts/machine_code.sh)
@@ -17,8 +18,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from benchmarks.gpu_model import SLOTS, Slots
 from den_kernels._triton.launch import Launch
-from tests.launches import Code, block_kinds, compile_launch, describe, identity, launches_of
+from tests.launches import Code, block_kinds, compile_launch, describe, identity, launches_of, product_loops
 from tests.wgmma_hazards import find, products_with_a_in_registers
 
 pytestmark = pytest.mark.slow
@@ -75,6 +77,12 @@ def planned_bytes(launch: Launch, arch: int) -> int:
     return min(stages, steps) * widest * a["source"].dtype.itemsize
 
 
+def is_forward(launch: Launch) -> bool:
+    """True for a convolution of one cardinality group that is no gradient and takes more than one step."""
+    a = launch.arguments
+    return not a.get("TRANSPOSED", True) and a["CARDINALITY"] == 1 and most_steps(launch) > 1
+
+
 def assert_sound(code: Code, arch: int) -> None:
     """What holds for every kernel."""
     assert code.stack == 0, f"{code.stack} bytes spilled at {code.registers} registers"
@@ -105,6 +113,35 @@ def assert_multiplies(launch: Launch, code: Code, arch: int) -> None:
     assert not wide or once or re.search(r"\bLDGSTS\.\S*128", code.names), code.names
 
 
+def assert_slots(launch: Launch, code: Code, most: Slots) -> None:
+    """The issue slots of a turn, and of all that is not a loop for each rung, are at most what is predicted with."""
+    a, loops = launch.arguments, product_loops(code)
+    assert max(loop.slots for loop in loops) <= most.turn, loops
+    around = code.instructions.total() - sum(loop.slots for loop in loops)
+    area = sum(a["BM"] * bn for bn in a["BNS"]) / (128 * 64)
+    assert around <= most.tile * max(area, len(loops)), (around, area)
+
+
+def assert_loads_boxes(launch: Launch, code: Code, arch: int) -> None:
+    """What holds for a convolution on boxes: the copy engine loads, operands stay in shared memory, few slots a turn.
+
+    A turn is one tap of 64 channels at most. The counts are those of the predictions (benchmarks/gpu_model.py). As many
+    programs as the launch puts on a multiprocessor fit it.
+    """
+    a = launch.arguments
+    assert "UTMALDG.4D" in code.names, code.names
+    assert not re.search(r"\b(LDGSTS|LDSM)", code.names), code.names
+    assert re.search(rf"\b{TENSOR_CORES[arch]}\b", code.names), code.names
+    if arch != 90:
+        return
+    loops = product_loops(code)
+    assert len(loops) == len(a["BKS"])
+    assert_slots(launch, code, SLOTS["boxes"])
+    programs = -(-launch.programs // 132)
+    assert programs * 128 * -(-code.registers // 8) * 8 <= 1 << 16
+    assert programs * (code.shared + 1024) <= 228 << 10
+
+
 _seen: set[tuple] = set()
 
 
@@ -120,8 +157,12 @@ def test_launches(network, numbers, arch, masked, block, monkeypatch):
         try:
             code = compile_launch(launch, arch)
             assert_sound(code, arch)
-            if "PRECISION" in launch.arguments:
+            if "boxes_0" in launch.arguments:
+                assert_loads_boxes(launch, code, arch)
+            elif "PRECISION" in launch.arguments:
                 assert_multiplies(launch, code, arch)
+                if arch == 90 and numbers == "bf16" and not masked and is_forward(launch):
+                    assert_slots(launch, code, SLOTS["pointers"])
             elif launch.kernel.fn.__name__ != "fold_kernel":
                 assert code.instructions["LDG.E.128"], code.names
         except Exception as error:

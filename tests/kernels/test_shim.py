@@ -30,7 +30,7 @@ from den_kernels.testing import assert_as_accurate, make_levels
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.gpu_predict import fused_traffic  # noqa: E402
+from benchmarks.gpu_model import fused_traffic  # noqa: E402
 
 SCHEDULES = ("forward-eager", "backward-lazy")
 FLAGS = "-std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all --coverage"
@@ -236,9 +236,9 @@ BLOCKS = {
     "map 7 x 7": {"size": (7, 7), "C": 32, "C_out": 32},
     "bands": {"size": (40, 16), "levels": [1, 2], "multiprocessors": 1},
     "bands, last of one row": {"size": (15, 32), "levels": [2, 0, 1]},
-    "bands, little shared memory": {"size": (12, 20), "levels": [1, 2], "shared": 26 << 10},
-    "wide map, bands of few rows": {"size": (9, 60), "levels": [1], "shared": 64 << 10, "multiprocessors": 1},
-    "short steps of weights": {"C": 48, "C_out": 48, "size": (4, 4), "shared": 20 << 10},
+    "bands, little shared memory": {"size": (12, 20), "levels": [1, 2], "shared": 34 << 10},
+    "wide map, bands of few rows": {"size": (9, 60), "levels": [1], "shared": 72 << 10, "multiprocessors": 1},
+    "short steps of weights": {"C": 48, "C_out": 48, "size": (4, 4), "shared": 28 << 10},
     "512 channels": {"C": 16, "C_out": 512, "size": (4, 4), "mode": "shortcut", "levels": [1, 0, 2]},
     "512 channels in": {"C": 512, "C_out": 512, "size": (2, 2), "levels": [1], "groups": (16,), "multiprocessors": 1},
     "2 columns": {"C": 16, "C_out": 128, "size": (16, 16), "mode": "add", "levels": [0, 1]},

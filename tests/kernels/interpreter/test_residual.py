@@ -122,7 +122,7 @@ def test_a_block_writes_what_the_next_one_reads(selection, dtype):
     add_branch(alone, alone, routes[0], first)
     passed = norm.activate(alone, routes[1].levels, second.scale1, second.shift1)
     before = x.clone()
-    activated = add_branch(x, x, routes[0], first, following=residual.Next(second, routes[1]))
+    activated = add_branch(x, x, routes[0], first, following=residual.Next.of(second, routes[1]))
     assert torch.equal(x, alone)
     assert torch.equal(x[1].signbit(), before[1].signbit())
     used = routes[1].levels > 0
