@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from den.nn.blocks import ResidualShape
-from den_kernels._cuda_layout import FusedLayout, FusedArguments, fused_layout
+from den_kernels._cuda_layout import FusedArguments, FusedLayout, fused_layout
 from den_kernels._triton import boxes, choice
 from den_kernels._triton.choice import Side
 from den_kernels._triton.rules import Tile
@@ -125,7 +125,7 @@ def convolution(
     """Seconds of one launch: conv1 or (`second`) conv2 of a block, with counts[l] instances at level l."""
     n, k = channels
     stride = 1 if second else p.stride
-    problem = boxes.Problem(n, k, len(p.widths), (size, size), (stride,) * 2, 1, torch.bfloat16, False, True, second)
+    problem = boxes.Arguments(n, k, len(p.widths), (size, size), (stride,) * 2, 1, torch.bfloat16, False, True, second)
     boxed = boxes.choose_boxes(problem, False, chip.arch)
     if boxed:
         tile, shape = boxed

@@ -131,14 +131,9 @@ class DagNetwork(nn.Module):
         return None if gates.plan is None else gates.plan[len(self.edges) + index]
 
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
-<<<<<<< fc707c1202244865ed61eaec276c5e0797805df0
-        """`trunk` on folded weights, x [B, C, H, W]: on a CPU the whole graph in one call."""
-        convs = self.config.groups == 1 and self.config.edge == "conv"
-        if x.is_cpu and convs and x.dtype == gates.edges.dtype and gates.plan is not None:
-=======
-        """`trunk` on folded weights, x [B, C, H, W]: in one call where edges have one channel group."""
-        if self.config.groups == 1 and x.dtype == gates.edges.dtype and gates.plan is not None:
->>>>>>> 49771c281a834265e9dc62f08a75f097f7c874a6
+        """`trunk` on folded weights, x [B, C, H, W]: plain convolutions of one channel group in one call."""
+        plain = self.config.groups == 1 and self.config.edge == "conv"
+        if plain and x.dtype == gates.edges.dtype and gates.plan is not None:
             return dynamic_graph(x, self._weights(), gates.plan, gates.read_in, gates.edges, gates.read_out)
         return self.run_edges(x, gates)
 

@@ -10,7 +10,7 @@ from .choice import Shape, Side, ceil_power, shape_of_levels
 from .rules import Tile
 
 
-class Problem(NamedTuple):
+class Arguments(NamedTuple):
     """A convolution over levels, as the choice needs to know it."""
 
     n: Side
@@ -45,7 +45,7 @@ def holds_rows(pixels: int, out_size: tuple[int, int]) -> bool:
     return OW & (OW - 1) == 0 and OW <= 256 and pixels % OW == 0 and OH * OW % pixels == 0
 
 
-def choose_boxes(p: Problem, skip_empty: bool, arch: int) -> tuple[Tile, Shape] | None:
+def choose_boxes(p: Arguments, skip_empty: bool, arch: int) -> tuple[Tile, Shape] | None:
     """The tile and the segments of a convolution on boxes; None where it runs on pointers.
 
     Boxes need compute capability 9.0, 16-bit numbers (TF32 weights would have to be turned), stride 1, levels, and

@@ -157,11 +157,11 @@ def convolution_launch(
         gate_b=1 if epilogue.gate is None else epilogue.gate.stride(0),
         **{name: source if tensor is None else dense_vector(tensor, name) for name, tensor in pointers.items()},
     )  # fmt: skip
-    problem = boxes.Problem(
-        n, k, route.groups, (OH, OW), geometry.stride, geometry.groups, source.dtype, route.mask is not None,
-        boxes.is_aligned(source, weight), after is not None or pool > 0,
+    fitted = boxes.Arguments(
+        n, k, route.groups, (OH, OW), (geometry.stride[0], geometry.stride[1]), geometry.groups, source.dtype,
+        route.mask is not None, boxes.is_aligned(source, weight), after is not None or pool > 0,
     )  # fmt: skip
-    if chosen := boxes.choose_boxes(problem, skip_empty, arch):
+    if chosen := boxes.choose_boxes(fitted, skip_empty, arch):
         arguments |= boxes.arguments_of(source, weight, chosen, OW, transposed)
         most = _tiles_at_most(chosen[1], B, OH * OW, 1, chosen[0].rows, False)
         return Launch(box_kernel, min(most, chosen[0].programs * multiprocessors), arguments)

@@ -37,7 +37,7 @@ def test_tile_of_a_convolution(n, k, dtype, arch, tile):
     assert choice.choose_tile(n, k, dtype, arch)[:5] == tile
 
 
-BOXES = boxes.Problem(Side(64, ()), Side(64, (16, 16, 32)), 3, (32, 32), (1, 1), 1, HALF, False, True, False)
+BOXES = boxes.Arguments(Side(64, ()), Side(64, (16, 16, 32)), 3, (32, 32), (1, 1), 1, HALF, False, True, False)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ BOXES = boxes.Problem(Side(64, ()), Side(64, (16, 16, 32)), 3, (32, 32), (1, 1),
     ],
 )
 def test_which_convolutions_run_on_boxes(change, tile):
-    problem = BOXES._replace(**change)
-    chosen = boxes.choose_boxes(problem, False, 90)
+    case = BOXES._replace(**change)
+    chosen = boxes.choose_boxes(case, False, 90)
     assert (chosen and chosen[0]) == tile
-    assert boxes.choose_boxes(problem, False, 80) is None
+    assert boxes.choose_boxes(case, False, 80) is None
 
 
 def test_a_tuned_tile_that_is_none_of_boxes_means_pointers(monkeypatch):
@@ -82,7 +82,7 @@ def test_cards_between_take_the_rules_of_their_kind(arch, like):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_tiles_without_tensor_cores(arch, monkeypatch):
     """Small enough that operands and sums share the registers, and no table is read: it was tuned with TF32."""
-    monkeypatch.setattr(choice, "tuned", lambda *problem: pytest.fail("a tuned tile is asked for"))
+    monkeypatch.setattr(choice, "tuned", lambda *case: pytest.fail("a tuned tile is asked for"))
     assert choice.choose_tile(256, 256, FULL, arch, ieee=True)[:5] == (32, 64, 16, 4, 3)
     assert choice.choose_tile(10, 3, FULL, arch, ieee=True)[:5] == (32, 16, 16, 4, 3)
     dense, elastic = Side(256, ()), Side(256, SIZES)
