@@ -165,7 +165,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "advise: groups": (lambda: dk.advise(16, groups=(0,)), V, "groups must divide 16 channels"),
     # networks
     "create: depth": (lambda: den.create_model("wrn13_1", [task]), V, "got 13; nearest: 8 and 14"),
-    "create: name": (lambda: den.create_model("alexnet", [task]), V, "backbone must be wrn{l}_{r}"),
+    "create: name": (lambda: den.create_model("alexnet", [task]), V, "wrn{l}_{r}, resnet{l}"),
     "create: no task": (lambda: den.create_model("wrn14_1", []), V, "tasks must be at least one"),
     "create: task twice": (lambda: den.create_model("wrn14_1", [task] * 2), V, "of unique names, got ['a', 'a']"),
     "create: one level": (lambda: den.create_model("wrn14_1", [task], 1), V, "levels must be at least 2"),
@@ -186,6 +186,8 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "resnext: depth": (lambda: den.resnext(30, 8, 64), V, "got 30; nearest: 29 and 38"),
     "wide_resnet: width": (lambda: den.wide_resnet(14, 0), V, "width must be at least 1, got 0"),
     "vgg: stage": (lambda: den.vgg(((0, 64),), 64), V, "stages must be (channels, blocks), each at least 1"),
+    "graphed: on a CPU": (lambda: den.GraphedNetwork(model(), "a"), V, "model must be on a CUDA device, got cpu"),
+    "load: no run": (lambda: den.load("absent"), V, "must be"),
     "named_backbone": (lambda: den.named_backbone("wrn"), V, "backbone must be"),
     "level_groups": (lambda: den.level_groups(2, 4), V, "channels must be at least 4 for 4 levels, got 2"),
     "level_widths": (lambda: den.level_widths(0, 4), V, "channels must be at least 4 for 4 levels, got 0"),
@@ -207,6 +209,12 @@ COMMANDS: dict[str, str] = {
     "train m1 --budget inf --out new": "budget must be finite and above 0, got inf",
     "train m9 --out new": "m9",
     "evaluate absent": "config.json must be a readable JSON file",
+    "predict absent file": "config.json must be a readable JSON file",
+    "train --out new --start absent": "absent",
+    "train --out new --data.tasks folder:absent": "folder of folder:absent must be there",
+    "dag predict absent file": "config.json must be a readable JSON file",
+    "dag extract absent --task a --out new.onnx": "config.json must be a readable JSON file",
+    "dag extract absent --task a --out new": "out must end with .pt2 or .onnx, got new",
     "report absent --out file": "out must be a folder that can be written",
     "demo --out file": "out must be a folder that can be written",
     "fetch --data-root new": "names must be at least one image set, got none",
@@ -257,8 +265,15 @@ def test_a_command_says_in_one_line_what_is_wrong_and_changes_nothing(
 
 def test_every_public_name_has_a_row() -> None:
     rows = Path(__file__).read_text()
-    right = {"__version__", "invalidate", "BACKBONES", "ImageFlops", "ParameterCounts"}  # take nothing, or are results
+    right = {
+        "__version__",
+        "invalidate",
+        "BACKBONES",
+        "ImageFlops",
+        "ParameterCounts",
+        "Prediction",
+    }  # take nothing, or are results
     alike = {"dynamic_residual_", "dynamic_bottleneck_", "Route", "DeepElasticNetwork", "ModelConfig", "Estimator",
-             "Selector", "Backbone", "count_parameters", "parameter_fractions", "resnet"}  # fmt: skip
+             "Selector", "Backbone", "Predictor", "count_parameters", "parameter_fractions", "resnet"}  # fmt: skip
     names = {name: f"{short}.{name}" for module, short in ((dk, "dk"), (den, "den")) for name in module.__all__}
     assert [name for name, used in names.items() if name not in right | alike and used not in rows] == []
