@@ -62,7 +62,7 @@ class Slots(NamedTuple):
     tile: int  # of all else that a tile of 128 x 64 takes, its second output included
 
 
-SLOTS = {"boxes": Slots(120, 1000), "pointers": Slots(260, 1300)}
+SLOTS = {"boxes": Slots(120, 1100), "pointers": Slots(260, 1300)}
 
 
 class Fused(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._geometry import Geometry, dense
 from ..float32 import allows_tf32
 from ..plan import Route, channels_of
+from ..rows import pool_rows
 from . import boxes, choice
 from .box_kernel import box_kernel
 from .choice import Shape, Side
@@ -196,8 +197,11 @@ def convolve(
     if source.shape[0] == 0 or out.numel() == 0:
         return
     check_pixels(source, out)
-    launch = convolution_launch(
-        channels_last(source), dense(weight), out, route, geometry, transposed, skip_empty, epilogue,
-        *architecture(source.device),
-    )  # fmt: skip
+    pooled = epilogue.shortcut
+    given = channels_last(source), dense(weight), out, route, geometry, transposed, skip_empty
+    launch = convolution_launch(*given, epilogue, *architecture(source.device))
+    if pooled and pooled.size > 1 and launch.kernel is convolve_kernel:  # on pointers its registers would spill
+        out.copy_(pool_rows(pooled.map, out.shape[1], pooled.size))
+        epilogue = epilogue._replace(add=True, shortcut=None)
+        launch = convolution_launch(*given, epilogue, *architecture(source.device))
     launch.run(source)
