@@ -66,7 +66,7 @@ SLOTS = {"boxes": Slots(120, 1100), "pointers": Slots(260, 1300)}
 
 
 class Fused(NamedTuple):
-    """What the fused kernel's machine code takes: of a step of 32 bytes and a full warp, and of what is around."""
+    """Counts of the fused kernel's code: of a step of 32 bytes and a full warp, and cycles of what is around."""
 
     products: int  # `mma` of conv2's step
     loads: int  # `ldmatrix` of it

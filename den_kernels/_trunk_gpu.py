@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._block_op import empty_result, keeps_shape
+from ._cuda_layout import FusedLayout
 from .bottleneck_weights import BottleneckWeights
 from .plan import Route
 from .residual_weights import ResidualWeights
@@ -47,6 +48,6 @@ def run(
     return x if scale is None or shift is None else pool(x, scale, shift)
 
 
-def _fused_layout(x: Tensor, route: Route, block: Block) -> "_cuda.FusedLayout | None":  # x [B, C, H, W]
+def _fused_layout(x: Tensor, route: Route, block: Block) -> FusedLayout | None:  # x [B, C, H, W]
     """The layout in which the fused kernel runs the block, None where it does not."""
     return _cuda.choose_fused(x, route, block) if isinstance(block, ResidualWeights) else None

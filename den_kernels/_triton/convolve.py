@@ -143,6 +143,7 @@ def convolution_launch(
     after = epilogue.following
     skip_empty = skip_empty and after is None and epilogue.shortcut is None
     added, pool = epilogue.shortcut or Pooled(source, 0)
+    stride = geometry.stride
     pointers: dict[str, Any] = {
         "bias": epilogue.bias, "scale_out": epilogue.scale, "gate": epilogue.gate, "following": after and after.map,
         "scale_next": after and after.scale, "shift_next": after and after.shift, "levels_next": after and after.levels,
@@ -159,7 +160,7 @@ def convolution_launch(
         **{name: source if tensor is None else dense_vector(tensor, name) for name, tensor in pointers.items()},
     )  # fmt: skip
     problem = boxes.Problem(
-        n, k, route.groups, (OH, OW), geometry.stride, geometry.groups, source.dtype, route.mask is not None,
+        n, k, route.groups, (OH, OW), (stride[0], stride[1]), geometry.groups, source.dtype, route.mask is not None,
         boxes.is_aligned(source, weight), after is not None or pool > 0,
     )  # fmt: skip
     if chosen := boxes.choose_boxes(problem, skip_empty, arch):
@@ -167,7 +168,7 @@ def convolution_launch(
         most = _tiles_at_most(chosen[1], B, OH * OW, 1, chosen[0].rows, False)
         return Launch(box_kernel, min(most, chosen[0].programs * multiprocessors), arguments)
     selection, shape = _gemm(route, n, k, geometry.groups, skip_empty, tile, source)
-    stride, classes = geometry.stride, geometry.stride[0] * geometry.stride[1] if transposed else 1
+    classes = stride[0] * stride[1] if transposed else 1
     pixels = -(-OH // (stride[0] if transposed else 1)) * -(-OW // (stride[1] if transposed else 1))
     most = _tiles_at_most(shape, B, pixels, classes, tile.rows, route.mask is not None)
     skip = [s // gcd(s, d) if transposed else 1 for s, d in zip(stride, geometry.dilation, strict=True)]

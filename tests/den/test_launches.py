@@ -23,7 +23,7 @@ def network(backbone: str, **changes) -> DeepElasticNetwork:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", ["wrn14_1", "wrn32_4"])
+@pytest.mark.parametrize("backbone", ["wrn14_4", "wrn32_4"])
 def test_a_block_is_two_launches_and_no_pass_activates(backbone, monkeypatch):
     """On a Hopper GPU, also where the stride is 2: the second launch pools the shortcut."""
     model = network(backbone)
@@ -42,7 +42,7 @@ def test_a_block_is_two_launches_and_no_pass_activates(backbone, monkeypatch):
 @torch.no_grad()
 def test_a_replay_is_the_selector_and_two_launches_a_block(monkeypatch):
     """At most two a block and six for plan, stem, last norm and head; the selector's convolutions come before."""
-    model = network("wrn14_1")
+    model = network("wrn14_4")
     images = torch.randn(3, *TASK.shape).bfloat16()
     with counted(monkeypatch) as launches:
         model.to("cuda:0")
