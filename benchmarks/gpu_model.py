@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from den.nn.blocks import ResidualShape
-from den_kernels._cuda_layout import FusedLayout, FusedProblem, fused_layout
+from den_kernels._cuda_layout import FusedLayout, FusedArguments, fused_layout
 from den_kernels._triton import boxes, choice
 from den_kernels._triton.choice import Side
 from den_kernels._triton.rules import Tile
@@ -120,7 +120,7 @@ def convolution_tile(tile: Tile, columns: int, depth: int, turns: int, boxed: bo
 
 
 def convolution(
-    p: FusedProblem, counts: Sequence[int], second: bool, chip: Chip, channels: tuple[Side, Side], size: int
+    p: FusedArguments, counts: Sequence[int], second: bool, chip: Chip, channels: tuple[Side, Side], size: int
 ) -> float:
     """Seconds of one launch: conv1 or (`second`) conv2 of a block, with counts[l] instances at level l."""
     n, k = channels
@@ -142,7 +142,7 @@ def convolution(
     return makespan(tiles, programs, chip.multiprocessors) / chip.clock if tiles else 0.0
 
 
-def two_launches(p: FusedProblem, counts: Sequence[int], chip: Chip) -> float:
+def two_launches(p: FusedArguments, counts: Sequence[int], chip: Chip) -> float:
     """Seconds of the block as two launches, each of which also takes at least as long as its maps take the memory."""
     size = -(-p.H // p.stride)
     groups = tuple(b - a for a, b in zip((0, *p.widths), p.widths, strict=False))
@@ -158,7 +158,7 @@ def two_launches(p: FusedProblem, counts: Sequence[int], chip: Chip) -> float:
     return first + second + 2 * LAUNCH
 
 
-def fused_tile(p: FusedProblem, layout: FusedLayout, width: int, chip: Chip, code: Fused) -> float:
+def fused_tile(p: FusedArguments, layout: FusedLayout, width: int, chip: Chip, code: Fused) -> float:
     """Cycles of one thread block of the fused kernel for the instances of a tile at a level of `width` channels."""
     rows_out, columns_out, total, y = -(-p.H // p.stride), -(-p.W // p.stride), 0.0, 0
     slice_ = 16 * layout.hidden_columns
@@ -199,7 +199,7 @@ class Traffic(NamedTuple):
     streamed: int  # of weights, from L2
 
 
-def fused_traffic(p: FusedProblem, counts: Sequence[int]) -> Traffic:
+def fused_traffic(p: FusedArguments, counts: Sequence[int]) -> Traffic:
     """Traffic of a block that adds to a map, with counts[l] instances at level l.
 
     Raises ValueError where the fused kernel does not take the block.
@@ -214,7 +214,7 @@ def fused_traffic(p: FusedProblem, counts: Sequence[int]) -> Traffic:
     return Traffic(active * (map_in + map_out), active * map_out, streamed)
 
 
-def fused(p: FusedProblem, layout: FusedLayout, counts: Sequence[int], chip: Chip, code: Fused = CODE) -> float:
+def fused(p: FusedArguments, layout: FusedLayout, counts: Sequence[int], chip: Chip, code: Fused = CODE) -> float:
     """Seconds of the block in the fused kernel, which streams all weights of a level from L2 for each tile."""
     tiles: list[float] = []
     for instances, width in zip(reversed(counts[1:]), reversed(p.widths), strict=True):
@@ -225,10 +225,10 @@ def fused(p: FusedProblem, layout: FusedLayout, counts: Sequence[int], chip: Chi
     return max(cycles / chip.clock, traffic.streamed / chip.l2, bytes_) + LAUNCH
 
 
-def problem_of(block: ResidualShape, B: int, chip: Chip) -> FusedProblem:
+def problem_of(block: ResidualShape, B: int, chip: Chip) -> FusedArguments:
     """The block as a problem in bfloat16, its hidden groups a quarter, a quarter and a half."""
     widths = block.channels // 4, block.channels // 2, block.channels
     size = block.in_size
-    return FusedProblem(
+    return FusedArguments(
         B, size, size, block.in_channels, block.channels, widths, block.stride, 2, chip.multiprocessors, chip.shared
     )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from den.nn.backbones import BACKBONES, block_shapes
 from den.nn.blocks import ResidualShape
-from den_kernels._cuda_layout import FusedProblem, fused_layout
+from den_kernels._cuda_layout import FusedArguments, fused_layout
 
 from .gpu_model import CHIPS, CODE, Chip, Fused, fused, problem_of, two_launches
 from .tables import table as markdown
@@ -26,7 +26,7 @@ PAGES = ROOT / "docs" / "gpu.md", ROOT / "benchmarks" / "GPU_SESSION.md"
 MIXES = {"full": (0, 0, 0, 1), "uniform": (0.25, 0.25, 0.25, 0.25), "quarter": (0, 1, 0, 0)}  # of levels 0, 1, 2, 3
 
 
-def map_bytes(p: FusedProblem, counts: Sequence[int]) -> int:
+def map_bytes(p: FusedArguments, counts: Sequence[int]) -> int:
     """Bytes of maps that a block must move which adds to a map, with counts[l] instances at level l.
 
     These are x for the activations, what the branch is added to, and the result.

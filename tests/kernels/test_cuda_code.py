@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.gpu_model import CODE
 from den_kernels import _extension
-from den_kernels._cuda_layout import FusedProblem, fused_layout
+from den_kernels._cuda_layout import FusedArguments, fused_layout
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {
@@ -163,7 +163,7 @@ CHIPS = {"sm_80": (108, 163 << 10), "sm_90": (132, 227 << 10)}
 @pytest.mark.parametrize(("C", "H", "C_out", "stride"), SHAPES)
 def test_shared_memory_fits(C, H, C_out, stride, B, itemsize, chip):
     widths = tuple(max(16, C_out * part // 4) for part in (1, 2, 4))
-    problem = FusedProblem(B, H, H, C, C_out, widths, stride, itemsize, *CHIPS[chip])
+    problem = FusedArguments(B, H, H, C, C_out, widths, stride, itemsize, *CHIPS[chip])
     layout = fused_layout(problem)
     if layout is None:
         assert (chip, itemsize, C, H) == ("sm_80", 4, 128, 16)  # its activations alone take 128 KB

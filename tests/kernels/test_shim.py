@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den_kernels._cuda_layout import FusedLayout, FusedProblem, fused_layout
+from den_kernels._cuda_layout import FusedLayout, FusedArguments, fused_layout
 from den_kernels.plan import Route, RoutingPlan
 from den_kernels.plan_sort import plan_levels as plan_levels_cpu
 from den_kernels.plan_sort import plan_levels_reference, plan_masks_reference
@@ -166,9 +166,9 @@ class Block:
         )
 
     @property
-    def problem(self) -> FusedProblem:
+    def problem(self) -> FusedArguments:
         size = 4 if self.dtype == "tf32" else 2
-        return FusedProblem(
+        return FusedArguments(
             self.B, *self.size, self.C, self.C_out, self.widths, self.stride, size, self.multiprocessors, self.shared
         )
 
@@ -364,7 +364,7 @@ def test_traffic(driver, name):
 
 def test_a_block_is_worth_fusing_where_pixels_share_the_weights():
     for B, H, worth in ((256, 8, True), (256, 4, False), (1024, 4, True), (256, 16, True)):
-        problem = FusedProblem(B, H, H, 256, 256, (64, 128, 256), 1, 2, 132, 227 << 10)
+        problem = FusedArguments(B, H, H, 256, 256, (64, 128, 256), 1, 2, 132, 227 << 10)
         layout = fused_layout(problem)
         assert layout is not None
         assert layout.is_worth(problem) == worth
@@ -375,7 +375,7 @@ def test_layouts_of_known_networks():
 
     def layout(B: int, C: int, H: int, C_out: int, stride: int = 1, itemsize: int = 2) -> tuple[int, ...] | None:
         widths = (C_out // 4, C_out // 2, C_out)
-        made = fused_layout(FusedProblem(B, H, H, C, C_out, widths, stride, itemsize, 132, 227 << 10))
+        made = fused_layout(FusedArguments(B, H, H, C, C_out, widths, stride, itemsize, 132, 227 << 10))
         return made and made[:4]  # instances, rows, columns, hidden columns
 
     assert layout(256, 64, 32, 64) == (1, 14, 1, 1)
