@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from den.nn.blocks import ResidualShape
-from den_kernels._cuda_layout import FusedLayout, FusedArguments, fused_layout
+from den_kernels._cuda_layout import FusedArguments, FusedLayout, fused_layout
 from den_kernels._triton import boxes, choice
 from den_kernels._triton.choice import Side
 from den_kernels._triton.rules import Tile

@@ -126,7 +126,8 @@ struct Affine {
 // Input rows [from, band.r1) of the tile's instances, activated, to shared memory. `fixed`: a thread has the same 16
 // bytes of every pixel, so that it needs one part of bn1 and no division.
 template <class E, bool fixed>
-DEN_KERNELS_DEVICE void load_rows(const Arguments& arguments, uint32_t act, const Tile& tile, const Band& band, int from) {
+DEN_KERNELS_DEVICE void load_rows(const Arguments& arguments, uint32_t act, const Tile& tile, const Band& band,
+                                  int from) {
   constexpr int kFlight = 4;  // loads that a thread has on their way
   const FusedResidual& p = arguments.block;
   const FusedShared& s = arguments.shared;

@@ -15,7 +15,8 @@ struct Step {
 template <class E>
 DEN_KERNELS_DEVICE void stream(const Arguments& arguments, const Step& step, int width, uint32_t to) {
   const FusedResidual& p = arguments.block;
-  const int slice = least(arguments.shared.slice, width - step.m0), taps = step.second ? p.layout.taps2 : p.layout.taps1;
+  const int slice = least(arguments.shared.slice, width - step.m0),
+            taps = step.second ? p.layout.taps2 : p.layout.taps1;
   const int tap_pitch = (step.second ? p.M : p.C) * E::bytes, whole = step.second ? slice * E::bytes : tap_pitch;
   const int bytes = least(step.second ? p.layout.bytes2 : p.layout.bytes1, whole - step.k);
   const int rows = step.second ? p.C_out : slice, row = step.second ? arguments.shared.row2 : arguments.shared.row1;

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._cuda_layout import FusedLayout, FusedArguments, fused_layout
+from ._cuda_layout import FusedArguments, FusedLayout, fused_layout
 from ._cuda_support import runs_on
 from ._extension import extension
 from .float32 import allows_tf32

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from den.data.images import Example, ImageSet, apportion
 from den.data.scenes import SceneSet
+from den.support.device import sent
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,67 @@ class Batch:
     def __len__(self) -> int:
         return sum(map(len, self.labels))
 
+    @property
+    def joint(self) -> bool:
+        """True where all tasks label the same images."""
+        return len(self.images) > 1 and all(images is self.images[0] for images in self.images)
+
+    @property
+    def parts(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Task, images and labels of each part; of joint tasks one, with the labels of the first task."""
+        whole = list(zip(self.tasks, self.images, self.labels, strict=True))
+        return whole[:1] if self.joint else whole
+
+    @property
+    def count(self) -> int:
+        """Number of images: each has one structure, however many labels."""
+        return sum(len(images) for _, images, _ in self.parts)
+
+
+class Labels:
+    """Training images that several tasks label, drawn once with all their labels.
+
+    joint: False makes the tasks' images parts of their own in a batch, for methods that treat the tasks apart.
+
+    Raises:
+        ValueError: sets that are not of the same images, or not of one size.
+    """
+
+    def __init__(self, sets: Sequence[ImageSet], joint: bool = True) -> None:
+        first, *others = sets
+        for other in others:
+            same = other.source == first.source and torch.equal(other.places, first.places)
+            if not same or other.images.shape != first.images.shape:
+                raise ValueError(
+                    f"data.joint: tasks must be labels of the same images, got {first.name} and {other.name}"
+                    f" ({len(first)} and {len(other)} images)"
+                )
+        self.sets, self.name, self.joint = tuple(sets), first.name, joint
+
+    def __len__(self) -> int:
+        return len(self.sets[0])
+
+    def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
+        """An entry for each task: the images at `index` (int64 [n]) augmented, the same for all, and its labels."""
+        images = self.sets[0].augmented(index, generator)
+        return [
+            (s.name, images if self.joint else images.view_as(images), s.labels[sent(index, s.labels.device)])
+            for s in self.sets
+        ]
+
+
+class BatchStream(Protocol):
+    """Endless batches of some sets, with a position that a checkpoint holds."""
+
+    epoch_steps: int
+    sets: tuple[Any, ...]
+
+    def next(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 class MixedTaskBatches:
     """Endless augmented batches; every batch holds `counts[k]` images of set k.
@@ -34,9 +96,13 @@ class MixedTaskBatches:
     """
 
     def __init__(
-        self, sets: Sequence[ImageSet | SceneSet], batch_size: int, shares: Sequence[float] | None = None, seed: int = 0
+        self,
+        sets: Sequence[ImageSet | SceneSet | Labels],
+        batch_size: int,
+        shares: Sequence[float] | None = None,
+        seed: int = 0,
     ) -> None:
-        self.sets = tuple(sets)
+        self.sets: tuple[Any, ...] = tuple(sets)
         self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))
         self.epoch_steps = max(-(-len(s) // n) for s, n in zip(self.sets, self.counts, strict=True))
         self.generator = torch.Generator().manual_seed(seed)

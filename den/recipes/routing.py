@@ -28,6 +28,9 @@ class Policies(nn.Module):
 class Routing(ComparedMethod):
     """The network and one agent per task and block learn together; every image's structure is drawn from its agents.
 
+    The original chooses among function blocks of separate weights; the agents here choose among the levels of one
+    block, which share theirs.  Reports call it "routing over levels" and do not set it beside the paper's Routing.
+
     The return of an image is 1 where its answer is right, -1 where it is not, less S(z) of the DEN paper with
     `selector.rho` (the alternatives of the original cost the same; levels do not).  The agents learn by the weighted
     policy learner; inference takes the arg max.
@@ -44,6 +47,10 @@ class Routing(ComparedMethod):
 
     def structures(self, images: Images, task: Tasks) -> Tensor:
         return task_rows(self.state.policy.argmax(-1), self.model, images, task)
+
+    def update_cost(self) -> float:
+        """Of uniform levels, with which it begins."""
+        return (self.model.estimator.level_flops.double().mean(1).sum() / self.full_flops).item()
 
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, settings = self.model, self.config.methods

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from den.data import Batch, MixedTaskBatches
+from den.data import Batch, BatchStream
 from den.support.device import choose_device
 from den.support.progress import Progress
 from den.support.randomness import random_state, seeded, set_random_state
@@ -98,7 +98,7 @@ class Engine(Generic[R]):
         return self.recipe.model
 
     @property
-    def batches(self) -> dict[str, MixedTaskBatches]:
+    def batches(self) -> Mapping[str, BatchStream]:
         """The recipe's streams of batches."""
         return self.recipe.batches
 
@@ -146,7 +146,7 @@ class Engine(Generic[R]):
             check_finite(objective.loss.item(), here.total_steps)
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
-        objective.loss.backward()
+        (objective.backward or objective.loss.backward)()
         for name in objective.optimisers or phase.trained:
             self.optimisers[name].step()
             here.updates[name] = here.updates.get(name, 0) + 1

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from den.data import MixedTaskBatches
+from den.data import BatchStream
 from den.train.phases import Phase
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Recipe(ABC):
     """
 
     model: nn.Module
-    batches: dict[str, MixedTaskBatches]
+    batches: Mapping[str, BatchStream]
     optimisers: dict[str, torch.optim.Optimizer]
     keeps_best = True
 
