@@ -62,11 +62,11 @@ class Slots(NamedTuple):
     tile: int  # of all else that a tile of 128 x 64 takes, its second output included
 
 
-SLOTS = {"boxes": Slots(120, 1000), "pointers": Slots(260, 1300)}
+SLOTS = {"boxes": Slots(120, 1100), "pointers": Slots(260, 1300)}
 
 
 class Fused(NamedTuple):
-    """What the fused kernel's machine code takes: of a step of 32 bytes and a full warp, and of what is around."""
+    """Counts of the fused kernel's code: of a step of 32 bytes and a full warp, and cycles of what is around."""
 
     products: int  # `mma` of conv2's step
     loads: int  # `ldmatrix` of it

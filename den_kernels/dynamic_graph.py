@@ -265,8 +265,8 @@ def _check(x: Tensor, graph: GraphWeights, plan: RoutingPlan, read_in: Tensor, g
     if x.ndim != 4 or x.shape[1] != C or 0 in x.shape[2:]:
         raise ValueError(f"{_OP}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(x.shape)}")
     B = x.shape[0]
-    if plan.levels.device != x.device or plan.levels.dtype != torch.int32 or plan.masks is not None:
-        got = "masks" if plan.masks is not None else f"{plan.levels.dtype} on {plan.levels.device}"
+    if plan.levels.device != x.device or plan.levels.dtype != torch.int32:
+        got = f"{plan.levels.dtype} on {plan.levels.device}"
         raise ValueError(f"{_OP}: plan must be of int32 levels on {x.device}, as x is, got {got}")
     if tuple(plan.levels.shape) != (B, E) or plan.groups != 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the convolution kernels do with the sums of a tile, before and while these are written."""
+"""The last step of the convolution kernels: the sums of a tile, on their way to memory."""
 
 import triton
 import triton.language as tl

@@ -114,12 +114,15 @@ def assert_multiplies(launch: Launch, code: Code, arch: int) -> None:
 
 
 def assert_slots(launch: Launch, code: Code, most: Slots) -> None:
-    """The issue slots of a turn, and of all that is not a loop for each rung, are at most what is predicted with."""
+    """The issue slots of a turn, and of all else for each rung, are at most what is predicted with.
+
+    A pooled shortcut, of two blocks in a network, is not in the prediction.
+    """
     a, loops = launch.arguments, product_loops(code)
     assert max(loop.slots for loop in loops) <= most.turn, loops
     around = code.instructions.total() - sum(loop.slots for loop in loops)
     area = sum(a["BM"] * bn for bn in a["BNS"]) / (128 * 64)
-    assert around <= most.tile * max(area, len(loops)), (around, area)
+    assert a["POOL"] or around <= most.tile * max(area, len(loops)), (around, area)
 
 
 def assert_loads_boxes(launch: Launch, code: Code, arch: int) -> None:
