@@ -87,6 +87,13 @@ class Backbone:
     fully_connected: tuple[int, ...] | None = None
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        if any(len(stage) != 2 or min(stage) < 1 for stage in self.stages) or self.stem < 0:
+            raise ValueError(
+                "Backbone: stages must be (channels, blocks), each at least 1, and stem at least 0, got"
+                f" {self.stages}, {self.stem}"
+            )
+
 
 def _blocks_per_stage(name: str, depth: int, stages: int, convolutions: int = 2) -> int:
     """`n` of `depth = convolutions * stages * n + 2`: `convolutions` a block, the stem and the head."""
