@@ -16,6 +16,7 @@ KINDS = {  # of a target, by the suite of its case and its measure; a target of 
     ("memory", "peak_share"): "WRN-32-4, ResNet-42",
     ("memory", "frozen_share"): "WRN-32-4, ResNet-42, frozen",
     ("dag", "throughput"): "DAG, one batch / task after task",
+    ("dag", "floor_share"): "DAG of large maps",
     ("dag", "realised"): "DAG",
 }
 

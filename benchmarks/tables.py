@@ -13,6 +13,7 @@ MEASURES = {
     "overhead": "over bare convolutions",
     "speed": "speed against dense",
     "throughput": "throughput",
+    "floor_share": "share of the floor",
     "dense_share": "time / dense",
     "seconds": "time",
     "peak_share": "peak memory / dense",

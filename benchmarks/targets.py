@@ -26,7 +26,7 @@ class Target:
     @property
     def is_lower_bound(self) -> bool:
         """True where a larger value is better."""
-        return self.measure in ("realised", "speed", "throughput") or self.measure.startswith("against ")
+        return self.measure in ("realised", "speed", "throughput", "floor_share") or self.measure.startswith("against ")
 
     def measured(self, row: Row) -> float | None:
         """The number out of a row; None where the row does not have it."""
@@ -115,7 +115,10 @@ def _dag_targets() -> list[Target]:
         channels, side = shape.split("x")
         for tasks in (8, 20):
             what, case = f"DAG {channels}x{side}², {tasks} tasks", f"dag/{shape}/B{4 * tasks}/{tasks}-tasks/float32"
-            found.append(Target(f"{what}, one batch / one task after the other", case, "throughput", 3.0))
+            if shape == "48x14":  # one task alone is near the machine's rate already: what is left is below the floor
+                found.append(Target(f"{what}, arithmetic at the machine's rate / one batch", case, "floor_share", 0.8))
+            else:
+                found.append(Target(f"{what}, one batch / one task after the other", case, "throughput", 3.0))
             found.append(Target(what, case, "realised", 0.85))
     return found
 

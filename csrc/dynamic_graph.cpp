@@ -1,5 +1,7 @@
 // A thread takes an instance through the whole graph: its states lie in scratch memory, padded with zeros, where the
 // convolutions read them in place (direct_tiles.h) and add what they make, gated, to the state that they lead to.
+// States that do not fit the core's cache are computed in bands of rows: a band of the first state, then of the second,
+// half a kernel higher up, and so on, so that a row is read while it is in the cache, and nothing is computed twice.
 #include "dynamic_graph.h"
 
 #include <algorithm>
@@ -30,15 +32,34 @@ struct StateMap {
   int64_t size(int64_t C) const { return round_up(rows * columns * C, 16); }
 };
 
+constexpr int64_t least_band = 4;  // rows: below, the weights are read too often
+
+// Rows of a band: all of them where an instance's states fit the cache, else as many as leave room for those that are
+// read again, of as many states as an edge reaches over.
+int64_t band_rows(const GraphArguments& p, const StateMap& map) {
+  const int64_t room = scratch_bytes(), half = p.R / 2;
+  if (p.N * map.size(p.C) * 4 <= 2 * room) return p.H + p.N * half;
+  int64_t reach = 1;
+  for (const auto& edge : p.edges) reach = std::max(reach, edge.second - edge.first);
+  return std::max(least_band, room / (p.N * map.columns * p.C * 4) - (reach + 1) * half);
+}
+
 // The data that all instances use.
 struct Layout {
   StateMap map;
   Strips strips;
   std::vector<Piece> pieces;  // channels in blocks of 16
   int64_t taps[max_taps];     // offset of each tap from the upper left one
-  explicit Layout(const GraphArguments& p) : map(p), strips(1, p.W), pieces(cut({{0, p.C}}, 16)) {
+  int64_t band;               // rows of a state that are computed before the next state's
+  explicit Layout(const GraphArguments& p)
+      : map(p), strips(1, p.W), pieces(cut({{0, p.C}}, 16)), band(band_rows(p, map)) {
     for (int64_t t = 0; t < p.R * p.S; ++t) taps[t] = (t / p.S * map.columns + t % p.S) * p.C;
   }
+};
+
+// Rows first .. last - 1 of a map.
+struct Rows {
+  int64_t first, last;
 };
 
 #pragma GCC push_options
@@ -84,24 +105,27 @@ struct EdgeTile {
   }
 };
 
-// All strips of some vectors of output channels, in tiles of nearly the same size: few registers sum in a small one.
-void add_vectors(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
-                 int64_t block, int vectors) {
-  const int64_t size = layout.strips.size, count = layout.strips.count(p.H);
+// All strips of rows of some vectors of output channels, in tiles of nearly the same size: few registers sum in a small
+// one.
+void add_vectors(const GraphArguments& p, const Layout& layout, int64_t e, Rows rows, float gate, const float* from,
+                 float* to, int64_t block, int vectors) {
+  const int64_t size = layout.strips.size, start = layout.strips.count(rows.first);
+  const int64_t count = layout.strips.count(rows.last) - start;
   const int64_t most = EdgeTile::most(vectors, static_cast<int>(size)), tiles = (count + most - 1) / most;
   for (int64_t t = 0; t < tiles; ++t) {
     int64_t begin, end;
     share(count, t, tiles, begin, end);
-    tile_of<EdgeTile>(size, vectors, end - begin)(p, layout, e, gate, from, to, block, begin);
+    tile_of<EdgeTile>(size, vectors, end - begin)(p, layout, e, gate, from, to, block, start + begin);
   }
 }
 
-void add_edge(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to) {
+void add_edge(const GraphArguments& p, const Layout& layout, int64_t e, Rows rows, float gate, const float* from,
+              float* to) {
   const int64_t blocks = (p.C + 15) / 16;
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block;
     const int taken = left == 1 ? 1 : left == 3 ? 3 : 2;
-    add_vectors(p, layout, e, gate, from, to, block, taken);
+    add_vectors(p, layout, e, rows, gate, from, to, block, taken);
     block += taken;
   }
 }
@@ -117,19 +141,34 @@ void scale_rows(float factor, const float* from, int64_t from_stride, float* to,
     }
 }
 
-void run_instance(const GraphArguments& p, const Layout& layout, int64_t b, float* scratch) {
+// Some rows of state j, and what of them is read out.
+void run_rows(const GraphArguments& p, const Layout& layout, int64_t b, int64_t j, Rows rows, int64_t first_edge,
+              float* scratch) {
   const int64_t E = static_cast<int64_t>(p.edges.size()), width = p.W * p.C, pitch = layout.map.columns * p.C;
-  const int64_t size = layout.map.size(p.C);
-  float* out = p.out + b * p.H * width;
-  std::memset(out, 0, p.H * width * sizeof(float));
-  for (int64_t j = 0, e = 0; j < p.N; ++j) {
-    float* v = scratch + j * size;
-    float* inner = v + layout.map.origin;
-    scale_rows<false>(p.read_in[b * p.N + j], p.x + b * p.H * width, width, inner, pitch, p.H, width);
-    for (; e < E && p.edges[e].second == j; ++e)
-      if (p.levels[e * p.B + b] > 0) add_edge(p, layout, e, p.gates[b * E + e], scratch + p.edges[e].first * size, v);
-    scale_rows<true>(p.read_out[b * p.N + j], inner, pitch, out, width, p.H, width);
-  }
+  const int64_t size = layout.map.size(p.C), count = rows.last - rows.first;
+  const int64_t at = (b * p.H + rows.first) * width;
+  float *v = scratch + j * size, *inner = v + layout.map.origin + rows.first * pitch;
+  if (j == 0) std::memset(p.out + at, 0, count * width * sizeof(float));
+  scale_rows<false>(p.read_in[b * p.N + j], p.x + at, width, inner, pitch, count, width);
+  for (int64_t e = first_edge; e < E && p.edges[e].second == j; ++e)
+    if (p.levels[e * p.B + b] > 0)
+      add_edge(p, layout, e, rows, p.gates[b * E + e], scratch + p.edges[e].first * size, v);
+  scale_rows<true>(p.read_out[b * p.N + j], inner, pitch, p.out + at, width, count, width);
+}
+
+// The rows of state j that band `number` ends with: half a kernel fewer than those of the state before.
+int64_t band_end(const GraphArguments& p, const Layout& layout, int64_t number, int64_t j) {
+  return std::clamp<int64_t>(number * layout.band - j * (p.R / 2), 0, p.H);
+}
+
+void run_instance(const GraphArguments& p, const Layout& layout, int64_t b, float* scratch) {
+  const int64_t E = static_cast<int64_t>(p.edges.size());
+  for (int64_t number = 0; band_end(p, layout, number, p.N - 1) < p.H; ++number)
+    for (int64_t j = 0, e = 0; j < p.N; ++j) {
+      const Rows rows{band_end(p, layout, number, j), band_end(p, layout, number + 1, j)};
+      if (rows.first < rows.last) run_rows(p, layout, b, j, rows, e, scratch);
+      while (e < E && p.edges[e].second == j) ++e;
+    }
 }
 
 #pragma GCC pop_options

@@ -7,7 +7,8 @@ An instance keeps an edge where its level is 1 in the edge's block of a `Routing
 
 On a CPU with AVX-512, in float32, one C++ call runs the whole graph (csrc/dynamic_graph.cpp): a thread takes an
 instance from the first state to the last, so that its states stay in the core's cache; nothing is gathered, scattered
-or allocated on the way.  Elsewhere on a CPU each edge runs over the rows of its instances, gathered for it.
+or allocated on the way.  States of large maps go through the cache in bands of rows.  Elsewhere on a CPU, and for fewer
+large maps than threads, each edge runs over the rows of its instances, gathered for it.
 
 On a GPU an edge is one launch of the Triton convolution, which multiplies by the gate and adds to the state itself, and
 leaves instances alone that do not keep the edge; one launch before reads all states in, one behind reads them out.  The
@@ -33,7 +34,8 @@ from .rows import gather_rows, scatter_rows_
 
 _OP = "dynamic_graph"
 _NAME = "den_kernels::dynamic_graph"
-STATES_BYTES = 2 << 20  # an instance's states, at most: beyond, they leave the cache from one edge to the next
+STATES_BYTES = 2 << 20  # an instance's states: about what a core's cache holds; beyond, they are computed in bands
+MOST_BYTES = 1 << 28  # of an instance's states, which a thread keeps in memory between calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +96,10 @@ class GraphWeights(HasHandle):
 
     def runs_whole(self, x: Tensor) -> bool:
         """True where one call runs the whole graph for maps of the shape and dtype of x [B, C, H, W]."""
-        _, C, H, W = x.shape
-        return bool(self.direct) and x.dtype == torch.float32 and 4 * self.states * C * H * W <= STATES_BYTES
+        B, C, H, W = x.shape
+        size = 4 * self.states * C * H * W
+        enough = size <= STATES_BYTES or (size <= MOST_BYTES and torch.get_num_threads() <= B)
+        return bool(self.direct) and x.dtype == torch.float32 and enough
 
 
 def dynamic_graph_reference(

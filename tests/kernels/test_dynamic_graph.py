@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import den_kernels._conv_direct as direct
 from den_kernels import GraphWeights, RoutingPlan, dynamic_graph
-from den_kernels.dynamic_graph import STATES_BYTES, _run_masked, dynamic_graph_reference
+from den_kernels.dynamic_graph import MOST_BYTES, STATES_BYTES, _run_masked, dynamic_graph_reference
 
 EDGES = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
 STATES = 4
@@ -141,12 +141,22 @@ def test_scratch_memory_of_other_shapes_leaves_no_trace():
 @pytest.mark.skipif(
     direct.extension is None or not direct.extension.has_direct_float32(), reason="needs the extension and AVX-512"
 )
-def test_one_call_runs_what_fits_the_cache():
+def test_one_call_runs_what_fits_the_cache_and_large_maps_of_enough_instances(monkeypatch):
     graph = graph_of(16)
     assert graph.runs_whole(torch.empty(9, 16, 7, 7))
     side = int((STATES_BYTES / (4 * STATES * 16)) ** 0.5) + 1
-    assert not graph.runs_whole(torch.empty(1, 16, side, side))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert not graph.runs_whole(torch.empty(3, 16, side, side))
+    assert graph.runs_whole(torch.empty(4, 16, side, side))
     assert not graph.runs_whole(torch.empty(1, 16, 7, 7, dtype=torch.bfloat16))
+    huge = int((MOST_BYTES / (4 * STATES * 16)) ** 0.5) + 1
+    assert not graph.runs_whole(torch.empty(4, 16, huge, huge, device="meta"))
+
+
+@pytest.mark.parametrize(("channels", "size"), [(16, (150, 140)), (20, (300, 61))])
+def test_maps_beyond_the_cache_are_computed_in_bands_of_rows(monkeypatch, channels, size):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the work of one thread for each instance
+    check(graph_of(channels), *case(1, channels, size))
 
 
 def test_without_the_extension_edges_run_one_by_one(monkeypatch):

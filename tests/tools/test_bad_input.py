@@ -213,7 +213,7 @@ COMMANDS: dict[str, str] = {
     "train --out new --start absent": "absent",
     "train --out new --data.tasks folder:absent": "folder of folder:absent must be there",
     "dag predict absent file": "config.json must be a readable JSON file",
-    "dag extract absent --task a --out new.onnx": "config.json must be a readable JSON file",
+    "dag extract absent --task a --out new.pt2": "config.json must be a readable JSON file",
     "dag extract absent --task a --out new": "out must end with .pt2 or .onnx, got new",
     "report absent --out file": "out must be a folder that can be written",
     "demo --out file": "out must be a folder that can be written",
