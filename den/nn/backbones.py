@@ -194,12 +194,12 @@ BACKBONES: dict[str, Backbone] = {
     "resnext29_8x64d_narrow": resnext(29, 8, 64, expansion=1),
     "resnext29_4x64d_narrow": resnext(29, 4, 64, expansion=1),
     "resnext29_2x64d_narrow": resnext(29, 2, 64, expansion=1),
-    "vgg16": vgg(((64, 1), (128, 2), (256, 3), (512, 3), (512, 3)), stem=64),
-    "vgg19": vgg(((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)), stem=0),
     # what has about the parameters and FLOPs that the Deep Elastic Networks paper prints for images of 224 x 224
     "simpleconvnet_strided": Backbone(
         ((32, 1),) * 4, 0, partial(pair_shapes, strided=True), fully_connected=(128, 128)
     ),
+    "vgg16": vgg(((64, 1), (128, 2), (256, 3), (512, 3), (512, 3)), stem=64),
+    "vgg19": vgg(((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)), stem=0),
     "simpleconvnet": Backbone(((32, 1),) * 4, 0, pair_shapes, fully_connected=(128, 128)),
 }
 """Backbones that have a name of their own; `named_backbone` knows more."""
