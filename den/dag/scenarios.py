@@ -134,8 +134,6 @@ def by_coarse_label(fine: ImageSet, coarse: Tensor) -> list[ImageSet]:
         member = (coarse == label).nonzero().flatten()
         kinds, numbered = fine.labels[member].unique(return_inverse=True)
         sets.append(
-            dataclasses.replace(
-                fine, name=f"coarse{label}", images=fine.images[member], labels=numbered, classes=len(kinds)
-            )
+            dataclasses.replace(fine.subset(member), name=f"coarse{label}", labels=numbered, classes=len(kinds))
         )
     return sets

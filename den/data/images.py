@@ -56,6 +56,8 @@ class ImageSet:
             raise ValueError(
                 f"ImageSet: labels must be int64 [{shape[0]}], got {self.labels.dtype} {list(self.labels.shape)}"
             )
+        if self.ids is not None and self.ids.shape != shape[:1]:
+            raise ValueError(f"ImageSet: ids must be int64 [{shape[0]}], got {list(self.ids.shape)}")
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= self.classes:
             raise ValueError(f"ImageSet: labels of {self.name!r} must lie in 0..{self.classes - 1}, got {low}..{high}")

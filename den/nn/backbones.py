@@ -43,8 +43,10 @@ def _residual_shapes(
     return tuple(shapes)
 
 
-def pair_shapes(stages: Stages, stem: int, trunk_size: int) -> tuple[BlockShape, ...]:
+def pair_shapes(stages: Stages, stem: int, trunk_size: int, strided: bool = False) -> tuple[BlockShape, ...]:
     """Consecutive 3x3 convolutions, two by two; 2x2 max pooling, rounding down, after the last of every stage.
+
+    strided: that last convolution has a stride of 2 instead.
 
     `pair_shapes(((32, 1), (64, 1)), 3, 32) == (PairShape(3, 32, 64, 32, pools=(True, True)),)`
 
@@ -61,7 +63,7 @@ def pair_shapes(stages: Stages, stem: int, trunk_size: int) -> tuple[BlockShape,
     shapes: list[PairShape] = []
     in_channels, size = stem, trunk_size
     for (hidden, first_pool), (channels, second_pool) in zip(layers[::2], layers[1::2], strict=True):
-        shapes.append(PairShape(in_channels, hidden, channels, size, pools=(first_pool, second_pool)))
+        shapes.append(PairShape(in_channels, hidden, channels, size, (first_pool, second_pool), strided))
         in_channels, size = channels, shapes[-1].size
     return tuple(shapes)
 
@@ -192,6 +194,10 @@ BACKBONES: dict[str, Backbone] = {
     "resnext29_8x64d_narrow": resnext(29, 8, 64, expansion=1),
     "resnext29_4x64d_narrow": resnext(29, 4, 64, expansion=1),
     "resnext29_2x64d_narrow": resnext(29, 2, 64, expansion=1),
+    # what has about the parameters and FLOPs that the Deep Elastic Networks paper prints for images of 224 x 224
+    "simpleconvnet_strided": Backbone(
+        ((32, 1),) * 4, 0, partial(pair_shapes, strided=True), fully_connected=(128, 128)
+    ),
     "vgg16": vgg(((64, 1), (128, 2), (256, 3), (512, 3), (512, 3)), stem=64),
     "vgg19": vgg(((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)), stem=0),
     "simpleconvnet": Backbone(((32, 1),) * 4, 0, pair_shapes, fully_connected=(128, 128)),
@@ -221,6 +227,6 @@ def named_backbone(name: str) -> Backbone:
             raise ValueError(f"backbone: {name} must be a den.Backbone, got {type(own).__name__}")
         return own
     raise ValueError(
-        f"backbone must be FILE.py:NAME, wrn{{l}}_{{r}}, resnet{{l}}, resnext{{l}}_{{c}}x{{d}}d(_narrow), or one of"
+        f"backbone must be wrn{{l}}_{{r}}, resnet{{l}}, resnext{{l}}_{{c}}x{{d}}d(_narrow), FILE.py:NAME, or one of"
         f" {', '.join(BACKBONES)}, got {name!r}"
     )

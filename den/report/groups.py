@@ -196,8 +196,10 @@ def backbone_name(record: Evaluation) -> str:
     network = record.settings["network"]
     if network.get("stages"):
         return f"{network['backbone']} {', '.join(f'{channels}x{blocks}' for channels, blocks in network['stages'])}"
-    large = network["backbone"] == "simpleconvnet" and network["trunk_size"] >= 200
-    return "simpleconvnet_224" if large else network["backbone"]
+    large = network["backbone"].startswith("simpleconvnet") and network["trunk_size"] >= 200
+    if large and network["backbone"] == "simpleconvnet_strided":
+        return "simpleconvnet_224"  # the paper's, by its counts
+    return "simpleconvnet on 224x224" if large else network["backbone"]
 
 
 def _rows(groups: Sequence[Group]) -> list[Row]:

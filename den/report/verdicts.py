@@ -149,9 +149,8 @@ def _task_usage(row: Row) -> Iterator[Check]:
     nulls = [usage_gap([result.null.usage for result in record.tasks if result.null]) for record in records]
     more = [gap - null for gap, null in zip(gaps, nulls, strict=True)]
     check = judged(claim, more, above=LEAST_GAP, scale=100, digits=0, trained=trained(row, row.tasks))
-    yield Check(
-        claim, f"by {min(gaps):.0%} or more of a block; {check.measured} above an untrained selector's %", check.holds
-    )
+    words = f"by {min(gaps):.0%} of a block or more; above an untrained selector's by {check.measured}, in points"
+    yield Check(claim, words, check.holds)
 
 
 def usage_gap(usage: Sequence[Sequence[float]]) -> float:

@@ -44,7 +44,7 @@ def _filled(first: list[ImageSet], rest: ImageSet) -> ImageSet:
             parts.append(part.subset(torch.arange(count) * len(part) // count))
         room -= count
     images, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels"))
-    return dataclasses.replace(rest, images=images, labels=labels)
+    return dataclasses.replace(rest, images=images, labels=labels, source="", ids=None)
 
 
 def choose_point(runs: Sequence[Run], budget: Budget, data_root: Path | None = None) -> tuple[Run, Budget]:

@@ -45,6 +45,7 @@ LEVELS = {
     "resnext29_4x64d_narrow": 3,
     "resnext29_2x64d_narrow": 3,
     "simpleconvnet": 2,
+    "simpleconvnet_strided": 2,
 }
 TRUNK_SIZE = 32  # the stems' strides bring 32, 64 and 96 pixels to it
 IMAGE_SIZE = 84  # of a backbone without stems, where the tasks do not say
@@ -192,7 +193,7 @@ def _steps(full: int, budget: float) -> int:
 
 def _trunk_size(backbone: str, tasks: tuple[str, ...]) -> int:
     """Side of the trunk's maps; of SimpleConvNet, which has no stems, that of the largest images."""
-    if backbone != "simpleconvnet":
+    if not backbone.startswith("simpleconvnet"):
         return TRUNK_SIZE
     return max(int(size) if size else IMAGE_SIZE for _, _, size in (task.partition("@") for task in tasks))
 

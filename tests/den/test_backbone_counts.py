@@ -163,3 +163,14 @@ def test_bad_configs_are_refused(changed, message):
 def test_images_larger_than_a_trunk_without_stem_are_refused():
     with pytest.raises(ValueError, match=r"trunk_size must be at least the images' 84 of task 'a' .* got 32"):
         create_model("simpleconvnet", (Task("a", 2, 84),), levels=2, trunk_size=32)
+
+
+def test_simpleconvnet_with_strides_has_the_papers_counts_on_large_images():
+    config = ModelConfig((Task("a", 5, 224),), backbone="simpleconvnet_strided", levels=2, trunk_size=224)
+    with torch.device("meta"):
+        model = DeepElasticNetwork(config)
+    counts, flops = count_parameters(model), image_flops(model, "a")
+    assert [shape.size for shape in config.shapes] == [56, 14]
+    assert counts.blocks + counts.heads == pytest.approx(0.85e6, rel=0.01)
+    multiply_adds = 32 * 27 * 112**2 + 9216 * (56**2 + 28**2 + 14**2) + 128 * (32 * 14**2 + 128 + 5)
+    assert (flops.blocks + flops.head) / 2 == multiply_adds == pytest.approx(49e6, rel=0.03)

@@ -17,6 +17,7 @@ from den import (
     image_flops,
     parameter_fractions,
 )
+from den.data.batches import Batch
 from den.nn.plain import PlainNetwork
 from den.nn.reference import reference_estimator
 from den.train.objective import initial_structures, structure_costs
@@ -204,18 +205,15 @@ def test_flops_follow_the_layers_that_a_full_network_runs(model):
 
 def test_the_objective_takes_the_levels_as_they_are(model):
     """Equation 8's full structure is the full network, and R(z) of equation 6 counts what each level uses."""
-
-    class Batch:
-        images, tasks, labels = PARTS, NAMES, [torch.zeros(4).long(), torch.zeros(3).long()]
-
+    batch = Batch(tuple(NAMES), PARTS, [torch.zeros(4).long(), torch.zeros(3).long()])
     drawn = initial_structures(7, model.num_blocks, model.levels, 1.0, torch.Generator().manual_seed(0))
     assert (drawn == model.levels - 1).all()
     samples = torch.stack([drawn, torch.zeros_like(drawn)], 1)
-    penalties = structure_costs(model, Batch, samples, 2.0) - structure_costs(model, Batch, samples, 1.0)
+    penalties = structure_costs(model, batch, samples, 2.0) - structure_costs(model, batch, samples, 1.0)
     least = parameter_fractions(model)[:, 0].mean().square().item()
     close(penalties, torch.tensor([[1.0, least]]).expand(7, 2))
-    expected = [F.cross_entropy(p, y) for p, y in zip(model.estimator(PARTS, NAMES), Batch.labels, strict=True)]
-    close(structure_costs(model, Batch, samples, 0.0)[:4, 0].mean(), expected[0].detach())
+    expected = [F.cross_entropy(p, y) for p, y in zip(model.estimator(PARTS, NAMES), batch.labels, strict=True)]
+    close(structure_costs(model, batch, samples, 0.0)[:4, 0].mean(), expected[0].detach())
 
 
 @two_kinds

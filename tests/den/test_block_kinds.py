@@ -25,6 +25,7 @@ KINDS = {
     "pair": PairShape(8, 16, 12, 8, (False, False)),
     "pair, pools between": PairShape(3, 8, 16, 8, (True, False)),
     "pair, pools after both": PairShape(12, 20, 8, 8, (True, True)),
+    "pair, strides": PairShape(12, 20, 8, 9, (True, True), strided=True),
 }
 LEVELS = {
     "mixed": [3, 0, 1, 2, 2, 0, 3, 1],

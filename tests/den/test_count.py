@@ -130,6 +130,7 @@ def test_levels_that_do_not_fit_are_refused(thin, levels):
         ("wrn8_1", ((16, 1), (32, 1), (64, 1))),
         ("resnet42", ((64, 5), (128, 5), (256, 5), (512, 5))),
         ("resnet18", ((64, 2), (128, 2), (256, 2), (512, 2))),
+        ("resnet50", ((256, 3), (512, 4), (1024, 6), (2048, 3))),
     ],
 )
 def test_names_give_stages(name, stages):
@@ -141,15 +142,20 @@ def test_names_give_stages(name, stages):
     [
         ("wrn28_10", "got 28; nearest: 26 and 32"),
         ("wrn2_1", "got 2; nearest: 8"),
-        ("resnet50", None),
         ("resnet40", "got 40; nearest: 34 and 42"),
         ("vgg11", "backbone must be wrn.* simpleconvnet, got .vgg11."),
         ("wrn32_0", "width must be at least 1"),
     ],
 )
 def test_names_that_do_not_fit_say_what_would(name, message):
-    if message is None:
-        assert named_backbone(name).stages[0] == (64, 6)
-        return
     with pytest.raises(ValueError, match=message):
         named_backbone(name)
+
+
+def test_a_resnet50_of_before_keeps_its_basic_blocks():
+    """Older checkpoints, whose configurations say their stages, had basic blocks under this name."""
+    before = ((64, 6), (128, 6), (256, 6), (512, 6))
+    old = ModelConfig((Task("a", 10, 32),), backbone="resnet50", stages=before, stem=64)
+    assert {type(shape).__name__ for shape in old.shapes} == {"ResidualShape"}
+    new = ModelConfig((Task("a", 10, 32),), backbone="resnet50")
+    assert {type(shape).__name__ for shape in new.shapes} == {"BottleneckShape"}

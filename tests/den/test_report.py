@@ -427,6 +427,9 @@ def test_the_command_writes_tables_figures_and_words(tmp_path, stored_run, few_i
     accuracy = [read_evaluation(tmp_path / f"den{seed}" / "evaluation.json").accuracy for seed in (0, 1)]
     assert rows[0]["accuracy %"].startswith(f"{50 * sum(accuracy):.2f} ± ")
     assert "claims do not hold" in printed
+    said = [line.split()[0] for line in printed.splitlines() if line.startswith(("  yes ", "  NO ", "  open "))]
+    assert len(said) >= 4
+    assert "yes" not in said  # of networks that were never trained
     assert str(tmp_path) not in report
 
 

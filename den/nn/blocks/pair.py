@@ -16,22 +16,36 @@ from den_kernels.building import FoldCache
 
 @dataclass(frozen=True)
 class PairShape(BlockShape):
-    """Two 3x3 convolutions, `in_channels -> width -> channels`, each followed by 2x2 max pooling where `pools`."""
+    """Two 3x3 convolutions, `in_channels -> width -> channels`, each followed by 2x2 max pooling where `pools`.
+
+    strided: these have a stride of 2 in place of the pooling, which costs a quarter and rounds up.
+    """
 
     pools: tuple[bool, bool]
+    strided: bool = False
     lowest: ClassVar[int] = 1
 
     @property
+    def strides(self) -> tuple[int, int]:
+        """Strides of the convolutions."""
+        first, second = (2 if self.strided and pool else 1 for pool in self.pools)
+        return first, second
+
+    @property
     def middle_size(self) -> int:
-        """Side of the map that the second convolution reads and writes; the first writes `in_size`."""
-        return self.in_size // 2 if self.pools[0] else self.in_size
+        """Side of the map that the second convolution reads."""
+        return self._halved(self.in_size) if self.pools[0] else self.in_size
 
     @property
     def size(self) -> int:
-        return self.middle_size // 2 if self.pools[1] else self.middle_size
+        return self._halved(self.middle_size) if self.pools[1] else self.middle_size
+
+    def _halved(self, size: int) -> int:
+        return -(-size // 2) if self.strided else size // 2
 
     def convolutions(self, width: int) -> tuple[tuple[int, int], ...]:
-        return (9 * self.in_channels * width, self.in_size), (9 * width * self.channels, self.middle_size)
+        written = (self.middle_size, self.size) if self.strided else (self.in_size, self.middle_size)
+        return (9 * self.in_channels * width, written[0]), (9 * width * self.channels, written[1])
 
     def build(self, levels: int, first: bool = False) -> "ConvPair":
         return ConvPair(self, levels)
@@ -40,7 +54,8 @@ class PairShape(BlockShape):
 class ConvPair(nn.Module):
     """The block `pool2(relu(bn2(conv2(pool1(relu(bn1(conv1(x))))))))`, whose hidden channels are elastic.
 
-    Input [B, in_channels, H, W] -> output [B, channels, H', W'], both sides halved, rounding down, by each pool.
+    Input [B, in_channels, H, W] -> output [B, channels, H', W'], both sides halved, rounding down, by each pool, or by
+    the stride of the convolution in its place, rounding up.
     There is no shortcut to fall back on: routes have one group more than a residual block's, and the lowest level, one
     group. An instance uses its groups of hidden channels and all output channels. While training, bn1 takes its
     statistics, channel by channel, from the instances that use the channel, bn2 from all (Ahn, Kim, Oh, ICCV 2019,
@@ -55,10 +70,11 @@ class ConvPair(nn.Module):
     def __init__(self, shape: PairShape, levels: int) -> None:
         super().__init__()
         groups = shape.groups(levels)
-        self.pools = shape.pools
-        self.conv1 = DynamicConv2d(shape.in_channels, shape.hidden, 3, padding=1, bias=False, out_groups=groups)
+        self.pools = (False, False) if shape.strided else shape.pools
+        first, second = shape.strides
+        self.conv1 = DynamicConv2d(shape.in_channels, shape.hidden, 3, first, 1, bias=False, out_groups=groups)
         self.bn1 = DynamicBatchNorm2d(shape.hidden, groups=groups)
-        self.conv2 = DynamicConv2d(shape.hidden, shape.channels, 3, padding=1, bias=False, in_groups=groups)
+        self.conv2 = DynamicConv2d(shape.hidden, shape.channels, 3, second, 1, bias=False, in_groups=groups)
         self.bn2 = DynamicBatchNorm2d(shape.channels)
         for conv in (self.conv1, self.conv2):
             initialise(conv)
