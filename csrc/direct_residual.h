@@ -24,7 +24,7 @@ namespace {
 
 // A zero-padded map in scratch memory, wide enough for whole strips of the convolution that reads it.
 struct PaddedMap {
-  int64_t H, W, rows, columns, channels;
+  int64_t H, W, rows, columns, channels;  // channels: with the gap of `spread`
   bool planar;  // [channel][pixel] instead of [pixel][channel]
   int64_t pixel() const { return planar ? 1 : channels; }
   int64_t channel() const { return planar ? rows * columns : 1; }
@@ -34,7 +34,8 @@ struct PaddedMap {
 PaddedMap padded_map(int64_t H, int64_t W, int64_t channels, bool planar, int64_t R, int64_t S, int64_t stride) {
   const int64_t Wo = (W + stride - 1) / stride;
   const int64_t read = (strip_columns(Wo) - 1) * stride + S, padded = W + S - 1;
-  return {H, W, H + R - 1, read > padded ? read : padded, channels, planar};
+  const int64_t pitch = spread_maps && !planar ? spread(channels) : channels;
+  return {H, W, H + R - 1, read > padded ? read : padded, pitch, planar};
 }
 
 // The channels of a selection, and the same in words.
