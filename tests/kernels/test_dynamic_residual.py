@@ -174,7 +174,7 @@ def test_every_way_gives_the_same(way, dtype, monkeypatch):
     expected = block.fold()
     if expected.direct is None:
         pytest.skip(
-            "this CPU lacks AVX-512 (float32), or AMX and AVX-512 BF16 (bfloat16): the direct kernel does not run"
+            "this CPU lacks AVX2 (float32), or AMX and AVX-512 BF16 (bfloat16): the direct kernel does not run"
         )
     if way != "direct":
         monkeypatch.setattr(residual_weights, "extension", None)
