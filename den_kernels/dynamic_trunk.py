@@ -71,10 +71,8 @@ class TrunkWeights(HasHandle):
         kinds = {(block.conv1.dtype, block.conv1.device) for block in self.blocks}
         return len(kinds) == 1
 
-    def runs_whole(self, x: Tensor, plan: RoutingPlan) -> bool:
-        """True where one call runs all blocks on x [B, C, H, W], for a plan on its device."""
-        if x.is_cpu:
-            return self.whole and plan.masks is None
+    def runs_on_gpu(self, x: Tensor) -> bool:
+        """True where one call runs all blocks on x [B, C, H, W], which is not on a CPU."""
         return self._alike and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
     def shapes(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
@@ -109,7 +107,7 @@ def dynamic_trunk(
     refuse_symbols(_OP, x)
     refuse_training(_OP, x=x)
     _check(x, plan, weights)
-    if not (runs_eagerly(x) and weights.runs_whole(x, plan)):
+    if not runs_eagerly(x) or not (weights.whole and plan.masks is None if x.is_cpu else weights.runs_on_gpu(x)):
         return _block_by_block(x, plan, weights)
     if x.is_cpu:
         return in_range(_NAME, _run, x, plan, weights)

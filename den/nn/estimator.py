@@ -148,7 +148,8 @@ class Estimator(nn.Module):
         def fold() -> TrunkWeights | None:
             folded = tuple(block.folded() for block in blocks)
             weights = TrunkWeights(folded, *norm_affine(norm, torch.float32))
-            return weights if weights.whole or not on_cpu else None
+            gpu = not on_cpu and weights.dtype != torch.float64  # whose last norm is not one of float32
+            return weights if weights.whole or gpu else None
 
         settings = [setting for block in blocks for setting in block.settings()]
         return self._trunk.of((*blocks, norm), fold, *settings)

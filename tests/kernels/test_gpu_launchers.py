@@ -258,7 +258,7 @@ def good_problem() -> dict:
         conv2=weights.conv2.bfloat16().contiguous(memory_format=torch.channels_last),
     )
     route = as_route(make_levels("uniform", 66, 3), 3, 66)
-    return {"x": channels_last(66, 64, 8, 8, dtype=torch.bfloat16), "route": route, "weights": weights}
+    return {"x": channels_last(66, 64, 12, 12, dtype=torch.bfloat16), "route": route, "weights": weights}
 
 
 def replaced(problem: dict, **changes) -> dict:
@@ -276,7 +276,7 @@ NOT_TAKEN = {
     "not channels-last": lambda p: p | {"x": p["x"].contiguous()},
     "weights not channels-last": lambda p: replaced(p, conv2=p["weights"].conv2.contiguous()),
     "misaligned": lambda p: (
-        p | {"x": torch.empty(66 * 4096 + 1, dtype=torch.bfloat16)[1:].view(66, 8, 8, 64).permute(0, 3, 1, 2)}
+        p | {"x": torch.empty(66 * 9216 + 1, dtype=torch.bfloat16)[1:].view(66, 12, 12, 64).permute(0, 3, 1, 2)}
     ),
     "groups of 24 channels": lambda p: replaced(p, groups=(24, 40)),
     "stride 3": lambda p: replaced(p, stride=3),
