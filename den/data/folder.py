@@ -45,7 +45,7 @@ class Listed:
 
 
 def parse(name: str, prefix: str) -> tuple[str, int]:
-    """What stands behind the prefix, and the side in pixels.
+    """The part of a name behind its prefix, and the side in pixels.
 
     >>> parse("folder:pictures/of-2024@96", "folder:"), parse("folder:pictures", "folder:")
     (('pictures/of-2024', 96), ('pictures', 64))

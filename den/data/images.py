@@ -19,7 +19,7 @@ Example = tuple[str, Tensor, Tensor]  # task, images [n, C, H, W], targets [n, .
 
 @dataclass(frozen=True)
 class Kept:
-    """What a trained network needs to know of its images: it stands in the checkpoint."""
+    """Facts of its images that a trained network needs to know: they stand in the checkpoint."""
 
     mean: tuple[float, ...]  # [C], of the training pixels divided by 255
     std: tuple[float, ...]  # [C]
@@ -70,7 +70,7 @@ class ImageSet:
 
     @property
     def kept(self) -> Kept:
-        """What a network that was trained on these images needs to know of them."""
+        """Facts of these images that a network trained on them needs to know."""
         return Kept(self.mean, self.std, self.class_names)
 
     @property

@@ -145,7 +145,7 @@ def _parse(name: str) -> tuple[str, int | None, int | None]:
     base = parts["set"] if parts else name
     if parts is None or base not in set_names():
         raise ValueError(
-            f"load_set: name must be folder:PATH, hf:NAME or one of {', '.join(set_names())}, got {name!r}"
+            f"load_set: name must be one of {', '.join(set_names())}, or folder:PATH, hf:NAME, got {name!r}"
         )
     task, size = (None if parts[key] is None else int(parts[key]) for key in ("task", "size"))
     tasks = KINDS[base].tasks if base in KINDS else 0

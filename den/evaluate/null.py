@@ -1,4 +1,4 @@
-"""What a network that chooses is held against: choices that have learnt nothing.
+"""Choices that have learnt nothing, against which a network that chooses is held.
 
 Structures of an untrained selector differ between images too, since its random features do; and structures that were
 chosen well are worth less to another image than to the one that they were chosen for.
@@ -18,7 +18,7 @@ from den.support.randomness import seeded
 
 @torch.no_grad()
 def untrained_report(model: DeepElasticNetwork, image_set: ImageSet, seed: int) -> TaskReport:
-    """What a selector of the network's kind gives the images before any training; accuracy and loss are NaN.
+    """The report of a selector of the network's kind before any training; accuracy and loss are NaN.
 
     Its batch norms have the statistics of these images, as the first updates of a training would give them.
     """

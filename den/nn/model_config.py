@@ -80,7 +80,7 @@ class ModelConfig:
     def layout(self) -> Backbone:
         """The backbone that the name stands for."""
         if self.backbone == "resnet50" and self.stages and self.stages[0][0] == 64:
-            return FAMILIES["resnet"]  # of before version 0.2, when the name stood for basic blocks
+            return FAMILIES["resnet"]  # of older checkpoints: the name stood for basic blocks
         return FAMILIES.get(self.backbone) or named_backbone(self.backbone)
 
     @property

@@ -19,7 +19,7 @@ FILE = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)", re.DOTALL)
 
 
 def own_backbone(name: str) -> Any:
-    """What a file or an entry point gives as the backbone of a name; None where it names neither.
+    """The object that a file or an entry point gives as the backbone of a name; None where it names neither.
 
     Raises:
         ValueError: a file that is missing or cannot be run, or has no such name.

@@ -63,7 +63,7 @@ def main(command: Evaluate) -> None:
 
 
 def variants(run: Run, command: Evaluate) -> Iterator[tuple[Run, str]]:
-    """What is to be measured of a run, and the names of those that are not the run itself."""
+    """The run, or its variants that the command asks for, with their names."""
     if command.selector == "random":
         yield with_random_selector(run, command.random_flops), "random"
     for level in command.levels:

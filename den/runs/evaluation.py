@@ -48,7 +48,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Null:
-    """What the images of a task would have had from a choice that has learnt nothing (`den.evaluate.null`)."""
+    """Results of the same images under choices that have learnt nothing (`den.evaluate.null`)."""
 
     structures: int  # different ones that an untrained selector gives them
     variety: float  # entropy of these, nats
@@ -83,7 +83,7 @@ class TaskResult:
 
     @property
     def information(self) -> float:
-        """What the distribution of one image tells of it, nats per block: 0 where all images have the same one."""
+        """Information in the choice about the image, nats per block: 0 where all images have the same distribution."""
         return self.mean_entropy - self.entropy
 
     @property
@@ -178,7 +178,7 @@ def evaluate_run(
 
 
 def null_of(model: DeepElasticNetwork, image_set: ImageSet, report: TaskReport, seed: int) -> Null:
-    """What an untrained selector gives the images, and what the chosen structures are worth to other images."""
+    """The variety of an untrained selector's structures, and the worth of the chosen ones to other images."""
     untrained = untrained_report(model, image_set, seed)
     return Null(
         untrained.structures,

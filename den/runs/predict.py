@@ -27,7 +27,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of one picture for one task, and what it spent on it."""
+    """A network's answer for one picture and task, and what it spent on it."""
 
     image: str  # its path, or its number where it was given as a picture
     task: str
@@ -90,7 +90,7 @@ class Predictor:
         raise ValueError(f"predict: task must be one of {', '.join(self.tasks)}, got {name!r}")
 
     def _kept(self, task: Task) -> Kept:
-        """What the run knows of a task's images; of older runs from the set itself, where it comes with the library."""
+        """Facts of a task's images, from the run; of older runs from the set itself."""
         if task.name in self.run.kept:
             return self.run.kept[task.name]
         from den.data.sets import normalisation

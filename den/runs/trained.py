@@ -27,7 +27,7 @@ class Run:
     config: TrainConfig
     model: DeepElasticNetwork  # in evaluation mode
     structures: Structures
-    kept: dict[str, Kept] = field(default_factory=dict)  # of each task's images; empty in runs of before version 0.2
+    kept: dict[str, Kept] = field(default_factory=dict)  # of each task's images; empty in older runs
 
     @property
     def name(self) -> Literal["last", "best"]:
@@ -56,7 +56,7 @@ def open_run(folder: Path, checkpoint: Literal["last", "best"] = "last") -> Run:
 
 
 def kept_of(checkpoint: Path) -> dict[str, Kept]:
-    """What a checkpoint knows of the images of each task; nothing in those of before version 0.2."""
+    """Facts of the images of each task, of a checkpoint; none in older ones."""
     with reading(checkpoint):
         data = read_record(checkpoint).get("data", {})
         return {name: from_dict(Kept, values, "data") for name, values in data.items()}

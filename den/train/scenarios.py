@@ -61,6 +61,8 @@ class ScenarioOptions:
     """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
     budget: Annotated[float, Range(0, open_low=True)] = 1.0
     """Share of the full schedule: every phase has that share of its updates, and its rate falls that much sooner."""
+    tasks: tuple[str, ...] = ()
+    """Image sets, one task each, instead of the paper's; tin50-0..9 stands for tin50-0 to tin50-9."""
     paper: bool = False
     """The letter of the paper where the authors' code differs: the selector's rate 1e-5, no baseline and no entropy
     bonus, structures drawn, phases until convergence, Xavier's initialisation, the paper's selector, nothing held
@@ -68,8 +70,6 @@ class ScenarioOptions:
     quick: bool = False
     """A small network (wrn14_1 on maps of 16x16) and a short schedule, some minutes on a CPU: for a first look at your
     own images.  It says nothing about the paper."""
-    tasks: tuple[str, ...] = ()
-    """Image sets, one task each, instead of the paper's; tin50-0..9 stands for tin50-0 to tin50-9."""
 
 
 def scenario_config(name: str, options: ScenarioOptions | None = None) -> TrainConfig:

@@ -79,7 +79,8 @@ def test_compared_methods_get_as_many_updates_as_the_estimator(mode):
     each = 2 if mode == "packnet" else 1  # which trains the two tasks one after the other
     assert sum(of_network) == pytest.approx(each * (78_200 + 9 * 15_642), rel=1e-3)
     shorter = dataclasses.replace(config, methods=dataclasses.replace(config.methods, updates="first"))
-    assert method_of(new_model(config.network, tasks, 0, config.joint), shorter).phases()[-1].settings.steps == 78_200
+    shorter_phases = method_of(new_model(config.network, tasks, 0, config.joint), shorter).phases()
+    assert max(phase.settings.steps for phase in shorter_phases) == 78_200
 
 
 def test_matched_flops_count_the_levels_that_an_update_passes():
