@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from den.cli import main
-from den.dag.config import DagDataConfig, DagNetworkConfig, DagReportConfig, DagTrainConfig, DagTraining
+from den.dag.config import (
+    DagDataConfig,
+    DagNetworkConfig,
+    DagReportConfig,
+    DagTrainConfig,
+    DagTraining,
+    ReductionConfig,
+)
 from den.data import load_set
 from den.recipes.dag.search import train
 from den.report.dag.comparison import comparison, reference, verdicts
@@ -167,3 +174,44 @@ def test_a_read_only_run_is_drawn_elsewhere_or_not_measured(tmp_path, capsys, mo
         assert not (folder / "graph.png").exists()
     finally:
         folder.chmod(stat.S_IRWXU)
+
+
+def with_accuracy(run, seed, accuracy):
+    results = {name: dataclasses.replace(r, metrics={"accuracy": accuracy}) for name, r in run.results.items()}
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed), results=results)
+
+
+def test_verdicts_are_paired_over_seeds_and_open_without_an_interval_on_one_side(tmp_path):
+    for name, ranking in (("flow", "flow"), ("gates", "gates"), ("random", "random")):
+        train(
+            tiny(
+                tmp_path / name,
+                training=DagTraining(steps=2),
+                reduction=ReductionConfig(ranking=ranking, norm_batches=1),
+            )
+        )
+    flow, gates, other = (measure(tmp_path / name, time=False) for name in ("flow", "gates", "random"))
+    runs = []
+    for seed, level in enumerate((0.80, 0.90, 0.85)):  # seeds differ more than the networks do
+        runs += [with_accuracy(flow, seed, level), with_accuracy(gates, seed, level - 0.02 - 0.001 * seed)]
+        runs.append(with_accuracy(other, seed, level + (0.03, -0.02, 0.01)[seed]))
+    text = verdicts(runs)
+    claim = "after 2 updates flow-based reduction more accurate than"
+    assert f"- yes: {claim} raw-gate ranking: 85.00% against 82.90%" in text
+    assert ": +2.10 [+1.85, +2.35], 3 seeds" in text
+    assert "- open: after 2 updates flow-based reduction more accurate than random reduction" in text
+    assert " +2.10 [+1.85, +2.35], 3 seeds |" in comparison(runs)
+    worse = [with_accuracy(run, run.config.seed, 1 - run.accuracy) for run in runs]
+    assert "- **no**: after 2 updates flow-based reduction more accurate than raw-gate ranking" in verdicts(worse)
+    guessing = [with_accuracy(run, run.config.seed, 0.34 + 0.02 * (run.kind == flow.kind)) for run in runs]
+    assert verdicts(guessing).count("not above chance") == 2
+
+
+def test_published_results_stand_beside_runs_of_their_protocol_only(tmp_path):
+    train(tiny(tmp_path / "flow", training=DagTraining(steps=2)))
+    run = measure(tmp_path / "flow", time=False)
+    assert "95.71" not in comparison([run])
+    data = DagDataConfig(protocol="mtl20", batch_size=12)
+    ours = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    assert "95.71 %" in comparison([ours])
+    assert "95.71" not in comparison([ours, run])

@@ -333,41 +333,6 @@ def test_runs_of_other_settings_stand_apart(tmp_path):
     assert verdicts(found).count("1 seed, so no interval") == 2
 
 
-def with_accuracy(run, seed, accuracy):
-    results = {name: dataclasses.replace(r, metrics={"accuracy": accuracy}) for name, r in run.results.items()}
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed), results=results)
-
-
-def test_verdicts_are_paired_over_seeds_and_open_without_an_interval_on_one_side(tmp_path):
-    for name, ranking in (("flow", "flow"), ("gates", "gates"), ("random", "random")):
-        train(tiny(tmp_path / name, {"steps": 2}, reduction=ReductionConfig(ranking=ranking, norm_batches=1)))
-    flow, gates, other = (measure(tmp_path / name, time=False) for name in ("flow", "gates", "random"))
-    runs = []
-    for seed, level in enumerate((0.80, 0.90, 0.85)):  # seeds differ more than the networks do
-        runs += [with_accuracy(flow, seed, level), with_accuracy(gates, seed, level - 0.02 - 0.001 * seed)]
-        runs.append(with_accuracy(other, seed, level + (0.03, -0.02, 0.01)[seed]))
-    text = verdicts(runs)
-    claim = "after 2 updates flow-based reduction more accurate than"
-    assert f"- yes: {claim} raw-gate ranking: 85.00% against 82.90%" in text
-    assert ": +2.10 [+1.85, +2.35], 3 seeds" in text
-    assert "- open: after 2 updates flow-based reduction more accurate than random reduction" in text
-    assert " +2.10 [+1.85, +2.35], 3 seeds |" in comparison(runs)
-    worse = [with_accuracy(run, run.config.seed, 1 - run.accuracy) for run in runs]
-    assert "- **no**: after 2 updates flow-based reduction more accurate than raw-gate ranking" in verdicts(worse)
-    guessing = [with_accuracy(run, run.config.seed, 0.34 + 0.02 * (run.kind == flow.kind)) for run in runs]
-    assert verdicts(guessing).count("not above chance") == 2
-
-
-def test_published_results_stand_beside_runs_of_their_protocol_only(tmp_path):
-    train(tiny(tmp_path / "flow", {"steps": 2}))
-    run = measure(tmp_path / "flow", time=False)
-    assert "95.71" not in comparison([run])
-    data = DagDataConfig(protocol="mtl20", batch_size=12)
-    ours = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
-    assert "95.71 %" in comparison([ours])
-    assert "95.71" not in comparison([ours, run])
-
-
 def test_the_command_of_a_run_makes_its_settings(tmp_path):
     from den.commands import parse
 
