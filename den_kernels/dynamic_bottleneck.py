@@ -11,8 +11,8 @@ and to shortcut(x) where s is empty
 affine map before ReLU, bn2 and bn3 into conv1 and conv2.
 
 On a CPU one call of C++ (csrc/direct_bottleneck.h) takes an instance through the whole block: float32 with AVX-512 or
-AVX2, bfloat16 with AMX. Elsewhere the three convolutions are dynamic ones, on a CPU over the rows of the instances above
-level 0 (`_bottleneck_composed.py`).
+AVX2, bfloat16 with AMX. Elsewhere the three convolutions are dynamic ones, on a CPU over the rows of the instances
+above level 0 (`_bottleneck_composed.py`).
 """
 
 from typing import NamedTuple
