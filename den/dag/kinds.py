@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from den.dag.dense_losses import balanced_loss, depth_loss, normals_loss, segmentation_loss
-from den.dag.dense_metrics import DepthMetrics, EdgeMetrics, NormalsMetrics, SaliencyMetrics, SegmentationMetrics
+from den.dag.dense_metrics import (
+    Collected,
+    DepthMetrics,
+    EdgeMetrics,
+    NormalsMetrics,
+    SaliencyMetrics,
+    SegmentationMetrics,
+)
 from den.nn.tasks import Task
 
 
@@ -24,10 +31,13 @@ class Metrics(Protocol):
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in a batch; shapes as the task's loss has them, such as [B, K] and int64 [B] of a classification."""
 
+    def take_in(self, other: Any) -> None:
+        """Add what another of the same class has collected."""
+
     def results(self) -> dict[str, float]: ...
 
 
-class ClassMetrics:
+class ClassMetrics(Collected):
     """`accuracy`: share of images whose largest logit is that of their label."""
 
     def __init__(self) -> None:
@@ -46,23 +56,25 @@ class Kind:
     """Loss and metrics of the tasks of one kind.
 
     Attributes:
-        loss: of outputs and targets of a batch, a mean.
+        loss: of outputs and targets of a batch, a mean over its images.
         metrics: makes what collects the results of a task.
         falling: the metrics of which less is better.
+        counts: True where the loss is a mean over other things than images, and takes a third argument, `Count`.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     metrics: Callable[[Task], Metrics]
     falling: tuple[str, ...] = ()
+    counts: bool = False
 
 
 KINDS = {
     "classification": Kind(F.cross_entropy, lambda task: ClassMetrics()),
-    "segmentation": Kind(segmentation_loss, lambda task: SegmentationMetrics(task.classes)),
-    "depth": Kind(depth_loss, lambda task: DepthMetrics(), ("abs_error", "rel_error")),
-    "normals": Kind(normals_loss, lambda task: NormalsMetrics(), ("mean_angle", "median_angle")),
-    "edges": Kind(balanced_loss, lambda task: EdgeMetrics()),
-    "saliency": Kind(balanced_loss, lambda task: SaliencyMetrics()),
+    "segmentation": Kind(segmentation_loss, lambda task: SegmentationMetrics(task.classes), counts=True),
+    "depth": Kind(depth_loss, lambda task: DepthMetrics(), ("abs_error", "rel_error"), True),
+    "normals": Kind(normals_loss, lambda task: NormalsMetrics(), ("mean_angle", "median_angle"), True),
+    "edges": Kind(balanced_loss, lambda task: EdgeMetrics(), counts=True),
+    "saliency": Kind(balanced_loss, lambda task: SaliencyMetrics(), counts=True),
 }
 
 

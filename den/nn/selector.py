@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from den.nn.blocks import BlockShape
 from den.nn.conv_norm import ConvNormReLU
 from den.nn.modules import Modules
+from den.nn.norms import FeatureNorm
 from den.nn.stem import KERNEL, Stem
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
@@ -82,7 +83,7 @@ class Selector(nn.Module):
         self.convs = nn.Sequential(
             *(ConvNormReLU(before, after, 3, 2, 1) for before, after in itertools.pairwise(config.channels))
         )
-        self.norms: Modules[nn.BatchNorm1d] = Modules(nn.BatchNorm1d(config.channels[-1], affine=False) for _ in tasks)
+        self.norms: Modules[FeatureNorm] = Modules(FeatureNorm(config.channels[-1], affine=False) for _ in tasks)
         self.heads: Modules[nn.Linear] = Modules(nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks)
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.01)
@@ -111,7 +112,7 @@ class Selector(nn.Module):
     def _head(self, task: int, pooled: Tensor) -> Tensor:
         """Logits of one task's pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
         norm = self.norms[task]
-        if len(pooled) < 2 and norm.training:
+        if len(pooled) < 2 and norm.training and not norm.shares:
             pooled = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
         else:
             pooled = norm(pooled)

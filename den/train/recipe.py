@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,19 @@ class Recipe(ABC):
     def epoch_steps(self, phase: Phase) -> int:
         """Updates of an epoch, where the settings do not say."""
         return self.batches[phase.stream].epoch_steps
+
+    def norms_apart(self) -> Collection[nn.Module]:
+        """Batch norms of which every process keeps statistics of its own, where processes share the batches."""
+        return ()
+
+    def check_pieces(self, processes: int, pieces: int) -> None:
+        """Raise ValueError where a batch cannot be shared by so many processes, or computed in so many pieces."""
+        images = min(sum(batches.counts) for batches in self.batches.values())
+        if images < processes * pieces:
+            raise ValueError(
+                f"config: data.batch_size must be at least {processes * pieces}, an image for each of {processes}"
+                f" processes and {pieces} pieces, got {images}"
+            )
 
     def kept(self, phase: Any) -> tuple[str, ...]:
         """File names of the checkpoints that are written at the end of a phase, besides the last and the best."""

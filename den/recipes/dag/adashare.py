@@ -29,7 +29,7 @@ def adashare_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
         loss, first = task_loss(model, batch, weights)
     engine.update(Objective(loss, None, ("weights",)))
-    batch = engine.batches["gates"].next()
+    batch = engine.batch("gates")
     with gates.drawn(logistic_noise(gates.gamma, generator), temperature), engine.autocast():
         loss, measured = task_loss(model, batch, weights)
     sparsity, sharing = sparsity_loss(gates.gamma), sharing_loss(gates.gamma, edge_weights(model.graph, gates.gamma))

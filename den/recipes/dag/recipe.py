@@ -20,6 +20,7 @@ from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.scenarios import load_tasks, loss_weights
 from den.data import ImageSet, MixedTaskBatches, SceneSet
+from den.data.reading import chosen_workers
 from den.nn.tasks import Task
 from den.support.randomness import seeded
 from den.train.checkpoint import load_checkpoint, load_weights, reading
@@ -132,6 +133,16 @@ class SearchRecipe(Recipe):
         self.model.train()
         self.model.gates.requires_grad_(phase.name == "search")
 
+    def check_pieces(self, processes: int, pieces: int) -> None:
+        super().check_pieces(processes, pieces)
+        batches = self.batches["all"]
+        plain = [n for each, n in zip(batches.sets, batches.counts, strict=True) if not each.tasks[0].dense]
+        if plain and min(plain) < 2 * pieces:
+            raise ValueError(
+                "config: data.batch_size must give every task two images for the batch norm of its head, in each of"
+                f" {pieces} pieces, got {min(plain)} of {sum(batches.counts)}"
+            )
+
     def temperature(self, engine: Engine[Any]) -> float:
         """Temperature of AdaShare's Gumbel-softmax, which falls from epoch to epoch of the search."""
         peers = self.config.peers
@@ -145,7 +156,7 @@ class SearchRecipe(Recipe):
         gates = self.model.gates
         drawn = self.config.mode == "adashare" and phase.name == "search"  # measured as it trains, but for the noise
         with gates.drawn(torch.zeros_like(gates.gamma), self.temperature(engine)) if drawn else nullcontext():
-            results = evaluate_tasks(self.model, self.held_out)
+            results = evaluate_tasks(self.model, self.held_out, shared=True)
         edges = gates.gamma.detach().sigmoid().sum(1)
         told = {"mean_edges": edges.mean().item(), "edges": edges.tolist(), "spread": gates.spread().tolist()}
         return Measured({"held_out": {name: dataclasses.asdict(r) for name, r in results.items()}, "gates": told})
@@ -213,8 +224,8 @@ def make_batches(sets: list[TaskSet], config: DagTrainConfig) -> dict[str, Mixed
     """Batches of all training images, and of the two halves that weights and gates learn from in turn."""
     weights, gates = hold_out(sets, 0.5, config.seed)
     parts = {"all": sets, "weights": weights, "gates": gates}
-    shares = [float(len(image_set)) for image_set in sets]
+    shares, workers = [float(len(image_set)) for image_set in sets], chosen_workers(config.data.workers)
     return {
-        name: MixedTaskBatches(part, config.data.batch_size, shares, config.seed + offset)
+        name: MixedTaskBatches(part, config.data.batch_size, shares, config.seed + offset, workers)
         for offset, (name, part) in enumerate(parts.items())
     }

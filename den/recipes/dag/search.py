@@ -64,7 +64,7 @@ def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
         with engine.autocast():
             loss, first = task_loss(model, batch, engine.recipe.loss_weights)
         engine.update(Objective(loss, None, ("weights",)))
-        batch = engine.batches["gates"].next()
+        batch = engine.batch("gates")
     elif training.search == "frozen":
         model.edges.requires_grad_(False)
     with engine.autocast():
