@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
@@ -176,6 +177,8 @@ def base_settings(default: Settings, arguments: list[str]) -> Settings:
 
 
 def _prepared(settings: Command) -> Callable[[], int]:
+    if not isinstance(settings, Train | DagTrain) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"den: all commands but train must run in one process, got {os.environ['WORLD_SIZE']}")
     if isinstance(settings, Train):
         from den.recipes.den import train
 
@@ -215,7 +218,9 @@ def _done(run: Callable[[Any], None], settings: Any) -> int:
 
 def _train(train: Callable[..., object], command: Train | DagTrain, measure: str) -> int:
     train(command.settings, resume=command.resume)
-    return _print(f"den: finished; measure it with: {measure} {command.settings.out}")
+    from den.support import ranks
+
+    return _print(f"den: finished; measure it with: {measure} {command.settings.out}") if ranks.first() else 0
 
 
 def _fetch(fetch_set: Callable[[str, Path], object], command: Fetch) -> int:

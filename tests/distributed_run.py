@@ -1,10 +1,8 @@
-"""A program: trains tiny runs in folder argv[1], one after the other, in one of several processes or alone.
-
-The runs that argv[2:] names are those of `RUNS`.  What processes it shares them with is in the environment, as torchrun
-has it.  `main` may be called in a test's own process, too.
-"""
+"""A program: trains the tiny runs `RUNS` in folder argv[1], as one of two processes that torchrun has started."""
 
 import dataclasses
+import hashlib
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +13,10 @@ import torch
 from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining, ReductionConfig
 from den.dag.scenarios import load_tasks as load_files
 from den.data import load_set
+from den.recipes.base import Method
 from den.recipes.dag.search import train as search
 from den.recipes.den import train
+from den.support import ranks
 from den.train.config import (
     DataConfig,
     EstimatorTraining,
@@ -26,83 +26,129 @@ from den.train.config import (
     SelectorTraining,
     TrainConfig,
 )
+from den.train.engine import Engine
 
-
-def den(folder: Path, mode: str = "den", **changes) -> TrainConfig:
-    """Two tasks, 4 and 3 images in a batch, three blocks."""
-    phase, later = PhaseConfig(2, 0.02), PhaseConfig(2, 0.01)
-    config = TrainConfig(
-        out=folder / mode, mode=mode, stages=1, epoch_steps=2, progress=False, device="cpu",
-        data=DataConfig(tasks=("fashion", "digits"), batch_size=7, validation=0.2),
-        network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
-        estimator=EstimatorTraining(first=phase, later=later, finish=later, tau=0.2),
-        selector=SelectorTraining(phase=PhaseConfig(2, 1e-2)), methods=MethodConfig(share_rounds=1),
-    )  # fmt: skip
-    return dataclasses.replace(config, **changes)
-
-
-def steered(folder: Path) -> TrainConfig:
-    """Two stages, rho steered to a budget, a running mean as the baseline."""
-    selector = SelectorTraining(phase=PhaseConfig(2, 1e-2), budget=0.5, baseline="running-mean")
-    return den(folder, stages=2, out=folder / "steered", selector=selector)
-
-
-def lone(folder: Path) -> TrainConfig:
-    """A batch of one image each: a process has no image of one of the tasks."""
-    return den(folder, out=folder / "lone", data=DataConfig(tasks=("fashion", "digits"), batch_size=2, validation=0.2))
-
-
-def dag(folder: Path, mode: str = "dag", **changes) -> DagTrainConfig:
-    """Two tasks of 5 and 4 images in a batch."""
-    config = DagTrainConfig(
-        out=folder / f"dag-{mode}", mode=mode, epoch_steps=2, progress=False, device="cpu",
-        data=DagDataConfig(batch_size=9, validation=0.3),
-        network=DagNetworkConfig(states=4, flow=2, channels=4, trunk_size=4),
-        training=DagTraining(steps=6, shares=(0.3, 0.4, 0.3), rate=0.02, fine_rate=0.02),
-        reduction=ReductionConfig(ranking="random", norm_batches=2),
-    )  # fmt: skip
-    return dataclasses.replace(config, **changes)
-
-
-def dense(folder: Path) -> DagTrainConfig:
-    """Three dense tasks of the same 3 scenes, which a process reads ahead; `write_npy_scenes` has written them."""
-    data = DagDataConfig("nyuv2", folder.parent / "scenes", batch_size=3, classes=13, validation=0.3, workers=1)
-    return dag(folder, out=folder / "dag-dense", data=data)
-
-
+change, PHASE = dataclasses.replace, PhaseConfig(2, 0.01)
+DEN = TrainConfig(
+    stages=1, epoch_steps=2, progress=False, device="cpu",
+    data=DataConfig(tasks=("fashion", "digits"), batch_size=7, validation=0.2),
+    network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
+    estimator=EstimatorTraining(first=PHASE, later=PHASE, finish=PHASE, tau=0.2),
+    selector=SelectorTraining(phase=PHASE), methods=MethodConfig(share_rounds=1),
+)  # fmt: skip
+LONGER = change(DEN, estimator=change(DEN.estimator, first=PhaseConfig(4, 0.01)))
+STEERED = SelectorTraining(phase=PHASE, budget=0.5, baseline="running-mean")
+DAG = DagTrainConfig(
+    epoch_steps=2, progress=False, device="cpu", data=DagDataConfig(batch_size=9, validation=0.3),
+    network=DagNetworkConfig(states=4, flow=2, channels=4, trunk_size=4),
+    training=DagTraining(steps=6, shares=(0.3, 0.4, 0.3), rate=0.02, fine_rate=0.02),
+    reduction=ReductionConfig(ranking="random", norm_batches=2),
+)  # fmt: skip
+SCENES = DagDataConfig("nyuv2", batch_size=3, classes=13, validation=0.3, workers=1)
 RUNS = {
-    "den": den, "steered": steered, "lone": lone, "dag": dag, "dag-dense": dense,
-    **{mode: lambda folder, mode=mode: den(folder, mode) for mode in
-       ("dense", "random", "nestednet", "packnet", "routing", "cross-stitch", "blockdrop", "adashare")},
-    **{f"dag-{mode}": lambda folder, mode=mode: dag(folder, mode) for mode in
-       ("hard", "single", "adashare", "cross-stitch")},
-}  # fmt: skip
+    "den": DEN,  # of a batch one process has four images, the other one three
+    "steered": change(DEN, selector=STEERED),
+    "level-0": change(DEN, data=change(DEN.data, batch_size=2)),  # one process: one image of one task, at level 0
+    "pieces": change(DEN, data=change(DEN.data, batch_size=9)),
+    "bfloat16": change(DEN, precision="bfloat16"),
+    "continued": LONGER,  # begun by one process, continued by two
+    "nestednet": change(DEN, mode="nestednet"),
+    "routing": change(DEN, mode="routing"),
+    "dag": DAG,
+    "dag-dense": change(DAG, data=SCENES),
+    "killed": DEN,
+    "handed-on": LONGER,  # begun by two processes, continued by one
+}
 
 
-def main(out: Path, names: list[str], **changes) -> None:
-    """Train the runs of these names in folders of theirs in `out`, their settings changed."""
-    whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
+def sets(name: str, split: str, root: Path | None) -> object:
+    """The packaged sets cut to a few images."""
+    return load_set(name, split).subset(torch.arange(60))
 
-    def tasks(data: DagDataConfig, split: str, root: Path | None = None) -> list:
-        """Two tasks of different classes out of the digits; dense ones come from files."""
-        if data.scenario == "nyuv2":
-            return load_files(data, split, root)
-        digits, found = whole["digits", split], []
-        for name, kinds in (("low", (0, 1, 2)), ("high", (7, 8, 9))):
-            part = digits.subset(torch.isin(digits.labels, torch.tensor(kinds)).nonzero().flatten()[:30])
-            found.append(dataclasses.replace(part, name=name, labels=part.labels - kinds[0], classes=3))
-        return found
 
+def tasks(data: DagDataConfig, split: str, root: Path | None = None) -> list:
+    """Two tasks of different classes out of the digits; dense ones come from files."""
+    if data.scenario == "nyuv2":
+        return load_files(data, split, root)
+    digits, found = load_set("digits", split), []
+    for name, kinds in (("low", (0, 1, 2)), ("high", (7, 8, 9))):
+        part = digits.subset(torch.isin(digits.labels, torch.tensor(kinds)).nonzero().flatten()[:30])
+        found.append(change(part, name=name, labels=part.labels - kinds[0], classes=3))
+    return found
+
+
+def by_turns(count: int, blocks: int, levels: int, tau: float, draws: object) -> torch.Tensor:
+    """Structures of level 0 and of the highest level in turns, over the whole batch."""
+    rows = torch.arange(count) if isinstance(draws, torch.Generator) else draws.rows
+    return ((rows % 2) * (levels - 1))[:, None].expand(-1, blocks)
+
+
+def ended_at(step: int, end: object) -> object:
+    """An update of the engine before which, at a step, `end` is called."""
+    plain = Engine.update
+
+    def update(self: Engine, objective: object) -> None:
+        if self.position.total_steps == step and self._piece == 0:
+            end()
+        plain(self, objective)
+
+    return update
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def patches(name: str) -> list:
+    """What is different in a run."""
+    found = []
+    if name == "level-0":
+        found.append(mock.patch("den.recipes.den.initial_structures", by_turns))
+    if name == "pieces":  # norms of a piece are not those of the whole; all else is the same
+        found.append(mock.patch.object(Method, "enter", lambda self, engine, phase: self.model.eval()))
+    if name == "killed" and ranks.rank() == 1 and not ranks.restarts():
+        found.append(mock.patch.object(Engine, "update", ended_at(3, lambda: os._exit(9))))
+    return found
+
+
+def run(folder: Path, name: str, **changes: object) -> None:
+    """Train a run of `RUNS`, with other settings, in its folder."""
+    config = change(RUNS[name], out=folder / name, **changes)
+    if name == "dag-dense":
+        config = change(config, data=change(config.data, root=folder.parent / "scenes"))
     with ExitStack() as stack:
-        few = torch.arange(60)
-        cut = lambda name, split, root: whole[name, split].subset(few)  # noqa: E731
-        stack.enter_context(mock.patch("den.recipes.setup.load_set", cut))
+        stack.enter_context(mock.patch("den.recipes.setup.load_set", sets))
         stack.enter_context(mock.patch("den.recipes.dag.recipe.load_tasks", tasks))
-        for name in names:
-            config = dataclasses.replace(RUNS[name](out), **changes)
-            (search if isinstance(config, DagTrainConfig) else train)(config)
+        for patch in patches(name):
+            stack.enter_context(patch)
+        trains = search if isinstance(config, DagTrainConfig) else train
+        begun = name in ("continued", "handed-on") and (config.out / "last.safetensors").exists()
+        model = trains(config, resume=begun)
+    content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in model.state_dict().values())
+    print(name, hashlib.sha256(content).hexdigest(), flush=True)
+
+
+def run_until(folder: Path, name: str, step: int) -> None:
+    """Train a run until an update, which does not happen."""
+    with mock.patch.object(Engine, "update", ended_at(step, interrupt)):
+        try:
+            run(folder, name)
+        except KeyboardInterrupt:
+            return
+    raise RuntimeError("the run was not interrupted")
+
+
+def main(folder: Path) -> None:
+    for name in [name for name in RUNS if name != "handed-on"]:
+        run(folder, name, **({"accumulate": 2} if name == "pieces" else {}))
+        if name == "den" and not ranks.restarts():
+            try:
+                run(folder, name)
+            except ValueError as error:
+                print("refused", type(error).__name__, error, flush=True)
+    run_until(folder, "handed-on", 3)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -100,7 +100,7 @@ class ImageSet:
         return self._normalise(self.images[index].permute(0, 2, 3, 1))
 
     def augmented(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Normalised images, padded, cropped at random and mirrored where `flip`: float32 [n, C, H, W], channels-last."""
+        """Normalised images, padded, cropped at random, mirrored where `flip`: float32 [n, C, H, W], channels-last."""
         return self._cropped(index, *self.draw(len(index), generator))
 
     def draw(self, count: int, generator: torch.Generator) -> Drawn:

@@ -24,6 +24,8 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun
 class FirstRankError(ValueError):
     """An error of the first process, raised in the others too; the first one tells it."""
 
+    told = True
+
 
 def count() -> int:
     """Number of processes of the run."""
@@ -74,6 +76,11 @@ def _own_device(device: torch.device, name: str) -> torch.device:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_loss_of_another(error: RuntimeError) -> bool:
+    """True for an error by which this process learns that another one of the run has ended, or does not answer."""
+    return count() > 1 and (isinstance(error, dist.DistBackendError) or "gloo" in str(error))
 
 
 def launch() -> str | None:

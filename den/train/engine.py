@@ -106,6 +106,9 @@ class Engine(Generic[R]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+        if isinstance(error, RuntimeError) and ranks.is_loss_of_another(error):
+            reason = str(error).split("] ")[-1].split(". ")[0]
+            raise ValueError(f"train: all processes of the run must stay alive, got {reason}") from error
 
     @property
     def model(self) -> Any:
