@@ -1,14 +1,21 @@
-"""A program: trains the tiny runs `RUNS` in folder argv[1], as one of two processes that torchrun has started."""
+"""A program: two processes train the tiny runs `RUNS` in folder argv[1].
+
+They are told what torchrun would tell them, and started anew as it does where one of them fails.  They are forked, so
+that each costs no imports.
+"""
 
 import dataclasses
 import hashlib
 import os
+import signal
+import socket
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.utils.tensorboard
 
 from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining, ReductionConfig
 from den.dag.scenarios import load_tasks as load_files
@@ -50,7 +57,7 @@ RUNS = {
     "steered": change(DEN, selector=STEERED),
     "level-0": change(DEN, data=change(DEN.data, batch_size=2)),  # one process: one image of one task, at level 0
     "pieces": change(DEN, data=change(DEN.data, batch_size=9)),
-    "bfloat16": change(DEN, precision="bfloat16"),
+    "bfloat16": change(DEN, mode="dense", precision="bfloat16"),
     "continued": LONGER,  # begun by one process, continued by two
     "nestednet": change(DEN, mode="nestednet"),
     "routing": change(DEN, mode="routing"),
@@ -62,8 +69,8 @@ RUNS = {
 
 
 def sets(name: str, split: str, root: Path | None) -> object:
-    """The packaged sets cut to a few images."""
-    return load_set(name, split).subset(torch.arange(60))
+    """A few digits as the images of either task."""
+    return change(load_set("digits", split).subset(torch.arange(60)), name=name)
 
 
 def tasks(data: DagDataConfig, split: str, root: Path | None = None) -> list:
@@ -149,6 +156,35 @@ def main(folder: Path) -> None:
     run_until(folder, "handed-on", 3)
 
 
+def launch(folder: Path, attempt: int) -> bool:
+    """Start two processes and wait for them; one that fails ends the other.  Returns whether both have succeeded."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = {}
+    for rank in range(2):
+        if not (pid := os.fork()):
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            told |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_RESTART_COUNT": attempt}
+            os.environ.update({name: str(value) for name, value in told.items()})
+            try:
+                main(folder)
+            except ValueError as error:
+                print("failed", error, flush=True)
+                os._exit(2)
+            os._exit(0)
+        processes[pid] = rank
+    succeeded = True
+    while processes:
+        pid, status = os.wait()
+        print("ended", processes.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
+        succeeded &= status == 0
+        if status and processes:
+            signal.sigtimedwait({signal.SIGCHLD}, 20)  # the other one notices by itself
+            for other in processes:
+                os.kill(other, signal.SIGKILL)
+    return succeeded
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)  # threads would not survive the fork
+    sys.exit(not any(launch(Path(sys.argv[1]), attempt) for attempt in range(2)))
