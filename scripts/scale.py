@@ -184,8 +184,11 @@ def searched(channels: int = 64, size: tuple[int, int] = (288, 384), count: int 
     return record("DAG, NYU-v2", model, lambda: task_loss(model, batch)[0], count, 0.0)
 
 
-def tables(steps: list[Step], images: dict[str, int], machine: Machine) -> str:
-    """The messages of each step, the assumptions, and the predicted cost on each number of GPUs, in Markdown."""
+def tables(steps: dict[Step, tuple[int, ...]], machine: Machine) -> str:
+    """The messages of each step, the assumptions, and the predicted costs, in Markdown.
+
+    steps: with each, the numbers of images on a GPU.
+    """
     columns = "norms: messages | bytes | gradients: messages | bytes | FLOPs an image | operations | CPU, measured"
     lines = [f"| step | {columns} |", "|---|" + "--:|" * 7]
     for step in steps:
@@ -196,14 +199,15 @@ def tables(steps: list[Step], images: dict[str, int], machine: Machine) -> str:
         )
     lines += ["", "Assumptions:", "", "| assumption | value |", "|---|--:|"]
     lines += [f"| `{field.name}` | {getattr(machine, field.name):g} |" for field in dataclasses.fields(machine)]
-    for step in steps:
-        count = images[step.name]
+    for step, count in ((step, count) for step, counts in steps.items() for count in counts):
         lines += ["", f"**{step.name}**, {count} images on each GPU, milliseconds, all predicted:", ""]
         lines += ["| GPUs | step | work | uneven | norms | gradients | images/s | of ideal |", "|--:|" + "--:|" * 7]
         alone = simulate(step, count, 1, machine)["step"]
         for gpus in GPUS:
             cost = simulate(step, count, gpus, machine)
-            shown = " | ".join(f"{1e3 * cost[name]:.1f}" for name in ("step", "work", "uneven", "norms", "gradients"))
+            shown = " | ".join(
+                f"{1e3 * abs(cost[name]):.1f}" for name in ("step", "work", "uneven", "norms", "gradients")
+            )
             lines.append(f"| {gpus} | {shown} | {gpus * count / cost['step']:,.0f} | {alone / cost['step']:.0%} |")
     return "\n".join(lines)
 
@@ -214,8 +218,7 @@ def main() -> int:
     write = parser.parse_args().write
     torch.manual_seed(0)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=GPUS[-1])
-    steps = [elastic(), searched()]
-    text = tables(steps, {steps[0].name: 64, steps[1].name: 4}, Machine())
+    text = tables({elastic(): (64, 256), searched(): (8,)}, Machine())
     print(text)
     if write:
         before, rest = PAGE.read_text().split("<!-- scale:begin -->")

@@ -53,17 +53,14 @@ DAG = DagTrainConfig(
 )  # fmt: skip
 SCENES = DagDataConfig("nyuv2", batch_size=3, classes=13, validation=0.3, workers=1)
 RUNS = {
-    "den": DEN,  # of a batch one process has four images, the other one three
-    "steered": change(DEN, selector=STEERED),
+    "den": change(DEN, selector=STEERED),  # of a batch one process has four images, the other one three
     "level-0": change(DEN, data=change(DEN.data, batch_size=2)),  # one process: one image of one task, at level 0
     "pieces": change(DEN, data=change(DEN.data, batch_size=9)),
     "bfloat16": change(DEN, mode="dense", precision="bfloat16"),
-    "continued": LONGER,  # begun by one process, continued by two
-    "nestednet": change(DEN, mode="nestednet"),
-    "routing": change(DEN, mode="routing"),
+    "nestednet": change(LONGER, mode="nestednet"),  # begun by one process, continued by two
     "dag": DAG,
     "dag-dense": change(DAG, data=SCENES),
-    "killed": DEN,
+    "routing": change(LONGER, mode="routing"),  # one process dies
     "handed-on": LONGER,  # begun by two processes, continued by one
 }
 
@@ -113,7 +110,7 @@ def patches(name: str) -> list:
         found.append(mock.patch("den.recipes.den.initial_structures", by_turns))
     if name == "pieces":  # norms of a piece are not those of the whole; all else is the same
         found.append(mock.patch.object(Method, "enter", lambda self, engine, phase: self.model.eval()))
-    if name == "killed" and ranks.rank() == 1 and not ranks.restarts():
+    if name == "routing" and ranks.rank() == 1 and not ranks.restarts():
         found.append(mock.patch.object(Engine, "update", ended_at(3, lambda: os._exit(9))))
     return found
 
@@ -129,7 +126,7 @@ def run(folder: Path, name: str, **changes: object) -> None:
         for patch in patches(name):
             stack.enter_context(patch)
         trains = search if isinstance(config, DagTrainConfig) else train
-        begun = name in ("continued", "handed-on") and (config.out / "last.safetensors").exists()
+        begun = name in ("nestednet", "handed-on") and (config.out / "last.safetensors").exists()
         model = trains(config, resume=begun)
     content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in model.state_dict().values())
     print(name, hashlib.sha256(content).hexdigest(), flush=True)
@@ -146,9 +143,10 @@ def run_until(folder: Path, name: str, step: int) -> None:
 
 
 def main(folder: Path) -> None:
-    for name in [name for name in RUNS if name != "handed-on"]:
+    """Train what is to be trained by one of two processes."""
+    for name in ("routing",) if ranks.restarts() else [name for name in RUNS if name != "handed-on"]:
         run(folder, name, **({"accumulate": 2} if name == "pieces" else {}))
-        if name == "den" and not ranks.restarts():
+        if name == "den":
             try:
                 run(folder, name)
             except ValueError as error:
