@@ -14,7 +14,7 @@ from den.support.randomness import Draws, SharedDraws
 
 @dataclass(frozen=True)
 class Share:
-    """What of a whole batch a `Batch` holds, where processes share it or it is computed in pieces.
+    """Part of a whole batch that a `Batch` holds, where processes share it or it is computed in pieces.
 
     Attributes:
         counts: instances of each task in the whole batch.
@@ -69,7 +69,7 @@ class Batch:
         return values.sum() * (self.share.parts / (whole * each))
 
     def known(self, k: int, is_known: Callable[[Tensor], Tensor]) -> Tensor:
-        """How many targets of task k `is_known` is true of: [], in the mean over the shares of the whole batch.
+        """Number of targets of task k that `is_known` is true of: [], in the mean over the shares of the whole batch.
 
         is_known: of targets, a boolean for each.  Where processes share the batch, all of them must call this.
         """
@@ -78,7 +78,7 @@ class Batch:
         return ranks.total(is_known(self.share.labels[k]).sum()) / self.share.parts
 
     def draws(self, generator: torch.Generator) -> Draws:
-        """What random numbers for the instances are drawn from."""
+        """Source of random numbers for the instances."""
         if self.share is None:
             return generator
         offsets = torch.tensor((0, *self.share.counts)).cumsum(0).tolist()

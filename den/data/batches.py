@@ -70,7 +70,7 @@ class MixedTaskBatches:
         self.load_state_dict(self.state_dict())
 
     def _share(self, labels: tuple[Tensor, ...]) -> Share:  # of any shapes
-        """What a batch of these labels, made by this process, is of the whole."""
+        """Share that a batch of these labels, made by this process, is of the whole."""
         counts, rows = [], []
         for k, image_set in enumerate(self.sets):
             counts += [self.counts[k]] * len(image_set.tasks)
@@ -78,7 +78,7 @@ class MixedTaskBatches:
         return Share(tuple(counts), tuple(rows), ranks.count(), labels)
 
     def _own(self, k: int) -> slice:
-        """Which of the images of set k in a batch this process makes."""
+        """Places in a batch of the images of set k that this process makes."""
         return slice((ranks.rank() - sum(self.counts[:k])) % ranks.count(), None, ranks.count())
 
     def _draw_batch(self) -> list[Drawn]:

@@ -104,8 +104,8 @@ class ImageSet:
         return self._cropped(index, *self.draw(len(index), generator))
 
     def draw(self, count: int, generator: torch.Generator) -> Drawn:
-        """How `count` images are augmented: first row and column of the crop, int64 [n, 1]; where `flip` also whether
-        it is mirrored, bool [n, 1]."""
+        """Draw how `count` images are augmented: first row and column of the crop, int64 [n, 1]; where `flip` also
+        whether it is mirrored, bool [n, 1]."""
         corners = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
         return (*corners, torch.rand(count, 1, generator=generator) < 0.5) if self.flip else (*corners,)
 

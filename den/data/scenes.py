@@ -89,7 +89,7 @@ class SceneSet:
         return self.examples_of(self._stacked([self.read(i, self.tasks) for i in self.index[index].tolist()]))
 
     def draw(self, count: int, generator: torch.Generator) -> Drawn:
-        """How `count` scenes are augmented: int64 [n], which of `ZOOMS`; [n, 3], the place, and below 1/2 mirrored."""
+        """Draw how `count` scenes are augmented: int64 [n], which of `ZOOMS`; [n, 3], place, and below 1/2 mirrored."""
         zooms = torch.randint(len(ZOOMS), (count,), generator=generator)
         return zooms, torch.rand(count, 3, generator=generator)
 

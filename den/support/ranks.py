@@ -92,7 +92,7 @@ def launch() -> str | None:
 
 
 def restarts() -> int:
-    """How many times torchrun has started the processes anew, after one of them had failed."""
+    """Number of times that torchrun has started the processes anew, after one of them had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -133,7 +133,7 @@ def in_turns(own: list[T]) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns, called in the first of all processes only; a ValueError there is raised in all of them."""
+    """Call `make` in the first of all processes only; all return its result, or raise its ValueError."""
     if count() == 1:
         return make()
     told: list[Any] = [None, None]
