@@ -80,6 +80,6 @@ def _check(op: str, target: Tensor, shape: Sequence[int]) -> None:
 
 
 def _number(target: Tensor, is_known: Callable[[Tensor], Tensor], count: Count | None) -> Tensor:
-    """Known pixels of a target [B, ...], or of the whole batch in the mean over its shares: their number, 1 for none."""
+    """Known pixels of a target [B, ...], or of the whole batch in the mean over its shares: number, 1 for none."""
     known = is_known(target).sum() if count is None else count(is_known)
     return torch.where(known > 0, known, 1)
