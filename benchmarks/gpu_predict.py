@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from den.nn.backbones import BACKBONES, block_shapes
 from den.nn.blocks import ResidualShape
-from den_kernels._cuda_layout import FusedProblem, fused_layout
+from den_kernels._cuda_layout import FusedArguments, fused_layout
 
 from .tables import table as markdown
 
@@ -31,7 +31,7 @@ class Traffic(NamedTuple):
     streamed: int  # of weights, from L2
 
 
-def fused_traffic(p: FusedProblem, counts: Sequence[int]) -> Traffic:
+def fused_traffic(p: FusedArguments, counts: Sequence[int]) -> Traffic:
     """Traffic of a block that adds to a map, with counts[l] instances at level l.
 
     Raises ValueError where the fused kernel does not take the block.
@@ -46,12 +46,12 @@ def fused_traffic(p: FusedProblem, counts: Sequence[int]) -> Traffic:
     return Traffic(active * (map_in + map_out), active * map_out, streamed)
 
 
-def problem_of(block: ResidualShape, B: int, multiprocessors: int) -> FusedProblem:
+def problem_of(block: ResidualShape, B: int, multiprocessors: int) -> FusedArguments:
     """The block as a problem in bfloat16 on a Hopper GPU, its hidden groups a quarter, a quarter and a half."""
     widths = tuple(accumulate((block.channels // 4, block.channels // 4, block.channels // 2)))
     size = block.size * block.stride
     chip = multiprocessors, 227 << 10
-    return FusedProblem(B, size, size, block.in_channels, block.channels, widths, block.stride, 2, *chip)
+    return FusedArguments(B, size, size, block.in_channels, block.channels, widths, block.stride, 2, *chip)
 
 
 class Prediction(NamedTuple):

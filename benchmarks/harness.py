@@ -44,7 +44,7 @@ PROVIDERS: dict[str, Role] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Problem that all providers compute."""
+    """What all providers compute, and where."""
 
     suite: str  # "residual", "conv-out-elastic", ...
     shape: str  # "64x32x32", "wrn32_4"

@@ -251,8 +251,8 @@ def run(module: str, arguments: list[str]) -> int:
             if module == "den_kernels.tune":
                 from den_kernels._triton import trial
 
-                tiny = [trial.Problem("convolve", 16, 4, 2, torch.bfloat16)]
-                patches.setattr(trial, "problems", lambda *_: tiny)
+                tiny = [trial.Case("convolve", 16, 4, 2, torch.bfloat16)]
+                patches.setattr(trial, "cases", lambda *_: tiny)
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)

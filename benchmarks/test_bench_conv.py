@@ -49,7 +49,7 @@ COARSE = 2.0**-9  # of the largest value: PyTorch need not round to TF32 where o
 
 
 @dataclass
-class Problem:
+class Operands:
     """One case's tensors: the plain convolution, the input, and what each instance selects."""
 
     conv: nn.Conv2d
@@ -71,17 +71,17 @@ class Problem:
         conv = copy.deepcopy(self.conv).to(dtype)
         return peers.ElasticConv(conv, channels if self.out_elastic else None, channels if self.in_elastic else None)
 
-    def to(self, device: str) -> Problem:
-        """Copy of the problem on a device."""
+    def to(self, device: str) -> Operands:
+        """Copy of the operands on a device."""
         levels = None if self.levels is None else self.levels.to(device)
         inputs = [x.to(device) for x in self.inputs]
         sets = input_sets(torch.device(device), 2 * self.x.nbytes)
         inputs += [torch.randn_like(inputs[0]) for _ in range(sets - 1)]
         moved = self.conv.to(device), inputs, self.groups.to(device), levels
-        return Problem(*moved, self.sizes, self.out_elastic, self.in_elastic)
+        return Operands(*moved, self.sizes, self.out_elastic, self.in_elastic)
 
 
-def make_problem(case: Case, seed: int = 0) -> Problem:
+def make_operands(case: Case, seed: int = 0) -> Operands:
     """Random weights in the case's dtype; three groups of ¼, ¼, ½ for levels, four equal ones (each at ½) for masks."""
     torch.manual_seed(seed)
     shape, dtype = Shape.parse(case.shape), case.torch_dtype
@@ -97,86 +97,86 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         x *= peers.select_channels(groups, sizes)[:, :, None, None]
     conv = nn.Conv2d(shape.channels, shape.out_channels, 3, shape.stride, padding=1, bias=False)
     conv = conv.to(dtype=dtype, memory_format=torch.channels_last)
-    return Problem(conv, [x.to(dtype)], groups, levels, sizes, side in ("out", "both"), side in ("in", "both"))
+    return Operands(conv, [x.to(dtype)], groups, levels, sizes, side in ("out", "both"), side in ("in", "both"))
 
 
-def work_of(problem: Problem) -> Work:
+def work_of(operands: Operands) -> Work:
     """2 FLOPs a multiply-add; traffic: the inputs used are read, the output is written, the weights are read once."""
-    x, conv = problem.x, problem.conv
-    share = (problem.groups.cpu() * torch.tensor(problem.sizes)).sum(1) / sum(problem.sizes)  # [B]
+    x, conv = operands.x, operands.conv
+    share = (operands.groups.cpu() * torch.tensor(operands.sizes)).sum(1) / sum(operands.sizes)  # [B]
     written = len(x) * conv.out_channels * (-(-x.shape[2] // conv.stride[0])) ** 2
     dense = 2 * 9 * conv.in_channels * written
-    used = share ** (problem.out_elastic + problem.in_elastic)
-    read = (share if problem.in_elastic else torch.ones_like(share)).mean().item()
+    used = share ** (operands.out_elastic + operands.in_elastic)
+    read = (share if operands.in_elastic else torch.ones_like(share)).mean().item()
     traffic = x.nbytes * read + written * x.element_size() + conv.weight.nbytes
     return Work(dense * used.mean().item(), dense, traffic)
 
 
-def route_of(problem: Problem) -> den_kernels.Route:
-    """The plan's route of the problem's levels or masks."""
-    if problem.levels is None:
-        return den_kernels.RoutingPlan.from_masks(problem.groups[:, None])[0]
-    return den_kernels.RoutingPlan.from_levels(problem.levels[:, None], len(problem.sizes))[0]
+def route_of(operands: Operands) -> den_kernels.Route:
+    """The plan's route of the operands' levels or masks."""
+    if operands.levels is None:
+        return den_kernels.RoutingPlan.from_masks(operands.groups[:, None])[0]
+    return den_kernels.RoutingPlan.from_levels(operands.levels[:, None], len(operands.sizes))[0]
 
 
-def way(problem: Problem) -> str:
+def way(operands: Operands) -> str:
     """Name of the implementation that `dynamic_conv2d` takes for the case."""
-    if problem.x.device.type != "cpu":
+    if operands.x.device.type != "cpu":
         return "gpu"
-    direct = uses_direct(problem.x, problem.conv.weight, route_of(problem), geometry_of(problem))
+    direct = uses_direct(operands.x, operands.conv.weight, route_of(operands), geometry_of(operands))
     return "direct" if direct else "onednn"
 
 
-def geometry_of(problem: Problem) -> Geometry:
+def geometry_of(operands: Operands) -> Geometry:
     """The convolution as the kernels know it."""
-    sizes = [problem.sizes if elastic else () for elastic in (problem.out_elastic, problem.in_elastic)]
-    return Geometry(problem.conv.stride, (1, 1), (1, 1), 1, *sizes)
+    sizes = [operands.sizes if elastic else () for elastic in (operands.out_elastic, operands.in_elastic)]
+    return Geometry(operands.conv.stride, (1, 1), (1, 1), 1, *sizes)
 
 
-def our_provider(problem: Problem) -> Any:
+def our_provider(operands: Operands) -> Any:
     """dynamic_conv2d with a route built beforehand, as a callable of x."""
-    route = route_of(problem)
-    out_groups = problem.sizes if problem.out_elastic else None
-    in_groups = problem.sizes if problem.in_elastic else None
-    weight = problem.conv.weight.detach()
+    route = route_of(operands)
+    out_groups = operands.sizes if operands.out_elastic else None
+    in_groups = operands.sizes if operands.in_elastic else None
+    weight = operands.conv.weight.detach()
     return lambda x: den_kernels.dynamic_conv2d(
-        x, weight, None, route, stride=problem.conv.stride, padding=1, out_groups=out_groups, in_groups=in_groups
+        x, weight, None, route, stride=operands.conv.stride, padding=1, out_groups=out_groups, in_groups=in_groups
     )
 
 
-def kernel_provider(problem: Problem) -> Any:
+def kernel_provider(operands: Operands) -> Any:
     """The Triton kernel alone, which clears nothing, as a callable; None where it does not run."""
-    if not _triton.runs_on(problem.x.device):
+    if not _triton.runs_on(operands.x.device):
         return None
     from den_kernels._triton.convolve import convolve
 
-    route, weight, out = route_of(problem), problem.conv.weight.detach(), torch.zeros_like(problem.conv(problem.x))
+    route, weight, out = route_of(operands), operands.conv.weight.detach(), torch.zeros_like(operands.conv(operands.x))
 
     def kernel(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
-        convolve(x, weight, out, route, geometry_of(problem), skip_empty=True)
+        convolve(x, weight, out, route, geometry_of(operands), skip_empty=True)
         return out
 
     return kernel
 
 
-def peer_providers(problem: Problem, coarse: bool = False) -> list[Provider]:
+def peer_providers(operands: Operands, coarse: bool = False) -> list[Provider]:
     """Ours, dense, masked, bucketed by selection, image by image, and the bare convolutions.
 
     coarse: products may be rounded to TF32.
     """
-    x, dtype, conv = problem.x, problem.x.dtype, problem.conv
-    elastic = problem.elastic(dtype)
-    mask = peers.select_channels(problem.groups, problem.sizes)[:, :, None, None].to(dtype)
+    x, dtype, conv = operands.x, operands.x.dtype, operands.conv
+    elastic = operands.elastic(dtype)
+    mask = peers.select_channels(operands.groups, operands.sizes)[:, :, None, None].to(dtype)
     least = COARSE if coarse else 0.0
-    selected = expect(lambda d: peers.BucketConv(problem.elastic(d))(x.to(d)), dtype, least=least)
-    plain = expect(lambda d: problem.elastic(d).conv(x.to(d)), dtype, least=least)
-    bare = expect(lambda d: peers.BareConv(problem.elastic(d), x.to(d), packed=False)(), dtype, least=least)
+    selected = expect(lambda d: peers.BucketConv(operands.elastic(d))(x.to(d)), dtype, least=least)
+    plain = expect(lambda d: operands.elastic(d).conv(x.to(d)), dtype, least=least)
+    bare = expect(lambda d: peers.BareConv(operands.elastic(d), x.to(d), packed=False)(), dtype, least=least)
 
     def masked(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
-        products = conv(x * mask if problem.in_elastic else x)
-        return products.mul_(mask) if problem.out_elastic else products
+        products = conv(x * mask if operands.in_elastic else x)
+        return products.mul_(mask) if operands.out_elastic else products
 
-    calls = {"ours": our_provider(problem), "ours-kernel": kernel_provider(problem), "dense-eager": conv}
+    calls = {"ours": our_provider(operands), "ours-kernel": kernel_provider(operands), "dense-eager": conv}
     calls |= {"masked": masked, "bucket": peers.BucketConv(elastic)}
     if len(x) <= SLICED and dtype == torch.float32:
         calls |= {"per-instance": slicing.PerInstanceConv(elastic), "grouped": slicing.GroupedConv(elastic, len(x))}
@@ -185,7 +185,7 @@ def peer_providers(problem: Problem, coarse: bool = False) -> list[Provider]:
         calls["dense-packed"] = peers.packed_convolution(conv, x.shape, "none")
         floors["bare-packed"] = peers.BareConv(elastic, x, packed=True)
     there = {name: call for name, call in calls.items() if call is not None}
-    return [*provide(there, selected, plain, problem.inputs), *provide(floors, bare)]
+    return [*provide(there, selected, plain, operands.inputs), *provide(floors, bare)]
 
 
 @pytest.mark.op
@@ -194,7 +194,7 @@ def peer_providers(problem: Problem, coarse: bool = False) -> list[Provider]:
 def test_conv(benchmark: Any, case: Case, settings: Settings) -> None:
     require(case.id, Shape.parse(case.shape).values(case.batch))
     with torch.no_grad():
-        problem = make_problem(case).to(case.device)
-        providers = peer_providers(problem, case.dtype == TF32)
-    run(benchmark, case, providers, work_of(problem), settings)
-    benchmark.extra_info["way"] = way(problem)
+        operands = make_operands(case).to(case.device)
+        providers = peer_providers(operands, case.dtype == TF32)
+    run(benchmark, case, providers, work_of(operands), settings)
+    benchmark.extra_info["way"] = way(operands)

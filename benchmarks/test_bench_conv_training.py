@@ -18,7 +18,7 @@ from .allocations import require
 from .harness import Case, Provider, Settings, Work, expect, provide, run
 from .parameters import everywhere
 from .shapes import Shape
-from .test_bench_conv import Problem, make_problem, route_of, way, work_of
+from .test_bench_conv import Operands, make_operands, route_of, way, work_of
 
 SHAPES = (("64x32x32", 32), ("128x16x16", 32), ("256x8x8", 32))
 CASES = [
@@ -36,27 +36,27 @@ def there_and_back(convolve: Convolve, x: Tensor, weight: Tensor, grad: Tensor) 
     return [y, *torch.autograd.grad(y, inputs, grad)]
 
 
-def masked(problem: Problem) -> Convolve:
+def masked(operands: Operands) -> Convolve:
     """The whole convolution, multiplied by masks. In float64 the oracle."""
-    mask = peers.select_channels(problem.groups, problem.sizes)[:, :, None, None]
+    mask = peers.select_channels(operands.groups, operands.sizes)[:, :, None, None]
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:  # [B, C, H, W], [C, C, 3, 3]
         scale = mask.to(x.device, x.dtype)
-        y = F.conv2d(x * scale if problem.in_elastic else x, weight, padding=1)
-        return y * scale if problem.out_elastic else y
+        y = F.conv2d(x * scale if operands.in_elastic else x, weight, padding=1)
+        return y * scale if operands.out_elastic else y
 
     return convolve
 
 
-def bucketed(problem: Problem) -> Convolve:
+def bucketed(operands: Operands) -> Convolve:
     """Level by level: gather the instances, convolve with the weight's slice, scatter."""
     parts = []
-    for segment in peers.segments(peers.select_channels(problem.groups, problem.sizes)):
+    for segment in peers.segments(peers.select_channels(operands.groups, operands.sizes)):
         channels = peers.as_slice(segment.channels)
         outputs, inputs = (
-            channels if elastic else slice(None) for elastic in (problem.out_elastic, problem.in_elastic)
+            channels if elastic else slice(None) for elastic in (operands.out_elastic, operands.in_elastic)
         )
-        parts.append((segment.rows.to(problem.x.device), outputs, inputs))
+        parts.append((segment.rows.to(operands.x.device), outputs, inputs))
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:  # [B, C, H, W], [C, C, 3, 3]
         y = torch.zeros_like(x)
@@ -68,32 +68,32 @@ def bucketed(problem: Problem) -> Convolve:
     return convolve
 
 
-def providers_of(problem: Problem) -> list[Provider]:
+def providers_of(operands: Operands) -> list[Provider]:
     """Ours, the dense convolution, masks, and level by level."""
-    route, sizes = route_of(problem), problem.sizes
+    route, sizes = route_of(operands), operands.sizes
     ours = functools.partial(
         den_kernels.dynamic_conv2d,
         selection=route,
         padding=1,
-        out_groups=sizes if problem.out_elastic else None,
-        in_groups=sizes if problem.in_elastic else None,
+        out_groups=sizes if operands.out_elastic else None,
+        in_groups=sizes if operands.in_elastic else None,
     )
     generator = torch.Generator().manual_seed(1)
-    grad = peers.channels_last(torch.randn(problem.x.shape, generator=generator).to(problem.x))
-    tensors = problem.x, problem.conv.weight.detach(), grad
+    grad = peers.channels_last(torch.randn(operands.x.shape, generator=generator).to(operands.x))
+    tensors = operands.x, operands.conv.weight.detach(), grad
 
     def oracle(convolve: Convolve) -> Any:
-        return expect(lambda d: there_and_back(convolve, *(t.to(d) for t in tensors)), problem.x.dtype, 4.0)
+        return expect(lambda d: there_and_back(convolve, *(t.to(d) for t in tensors)), operands.x.dtype, 4.0)
 
     dense = functools.partial(F.conv2d, padding=1)
-    calls = {"ours": ours, "dense-eager": dense, "masked": masked(problem), "bucket": bucketed(problem)}
+    calls = {"ours": ours, "dense-eager": dense, "masked": masked(operands), "bucket": bucketed(operands)}
     steps = {name: functools.partial(there_and_back, call, *tensors) for name, call in calls.items()}
-    return provide(steps, oracle(masked(problem)), oracle(dense))
+    return provide(steps, oracle(masked(operands)), oracle(dense))
 
 
-def training_work(problem: Problem) -> Work:
+def training_work(operands: Operands) -> Work:
     """Three convolutions' FLOPs; traffic: what the forward pass moves, and twice that for the gradients."""
-    forward = work_of(problem)
+    forward = work_of(operands)
     return Work(3 * forward.flops, 3 * forward.dense_flops, 3 * forward.traffic)
 
 
@@ -103,6 +103,6 @@ def training_work(problem: Problem) -> Work:
 @pytest.mark.parametrize("case", everywhere(CASES))
 def test_conv_training(benchmark: Any, case: Case, settings: Settings) -> None:
     require(case.id, 4 * Shape.parse(case.shape).values(case.batch))
-    problem = make_problem(case).to(case.device)
-    run(benchmark, case, providers_of(problem), training_work(problem), settings, trains=True)
-    benchmark.extra_info["way"] = way(problem)
+    operands = make_operands(case).to(case.device)
+    run(benchmark, case, providers_of(operands), training_work(operands), settings, trains=True)
+    benchmark.extra_info["way"] = way(operands)

@@ -29,7 +29,7 @@ Norm = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, weight, bias -> y
 
 
 @dataclass
-class Problem:
+class Operands:
     """One case's tensors, on the CPU or a device."""
 
     x: Tensor  # [B, C, H, W] channels-last
@@ -40,7 +40,7 @@ class Problem:
     sizes: tuple[int, ...]
 
     @classmethod
-    def make(cls, case: Case) -> Problem:
+    def make(cls, case: Case) -> Operands:
         """Random values; groups of a quarter, a quarter and a half."""
         channels, side, _ = map(int, case.shape.split("x"))
         require(case.id, case.batch * channels * side * side)
@@ -52,10 +52,10 @@ class Problem:
         levels = mix_levels(case.mix, case.batch)
         return cls(*map(peers.channels_last, maps), weight, bias, levels, sizes).to(case.device, DTYPES[case.dtype])
 
-    def to(self, device: str, dtype: torch.dtype) -> Problem:
-        """Copy of the problem on a device, the maps in another dtype."""
+    def to(self, device: str, dtype: torch.dtype) -> Operands:
+        """Copy of the operands on a device, the maps in another dtype."""
         affine = self.weight.to(device, dtype), self.bias.to(device, dtype)
-        return Problem(
+        return Operands(
             self.x.to(device, dtype), self.grad.to(device, dtype), *affine, self.levels.to(device), self.sizes
         )
 
@@ -71,11 +71,11 @@ class Problem:
         return Work(10 * values * share, 10 * values, self.x.nbytes * (3 * share + 2))
 
 
-def there_and_back(norm: Norm, problem: Problem) -> list[Tensor]:
+def there_and_back(norm: Norm, operands: Operands) -> list[Tensor]:
     """The output and the gradients of input, weight and bias."""
-    inputs = [tensor.detach().requires_grad_() for tensor in (problem.x, problem.weight, problem.bias)]
+    inputs = [tensor.detach().requires_grad_() for tensor in (operands.x, operands.weight, operands.bias)]
     y = norm(*inputs)
-    return [y, *torch.autograd.grad(y, inputs, problem.grad)]
+    return [y, *torch.autograd.grad(y, inputs, operands.grad)]
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
 
 
-def bucketed(problem: Problem) -> Norm:
+def bucketed(operands: Operands) -> Norm:
     """Group by group: gather the instances that use it, batch norm as usual, scatter. In float64 the oracle."""
-    bounds = torch.tensor((0, *problem.sizes)).cumsum(0).tolist()
-    rows = [(problem.levels > group).nonzero().flatten() for group in range(len(problem.sizes))]
+    bounds = torch.tensor((0, *operands.sizes)).cumsum(0).tolist()
+    rows = [(operands.levels > group).nonzero().flatten() for group in range(len(operands.sizes))]
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [B, C, H, W], [C], [C]
         y = torch.zeros_like(x)
@@ -98,26 +98,26 @@ def bucketed(problem: Problem) -> Norm:
     return norm
 
 
-def providers_of(problem: Problem) -> list[Provider]:
+def providers_of(operands: Operands) -> list[Provider]:
     """Ours, the dense batch norm, statistics from masked sums, and group by group."""
-    dtype, mask = problem.x.dtype, problem.selection
-    route = RoutingPlan.from_levels(problem.levels[:, None], len(problem.sizes))[0]
+    dtype, mask = operands.x.dtype, operands.selection
+    route = RoutingPlan.from_levels(operands.levels[:, None], len(operands.sizes))[0]
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [B, C, H, W], [C], [C]
-        return dynamic_batch_norm(x, route, weight, bias, None, None, groups=problem.sizes, training=True, relu=True)
+        return dynamic_batch_norm(x, route, weight, bias, None, None, groups=operands.sizes, training=True, relu=True)
 
     def masked(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [B, C, H, W], [C], [C]
         return F.relu(masked_norm(x, mask, weight, bias))
 
-    def oracle(kind: Callable[[Problem], Norm]) -> Any:
+    def oracle(kind: Callable[[Operands], Norm]) -> Any:
         def in_dtype(dtype: torch.dtype) -> list[Tensor]:
-            other = problem.to(problem.x.device, dtype)
+            other = operands.to(operands.x.device, dtype)
             return there_and_back(kind(other), other)
 
         return expect(in_dtype, dtype, factor=4.0)
 
-    norms = {"ours": ours, "dense-eager": dense, "masked": masked, "bucket": bucketed(problem)}
-    steps = {name: functools.partial(there_and_back, norm, problem) for name, norm in norms.items()}
+    norms = {"ours": ours, "dense-eager": dense, "masked": masked, "bucket": bucketed(operands)}
+    steps = {name: functools.partial(there_and_back, norm, operands) for name, norm in norms.items()}
     return provide(steps, oracle(bucketed), oracle(lambda _: dense))
 
 
@@ -126,5 +126,5 @@ def providers_of(problem: Problem) -> list[Provider]:
 @pytest.mark.training
 @pytest.mark.parametrize("case", everywhere(CASES))
 def test_norm(benchmark: Any, case: Case, settings: Settings) -> None:
-    problem = Problem.make(case)
-    run(benchmark, case, providers_of(problem), problem.work(), settings, trains=True)
+    operands = Operands.make(case)
+    run(benchmark, case, providers_of(operands), operands.work(), settings, trains=True)

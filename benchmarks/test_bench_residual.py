@@ -54,7 +54,7 @@ TINY = [Case("residual", *shape, "bfloat16") for shape in (("16x6x6", 8, "unifor
 
 
 @dataclass
-class Problem:
+class Operands:
     """One case's tensors: the dense block, the input, the levels."""
 
     block: peers.PreactBlock
@@ -76,15 +76,15 @@ class Problem:
         """Block and input in another dtype (the values stay those of the case's)."""
         return copy.deepcopy(self.block).to(dtype), self.x.to(dtype)
 
-    def to(self, device: str) -> Problem:
-        """Copy of the problem on a device."""
+    def to(self, device: str) -> Operands:
+        """Copy of the operands on a device."""
         inputs = [x.to(device) for x in self.inputs]
         sets = input_sets(torch.device(device), 2 * self.x.nbytes)
         inputs += [torch.randn_like(inputs[0]) for _ in range(sets - 1)]
-        return Problem(self.block.to(device), inputs, self.levels.to(device), self.sizes)
+        return Operands(self.block.to(device), inputs, self.levels.to(device), self.sizes)
 
 
-def make_problem(case: Case, seed: int = 0) -> Problem:
+def make_operands(case: Case, seed: int = 0) -> Operands:
     """Random weights and statistics, all in the case's dtype and channels-last; groups of ¼, ¼ and ½."""
     torch.manual_seed(seed)
     shape, dtype = Shape.parse(case.shape), case.torch_dtype
@@ -98,60 +98,60 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         bn.running_var.uniform_(0.5, 1.5)
     block = peers.PreactBlock(conv1, bn1, conv2, bn2).eval().to(dtype=dtype, memory_format=torch.channels_last)
     x = peers.channels_last(torch.randn(case.batch, shape.channels, shape.size, shape.size)).to(dtype)
-    return Problem(block, [x], mix_levels(case.mix, case.batch), shape.groups)
+    return Operands(block, [x], mix_levels(case.mix, case.batch), shape.groups)
 
 
-def work_of(problem: Problem) -> Work:
+def work_of(operands: Operands) -> Work:
     """2 FLOPs a multiply-add of both convolutions; traffic: x read, the output written, the weights read, once."""
-    x, block = problem.x, problem.block
+    x, block = operands.x, operands.block
     pixels, out = (-(-x.shape[2] // block.conv1.stride[0])) ** 2, block.conv2.out_channels
     per_channel = 2 * 9 * (x.shape[1] + out) * pixels
-    hidden = problem.selection.sum().item()
+    hidden = operands.selection.sum().item()
     weights = block.conv1.weight.nbytes + block.conv2.weight.nbytes if hidden else 0
     traffic = x.nbytes + len(x) * out * pixels * x.element_size() + weights
     return Work(per_channel * hidden, per_channel * out * len(x), traffic)
 
 
-def fold(problem: Problem) -> den_kernels.ResidualWeights:
+def fold(operands: Operands) -> den_kernels.ResidualWeights:
     """The block's weights as dynamic_residual takes them."""
-    block = copy.deepcopy(problem.block)
-    conv1 = den_kernels.DynamicConv2d.from_conv(block.conv1, out_groups=problem.sizes)
-    conv2 = den_kernels.DynamicConv2d.from_conv(block.conv2, in_groups=problem.sizes)
+    block = copy.deepcopy(operands.block)
+    conv1 = den_kernels.DynamicConv2d.from_conv(block.conv1, out_groups=operands.sizes)
+    conv2 = den_kernels.DynamicConv2d.from_conv(block.conv2, in_groups=operands.sizes)
     return den_kernels.ResidualWeights.fold(conv1, block.bn1, conv2, block.bn2)
 
 
-def expectation(problem: Problem) -> Expected:
+def expectation(operands: Operands) -> Expected:
     """The oracle with the chosen levels."""
 
     def bucket(dtype: torch.dtype) -> Tensor:
-        block, x = problem.in_dtype(dtype)
-        return peers.BucketBlock(block, problem.selection)(x)
+        block, x = operands.in_dtype(dtype)
+        return peers.BucketBlock(block, operands.selection)(x)
 
-    return expect(bucket, problem.x.dtype, FACTOR)
+    return expect(bucket, operands.x.dtype, FACTOR)
 
 
 @functools.lru_cache(maxsize=len(DTYPES))
 def dense_expectation(shape: str, batch: int, dtype: str, device: str) -> Expected:
     """The oracle at full structure: the mixes of a shape share block and input, and so this."""
-    problem = make_problem(Case("residual", shape, batch, "full", dtype)).to(device)
+    operands = make_operands(Case("residual", shape, batch, "full", dtype)).to(device)
 
     def dense(dtype: torch.dtype) -> Tensor:
-        block, x = problem.in_dtype(dtype)
+        block, x = operands.in_dtype(dtype)
         return block(x)
 
-    return expect(dense, problem.x.dtype, FACTOR)
+    return expect(dense, operands.x.dtype, FACTOR)
 
 
-def our_providers(case: Case, problem: Problem, expected: Expected) -> list[Provider]:
+def our_providers(case: Case, operands: Operands, expected: Expected) -> list[Provider]:
     """dynamic_residual: into a new tensor, with the plan built in the timing, and in place as a network runs it."""
-    inputs, groups, weights = problem.inputs, len(problem.sizes), fold(problem)
-    route = den_kernels.RoutingPlan.from_levels(problem.levels[:, None], groups)[0]
+    inputs, groups, weights = operands.inputs, len(operands.sizes), fold(operands)
+    route = den_kernels.RoutingPlan.from_levels(operands.levels[:, None], groups)[0]
 
     def block(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
         return den_kernels.dynamic_residual(x, route, weights)
 
     def with_plan(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
-        fresh = den_kernels.RoutingPlan.from_levels(problem.levels[:, None], groups)[0]
+        fresh = den_kernels.RoutingPlan.from_levels(operands.levels[:, None], groups)[0]
         return den_kernels.dynamic_residual(x, fresh, weights)
 
     calls = {"ours": block} | ({"ours-plan": with_plan} if case.mix == "uniform" else {})
@@ -160,18 +160,18 @@ def our_providers(case: Case, problem: Problem, expected: Expected) -> list[Prov
         maps = [torch.empty_like(x) for x in inputs]
         in_place = [functools.partial(den_kernels.dynamic_residual_, out, route, weights) for out in maps]
         found.append(onto("ours-inplace", in_place, maps, inputs, expected))
-    return found + ([] if case.device == "cpu" else branch_providers(problem, route, weights, expected))
+    return found + ([] if case.device == "cpu" else branch_providers(operands, route, weights, expected))
 
 
 def branch_providers(
-    problem: Problem, route: den_kernels.Route, weights: den_kernels.ResidualWeights, expected: Expected
+    operands: Operands, route: den_kernels.Route, weights: den_kernels.ResidualWeights, expected: Expected
 ) -> list[Provider]:
     """The GPU's two ways to compute the block: launches of Triton; the fused kernel, where it takes the block."""
     found = []
-    shortcuts = [peers.channels_last(problem.block.shortcut(x)) for x in problem.inputs]
+    shortcuts = [peers.channels_last(operands.block.shortcut(x)) for x in operands.inputs]
     outs = [torch.empty_like(shortcut) for shortcut in shortcuts]
     for name, way in (("ours-composed", composed_branch), ("ours-fused", fused_branch)):
-        pairs = zip(problem.inputs, outs, strict=True)
+        pairs = zip(operands.inputs, outs, strict=True)
         calls = [functools.partial(way, x, out, route, weights) for x, out in pairs]
         try:
             calls[0]()
@@ -200,9 +200,9 @@ def onto(
     return Provider(name, first, expected, prepare, calls[1:])
 
 
-def dense_providers(case: Case, problem: Problem, expected: Expected, settings: Settings) -> list[Provider]:
+def dense_providers(case: Case, operands: Operands, expected: Expected, settings: Settings) -> list[Provider]:
     """The block at full structure: eager, bn2 folded, weights packed, compiled where the settings ask for it."""
-    x, block = problem.x, problem.block
+    x, block = operands.x, operands.block
     blocks: dict[str, Any] = {"dense-eager": block, "dense-folded": peers.FoldedBlock(block)}
     if peers.can_pack(x):
         blocks["dense-packed"] = peers.PackedBlock(block, x.shape)
@@ -210,7 +210,7 @@ def dense_providers(case: Case, problem: Problem, expected: Expected, settings: 
         function = compiled_block(case.shape, case.batch, case.dtype, case.device, settings.autotune)
         if function is not None:
             blocks["dense-compiled"] = function
-    return provide(blocks, expected, inputs=problem.inputs)
+    return provide(blocks, expected, inputs=operands.inputs)
 
 
 @functools.lru_cache(maxsize=1)
@@ -218,43 +218,43 @@ def compiled_block(
     shape: str, batch: int, dtype: str, device: str, autotune: bool
 ) -> Callable[[Tensor], Tensor] | None:
     """The dense block compiled, which the mixes of a shape share."""
-    problem = make_problem(Case("residual", shape, batch, "full", dtype)).to(device)
-    return peers.compiled(problem.block, problem.x, autotune)
+    operands = make_operands(Case("residual", shape, batch, "full", dtype)).to(device)
+    return peers.compiled(operands.block, operands.x, autotune)
 
 
-def other_providers(case: Case, problem: Problem, expected: Expected) -> list[Provider]:
+def other_providers(case: Case, operands: Operands, expected: Expected) -> list[Provider]:
     """Providers that use the levels in plain PyTorch, and the bare convolutions of the levels."""
     if case.mix in ("full", "zero"):
         return []
-    x, block, selection = problem.x, problem.block, problem.selection
+    x, block, selection = operands.x, operands.block, operands.selection
     blocks: dict[str, Any] = {"bucket": peers.BucketBlock(block, selection)}
     if case.mix == "uniform":
         blocks["masked"] = peers.MaskedBlock(block, selection)
     if case.mix == "uniform" and len(x) <= SLICED and case.dtype == "float32":
         blocks["per-instance"] = slicing.PerInstanceBlock(block, selection)
         blocks["grouped"] = slicing.GroupedBlock(block, selection)
-    return [*provide(blocks, expected, inputs=problem.inputs), *bare_providers(problem)]
+    return [*provide(blocks, expected, inputs=operands.inputs), *bare_providers(operands)]
 
 
-def bare_providers(problem: Problem) -> list[Provider]:
+def bare_providers(operands: Operands) -> list[Provider]:
     """The floors: oneDNN convolutions of the levels, plain and with packed weights."""
 
     def bare(dtype: torch.dtype) -> list[Tensor]:
-        block, x = problem.in_dtype(dtype)
-        return peers.BareBlock(block, x, problem.selection, packed=False)()
+        block, x = operands.in_dtype(dtype)
+        return peers.BareBlock(block, x, operands.selection, packed=False)()
 
-    expected = expect(bare, problem.x.dtype, FACTOR)
-    names = {"bare": False} | ({"bare-packed": True} if peers.can_pack(problem.x) else {})
+    expected = expect(bare, operands.x.dtype, FACTOR)
+    names = {"bare": False} | ({"bare-packed": True} if peers.can_pack(operands.x) else {})
     blocks = {
-        name: peers.BareBlock(problem.block, problem.x, problem.selection, packed) for name, packed in names.items()
+        name: peers.BareBlock(operands.block, operands.x, operands.selection, packed) for name, packed in names.items()
     }
     return provide(blocks, expected)
 
 
-def way(problem: Problem) -> str:
+def way(operands: Operands) -> str:
     """Name of the implementation that `dynamic_residual` takes for the case."""
-    weights = fold(problem)
-    if problem.x.device.type != "cpu":
+    weights = fold(operands)
+    if operands.x.device.type != "cpu":
         return "gpu"
     return "direct" if weights.direct is not None else "onednn"
 
@@ -270,13 +270,13 @@ def run_block(benchmark: Any, case: Case, settings: Settings) -> None:
     """Check and time a case."""
     require(case.id, Shape.parse(case.shape).values(case.batch))
     with torch.no_grad():
-        problem = make_problem(case).to(case.device)
-        expected = expectation(problem)
+        operands = make_operands(case).to(case.device)
+        expected = expectation(operands)
         dense_expected = dense_expectation(case.shape, case.batch, case.dtype, case.device)
         providers = [
-            *our_providers(case, problem, expected),
-            *dense_providers(case, problem, dense_expected, settings),
-            *other_providers(case, problem, expected),
+            *our_providers(case, operands, expected),
+            *dense_providers(case, operands, dense_expected, settings),
+            *other_providers(case, operands, expected),
         ]
-    run(benchmark, case, providers, work_of(problem), settings)
-    benchmark.extra_info["way"] = way(problem)
+    run(benchmark, case, providers, work_of(operands), settings)
+    benchmark.extra_info["way"] = way(operands)

@@ -13,12 +13,12 @@ namespace {
 template <class T>
 struct BandMap {
   int64_t rows, columns, pixel;
-  BandMap(const ConvProblem<T>& p, const Band& band, int64_t words)
+  BandMap(const ConvArguments<T>& p, const Band& band, int64_t words)
       : rows((band.rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1),
         columns(std::max(p.W + p.padding[1], (strip_columns(p.Wo) - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1)),
         pixel(spread(words)) {}
   int64_t size() const { return rows * columns * pixel; }
-  void tap_offsets(const ConvProblem<T>& p, int64_t* taps) const {
+  void tap_offsets(const ConvArguments<T>& p, int64_t* taps) const {
     for (int64_t r = 0; r < p.R; ++r)
       for (int64_t s = 0; s < p.S; ++s) taps[r * p.S + s] = (r * p.dilation[0] * columns + s * p.dilation[1]) * pixel;
   }
@@ -31,12 +31,12 @@ DEN_KERNELS_TARGET
 template <class T>
 KERNEL void copy_pixel(const T* from, const Channels& inputs, const Channels& words, float* to) {
   if constexpr (per_word<T> == 1) {
-    for (const Run& run : inputs.runs) {
-      for (int64_t k = 0; k < run.width; k += 16) {
-        const __mmask16 lanes = lanes_of(run.width - k);
-        store16(to + k, load16(from + run.first + k, lanes), lanes);
+    for (const Range& range : inputs.ranges) {
+      for (int64_t k = 0; k < range.width; k += 16) {
+        const __mmask16 lanes = lanes_of(range.width - k);
+        store16(to + k, load16(from + range.first + k, lanes), lanes);
       }
-      to += run.width;
+      to += range.width;
     }
   } else {
     for (size_t i = 0; i < inputs.blocks.size(); ++i) {
@@ -49,7 +49,7 @@ KERNEL void copy_pixel(const T* from, const Channels& inputs, const Channels& wo
 
 // Instance j's input rows, zeros around them, only the channels in use.
 template <class T>
-void copy_rows(const ConvProblem<T>& p, const Band& band, const Channels& words, const BandMap<T>& map, int64_t j,
+void copy_rows(const ConvArguments<T>& p, const Band& band, const Channels& words, const BandMap<T>& map, int64_t j,
                float* scratch) {
   const T* x = p.x + p.route.order[band.start + j] * p.H * p.W * p.C;
   const bool whole = band.inputs.count == p.C;

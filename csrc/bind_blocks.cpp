@@ -18,15 +18,16 @@ namespace py = pybind11;
 namespace den_kernels {
 namespace {
 
-// A block's weights as Python holds them, and the two problems of which the dtype of conv1 sets one. A `Handle` has
-// fill(problem), which sets the addresses of the rest of the weights, and set_maps(problem, ...) for those of a call.
-template <class Handle, template <class> class Problem>
+// A block's weights as Python holds them, and the two sets of arguments of which the dtype of conv1 sets one. A
+// `Handle` has fill(arguments), which sets the addresses of the rest of the weights, and set_maps(arguments, ...) for
+// those of a call.
+template <class Handle, template <class> class Arguments>
 struct BlockHandle {
   int64_t C, M, C_out, R, S, stride;
   Ints sizes;
   bool half;  // bfloat16
-  Problem<float> floats{};
-  Problem<bf16> halves{};
+  Arguments<float> floats{};
+  Arguments<bf16> halves{};
   std::array<py::object, 7> tensors;  // scale1, shift1, conv1 and the others
 
   // shape: C, M, C_out, R, S, stride.
@@ -48,11 +49,11 @@ struct BlockHandle {
 
   const Handle& self() const { return static_cast<const Handle&>(*this); }
 
-  // Checks and fills the problem; called by the constructor of a handle.
+  // Checks and fills the arguments; called by the constructor of a handle.
   void fill() { half ? fill_common(halves) : fill_common(floats); }
 
   template <class T>
-  void fill_common(Problem<T>& b) {
+  void fill_common(Arguments<T>& b) {
     b.C = C, b.C_out = C_out, b.M = M, b.R = R, b.S = S, b.stride = stride, b.sizes = sizes;
     b.scale1 = dense_or_null<const float>(tensors[0], Handle::op, "scale1", {C});
     b.shift1 = dense_or_null<const float>(tensors[1], Handle::op, "shift1", {C});
@@ -60,9 +61,9 @@ struct BlockHandle {
     self().fill(b);
   }
 
-  // Runs a copy of the problem on the maps and the route of one call.
+  // Runs a copy of the arguments on the maps and the route of one call.
   template <class T, class... Maps>
-  void run_as(Problem<T> b, const Tensor& x, const py::tuple& route, const Maps&... maps) const {
+  void run_as(Arguments<T> b, const Tensor& x, const py::tuple& route, const Maps&... maps) const {
     b.x = x.maps<const T>({any_size, C, any_size, any_size});
     b.B = x.size(0), b.H = x.size(2), b.W = x.size(3);
     b.Ho = (b.H + stride - 1) / stride, b.Wo = (b.W + stride - 1) / stride;
@@ -126,7 +127,7 @@ struct ResidualHandle : BlockHandle<ResidualHandle, ResidualBlock> {
 };
 
 // Tensors: scale1, shift1, conv1, bias1, conv2, bias2, conv3.
-struct BottleneckHandle : BlockHandle<BottleneckHandle, BottleneckProblem> {
+struct BottleneckHandle : BlockHandle<BottleneckHandle, BottleneckArguments> {
   static constexpr char op[] = "dynamic_bottleneck";
   int64_t cardinality;
 
@@ -140,7 +141,7 @@ struct BottleneckHandle : BlockHandle<BottleneckHandle, BottleneckProblem> {
   }
 
   template <class T>
-  void fill(BottleneckProblem<T>& b) const {
+  void fill(BottleneckArguments<T>& b) const {
     const Ints prefixes = cardinality == 1 ? sizes : Ints();
     b.cardinality = cardinality;
     b.conv1 = packed_weight<T>(tensors[2], op, "conv1", M, C, 1, 1, {});
@@ -151,12 +152,12 @@ struct BottleneckHandle : BlockHandle<BottleneckHandle, BottleneckProblem> {
   }
 
   template <class T>
-  void set_maps(BottleneckProblem<T>& b, py::handle out) const {
+  void set_maps(BottleneckArguments<T>& b, py::handle out) const {
     b.out = Tensor(out, op, "out").maps<T>({b.B, C_out, b.Ho, b.Wo});
   }
 
   template <class T>
-  static void compute(const BottleneckProblem<T>& b) {
+  static void compute(const BottleneckArguments<T>& b) {
     dynamic_bottleneck(b);
   }
 
@@ -197,8 +198,8 @@ void pack_turned(py::handle weight, py::handle packed) {
 }  // namespace
 
 void bind_dynamic_residual(py::module_& m) {
-  m.def("has_dynamic_residual", &has_dynamic_residual);
-  m.def("has_dynamic_residual_bf16", &has_dynamic_residual_bf16);
+  m.def("has_direct_float32", &has_direct_float32);
+  m.def("has_direct_bf16", &has_direct_bf16);
   m.def("bf16_isa", &bf16_isa, "The instructions that bfloat16 runs with here, or an empty string.");
   m.def(
       "packed_size_bf16",

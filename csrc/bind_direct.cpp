@@ -21,9 +21,9 @@ struct Window {  // settings of a convolution: all but its tensors
   Ints in_sizes, out_sizes;
 };
 
-// The problem of x [B, C, H, W] and y [B, C_out, Ho, Wo]; none of its addresses but x is set.
+// The arguments of x [B, C, H, W] and y [B, C_out, Ho, Wo]; none of its addresses but x is set.
 template <class T>
-ConvProblem<T> conv_problem(const Tensor& x, const Tensor& y, const py::tuple& route, const Window& w) {
+ConvArguments<T> conv_arguments(const Tensor& x, const Tensor& y, const py::tuple& route, const Window& w) {
   const char* op = "dynamic_conv2d";
   const T* maps = x.maps<const T>({any_size, any_size, any_size, any_size});
   const int64_t B = x.size(0), C = x.size(1);
@@ -62,8 +62,8 @@ ConvProblem<T> conv_problem(const Tensor& x, const Tensor& y, const py::tuple& r
 }
 
 // Checks of what the bfloat16 kernels need beyond what the float32 ones do.
-void check_half(const ConvProblem<float>&) {}
-void check_half(const ConvProblem<bf16>& p) {
+void check_half(const ConvArguments<float>&) {}
+void check_half(const ConvArguments<bf16>& p) {
   const char* op = "dynamic_conv2d";
   check(p.C % 16 == 0 && p.C_out % 16 == 0, op, "channels in bfloat16", "divisible by 16", p.C % 16 ? p.C : p.C_out);
   check(p.dilation[0] == 1 && p.dilation[1] == 1, op, "dilation in bfloat16", "1", p.dilation[0]);
@@ -73,27 +73,28 @@ template <class T>
 void run_conv(const Tensor& x, const Tensor& out, const py::tuple& route, const Window& w, py::handle weight,
               py::handle bias) {
   const char* op = "dynamic_conv2d";
-  auto problem = conv_problem<T>(x, out, route, w);
-  const int64_t C = problem.C, C_out = problem.C_out;
-  problem.out = static_cast<T*>(out.any_maps({any_size, any_size, any_size, any_size}));
-  problem.weight = packed_weight<T>(weight, op, "weight", C_out, C, w.kernel[0], w.kernel[1], w.in_sizes);
-  problem.bias = dense_or_null<const T>(bias, op, "bias", {C_out});
-  check_half(problem);
+  auto arguments = conv_arguments<T>(x, out, route, w);
+  const int64_t C = arguments.C, C_out = arguments.C_out;
+  arguments.out = static_cast<T*>(out.any_maps({any_size, any_size, any_size, any_size}));
+  arguments.weight = packed_weight<T>(weight, op, "weight", C_out, C, w.kernel[0], w.kernel[1], w.in_sizes);
+  arguments.bias = dense_or_null<const T>(bias, op, "bias", {C_out});
+  check_half(arguments);
   py::gil_scoped_release unlocked;
-  dynamic_conv(problem);
+  dynamic_conv(arguments);
 }
 
 template <class T>
 void run_weight_gradient(const Tensor& x, const Tensor& grad, py::handle dweight, const py::tuple& route,
                          const Window& w) {
-  const auto problem = conv_problem<T>(x, grad, route, w);
-  check_half(problem);
+  const auto arguments = conv_arguments<T>(x, grad, route, w);
+  check_half(arguments);
   if constexpr (!std::is_same_v<T, float>)
     check(w.stride[0] == 1 && w.stride[1] == 1, "dynamic_conv2d", "stride in bfloat16", "1", w.stride[0]);
   const T* dy = static_cast<const T*>(grad.any_maps({any_size, any_size, any_size, any_size}));
-  T* out = Tensor(dweight, "dynamic_conv2d", "dweight").maps<T>({problem.C_out, problem.C, w.kernel[0], w.kernel[1]});
+  T* out =
+      Tensor(dweight, "dynamic_conv2d", "dweight").maps<T>({arguments.C_out, arguments.C, w.kernel[0], w.kernel[1]});
   py::gil_scoped_release unlocked;
-  dynamic_conv_weight_gradient(problem, dy, out);
+  dynamic_conv_weight_gradient(arguments, dy, out);
 }
 
 }  // namespace
@@ -117,7 +118,7 @@ namespace {
 
 // The edges of a graph and their convolutions, float32.
 struct GraphHandle {
-  GraphProblem graph{};
+  GraphArguments graph{};
   int64_t E;
   py::list weights, biases;
 
@@ -144,16 +145,16 @@ struct GraphHandle {
            py::handle read_out) const {
     const char* op = "dynamic_graph";
     const Tensor maps(x, op, "x");
-    GraphProblem problem = graph;
-    problem.x = maps.maps<const float>({any_size, graph.C, any_size, any_size});
-    problem.B = maps.size(0), problem.H = maps.size(2), problem.W = maps.size(3);
-    problem.out = Tensor(out, op, "out").maps<float>({problem.B, graph.C, problem.H, problem.W});
-    problem.levels = Tensor(levels, op, "levels").dense<const int32_t>({E, problem.B});
-    problem.read_in = Tensor(read_in, op, "read_in").dense<const float>({problem.B, graph.N});
-    problem.gates = Tensor(gates, op, "gates").dense<const float>({problem.B, E});
-    problem.read_out = Tensor(read_out, op, "read_out").dense<const float>({problem.B, graph.N});
+    GraphArguments arguments = graph;
+    arguments.x = maps.maps<const float>({any_size, graph.C, any_size, any_size});
+    arguments.B = maps.size(0), arguments.H = maps.size(2), arguments.W = maps.size(3);
+    arguments.out = Tensor(out, op, "out").maps<float>({arguments.B, graph.C, arguments.H, arguments.W});
+    arguments.levels = Tensor(levels, op, "levels").dense<const int32_t>({E, arguments.B});
+    arguments.read_in = Tensor(read_in, op, "read_in").dense<const float>({arguments.B, graph.N});
+    arguments.gates = Tensor(gates, op, "gates").dense<const float>({arguments.B, E});
+    arguments.read_out = Tensor(read_out, op, "read_out").dense<const float>({arguments.B, graph.N});
     py::gil_scoped_release unlocked;
-    dynamic_graph(problem);
+    dynamic_graph(arguments);
   }
 };
 

@@ -28,7 +28,7 @@ struct Band {
 // The bands of a batch, heavy ones first. Small maps: a few instances together, so that the weights are read once;
 // counts are below `multiple` or divisible by it. bytes_of(band): the scratch memory that a band takes.
 template <class T, class Bytes>
-std::vector<Band> make_bands(const ConvProblem<T>& p, const Sides& sides, int64_t threads, int64_t multiple,
+std::vector<Band> make_bands(const ConvArguments<T>& p, const Sides& sides, int64_t threads, int64_t multiple,
                              Bytes bytes_of) {
   static const Channels nothing;
   std::vector<Band> bands;
@@ -59,7 +59,7 @@ std::vector<Band> make_bands(const ConvProblem<T>& p, const Sides& sides, int64_
 // All bands shared out among the threads: work(band, scratch memory). block: the channels that the kernel takes at
 // once.
 template <class T, class Bytes, class Work>
-void run_bands(const ConvProblem<T>& p, int64_t block, int64_t multiple, Bytes bytes_of, Work work) {
+void run_bands(const ConvArguments<T>& p, int64_t block, int64_t multiple, Bytes bytes_of, Work work) {
   check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);
   const int64_t threads = omp_get_max_threads();
   const Sides sides{channels_of(p.route, p.in_sizes, p.C, block), channels_of(p.route, p.out_sizes, p.C_out, block)};

@@ -14,11 +14,11 @@ namespace {
 
 // The sums of a thread, float32 [ceil(C_out / 16)][tap][C rounded up to 32][16].
 template <class T>
-int64_t sum_inputs(const ConvProblem<T>& p) {
+int64_t sum_inputs(const ConvArguments<T>& p) {
   return round_up(p.C, 32);
 }
 template <class T>
-int64_t sums_size(const ConvProblem<T>& p) {
+int64_t sums_size(const ConvArguments<T>& p) {
   return (p.C_out + 15) / 16 * p.R * p.S * sum_inputs(p) * 16;
 }
 
@@ -27,7 +27,7 @@ DEN_KERNELS_TARGET
 
 // One tap of 16 outputs of dweight [C_out][tap][C]: the threads' sums, added and turned.
 template <class T>
-void finish(const ConvProblem<T>& p, const std::vector<const float*>& sums, int64_t block, int64_t tap, T* dweight) {
+void finish(const ConvArguments<T>& p, const std::vector<const float*>& sums, int64_t block, int64_t tap, T* dweight) {
   const int64_t tap_count = p.R * p.S, outputs = std::min<int64_t>(16, p.C_out - block * 16);
   for (int64_t i = 0; i < p.C; i += 16) {
     const int64_t from = ((block * tap_count + tap) * sum_inputs(p) + i) * 16;
@@ -47,7 +47,7 @@ void finish(const ConvProblem<T>& p, const std::vector<const float*>& sums, int6
 // All bands. block: the channels that the kernel takes at once; bytes_of(band): the scratch memory of a band, a
 // multiple of 64; add(band, scratch, sums) adds its tiles to the sums.
 template <class T, class Bytes, class Add>
-void sum_bands(const ConvProblem<T>& p, int64_t block, T* dweight, Bytes bytes_of, Add add) {
+void sum_bands(const ConvArguments<T>& p, int64_t block, T* dweight, Bytes bytes_of, Add add) {
   check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);
   const Sides sides{channels_of(p.route, p.in_sizes, p.C, block), channels_of(p.route, p.out_sizes, p.C_out, block)};
   const int64_t wanted = omp_get_max_threads(), taps = p.R * p.S, items = (p.C_out + 15) / 16 * taps;

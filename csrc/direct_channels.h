@@ -18,7 +18,7 @@ struct Selections {
   bool has(int64_t s, int64_t group) const { return mask ? mask[order[offsets[s]] * G + group] : group < G - s; }
 };
 
-struct Run {
+struct Range {
   int64_t first, width;
 };
 
@@ -38,18 +38,18 @@ struct Block {
 // The channels of one selection, all ascending.
 struct Channels {
   int64_t count = 0, end = 0;  // their number, and the channel after the last
-  std::vector<Run> runs;       // maximal
+  std::vector<Range> ranges;   // maximal
   std::vector<Piece> pieces;
   std::vector<Block> blocks;  // that hold any
-  std::vector<Run> gaps;      // the channels of the other blocks
+  std::vector<Range> gaps;    // the channels of the other blocks
 };
 
 // Pieces of at most `most` channels.
-inline std::vector<Piece> cut(const std::vector<Run>& runs, int64_t most) {
+inline std::vector<Piece> cut(const std::vector<Range>& ranges, int64_t most) {
   std::vector<Piece> pieces;
   int64_t place = 0;
-  for (const Run& run : runs)
-    for (int64_t first = run.first, end = run.first + run.width; first < end;) {
+  for (const Range& range : ranges)
+    for (int64_t first = range.first, end = range.first + range.width; first < end;) {
       const int64_t width = std::min({most, end - first, 16 - first % 16});
       pieces.push_back({first, width, place});
       first += width;
@@ -58,11 +58,11 @@ inline std::vector<Piece> cut(const std::vector<Run>& runs, int64_t most) {
   return pieces;
 }
 
-// The selection of these runs out of `channels` channels, in blocks of `block` channels.
-inline Channels channels_of(const std::vector<Run>& runs, int64_t channels, int64_t block) {
+// The selection of these ranges out of `channels` channels, in blocks of `block` channels.
+inline Channels channels_of(const std::vector<Range>& ranges, int64_t channels, int64_t block) {
   Channels made;
-  made.runs = runs;
-  made.pieces = cut(runs, 16);
+  made.ranges = ranges;
+  made.pieces = cut(ranges, 16);
   int64_t dead = 0;  // end of the last block that holds a selected channel
   const auto close = [&](int64_t until) {
     if (until > dead) made.gaps.push_back({dead, until - dead});
@@ -88,14 +88,14 @@ inline std::vector<Channels> channels_of(const Selections& route, const std::vec
   std::vector<Channels> made(route.S);
   for (int64_t s = 0; s < route.S; ++s) {
     if (!route.count(s)) continue;
-    std::vector<Run> runs;
-    if (sizes.empty()) runs.push_back({0, channels});
+    std::vector<Range> ranges;
+    if (sizes.empty()) ranges.push_back({0, channels});
     for (int64_t g = 0, first = 0; g < static_cast<int64_t>(sizes.size()); first += sizes[g++]) {
       if (!route.has(s, g)) continue;
-      if (runs.empty() || runs.back().first + runs.back().width < first) runs.push_back({first, 0});
-      runs.back().width += sizes[g];
+      if (ranges.empty() || ranges.back().first + ranges.back().width < first) ranges.push_back({first, 0});
+      ranges.back().width += sizes[g];
     }
-    made[s] = channels_of(runs, channels, block);
+    made[s] = channels_of(ranges, channels, block);
   }
   return made;
 }

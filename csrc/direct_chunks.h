@@ -131,8 +131,9 @@ int64_t times_fitting(const Chunk& c) {
 
 // The chunks of a route, heavy first. Few instances of large weights go together, so that weights are read once; counts
 // are below `multiple` or divisible by it. make(start, count, hidden[s]) gives a chunk.
-template <class Problem, class Make>
-auto make_chunks(const Problem& b, const std::vector<Channels>& hidden, int64_t threads, int64_t multiple, Make make) {
+template <class Arguments, class Make>
+auto make_chunks(const Arguments& b, const std::vector<Channels>& hidden, int64_t threads, int64_t multiple,
+                 Make make) {
   std::vector<decltype(make(0, 1, hidden[0]))> chunks;
   int64_t rest = 0;  // instances times width
   for (int64_t s = 0; s < b.route.S; ++s) rest += b.route.count(s) * hidden[s].count;
@@ -226,16 +227,16 @@ void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, 
   }
 }
 
-template <class Problem>
-void check_block(const Problem& b) {
+template <class Arguments>
+void check_block(const Arguments& b) {
   check(b.C % 16 == 0 && b.C_out % 16 == 0, "dynamic_residual", "channels", "divisible by 16",
         b.C % 16 ? b.C : b.C_out);
   check(b.R % 2 && b.S % 2 && b.R * b.S <= max_taps, "dynamic_residual", "kernel", "odd and at most 7 x 7", b.R * b.S);
 }
 
 // The instances that have no branch, and so only a shortcut to copy.
-template <class Problem>
-std::vector<int64_t> without_branch(const Problem& b, const std::vector<Channels>& hidden) {
+template <class Arguments>
+std::vector<int64_t> without_branch(const Arguments& b, const std::vector<Channels>& hidden) {
   std::vector<int64_t> found;
   for (int64_t s = 0; s < b.route.S && b.shortcut != b.out; ++s)
     for (int64_t i = b.route.offsets[s]; i < b.route.offsets[s + 1] && !hidden[s].count; ++i)
@@ -244,8 +245,8 @@ std::vector<int64_t> without_branch(const Problem& b, const std::vector<Channels
 }
 
 // Runs the whole block. block: the channels that the kernel takes together; make as for make_chunks.
-template <class Problem, class Make>
-void run_block(const Problem& b, int64_t block, int64_t multiple, Make make) {
+template <class Arguments, class Make>
+void run_block(const Arguments& b, int64_t block, int64_t multiple, Make make) {
   check_block(b);
   const int64_t threads = omp_get_max_threads();
   const std::vector<Channels> hidden = channels_of(b.route, b.sizes, b.M, block);

@@ -19,7 +19,7 @@ DEN_KERNELS_TARGET
 // A band in scratch memory.
 template <class T>
 struct Maps {
-  const ConvProblem<T>& problem;
+  const ConvArguments<T>& arguments;
   const Band& band;
   const Channels& words;
   BandMap<T> map;
@@ -30,7 +30,7 @@ struct Maps {
 // The taps of the band's output rows first .. last.
 template <class T>
 KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_t last) {
-  const ConvProblem<T>& p = m.problem;
+  const ConvArguments<T>& p = m.arguments;
   const int64_t top = m.band.first_row;
   return taps_on_map(taps, p.R, p.S, top + first, top + last, p.stride[0], p.dilation[0], p.padding[0],
                      p.padding[0] + p.H - 1);
@@ -41,7 +41,7 @@ template <class T>
 struct ConvTile : TwoVectors {
   template <int vectors, int strips, int size>
   static void run(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
-    const ConvProblem<T>& p = m.problem;
+    const ConvArguments<T>& p = m.arguments;
     Strips::At at[strips];
     m.strips.at(q0, at);
     const float* input[strips];
@@ -82,7 +82,7 @@ struct ConvTile : TwoVectors {
 };
 
 template <class T>
-void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, float* scratch) {
+void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words, float* scratch) {
   const Maps<T> maps{p, band, words, BandMap<T>(p, band, words.count), Strips(band.count, p.Wo), scratch};
   int64_t taps[max_taps];
   maps.map.tap_offsets(p, taps);
@@ -106,7 +106,7 @@ void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, 
   const auto out_of = [&](int64_t j) {
     return p.out + (p.route.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out;
   };
-  for (const Run& gap : band.outputs.gaps)
+  for (const Range& gap : band.outputs.gaps)
     for (int64_t j = 0; j < band.count; ++j)
       for (int64_t i = 0; i < band.rows * p.Wo; ++i)
         std::memset(out_of(j) + i * p.C_out + gap.first, 0, gap.width * sizeof(T));
@@ -115,7 +115,7 @@ void run_band(const ConvProblem<T>& p, const Band& band, const Channels& words, 
 #pragma GCC pop_options
 
 template <class T>
-void run_direct(const ConvProblem<T>& p) {
+void run_direct(const ConvArguments<T>& p) {
   std::map<const Channels*, Channels> words;  // the channels that a segment reads, in words
   const auto words_of_inputs = [&words](const Band& band) -> const Channels& {
     const auto found = words.find(&band.inputs);

@@ -305,7 +305,7 @@ void output_items(const Chunk<T>& c, int64_t begin, int64_t end) {
 template <class T>
 Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Selected& hidden, int64_t start,
                     int64_t count, bool may_be_planar = true) {
-  std::vector<Piece> fours = cut(hidden.channels.runs, 4);
+  std::vector<Piece> fours = cut(hidden.channels.ranges, 4);
   // By pixels where pieces of 4 hidden channels waste less than blocks of 16.
   const bool planar = may_be_planar && per_word<T> == 1 && b.stride == 1 && b.W % 16 == 0 &&
                       fours.size() < 4 * hidden.channels.blocks.size();

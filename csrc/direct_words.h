@@ -102,12 +102,13 @@ Channels in_words(const Channels& channels) {
       if (!(block.lanes >> 2 * i & 3)) continue;
       const int64_t word = block.index * 8 + i;
       made.blocks.back().lanes |= 1u << i;
-      if (made.runs.empty() || made.runs.back().first + made.runs.back().width < word) made.runs.push_back({word, 0});
-      made.runs.back().width++;
+      if (made.ranges.empty() || made.ranges.back().first + made.ranges.back().width < word)
+        made.ranges.push_back({word, 0});
+      made.ranges.back().width++;
       made.count++;
     }
   }
-  made.pieces = cut(made.runs, 16);
+  made.pieces = cut(made.ranges, 16);
   return made;
 }
 

@@ -38,28 +38,28 @@ bool has_amx() { return false; }
 bool has_dot_bf16() { return false; }
 void dynamic_residual_amx(const ResidualBlock<bf16>&) {}
 void dynamic_residual_dot(const ResidualBlock<bf16>&) {}
-void dynamic_conv_amx(const ConvProblem<bf16>&) {}
-void dynamic_conv_dot(const ConvProblem<bf16>&) {}
-void dynamic_conv_weight_gradient_amx(const ConvProblem<bf16>&, const bf16*, bf16*) {}
+void dynamic_conv_amx(const ConvArguments<bf16>&) {}
+void dynamic_conv_dot(const ConvArguments<bf16>&) {}
+void dynamic_conv_weight_gradient_amx(const ConvArguments<bf16>&, const bf16*, bf16*) {}
 #endif
 
 const char* bf16_isa() { return has_amx() ? "AMX" : has_dot_bf16() ? "AVX-512 BF16" : ""; }
 
-bool has_dynamic_residual_bf16() { return has_amx() || has_dot_bf16(); }
+bool has_direct_bf16() { return has_amx() || has_dot_bf16(); }
 
 void dynamic_residual(const ResidualBlock<bf16>& b) {
-  if (!has_dynamic_residual_bf16()) throw std::runtime_error("dynamic_residual: this CPU has no bfloat16 instructions");
+  if (!has_direct_bf16()) throw std::runtime_error("dynamic_residual: this CPU has no bfloat16 instructions");
   has_amx() ? dynamic_residual_amx(b) : dynamic_residual_dot(b);
 }
 
-void dynamic_conv(const ConvProblem<bf16>& p) {
-  if (!has_dynamic_residual_bf16()) throw std::runtime_error("dynamic_conv: this CPU has no bfloat16 instructions");
+void dynamic_conv(const ConvArguments<bf16>& p) {
+  if (!has_direct_bf16()) throw std::runtime_error("dynamic_conv: this CPU has no bfloat16 instructions");
   check(p.C % 16 == 0 && p.C_out % 16 == 0, "dynamic_conv", "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
   check(p.dilation[0] == 1 && p.dilation[1] == 1, "dynamic_conv", "dilation", "1", p.dilation[0]);
   has_amx() ? dynamic_conv_amx(p) : dynamic_conv_dot(p);
 }
 
-void dynamic_conv_weight_gradient(const ConvProblem<bf16>& p, const bf16* grad, bf16* dweight) {
+void dynamic_conv_weight_gradient(const ConvArguments<bf16>& p, const bf16* grad, bf16* dweight) {
   if (!has_amx()) throw std::runtime_error("dynamic_conv: this CPU has no AMX");
   check(p.C % 16 == 0 && p.C_out % 16 == 0, "dynamic_conv", "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
   check(p.stride[0] == 1 && p.stride[1] == 1, "dynamic_conv", "stride", "1", std::max(p.stride[0], p.stride[1]));

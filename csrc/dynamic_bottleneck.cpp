@@ -22,7 +22,7 @@ namespace den_kernels {
 #ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
-using Problem = BottleneckProblem<float>;
+using Arguments = BottleneckArguments<float>;
 
 // The channels that all chunks of one selection use.
 struct Selected {
@@ -34,13 +34,13 @@ struct Selected {
 // Instances order[start : start + count] of a route. In scratch memory: their hidden maps, and behind these a band of
 // each thread.
 struct Chunk {
-  const Problem& block;
+  const Arguments& block;
   const Selected& selected;
   int64_t start, count;
   Strips in, out;   // strips of the input and the output
   int64_t columns;  // columns of the hidden map: padding, and all that strips of outputs read
   float* scratch = nullptr;
-  Chunk(const Problem& p, const Selected& s, int64_t start, int64_t count)
+  Chunk(const Arguments& p, const Selected& s, int64_t start, int64_t count)
       : block(p),
         selected(s),
         start(start),
@@ -81,7 +81,7 @@ KERNEL __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  
 
 // A band's pixels, activated, side by side.
 void activate(const Chunk& c, int64_t first, int64_t count, float* to) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   const int64_t pixel = spread(p.C);
   for (int64_t q = first; q < first + count; ++q) {
     const Strips::At at = c.in.at(q);
@@ -169,7 +169,7 @@ KERNEL void load_bias(const float* from, const Block* block, int64_t vectors, __
 
 // conv1 of a band of strips of the input, into the hidden maps.
 void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   const Channels& chosen = c.selected.hidden;
   const int64_t tap = 0, from_pixel = spread(p.C), pixel = c.pixel(), weight_vector = weight_words<float>(p.C, 1),
                 most = strips_per_tile(c.in.size);
@@ -203,7 +203,7 @@ void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
 
 // conv2 of a band of strips of the output, side by side into the band's memory.
 void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   const Channels& chosen = c.selected.hidden;
   const int64_t most = strips_per_tile(c.out.size), tap_count = p.R * p.S, unit = p.M / p.cardinality;
   const int64_t pixel = c.pixel(), size = c.out.size, blocks = static_cast<int64_t>(chosen.blocks.size());
@@ -239,7 +239,7 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
 
 // conv3 of that band, added to the output.
 void last_band(const Chunk& c, int64_t first, int64_t count, const float* scratch) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   const int64_t most = strips_per_tile(c.out.size), weight_vector = weight_words<float>(p.M, 1), pixel = c.pixel();
   const int64_t tap = 0;
   const __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -295,7 +295,7 @@ void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
   });
 }
 
-std::vector<std::vector<Piece>> inputs_by_group(const Problem& p, const Channels& hidden) {
+std::vector<std::vector<Piece>> inputs_by_group(const Arguments& p, const Channels& hidden) {
   std::vector<std::vector<Piece>> found(p.cardinality);
   const int64_t unit = p.M / p.cardinality;
   for (const Piece& piece : hidden.pieces) {
@@ -307,7 +307,7 @@ std::vector<std::vector<Piece>> inputs_by_group(const Problem& p, const Channels
 
 }  // namespace
 
-void dynamic_bottleneck(const BottleneckProblem<float>& p) {
+void dynamic_bottleneck(const BottleneckArguments<float>& p) {
   constexpr char op[] = "dynamic_bottleneck";
   check(p.C % 16 == 0 && p.C_out % 16 == 0, op, "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
   check(p.M % (16 * p.cardinality) == 0, op, "hidden channels of a cardinality group", "divisible by 16",
@@ -326,7 +326,7 @@ void dynamic_bottleneck(const BottleneckProblem<float>& p) {
 
 #else
 
-void dynamic_bottleneck(const BottleneckProblem<float>&) {
+void dynamic_bottleneck(const BottleneckArguments<float>&) {
   throw std::runtime_error("dynamic_bottleneck: this build has no AVX-512 variant");
 }
 

@@ -14,7 +14,7 @@ namespace den_kernels {
 // channels that instance b selected; an instance that selected none is not touched. conv1 and conv3 are 1 x 1, conv2 is
 // R x S with "same" padding, the stride and the cardinality. Maps are channels-last.
 template <class T>
-struct BottleneckProblem {
+struct BottleneckArguments {
   int64_t B, H, W, C;       // input map
   int64_t Ho, Wo, C_out;    // output map: Ho = ceil(H / stride)
   int64_t M, R, S, stride;  // hidden channels, kernel and stride of conv2
@@ -32,12 +32,12 @@ struct BottleneckProblem {
   const T* conv3;
 };
 
-// Needs AVX-512 (has_dynamic_residual); C, C_out and M / cardinality divisible by 16; R and S odd, at most 7 x 7; a
+// Needs AVX-512 (has_direct_float32); C, C_out and M / cardinality divisible by 16; R and S odd, at most 7 x 7; a
 // selection keeps whole cardinality groups.
-void dynamic_bottleneck(const BottleneckProblem<float>& problem);
+void dynamic_bottleneck(const BottleneckArguments<float>& arguments);
 
 // Needs AMX (has_amx); no cardinality; C divisible by 32, M and C_out by 16; weights packed by pack_weights_bf16, those
 // of conv2 and conv3 for the prefixes of sizes.
-void dynamic_bottleneck(const BottleneckProblem<bf16>& problem);
+void dynamic_bottleneck(const BottleneckArguments<bf16>& arguments);
 
 }  // namespace den_kernels

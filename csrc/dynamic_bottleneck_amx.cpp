@@ -15,14 +15,14 @@ namespace den_kernels {
 #ifdef DEN_KERNELS_AMX
 namespace {
 
-using Problem = BottleneckProblem<bf16>;
+using Arguments = BottleneckArguments<bf16>;
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 
 // Instances order[start : start + count] and their three maps: the input of conv1, of conv2 and of conv3.
 struct Chunk {
-  const Problem& block;
+  const Arguments& block;
   int64_t start, count;
   const Channels &stream, &hidden, &outputs;
   Map maps[3];
@@ -42,7 +42,7 @@ struct Chunk {
   int64_t output_count() const { return items(2); }
 };
 
-Chunk make_chunk(const Problem& p, const Channels& stream, const Channels& hidden, const Channels& outputs,
+Chunk make_chunk(const Arguments& p, const Channels& stream, const Channels& hidden, const Channels& outputs,
                  int64_t start, int64_t count) {
   const Window first{p.H, p.W, 0, 0, p.H, p.W, 1, 1, {1, 1}};
   const Window second{p.H, p.W, p.R / 2, p.S / 2, p.Ho, p.Wo, p.R, p.S, {p.stride, p.stride}};
@@ -65,7 +65,7 @@ void clear_maps(const Chunk& c, int64_t begin, int64_t end) {
 
 // One row of the input, activated.
 void activate_row(const Chunk& c, int64_t j, int64_t row) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   const Map& map = c.maps[0];
   const bf16* x = p.x + (p.route.order[c.start + j] * p.H + row) * p.W * p.C;
   bf16* to = c.map(0) + map.instance(j) + map.at(row, 0);
@@ -113,7 +113,7 @@ struct AddOutput {
 
   template <int outputs>
   KERNEL void run(const Place& at, int64_t slot, const float* sums) const {
-    const Problem& p = chunk.block;
+    const Arguments& p = chunk.block;
     const int64_t together = chunk.maps[2].together, sums_step = together * outputs * 16;
     for (int64_t f = 0; f < std::min(together, chunk.count - at.group * together); ++f) {
       const int64_t instance = p.route.order[chunk.start + at.group * together + f];
@@ -136,7 +136,7 @@ struct AddOutput {
 template <class Finish>
 void convolve_map(const Chunk& c, int i, int64_t begin, int64_t end, const Channels& inputs, const Channels& outputs,
                   const Section& weights, const Finish& finish) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   const int64_t R = i == 1 ? p.R : 1, S = i == 1 ? p.S : 1, stride = i == 1 ? p.stride : 1, Wo = i ? p.Wo : p.W;
   const Convolution conv{c.maps[i], c.map(i), c.groups(i), Wo,     R,       S,
                          stride,    stride,   c.tiling(i), inputs, outputs, weights};
@@ -144,13 +144,13 @@ void convolve_map(const Chunk& c, int i, int64_t begin, int64_t end, const Chann
 }
 
 void hidden_items(const Chunk& c, int64_t begin, int64_t end) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   convolve_map(c, 0, begin, end, c.stream, c.hidden, {p.conv1, steps_of(p.C, 1, 1), true}, WriteHidden{c, 0, p.bias1});
 }
 
 template <class Wait>
 void middle_stage(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   const Section section = section_of(p.conv2, widths_of(p.sizes, p.M), c.hidden.end, p.M, p.R, p.S);
   int64_t begin, end;
   share(c.items(1), thread, threads, begin, end);
@@ -159,7 +159,7 @@ void middle_stage(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
 }
 
 void output_items(const Chunk& c, int64_t begin, int64_t end) {
-  const Problem& p = c.block;
+  const Arguments& p = c.block;
   const Section section = section_of(p.conv3, widths_of(p.sizes, p.M), c.hidden.end, p.C_out, 1, 1);
   convolve_map(c, 2, begin, end, c.hidden, c.outputs, section, AddOutput{c});
 }
@@ -168,7 +168,7 @@ void output_items(const Chunk& c, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void dynamic_bottleneck(const BottleneckProblem<bf16>& p) {
+void dynamic_bottleneck(const BottleneckArguments<bf16>& p) {
   constexpr char op[] = "dynamic_bottleneck";
   if (!has_amx()) throw std::runtime_error("dynamic_bottleneck: this CPU has no AMX");
   check(p.C % 32 == 0, op, "channels", "divisible by 32", p.C);
@@ -186,7 +186,7 @@ void dynamic_bottleneck(const BottleneckProblem<bf16>& p) {
 
 #else
 
-void dynamic_bottleneck(const BottleneckProblem<bf16>&) {
+void dynamic_bottleneck(const BottleneckArguments<bf16>&) {
   throw std::runtime_error("dynamic_bottleneck: this build has no AMX variant");
 }
 

@@ -12,11 +12,11 @@ namespace den_kernels {
 
 #ifdef DEN_KERNELS_HAS_AVX512
 
-void dynamic_conv(const ConvProblem<float>& p) { run_direct(p); }
+void dynamic_conv(const ConvArguments<float>& p) { run_direct(p); }
 
 #else
 
-void dynamic_conv(const ConvProblem<float>&) {
+void dynamic_conv(const ConvArguments<float>&) {
   throw std::runtime_error("dynamic_conv: this build has no AVX-512 variant");
 }
 

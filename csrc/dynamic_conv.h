@@ -13,7 +13,7 @@ namespace den_kernels {
 // out[b, :, :, O] = conv(x[b, :, :, I], weight[O, I]) + bias[O] over the channels I and O that instance b selected, and
 // 0 in the others; an empty I leaves the bias. Maps are channels-last; zero padding.
 template <class T>
-struct ConvProblem {
+struct ConvArguments {
   int64_t B, H, W, C;     // input map
   int64_t Ho, Wo, C_out;  // output map
   int64_t R, S;           // kernel
@@ -27,19 +27,19 @@ struct ConvProblem {
   const T* bias;                   // [C_out] or null
 };
 
-// Needs AVX-512 (has_dynamic_residual) and a kernel of at most 49 taps.
-void dynamic_conv(const ConvProblem<float>& problem);
+// Needs AVX-512 (has_direct_float32) and a kernel of at most 49 taps.
+void dynamic_conv(const ConvArguments<float>& arguments);
 
 // dweight [C_out, R, S, C]: sum over the instances b that selected both channels, and over the pixels p, of
-// grad[b, p, C_out] * x[b, p * stride + tap, C]; 0 where none did. grad is [B, Ho, Wo, C_out]; the problem's out,
+// grad[b, p, C_out] * x[b, p * stride + tap, C]; 0 where none did. grad is [B, Ho, Wo, C_out]; out of the arguments,
 // weight and bias are not looked at. Needs what dynamic_conv needs.
-void dynamic_conv_weight_gradient(const ConvProblem<float>& problem, const float* grad, float* dweight);
+void dynamic_conv_weight_gradient(const ConvArguments<float>& arguments, const float* grad, float* dweight);
 
 // Takes bfloat16. Needs AMX (has_amx), stride 1, dilation 1, C and C_out divisible by 16.
-void dynamic_conv_weight_gradient(const ConvProblem<bf16>& problem, const bf16* grad, bf16* dweight);
+void dynamic_conv_weight_gradient(const ConvArguments<bf16>& arguments, const bf16* grad, bf16* dweight);
 
-// Needs AMX or AVX-512 BF16 (has_dynamic_residual_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible
+// Needs AMX or AVX-512 BF16 (has_direct_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible
 // by 16, and weights packed by pack_weights_bf16 for the prefixes of in_sizes.
-void dynamic_conv(const ConvProblem<bf16>& problem);
+void dynamic_conv(const ConvArguments<bf16>& arguments);
 
 }  // namespace den_kernels

@@ -14,13 +14,13 @@ namespace den_kernels {
 #ifdef DEN_KERNELS_AMX
 namespace {
 
-using Problem = ConvProblem<bf16>;
+using Arguments = ConvArguments<bf16>;
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 
 // The input rows that a band reads, those above and below the input included.
-Map map_of(const Problem& p, const Band& band) {
+Map map_of(const Arguments& p, const Band& band) {
   const int64_t rows = (band.rows - 1) * p.stride[0] + p.R;
   const Window window{rows, p.W, 0, p.padding[1], band.rows, p.Wo, p.R, p.S, {p.stride[0], p.stride[1]}};
   return make_map(window, band.inputs, band.count);
@@ -35,7 +35,7 @@ KERNEL void clear_runs(bf16* to, int64_t step, int64_t count, int64_t width) {
 }
 
 // Row r of the map of instance j: the channels in use.
-void copy_row(const Problem& p, const Band& band, const Map& map, int64_t j, int64_t r, bf16* maps) {
+void copy_row(const Arguments& p, const Band& band, const Map& map, int64_t j, int64_t r, bf16* maps) {
   const int64_t row = band.first_row * p.stride[0] - p.padding[0] + r;
   bf16* to = maps + map.instance(j) + map.at(r, map.left);
   const __mmask32 written = lanes_of(map.unit);
@@ -56,13 +56,13 @@ void copy_row(const Problem& p, const Band& band, const Map& map, int64_t j, int
 
 // A tile of sums with the bias added, rounded; zeros in the channels of its block that are not selected.
 struct WriteOutput {
-  const Problem& problem;
+  const Arguments& arguments;
   const Band& band;
   int64_t together;
 
   template <int outputs>
   KERNEL void run(const Place& at, int64_t slot, const float* sums) const {
-    const Problem& p = problem;
+    const Arguments& p = arguments;
     const int64_t step = p.C_out, sums_step = together * outputs * 16;
     const int64_t channel = band.outputs.blocks[slot].index * 32;
     const __mmask32 live = band.outputs.blocks[slot].lanes, written = lanes_of(p.C_out - channel);
@@ -79,7 +79,7 @@ struct WriteOutput {
   }
 };
 
-void run_band(const Problem& p, const Band& band, bf16* maps) {
+void run_band(const Arguments& p, const Band& band, bf16* maps) {
   const Map map = map_of(p, band);
   for (int64_t j = 0; j < band.count && band.inputs.count; ++j) {
     if (j % map.together == 0) clear_border(map, maps + map.instance(j));
@@ -90,7 +90,7 @@ void run_band(const Problem& p, const Band& band, bf16* maps) {
                          p.stride[0], p.stride[1], tiling_of(band.rows, p.Wo), band.inputs, band.outputs, section};
   convolve(conv, 0, conv.items(), WriteOutput{p, band, map.together});
 
-  for (const Run& gap : band.outputs.gaps)
+  for (const Range& gap : band.outputs.gaps)
     for (int64_t j = 0; j < band.count; ++j) {
       bf16* out = p.out + (p.route.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out + gap.first;
       clear_runs(out, p.C_out, band.rows * p.Wo, gap.width);
@@ -101,7 +101,7 @@ void run_band(const Problem& p, const Band& band, bf16* maps) {
 
 }  // namespace
 
-void dynamic_conv_amx(const Problem& p) {
+void dynamic_conv_amx(const Arguments& p) {
   const auto bytes_of = [&p](const Band& band) {
     const Map map = map_of(p, band);
     return band.count / map.together * map.group() * 2;

@@ -7,7 +7,7 @@
 
 namespace den_kernels {
 
-void dynamic_conv_dot(const ConvProblem<bf16>& p) { run_direct(p); }
+void dynamic_conv_dot(const ConvArguments<bf16>& p) { run_direct(p); }
 
 }  // namespace den_kernels
 #endif

@@ -17,7 +17,7 @@ namespace den_kernels {
 #ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
-using Problem = ConvProblem<float>;
+using Arguments = ConvArguments<float>;
 using Map = BandMap<float>;
 
 constexpr int64_t pixels_at_once =
@@ -33,7 +33,7 @@ struct Panel {
   alignas(64) float values[pixels_at_once * 32];
 };
 
-Pixels pixels_of(const Problem& p, const Band& band, const Map& map, int64_t first) {
+Pixels pixels_of(const Arguments& p, const Band& band, const Map& map, int64_t first) {
   const int64_t per_instance = band.rows * p.Wo;
   Pixels made{std::min(pixels_at_once, band.count * per_instance - first), {}, {}};
   int64_t j = first / per_instance, row = first % per_instance / p.Wo, column = first % p.Wo;
@@ -94,13 +94,13 @@ constexpr Tile tiles_of[8] = {gradient_tile<vectors, 1>, gradient_tile<vectors, 
                               gradient_tile<vectors, 4>, gradient_tile<vectors, 5>, gradient_tile<vectors, 6>,
                               gradient_tile<vectors, 7>, gradient_tile<vectors, 8>};
 
-void add_band(const Problem& p, const float* grad, const Band& band, float* scratch, float* sums) {
+void add_band(const Arguments& p, const float* grad, const Band& band, float* scratch, float* sums) {
   const Map map(p, band, band.inputs.count);
   const int64_t tap_count = p.R * p.S, inputs = sum_inputs(p);
   int64_t taps[max_taps];
   map.tap_offsets(p, taps);
   for (int64_t j = 0; j < band.count; ++j) copy_rows(p, band, band.inputs, map, j, scratch + j * map.size());
-  const std::vector<Piece> pieces = cut(band.inputs.runs, 8);
+  const std::vector<Piece> pieces = cut(band.inputs.ranges, 8);
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   Panel panel;
@@ -125,7 +125,7 @@ void add_band(const Problem& p, const float* grad, const Band& band, float* scra
 
 }  // namespace
 
-void dynamic_conv_weight_gradient(const Problem& p, const float* grad, float* dweight) {
+void dynamic_conv_weight_gradient(const Arguments& p, const float* grad, float* dweight) {
   const auto bytes_of = [&p](const Band& band) { return band.count * Map(p, band, band.inputs.count).size() * 4; };
   sum_bands(p, 16, dweight, bytes_of,
             [&](const Band& band, float* scratch, float* sums) { add_band(p, grad, band, scratch, sums); });
@@ -133,7 +133,7 @@ void dynamic_conv_weight_gradient(const Problem& p, const float* grad, float* dw
 
 #else
 
-void dynamic_conv_weight_gradient(const ConvProblem<float>&, const float*, float*) {
+void dynamic_conv_weight_gradient(const ConvArguments<float>&, const float*, float*) {
   throw std::runtime_error("dynamic_conv: this build has no AVX-512 variant");
 }
 

@@ -12,7 +12,7 @@
 namespace den_kernels {
 namespace {
 
-using Problem = ConvProblem<bf16>;
+using Arguments = ConvArguments<bf16>;
 
 constexpr int64_t step = 32;           // pixels of a tile
 constexpr int64_t steps_at_once = 12;  // their gradients and inputs of 32 channels each stay near the first-level cache
@@ -20,7 +20,7 @@ constexpr int64_t steps_at_once = 12;  // their gradients and inputs of 32 chann
 // The planes of a band's instances in scratch memory, [instance][channel][row][column].
 struct Planes {
   int64_t rows, columns, pixels, plane, channels;  // pixels: of an instance's output rows, with padding between them
-  Planes(const Problem& p, const Band& band)
+  Planes(const Arguments& p, const Band& band)
       : rows(band.rows + p.R - 1),
         columns(std::max(p.W + p.padding[1], p.Wo)),  // a row's right border is the next one's left border
         pixels(round_up((band.rows - 1) * columns + p.Wo, step)),
@@ -43,7 +43,7 @@ struct Panel {
 #pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 
 // Instance j's inputs, zeros around them and in the channels of its blocks that it does not use.
-void copy_planes(const Problem& p, const Band& band, const Planes& planes, int64_t j, bf16* to) {
+void copy_planes(const Arguments& p, const Band& band, const Planes& planes, int64_t j, bf16* to) {
   std::memset(to, 0, static_cast<size_t>(planes.instance()) * 2);
   const bf16* x = p.x + p.route.order[band.start + j] * p.H * p.W * p.C;
   for (int64_t r = 0; r < planes.rows; ++r) {
@@ -72,7 +72,7 @@ void copy_planes(const Problem& p, const Band& band, const Planes& planes, int64
 }
 
 // Steps first .. first + count of a band, with the gradients of the outputs of `block`.
-void fill(Panel& panel, const Problem& p, const Band& band, const Planes& planes, const bf16* grad, int64_t first,
+void fill(Panel& panel, const Arguments& p, const Band& band, const Planes& planes, const bf16* grad, int64_t first,
           const Block& block) {
   const __mmask16 lanes[2] = {static_cast<__mmask16>(block.lanes), static_cast<__mmask16>(block.lanes >> 16)};
   for (int64_t n = 0; n < panel.count; ++n) {
@@ -130,7 +130,7 @@ void gradient_tiles(const Panel& panel, const bf16* planes, int64_t plane, float
   if constexpr (outputs == 2 && inputs == 2) _tile_stored(3, second + 256, 64);
 }
 
-void add_band(const Problem& p, const bf16* grad, const Band& band, bf16* scratch, float* sums) {
+void add_band(const Arguments& p, const bf16* grad, const Band& band, bf16* scratch, float* sums) {
   const Planes planes(p, band);
   const int64_t taps = p.R * p.S, inputs = sum_inputs(p), steps = band.count * planes.steps();
   for (int64_t j = 0; j < band.count; ++j) copy_planes(p, band, planes, j, scratch + j * planes.instance());
@@ -161,7 +161,7 @@ void add_band(const Problem& p, const bf16* grad, const Band& band, bf16* scratc
 
 }  // namespace
 
-void dynamic_conv_weight_gradient_amx(const Problem& p, const bf16* grad, bf16* dweight) {
+void dynamic_conv_weight_gradient_amx(const Arguments& p, const bf16* grad, bf16* dweight) {
   const auto bytes_of = [&p](const Band& band) { return band.count * Planes(p, band).instance() * 2; };
   sum_bands(p, 32, dweight, bytes_of, [&](const Band& band, float* scratch, float* sums) {
     add_band(p, grad, band, reinterpret_cast<bf16*>(scratch), sums);

@@ -25,7 +25,7 @@ namespace {
 // some are read beyond the padding.
 struct StateMap {
   int64_t rows, columns, origin;  // origin: of the first pixel of the map, in floats
-  explicit StateMap(const GraphProblem& p)
+  explicit StateMap(const GraphArguments& p)
       : rows(p.H + p.R - 1), columns(strip_columns(p.W) + p.S - 1), origin((p.R / 2 * columns + p.S / 2) * p.C) {}
   int64_t size(int64_t C) const { return round_up(rows * columns * C, 16); }
 };
@@ -36,7 +36,7 @@ struct Layout {
   Strips strips;
   std::vector<Piece> pieces;  // channels in blocks of 16
   int64_t taps[max_taps];     // offset of each tap from the upper left one
-  explicit Layout(const GraphProblem& p) : map(p), strips(1, p.W), pieces(cut({{0, p.C}}, 16)) {
+  explicit Layout(const GraphArguments& p) : map(p), strips(1, p.W), pieces(cut({{0, p.C}}, 16)) {
     for (int64_t t = 0; t < p.R * p.S; ++t) taps[t] = (t / p.S * map.columns + t % p.S) * p.C;
   }
 };
@@ -50,7 +50,7 @@ struct EdgeTile {
   static constexpr int vectors = 3;
   static constexpr int most(int vectors, int size) { return 28 / (vectors * size); }
   template <int vectors, int strips, int size>
-  static void run(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
+  static void run(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
                   int64_t block, int64_t q0) {
     const int64_t weight_vector = weight_words<float>(p.C, p.R * p.S);
     Strips::At strip[strips];
@@ -85,7 +85,7 @@ struct EdgeTile {
 };
 
 // All strips of some vectors of output channels, in tiles of nearly the same size: few registers sum in a small one.
-void add_vectors(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
+void add_vectors(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
                  int64_t block, int vectors) {
   const int64_t size = layout.strips.size, count = layout.strips.count(p.H);
   const int64_t most = EdgeTile::most(vectors, static_cast<int>(size)), tiles = (count + most - 1) / most;
@@ -96,7 +96,7 @@ void add_vectors(const GraphProblem& p, const Layout& layout, int64_t e, float g
   }
 }
 
-void add_edge(const GraphProblem& p, const Layout& layout, int64_t e, float gate, const float* from, float* to) {
+void add_edge(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to) {
   const int64_t blocks = (p.C + 15) / 16;
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block;
@@ -117,7 +117,7 @@ void scale_rows(float factor, const float* from, int64_t from_stride, float* to,
     }
 }
 
-void run_instance(const GraphProblem& p, const Layout& layout, int64_t b, float* scratch) {
+void run_instance(const GraphArguments& p, const Layout& layout, int64_t b, float* scratch) {
   const int64_t E = static_cast<int64_t>(p.edges.size()), width = p.W * p.C, pitch = layout.map.columns * p.C;
   const int64_t size = layout.map.size(p.C);
   float* out = p.out + b * p.H * width;
@@ -135,7 +135,7 @@ void run_instance(const GraphProblem& p, const Layout& layout, int64_t b, float*
 #pragma GCC pop_options
 
 // Instances, those with most edges first, so that threads end together.
-std::vector<int64_t> heavy_first(const GraphProblem& p) {
+std::vector<int64_t> heavy_first(const GraphArguments& p) {
   std::vector<int64_t> count(p.B), order(p.B);
   for (size_t e = 0; e < p.edges.size(); ++e)
     for (int64_t b = 0; b < p.B; ++b) count[b] += p.levels[e * p.B + b] > 0;
@@ -146,7 +146,7 @@ std::vector<int64_t> heavy_first(const GraphProblem& p) {
 
 }  // namespace
 
-void dynamic_graph(const GraphProblem& p) {
+void dynamic_graph(const GraphArguments& p) {
   check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, "dynamic_graph", "kernel", "odd and of at most 49 taps",
         p.R * p.S);
   const Layout layout(p);
@@ -169,7 +169,7 @@ void dynamic_graph(const GraphProblem& p) {
 
 #else
 
-void dynamic_graph(const GraphProblem&) {
+void dynamic_graph(const GraphArguments&) {
   throw std::runtime_error("dynamic_graph: this build has no AVX-512 variant");
 }
 

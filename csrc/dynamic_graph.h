@@ -13,7 +13,7 @@ namespace den_kernels {
 //          gates[b, e] * relu(conv(v[i], weight[e]) + bias[e])
 //   out[b] += read_out[b, j] * v[j],  out being 0 at first
 // Maps are channels-last; zero padding of half the kernel, stride 1.
-struct GraphProblem {
+struct GraphArguments {
   int64_t B, H, W, C, N;                           // N states
   int64_t R, S;                                    // kernel sides, odd
   std::vector<std::pair<int64_t, int64_t>> edges;  // [E] (i, j), i < j, in the order of j
@@ -27,7 +27,7 @@ struct GraphProblem {
   std::vector<const float*> biases;                // [E] of [C]
 };
 
-// Needs AVX-512 (has_dynamic_residual) and a kernel of at most 49 taps.
-void dynamic_graph(const GraphProblem& problem);
+// Needs AVX-512 (has_direct_float32) and a kernel of at most 49 taps.
+void dynamic_graph(const GraphArguments& arguments);
 
 }  // namespace den_kernels

@@ -57,7 +57,7 @@ void pack_weights(const float* weight, const float* scale, float* packed, int64_
       }
 }
 
-bool has_dynamic_residual() { return DEN_KERNELS_HAS_AVX512; }
+bool has_direct_float32() { return DEN_KERNELS_HAS_AVX512; }
 
 void dynamic_residual(const ResidualBlock<float>& b) {
   b.scale2 || b.unpacked2 ? dynamic_residual_rows(b) : run_direct(b);
@@ -69,7 +69,7 @@ void pack_weights(const float*, const float*, float*, int64_t, int64_t, int64_t)
   throw std::runtime_error("dynamic_residual: this build has no AVX-512 variant");
 }
 
-bool has_dynamic_residual() { return false; }
+bool has_direct_float32() { return false; }
 
 void dynamic_residual(const ResidualBlock<float>&) {
   throw std::runtime_error("dynamic_residual: this build has no AVX-512 variant");

@@ -81,9 +81,9 @@ __device__ void add_to_output(const FusedResidual& p, const Tile& tile, int y0,
 
 // One slice of hidden channels: made from the activations, written to shared memory.
 template <class E>
-DEN_KERNELS_DEVICE void make_hidden(const Problem& problem, const Tile& tile, int y0, int m0, Ring<E>& ring) {
-  const FusedResidual& p = problem.block;
-  const FusedShared& s = problem.shared;
+DEN_KERNELS_DEVICE void make_hidden(const Arguments& arguments, const Tile& tile, int y0, int m0, Ring<E>& ring) {
+  const FusedResidual& p = arguments.block;
+  const FusedShared& s = arguments.shared;
   const Band band = band_at(p, y0);
   const Source act = {shared_address() + s.act, s.act_row, p.H, p.W, band.r0, s.in_rows * p.W, p.stride};
   const FusedLayout& l = p.layout;
@@ -113,10 +113,10 @@ DEN_KERNELS_DEVICE void make_hidden(const Problem& problem, const Tile& tile, in
 
 // One slice of hidden channels, read: sums += conv2 of it.
 template <class E>
-DEN_KERNELS_DEVICE void use_hidden(const Problem& problem, const Tile& tile, int y0, int m0, Ring<E>& ring,
+DEN_KERNELS_DEVICE void use_hidden(const Arguments& arguments, const Tile& tile, int y0, int m0, Ring<E>& ring,
                                    float (&sums)[kOutputFragments][2 * kOutputPairs][4]) {
-  const FusedResidual& p = problem.block;
-  const FusedShared& s = problem.shared;
+  const FusedResidual& p = arguments.block;
+  const FusedShared& s = arguments.shared;
   const Band band = band_at(p, y0);
   const Source hidden = {shared_address() + s.hidden, s.hidden_row, p.Ho, p.Wo, band.h0, (band.h1 - band.h0) * p.Wo, 1};
   const FusedLayout& l = p.layout;
@@ -152,27 +152,27 @@ DEN_KERNELS_DEVICE void use_hidden(const Problem& problem, const Tile& tile, int
 
 // One band of a tile, from x to out.
 template <class E>
-DEN_KERNELS_DEVICE void run_band(const Problem& problem, const Tile& tile, int y0) {
-  const FusedResidual& p = problem.block;
+DEN_KERNELS_DEVICE void run_band(const Arguments& arguments, const Tile& tile, int y0) {
+  const FusedResidual& p = arguments.block;
   sync_block();  // nobody reads the last band's rows, slices and weights any more
-  Ring<E> ring = {problem, tile.width, 0, {0, 0, 0, false}};
+  Ring<E> ring = {arguments, tile.width, 0, {0, 0, 0, false}};
   ring.start();
-  load_band<E>(problem, tile, y0);
+  load_band<E>(arguments, tile, y0);
   float sums[kOutputFragments][2 * kOutputPairs][4] = {};
-  for (int m0 = 0; m0 < tile.width; m0 += problem.shared.slice) {
-    make_hidden(problem, tile, y0, m0, ring);
-    use_hidden(problem, tile, y0, m0, ring, sums);
+  for (int m0 = 0; m0 < tile.width; m0 += arguments.shared.slice) {
+    make_hidden(arguments, tile, y0, m0, ring);
+    use_hidden(arguments, tile, y0, m0, ring, sums);
   }
   add_to_output<E>(p, tile, y0, sums);
 }
 
 // Every other round of tiles goes backward, so that no thread block always gets the heaviest of its round.
 template <class E>
-__global__ void __launch_bounds__(kThreads, 1) fused_residual_kernel(const __grid_constant__ Problem problem) {
-  const FusedResidual& p = problem.block;
+__global__ void __launch_bounds__(kThreads, 1) fused_residual_kernel(const __grid_constant__ Arguments arguments) {
+  const FusedResidual& p = arguments.block;
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  for (int i = thread_id() * 16; i < problem.shared.act; i += kThreads * 16)
-    store_shared(shared_address() + problem.shared.zero + i, Words<4>{});
+  for (int i = thread_id() * 16; i < arguments.shared.act; i += kThreads * 16)
+    store_shared(shared_address() + arguments.shared.zero + i, Words<4>{});
   Tile tile = {0, 0, 0};
   const int tiles = find_tile(p, -1, tile);
   for (int round = 0; round * blocks < tiles; ++round) {
@@ -183,17 +183,17 @@ __global__ void __launch_bounds__(kThreads, 1) fused_residual_kernel(const __gri
       write_shortcut<E>(p, tile, 0, p.Ho, p.relu);
       continue;
     }
-    for (int y0 = 0; y0 < p.Ho; y0 += p.layout.rows) run_band<E>(problem, tile, y0);
+    for (int y0 = 0; y0 < p.Ho; y0 += p.layout.rows) run_band<E>(arguments, tile, y0);
   }
 }
 
 template <class E>
 void launch_fused(const FusedResidual& block, void* stream) {
   check_fused(block, E::bytes);
-  const Problem problem = {block, fused_shared(block, E::bytes)};
+  const Arguments arguments = {block, fused_shared(block, E::bytes)};
   if (block.B == 0) return;
-  launch("fused_residual_cuda", fused_residual_kernel<E>, block.layout.blocks, kThreads, problem.shared.total, stream,
-         problem);
+  launch("fused_residual_cuda", fused_residual_kernel<E>, block.layout.blocks, kThreads, arguments.shared.total, stream,
+         arguments);
 }
 
 }  // namespace

@@ -41,8 +41,8 @@ struct ResidualBlock {
 void dynamic_residual(const ResidualBlock<float>& block);
 void dynamic_residual(const ResidualBlock<bf16>& block);        // takes packed weights only
 void dynamic_residual_rows(const ResidualBlock<float>& block);  // for weights of which one or both are not packed
-bool has_dynamic_residual();                                    // true where this CPU runs the float32 block
-bool has_dynamic_residual_bf16();                               // true where it runs the bfloat16 block
+bool has_direct_float32();                                      // true where this CPU runs the float32 block
+bool has_direct_bf16();                                         // true where it runs the bfloat16 block
 
 // weight [O, taps, I], times scale [O] unless that is null -> [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
 // zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.

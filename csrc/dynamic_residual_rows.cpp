@@ -109,12 +109,12 @@ KERNEL __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
-// Items begin..end, each four outputs (a piece) of a group of tiles: sums over the channels of `runs` go to `store`.
+// Items begin..end, each four outputs (a piece) of a group of tiles: sums over the channels of `ranges` go to `store`.
 // `input_of` an instance: its map, of which every `stride`-th pixel of a row and row are read.
 template <class Input, class Store>
 KERNEL void sum_items(const RowsChunk& c, const std::vector<Piece>& pieces, const Cut& cut, const float* weight,
-                      int64_t inputs, const std::vector<Run>& runs, const PaddedMap& map, int64_t stride, int64_t begin,
-                      int64_t end, Input input_of, Store store) {
+                      int64_t inputs, const std::vector<Range>& ranges, const PaddedMap& map, int64_t stride,
+                      int64_t begin, int64_t end, Input input_of, Store store) {
   int64_t offsets[max_taps];
   const int64_t taps = tap_offsets(c.block, map, offsets), groups = RowsChunk::groups(cut), top = c.block.R / 2;
   RowsTile tiles[group_tiles];
@@ -135,20 +135,20 @@ KERNEL void sum_items(const RowsChunk& c, const std::vector<Piece>& pieces, cons
     }
     const bool more = i / groups + 1 < static_cast<int64_t>(pieces.size());
     int64_t place = 0;
-    for (const Run& run : runs) {
-      for (int64_t from = 0; from < run.width; from += span) {
+    for (const Range& range : ranges) {
+      for (int64_t from = 0; from < range.width; from += span) {
         const float* rows[tile_outputs];
         UNROLL for (int o = 0; o < tile_outputs; ++o) {
           const int64_t output = piece.first + std::min<int64_t>(o, piece.width - 1);
-          rows[o] = weight + output * taps * inputs + run.first + from;
+          rows[o] = weight + output * taps * inputs + range.first + from;
         }
         for (int64_t j = first; j < last; ++j) {
           int ahead = 0;
           for (int64_t o = j; o < tile_outputs && more; o += cut.tiles()) ahead |= 1 << o;
-          sum_span(tiles[j - first], rows, inputs, place + from, std::min(run.width - from, span), ahead);
+          sum_span(tiles[j - first], rows, inputs, place + from, std::min(range.width - from, span), ahead);
         }
       }
-      place += run.width;
+      place += range.width;
     }
     for (int64_t j = first; j < last; ++j) {
       const RowsTile& tile = tiles[j - first];
@@ -173,7 +173,7 @@ void hidden_items(const RowsChunk& c, int64_t begin, int64_t end) {
     _mm_mask_storeu_ps(h, lanes, _mm_max_ps(_mm_setzero_ps(), value));
   };
   sum_items(
-      c, c.fours, c.pixels1, b.conv1, b.C, c.stream.runs, c.a, b.stride, begin, end,
+      c, c.fours, c.pixels1, b.conv1, b.C, c.stream.ranges, c.a, b.stride, begin, end,
       [&](int64_t j) { return c.a_of(j); }, store);
 }
 
@@ -188,7 +188,7 @@ void output_items(const RowsChunk& c, int64_t begin, int64_t end) {
     _mm_storeu_ps(b.out + to, _mm_add_ps(_mm_loadu_ps(b.shortcut + to), sum));
   };
   sum_items(
-      c, c.outputs, c.pixels2, b.conv2, b.M, c.hidden.channels.runs, c.h, 1, begin, end,
+      c, c.outputs, c.pixels2, b.conv2, b.M, c.hidden.channels.ranges, c.h, 1, begin, end,
       [&](int64_t j) { return c.h_of(j); }, store);
 }
 

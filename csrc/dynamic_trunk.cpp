@@ -42,7 +42,7 @@ int64_t cost_of(const ResidualBlock<T>& b, const Shape& s, int64_t width) {
   return s.Ho() * s.Wo() * b.R * b.S * (s.C + s.C_out) * width;
 }
 template <class T>
-int64_t cost_of(const BottleneckProblem<T>& b, const Shape& s, int64_t width) {
+int64_t cost_of(const BottleneckArguments<T>& b, const Shape& s, int64_t width) {
   return (s.H * s.W * s.C +
           s.Ho() * s.Wo() * (b.R * b.S * (b.cardinality == 1 ? width : b.M / b.cardinality) + s.C_out)) *
          width;
@@ -77,13 +77,13 @@ struct Sorted {
 
 // A trunk with what is known before it runs: each block's shape, map and cost a level.
 template <class T>
-struct Run {
+struct TrunkCall {
   const Trunk<T>& trunk;
   std::vector<Shape> shapes;  // [N]
   std::vector<T*> maps;       // [N + 1]: what block n reads; the last: what the last writes
   std::vector<double> costs;  // [B], of an instance
 
-  explicit Run(const Trunk<T>& t) : trunk(t), maps{t.x}, costs(t.B) {
+  explicit TrunkCall(const Trunk<T>& t) : trunk(t), maps{t.x}, costs(t.B) {
     int64_t H = t.H, W = t.W;
     size_t made = 0;
     for (const TrunkBlock<T>& block : *t.blocks) {
@@ -111,7 +111,7 @@ struct Run {
 
   int64_t weight_bytes(int64_t n) const {
     const auto weights = [](const ResidualBlock<T>& b) { return b.R * b.S * b.M * (b.C + b.C_out); };
-    const auto of_bottleneck = [](const BottleneckProblem<T>& b) {
+    const auto of_bottleneck = [](const BottleneckArguments<T>& b) {
       return b.M * (b.C + b.R * b.S * b.M / b.cardinality + b.C_out);
     };
     const auto& block = (*trunk.blocks)[n];
@@ -175,26 +175,26 @@ DEN_KERNELS_CLONES void features_of(const bf16* x, int64_t pixels, int64_t C, co
 }
 
 template <class T>
-void make_features(const Run<T>& run, int64_t instance) {
-  const Trunk<T>& t = run.trunk;
+void make_features(const TrunkCall<T>& call, int64_t instance) {
+  const Trunk<T>& t = call.trunk;
   if (!t.scale) return;
-  const Shape& last = run.shapes.back();
+  const Shape& last = call.shapes.back();
   const int64_t pixels = last.Ho() * last.Wo(), C = last.C_out;
-  features_of(run.maps.back() + instance * pixels * C, pixels, C, t.scale, t.shift, t.features + instance * C);
+  features_of(call.maps.back() + instance * pixels * C, pixels, C, t.scale, t.shift, t.features + instance * C);
 }
 
 template <class T>
 void run_trunk(const Trunk<T>& t) {
-  const Run<T> run(t);
+  const TrunkCall<T> call(t);
   const int64_t threads = omp_get_max_threads();
   std::vector<int32_t> order(t.B);
   std::iota(order.begin(), order.end(), 0);
   if (t.B < 2 * threads && threads > 1) {
-    for (int64_t n = 0; n < run.count(); ++n) run.block(n, order.data(), t.B);
-    for (int64_t i = 0; i < t.B; ++i) make_features(run, i);
+    for (int64_t n = 0; n < call.count(); ++n) call.block(n, order.data(), t.B);
+    for (int64_t i = 0; i < t.B; ++i) make_features(call, i);
     return;
   }
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return run.costs[a] > run.costs[b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return call.costs[a] > call.costs[b]; });
   const int64_t fair = threads == 1 ? t.B : t.B / (2 * threads);  // dear ones first, so that threads end together
   const int64_t each = std::clamp<int64_t>(fair, 1, most_instances), chunks = (t.B + each - 1) / each;
   Failure failure;
@@ -205,8 +205,8 @@ void run_trunk(const Trunk<T>& t) {
     for (int64_t i = 0; i < chunks; ++i)
       failure.guard([&] {
         const int64_t first = i * each, count = std::min(each, t.B - first);
-        run.chunk(order.data() + first, count);
-        for (int64_t k = first; k < first + count; ++k) make_features(run, order[k]);
+        call.chunk(order.data() + first, count);
+        for (int64_t k = first; k < first + count; ++k) make_features(call, order[k]);
       });
   }
   failure.rethrow();

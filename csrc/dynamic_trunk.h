@@ -12,7 +12,7 @@ namespace den_kernels {
 
 // A block's weights and shape; its maps and its route are set while the trunk runs.
 template <class T>
-using TrunkBlock = std::variant<ResidualBlock<T>, BottleneckProblem<T>>;
+using TrunkBlock = std::variant<ResidualBlock<T>, BottleneckArguments<T>>;
 
 // x = shortcut(x) + branch(x) for each block, shortcut being pool_rows where the block changes the shape of its map,
 // then features[b, c] = mean over the pixels of relu(x[b, :, c] * scale[c] + shift[c]).

@@ -10,7 +10,7 @@ namespace den_kernels {
 
 constexpr int kThreads = 32 * kFusedWarps;
 
-struct Problem {
+struct Arguments {
   FusedResidual block;
   FusedShared shared;
 };
@@ -83,9 +83,9 @@ DEN_KERNELS_DEVICE void write_shortcut(const FusedResidual& p, const Tile& tile,
 }
 
 // The rows that the last band read and this one needs again, to the front. One instance.
-DEN_KERNELS_DEVICE void keep_rows(const Problem& problem, uint32_t act, const Band& band) {
-  const Band last = band_at(problem.block, band.y0 - problem.block.layout.rows);
-  const int row = problem.block.W * problem.shared.act_row;
+DEN_KERNELS_DEVICE void keep_rows(const Arguments& arguments, uint32_t act, const Band& band) {
+  const Band last = band_at(arguments.block, band.y0 - arguments.block.layout.rows);
+  const int row = arguments.block.W * arguments.shared.act_row;
   for (int r = band.r0; r < last.r1; ++r) {
     for (int i = thread_id() * 16; i < row; i += kThreads * 16)
       store_shared(act + (r - band.r0) * row + i, load_shared<Words<4>>(act + (r - last.r0) * row + i));
@@ -114,10 +114,11 @@ DEN_KERNELS_DEVICE Words<4> activate(const FusedResidual& p, Words<4> words, int
 
 // Input rows [from, band.r1) of the tile's instances, activated, to shared memory.
 template <class E>
-DEN_KERNELS_DEVICE void load_rows(const Problem& problem, uint32_t act, const Tile& tile, const Band& band, int from) {
+DEN_KERNELS_DEVICE void load_rows(const Arguments& arguments, uint32_t act, const Tile& tile, const Band& band,
+                                  int from) {
   constexpr int kFlight = 4;  // loads that a thread has on their way
-  const FusedResidual& p = problem.block;
-  const FusedShared& s = problem.shared;
+  const FusedResidual& p = arguments.block;
+  const FusedShared& s = arguments.shared;
   const int chunks = here(p.C * E::bytes / 16), count = (band.r1 - from) * p.W * chunks;
   for (int t = 0; t < tile.count; ++t) {
     const int64_t pixel = (static_cast<int64_t>(p.order[tile.first + t]) * p.H + from) * p.W;
@@ -140,12 +141,12 @@ DEN_KERNELS_DEVICE void load_rows(const Problem& problem, uint32_t act, const Ti
 
 // The band's activations to shared memory, and its shortcut to `out` where that is the kernel's to write.
 template <class E>
-DEN_KERNELS_DEVICE void load_band(const Problem& problem, const Tile& tile, int y0) {
-  const FusedResidual& p = problem.block;
-  const uint32_t act = shared_address() + problem.shared.act;
+DEN_KERNELS_DEVICE void load_band(const Arguments& arguments, const Tile& tile, int y0) {
+  const FusedResidual& p = arguments.block;
+  const uint32_t act = shared_address() + arguments.shared.act;
   const Band band = band_at(p, y0);
-  if (y0 > 0) keep_rows(problem, act, band);
-  load_rows<E>(problem, act, tile, band, y0 > 0 ? band_at(p, y0 - p.layout.rows).r1 : 0);
+  if (y0 > 0) keep_rows(arguments, act, band);
+  load_rows<E>(arguments, act, tile, band, y0 > 0 ? band_at(p, y0 - p.layout.rows).r1 : 0);
   if (!p.holds_shortcut) write_shortcut<E>(p, tile, band.y0, band.y1, false);
 }
 

@@ -1,8 +1,9 @@
 // The routing plan of all N blocks in one launch, one CUDA block for each: stable counting sorts that never leave it.
 //
-// A warp owns a run of consecutive places. It counts its instances of each segment, the counts are added up over
-// segments and warps, and the warp walks its run again and puts each instance where its own counter says. Lanes of one
-// segment take their rank among each other from the match instruction, so nothing depends on which thread comes first.
+// A warp owns a range of consecutive places. It counts its instances of each segment, the counts are added up over
+// segments and warps, and the warp walks its range again and puts each instance where its own counter says. Lanes of
+// one segment take their rank among each other from the match instruction, so nothing depends on which thread comes
+// first.
 #include "check.h"
 #include "cuda_ops.h"
 #include "launch.cuh"
@@ -16,13 +17,13 @@ constexpr int kColumn = kWarps + 1;  // counters of a segment, padded against ba
 constexpr int kDigit = 5;            // bits of a mask that one sort orders
 
 template <class T>
-struct LevelsProblem {
+struct LevelsArguments {
   const T* levels;  // [B, N]
   int64_t stride_b, stride_n;
   int B, G;
   Plan plan;
 };
-struct MasksProblem {
+struct MasksArguments {
   const uint8_t* masks;  // [N, B, G]
   int B, G;
   Plan plan;
@@ -32,10 +33,10 @@ __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x %
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 
 // The places that this warp owns.
-struct Run {
+struct Range {
   int begin, end;
 };
-__device__ __forceinline__ Run run_of_warp(int B) {
+__device__ __forceinline__ Range range_of_warp(int B) {
   const int span = (B + kThreads - 1) / kThreads * 32;
   const int begin = warp_id() * span;
   return {begin < B ? begin : B, begin + span < B ? begin + span : B};
@@ -74,13 +75,13 @@ __device__ void add_up(int S, int* counts, int* starts) {
 // Sorts instances stably by segment, ascending: `from` [B] (null: 0, 1, 2, ...) to `to` [B]. Fills starts [S + 1].
 template <class Segment>
 __device__ void sort(int B, int S, Segment segment, const int32_t* from, int32_t* to, int* counts, int* starts) {
-  const Run run = run_of_warp(B);
+  const Range range = range_of_warp(B);
   for (int i = static_cast<int>(threadIdx.x); i < S * kColumn; i += kThreads) counts[i] = 0;
   sync_block();
   for (int pass = 0; pass < 2; ++pass) {
-    for (int i = run.begin; i < run.end; i += 32) {
+    for (int i = range.begin; i < range.end; i += 32) {
       const int place = i + lane_id();
-      const int b = place >= run.end ? -1 : from ? from[place] : place;
+      const int b = place >= range.end ? -1 : from ? from[place] : place;
       const int s = b < 0 ? -1 : segment(b);
       const uint32_t peers = match_any(s), before = peers & ((1u << lane_id()) - 1);
       int* count = counts + s * kColumn + warp_id();
@@ -95,34 +96,34 @@ __device__ void sort(int B, int S, Segment segment, const int32_t* from, int32_t
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) plan_levels_kernel(LevelsProblem<T> problem) {
-  const int64_t n = blockIdx.x, B = problem.B;
-  const int G = problem.G;
-  int32_t* levels = problem.plan.levels + n * B;
+__global__ void __launch_bounds__(kThreads, 1) plan_levels_kernel(LevelsArguments<T> arguments) {
+  const int64_t n = blockIdx.x, B = arguments.B;
+  const int G = arguments.G;
+  int32_t* levels = arguments.plan.levels + n * B;
   int* counts = reinterpret_cast<int*>(shared_memory());
   int* starts = counts + (G + 1) * kColumn;
-  const Run run = run_of_warp(problem.B);
-  for (int b = run.begin + lane_id(); b < run.end; b += 32) {
-    const T level = problem.levels[b * problem.stride_b + n * problem.stride_n];
+  const Range range = range_of_warp(arguments.B);
+  for (int b = range.begin + lane_id(); b < range.end; b += 32) {
+    const T level = arguments.levels[b * arguments.stride_b + n * arguments.stride_n];
     levels[b] = level < 0 ? 0 : level > G ? G : static_cast<int32_t>(level);
   }
   const auto segment = [=](int b) { return G - levels[b]; };  // what this thread wrote
-  sort(problem.B, G + 1, segment, nullptr, problem.plan.order + n * B, counts, starts);
-  int32_t* offsets = problem.plan.offsets + n * (G + 2);
+  sort(arguments.B, G + 1, segment, nullptr, arguments.plan.order + n * B, counts, starts);
+  int32_t* offsets = arguments.plan.offsets + n * (G + 2);
   for (int s = static_cast<int>(threadIdx.x); s < G + 2; s += kThreads) offsets[s] = starts[s];
 }
 
 // words [B] of one block's masks, sorted in `order`: where they change, and B behind that.
 __device__ void write_segments(int B, const int32_t* words, const int32_t* order, int32_t* offsets, int* counts,
                                int* starts) {
-  const Run run = run_of_warp(B);
-  const auto changes = [=](int i) { return i < run.end && (i == 0 || words[order[i]] != words[order[i - 1]]); };
+  const Range range = range_of_warp(B);
+  const auto changes = [=](int i) { return i < range.end && (i == 0 || words[order[i]] != words[order[i - 1]]); };
   int found = 0;
-  for (int i = run.begin; i < run.end; i += 32) found += count_bits(ballot(changes(i + lane_id())));
+  for (int i = range.begin; i < range.end; i += 32) found += count_bits(ballot(changes(i + lane_id())));
   if (lane_id() == 0) counts[warp_id()] = found;
   add_up(1, counts, starts);
   int s = counts[warp_id()];
-  for (int i = run.begin; i < run.end; i += 32) {
+  for (int i = range.begin; i < range.end; i += 32) {
     const bool change = changes(i + lane_id());
     const uint32_t vote = ballot(change);
     if (change) offsets[s + count_bits(vote & ((1u << lane_id()) - 1))] = i + lane_id();
@@ -133,16 +134,16 @@ __device__ void write_segments(int B, const int32_t* words, const int32_t* order
 
 // Sorts by the mask, least significant digit first, then by the number of groups. The words stand in `levels`
 // meanwhile, every other order in `offsets`.
-__global__ void __launch_bounds__(kThreads, 1) plan_masks_kernel(MasksProblem problem) {
-  const int64_t n = blockIdx.x, B = problem.B;
-  const int G = problem.G, digits = (G + kDigit - 1) / kDigit;
-  int32_t* words = problem.plan.levels + n * B;
-  int32_t* order = problem.plan.order + n * B;
-  int32_t* offsets = problem.plan.offsets + n * (B + 1);
+__global__ void __launch_bounds__(kThreads, 1) plan_masks_kernel(MasksArguments arguments) {
+  const int64_t n = blockIdx.x, B = arguments.B;
+  const int G = arguments.G, digits = (G + kDigit - 1) / kDigit;
+  int32_t* words = arguments.plan.levels + n * B;
+  int32_t* order = arguments.plan.order + n * B;
+  int32_t* offsets = arguments.plan.offsets + n * (B + 1);
   int* counts = reinterpret_cast<int*>(shared_memory());
   int* starts = counts + kColumn * (kPlanMaskGroups + 1);
   for (int b = static_cast<int>(threadIdx.x); b < B; b += kThreads) {
-    const uint8_t* mask = problem.masks + (n * B + b) * G;
+    const uint8_t* mask = arguments.masks + (n * B + b) * G;
     uint32_t word = 0;
     for (int g = 0; g < G; ++g) word = word << 1 | (mask[g] != 0);  // words compare as masks do
     words[b] = static_cast<int32_t>(word);
@@ -154,12 +155,12 @@ __global__ void __launch_bounds__(kThreads, 1) plan_masks_kernel(MasksProblem pr
     const auto segment = [=](int b) {
       return 31 - static_cast<int>(static_cast<uint32_t>(words[b]) >> digit * kDigit & 31);
     };
-    sort(problem.B, 32, segment, from, to, counts, starts);
+    sort(arguments.B, 32, segment, from, to, counts, starts);
     from = to;
   }
   const auto segment = [=](int b) { return G - count_bits(static_cast<uint32_t>(words[b])); };
-  sort(problem.B, G + 1, segment, from, order, counts, starts);
-  write_segments(problem.B, words, order, offsets, counts, starts);
+  sort(arguments.B, G + 1, segment, from, order, counts, starts);
+  write_segments(arguments.B, words, order, offsets, counts, starts);
   sync_block();
   for (int b = static_cast<int>(threadIdx.x); b < B; b += kThreads)
     words[b] = count_bits(static_cast<uint32_t>(words[b]));
@@ -180,8 +181,9 @@ void plan_levels_cuda(const T* levels, int64_t stride_b, int64_t stride_n, int64
                       void* stream) {
   check_sizes("plan_levels_cuda", B, N, G, kPlanGroups);
   if (N == 0) return;
-  const LevelsProblem<T> problem = {levels, stride_b, stride_n, static_cast<int>(B), static_cast<int>(G), plan};
-  launch("plan_levels_cuda", plan_levels_kernel<T>, static_cast<int>(N), kThreads, table_bytes(G + 1), stream, problem);
+  const LevelsArguments<T> arguments = {levels, stride_b, stride_n, static_cast<int>(B), static_cast<int>(G), plan};
+  launch("plan_levels_cuda", plan_levels_kernel<T>, static_cast<int>(N), kThreads, table_bytes(G + 1), stream,
+         arguments);
 }
 
 template void plan_levels_cuda(const int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t, Plan, void*);
@@ -194,9 +196,9 @@ const void* plan_kernel_cuda() { return reinterpret_cast<const void*>(&plan_leve
 void plan_masks_cuda(const uint8_t* masks, int64_t B, int64_t N, int64_t G, Plan plan, void* stream) {
   check_sizes("plan_masks_cuda", B, N, G, kPlanMaskGroups);
   if (N == 0) return;
-  const MasksProblem problem = {masks, static_cast<int>(B), static_cast<int>(G), plan};
+  const MasksArguments arguments = {masks, static_cast<int>(B), static_cast<int>(G), plan};
   launch("plan_masks_cuda", plan_masks_kernel, static_cast<int>(N), kThreads, table_bytes(kPlanMaskGroups + 1), stream,
-         problem);
+         arguments);
 }
 
 }  // namespace den_kernels

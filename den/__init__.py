@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from den.nn.model_config import ModelConfig
     from den.nn.selector import Selector, SelectorConfig
     from den.nn.tasks import Task
+    from den.runs.predict import Prediction, Predictor, load
     from den_kernels import __version__
 
 # Imported when they are asked for, so that the command line is there before torch: see `den.cli`.
@@ -33,6 +34,7 @@ _HOMES = {
     "den.nn.model_config": ("ModelConfig",),
     "den.nn.selector": ("Selector", "SelectorConfig"),
     "den.nn.tasks": ("Task",),
+    "den.runs.predict": ("Prediction", "Predictor", "load"),
     "den_kernels": ("__version__",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -45,6 +47,8 @@ __all__ = [
     "ImageFlops",
     "ModelConfig",
     "ParameterCounts",
+    "Prediction",
+    "Predictor",
     "Selector",
     "SelectorConfig",
     "Task",
@@ -56,6 +60,7 @@ __all__ = [
     "level_fractions",
     "level_groups",
     "level_widths",
+    "load",
     "named_backbone",
     "parameter_fractions",
     "resnet",

@@ -1,10 +1,11 @@
-"""The commands: den train, fetch, evaluate, report, demo, bench, info, dag train, dag report."""
+"""The commands: den train, fetch, evaluate, predict, report, demo, bench, info; den dag train, report, predict,
+extract."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from den.bench import BenchConfig
-from den.dag.config import DagReportConfig, DagTrainConfig
-from den.report.settings import Report
+from den.dag.config import DagExtract, DagPredict, DagReportConfig, DagTrainConfig
+from den.report.settings import Predict, Report
 from den.runs.settings import Evaluate
 from den.support.files import check_folder
 from den.support.settings import read_config
-from den.train.config import DemoConfig, TrainConfig
-from den.train.scenarios import ScenarioOptions, scenario_config
+from den.train.config import DemoConfig, MethodConfig, TrainConfig
+from den.train.scenarios import ScenarioOptions, changes, scenario_config
 
 HELP = "Deep Elastic Networks: one network for several tasks, as deep and as wide as each image needs."
 DAG_HELP = "Networks over one shared graph: a topology for each task, found by training."
@@ -44,6 +45,7 @@ class Train(Source):
     """
 
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    note: tyro.conf.Suppress[str] = ""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,15 @@ class Fetch:
 REPORTERS: dict[type, str] = {
     Evaluate: "den.runs.command",
     Report: "den.report.command",
+    Predict: "den.report.predict",
     DemoConfig: "den.demo",
     DagReportConfig: "den.report.dag.report",
+    DagPredict: "den.runs.dag_predict",
+    DagExtract: "den.runs.dag_extract",
 }
 """The modules whose `main` measures and prints, imported when they are asked for."""
-Command = Train | Fetch | Evaluate | Report | DemoConfig | BenchConfig | Info | DagTrain | DagReportConfig
+OfDag = DagTrain | DagReportConfig | DagPredict | DagExtract
+Command = Train | Fetch | Evaluate | Predict | Report | DemoConfig | BenchConfig | Info | OfDag
 
 
 def command(arguments: list[str]) -> Callable[[], int]:
@@ -111,11 +117,11 @@ def parse(arguments: list[str]) -> Command:
     """
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-"):
         arguments = ["dag", *arguments]
-    train, dag_train = Train(), DagTrain()
+    train, dag_train = Train(settings=new_settings()), DagTrain()
     if arguments[:1] == ["train"]:
         if arguments[1:2] and not arguments[1].startswith("-"):
             return _parse_scenario(arguments[1], arguments[2:])
-        train = Train(settings=base_settings(TrainConfig(), arguments[1:]))
+        train = Train(settings=base_settings(new_settings(), arguments[1:]))
     if arguments[:2] == ["dag", "train"]:
         settings, options = _dag_settings(arguments[2:])
         dag_train, arguments = DagTrain(settings=settings), ["dag", "train", *options]
@@ -123,17 +129,25 @@ def parse(arguments: list[str]) -> Command:
     return getattr(found, "command", found)
 
 
+def new_settings() -> TrainConfig:
+    """The settings of a new run: the compared methods train as long as what they are compared with."""
+    return TrainConfig(methods=MethodConfig(updates="estimator"))
+
+
 def _commands(train: Train, dag_train: DagTrain) -> Any:
     """The type of all commands, for tyro; the settings of the two that train are what their options change."""
     of_dag = (
         Annotated[DagTrain, tyro.conf.subcommand("train", default=dag_train)]
         | Annotated[DagReportConfig, tyro.conf.subcommand("report")]
+        | Annotated[DagPredict, tyro.conf.subcommand("predict")]
+        | Annotated[DagExtract, tyro.conf.subcommand("extract")]
     )
     dag = make_dataclass("Dag", [("command", Annotated[of_dag, tyro.conf.arg(name="")])], frozen=True)
     return (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Fetch, tyro.conf.subcommand("fetch")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
@@ -150,6 +164,10 @@ def _parse_scenario(name: str, arguments: list[str]) -> Train:
         settings = scenario_config(name, options)
     default = TrainScenario(settings=settings)
     command = tyro.cli(TrainScenario, args=arguments, prog=f"den train {name}", default=default)
+    if not command.options.quick and (changed := changes(name, command.options, command.settings)):
+        shown = ", ".join(f"{key} {ours} ({theirs})" for key, (ours, theirs) in changed.items())
+        note = f"den: not as in the {'text' if command.options.paper else 'code'} of the authors (theirs): {shown}"
+        return Train(resume=command.resume, settings=command.settings, note=note)
     return Train(resume=command.resume, settings=command.settings)
 
 
@@ -168,12 +186,16 @@ def _dag_settings(arguments: list[str]) -> tuple[DagTrainConfig, list[str]]:
 
 
 def base_settings(default: Settings, arguments: list[str]) -> Settings:
-    """The settings that the options of `train` change: of --config, of the run to be resumed, or the default ones."""
-    places = make_dataclass("Places", [("out", Path, default.out)], bases=(Source,), frozen=True)
+    """The settings that the options of `train` change: of --config, of the run to be resumed or to start from, or the
+    default ones."""
+    fields = [("out", Path, default.out), ("start", Path | None, None)]
+    places = make_dataclass("Places", fields, bases=(Source,), frozen=True)
     given: Any = tyro.cli(places, args=arguments, prog="den train", return_unknown_args=True, add_help=False)[0]
-    if given.config is None and not given.resume:
-        return default
-    return read_config(type(default), given.config or given.out / "config.json")
+    if given.config is not None or given.resume:
+        return read_config(type(default), given.config or given.out / "config.json")
+    if given.start is not None and isinstance(default, TrainConfig):
+        return replace(read_config(TrainConfig, given.start / "config.json"), out=default.out)
+    return default
 
 
 def _prepared(settings: Command) -> Callable[[], int]:
@@ -217,10 +239,19 @@ def _done(run: Callable[[Any], None], settings: Any) -> int:
 
 
 def _train(train: Callable[..., object], command: Train | DagTrain, measure: str) -> int:
+    if isinstance(command, Train) and command.note:
+        print(command.note, flush=True)
     train(command.settings, resume=command.resume)
     from den.support import ranks
 
-    return _print(f"den: finished; measure it with: {measure} {command.settings.out}") if ranks.first() else 0
+    if not ranks.first():
+        return 0
+    if isinstance(command, Train) and command.settings.joint:
+        from den.train.folder import read_metrics
+
+        same = read_metrics(command.settings.out)[-1]["equal_structures"]
+        print(f"den: one structure for all labels of {same:.1%} of the held-out images")
+    return _print(f"den: finished; measure it with: {measure} {command.settings.out}")
 
 
 def _fetch(fetch_set: Callable[[str, Path], object], command: Fetch) -> int:

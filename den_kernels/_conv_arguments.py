@@ -79,10 +79,17 @@ def pad(
 ) -> tuple[Tensor, tuple[int, int]]:
     """x and the padding left to the convolution, which pads both ends of an axis equally.
 
-    "same" pads an axis by dilation * (side - 1) pixels; where that is odd, x gets the odd one here, at its end.
+    "same" pads an axis by dilation * (side - 1) pixels; where that is odd, x gets the odd one here, at its end. Padding
+    beyond the reach of the kernel, so that windows lie wholly on it, is put into x too: there oneDNN reads memory that
+    is not its own on CPUs without AVX-512, and the process can end.
     """
+    reach = [step * (side - 1) for step, side in zip(dilation, weight.shape[2:], strict=True)]
     if not isinstance(padding, str):
-        return x, pair(padding, "padding", 0)
+        above, left = pair(padding, "padding", 0)
+        beyond, aside = max(0, above - reach[0]), max(0, left - reach[1])
+        if beyond or aside:
+            x = F.pad(x, (aside, aside, beyond, beyond))
+        return x, (above - beyond, left - aside)
     if padding == "valid":
         return x, (0, 0)
     if padding != "same" or stride != (1, 1):
@@ -90,7 +97,6 @@ def pad(
             f"dynamic_conv2d: padding must be integers, 'valid', or 'same' with stride 1, "
             f"got {padding!r} with stride {stride}"
         )
-    reach = [step * (side - 1) for step, side in zip(dilation, weight.shape[2:], strict=True)]
     if reach[0] % 2 or reach[1] % 2:
         x = F.pad(x, (0, reach[1] % 2, 0, reach[0] % 2))
     return x, (reach[0] // 2, reach[1] // 2)

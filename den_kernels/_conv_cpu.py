@@ -25,7 +25,7 @@ from .plan import Route, read_route
 from .rows import gather_rows, scatter_rows_
 
 
-class Run(NamedTuple):
+class ChannelRange(NamedTuple):
     """Consecutive channels."""
 
     start: int
@@ -33,14 +33,14 @@ class Run(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The part of a convolution that one selection computes; runs in ascending order.
+    """The part of a convolution that one selection computes; ranges in ascending order.
 
     `constant`: selected output channels none of whose inputs is selected, a convolution over nothing: the bias.
     """
 
-    inputs: tuple[Run, ...]
-    outputs: tuple[Run, ...]
-    constant: tuple[Run, ...]
+    inputs: tuple[ChannelRange, ...]
+    outputs: tuple[ChannelRange, ...]
+    constant: tuple[ChannelRange, ...]
     groups: int
 
 
@@ -52,27 +52,27 @@ class Segment(NamedTuple):
     part: Part
 
 
-def runs_of(sizes: Sequence[int], selected: Sequence[bool]) -> tuple[Run, ...]:
-    """The channels of the selected groups as maximal runs.
+def ranges_of(sizes: Sequence[int], selected: Sequence[bool]) -> tuple[ChannelRange, ...]:
+    """The channels of the selected groups as maximal ranges.
 
-    >>> runs_of((2, 3, 4, 1), (True, True, False, True))
-    (Run(start=0, width=5), Run(start=9, width=1))
+    >>> ranges_of((2, 3, 4, 1), (True, True, False, True))
+    (ChannelRange(start=0, width=5), ChannelRange(start=9, width=1))
     """
-    runs: list[Run] = []
+    ranges: list[ChannelRange] = []
     start = 0
     for size, chosen in zip(sizes, selected, strict=True):
-        if chosen and runs and runs[-1].start + runs[-1].width == start:
-            runs[-1] = Run(runs[-1].start, runs[-1].width + size)
+        if chosen and ranges and ranges[-1].start + ranges[-1].width == start:
+            ranges[-1] = ChannelRange(ranges[-1].start, ranges[-1].width + size)
         elif chosen:
-            runs.append(Run(start, size))
+            ranges.append(ChannelRange(start, size))
         start += size
-    return tuple(runs)
+    return tuple(ranges)
 
 
 def _cardinality_used(sizes: Sequence[int], selected: Sequence[bool], channels: int, groups: int) -> list[bool]:
-    runs = runs_of(sizes, selected) if sizes else (Run(0, channels),)
+    ranges = ranges_of(sizes, selected) if sizes else (ChannelRange(0, channels),)
     starts = range(0, channels, channels // groups)
-    return [any(run.start <= start < run.start + run.width for run in runs) for start in starts]
+    return [any(range_.start <= start < range_.start + range_.width for range_ in ranges) for start in starts]
 
 
 @lru_cache(maxsize=4096)
@@ -87,18 +87,18 @@ def part_of(
     """The part of the convolution that a selection computes.
 
     >>> part_of((True, False), 8, 6, 1, (2, 4), ())
-    Part(inputs=(Run(start=0, width=8),), outputs=(Run(start=0, width=2),), constant=(), groups=1)
+    Part(inputs=(ChannelRange(start=0, width=8),), outputs=(ChannelRange(start=0, width=2),), constant=(), groups=1)
     """
     if groups == 1:
-        inputs = runs_of(in_sizes, selected) if in_sizes else (Run(0, in_channels),)
-        outputs = runs_of(out_sizes, selected) if out_sizes else (Run(0, out_channels),)
+        inputs = ranges_of(in_sizes, selected) if in_sizes else (ChannelRange(0, in_channels),)
+        outputs = ranges_of(out_sizes, selected) if out_sizes else (ChannelRange(0, out_channels),)
         return Part(inputs, outputs, (), 1) if inputs and outputs else Part((), (), outputs, 0)
     reads = _cardinality_used(in_sizes, selected, in_channels, groups)
     writes = _cardinality_used(out_sizes, selected, out_channels, groups)
     both = [r and w for r, w in zip(reads, writes, strict=True)]
     bare = [w and not r for r, w in zip(reads, writes, strict=True)]
     in_each, out_each = (in_channels // groups,) * groups, (out_channels // groups,) * groups
-    return Part(runs_of(in_each, both), runs_of(out_each, both), runs_of(out_each, bare), sum(both))
+    return Part(ranges_of(in_each, both), ranges_of(out_each, both), ranges_of(out_each, bare), sum(both))
 
 
 def segments_of(route: Route, geometry: Geometry, in_channels: int, out_channels: int) -> list[Segment]:
@@ -133,16 +133,16 @@ def _packed(x: Tensor) -> tuple[Tensor, int]:
 def gather(
     x: Tensor,  # [B, C, H, W]
     segment: Segment,
-    runs: Sequence[Run],
+    ranges: Sequence[ChannelRange],
     dtype: torch.dtype,
 ) -> Tensor:  # [n, width, H, W] in x's memory format
-    """The channels of `runs` of a segment's instances."""
+    """The channels of `ranges` of a segment's instances."""
     n = segment.order.shape[0]
-    if segment.first >= 0 and runs[0].width == x.shape[1]:
+    if segment.first >= 0 and ranges[0].width == x.shape[1]:
         return x.narrow(0, segment.first, n).to(dtype)
     packed, unit = _packed(x)
     taken = []
-    for start, width in runs:
+    for start, width in ranges:
         rows = gather_rows(packed, segment.order, width * unit, dtype=dtype, start=start * unit)
         taken.append(rows.reshape(n, width, *x.shape[2:]))
     return taken[0] if len(taken) == 1 else torch.cat(taken, dim=1)
@@ -152,45 +152,45 @@ def scatter_(
     out: Tensor,  # [B, C, H, W] without gaps in memory
     rows: Tensor,  # [n, width, H, W]
     segment: Segment,
-    runs: Sequence[Run],
+    ranges: Sequence[ChannelRange],
 ) -> None:
-    """Write the channels of `rows` into `runs` of a segment's instances in out."""
+    """Write the channels of `rows` into `ranges` of a segment's instances in out."""
     n = segment.order.shape[0]
-    if segment.first >= 0 and runs[0].width == out.shape[1]:
+    if segment.first >= 0 and ranges[0].width == out.shape[1]:
         out.narrow(0, segment.first, n).copy_(rows)
         return
     packed, unit = _packed(out)
     format = torch.channels_last if unit == 1 else torch.contiguous_format
     taken = 0
-    for start, width in runs:
+    for start, width in ranges:
         block = rows.narrow(1, taken, width).contiguous(memory_format=format)
         scatter_rows_(packed, block.view(n, -1, 1, 1) if unit > 1 else block, segment.order, start=start * unit)
         taken += width
 
 
 def allocate(
-    shape: Sequence[int], dtype: torch.dtype, format: torch.memory_format, written: Iterable[Sequence[Run]]
+    shape: Sequence[int], dtype: torch.dtype, format: torch.memory_format, written: Iterable[Sequence[ChannelRange]]
 ) -> Tensor:
     """An empty tensor, all of it zeroed if a segment leaves channels unwritten: one pass over the whole is faster
     than many over the pieces that stay empty."""
     out = torch.empty(shape, dtype=dtype, memory_format=format)
-    if any(sum(run.width for run in runs) < shape[1] for runs in written):
+    if any(sum(range_.width for range_ in ranges) < shape[1] for ranges in written):
         out.zero_()
     return out
 
 
-def fill_(out: Tensor, segment: Segment, runs: Sequence[Run], bias: Tensor | None) -> None:
-    """Write the bias (float [C]; None: zero) into channels `runs` of a segment's instances in out [B, C, H, W]."""
-    for start, width in runs:
+def fill_(out: Tensor, segment: Segment, ranges: Sequence[ChannelRange], bias: Tensor | None) -> None:
+    """Write the bias (float [C]; None: zero) into channels `ranges` of a segment's instances in out [B, C, H, W]."""
+    for start, width in ranges:
         value = out.new_zeros(1) if bias is None else bias.narrow(0, start, width).to(out.dtype)
         for instance in segment.order.tolist():  # a fifth of the time that one indexed assignment takes
             out[instance].narrow(0, start, width).copy_(value.view(-1, 1, 1))
 
 
-def _take(x: Tensor, dim: int, runs: Sequence[Run]) -> Tensor:  # [..., C, ...] -> [..., width, ...]
-    if runs[0].width == x.shape[dim]:
+def _take(x: Tensor, dim: int, ranges: Sequence[ChannelRange]) -> Tensor:  # [..., C, ...] -> [..., width, ...]
+    if ranges[0].width == x.shape[dim]:
         return x
-    slices = [x.narrow(dim, *run) for run in runs]
+    slices = [x.narrow(dim, *range_) for range_ in ranges]
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim)
 
 
@@ -218,7 +218,9 @@ def _convolve(
 
 def is_plain(segments: Sequence[Segment], out_channels: int) -> bool:
     """True where one ordinary convolution does it all: the whole batch, in its order, every output channel."""
-    return len(segments) == 1 and segments[0].first == 0 and segments[0].part.outputs == (Run(0, out_channels),)
+    return (
+        len(segments) == 1 and segments[0].first == 0 and segments[0].part.outputs == (ChannelRange(0, out_channels),)
+    )
 
 
 def forward(
@@ -262,24 +264,24 @@ class _Sums:
 
     def add_weight(self, part: Part, dweight: Tensor) -> None:  # [outputs, inputs of the part, R, S]
         assert self.weight is not None
-        columns = part.inputs if self.groups == 1 else (Run(0, dweight.shape[1]),)
+        columns = part.inputs if self.groups == 1 else (ChannelRange(0, dweight.shape[1]),)
         for rows, out_taken in _with_offsets(part.outputs):
-            for run, in_taken in _with_offsets(columns):
-                block = dweight.narrow(0, out_taken, rows.width).narrow(1, in_taken, run.width)
-                self.weight.narrow(0, *rows).narrow(1, *run).add_(block)
+            for range_, in_taken in _with_offsets(columns):
+                block = dweight.narrow(0, out_taken, rows.width).narrow(1, in_taken, range_.width)
+                self.weight.narrow(0, *rows).narrow(1, *range_).add_(block)
 
-    def add_bias(self, runs: Sequence[Run], dbias: Tensor) -> None:  # [channels of runs]
+    def add_bias(self, ranges: Sequence[ChannelRange], dbias: Tensor) -> None:  # [channels of ranges]
         assert self.bias is not None
-        for run, taken in _with_offsets(runs):
-            self.bias.narrow(0, *run).add_(dbias.narrow(0, taken, run.width))
+        for range_, taken in _with_offsets(ranges):
+            self.bias.narrow(0, *range_).add_(dbias.narrow(0, taken, range_.width))
 
 
-def _with_offsets(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
-    """Each run, and the number of channels in the runs before it."""
+def _with_offsets(ranges: Sequence[ChannelRange]) -> Iterator[tuple[ChannelRange, int]]:
+    """Each range, and the number of channels in the ranges before it."""
     taken = 0
-    for run in runs:
-        yield run, taken
-        taken += run.width
+    for range_ in ranges:
+        yield range_, taken
+        taken += range_.width
 
 
 def backward(
@@ -324,10 +326,10 @@ def _segment_backward(
     if output_mask[1]:
         rows = gather(x, segment, part.inputs, dtype)
     else:  # only its shape is looked at
-        shape = segment.order.shape[0], sum(run.width for run in part.inputs), *x.shape[2:]
+        shape = segment.order.shape[0], sum(range_.width for range_ in part.inputs), *x.shape[2:]
         rows = torch.empty(shape, dtype=dtype, memory_format=memory_format_of(x))
     return torch.ops.aten.convolution_backward(
         gather(grad, segment, part.outputs, dtype), rows, _weight_of(weight, part, geometry),
-        [sum(run.width for run in part.outputs)], geometry.stride, geometry.padding, geometry.dilation,
+        [sum(range_.width for range_ in part.outputs)], geometry.stride, geometry.padding, geometry.dilation,
         False, (0, 0), part.groups, output_mask,
     )  # fmt: skip

@@ -28,8 +28,8 @@ def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = Fa
         return False
     if x.dtype == torch.bfloat16:
         fits = tuple(geometry.dilation) == (1, 1) and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-        return fits and extension.has_dynamic_residual_bf16()
-    return x.dtype == torch.float32 and extension.has_dynamic_residual()
+        return fits and extension.has_direct_bf16()
+    return x.dtype == torch.float32 and extension.has_direct_float32()
 
 
 def _window(kernel: Sequence[int], geometry: Geometry) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._cuda_layout import FusedLayout, FusedProblem, fused_layout
+from ._cuda_layout import FusedArguments, FusedLayout, fused_layout
 from ._cuda_support import runs_on
 from ._extension import extension
 from .float32 import allows_tf32
@@ -83,12 +83,12 @@ def layout_of(
     return _layout(_problem(x, weights))
 
 
-def _problem(x: Tensor, weights: "ResidualWeights") -> FusedProblem:  # x [B, C, H, W]
+def _problem(x: Tensor, weights: "ResidualWeights") -> FusedArguments:  # x [B, C, H, W]
     device: Any = torch.cuda.get_device_properties(x.device)
     widths = tuple(accumulate(weights.groups))
     B, C, H, W = x.shape
     chip = device.multi_processor_count, device.shared_memory_per_block_optin
-    return FusedProblem(B, H, W, C, weights.conv2.shape[0], widths, weights.stride, x.itemsize, *chip)
+    return FusedArguments(B, H, W, C, weights.conv2.shape[0], widths, weights.stride, x.itemsize, *chip)
 
 
 def addresses_of(weights: "ResidualWeights") -> tuple[int, ...]:

@@ -14,7 +14,7 @@ LEAST_PIXELS = 48  # fewest pixels that share a read of the weights: with fewer,
 STAGE_BYTES = 24 << 10  # largest step of weights: a larger one only delays the first product
 
 
-class FusedProblem(NamedTuple):
+class FusedArguments(NamedTuple):
     """A residual block, a batch and a GPU."""
 
     B: int
@@ -42,7 +42,7 @@ class FusedLayout(NamedTuple):
     bytes2: int
     blocks: int
 
-    def maps_bytes(self, p: FusedProblem) -> int:
+    def maps_bytes(self, p: FusedArguments) -> int:
         """Shared memory of the row of zeros, the activations and a slice of the hidden map."""
         hidden_rows = min(-(-p.H // p.stride), self.rows + 2)
         in_rows = min(p.H, (hidden_rows - 1) * p.stride + 3)
@@ -50,13 +50,13 @@ class FusedLayout(NamedTuple):
         pixels = in_rows * p.W * row + hidden_rows * -(-p.W // p.stride) * hidden_row
         return max(row, hidden_row) + self.instances * pixels
 
-    def shared(self, p: FusedProblem) -> int:
+    def shared(self, p: FusedArguments) -> int:
         """Shared memory in bytes."""
         slice1 = 16 * self.hidden_columns * (self.taps1 * self.bytes1 + PAD)
         slice2 = p.C_out * (self.taps2 * self.bytes2 + PAD)
         return self.maps_bytes(p) + STAGES * max(slice1, slice2)
 
-    def is_worth(self, p: FusedProblem) -> bool:
+    def is_worth(self, p: FusedArguments) -> bool:
         """True where the kernel should win over two launches, whose tiles are pixels of many instances.
 
         A byte of weights serves as many FLOPs as pixels share it, in float32 half as many, at half the rate: at 4 x 4
@@ -65,7 +65,7 @@ class FusedLayout(NamedTuple):
         return self.instances * self.rows * -(-p.W // p.stride) >= LEAST_PIXELS
 
 
-def _tiles(p: FusedProblem) -> Iterator[tuple[int, int, int]]:
+def _tiles(p: FusedArguments) -> Iterator[tuple[int, int, int]]:
     """Triples (instances, rows, columns) to try, best first."""
     Ho, Wo = -(-p.H // p.stride), -(-p.W // p.stride)
     columns = [n for n in (1, 2, 4, 8) if n * WARP_CHANNELS >= p.C_out]
@@ -81,7 +81,7 @@ def _tiles(p: FusedProblem) -> Iterator[tuple[int, int, int]]:
             yield 1, min(Ho, rows), n
 
 
-def _hidden_columns(p: FusedProblem, instances: int, rows: int) -> int | None:
+def _hidden_columns(p: FusedArguments, instances: int, rows: int) -> int | None:
     """Warps that share a slice: as many as the pixels leave; no slice wider than the narrowest level if possible."""
     pixels = instances * min(-(-p.H // p.stride), rows + 2) * -(-p.W // p.stride)
     fits = [n for n in (1, 2, 4, 8) if pixels <= WARPS // n * WARP_PIXELS]
@@ -96,10 +96,10 @@ def _step(rows: int, whole: int, room: int) -> tuple[int, int] | None:
     return next((step for step in steps if rows * (step[0] * step[1] + PAD) <= room), None)
 
 
-def fused_layout(p: FusedProblem) -> FusedLayout | None:
+def fused_layout(p: FusedArguments) -> FusedLayout | None:
     """The layout of a problem, None where the fused kernel does not take it or should not.
 
-    >>> fused_layout(FusedProblem(512, 16, 16, 128, 128, (32, 64, 128), 1, 2, 132, 227 << 10))
+    >>> fused_layout(FusedArguments(512, 16, 16, 128, 128, (32, 64, 128), 1, 2, 132, 227 << 10))
     FusedLayout(instances=1, rows=16, columns=2, hidden_columns=2, taps1=1, bytes1=256, taps2=1, bytes2=64, blocks=132)
     """
     channels = (p.C, p.C_out, *p.widths)

@@ -1,6 +1,16 @@
 """Checks of the convolutions and batch norms that are folded into the weights of a block."""
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def check_layers(op: str, **layers: nn.Module | None) -> None:
+    """Raise TypeError unless every conv... is an nn.Conv2d, and every bn... a batch norm or None."""
+    for name, layer in layers.items():
+        convolution = name.startswith("conv")
+        if not isinstance(layer, nn.Conv2d if convolution else _BatchNorm | None):
+            kind = "an nn.Conv2d" if convolution else "an nn.BatchNorm2d"
+            raise TypeError(f"{op}: {name} must be {kind}, got {type(layer).__name__}")
 
 
 def hidden_groups(op: str, conv1: nn.Conv2d) -> tuple[int, ...]:

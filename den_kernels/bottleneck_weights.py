@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._conv_direct import pack
 from ._extension import extension
-from ._fold_checks import check_convolution, check_norm, hidden_groups
+from ._fold_checks import check_convolution, check_layers, check_norm, hidden_groups
 from ._geometry import Geometry, dense
 from ._handle import HasHandle
 from .folding import fold_norm, norm_affine
@@ -133,7 +133,7 @@ class BottleneckWeights(HasHandle):
             return False
         if self.conv1.dtype == torch.bfloat16:
             return extension.bf16_isa() == "AMX" and self.cardinality == 1 and C % 32 == 0
-        return self.conv1.dtype == torch.float32 and extension.has_dynamic_residual() and C % 16 == 0
+        return self.conv1.dtype == torch.float32 and extension.has_direct_float32() and C % 16 == 0
 
 
 def _checked_groups(
@@ -145,6 +145,7 @@ def _checked_groups(
     bn3: nn.BatchNorm2d,
 ) -> tuple[int, ...]:
     """The sizes of the hidden channel groups; raises for layers that are none of a block's or do not fit each other."""
+    check_layers(_OP, conv1=conv1, bn1=bn1, conv2=conv2, bn2=bn2, conv3=conv3, bn3=bn3)
     for name, conv, stride, cardinality in (("conv1", conv1, 1, 1), ("conv2", conv2, None, conv2.groups),
                                             ("conv3", conv3, 1, 1)):  # fmt: skip
         check_convolution(_OP, name, conv, conv1, stride, cardinality)

@@ -293,6 +293,8 @@ def dynamic_batch_norm(
         refuse_symbols("dynamic_batch_norm", x)
     if x.dim() != 4:
         raise ValueError(f"dynamic_batch_norm: x must be [B, C, H, W], got shape {list(x.shape)}")
+    if eps < 0:
+        raise ValueError(f"dynamic_batch_norm: eps must be at least 0, got {eps}")
     route = route_for(x, route, len(groups), "dynamic_batch_norm")
     _check(x, route, groups, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     eager = runs_eagerly(x, weight, bias)

@@ -43,6 +43,10 @@ class TrunkWeights(HasHandle):
     scale: Tensor | None = None
     shift: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError(f"{_OP}: blocks must be at least one, got none")
+
     @cached_property
     def handle(self) -> Any:
         """The kernel's own object, `extension.Trunk`; ValueError for blocks that do not follow one another."""

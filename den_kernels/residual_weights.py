@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _cuda
 from ._conv_direct import pack
 from ._extension import extension
-from ._fold_checks import check_convolution, check_norm, hidden_groups
+from ._fold_checks import check_convolution, check_layers, check_norm, hidden_groups
 from ._geometry import compute_dtype, dense
 from ._handle import HasHandle
 from .folding import fold_norm, norm_affine, shifted_bias
@@ -22,7 +22,7 @@ _OP = "dynamic_residual"
 # Fewest input channels of conv1 and conv2 that are read unpacked if `copy` is False: with fewer, that is too slow.
 # conv2 needs more, because its inputs are hidden channels, of which a low level keeps few.
 _WIDE = (128, 256)
-_HAS_DIRECT = {torch.float32: "has_dynamic_residual", torch.bfloat16: "has_dynamic_residual_bf16"}
+_HAS_DIRECT = {torch.float32: "has_direct_float32", torch.bfloat16: "has_direct_bf16"}
 
 
 def stand_in(weight: Tensor) -> Tensor:
@@ -226,6 +226,7 @@ def _checked_groups(
     conv1: nn.Conv2d, bn1: nn.BatchNorm2d | None, conv2: nn.Conv2d, bn2: nn.BatchNorm2d, post_activation: bool
 ) -> tuple[int, ...]:
     """The sizes of the hidden channel groups; raises for layers that are none of a block's or do not fit each other."""
+    check_layers(_OP, conv1=conv1, bn1=bn1, conv2=conv2, bn2=bn2)
     check_convolution(_OP, "conv1", conv1, conv1, stride=None)
     check_convolution(_OP, "conv2", conv2, conv1)
     groups = hidden_groups(_OP, conv1)

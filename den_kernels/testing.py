@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._conv_arguments import pad, pair
+
 LEVEL_KINDS = ("uniform", "zero", "top", "ascending", "no middle", "last only")
 
 
@@ -107,13 +109,15 @@ def masked_conv2d(
     """A dynamic convolution by PyTorch: the whole one, masked on both sides. Its error sets the tolerance."""
     if in_groups:
         x = x.where(channel_mask(selection, in_groups)[:, :, None, None], 0)
-    y = F.conv2d(x, weight, bias, **keywords)
+    stride, dilation = (pair(keywords.pop(name, 1), name, 1) for name in ("stride", "dilation"))
+    x, padding = pad(x, weight, keywords.pop("padding", 0), stride, dilation)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, **keywords)
     return y.where(channel_mask(selection, out_groups)[:, :, None, None], 0) if out_groups else y
 
 
 @dataclass(frozen=True)
-class ConvProblem:
-    """A seeded problem for `dynamic_conv2d`. Group sizes are () on a side that is not elastic."""
+class ConvCase:
+    """A seeded case for `dynamic_conv2d`. Group sizes are () on a side that is not elastic."""
 
     batch: int = 5
     size: tuple[int, int] = (9, 7)

@@ -7,10 +7,10 @@ Every kind of launch (a convolution, a weight gradient) is tried at each width a
 network with 256 images, all at the full level and mixed evenly. The search goes from the tile that the rules choose,
 one field after another (rows, columns, depth, warps, stages, programs), as long as that gains. A tile counts only after
 its result was compared with float64 element by element; one that wins must then give the same bits three times and pass
-another, ragged problem, and one of 8 or more warps (miscompiled before on Hopper: pytorch issues 173068, 177823,
+another, ragged case, and one of 8 or more warps (miscompiled before on Hopper: pytorch issues 173068, 177823,
 183989) must also be 3 % faster than the best of fewer.
 
-What gains 2 % or more over the rules goes into FOLDER/sm_<architecture>.json after every problem; without --out that
+What gains 2 % or more over the rules goes into FOLDER/sm_<architecture>.json after every case; without --out that
 is the table of this installation (`_triton/table.py` says what it holds). Its keys are kind, widths and dtype, never
 counts of instances, and nothing is tuned while a model runs.
 """
@@ -33,7 +33,7 @@ from ._triton.choice import Side
 from ._triton.clock import median_seconds
 from ._triton.launch import architecture
 from ._triton.rules import Tile
-from ._triton.trial import Problem, Run, problems, ragged, runs
+from ._triton.trial import Case, Trial, cases, ragged, trials
 
 VALUES = {
     "rows": (32, 64, 128, 256), "columns": (32, 64, 128, 256), "depth": (16, 32, 64, 128),
@@ -59,14 +59,14 @@ def trying(arch: int, key: table.Key, tile: Sequence[int] | None) -> Iterator[No
             entries[key] = before
 
 
-def rule(problem: Problem, arch: int) -> Tile:
+def rule(case: Case, arch: int) -> Tile:
     """The tile without a table."""
-    with trying(arch, problem.key, None):
-        if problem.kind == "weight":
-            sides = Side(problem.channels, problem.groups), Side(problem.channels, ())
-            return choice.choose_weight_tile(*sides, problem.dtype, arch, False)
-        C = problem.channels
-        return choice.choose_tile(C, C, problem.dtype, arch)
+    with trying(arch, case.key, None):
+        if case.kind == "weight":
+            sides = Side(case.channels, case.groups), Side(case.channels, ())
+            return choice.choose_weight_tile(*sides, case.dtype, arch, False)
+        C = case.channels
+        return choice.choose_tile(C, C, case.dtype, arch)
 
 
 def shared_bytes(kind: str, tile: Tile, dtype: torch.dtype) -> int:
@@ -87,11 +87,11 @@ def fits(kind: str, tile: Tile, n: int, k: int, dtype: torch.dtype, shared: int)
     return table.is_sound(tile, n, k) and in_registers and shared_bytes(kind, tile, dtype) <= shared
 
 
-def neighbours(problem: Problem, tile: Tile, field: str, shared: int) -> list[Tile]:
+def neighbours(case: Case, tile: Tile, field: str, shared: int) -> list[Tile]:
     """The tiles that differ in one field and fit."""
-    _, n, k, _ = problem.key
+    _, n, k, _ = case.key
     found = [tile._replace(**{field: value}) for value in VALUES[field] if value != getattr(tile, field)]
-    return [other for other in found if fits(problem.kind, other, n, k, problem.dtype, shared)]
+    return [other for other in found if fits(case.kind, other, n, k, case.dtype, shared)]
 
 
 def shared_memory(device: torch.device) -> int:
@@ -100,39 +100,39 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10))
 
 
-def compile_ahead(candidates: Sequence[Tile], tested: Sequence[Run], arch: int) -> None:
-    """Compile the kernels of some candidates side by side; one that cannot be compiled fails later, when it is run."""
+def compile_ahead(candidates: Sequence[Tile], tested: Sequence[Trial], arch: int) -> None:
+    """Compile the kernels of some candidates side by side; one that cannot be compiled fails when it is tried."""
     if tested[0].x.device.type != "cuda":
         return
     from triton import AsyncCompileMode
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, AsyncCompileMode(pool, ignore_errors=True):
-        for tile, run in product(candidates, tested):
-            with trying(arch, run.problem.key, tile):
-                launch = run.launch()
+        for tile, trial in product(candidates, tested):
+            with trying(arch, trial.case.key, tile):
+                launch = trial.launch()
                 launch.kernel.warmup(grid=(launch.programs,), **launch.arguments)
 
 
-def score(tile: Tile, tested: Sequence[Run], arch: int) -> float:
-    """Seconds of all runs with the tile; infinite where a result is wrong or the launch impossible."""
+def score(tile: Tile, tested: Sequence[Trial], arch: int) -> float:
+    """Seconds of all trials with the tile; infinite where a result is wrong or the launch impossible."""
     device = tested[0].x.device
-    with trying(arch, tested[0].problem.key, tile):
+    with trying(arch, tested[0].case.key, tile):
         try:
-            if any(run.error() > 1 for run in tested):
+            if any(trial.error() > 1 for trial in tested):
                 return float("inf")
-            return sum(median_seconds(run.call, device) for run in tested)
+            return sum(median_seconds(trial.call, device) for trial in tested)
         except Exception as error:
             if device.type == "cuda" and "CUDA error" in str(error):  # nothing runs in this process any more
                 raise
             return float("inf")
 
 
-def is_trusted(tile: Tile, tested: Sequence[Run], arch: int) -> bool:
-    """True where three runs give equal bits and a ragged problem comes out right."""
-    odd = ragged(tested[0].problem, tested[0].x.device)
-    with trying(arch, odd.problem.key, tile):
-        once = [run.bits() for run in tested]
-        again = [torch.equal(run.bits(), first) for _ in range(2) for run, first in zip(tested, once, strict=True)]
+def is_trusted(tile: Tile, tested: Sequence[Trial], arch: int) -> bool:
+    """True where three runs give equal bits and a ragged case comes out right."""
+    odd = ragged(tested[0].case, tested[0].x.device)
+    with trying(arch, odd.case.key, tile):
+        once = [trial.bits() for trial in tested]
+        again = [torch.equal(trial.bits(), first) for _ in range(2) for trial, first in zip(tested, once, strict=True)]
         return all(again) and odd.error() <= 1
 
 
@@ -149,9 +149,9 @@ def choose(scores: dict[Tile, float], first: Tile, trusted: Callable[[Tile], boo
 
 
 class Found(NamedTuple):
-    """The result of the search of one problem."""
+    """The result of the search of one case."""
 
-    problem: Problem
+    case: Case
     rule: Tile
     tile: Tile
     rule_seconds: float
@@ -159,19 +159,17 @@ class Found(NamedTuple):
     tried: int
 
 
-def search(
-    problem: Problem, device: torch.device, deadline: float, clock: Callable[[], float] = time.monotonic
-) -> Found:
+def search(case: Case, device: torch.device, deadline: float, clock: Callable[[], float] = time.monotonic) -> Found:
     """Try tiles from the rule's on, field by field, until a round gains nothing or the deadline is past."""
     arch, shared = architecture(device)[0], shared_memory(device)
-    tested = runs(problem, device)
-    first = best = rule(problem, arch)
+    tested = trials(case, device)
+    first = best = rule(case, arch)
     scores = {first: score(first, tested, arch)}
     improved = True
     while improved and clock() < deadline:
         improved = False
         for field in VALUES:
-            found = [tile for tile in neighbours(problem, best, field, shared) if tile not in scores]
+            found = [tile for tile in neighbours(case, best, field, shared) if tile not in scores]
             if found and clock() < deadline:
                 compile_ahead(found, tested, arch)
             for tile in found:
@@ -181,12 +179,12 @@ def search(
             improved |= fastest != best
             best = fastest
     chosen = choose(scores, first, lambda tile: is_trusted(tile, tested, arch))
-    return Found(problem, first, chosen, scores[first], scores[chosen], len(scores))
+    return Found(case, first, chosen, scores[first], scores[chosen], len(scores))
 
 
 def describe(found: Found) -> str:
     """The result of a search as a line of text: tile, times, gain over the rule, tiles tried."""
-    kind, n, _, dtype = found.problem.key
+    kind, n, _, dtype = found.case.key
     gain = found.rule_seconds / found.seconds if found.seconds else 1.0
     return (
         f"{kind} {n} {dtype}: {tuple(found.tile)} {found.seconds * 1e6:.1f} us, rule {tuple(found.rule)} "
@@ -195,27 +193,27 @@ def describe(found: Found) -> str:
 
 
 def tune(
-    todo: Sequence[Problem],
+    todo: Sequence[Case],
     device: torch.device,
     seconds: float,
     folder: Path | None = None,
     report: Callable[[str], object] = print,
 ) -> list[Found]:
-    """Search every problem within `seconds`, sharing what is left of them, and write the table after each."""
+    """Search every case within `seconds`, sharing what is left of them, and write the table after each."""
     arch, end, results = architecture(device)[0], time.monotonic() + seconds, []
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    for done, problem in enumerate(todo):
+    for done, case in enumerate(todo):
         now = time.monotonic()
         if now >= end:
-            report(f"out of time: {len(todo) - done} of {len(todo)} problems were not searched")
+            report(f"out of time: {len(todo) - done} of {len(todo)} cases were not searched")
             break
-        found = search(problem, device, now + (end - now) / (len(todo) - done))
+        found = search(case, device, now + (end - now) / (len(todo) - done))
         results.append(found)
         report(describe(found))
         entries = table.tiles(arch)
-        entries.pop(problem.key, None)
+        entries.pop(case.key, None)
         if found.tile != found.rule:
-            entries[problem.key] = tuple(found.tile)
+            entries[case.key] = tuple(found.tile)
         write(table.render(entries, arch, gpu, rules.installed()), table.file_of(arch, folder))
     return results
 
@@ -233,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m den_kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=300.0, help="for all problems together (default 300)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="for all cases together (default 300)")
     parser.add_argument("--kinds", nargs="+", default=list(table.KINDS), choices=table.KINDS)
     parser.add_argument("--channels", nargs="+", type=int, default=[64, 128, 256, 512], choices=table.WIDTHS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES))
@@ -243,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("den_kernels.tune: a CUDA device is needed, torch finds none", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    todo = problems(options.kinds, options.channels, [DTYPES[name] for name in options.dtypes])
+    todo = cases(options.kinds, options.channels, [DTYPES[name] for name in options.dtypes])
     tune(todo, device, options.seconds, options.out, lambda line: print(line, flush=True))
     return 0
 

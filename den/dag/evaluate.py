@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -13,13 +13,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from den.dag.extract import SubNetwork
+from den.dag.extract import SubNetwork, alone, plain_edge
 from den.dag.graph import SubGraph
+from den.dag.head import head_flops
 from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.data import ImageSet, SceneSet
-from den.nn.tasks import find_task
+from den.data.images import Example
+from den.data.loaders import LoaderSet
 from den.support import ranks
 from den.support.device import wait_for
 
@@ -54,7 +56,7 @@ class TaskCost:
 
 def evaluate_tasks(
     model: DagNetwork | PeerNetwork,
-    sets: Sequence[ImageSet | SceneSet],
+    sets: Sequence[ImageSet | SceneSet | LoaderSet],
     batch_size: int = BATCH,
     *,
     shared: bool = False,
@@ -75,30 +77,45 @@ def evaluate_tasks(
 
 
 def _evaluate(
-    model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet, batch_size: int, shared: bool
+    model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet | LoaderSet, batch_size: int, shared: bool
 ) -> dict[str, TaskResult]:
     """Results of all tasks of one set, by name; each batch runs them together."""
-    tasks = image_set.tasks
-    step = min(batch_size, DENSE_BATCH) if any(task.dense for task in tasks) else batch_size
+    tasks, count = image_set.tasks, 0
     found: list[list[float]] = []  # of each batch: the sums of the tasks' losses
     metrics = {task.name: KINDS[task.kind].metrics(task) for task in tasks}
-    starts = range(0, len(image_set), step)
-    for start in starts[ranks.rank() :: ranks.count()] if shared else starts:
-        names, images, targets = zip(*image_set.examples(slice(start, start + step)), strict=True)
+    for examples in _batches(image_set, batch_size, shared):
+        names, images, targets = zip(*examples, strict=True)
+        count += len(images[0])
         found.append([])
         for task, output, target in zip(tasks, model(images, names), targets, strict=True):
             found[-1].append(KINDS[task.kind].loss(output, target).item() * len(target))
             metrics[task.name].add(output, target)
     if shared:
         found, (metrics, *others) = ranks.in_turns(found), ranks.gathered(metrics)
+        count = sum(ranks.gathered(count))
         for other, name in itertools.product(others, metrics):
             metrics[name].take_in(other[name])
     losses = {task.name: sum(each) for task, each in zip(tasks, zip(*found, strict=True), strict=True)}
-    count = len(image_set)
     for task in tasks:
         if not metrics[task.name].count:
             raise ValueError(f"evaluate: {task.name} must have a target in the set, got none in {count} images")
     return {name: TaskResult(name, count, losses[name] / count, metrics[name].results()) for name in losses}
+
+
+def _batches(
+    image_set: ImageSet | SceneSet | LoaderSet, batch_size: int, shared: bool = False
+) -> Iterator[list[Example]]:
+    """Batches of a set in its order, once through; a loader's as it makes them.
+
+    shared: those batches of a set in memory whose turn it is in this process.
+    """
+    if isinstance(image_set, LoaderSet):
+        yield from image_set.batches()
+        return
+    step = min(batch_size, DENSE_BATCH) if any(task.dense for task in image_set.tasks) else batch_size
+    starts = range(0, len(image_set), step)
+    for start in starts[ranks.rank() :: ranks.count()] if shared else starts:
+        yield image_set.examples(slice(start, start + step))
 
 
 def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
@@ -111,17 +128,19 @@ def task_costs(model: DagNetwork | PeerNetwork) -> list[TaskCost]:
         return [TaskCost(t.name, kept, count, model.flops(k), spread[k]) for k, t in enumerate(model.tasks)]
     found = []
     for k, task in enumerate(model.tasks):
-        alone = SubNetwork(cast(DagNetwork, model), k)
-        flops = alone.stem.flops() + alone.head.flops() + alone.trunk_flops()
-        found.append(TaskCost(task.name, alone.kept, alone.parameters_count, flops, spread[k]))
+        network = SubNetwork(cast(DagNetwork, model), k)
+        flops = network.stem.flops() + head_flops(network.head, task, model.config) + network.trunk_flops()
+        found.append(TaskCost(task.name, network.kept, network.parameters_count, flops, spread[k]))
     return found
 
 
 def deployed_parameters(model: DagNetwork | PeerNetwork) -> int:
-    """Learned numbers of the network less the edges that no task keeps; gates are counted where they are kept."""
+    """Learned numbers of the network less the edges, and channel groups of edges, that no task keeps; gates are counted
+    where they are kept."""
     if isinstance(model, PeerNetwork):
         return sum(p.numel() for name, p in model.named_parameters() if "gates." not in name)
-    modules = [*model.stems, *model.heads, *(model.edges[e] for e in model.used_edges())]
+    levels = model.gates.edge_levels.amax(0).tolist()  # the most that a task uses of each edge
+    modules = [*model.stems, *model.heads, *(plain_edge(model, e, levels[e]) for e in model.used_edges())]
     ends = [end for stage in model.stages for end in (stage.read_in, stage.read_out)]
     used = model.gates.block_levels().any(0)[len(model.edges) :].tolist()
     modules += [end for end, kept in zip(ends, used, strict=True) if kept]
@@ -137,10 +156,10 @@ def time_tasks(
     with torch.inference_mode():
         examples = [example for each in sets for example in each.examples(slice(0, batch_size))]
         images = {name: part for name, part, _ in examples}
-        alone = {name: _alone(model, name) for name in images}
-        seconds: dict[str, list[float]] = {name: [] for name in alone}
+        networks = {name: _alone(model, name) for name in images}
+        seconds: dict[str, list[float]] = {name: [] for name in networks}
         for _ in range(rounds + 1):
-            for name, network in alone.items():
+            for name, network in networks.items():
                 wait_for(images[name].device)
                 start = time.perf_counter()
                 network(images[name])
@@ -151,8 +170,4 @@ def time_tasks(
 
 def _alone(model: DagNetwork | PeerNetwork, task: str) -> Callable[[Tensor], Tensor]:
     """The smallest network that runs one task: its sub-network; the whole of a cross-stitch network, which has none."""
-    if isinstance(model, CrossStitchNetwork):
-        return partial(model, task=task)
-    if isinstance(model, SeparateNetworks):
-        return SubNetwork(model.networks[find_task(task, model.tasks)], 0).eval()
-    return SubNetwork(cast(DagNetwork, model), task).eval()
+    return partial(model, task=task) if isinstance(model, CrossStitchNetwork) else alone(model, task)

@@ -38,14 +38,15 @@ class Gates(nn.Module):
         self.register_buffer("edge_levels", torch.full((tasks, len(graph.edges)), groups, dtype=torch.int32))
         self.register_buffer("kept_in", torch.ones(tasks, graph.states, dtype=torch.bool))
         self.register_buffer("kept_out", torch.ones(tasks, graph.states, dtype=torch.bool))
-        self._draw: tuple[Tensor, float] | None = None
+        self._draw: tuple[Tensor, float, int] | None = None
 
     def values(self, bare: bool = False) -> tuple[Tensor, ...]:
         """Gates of what is kept, 0 elsewhere: read-in [K, N], edges [K, E], read-out [K, N]; bare: 1 where kept."""
         kept = self.kept_in, self.edge_levels > 0, self.kept_out
         if self._draw is not None:
-            noise, temperature = self._draw
-            edges = torch.where(kept[1], ((self.gamma + noise) / temperature).sigmoid(), 0)
+            noise, temperature, first = self._draw
+            edges = ((self.gamma + noise) / temperature).sigmoid()
+            edges = torch.where(kept[1], torch.cat([torch.ones_like(edges[:, :first]), edges[:, first:]], 1), 0)
             return kept[0].to(edges.dtype), edges, kept[2].to(edges.dtype)
         if bare:
             return tuple(mask.to(self.gamma.dtype) for mask in kept)
@@ -53,12 +54,13 @@ class Gates(nn.Module):
         return tuple(torch.where(mask, x.sigmoid(), 0) for mask, x in zip(kept, logits, strict=True))
 
     @contextmanager
-    def drawn(self, noise: Tensor, temperature: float) -> Iterator[None]:
+    def drawn(self, noise: Tensor, temperature: float, first: int = 0) -> Iterator[None]:
         """Context in which the edges' gates are samples of AdaShare's policies, those of read-in and read-out 1.
 
-        A sample is ``sigmoid((gamma + noise) / temperature)``; noise: [K, E].
+        A sample is ``sigmoid((gamma + noise) / temperature)``; noise: [K, E].  Edges before `first` have the gate 1
+        too.
         """
-        self._draw = noise, temperature
+        self._draw = noise, temperature, first
         try:
             yield
         finally:

@@ -7,7 +7,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from den.dag.kinds import KINDS
 from den.dag.model_config import DagConfig
 from den.nn.conv_norm import ConvNormReLU
 from den.nn.modules import Modules
@@ -32,7 +34,7 @@ class ClassHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:  # [B, C] -> [B, classes]
-        if self.training and len(pooled) == 1 and not self.norm.shares:
+        if self.training and pooled.shape[0] == 1 and not self.norm.shares:
             raise ValueError("ClassHead: while training a batch must hold at least two images of a task, got one")
         return self.linear(self.norm(pooled))
 
@@ -58,7 +60,7 @@ class DenseHead(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:  # [B, C, h, w] -> [B, classes, H, W]
         values = self.conv(torch.cat([branch(maps) for branch in self.branches], 1))
-        if not len(maps):
+        if not maps.shape[0]:
             return values[:, :, :1, :1].expand(-1, -1, *self.image_size)  # with a gradient, as where there are maps
         return F.interpolate(values, size=self.image_size, mode="bilinear", align_corners=False)
 
@@ -68,8 +70,21 @@ class DenseHead(nn.Module):
         return 2 * weights * self.map_size[0] * self.map_size[1]
 
 
-def make_head(task: Task, config: DagConfig) -> ClassHead | DenseHead:
+def make_head(task: Task, config: DagConfig) -> nn.Module:
     """The head of a task; a dense one reads the maps, the other their means."""
+    if (own := KINDS[task.kind].head) is not None:
+        return own(task, config)
     if task.dense:
         return DenseHead(config.channels, task, config.map_size())
     return ClassHead(config.channels, task.classes)
+
+
+def head_flops(head: nn.Module, task: Task, config: DagConfig) -> int:
+    """Twice the multiply-adds of a head for one image; of one that does not say, as torch counts them."""
+    if isinstance(head, ClassHead | DenseHead):
+        return head.flops()
+    like = next(head.parameters(), torch.empty(0))
+    shape = (1, config.channels, *(config.map_size() if task.dense else ()))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head(torch.zeros(shape, dtype=like.dtype, device=like.device))
+    return counter.get_total_flops()

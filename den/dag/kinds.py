@@ -1,4 +1,4 @@
-"""The kinds of tasks: how each is learned and measured."""
+"""The kinds of tasks: how each is learned and measured.  `register_kind` adds one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from den.dag.dense_losses import balanced_loss, depth_loss, normals_loss, segmentation_loss
 from den.dag.dense_metrics import (
@@ -18,7 +18,8 @@ from den.dag.dense_metrics import (
     SaliencyMetrics,
     SegmentationMetrics,
 )
-from den.nn.tasks import Task
+from den.dag.model_config import DagConfig
+from den.nn.tasks import TASK_KINDS, Task, TaskKind
 
 
 class Metrics(Protocol):
@@ -53,29 +54,53 @@ class ClassMetrics(Collected):
 
 @dataclass(frozen=True)
 class Kind:
-    """Loss and metrics of the tasks of one kind.
+    """Loss, metrics and outputs of the tasks of one kind.
 
     Attributes:
-        loss: of outputs and targets of a batch, a mean over its images.
+        loss: of outputs and targets of a batch, a mean over its images: a tensor [].
         metrics: makes what collects the results of a task.
         falling: the metrics of which less is better.
+        dense: True where every pixel has a target; the head then reads maps [B, C, h, w] and gives [B, values, H, W].
+        values: how many values such a task predicts; None: as many as the task says.
+        head: makes the head of a task in a network; None: batch norm and a linear layer [B, C] -> [B, values], of dense
+            tasks atrous spatial pyramid pooling.
         counts: True where the loss is a mean over other things than images, and takes a third argument, `Count`.
     """
 
     loss: Callable[..., Tensor]
     metrics: Callable[[Task], Metrics]
     falling: tuple[str, ...] = ()
+    dense: bool = False
+    values: int | None = None
+    head: Callable[[Task, DagConfig], nn.Module] | None = None
     counts: bool = False
 
 
-KINDS = {
-    "classification": Kind(F.cross_entropy, lambda task: ClassMetrics()),
-    "segmentation": Kind(segmentation_loss, lambda task: SegmentationMetrics(task.classes), counts=True),
-    "depth": Kind(depth_loss, lambda task: DepthMetrics(), ("abs_error", "rel_error"), True),
-    "normals": Kind(normals_loss, lambda task: NormalsMetrics(), ("mean_angle", "median_angle"), True),
-    "edges": Kind(balanced_loss, lambda task: EdgeMetrics(), counts=True),
-    "saliency": Kind(balanced_loss, lambda task: SaliencyMetrics(), counts=True),
-}
+KINDS: dict[str, Kind] = {}
+
+
+def register_kind(name: str, kind: Kind) -> None:
+    """Let tasks be of the kind `name` from here on; the same may be registered again.
+
+    Raises ValueError for a name that stands for another kind.
+    """
+    if KINDS.get(name, kind) != kind:
+        raise ValueError(f"register_kind: name must not be one of {', '.join(KINDS)}, got {name!r}")
+    KINDS[name], TASK_KINDS[name] = kind, TaskKind(kind.dense, kind.values)
+
+
+def _of_images(loss: Callable[..., Tensor], metrics: Callable[[Task], Metrics], *falling: str,
+               values: int | None = None) -> Kind:  # fmt: skip
+    return Kind(loss, metrics, falling, dense=True, values=values, counts=True)
+
+
+register_kind("classification", Kind(F.cross_entropy, lambda task: ClassMetrics()))
+register_kind("segmentation", _of_images(segmentation_loss, lambda task: SegmentationMetrics(task.classes)))
+register_kind("depth", _of_images(depth_loss, lambda task: DepthMetrics(), "abs_error", "rel_error", values=1))
+register_kind("normals", _of_images(normals_loss, lambda task: NormalsMetrics(), "mean_angle", "median_angle",
+                                    values=3))  # fmt: skip
+register_kind("edges", _of_images(balanced_loss, lambda task: EdgeMetrics(), values=1))
+register_kind("saliency", _of_images(balanced_loss, lambda task: SaliencyMetrics(), values=1))
 
 
 def relative_gains(kind: str, results: dict[str, float], single: dict[str, float]) -> dict[str, float]:

@@ -18,21 +18,27 @@ from den.nn.tasks import Task, find_task
 def task_loss(
     model: DagNetwork | PeerNetwork, batch: Batch, weights: Sequence[float] = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tasks of their mean losses, weighted (empty: by 1), and what to report of it: the mean of the losses,
-    the accuracy over the images of classification tasks, and the losses of dense tasks, on the model's device."""
+    """Sum over tasks of their mean losses, weighted (empty: by 1), and what to report of it, see `batch_losses`."""
+    losses, measured = batch_losses(model, batch)
+    if weights:
+        losses = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
+    return losses.sum(), measured
+
+
+def batch_losses(model: DagNetwork | PeerNetwork, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean losses of the tasks [K], in the order of the batch, and what to report of them: their mean, the accuracy
+    over the images of classification tasks, and the losses of the others, on the model's device."""
     outputs = model(batch.images, batch.tasks)
     tasks = [model.tasks[find_task(name, model.tasks)] for name in batch.tasks]
     losses = torch.stack([_loss(batch, k, tasks[k], output) for k, output in enumerate(outputs)])
     told = losses.detach()
     measured = {"loss": told.sum().double() / len(told)}
-    plain = [k for k, task in enumerate(tasks) if not task.dense]
+    plain = [k for k, task in enumerate(tasks) if task.kind == "classification"]
     if plain:
         hits = torch.cat([outputs[k].argmax(1) == batch.labels[k] for k in plain]).float()
         measured["accuracy"] = batch.mean(hits, *plain)
-    dense = {f"loss_{task.name}": loss for task, loss in zip(tasks, told, strict=True) if task.dense}
-    if weights:
-        losses = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
-    return losses.sum(), {**measured, **dense}
+    others = {f"loss_{t.name}": loss for t, loss in zip(tasks, told, strict=True) if t.kind != "classification"}
+    return losses, {**measured, **others}
 
 
 def _loss(batch: Batch, k: int, task: Task, output: Tensor) -> Tensor:

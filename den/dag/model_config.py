@@ -22,9 +22,13 @@ class DagConfig:
         channels: C of every state, a multiple of `groups`; with stages, of the first one's: stage s has 2^s C.
         trunk_size: side of the states' maps, or (height, width); with stages, of the first one's.  With a dense task a
             quarter of its images, rounded up.
-        groups: nested channel groups of each edge, of which a task may use the first few.
+        groups: nested channel groups of each edge, of which a task may use the first few: of the output of a
+            convolution, of the hidden channels of a residual block.
         gates: how deployed gates count: "soft", the sigmoid where kept; "bare", 1 where kept.
         stages: states of each resolution, see `Graph`; empty: all have the same.
+        edge: "conv", convolution, batch norm and ReLU; "residual", the elastic block of Deep Elastic Networks.
+        stem: "conv", or layers of a published network, see `den.dag.stem.PretrainedStem`; `trunk_size` is then the size
+            of their maps.
 
     Raises:
         ValueError: a value that does not fit, saying what must hold.
@@ -38,6 +42,8 @@ class DagConfig:
     groups: int = 1
     gates: Literal["soft", "bare"] = "soft"
     stages: tuple[int, ...] = ()
+    edge: Literal["conv", "residual"] = "conv"
+    stem: str = "conv"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
@@ -56,7 +62,9 @@ class DagConfig:
             raise ValueError(f"DagConfig: channels must be a multiple of groups = {self.groups}, got {self.channels}")
         if self.gates not in ("soft", "bare"):
             raise ValueError(f"DagConfig: gates must be 'soft' or 'bare', got {self.gates!r}")
-        for task in self.tasks:
+        if self.edge not in ("conv", "residual"):
+            raise ValueError(f"DagConfig: edge must be 'conv' or 'residual', got {self.edge!r}")
+        for task in self.tasks if self.stem == "conv" else ():
             fitting = quarter(task) if task.dense else self.map_size()[:1] * 2
             if fitting != self.map_size():
                 wanted = (

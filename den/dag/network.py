@@ -24,10 +24,11 @@ from den.dag.edge import Edge
 from den.dag.ends import MixedEnds
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
-from den.dag.head import ClassHead, DenseHead, make_head
+from den.dag.head import ClassHead, make_head
 from den.dag.model_config import DagConfig
 from den.dag.stages import StageEnds, make_edge
-from den.dag.stem import DagStem, DenseStem, make_stem
+from den.dag.stem import DagStem, Stem, make_stem
+from den.nn.blocks import ElasticBlock
 from den.nn.folding import folded_weight, may_fold
 from den.nn.modules import Modules
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
@@ -63,9 +64,9 @@ class DagNetwork(nn.Module):
     def __init__(self, config: DagConfig) -> None:
         super().__init__()
         self.config, self.tasks, self.graph = config, config.tasks, config.graph
-        self.stems: Modules[DagStem | DenseStem] = Modules(make_stem(task, config) for task in config.tasks)
-        self.edges: Modules[Edge] = Modules(make_edge(config, i, j) for i, j in self.graph.edges)
-        self.heads: Modules[ClassHead | DenseHead] = Modules(make_head(task, config) for task in config.tasks)
+        self.stems: Modules[Stem] = Modules(make_stem(task, config) for task in config.tasks)
+        self.edges: Modules[Edge | ElasticBlock] = Modules(make_edge(config, i, j) for i, j in self.graph.edges)
+        self.heads: Modules[nn.Module] = Modules(make_head(task, config) for task in config.tasks)
         later = range(1, len(self.graph.stages))
         self.stages: Modules[StageEnds] = Modules(StageEnds(config, stage) for stage in later)
         self.gates = Gates(self.graph, len(config.tasks), config.groups)
@@ -131,7 +132,8 @@ class DagNetwork(nn.Module):
 
     def _infer(self, x: Tensor, gates: BatchGates) -> Tensor:
         """`trunk` on folded weights, x [B, C, H, W]: on a CPU the whole graph in one call."""
-        if x.is_cpu and self.config.groups == 1 and x.dtype == gates.edges.dtype and gates.plan is not None:
+        convs = self.config.groups == 1 and self.config.edge == "conv"
+        if x.is_cpu and convs and x.dtype == gates.edges.dtype and gates.plan is not None:
             return dynamic_graph(x, self._weights(), gates.plan, gates.read_in, gates.edges, gates.read_out)
         return self.run_edges(x, gates)
 
@@ -152,13 +154,14 @@ class DagNetwork(nn.Module):
         return out
 
     def _weights(self) -> GraphWeights:
-        """The edges' convolutions with their batch norms folded in."""
+        """The edges' convolutions with their batch norms folded in; of a network without residual blocks."""
+        edges = [cast(Edge, edge) for edge in self.edges]
 
         def pack() -> GraphWeights:
-            pairs = [folded_weight(edge.conv, edge.norm) for edge in self.edges]
+            pairs = [folded_weight(edge.conv, edge.norm) for edge in edges]
             return GraphWeights.pack(self.graph.states, self.graph.edges, *zip(*pairs, strict=True))
 
-        return self._packed.of(tuple(module for edge in self.edges for module in (edge.conv, edge.norm)), pack)
+        return self._packed.of(tuple(module for edge in edges for module in (edge.conv, edge.norm)), pack)
 
     def _edge(self, e: int, states: list[Tensor], gates: BatchGates) -> Tensor:  # [B, C, H, W] each
         """The output of edge e, computed from the state that it leaves."""

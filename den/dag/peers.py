@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from den.dag.gates import Gates
 from den.dag.graph import SubGraph
-from den.dag.head import ClassHead, DenseHead, make_head
+from den.dag.head import head_flops, make_head
 from den.dag.model_config import DagConfig
 from den.dag.network import DagNetwork
-from den.dag.stem import DagStem, DenseStem, make_stem
+from den.dag.stem import Stem, make_stem
 from den.nn.modules import Modules
 from den.nn.task_batch import Images, Tasks, task_batch
 from den_kernels import DynamicBatchNorm2d
@@ -75,24 +75,25 @@ class CrossStitchNetwork(PeerNetwork):
     Stitches are per channel, 0.9 within a column and 0.1 / (K - 1) between two at first.  Columns lie side by side in
     the channels, and an edge is one convolution with a group for each.
 
-    Raises ValueError for tasks whose images differ in shape, dense tasks, stages and channel groups.
+    Raises ValueError for tasks whose images differ in shape, dense tasks, stages, channel groups and residual blocks.
     """
 
     def __init__(self, config: DagConfig) -> None:
         super().__init__(config)
         K, C, edges = len(config.tasks), config.channels, self.graph.edges
         shapes = sorted({task.shape for task in config.tasks})
-        if len(shapes) > 1 or config.groups > 1 or config.stages or any(task.dense for task in config.tasks):
+        plain = config.groups == 1 and config.edge == "conv" and not config.stages
+        if len(shapes) > 1 or not plain or any(task.dense for task in config.tasks):
             raise ValueError(
-                "CrossStitchNetwork: tasks must classify images of one shape, without stages and channel groups,"
+                "CrossStitchNetwork: tasks must classify images of one shape, without stages, groups and blocks,"
                 f" got images of {shapes}"
             )
-        self.stems: Modules[DagStem | DenseStem] = Modules(make_stem(task, config) for task in config.tasks)
+        self.stems: Modules[Stem] = Modules(make_stem(task, config) for task in config.tasks)
         self.convs: Modules[nn.Conv2d] = Modules(
             nn.Conv2d(K * C, K * C, 3, padding=1, groups=K, bias=False) for _ in self.graph.edges
         )
         self.norms = nn.ModuleList(DynamicBatchNorm2d(K * C) for _ in edges)
-        self.heads: Modules[ClassHead | DenseHead] = Modules(make_head(task, config) for task in config.tasks)
+        self.heads: Modules[nn.Module] = Modules(make_head(task, config) for task in config.tasks)
         for conv in self.convs:
             nn.init.normal_(conv.weight, std=(2 / (9 * C)) ** 0.5)  # kaiming of one column's fan
         own = torch.eye(K)[:, :, None]
@@ -124,4 +125,5 @@ class CrossStitchNetwork(PeerNetwork):
         height, width = self.config.map_size()
         weights = sum(conv.weight.numel() for conv in self.convs) + self.stitches.numel()
         stems = sum(stem.flops() for stem in self.stems)
-        return stems + 2 * weights * height * width + self.heads[task].flops()
+        head = head_flops(self.heads[task], self.tasks[task], self.config)
+        return stems + 2 * weights * height * width + head

@@ -29,6 +29,11 @@ class TaskGates:
     def of(self, item: Item) -> float:
         return {"edge": self.edges, "read-in": self.read_in, "read-out": self.read_out}[item.kind][item.index]
 
+    def of_what_is(self, kept: SubGraph) -> TaskGates:
+        """The same gates, 0 where an item is not kept."""
+        pairs = (self.read_in, kept.read_in), (self.read_out, kept.read_out), (self.edges, kept.edges)
+        return TaskGates(*([g * flag for g, flag in zip(*pair, strict=True)] for pair in pairs))
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -47,12 +52,12 @@ class Reduction:
     """Sub-graph that a task keeps, and the numbers of items that it was to keep."""
 
     kept: SubGraph
-    targets: dict[str, int]  # by kind of item
+    targets: dict[str, int]  # by kind of item that may be removed for its own sake
 
     @property
     def missed(self) -> dict[str, int]:
         """Items kept beyond the target (negative: fewer), by kind, of the kinds that missed theirs."""
-        found = {kind: self.kept.count(kind) - self.targets[kind] for kind in KINDS}
+        found = {kind: self.kept.count(kind) - wanted for kind, wanted in self.targets.items()}
         return {kind: excess for kind, excess in found.items() if excess}
 
     def explain(self) -> str:
@@ -72,7 +77,7 @@ def flow(graph: Graph, gates: TaskGates) -> Flow:
     Into state j goes ``a_j / sum(a)`` from the source; what arrives in a state leaves over its edges and its read-out
     in proportion to their gates.
 
-    Raises ValueError for gates of another number, outside 0..1, or a state whose gates out are all 0.
+    Raises ValueError for gates of another number, outside 0..1, or a state that mass arrives in and cannot leave.
     """
     _check(graph, gates)
     total = sum(gates.read_in)
@@ -81,6 +86,8 @@ def flow(graph: Graph, gates: TaskGates) -> Flow:
     for j in range(graph.states):
         mass = read_in[j] + sum(edges[e] for e in graph.incoming[j])
         leaving = gates.read_out[j] + sum(gates.edges[e] for e in graph.outgoing[j])
+        if mass == 0:  # a dead state, whose gates may all be 0
+            continue
         if not leaving > 0:
             raise ValueError(f"flow: a state must have a gate above 0 to leave by, got none for state {j}")
         for e in graph.outgoing[j]:
@@ -89,16 +96,22 @@ def flow(graph: Graph, gates: TaskGates) -> Flow:
     return Flow(read_in, tuple(edges), tuple(read_out))
 
 
-def targets(start: SubGraph, ratio: float) -> dict[str, int]:
-    """Items of each kind to be kept when the share `ratio` of each is removed.
+def targets(start: SubGraph, ratio: float, ends: float | None = None) -> dict[str, int]:
+    """Items of each kind to be kept when the share `ratio` of the edges, and `ends` of read-ins and read-outs, is
+    removed.
 
-    >>> targets(Graph(8, 3).whole(), 0.5)
-    {'edge': 9, 'read-in': 4, 'read-out': 4}
+    Without `ends` these have no number to be kept: they go where their state is dead.
+
+    >>> targets(Graph(8, 3).whole(), 0.5), targets(Graph(8, 3).whole(), 0.5, ends=0.25)
+    ({'edge': 9}, {'edge': 9, 'read-in': 6, 'read-out': 6})
     """
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"reduce: ratio must be in 0..1, got {ratio}")
-    sizes = {kind: start.count(kind) for kind in KINDS}
-    return {kind: size - math.floor(ratio * size + ROUNDING) for kind, size in sizes.items()}
+    wanted = {}
+    for kind in KINDS if ends is not None else ("edge",):
+        name, share = ("ratio", ratio) if kind == "edge" or ends is None else ("ends", ends)
+        if not 0 <= share <= 1:
+            raise ValueError(f"reduce: {name} must be in 0..1, got {share}")
+        wanted[kind] = start.count(kind) - math.floor(share * start.count(kind) + ROUNDING)
+    return wanted
 
 
 def reduce(
@@ -106,32 +119,45 @@ def reduce(
     gates: TaskGates,
     ratio: float,
     *,
+    ends: float | None = None,
     ranking: Ranking = "flow",
+    rerank: bool = False,
     guard: bool = True,
     seed: int = 0,
 ) -> Reduction:
-    """Remove the least important items until the share `ratio` of each kind is gone.
+    """Remove the least important edges until the share `ratio` of them is gone, and with `ends` of read-ins and
+    read-outs.
 
     Items go in ascending order of their importance (ties: longer span first, then larger head); after each, everything
     on no path from the source to the sink goes too.
 
     Args:
         start: the graph, or what is left of it; the gates of what is not must be 0 for the flow to pass it by.
+        ends: share of the read-ins, and of the read-outs, to be removed; None: only those of dead states go.
         ranking: importance is the flow through an item; its gate; or a random number of `seed`.
+        rerank: after every removal let the flow find its way through what is left, and go on by that.
         guard: take a step back wherever it would leave no path, or fewer of any kind than its target.  Without it whole
             branches die, more is removed than asked for, and no path may be left.
 
-    Raises ValueError for gates or a ratio that do not fit.
+    Raises ValueError for gates or shares that do not fit, and `rerank` of another ranking than by flow.
     """
+    if rerank and ranking != "flow":
+        raise ValueError(f"reduce: ranking must be flow to rerank, got {ranking!r}")
     kept = start.whole() if isinstance(start, Graph) else start.clean()
-    wanted = targets(kept, ratio)
-    for item in ranked(kept.graph, gates, ranking, seed):
-        if not kept.keeps(item) or kept.count(item.kind) <= wanted[item.kind]:
+    wanted = targets(kept, ratio, ends)
+    order = ranked(kept.graph, gates, ranking, seed)
+    while order:
+        item, *order = order
+        if item.kind not in wanted or not kept.keeps(item) or kept.count(item.kind) <= wanted[item.kind]:
             continue
         trial = kept.without(item).clean()
-        enough = all(trial.count(kind) >= wanted[kind] for kind in KINDS)
-        if not guard or (enough and trial.has_path()):
-            kept = trial
+        enough = all(trial.count(kind) >= least for kind, least in wanted.items())
+        if guard and not (enough and trial.has_path()):
+            continue
+        kept = trial
+        if rerank and kept.has_path():
+            left = set(order)  # what was refused once stays: of a smaller graph it would take no less
+            order = [each for each in ranked(kept.graph, gates.of_what_is(kept), ranking) if each in left]
     return Reduction(kept, wanted)
 
 

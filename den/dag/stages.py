@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from den.dag.edge import Edge
 from den.dag.model_config import DagConfig
+from den.nn.blocks import ElasticBlock
+from den.nn.levels import level_widths
 from den_kernels import DynamicConv2d, Route
 
 
@@ -38,9 +40,14 @@ class StageEnds(nn.Module):
         return enlarged(self.read_out(out, route), self.out_size)
 
 
-def make_edge(config: DagConfig, tail: int, head: int) -> Edge:
-    """The edge between two states, by the stages that they are in."""
+def make_edge(config: DagConfig, tail: int, head: int) -> Edge | ElasticBlock:
+    """The edge between two states, by the stages that they are in.
+
+    Raises ValueError for a residual block whose stride would be more than 2.
+    """
     channels, out_channels, stride = edge_geometry(config, tail, head)
+    if config.edge == "residual":
+        return ElasticBlock(channels, out_channels, config.groups + 1, stride=stride)
     return Edge(channels, config.groups, out_channels, stride)
 
 
@@ -50,11 +57,20 @@ def edge_geometry(config: DagConfig, tail: int, head: int) -> tuple[int, int, in
     return config.stage_channels(before), config.stage_channels(after), 2 ** (after - before)
 
 
-def edge_flops(config: DagConfig, tail: int, head: int) -> int:
-    """Twice the multiply-adds of an edge's convolution for one image."""
+def edge_width(config: DagConfig, out_channels: int, level: int) -> int:
+    """Channels that a level of an edge computes: of its output, of a residual block its hidden ones."""
+    if config.edge == "residual":
+        return level_widths(out_channels, config.groups + 1)[level]
+    return out_channels * level // config.groups
+
+
+def edge_flops(config: DagConfig, tail: int, head: int, level: int | None = None) -> int:
+    """Twice the multiply-adds of an edge's convolutions for one image, at a level; None: of all channel groups."""
     channels, out_channels, _ = edge_geometry(config, tail, head)
     height, width = config.map_size(config.graph.stage_of[head])
-    return 2 * 9 * channels * out_channels * height * width
+    computed = edge_width(config, out_channels, config.groups if level is None else level)
+    inputs = channels + out_channels if config.edge == "residual" else channels
+    return 2 * 9 * inputs * computed * height * width
 
 
 def stage_end_flops(config: DagConfig, stage: int) -> int:

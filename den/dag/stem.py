@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.dag.model_config import DagConfig
+from den.dag.pretrained import PretrainedStem
 from den.nn.conv_norm import ConvNormReLU
 from den.nn.stem import enlarge
 from den.nn.tasks import Task
@@ -55,13 +56,18 @@ class DenseStem(nn.Module):
         self._outputs = -(-height // 2) * -(-width // 2)
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C_k, H, W] -> [B, C, H / 4, W / 4]
-        return F.max_pool2d(self.conv(images), 3, 2, 1) if len(images) else self.conv(images)[:, :, ::2, ::2]
+        return F.max_pool2d(self.conv(images), 3, 2, 1) if images.shape[0] else self.conv(images)[:, :, ::2, ::2]
 
     def flops(self) -> int:
         """Twice the multiply-adds of the convolution for one image."""
         return 2 * self.conv.conv.weight.numel() * self._outputs
 
 
-def make_stem(task: Task, config: DagConfig) -> DagStem | DenseStem:
+Stem = DagStem | DenseStem | PretrainedStem
+
+
+def make_stem(task: Task, config: DagConfig) -> Stem:
     """The stem of a task: its images as maps of the first stage."""
+    if config.stem != "conv":
+        return PretrainedStem(task, config)
     return DenseStem(task, config.channels) if task.dense else DagStem(task, config.channels, config.map_size()[0])

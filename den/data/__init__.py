@@ -1,9 +1,9 @@
 """Image sets and mixed-task batches."""
 
 from den.data.batch import Batch
-from den.data.batches import MixedTaskBatches
+from den.data.batches import BatchStream, MixedTaskBatches
 from den.data.images import ImageSet
 from den.data.scenes import SceneSet
 from den.data.sets import fetch_set, load_set, set_names
 
-__all__ = ["Batch", "ImageSet", "MixedTaskBatches", "SceneSet", "fetch_set", "load_set", "set_names"]
+__all__ = ["Batch", "BatchStream", "ImageSet", "MixedTaskBatches", "SceneSet", "fetch_set", "load_set", "set_names"]

@@ -44,6 +44,22 @@ class Batch:
     def __len__(self) -> int:
         return sum(map(len, self.labels))
 
+    @property
+    def joint(self) -> bool:
+        """True where all tasks label the same images."""
+        return len(self.images) > 1 and all(images is self.images[0] for images in self.images)
+
+    @property
+    def parts(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Task, images and labels of each part; of joint tasks one, with the labels of the first task."""
+        whole = list(zip(self.tasks, self.images, self.labels, strict=True))
+        return whole[:1] if self.joint else whole
+
+    @property
+    def count(self) -> int:
+        """Number of images: each has one structure, however many labels."""
+        return sum(len(images) for _, images, _ in self.parts)
+
     def only(self, k: int) -> Batch:
         """The batch of task k alone."""
         share = self.share and Share(
@@ -51,7 +67,7 @@ class Batch:
         )
         return Batch((self.tasks[k],), [self.images[k]], [self.labels[k]], share)
 
-    def count(self, k: int) -> int:
+    def whole(self, k: int) -> int:
         """Instances of task k in the whole batch."""
         return len(self.labels[k]) if self.share is None else self.share.counts[k]
 
@@ -65,8 +81,7 @@ class Batch:
             return values.mean()
         chosen = tasks or range(len(self.tasks))
         here, whole = (sum(numbers[k] for k in chosen) for numbers in ([*map(len, self.labels)], self.share.counts))
-        each = max(1, values.numel() // max(here, 1))  # values of an instance
-        return values.sum() * (self.share.parts / (whole * each))
+        return values.mean() * (here * self.share.parts / whole) if here else values.sum()
 
     def known(self, k: int, is_known: Callable[[Tensor], Tensor]) -> Tensor:
         """Number of targets of task k that `is_known` is true of: [], in the mean over the shares of the whole batch.
@@ -81,8 +96,9 @@ class Batch:
         """Source of random numbers for the instances."""
         if self.share is None:
             return generator
-        offsets = torch.tensor((0, *self.share.counts)).cumsum(0).tolist()
-        rows = torch.cat([rows + offset for rows, offset in zip(self.share.rows, offsets[:-1], strict=True)])
+        number = len(self.parts)
+        offsets = torch.tensor((0, *self.share.counts[:number])).cumsum(0).tolist()
+        rows = torch.cat([rows + offset for rows, offset in zip(self.share.rows[:number], offsets[:-1], strict=True)])
         return SharedDraws(generator, offsets[-1], rows)
 
     def pieces(self, number: int) -> list[Batch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,65 @@ from den.data.batch import Batch, Share
 from den.data.images import Drawn, Example, ImageSet, apportion
 from den.data.reading import ReadAhead
 from den.data.scenes import Scenes, SceneSet
+from den.nn.tasks import Task
 from den.support import ranks
+from den.support.device import sent
+
+
+class Labels:
+    """Training images that several tasks label, drawn once with all their labels.
+
+    joint: False makes the tasks' images parts of their own in a batch, for methods that treat the tasks apart.
+
+    Raises:
+        ValueError: sets that are not of the same images, or not of one size.
+    """
+
+    def __init__(self, sets: Sequence[ImageSet], joint: bool = True) -> None:
+        first, *others = sets
+        for other in others:
+            same = other.source == first.source and torch.equal(other.places, first.places)
+            if not same or other.images.shape != first.images.shape:
+                raise ValueError(
+                    f"data.joint: tasks must be labels of the same images, got {first.name} and {other.name}"
+                    f" ({len(first)} and {len(other)} images)"
+                )
+        self.sets, self.name, self.joint = tuple(sets), first.name, joint
+
+    def __len__(self) -> int:
+        return len(self.sets[0])
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """A task for each kind of labels."""
+        return tuple(each.task for each in self.sets)
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Draw how `count` images are augmented, as their set does."""
+        return self.sets[0].draw(count, generator)
+
+    def augmented_examples(self, drawn: Drawn) -> list[Example]:
+        """An entry for each task: images augmented as drawn, the same for all, and its labels."""
+        index, (_, images, _), *_ = drawn[0], *self.sets[0].augmented_examples(drawn)
+        return [
+            (s.name, images if self.joint else images.view_as(images), s.labels[sent(index, s.labels.device)])
+            for s in self.sets
+        ]
+
+
+class BatchStream(Protocol):
+    """Endless batches of some sets, with a position that a checkpoint holds."""
+
+    epoch_steps: int
+    sets: tuple[Any, ...]
+
+    def next(self) -> Batch: ...
+
+    def close(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class MixedTaskBatches:
@@ -30,13 +88,13 @@ class MixedTaskBatches:
 
     def __init__(
         self,
-        sets: Sequence[ImageSet | SceneSet],
+        sets: Sequence[ImageSet | SceneSet | Labels],
         batch_size: int,
         shares: Sequence[float] | None = None,
         seed: int = 0,
         workers: int = 0,
     ) -> None:
-        self.sets = tuple(sets)
+        self.sets: tuple[Any, ...] = tuple(sets)
         self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))
         self.epoch_steps = max(-(-len(s) // n) for s, n in zip(self.sets, self.counts, strict=True))
         self.generator = torch.Generator().manual_seed(seed)

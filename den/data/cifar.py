@@ -25,6 +25,7 @@ from den.data.store import Found, Pixels
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 PIXELS = 3 * 32 * 32
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def _archive(file: str, folder: str, md5: str) -> Archive:

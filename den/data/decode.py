@@ -50,8 +50,10 @@ def pictures(
         yield np.stack(part)
 
 
-def opened(file: io.BytesIO | Path, size: tuple[int, int] | None = None) -> Image.Image:
+def opened(file: io.BytesIO | Path, size: tuple[int, int] | None = None, *, least: int | None = None) -> Image.Image:
     """The one picture in a file, read to its end; where `size` is given its header must say so.
+
+    least: pixels that each side is to have at least, if it has; a JPEG may be decoded to a smaller scale then.
 
     Raises anything that Pillow does, see `den.data.checks.blamed`.
     """
@@ -63,6 +65,8 @@ def opened(file: io.BytesIO | Path, size: tuple[int, int] | None = None) -> Imag
         raise ValueError(f"{picture.size[0]}x{picture.size[1]} pixels instead of {size[0]}x{size[1]}")
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # of MPO the first is the photograph
         raise ValueError(f"{getattr(picture, 'n_frames', 'several')} pictures in one file")
+    if least is not None:
+        picture.draft(None, (least, least))
     picture.load()
     return picture
 
@@ -87,6 +91,16 @@ def rgb(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
     return picture.convert("RGB")
+
+
+def squared(picture: Path | Image.Image, size: int) -> Image.Image:
+    """A picture, upright and in RGB: the square about its centre, scaled to size x size pixels.
+
+    Raises anything that Pillow does, where it cannot be read.
+    """
+    if not isinstance(picture, Image.Image):
+        picture = opened(picture, least=2 * size)
+    return ImageOps.fit(rgb(upright(picture)), (size, size), Image.Resampling.BILINEAR)
 
 
 def square(size: int) -> Fit:

@@ -18,6 +18,15 @@ Example = tuple[str, Tensor, Tensor]  # task, images [n, C, H, W], targets [n, .
 Drawn = tuple[Tensor, ...]  # positions of images, int64 [n], and how each is augmented, [n, ...]: see `draw`
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Facts of its images that a trained network needs to know: they stand in the checkpoint."""
+
+    mean: tuple[float, ...]  # [C], of the training pixels divided by 255
+    std: tuple[float, ...]  # [C]
+    class_names: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images of one task.
@@ -35,6 +44,8 @@ class ImageSet:
     pad: int = 4  # augmentation: black border in pixels before the random crop
     flip: bool = True  # augmentation: mirror half of the images
     class_names: tuple[str, ...] = field(default=(), repr=False)
+    source: str = ""  # of the images: sets of one source are labels, or parts, of the same images; "": of none else
+    ids: Tensor | None = field(default=None, repr=False)  # int64 [N], which images of the source; None: in its order
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -52,6 +63,16 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def places(self) -> Tensor:
+        """Which images of the source these are: int64 [N], on the CPU."""
+        return torch.arange(len(self)) if self.ids is None else self.ids
+
+    @property
+    def kept(self) -> Kept:
+        """Facts of these images that a network trained on them needs to know."""
+        return Kept(self.mean, self.std, self.class_names)
 
     @property
     def task(self) -> Task:
@@ -91,7 +112,7 @@ class ImageSet:
 
     def subset(self, index: Tensor) -> ImageSet:
         """The images at `index` (int64 [n]), in that order."""
-        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
+        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index], ids=self.places[index])
 
     def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
         """Normalised images without augmentation: float32 [n, C, H, W], channels-last."""
@@ -171,6 +192,27 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
     for k in by_remainder[: total - sum(counts)]:
         counts[k] += 1
     return counts
+
+
+def split_by_image(sets: Sequence[ImageSet], held_out: float, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Positions (kept, held out) of each set, so that an image that several sets have is on the same side in all.
+
+    A set whose images no other has is split as `stratified_split` does; of sets of one source that with the most
+    classes decides first.
+    """
+    sides: dict[str, Tensor] = {}  # of each source: int8, 0 kept, 1 held out, -1 not decided yet
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for k in sorted(range(len(sets)), key=lambda k: -sets[k].classes):
+        images, places = sets[k], sets[k].places
+        known = sides.get(images.source or f"set {k}", torch.empty(0, dtype=torch.int8))
+        side = F.pad(known, (0, max(0, int(places.max()) + 1 - len(known))), value=-1)
+        undecided = (side[places] < 0).nonzero().flatten()
+        if len(undecided):
+            kept, held = stratified_split(images.labels[undecided], held_out, seed)
+            side[places[undecided[kept]]], side[places[undecided[held]]] = 0, 1
+        sides[images.source or f"set {k}"] = side
+        found[k] = ((side[places] == 0).nonzero().flatten(), (side[places] == 1).nonzero().flatten())
+    return [found[k] for k in range(len(sets))]
 
 
 def stratified_split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,17 @@ Two layouts are read from a data root:
   are there, the archive is read;
 - packed pieces `omniglot_small.{split}*.npz`, see `den.data.pieces`; 8 alphabets.
 
-Drawers 1 to 15 of every character are the training split, 16 to 20 the test split; this split is not official. Ink is
-white on black, as in the other sets.
+Two protocols: `drawers`, of all alphabets that are there drawers 1 to 15 of every character for training and 16 to 20
+for testing, which is ours; and `mtl20`, on which multi-task papers report (Meyerson and Miikkulainen, ICLR 2018, and
+others after them): a fixed random subset of 20 of the 50 alphabets, of every character 10 drawings for training, 4 for
+validation and 6 for testing. The papers do not name their subset; this one is drawn with the seed 0, as are the splits.
+Ink is white on black, as in the other sets.
 """
 
 from __future__ import annotations
 
 import io
+import random
 import re
 import zipfile
 from collections.abc import Iterator
@@ -33,27 +37,45 @@ from den.data.pieces import find_pieces, open_pieces
 ARCHIVES = ("images_background", "images_evaluation")
 ALPHABETS, CHARACTERS = 50, 1623
 DRAWERS, TRAIN_DRAWERS = 20, 15
+SPLITS = {"drawers": ("train", "test"), "mtl20": ("train", "validation", "test")}  # by protocol
+SIDES = {"drawers": 28, "mtl20": 105}  # that images are scaled to where nothing else is said
+SUBSET, SHARES = 20, {"train": (0, 10), "validation": (10, 14), "test": (14, 20)}  # of mtl20: alphabets; drawings
 MEMBER = re.compile(r"(?:^|/)images_(?:background|evaluation)/([^/]+)/character(\d+)/\d+_(\d+)\.png$", re.IGNORECASE)
 PICTURE = re.compile(r"(?:^|/)character[^/]*/[^./][^/]*\.png$", re.IGNORECASE)  # drawings, also those of other names
 
 
-def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[ImageSet]:
-    """A set per alphabet of what `root` holds: uint8 [n, 1, size, size], labels 0 to characters - 1.
+Drawings = dict[str, tuple[Tensor, Tensor]]
+"""Of each alphabet: images uint8 [n, H, W] and labels int64 [n]."""
 
-    Images are scaled by averaging over areas. Normalisation constants are those of the training images of all
-    alphabets, for both splits; augmentation shifts and does not mirror.
 
-    Raises ValueError for an unknown split, a size below 1, a root without the set, files that are damaged, characters
-    that lack a drawing which others have, and splits of different characters.
+def load_omniglot(
+    root: Path | str | None, split: str, size: int | None = None, protocol: str = "drawers"
+) -> list[ImageSet]:
+    """A set per alphabet of a protocol: uint8 [n, 1, size, size], labels 0 to characters - 1.
+
+    Images are scaled by averaging over areas, to 28 pixels (`mtl20`: left at 105) where no size is given. Normalisation
+    constants are those of the training images of all alphabets, for every split; augmentation shifts and does not
+    mirror.
+
+    Raises ValueError for an unknown protocol or split, a size below 1, a root without the set (of `mtl20`: without all
+    of its 50 alphabets), files that are damaged, characters that lack a drawing which others have, and splits of
+    different characters.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"load_omniglot: split must be 'train' or 'test', got {split!r}")
+    if protocol not in SPLITS:
+        raise ValueError(f"load_omniglot: protocol must be one of {', '.join(SPLITS)}, got {protocol!r}")
+    if split not in SPLITS[protocol]:
+        raise ValueError(f"load_omniglot: split must be one of {', '.join(SPLITS[protocol])}, got {split!r}")
+    size = SIDES[protocol] if size is None else size
     if size < 1:
         raise ValueError(f"load_omniglot: size must be at least 1, got {size}")
     root = None if root is None else Path(root)
-    wanted = _read(root, split)
-    train = wanted if split == "train" else _read(root, "train")
-    _same_characters(root, train, wanted)
+    if protocol == "mtl20":
+        parts = mtl20(root)
+        train, wanted = parts["train"], parts[split]
+    else:
+        wanted = _read(root, split)
+        train = wanted if split == "train" else _read(root, "train")
+        _same_characters(root, train, wanted)
     scaled = {name: _scaled(images, size) for name, (images, _) in train.items()}
     mean, std = pixel_moments(torch.cat(list(scaled.values())))
     sets = []
@@ -66,7 +88,39 @@ def load_omniglot(root: Path | str | None, split: str, size: int = 28) -> list[I
     return sets
 
 
-def _same_characters(root: Path | None, train: dict[str, tuple[Tensor, Tensor]], wanted: dict) -> None:
+def mtl20(root: Path | None) -> dict[str, Drawings]:
+    """The splits of 20 alphabets of the official archives or folders, by name.
+
+    Raises ValueError where `root` does not hold all 50 alphabets with 20 drawings of every character.
+    """
+    whole = _read_archives(root, None) if root is not None and _is_official(root) else {}
+    if len(whole) != ALPHABETS:
+        raise ValueError(
+            f"load_omniglot: data root must hold all {ALPHABETS} alphabets, in {' and '.join(ARCHIVES)} (folders or"
+            f" .zip), for the protocol mtl20, got {len(whole)} in {root}"
+        )
+    draw = random.Random(0)
+    chosen = sorted(draw.sample(sorted(whole), SUBSET))
+    parts: dict[str, Drawings] = {split: {} for split in SHARES}
+    for name in chosen:
+        images, labels = whole[name]
+        places: dict[str, list[int]] = {split: [] for split in SHARES}
+        for label in labels.unique().tolist():
+            members = (labels == label).nonzero().flatten().tolist()
+            if len(members) != DRAWERS:
+                raise ValueError(
+                    f"load_omniglot: character{label + 1:02d} of {name} in {root} must have {DRAWERS} drawings, got"
+                    f" {len(members)}"
+                )
+            draw.shuffle(members)
+            for split, (first, last) in SHARES.items():
+                places[split] += sorted(members[first:last])
+        for split, index in places.items():
+            parts[split][name] = images[index], labels[index]
+    return parts
+
+
+def _same_characters(root: Path | None, train: Drawings, wanted: Drawings) -> None:
     """Raise ValueError when one split has an alphabet or a character that the other lacks: their labels would differ.
 
     Both splits as `_read` returns them.
@@ -80,9 +134,14 @@ def _same_characters(root: Path | None, train: dict[str, tuple[Tensor, Tensor]],
         )
 
 
-def _read(root: Path | None, split: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _is_official(root: Path) -> bool:
+    """True where a folder holds one of the official archives, packed or not."""
+    return any(holds_anything(root / name) or (root / f"{name}.zip").is_file() for name in ARCHIVES)
+
+
+def _read(root: Path | None, split: str) -> Drawings:
     """Images uint8 [n, H, W] and labels int64 [n] of each alphabet, consecutive, in the order of names or numbers."""
-    if root is not None and any(holds_anything(root / name) or (root / f"{name}.zip").is_file() for name in ARCHIVES):
+    if root is not None and _is_official(root):
         return _read_archives(root, split)
     pieces = () if root is None else find_pieces(root, "omniglot_small", split)
     if not pieces:
@@ -95,8 +154,9 @@ def _read(root: Path | None, split: str) -> dict[str, tuple[Tensor, Tensor]]:
     return _by_alphabet(images, {kind: torch.from_numpy(values) for kind, values in packed.labels.items()})
 
 
-def _read_archives(root: Path, split: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Images and labels of each alphabet from the official archives or folders, as `_read` returns them."""
+def _read_archives(root: Path, split: str | None) -> Drawings:
+    """Images and labels of each alphabet from the official archives or folders, as `_read` returns them; split None: of
+    all drawers."""
     found: dict[str, dict[tuple[int, int], str]] = {}  # by alphabet, character and drawer: the file
     inks: dict[str, np.ndarray] = {}
     for name, content in _members(root):
@@ -107,7 +167,7 @@ def _read_archives(root: Path, split: str) -> dict[str, tuple[Tensor, Tensor]]:
         if place in drawings:
             raise ValueError(f"load_omniglot: {name} must be the only drawing of its drawer, got {drawings[place]} too")
         drawings[place] = name
-        if (place[1] <= TRAIN_DRAWERS) == (split == "train"):
+        if split is None or (place[1] <= TRAIN_DRAWERS) == (split == "train"):
             inks[name] = _ink(name, content, inks)
     if not inks:
         raise ValueError(
@@ -173,7 +233,7 @@ def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
 def _by_alphabet(
     images: Tensor,  # uint8 [N, H, W]
     labels: dict[str, Tensor],  # "y" and "c", int64 [N]
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> Drawings:
     """Split by the alphabet `c`; the characters of an alphabet are consecutive in `y`."""
     members = {alphabet: labels["c"] == alphabet for alphabet in labels["c"].unique().tolist()}
     return {f"alphabet{alphabet}": (images[member], labels["y"][member]) for alphabet, member in members.items()}

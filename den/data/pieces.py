@@ -28,6 +28,7 @@ from den.data.store import Pixels
 
 PAYLOAD = ("meta", "data", "scan", "len", "head0", "head1", "grey")
 END_OF_IMAGE = b"\xff\xd9"
+MOST = 2**31  # bytes of the pixels of a piece
 
 
 def find_pieces(root: Path, name: str, split: str) -> tuple[Path, ...]:
@@ -92,15 +93,33 @@ def piece_pixels(path: Path) -> np.ndarray:
     return pixels
 
 
+def unpacked(content: bytes, size: int) -> np.ndarray:
+    """The bytes that an xz stream holds: uint8 [size]; no more is ever unpacked, whatever the stream says.
+
+    Raises ValueError where it holds another number of bytes or is to hold more than `MOST`.
+    """
+    if not 0 <= size <= MOST:
+        raise ValueError(f"pixels of {size:,} bytes, more than {MOST:,}")
+    stream = lzma.LZMADecompressor()
+    found = stream.decompress(content, max_length=size + 1) if content else b""
+    if len(found) != size or not stream.eof:
+        raise ValueError(
+            f"{'more than ' if len(found) > size else ''}{min(len(found), size):,} bytes instead of {size:,}"
+        )
+    return np.frombuffer(found, np.uint8)
+
+
 def _bits(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:  # uint8 [n, H, W]
-    packed = np.frombuffer(lzma.decompress(arrays["data"].tobytes()), np.uint8).reshape(*shape[:2], -1)
+    n, height, width = shape
+    row = -(-width // 8)
+    packed = unpacked(arrays["data"].tobytes(), n * height * row).reshape(n, height, row)
     return np.unpackbits(packed, axis=-1)[..., : shape[2]]
 
 
 def _median_edge(arrays: dict[str, np.ndarray], shape: list[int]) -> np.ndarray:  # uint8 [n, H, W, 3]
     """Undo the predictor pixel by pixel, all images at once."""
     n, height, width, _ = shape
-    residuals = np.frombuffer(lzma.decompress(arrays["data"].tobytes()), np.uint8).reshape(n, 3, height, width)
+    residuals = unpacked(arrays["data"].tobytes(), n * 3 * height * width).reshape(n, 3, height, width)
     residuals = residuals.transpose(2, 3, 0, 1).astype(np.int16)
     planes = np.zeros((height + 1, width + 1, n, 3), np.int16)  # G, R - G, B - G, with a border of zeros
     for y in range(height):

@@ -78,7 +78,7 @@ class SceneSet:
         missing = list(self.tasks)
         for position in self.index.tolist():
             targets = self.read(position, missing).targets
-            missing = [task for task in missing if not (targets[task.name] != NOTHING[task.kind]).any()]
+            missing = [task for task in missing if not (targets[task.name] != NOTHING.get(task.kind, math.nan)).any()]
             if not missing:
                 return
         names = ", ".join(task.name for task in missing)

@@ -13,6 +13,9 @@ and decoded once (`den.data.store`).
 | tin50 | 25,000 + 2,500, 64x64 | 50 of its classes |
 | imagenet50, miniimagenet | 40,000 or 25,000 for training, 84x84 | `den.data.imagenet` |
 
+`folder:PATH@64` are the pictures of a folder with a sub-folder for each class (`den.data.folder`), `hf:NAME@64` those
+of a data set of Hugging Face's `datasets` (`den.data.hub`).
+
 The sets of fifty classes are also ten tasks of five: `tin50-0` to `tin50-9`, by kind, and so on. `@S` behind a name
 scales the images to S x S pixels: `stl10@32`, `imagenet50-3@224`.
 """
@@ -32,13 +35,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from den.data import cifar, stl10, tinyimagenet
+from den.data import cifar, folder, hub, stl10, tinyimagenet
 from den.data.archives import Archive
 from den.data.archives import fetch as fetch_archive
 from den.data.checks import blamed
 from den.data.cifar import open_cifar
 from den.data.imagenet import open_imagenet50, open_miniimagenet
-from den.data.images import ImageSet, pixel_moments, resized, stratified_split
+from den.data.images import ImageSet, Kept, pixel_moments, resized, stratified_split
 from den.data.store import Found, stored
 
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -59,6 +62,7 @@ class Kind:
     tasks: int = 0  # that it can be divided into
     task_labels: tuple[str, ...] = ()  # which of these, and number within it; (): classes in order, as many a task
     archive: Archive | None = None
+    class_names: tuple[str, ...] = ()
 
 
 _CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -67,7 +71,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 KINDS = {
     "cifar10": Kind(
         partial(open_cifar, "cifar10"), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
-        archive=cifar.VERSIONS["cifar10"][0].archive,
+        archive=cifar.VERSIONS["cifar10"][0].archive, class_names=cifar.CIFAR10_NAMES,
     ),
     "cifar100": Kind(
         partial(open_cifar, "cifar100"), 100, *_CIFAR100, "fine", archive=cifar.VERSIONS["cifar100"][0].archive
@@ -76,7 +80,8 @@ KINDS = {
         partial(open_cifar, "cifar100"), 20, *_CIFAR100, "coarse", archive=cifar.VERSIONS["cifar100"][0].archive
     ),
     "stl10": Kind(
-        stl10.open_stl10, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), archive=stl10.ARCHIVE
+        stl10.open_stl10, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), archive=stl10.ARCHIVE,
+        class_names=stl10.NAMES,
     ),
     "tinyimagenet": Kind(tinyimagenet.open_tinyimagenet, 200, *_TINY, archive=tinyimagenet.ARCHIVE),
     "tin50": Kind(
@@ -96,10 +101,22 @@ def load_set(name: str, split: str, root: Path | str | None = None) -> ImageSet:
     """
     if split not in SPLITS:
         raise ValueError(f"load_set: split must be 'train' or 'test', got {split!r}")
+    if name.startswith(folder.PREFIX):
+        return folder.open_folder(name, split, root)
+    if name.startswith(hub.PREFIX):
+        return hub.open_hub(name, split, root)
     base, task, size = _parse(name)
     image_set = _INSTALLED[base](split) if base in _INSTALLED else _read(name, base, task, size, split, root)
     image_set = image_set if size in (None, image_set.images.shape[-1]) else resized(image_set, size)
-    return dataclasses.replace(image_set, name=name)
+    return dataclasses.replace(image_set, name=name, source=image_set.source or base)
+
+
+def normalisation(name: str, root: Path | str | None = None) -> Kept:
+    """Moments of a set's training pixels and names of its classes; people's own sets are read for it (`load_set`)."""
+    base = None if name.startswith((folder.PREFIX, hub.PREFIX)) else _parse(name)[0]
+    if base in KINDS:
+        return Kept(KINDS[base].mean, KINDS[base].std, KINDS[base].class_names)
+    return load_set(name, "train", root).kept
 
 
 def set_names() -> tuple[str, ...]:
@@ -127,7 +144,9 @@ def _parse(name: str) -> tuple[str, int | None, int | None]:
     parts = NAME.fullmatch(name)
     base = parts["set"] if parts else name
     if parts is None or base not in set_names():
-        raise ValueError(f"load_set: name must be one of {', '.join(set_names())}, got {name!r}")
+        raise ValueError(
+            f"load_set: name must be one of {', '.join(set_names())}, or folder:PATH, hf:NAME, got {name!r}"
+        )
     task, size = (None if parts[key] is None else int(parts[key]) for key in ("task", "size"))
     tasks = KINDS[base].tasks if base in KINDS else 0
     if task is not None and task >= tasks:
@@ -145,15 +164,18 @@ def _read(name: str, base: str, task: int | None, size: int | None, split: str, 
     decoded = (size or kind.size,) if kind.size else ()
     found = kind.find(Path(root), split, *decoded)
     images, labels = stored(found, Path(root), "-".join(map(str, (base.removesuffix("-coarse"), split, *decoded))))
-    y, classes = labels[kind.label], kind.classes
+    y, classes, ids = labels[kind.label], kind.classes, torch.arange(len(images))
     if task is not None:
         share = classes // kind.tasks
         group, number = (labels[each] for each in kind.task_labels) if kind.task_labels else (y // share, y % share)
         member = (group == task).nonzero().flatten()
         if not len(member):
             raise ValueError(f"load_set: {root} must hold images of {name!r} ({split}), got none")
-        images, y, classes = images[member], number[member], share
-    return ImageSet(name, images, y, classes, kind.mean, kind.std, pad=kind.pad)
+        images, y, classes, ids = images[member], number[member], share, member
+    source = base.removesuffix("-coarse")
+    return ImageSet(
+        name, images, y, classes, kind.mean, kind.std, kind.pad, class_names=kind.class_names, source=source, ids=ids
+    )
 
 
 def _digits(split: str) -> ImageSet:

@@ -22,6 +22,7 @@ ARCHIVE = Archive(
     "91f7769df0f17e558f3565bffb0c7dfb",
 )
 CLASSES = 10
+NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 IMAGES = {"train": 5000, "test": 8000}
 SIZE = 96
 

@@ -73,6 +73,12 @@ class TaskReport:
         return {**{n: getattr(self, n) for n in (*names, "mean_entropy")}, "histogram": self.histogram.tolist()}
 
 
+def equal_structures(reports: Sequence[TaskReport]) -> float:
+    """Share of the images that have the same structure for every task that labels them, 0..1."""
+    first, *others = [report.levels for report in reports]
+    return torch.stack([(first == other).all(1) for other in others]).all(0).double().mean().item()
+
+
 def evaluate(
     model: DeepElasticNetwork,
     sets: Sequence[ImageSet],

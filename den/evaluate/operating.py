@@ -173,8 +173,9 @@ def steered(model: DeepElasticNetwork, costs: dict[str, LevelCosts], weights: di
     """A copy of the network whose selector prefers cheap levels by each task's lambda."""
     copied = copy.deepcopy(model)
     with torch.no_grad():
+        copied.selector.separate_heads()
         for task, weight in weights.items():
-            head = copied.selector.heads[find_task(task, copied.tasks)]
+            head = copied.selector.head(find_task(task, copied.tasks))
             head.bias.sub_((weight * costs[task].levels).flatten().to(head.bias))
     return copied
 

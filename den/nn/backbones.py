@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from den.nn.blocks import BlockShape, BottleneckShape, PairShape, ResidualShape
+from den.nn.own_backbones import own_backbone
 
 Stages = tuple[tuple[int, int], ...]  # (channels, blocks) of each stage; of convolution pairs (channels, convolutions)
 
@@ -85,6 +86,13 @@ class Backbone:
     stem_kernel: int = 7
     fully_connected: tuple[int, ...] | None = None
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if any(len(stage) != 2 or min(stage) < 1 for stage in self.stages) or self.stem < 0:
+            raise ValueError(
+                "Backbone: stages must be (channels, blocks), each at least 1, and stem at least 0, got"
+                f" {self.stages}, {self.stem}"
+            )
 
 
 def _blocks_per_stage(name: str, depth: int, stages: int, convolutions: int = 2) -> int:
@@ -176,7 +184,8 @@ BACKBONES: dict[str, Backbone] = {
     "wrn32_4": wide_resnet(32, 4),
     "resnet18": resnet(18),
     "resnet42": resnet(42),
-    "resnet50_bottleneck": bottleneck_resnet((3, 4, 6, 3)),
+    "resnet50": bottleneck_resnet((3, 4, 6, 3)),
+    "resnet50_bottleneck": bottleneck_resnet((3, 4, 6, 3)),  # its name of before, when resnet50 was not built so
     "resnext29_8x64d": resnext(29, 8, 64),
     "resnext29_4x64d": resnext(29, 4, 64),
     "resnext29_2x64d": resnext(29, 2, 64),
@@ -193,10 +202,11 @@ FAMILIES = {"wrn": Backbone((), 16), "resnet": Backbone((), 64)}  # where the st
 
 
 def named_backbone(name: str) -> Backbone:
-    """The backbone of a name: one of `BACKBONES`, or any `wrn{l}_{r}`, `resnet{l}`, `resnext{l}_{c}x{d}d`.
+    """The backbone of a name: one of `BACKBONES`, or any `wrn{l}_{r}`, `resnet{l}`, `resnext{l}_{c}x{d}d`, or one of
+    other people's, `FILE.py:NAME` or an entry point (`den.nn.own_backbones`).
 
     Raises:
-        ValueError: another name, with those that there are; a depth that does not fit.
+        ValueError: another name, with those that there are; a depth that does not fit; a file that gives no backbone.
     """
     if name in BACKBONES:
         return BACKBONES[name]
@@ -206,7 +216,11 @@ def named_backbone(name: str) -> Backbone:
         return resnet(int(match[1]))
     if match := re.fullmatch(r"resnext(\d+)_(\d+)x(\d+)d(_narrow)?", name):
         return resnext(int(match[1]), int(match[2]), int(match[3]), expansion=1 if match[4] else 4)
+    if (own := own_backbone(name)) is not None:
+        if not isinstance(own, Backbone):
+            raise ValueError(f"backbone: {name} must be a den.Backbone, got {type(own).__name__}")
+        return own
     raise ValueError(
-        f"backbone must be wrn{{l}}_{{r}}, resnet{{l}}, resnext{{l}}_{{c}}x{{d}}d(_narrow), or one of"
+        f"backbone must be FILE.py:NAME, wrn{{l}}_{{r}}, resnet{{l}}, resnext{{l}}_{{c}}x{{d}}d(_narrow), or one of"
         f" {', '.join(BACKBONES)}, got {name!r}"
     )

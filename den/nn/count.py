@@ -81,7 +81,7 @@ def count_flops(model: DeepElasticNetwork, levels: Tensor) -> Tensor:
         float64 [B] on the model's device (whole numbers, exact).
 
     Raises:
-        ValueError: levels of another shape or dtype.
+        ValueError: levels of another shape or dtype, or, on a CPU, out of range.
     """
     return _chosen(model.estimator.level_flops, levels).sum(1).double()
 
@@ -91,7 +91,7 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
     position = find_task(task, model.tasks)
     estimator = model.estimator
     return ImageFlops(
-        stem=estimator.stems[position].flops(),
+        stem=estimator.stem_of(position).flops(),
         blocks=sum(shape.flops(shape.hidden) for shape in model.config.shapes),
         head=linear_flops([*estimator.shared, estimator.heads[position]]),
         selector=model.selector.flops(position),
@@ -109,6 +109,10 @@ def _chosen(table: Tensor, levels: Tensor) -> Tensor:
     if levels.dim() != 2 or levels.shape[1] != len(table) or levels.is_floating_point() or levels.dtype == torch.bool:
         raise ValueError(
             f"count_flops: levels must be integer [B, N] with N = {len(table)}, got {levels.dtype} {list(levels.shape)}"
+        )
+    if levels.is_cpu and levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < table.shape[1]:
+        raise ValueError(
+            f"count_flops: levels must be in 0..{table.shape[1] - 1}, got {int(levels.min())}..{int(levels.max())}"
         )
     return table.expand(len(levels), -1, -1).gather(2, levels.to(table.device, torch.int64).unsqueeze(2)).squeeze(2)
 

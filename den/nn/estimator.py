@@ -43,7 +43,7 @@ class Estimator(nn.Module):
         self.groups = levels - 1 + self.lowest
         self.stems: Modules[Stem | ImageStem] = Modules(
             Stem(task, stem, trunk_size, kernel=backbone.stem_kernel) if stem else ImageStem(task, trunk_size)
-            for task in config.tasks
+            for task in (config.tasks[:1] if config.joint else config.tasks)
         )
         self.blocks = nn.ModuleList(shape.build(levels, first=index == 0) for index, shape in enumerate(shapes))
         self.norm = last_norm(backbone, shapes[-1])
@@ -76,13 +76,15 @@ class Estimator(nn.Module):
         batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
         return self.run(batch, self.plan(batch, levels))
 
-    def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
+    def run(self, batch: TaskBatch, plan: RoutingPlan | None, stem: Tensor | None = None) -> Tensor | list[Tensor]:
         """Logits of a checked batch, as `forward` returns them.
 
-        `plan` is in the batch's own order; None runs every block at its full width.
+        `plan` is in the batch's own order; None runs every block at its full width. `stem`: what `self.stem` has made
+        of the batch, which may be written over; None: not yet made.
         """
+        x = self.stem(batch) if stem is None else stem
         return batch.restore_logits(
-            self.classify(batch.tasks, batch.sizes, self.trunk(self.stem(batch), plan)),
+            self.classify(batch.tasks, batch.sizes, self.trunk(x, plan)),
             max(task.classes for task in self.tasks),
         )
 
@@ -96,9 +98,27 @@ class Estimator(nn.Module):
         pooled = self.trunk(self.stem(batch).repeat_interleave(samples, 0), plan)
         return self.classify(batch.tasks, [size * samples for size in batch.sizes], pooled)
 
+    def joint(self, images: Tensor, levels: Tensor | None = None) -> list[Tensor]:
+        """Logits [B * S, classes_k] of every task, for images that all the tasks label: stem and trunk run once.
+
+        images: [B, C, S, S].  levels: integer [B, N], or S structures of every image [B, S, N], whose rows follow one
+        another; None: the full structure.
+        """
+        batch, samples = task_batch(images, 0, self.tasks, like=self.heads[0].weight), 1
+        plan = self.plan(batch, levels) if levels is None or levels.ndim == 2 else None
+        if levels is not None and levels.ndim == 3:
+            samples, plan = levels.shape[1], self.level_plan(levels.flatten(0, 1))
+        x = self.stem(batch)
+        pooled = self.trunk(x if samples == 1 else x.repeat_interleave(samples, 0), plan)
+        return [head(pooled) for head in self.heads]
+
+    def stem_of(self, task: int) -> Stem | ImageStem:
+        """The stem of the task at a position."""
+        return self.stems[min(task, len(self.stems) - 1)]
+
     def stem(self, batch: TaskBatch) -> Tensor:
         """Feature maps [B, stem, H, W] of the images, in the batch's own order."""
-        x = [self.stems[k](images) for k, images in zip(batch.tasks, batch.images, strict=True)]
+        x = [self.stem_of(k)(images) for k, images in zip(batch.tasks, batch.images, strict=True)]
         return x[0] if len(x) == 1 else torch.cat(x)
 
     def trunk(self, x: Tensor, plan: RoutingPlan | None) -> Tensor:

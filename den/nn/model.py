@@ -39,8 +39,20 @@ class DeepElasticNetwork(nn.Module):
         self.levels = config.levels
         self.estimator = Estimator(config)
         self.num_blocks = self.estimator.num_blocks
-        self.selector = Selector(
-            config.tasks, config.chosen_selector, self.num_blocks, config.levels, config.selector_size
+        self.selector = self.new_selector()
+
+    def new_selector(self) -> Selector:
+        """A selector as this network's is before training."""
+        config = self.config
+        _, stem, _ = config.trunk
+        return Selector(
+            config.tasks,
+            config.chosen_selector,
+            self.num_blocks,
+            config.levels,
+            config.selector_size,
+            stem,
+            config.joint,
         )
 
     def forward(self, images: Images, task: Tasks, *, return_levels: bool = False) -> Logits | tuple[Logits, Tensor]:
@@ -54,19 +66,29 @@ class DeepElasticNetwork(nn.Module):
             ValueError: images or task that do not fit.
         """
         batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
+        stem = self.estimator.stem(batch) if self.selector.config.reads == "stem" else None
         with torch.no_grad():
-            levels = self.selector.run(batch).argmax(-1)
-        logits = self.estimator.run(batch, self.estimator.level_plan(levels))
+            levels = self.selector.run(batch, stem).argmax(-1)
+        logits = self.estimator.run(batch, self.estimator.level_plan(levels), stem)
         return (logits, batch.restore(levels)) if return_levels else logits
 
     def selector_logits(self, images: Images, task: Tasks) -> Tensor:
         """Logits [B, N, L] of `C_i(l; x)`, the distribution over the levels of every block (paper, eq. 2)."""
-        return self.selector(images, task)
+        return self.choose(self.selector, images, task)
+
+    def choose(self, selector: Selector, images: Images, task: Tasks) -> Tensor:
+        """Logits [B, N, L] of a selector of this network's kind, which reads the network's stems if it reads any."""
+        batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
+        stem = None
+        if selector.config.reads == "stem":
+            with torch.no_grad():
+                stem = self.estimator.stem(batch)
+        return batch.restore(selector.run(batch, stem))
 
     def select(self, images: Images, task: Tasks) -> Tensor:
         """The most probable structure of each image: int64 [B, N] in 0..L-1."""
         with torch.no_grad():
-            return self.selector(images, task).argmax(-1)
+            return self.selector_logits(images, task).argmax(-1)
 
     def freeze(self) -> "DeepElasticNetwork":
         """Give up training, in place and for good: each block's weights are kept only as its kernel reads them.

@@ -1,7 +1,7 @@
 """The configuration of a Deep Elastic Network: plain data that JSON can hold."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from den.nn.backbones import FAMILIES, Backbone, Stages, named_backbone
@@ -29,6 +29,7 @@ class ModelConfig:
         trunk_size: side of the map that the stems hand to the first block; None: 32, or the side of the largest images
             where these are larger and the blocks read them.
         selector: None: `den.nn.selector.default_selector`.
+        joint: the tasks are labels of the same images: they share the stem, and the selector chooses once for all.
 
     Raises:
         ValueError: a value that does not fit, saying what must hold.
@@ -41,14 +42,15 @@ class ModelConfig:
     levels: int = 4
     trunk_size: int | None = None
     selector: SelectorConfig | None = None
+    joint: bool = False
 
     def __post_init__(self) -> None:
         tasks = tuple(self.tasks)
         names = [task.name for task in tasks]
         if not tasks or len(set(names)) != len(names):
             raise ValueError(f"ModelConfig: tasks must be at least one, of unique names, got {names}")
-        if dense := [task.name for task in tasks if task.dense]:
-            raise ValueError(f"ModelConfig: tasks must be classification tasks, got {', '.join(dense)}")
+        if others := [task.name for task in tasks if task.kind != "classification"]:
+            raise ValueError(f"ModelConfig: tasks must be classification tasks, got {', '.join(others)}")
         object.__setattr__(self, "tasks", tasks)
         for name, value in zip(("stages", "stem", "trunk_size"), self.trunk, strict=True):
             object.__setattr__(self, name, value)
@@ -64,6 +66,8 @@ class ModelConfig:
                 f" got {trunk_size}, {stages}, {stem}"
             )
         channels = {task.channels for task in self.tasks}
+        if self.joint and len({(task.size, task.channels) for task in self.tasks}) > 1:
+            raise ValueError(f"ModelConfig: tasks must be labels of the same images to be joint, got {self.tasks}")
         if not stem and len(channels) > 1:
             raise ValueError(
                 f"ModelConfig: tasks must have images of as many channels as each other for {self.backbone},"
@@ -75,6 +79,8 @@ class ModelConfig:
     @property
     def layout(self) -> Backbone:
         """The backbone that the name stands for."""
+        if self.backbone == "resnet50" and self.stages and self.stages[0][0] == 64:
+            return FAMILIES["resnet"]  # of older checkpoints: the name stood for basic blocks
         return FAMILIES.get(self.backbone) or named_backbone(self.backbone)
 
     @property
@@ -110,7 +116,8 @@ class ModelConfig:
     @property
     def chosen_selector(self) -> SelectorConfig:
         """The selector given, or the default one for these blocks."""
-        return self.selector or default_selector(self.tasks, self.shapes, self.selector_size)
+        selector = self.selector or default_selector(self.tasks, self.shapes, self.selector_size)
+        return replace(selector, shared_head=True) if self.joint else selector
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""

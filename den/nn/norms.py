@@ -28,7 +28,7 @@ class FeatureNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C]
         if not self.shares:
-            return super().forward(x) if len(x) else x
+            return super().forward(x) if x.shape[0] else x
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         everything = torch.ones(len(x), dtype=torch.int32, device=x.device)
@@ -45,6 +45,10 @@ def share_statistics(model: nn.Module, apart: Container[nn.Module] = ()) -> None
 
     Raises TypeError for a batch norm of another kind, which could not.
     """
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is nn.BatchNorm2d:  # of other libraries' networks
+                setattr(parent, name, DynamicBatchNorm2d.from_norm(module))
     for name, module in model.named_modules():
         if isinstance(module, DynamicBatchNorm2d | FeatureNorm):
             module.process_group = None if module in apart else "world"

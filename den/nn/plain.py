@@ -24,7 +24,7 @@ class PlainNetwork(nn.Module):
     def __init__(self, model: DeepElasticNetwork, task: str) -> None:
         super().__init__()
         estimator, k = model.estimator, find_task(task, model.tasks)
-        self.stem, self.head = estimator.stems[k], estimator.heads[k]
+        self.stem, self.head = estimator.stem_of(k), estimator.heads[k]
         self.norm, self.shared = estimator.norm, estimator.shared
         self.blocks = nn.ModuleList(PLAIN[type(block)](block) for block in estimator.blocks)
         self.eval()

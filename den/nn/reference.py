@@ -110,7 +110,7 @@ def reference_estimator(estimator: Estimator, images: list[Tensor], tasks: list[
     """Logits of each part of a mixed batch; `levels`: integer [B, N], one part after the other."""
     maps = []
     for k, part in zip(tasks, images, strict=True):
-        stem = estimator.stems[k]
+        stem = estimator.stem_of(k)
         if part.shape[-1] < stem.in_size:
             part = F.interpolate(part, size=(stem.in_size, stem.in_size), mode="bilinear", align_corners=False)
         maps.append(part if isinstance(stem, ImageStem) else F.relu(stem.conv.norm(stem.conv.conv(part))))

@@ -1,9 +1,11 @@
 """The selector g(x): a small network that gives each block a probability distribution over levels (paper, eq. 2)."""
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,36 +18,88 @@ from den.nn.norms import FeatureNorm
 from den.nn.stem import KERNEL, Stem
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
+from den_kernels import DynamicBatchNorm2d
 
 BUDGET = 0.04  # of the estimator's block FLOPs, for the default
 
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """Channels of the selector's convolutions; each of them halves the map, the first (a stem per task) the trunk's.
+    """The selector's layers: a stem, convolutions that halve the map, and a head, for tasks each or shared.
+
+    Args:
+        channels: of the stem and of each convolution after it. Plain ones halve the map each, the stem the trunk's too;
+            of residual ones the stem and the first block keep the trunk's map, and each block after it halves it.
+        residual: blocks of two convolutions and a shortcut, as the paper's, in place of plain convolutions.
+        shared_head: one norm and head for all tasks, as in the authors' code, in place of one each.
+        reads: the images, through stems of its own; or what the estimator's stems make of them, so that the stem is
+            computed once (it is not trained by the selector).
+        heads: how they begin. near-uniform: so small that every level is as likely; xavier: as any layer of the paper.
 
     Raises:
-        ValueError: no channels, or a number below 1.
+        ValueError: no channels, a number below 1, or a word that is none of these.
     """
 
     channels: tuple[int, ...]
+    residual: bool = False
+    shared_head: bool = False
+    reads: Literal["images", "stem"] = "images"
+    heads: Literal["near-uniform", "xavier"] = "near-uniform"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
         if not self.channels or not all(isinstance(c, int) and c >= 1 for c in self.channels):
             raise ValueError(f"SelectorConfig: channels must be whole numbers of at least 1, got {self.channels}")
+        for name, words in (("reads", ("images", "stem")), ("heads", ("near-uniform", "xavier"))):
+            if getattr(self, name) not in words:
+                raise ValueError(f"SelectorConfig: {name} must be {' or '.join(words)}, got {getattr(self, name)!r}")
 
     def sizes(self, trunk_size: int) -> tuple[int, ...]:
-        """Side of each convolution's map: `trunk_size` halved once more each time, rounded up."""
-        return tuple(-(-trunk_size // 2 ** (index + 1)) for index in range(len(self.channels)))
+        """Side of the stem's map and of each convolution's or block's after it, rounded up where it is halved."""
+        halved = tuple(-(-trunk_size // 2**index) for index in range(len(self.channels) + 1))
+        if self.residual:
+            return (trunk_size, *halved[:-1])
+        return halved if self.reads == "stem" else halved[1:]
+
+    def widths(self, stem: int = 0) -> tuple[int, ...]:
+        """Channels of the stem and of each convolution or block after it; `stem`: of the estimator's, where it reads
+        them."""
+        if self.reads == "stem":
+            return (stem, *self.channels)
+        return (self.channels[0], *self.channels) if self.residual else self.channels
 
     def flops(self, image_channels: int, trunk_size: int) -> int:
-        """FLOPs of the convolutions for one image: twice the multiply-adds."""
-        sizes = self.sizes(trunk_size)
-        total = 2 * KERNEL**2 * image_channels * self.channels[0] * sizes[0] ** 2
-        for (before, channels), size in zip(itertools.pairwise(self.channels), sizes[1:], strict=True):
-            total += 2 * 9 * before * channels * size**2
+        """FLOPs of the convolutions for one image, with a stem of its own: twice the multiply-adds."""
+        sizes, widths = self.sizes(trunk_size), self.widths()
+        total = 2 * KERNEL**2 * image_channels * widths[0] * sizes[0] ** 2
+        for (before, channels), size in zip(itertools.pairwise(widths), sizes[1:], strict=True):
+            inner = 9 * channels * channels if self.residual else 0
+            total += 2 * (9 * before * channels + inner) * size**2
         return total
+
+
+# Channels at which a residual selector comes closest to the parameters and FLOPs that the paper prints for its own.
+PAPER_CHANNELS = {
+    "wrn": (34, 68, 136),
+    "resnet": (35, 70, 140, 280),
+    "resnext": (111, 222, 444),
+    "vgg": (116, 232, 464),
+    "simpleconvnet": (35, 70, 140),
+}
+
+
+def paper_selector(backbone: str) -> SelectorConfig:
+    """The paper's selector for a family of backbones, as far as it tells of it: residual, its size, one shared head.
+
+    Raises:
+        ValueError: a backbone that the paper does not have.
+    """
+    family = next(
+        (name for name in ("resnext", "simpleconvnet", "wrn", "resnet", "vgg") if backbone.startswith(name)), ""
+    )
+    if not family:
+        raise ValueError(f"selector: backbone must be one of the paper's to have its selector, got {backbone!r}")
+    return SelectorConfig(PAPER_CHANNELS[family], residual=True, shared_head=True, heads="xavier")
 
 
 def default_selector(
@@ -65,61 +119,140 @@ def default_selector(
     return SelectorConfig((width, 2 * width, 2 * width))
 
 
-class Selector(nn.Module):
-    """Stem per task, shared stride-2 convolutions, global average pool, norm and head per task -> logits [B, N, L].
+class ResidualStep(nn.Module):
+    """`relu(shortcut(x) + norm(conv(relu(norm(conv(x))))))`; the shortcut is pooled and has zeros for new channels."""
 
-    The heads start near zero, so that the first distributions are near uniform. The norm before them takes out what all
-    images of a task have in common (pooled activations share a large mean): without it the head's weights learn one
-    structure for the whole task long before they learn how images differ, and the selector's variety collapses.
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.first = ConvNormReLU(in_channels, channels, 3, stride, 1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = DynamicBatchNorm2d(channels)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        self.stride, self.added = stride, channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, channels, H', W']
+        shortcut = F.avg_pool2d(x, 2, ceil_mode=True) if self.stride == 2 else x
+        return F.relu(self.norm(self.conv(self.first(x))) + F.pad(shortcut, (0, 0, 0, 0, 0, self.added)))
+
+    def numel(self) -> int:
+        """Weights of the convolutions."""
+        return self.first.conv.weight.numel() + self.conv.weight.numel()
+
+
+class PlainStep(ConvNormReLU):
+    """A 3x3 convolution that halves the map, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 2) -> None:
+        super().__init__(in_channels, channels, 3, stride, 1)
+
+    def numel(self) -> int:
+        """Weights of the convolution."""
+        return self.conv.weight.numel()
+
+
+class Selector(nn.Module):
+    """Stems, shared convolutions, global average pool, norm and head -> logits [B, N, L].
+
+    The norm before the heads takes out what all images of a task (with a shared head: of all tasks) have in common,
+    since pooled activations share a large mean: without it the head's weights learn one structure for everything long
+    before they learn how images differ, and the selector's variety collapses.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], config: SelectorConfig, num_blocks: int, levels: int, trunk_size: int
+        self,
+        tasks: Sequence[Task],
+        config: SelectorConfig,
+        num_blocks: int,
+        levels: int,
+        trunk_size: int,
+        stem: int = 0,
+        joint: bool = False,
     ) -> None:
+        """`stem`: channels of the estimator's stems, which it reads with `config.reads == "stem"`; `joint`: the tasks
+        are labels of the same images and share a stem."""
         super().__init__()
-        self.tasks, self.num_blocks, self.levels = tuple(tasks), num_blocks, levels
-        self.sizes = config.sizes(trunk_size)
-        self.stems: Modules[Stem] = Modules(Stem(task, config.channels[0], trunk_size, self.sizes[0]) for task in tasks)
-        self.convs = nn.Sequential(
-            *(ConvNormReLU(before, after, 3, 2, 1) for before, after in itertools.pairwise(config.channels))
+        self.tasks, self.num_blocks, self.levels, self.config = tuple(tasks), num_blocks, levels, config
+        self.sizes, widths = config.sizes(trunk_size), config.widths(stem)
+        if not widths[0]:
+            raise ValueError("selector: backbone must have stems for a selector that reads them, got none")
+        step = ResidualStep if config.residual else PlainStep
+        self.stems: Modules[Stem] = Modules(
+            Stem(task, widths[0], trunk_size, self.sizes[0])
+            for task in (tasks[:1] if joint else tasks)
+            if config.reads == "images"
         )
-        self.norms: Modules[FeatureNorm] = Modules(FeatureNorm(config.channels[-1], affine=False) for _ in tasks)
-        self.heads: Modules[nn.Linear] = Modules(nn.Linear(config.channels[-1], num_blocks * levels) for _ in tasks)
+        strides = [1 if size == before else 2 for before, size in itertools.pairwise(self.sizes)]
+        self.convs = nn.Sequential(
+            *(step(*pair, stride) for pair, stride in zip(itertools.pairwise(widths), strides, strict=True))
+        )
+        count = 1 if config.shared_head else len(tasks)
+        self.norms: Modules[FeatureNorm] = Modules(FeatureNorm(widths[-1], affine=False) for _ in range(count))
+        self.heads: Modules[nn.Linear] = Modules(nn.Linear(widths[-1], num_blocks * levels) for _ in range(count))
         for head in self.heads:
-            nn.init.normal_(head.weight, std=0.01)
+            if config.heads == "xavier":
+                nn.init.xavier_uniform_(head.weight)
+            else:
+                nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
 
-    def forward(self, images: Images, task: Tasks) -> Tensor:
+    def forward(self, images: Images, task: Tasks, stem: Tensor | None = None) -> Tensor:
         """Logits [B, N, L] of the levels of every block, in the order of the images.
 
         Args:
             images: [B, C, S, S], or a list of one such tensor per task.
             task: one task, a list per task, or tasks per instance: see `den.nn.task_batch.task_batch`.
+            stem: maps of the estimator's stems [B, C, H, W], in the order of the batch, where it reads them.
 
         Raises:
             ValueError: images or task that do not fit.
         """
         batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
-        return batch.restore(self.run(batch))
+        return batch.restore(self.run(batch, stem))
 
-    def run(self, batch: TaskBatch) -> Tensor:
+    def run(self, batch: TaskBatch, stem: Tensor | None = None) -> Tensor:
         """Logits [B, N, L] of a checked batch, in the batch's own order."""
-        x = [self.stems[k](images) for k, images in zip(batch.tasks, batch.images, strict=True)]
-        x = self.convs(x[0] if len(x) == 1 else torch.cat(x)).mean((2, 3))
-        logits = torch.cat([self._head(k, part) for k, part in zip(batch.tasks, x.split(batch.sizes), strict=True)])
+        if self.config.reads == "stem":
+            if stem is None:
+                raise ValueError("selector: stem must be the maps of the estimator's stems, got None")
+            x = stem
+        else:
+            parts = [self.stem_of(k)(images) for k, images in zip(batch.tasks, batch.images, strict=True)]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        pooled = self.convs(x).mean((2, 3))
+        if self.config.shared_head:
+            logits = self._head(0, pooled)
+        else:
+            of_tasks = zip(batch.tasks, pooled.split(batch.sizes), strict=True)
+            logits = torch.cat([self._head(k, part) for k, part in of_tasks])
         return logits.view(-1, self.num_blocks, self.levels)
 
-    def _head(self, task: int, pooled: Tensor) -> Tensor:
-        """Logits of one task's pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
-        norm = self.norms[task]
+    def stem_of(self, task: int) -> Stem:
+        """The stem of the task at a position."""
+        return self.stems[min(task, len(self.stems) - 1)]
+
+    def head(self, task: int) -> nn.Linear:
+        """The head of the task at a position."""
+        return self.heads[0 if self.config.shared_head else task]
+
+    def separate_heads(self) -> None:
+        """Give every task a norm and a head of its own, copies of the shared ones, in place."""
+        if self.config.shared_head:
+            self.config = dataclasses.replace(self.config, shared_head=False)
+            for shared in (self.norms, self.heads):
+                shared.extend(copy.deepcopy(shared[0]) for _ in self.tasks[1:])
+
+    def _head(self, index: int, pooled: Tensor) -> Tensor:
+        """Logits of pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
+        norm = self.norms[index]
         if len(pooled) < 2 and norm.training and not norm.shares:
             pooled = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
         else:
             pooled = norm(pooled)
-        return self.heads[task](pooled)
+        return self.heads[index](pooled)
 
     def flops(self, task: int) -> int:
         """FLOPs of convolutions and head for one image of the task at position `task`: twice the multiply-adds."""
-        layers = zip(cast(Iterable[ConvNormReLU], self.convs), self.sizes[1:], strict=True)
-        convs = sum(2 * layer.conv.weight.numel() * size**2 for layer, size in layers)
-        return self.stems[task].flops() + convs + 2 * self.heads[task].weight.numel()
+        layers = zip(cast(Iterable[PlainStep | ResidualStep], self.convs), self.sizes[1:], strict=True)
+        convs = sum(2 * layer.numel() * size**2 for layer, size in layers)
+        stem = self.stem_of(task).flops() if len(self.stems) else 0
+        return stem + convs + 2 * self.head(task).weight.numel()

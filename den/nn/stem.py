@@ -78,6 +78,6 @@ class ImageStem(nn.Module):
 
 def enlarge(images: Tensor, size: int) -> Tensor:
     """Interpolate [B, C, S, S] to [B, C, size, size], bilinear; an empty batch stays empty."""
-    if not len(images):
+    if not images.shape[0]:
         return images.new_empty(0, images.shape[1], size, size)
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

@@ -27,7 +27,7 @@ from den.recipes.nestednet import NestedNet
 from den.recipes.packnet import PackNet
 from den.recipes.random_selector import RandomSelector
 from den.recipes.routing import Routing
-from den.recipes.setup import load_sets, new_model
+from den.recipes.setup import load_sets, network_settings, new_model
 from den.train.checkpoint import load_checkpoint, load_weights, reading
 from den.train.config import TrainConfig
 
@@ -62,7 +62,7 @@ def prepare_compared(config: TrainConfig, device: torch.device) -> ComparedMetho
 
 def _prepared(kind: type[M], config: TrainConfig, device: torch.device) -> M:
     sets, held_out = ([each.to(device) for each in part] for part in load_sets(config))
-    model = new_model(config.network, [each.task for each in sets], config.seed).to(device)
+    model = new_model(network_settings(config), [each.task for each in sets], config.seed, config.joint).to(device)
     method = kind(model, config)
     method.train_on(sets, held_out)
     return method

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.data import Batch, ImageSet, MixedTaskBatches
-from den.data.images import stratified_split
+from den.data.images import split_by_image
 from den.evaluate.accuracy import Choice
 from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
@@ -71,12 +71,12 @@ class AdaShare(ComparedMethod):
                 flat = dataclasses.replace(settings, steps=steps, schedule="constant", until="steps")
                 factor = schedule_factor(settings.schedule, i / rounds)
                 phases.append(NetworkPhase(network, i + 1, flat, factor, stream=network))
-        return (*phases, NetworkPhase("estimator", rounds + 1, first))
+        return (*phases, NetworkPhase("estimator", rounds + 1, self.first(spent=search.steps)))
 
     def streams(self, sets: list[ImageSet]) -> dict[str, MixedTaskBatches]:
         """All images, and the halves of every set that the estimator and the selector (the gates) learn from."""
         data, seed = self.config.data, self.config.seed
-        halves = [stratified_split(image_set.labels, 0.5, seed) for image_set in sets]
+        halves = split_by_image(sets, 0.5, seed)
         parts = {"all": sets}
         for i, name in enumerate(("estimator", "selector")):
             parts[name] = [s.subset(half[i]) for s, half in zip(sets, halves, strict=True)]

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from den.data import Batch, ImageSet, MixedTaskBatches
-from den.evaluate.accuracy import Choice, evaluate, full_flops
+from den.data.batches import Labels
+from den.evaluate.accuracy import Choice, equal_structures, evaluate, full_flops
 from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.nn.tasks import find_task
 from den.recipes.setup import estimator_optimiser
 from den.support.device import sent
-from den.train.config import TrainConfig
+from den.support.settings import to_dict
+from den.train.checkpoint import load_checkpoint, load_weights
+from den.train.config import PhaseConfig, TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, RunningBaseline, instance_losses
-from den.train.phases import NetworkPhase, run_phases
+from den.train.phases import NetworkPhase, estimator_updates, run_phases
 from den.train.recipe import Measured, Recipe
 
 
@@ -43,6 +48,7 @@ class Method(Recipe):
         """Make ready for an engine: a training set for each task, and what epochs are measured on, on one device."""
         config = self.config
         self.sets, self.held_out, self.batches = sets, held_out, self.streams(sets)
+        self.images = {image_set.name: image_set.kept for image_set in sets}
         self.optimisers = {
             "estimator": estimator_optimiser(self.model.estimator, config.estimator, **self.faster()),
             "selector": torch.optim.Adam(self.policy_parameters(), lr=config.selector.phase.rate),
@@ -58,8 +64,21 @@ class Method(Recipe):
 
     def streams(self, sets: list[ImageSet]) -> dict[str, MixedTaskBatches]:
         """The batches of a run, by the name that phases have for their stream."""
-        data = self.config.data
-        return {"all": MixedTaskBatches(sets, data.batch_size, data.shares or None, self.config.seed)}
+        data, seed = self.config.data, self.config.seed
+        if data.joint and len(sets) > 1:
+            return {"all": MixedTaskBatches([Labels(sets, self.config.joint)], data.batch_size, None, seed)}
+        return {"all": MixedTaskBatches(sets, data.batch_size, data.shares or None, seed)}
+
+    def choose(self, batch: Batch) -> Tensor:
+        """The selector's logits [B, N, L] of the images of a batch, each image once."""
+        names, images, _ = zip(*batch.parts, strict=True)
+        return self.model.selector_logits(list(images), list(names))
+
+    def estimate(self, batch: Batch, structures: Tensor | None) -> list[Tensor]:
+        """Logits of every part of a batch at structures [B, N] of its images, or [B, S, N]; None: the full ones."""
+        if batch.joint:
+            return self.model.estimator.joint(batch.images[0], structures)
+        return cast(list[Tensor], self.model.estimator(batch.images, batch.tasks, structures))
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Parameters that the selector's optimiser updates."""
@@ -77,8 +96,16 @@ class Method(Recipe):
 
     def norms_apart(self) -> list[nn.Module]:
         """The selector's norms of tasks with one image in a batch, which have no statistics of their own."""
-        counts = zip(self.model.selector.norms, self.batches["all"].counts, strict=True)
-        return [norm for norm, count in counts if count < 2]
+        norms, counts = self.model.selector.norms, cast(MixedTaskBatches, self.batches["all"]).counts
+        of_norms = counts if len(counts) == len(norms) else (sum(counts),) * len(norms)
+        return [norm for norm, count in zip(norms, of_norms, strict=True) if count < 2]
+
+    def begin(self, engine: Engine[Any]) -> None:
+        """Take over the network of the run to start from, if there is one; ValueError where it is another's."""
+        if self.config.start is not None:
+            path = Path(self.config.start) / "last.safetensors"
+            tensors, _ = load_checkpoint(path)
+            load_weights(self.model, tensors, path)
 
     def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
         """Put the network that trains into training mode, the other one into evaluation mode."""
@@ -99,13 +126,20 @@ class Method(Recipe):
         text = "; ".join(
             f"{r.task} {r.accuracy:.1%} at {r.flops_ratio:.2f}, {r.structures} structures" for r in reports.values()
         )
-        score = sum(r.loss + self.config.selector.rho * r.penalty for r in reports.values()) / len(reports)
+        equal: dict[str, Any] = {}
+        if self.config.joint:
+            equal = {"equal_structures": equal_structures(list(reports.values()))}
+            text += f"; one structure for all labels of {equal['equal_structures']:.1%} of the images"
+        selector = self.config.selector
+        spent = {r.task: r.usage.mean().item() if selector.penalty == "l1" else r.penalty for r in reports.values()}
+        score = sum(r.loss + selector.rho * spent[r.task] for r in reports.values()) / len(reports)
         compared = self.comparable(phase) and self.config.data.validation > 0
         held_out = {name: report.summary() for name, report in reports.items()}
-        return Measured({"held_out": held_out}, text, score if compared else None)
+        return Measured({"held_out": held_out, **equal}, text, score if compared else None)
 
     def record(self) -> dict[str, Any]:
-        return {"model": self.model.config.to_dict(), "baseline": self.baseline.record()}
+        data = {name: to_dict(kept) for name, kept in self.images.items()}
+        return {"model": self.model.config.to_dict(), "baseline": self.baseline.record(), "data": data}
 
     def restore(self, record: dict[str, Any]) -> None:
         self.baseline.restore(record["baseline"])
@@ -122,7 +156,7 @@ class Method(Recipe):
 
         Equation 4; S(z) does not depend on the estimator.
         """
-        logits = self.model.estimator(batch.images, batch.tasks, structures)
+        logits = self.estimate(batch, structures)
         loss = batch.mean(instance_losses(logits, batch.labels))
         accuracy, ratio = batch.mean(answers(logits, batch)), self.flops_ratio(structures, batch)
         return Objective(loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": ratio})
@@ -144,7 +178,25 @@ class ComparedMethod(Method, ABC):
         """The loss that an update of a phase minimises, and means of the batch."""
 
     def phases(self) -> tuple[NetworkPhase, ...]:
-        return (NetworkPhase("estimator", 1, self.config.estimator.first),)
+        return (NetworkPhase("estimator", 1, self.first()),)
+
+    def first(self, spent: int = 0, share: float = 1.0) -> PhaseConfig:
+        """The phase in which the method trains its network, as long as `methods.updates` says.
+
+        spent: updates of the network in other phases. share: of what remains.
+        """
+        config = self.config
+        total, given = estimator_updates(config), config.estimator.first.steps
+        if config.methods.updates == "first":
+            return config.estimator.first
+        if config.methods.updates == "flops":
+            total = round(given * initial_cost(self.model, config) / self.update_cost())
+            total += round((estimator_updates(config) - given) * config.methods.chosen_flops / self.update_cost())
+        return replace(config.estimator.first, steps=max(1, round((total - spent) * share)))
+
+    def update_cost(self) -> float:
+        """FLOPs of an update of the network over those of one at the full structure, for the same batch."""
+        return 1.0
 
     def choice(self, phase: NetworkPhase) -> Choice:
         return self.structures
@@ -152,6 +204,13 @@ class ComparedMethod(Method, ABC):
     def comparable(self, phase: NetworkPhase) -> bool:
         """True in the last phase: in those before, part of the method has not been trained yet."""
         return phase == self.phases()[-1]
+
+
+def initial_cost(model: DeepElasticNetwork, config: TrainConfig) -> float:
+    """Mean FLOPs of the structures of equation 8 over those of the full structure."""
+    costs = model.estimator.level_flops.cpu().double()
+    anything = (costs.mean(1).sum() / costs[:, -1].sum()).item()
+    return config.estimator.tau + (1 - config.estimator.tau) * anything
 
 
 def answers(logits: list[Tensor], batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, skippable
 from den.support.device import sent
 from den.support.randomness import Draws, uniform
-from den.train.config import TrainConfig
+from den.train.config import PhaseConfig, TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
 from den.train.phases import NetworkPhase
@@ -47,13 +48,22 @@ class BlockDrop(ComparedMethod):
         return logits[..., -1] - logits[..., 0]
 
     def phases(self) -> tuple[NetworkPhase, ...]:
-        estimator, selector = self.config.estimator, self.config.selector
+        selector, joint = self.config.selector, self._joint()
         phases = (
-            NetworkPhase("estimator", 1, estimator.first),
+            NetworkPhase("estimator", 1, self.first(spent=joint.steps)),
             NetworkPhase("selector", 1, selector.phase),
-            NetworkPhase("both", 2, estimator.finish, selector_rate=selector.phase.rate * selector.decay),
+            NetworkPhase("both", 2, joint, selector_rate=selector.phase.rate * selector.decay),
         )
         return tuple(phase for phase in phases if phase.settings.steps > 0)
+
+    def _joint(self) -> PhaseConfig:
+        """Settings of the phase that trains both: `finish`; without one, with matched updates, all of `later`."""
+        estimator = self.config.estimator
+        if estimator.finish.steps or self.config.methods.updates == "first":
+            return estimator.finish
+        later = estimator.later
+        steps = (self.config.stages - 1) * later.steps
+        return replace(later, steps=steps, rate=later.rate * estimator.decay, schedule="step")
 
     def choice(self, phase: NetworkPhase) -> Choice:
         return "full" if phase.network == "estimator" else self.structures

@@ -71,9 +71,9 @@ def first_structures(engine: Engine[Method], batch: Batch) -> Tensor:
     model, settings = engine.model, engine.config.estimator
     if settings.initial == "selector":
         with torch.no_grad():
-            return selected_structures(model.selector_logits(batch.images, batch.tasks), batch.draws(engine.generator))
+            return selected_structures(engine.recipe.choose(batch), batch.draws(engine.generator))
     tau = settings.tau if settings.initial == "equation8" else 0.0
-    drawn = initial_structures(len(batch), model.num_blocks, model.levels, tau, batch.draws(engine.generator))
+    drawn = initial_structures(batch.count, model.num_blocks, model.levels, tau, batch.draws(engine.generator))
     return sent(drawn, engine.device)
 
 
@@ -82,37 +82,43 @@ def derive_structures(engine: Engine[Method], stage: int, batch: Batch) -> Tenso
 
     None stands for the full structure of a dense run.
     """
-    model, settings = engine.model, engine.config.estimator
+    settings = engine.config.estimator
     if engine.config.mode == "dense":
         return None
     initial = first_structures(engine, batch)
     if stage == 1:
         return initial
     with torch.no_grad():
-        logits = model.selector_logits(batch.images, batch.tasks)
+        logits = engine.recipe.choose(batch)
     draws = batch.draws(engine.generator)
     selected = selected_structures(logits, draws if settings.structures == "sample" else None)
-    keeps_initial = uniform((len(batch), 1), draws) < settings.initial_share
+    keeps_initial = uniform((batch.count, 1), draws) < settings.initial_share
     return torch.where(sent(keeps_initial, engine.device), initial, selected)
 
 
 def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
     """The REINFORCE estimate of equation 7, less the entropy bonus; the measured loss is the mean cost R."""
     settings, model = engine.config.selector, engine.model
-    log_probabilities = model.selector_logits(batch.images, batch.tasks).log_softmax(-1)  # [B, N, L]
+    log_probabilities = engine.recipe.choose(batch).log_softmax(-1)  # [B, N, L]
     epsilon = settings.exploration ** engine.position.updates.get("selector", 0) if settings.exploration else 0.0
     draws = batch.draws(engine.generator)
     structures = sample_structures(log_probabilities, settings.samples, epsilon, draws)  # [B, S, N]
-    costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch))  # [B, S]
+    costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch), settings.penalty)  # [B, S]
     if settings.baseline == "leave-one-out":
         advantage = leave_one_out_advantage(costs)
     else:
         advantage = engine.recipe.baseline.advantage(costs, batch) if settings.baseline == "running-mean" else costs
-    bonus = settings.entropy_bonus * (1 - engine.progress)
+    bonus = settings.entropy_bonus * (1 - selector_progress(engine))
     loss = reinforce(log_probabilities, structures, advantage, bonus, batch.mean)
     variety = batch.mean(entropy(log_probabilities.detach()))
     ratio = engine.recipe.flops_ratio(structures.flatten(0, 1), batch)
     return Objective(loss, {"loss": batch.mean(costs), "flops_ratio": ratio, "entropy": variety})
+
+
+def selector_progress(engine: Engine[Method]) -> float:
+    """Share of the selector's updates that are done, over all its phases."""
+    planned = sum(phase.settings.steps for phase in engine.recipe.phases() if phase.network == "selector")
+    return min(1.0, engine.position.updates.get("selector", 0) / planned)
 
 
 def sparsity_weights(engine: Engine[Method], batch: Batch) -> float | Tensor:
@@ -121,7 +127,8 @@ def sparsity_weights(engine: Engine[Method], batch: Batch) -> float | Tensor:
     if settings.budget is None:
         return settings.rho
     weights = steered_rho(settings.rho, task_costs(engine), settings.budget).float()
-    return torch.cat([weight.expand(len(labels), 1) for weight, labels in zip(weights, batch.labels, strict=True)])
+    parts = zip(weights[: len(batch.parts)], batch.parts, strict=True)
+    return torch.cat([weight.expand(len(labels), 1) for weight, (_, _, labels) in parts])
 
 
 @torch.no_grad()
@@ -134,7 +141,7 @@ def task_costs(engine: Engine[Method]) -> Tensor:
     selector, costs = engine.model.selector.eval(), []
     for image_set in engine.recipe.sets:
         index = sent(torch.randint(len(image_set), (PROBES,), generator=engine.generator), engine.device)
-        likeliest = selector(image_set.inputs(index), image_set.name).argmax(-1)
+        likeliest = engine.model.select(image_set.inputs(index), image_set.name)
         costs.append(torch.as_tensor(engine.recipe.flops_ratio(likeliest)))
     selector.train()
     return torch.stack(costs).double()

@@ -38,6 +38,12 @@ class NestedNet(ComparedMethod):
         levels = torch.tensor(self.task_levels)[:, None].expand(-1, self.model.num_blocks)
         return task_rows(levels, self.model, images, task)
 
+    def update_cost(self) -> float:
+        """Of one task all its levels, of several the mean of theirs."""
+        costs = self.model.estimator.level_flops.cpu().double().sum(0) / self.full_flops
+        own = costs[list(self.learnt)]
+        return (own.sum() if len(self.task_levels) == 1 else own.mean()).item()
+
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         structures = self.structures(batch.images, batch.tasks).unsqueeze(1)  # [B, S, N]
         if len(self.task_levels) == 1:

@@ -52,7 +52,11 @@ class PackNet(ComparedMethod):
         return task_rows(levels, self.model, images, task)
 
     def phases(self) -> tuple[NetworkPhase, ...]:
-        return tuple(NetworkPhase("estimator", i + 1, self.config.estimator.first) for i in range(len(self.order)))
+        count = len(self.order)
+        each = self.first(
+            share=1.0 if len(self.task_levels) > 1 else 1 / count
+        )  # a task sees as many images either way
+        return tuple(NetworkPhase("estimator", i + 1, each) for i in range(count))
 
     def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
         """Freeze what a stage does not train."""

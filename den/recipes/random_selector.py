@@ -10,7 +10,7 @@ from torch import Tensor
 from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
-from den.recipes.base import ComparedMethod
+from den.recipes.base import ComparedMethod, initial_cost
 from den.support.device import sent
 from den.train.config import TrainConfig
 from den.train.engine import Engine
@@ -40,9 +40,12 @@ class RandomSelector(ComparedMethod):
         drawn = torch.multinomial(chances, count * self.model.num_blocks, replacement=True, generator=generator)
         return drawn.view(count, self.model.num_blocks)
 
+    def update_cost(self) -> float:
+        return initial_cost(self.model, self.config)
+
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, tau = self.model, self.config.estimator.tau
-        drawn = initial_structures(len(batch), model.num_blocks, model.levels, tau, batch.draws(engine.generator))
+        drawn = initial_structures(batch.count, model.num_blocks, model.levels, tau, batch.draws(engine.generator))
         return self.estimator_loss(batch, sent(drawn, engine.device))
 
 

@@ -29,6 +29,9 @@ class Policies(nn.Module):
 class Routing(ComparedMethod):
     """The network and one agent per task and block learn together; every image's structure is drawn from its agents.
 
+    The original chooses among function blocks of separate weights; the agents here choose among the levels of one
+    block, which share theirs.  Reports call it "routing over levels" and do not set it beside the paper's Routing.
+
     The return of an image is 1 where its answer is right, -1 where it is not, less S(z) of the DEN paper with
     `selector.rho` (the alternatives of the original cost the same; levels do not).  The agents learn by the weighted
     policy learner; inference takes the arg max.
@@ -46,6 +49,10 @@ class Routing(ComparedMethod):
     def structures(self, images: Images, task: Tasks) -> Tensor:
         return task_rows(self.state.policy.argmax(-1), self.model, images, task)
 
+    def update_cost(self) -> float:
+        """Of uniform levels, with which it begins."""
+        return (self.model.estimator.level_flops.double().mean(1).sum() / self.full_flops).item()
+
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, settings = self.model, self.config.methods
         chances = task_rows(self.state.policy, model, batch.images, batch.tasks).flatten(0, 1)
@@ -58,7 +65,7 @@ class Routing(ComparedMethod):
         for k, (part, levels) in enumerate(zip(returns.split(sizes), structures.split(sizes), strict=True)):
             task = names.index(batch.tasks[k])
             policy, value = self.state.policy[task], self.state.value[task]
-            policy.copy_(learn_policy(policy, value, levels, part, settings.routing_rate, batch.count(k)))
+            policy.copy_(learn_policy(policy, value, levels, part, settings.routing_rate, batch.whole(k)))
             value.lerp_(ranks.mean(batch.mean(part, k)).expand_as(value), settings.routing_memory)
         ratio = self.flops_ratio(structures, batch)
         return Objective(loss, {"loss": loss.detach(), "accuracy": batch.mean(right), "flops_ratio": ratio})

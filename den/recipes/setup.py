@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from den.data import ImageSet, load_set
-from den.data.images import stratified_split
+from den.data.images import split_by_image
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
-from den.nn.selector import SelectorConfig
+from den.nn.own_backbones import resolved
+from den.nn.selector import SelectorConfig, paper_selector
 from den.nn.tasks import Task
 from den.support.randomness import seeded
 from den.train.config import EstimatorTraining, NetworkConfig, TrainConfig
@@ -24,30 +26,62 @@ def load_sets(config: TrainConfig) -> tuple[list[ImageSet], list[ImageSet]]:
 
 
 def hold_out(sets: list[ImageSet], config: TrainConfig) -> tuple[list[ImageSet], list[ImageSet]]:
-    """Training sets, the share that is asked for, and what epochs are measured on: a part of them, or the test sets."""
+    """Training sets, the share that is asked for, and what epochs are measured on: a part of them, or the test sets.
+
+    Images that several sets have are on the same side in all of them.
+    """
     if config.data.share < 1:
-        sets = [s.subset(stratified_split(s.labels, 1 - config.data.share, config.seed)[0]) for s in sets]
+        chosen = split_by_image(sets, 1 - config.data.share, config.seed)
+        sets = [s.subset(kept) for s, (kept, _) in zip(sets, chosen, strict=True)]
     if config.data.validation == 0:
         return sets, [load_set(name, "test", config.data.root) for name in config.data.tasks]
-    splits = [stratified_split(s.labels, config.data.validation, config.seed) for s in sets]
+    splits = split_by_image(sets, config.data.validation, config.seed)
     kept = [s.subset(split[0]) for s, split in zip(sets, splits, strict=True)]
     return kept, [s.subset(split[1]) for s, split in zip(sets, splits, strict=True)]
 
 
-def new_model(network: NetworkConfig, tasks: list[Task], seed: int) -> DeepElasticNetwork:
+def network_settings(config: TrainConfig) -> NetworkConfig:
+    """The network that a run's settings ask for.
+
+    A selector whose structures the estimator is to begin with has heads that begin as other layers do: small ones would
+    make all levels as likely, which is the uniform distribution.
+    """
+    if config.estimator.initial == "selector":
+        return replace(config.network, selector_start="xavier")
+    return config.network
+
+
+def _selector(network: NetworkConfig, default: SelectorConfig) -> SelectorConfig:
+    """The selector that the settings ask for; default: the small one for their blocks."""
+    base = paper_selector(network.backbone) if network.selector == "paper" else default
+    return replace(
+        base,
+        channels=network.selector_channels or base.channels,
+        shared_head=network.selector_head == "shared",
+        reads=network.selector_reads,
+        heads=network.selector_start,
+    )
+
+
+def new_model(network: NetworkConfig, tasks: list[Task], seed: int, joint: bool = False) -> DeepElasticNetwork:
     """The network of `network` for `tasks`, its weights drawn with `seed`; global generators stay as they were."""
-    selector = SelectorConfig(network.selector_channels) if network.selector_channels else None
     config = ModelConfig(
         tuple(tasks),
-        backbone=network.backbone,
+        backbone=resolved(network.backbone),
         stages=network.stages or None,
         stem=network.stem,
         levels=network.levels,
         trunk_size=network.trunk_size,
-        selector=selector,
+        joint=joint,
     )
+    config = replace(config, selector=_selector(network, config.chosen_selector))
     with seeded(seed):
-        return DeepElasticNetwork(config)
+        model = DeepElasticNetwork(config)
+        if network.start == "xavier":
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+    return model
 
 
 def estimator_optimiser(

@@ -21,7 +21,7 @@ from den.nn.model import DeepElasticNetwork
 from den.report.figures.neighbours import neighbours
 from den.report.figures.selection import favourites, level_probabilities, structure_histogram
 from den.report.figures.style import save_all
-from den.report.figures.tradeoff import accuracy_against, sweep
+from den.report.figures.tradeoff import accuracy_against, initial_stage, sweep
 from den.report.groups import Group, Row, Section, group_runs, sections, settings_of
 from den.report.settings import Report
 from den.report.tables import NOTES, Table, build_table, heading, machines
@@ -31,6 +31,7 @@ from den.runs.evaluation import Evaluation, TaskResult
 from den.support.files import check_folder, check_own, write_text
 from den.support.progress import progress
 from den.support.tables import csv_table, latex_table, markdown_table
+from den.train.folder import read_metrics
 
 WRITTEN_BY = "Written by `den report`"
 
@@ -77,13 +78,15 @@ def gather(command: Report) -> Found:
     found = Found({}, [], {}, SetsOfRuns(command.data_root))
     for run in runs:
         if run.record is None or (command.figures and run.config.mode == "den"):
-            found.sets.of(run.config)
+            found.sets.of(run)
     for run in progress(runs, "runs"):
         record, points = measured(run, found.sets, command.time)
         if run.record is None and run.place != run.folder:
             print(f"den: {run.folder} cannot be written to; what was measured of it is in {run.place}", flush=True)
-        found.records.append(record)
-        found.folders[id(record)], found.points[id(record)] = run.folder, points
+        for each in (record, *(point for point in points if point.variant)):
+            found.records.append(each)
+            found.folders[id(each)], found.points[id(each)] = run.folder, []
+        found.points[id(record)] = [point for point in points if point.budget]
     return found
 
 
@@ -114,7 +117,7 @@ def section_text(table: Table, points: Points | None = None, folders: Mapping[in
         markdown_table(table.short_head, table.rows),
         NOTES,
         *_repetitions(table.section, folders or {}),
-        f"{words} (?: not decided by these runs):" + (f"\n\n```\n{check_lines(checks)}\n```" if checks else ""),
+        f"{words} (open: not decided by these runs):" + (f"\n\n```\n{check_lines(checks)}\n```" if checks else ""),
     ])  # fmt: skip
 
 
@@ -149,6 +152,9 @@ def draw(section: Section, found: Found, command: Report) -> list[Path]:
         drawings[f"{name}-accuracy-ms"] = accuracy_against(section, "ms", points)
     for setting, groups in sweeps(section):
         drawings[f"{name}-sweep-{slug(setting)}"] = sweep(setting, groups)
+        if setting == "estimator.initial":
+            lines = {id(r): read_metrics(found.folders[id(r)]) for group in groups for r in group.records}
+            drawings[f"{name}-initial-stage"] = initial_stage(setting, groups, lines)
     for row in section.rows:
         if row.method == "den" and not row.unfinished:
             drawings |= _selection_figures(f"{name}-{slug(row.label)}", row, found)
@@ -179,7 +185,7 @@ def _selection_figures(name: str, row: Row, found: Found) -> dict[str, Figure]:
     for group in row.groups:
         record = group.first
         run = opened(found.folders[id(record)], record.checkpoint)
-        sets = found.sets.of(run.config)
+        sets = found.sets.of(run)
         chances = [selector_logits(run.model, image_set).log_softmax(-1) for image_set in sets]
         model = run.model.cpu()
         reports: Sequence[TaskReport] = [

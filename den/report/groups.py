@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from den.report.paper import MEAN
+from den.report.paper import COUNTS_ALL, MEAN
 from den.runs.evaluation import Evaluation, TaskResult
-from den.support.settings import flattened
+from den.support.settings import flattened, from_dict, to_dict
+from den.train.config import TrainConfig
 
 NOT_SETTINGS = ("out", "seed", "progress", "device", "data.root")
 
@@ -79,6 +83,20 @@ class Row:
         chosen = [[record for record in every if record.seed == seed] for seed in sorted(seeds)] or [every]
         return Stat.of(statistics.fmean(getattr(t, name) for r in records for t in r.tasks) for records in chosen)
 
+    def by_seed(self, name: str, task: str) -> dict[int, float]:
+        """A number of `TaskResult` by seed; of `MEAN`: its mean over tasks, of the seeds that every task has."""
+        if task == MEAN:
+            each = [self.by_seed(name, one) for one in self.tasks]
+            seeds = set.intersection(*map(set, each))
+            return {seed: statistics.fmean(values[seed] for values in each) for seed in sorted(seeds)}
+        return {
+            record.seed: getattr(result, name)
+            for group in self.groups
+            for record in group.records
+            for result in record.tasks
+            if result.task == task
+        }
+
     def timing(self, name: str, task: str) -> Stat | None:
         """A number of `Timing`, over seeds; None where a run was not timed."""
         timings = [result.timing for result in self.results(task)]
@@ -86,8 +104,12 @@ class Row:
 
     @property
     def parameters(self) -> float:
-        """Convolution weights of the blocks of all networks that the row needs."""
-        return float(sum(group.first.parameters.blocks for group in self.groups))
+        """Weights of all networks that the row needs, counted as the paper counts them (`counted`)."""
+        return float(sum(group.first.parameters.blocks + counted(group.first) for group in self.groups))
+
+    def used_parameters(self, task: str) -> float:
+        """Weights that an image of a task uses, the mean over images and seeds, counted in the same way."""
+        return self.stat("parameters", task).mean + counted(self.groups[0].first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +137,11 @@ class Section:
         return max(rows, key=lambda row: len(row.groups), default=None)
 
 
+def counted(record: Evaluation) -> int:
+    """Weights beside those of the blocks that the paper counts: of VGG and SimpleConvNet the fully connected layers."""
+    return record.parameters.heads if record.backbone.startswith(COUNTS_ALL) else 0
+
+
 def group_runs(records: Sequence[Evaluation]) -> list[Group]:
     """Runs of the same settings but for the seed; of the same seed the first counts.
 
@@ -134,8 +161,13 @@ def group_runs(records: Sequence[Evaluation]) -> list[Group]:
 
 def settings_of(record: Evaluation) -> dict[str, Any]:
     """Settings that tell runs apart, by flat names, without those of `NOT_SETTINGS`; and the name of the checkpoint."""
-    flat = {name: value for name, value in flattened(record.settings).items() if name not in NOT_SETTINGS}
-    return flat | {"checkpoint": record.checkpoint}
+    settings = record.settings
+    with contextlib.suppress(ValueError):  # of a later version
+        settings = to_dict(
+            from_dict(TrainConfig, settings)
+        )  # those that an older version did not have are as they were
+    flat = {name: value for name, value in flattened(settings).items() if name not in NOT_SETTINGS}
+    return flat | {"checkpoint": record.checkpoint, "variant": record.variant, "start": bool(settings.get("start"))}
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:
@@ -185,22 +217,26 @@ def _rows(groups: Sequence[Group]) -> list[Row]:
 
 
 def method_of(record: Evaluation) -> tuple[str, float | None]:
-    """Method and rho as in `PaperEntry`; of a single-task NestedNet also its level."""
+    """Method and rho as in `PaperEntry`; of a single-task NestedNet also the share of the weights that it uses."""
     settings, method = record.settings, record.method
     if method == "den":
         selector = settings["selector"]
         return method, selector["rho"] if selector.get("budget") is None else None
-    given = settings.get("methods", {}).get("levels") or []
     if method == "nestednet" and len(record.tasks) == 1:
-        top = settings["network"]["levels"] - 1
-        level = given[0] if given else top
-        return f"nestednet {'high' if level == top else 'low' if level <= 1 else 'middle'}", None
+        used = record.tasks[0].parameters / record.parameters.blocks
+        return f"nestednet {Fraction(1, 2 ** max(0, round(-math.log2(max(used, 2**-9)))))}", None
+    if method == "routing":
+        return "routing over levels", None  # not the paper's, which chooses among blocks of separate weights
     return method, None
 
 
 def method_label(record: Evaluation) -> str:
     """A method in words, with what it was trained for, and how far where it has not finished."""
     method, rho = method_of(record)
+    if record.variant == "random":
+        method = f"random selector on DEN (rho = {record.settings['selector']['rho']:g})"
+    if method == "level":
+        method = f"{record.settings['mode']}, all at {record.variant.replace('-', ' ')}"
     if method == "den":
         budget = record.settings["selector"].get("budget")
         method = f"DEN (rho = {rho:g})" if budget is None else f"DEN (budget {budget:g})"

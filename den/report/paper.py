@@ -2,17 +2,26 @@
 
 Tables 2, 3, 4 and 5, entry by entry.  Table 2 gives WRN-32-4 2.13 GFLOP and Table 4 the same network 2.91; both stand
 here as printed.  Table 3's ">" (lower bounds) are kept as their bounds.
+
+FLOPs are twice the multiply-adds, as ours.  Table 3 prints multiply-adds (27.4M is what SimpleConvNet has of them on
+84x84 pixels) and is doubled here.  Parameters are the weights of the blocks, of SimpleConvNet and VGG with those of the
+fully connected layers (`COUNTS_ALL`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 MEAN = "mean"  # in place of a task: over all of them
 CIFAR10, CIFAR100, COARSE, TINY, STL = "cifar10", "cifar100", "cifar100-coarse", "tinyimagenet", "stl10"
 M1 = (CIFAR100, TINY, STL)
+M2 = tuple(f"imagenet50-{k}" for k in range(10))
+TASKS = {"m1": M1, "m2": M2, "m3": (COARSE, CIFAR100)}
+"""The tasks that a network of the paper learns together; in C1 one of two."""
+SIZES = {"simpleconvnet": 84, "simpleconvnet_224": 224}  # pixels of the images of M2
+COUNTS_ALL = ("simpleconvnet", "vgg")  # backbones, by how their names begin
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class PaperEntry:
     table: str  # "2a"
     scenario: str  # m1, m2, m3, c1
     backbone: str
-    method: str  # a value of `TrainConfig.mode`, "nestednet low" and so on, or a method that is not built here
+    method: str  # a value of `TrainConfig.mode`; in C1 "nestednet 1/4" and so on; or a method that is not built here
     rho: float | None
     task: str  # or MEAN
     accuracy: float  # per cent
@@ -44,12 +53,12 @@ def _table_2(letter: str, backbone: str, rows: str) -> Iterator[PaperEntry]:
 
 
 def _table_3(rows: str) -> Iterator[PaperEntry]:
-    """Backbone, method, rho, mean accuracy, MFLOP, millions of parameters."""
+    """Backbone, method, rho, mean accuracy, millions of multiply-adds, millions of parameters."""
     for line in rows.strip().splitlines():
         backbone, method, rho, *numbers = line.split()
         accuracy, flops, parameters = map(float, numbers)
         fewer = 27.4 / flops
-        yield PaperEntry("3", "m2", backbone, method, _rho(rho), MEAN, accuracy, 1e6 * flops, fewer, 1e6 * parameters)
+        yield PaperEntry("3", "m2", backbone, method, _rho(rho), MEAN, accuracy, 2e6 * flops, fewer, 1e6 * parameters)
 
 
 def _table_4(letter: str, task: str, rows: str) -> Iterator[PaperEntry]:
@@ -62,7 +71,10 @@ def _table_4(letter: str, task: str, rows: str) -> Iterator[PaperEntry]:
 
 
 def _table_5(backbone: str, rows: str) -> Iterator[PaperEntry]:
-    """Method, rho, then for CIFAR-10 and CIFAR-100 accuracy, millions of parameters, times fewer FLOPs."""
+    """Method, rho, then for CIFAR-10 and CIFAR-100 accuracy, millions of parameters, times fewer FLOPs.
+
+    The levels L, M and H of NestedNet are named by their share of the baseline's parameters.
+    """
     for line in rows.strip().splitlines():
         *names, rho = line.split("|")[0].split()
         numbers: list[Any] = [None if cell == "-" else float(cell) for cell in line.split("|")[1].split()]
@@ -113,8 +125,8 @@ PAPER: tuple[PaperEntry, ...] = (
         """),
     *_table_5("vgg19", """
         dense           -    |  92.52 38.9 1.0   69.64 38.9 1.0
-        nestednet low   -    |  91.29 19.4 2.0   68.10 19.4 2.0
-        nestednet high  -    |  92.40 38.9 1.0   69.01 38.9 1.0
+        nestednet 1/2   -    |  91.29 19.4 2.0   68.10 19.4 2.0
+        nestednet 1     -    |  92.40 38.9 1.0   69.01 38.9 1.0
         den             0.1  |  92.31 18.5 2.4   68.87 18.9 1.7
         """),
     *_table_5("resnet18", "n2n - |  91.97 2.12 -  69.64 4.76 -"),
@@ -125,9 +137,9 @@ PAPER: tuple[PaperEntry, ...] = (
         """),
     *_table_5("resnext29_8x64d_narrow", """
         dense             -    |  94.61 22.4 1.0   78.73 22.4 1.0
-        nestednet low     -    |  93.56 5.6 4.0    74.83 5.6 4.0
-        nestednet middle  -    |  93.64 11.2 2.0   74.98 11.2 2.0
-        nestednet high    -    |  94.13 22.4 1.0   76.16 22.4 1.0
+        nestednet 1/4     -    |  93.56 5.6 4.0    74.83 5.6 4.0
+        nestednet 1/2     -    |  93.64 11.2 2.0   74.98 11.2 2.0
+        nestednet 1       -    |  94.13 22.4 1.0   76.16 22.4 1.0
         blockdrop         -    |  93.56 16.9 1.2   78.35 15.5 1.4
         random            -    |  90.55 9.8 2.3    69.67 9.8 2.3
         den               1    |  91.45 4.1 5.5    78.27 7.3 3.0
@@ -135,8 +147,8 @@ PAPER: tuple[PaperEntry, ...] = (
         """),
     *_table_5("resnext29_4x64d_narrow", """
         dense           -    |  94.37 11.2 1.0  77.95 11.2 1.0
-        nestednet low   -    |  93.59 5.6 2.0   75.70 5.6 2.0
-        nestednet high  -    |  94.11 11.2 1.0  76.36 11.2 1.0
+        nestednet 1/2   -    |  93.59 5.6 2.0   75.70 5.6 2.0
+        nestednet 1     -    |  94.11 11.2 1.0  76.36 11.2 1.0
         blockdrop       -    |  93.07 6.53 1.7  77.23 7.47 1.5
         random          -    |  87.33 5.6 2.0   65.44 5.6 2.0
         den             1    |  93.38 5.4 2.1   76.71 5.6 2.0
@@ -149,6 +161,28 @@ PAPER: tuple[PaperEntry, ...] = (
 def entries(scenario: str | None, backbone: str) -> list[PaperEntry]:
     """The paper's entries for a scenario on a backbone."""
     return [entry for entry in PAPER if (entry.scenario, entry.backbone) == (scenario, backbone)]
+
+
+def has_tasks(scenario: str | None, backbone: str, tasks: Sequence[str], alone: bool = False) -> bool:
+    """Return True where a network of the paper learns these very tasks, so that its numbers may stand beside ours.
+
+    alone: of networks for one task each, such as the separate baselines; each has to be one of the paper's.
+    """
+    if scenario == "c1":
+        return set(tasks) <= {CIFAR10, CIFAR100}
+    if scenario not in TASKS:
+        return False
+    names = {_without_size(task, SIZES.get(backbone)) for task in tasks}
+    return names <= set(TASKS[scenario]) if alone else names == set(TASKS[scenario])
+
+
+def _without_size(task: str, size: int | None) -> str:
+    """The name of a set, without the size of its images where that is the paper's.
+
+    >>> _without_size("imagenet50-3@84", 84), _without_size("stl10@32", None), _without_size("imagenet50-3", 84)
+    ('imagenet50-3', 'stl10@32', 'imagenet50-3')
+    """
+    return task.removesuffix(f"@{size}") if size else task
 
 
 STANDARD = {"m1": "wrn32_4", "m2": "simpleconvnet", "m3": "wrn32_4", "c1": "resnext29_8x64d_narrow"}

@@ -1,11 +1,14 @@
-"""Settings of den report."""
+"""Settings of den report and den predict."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
+
+from den.support.limits import Range, check_ranges
 
 
 @dataclass(frozen=True)
@@ -22,3 +25,31 @@ class Report:
     """Measure the time per image of the runs that were not timed."""
     figures: bool = True
     """Draw the figures."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Classify pictures with a trained run: their classes, structures and costs as a table, JSON lines, or pictures."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Pictures, and folders of pictures.  Those that cannot be read are named and left out."""
+    task: str | None = None
+    """One of the run's tasks (of folder:PATH@64 the last name of the path will do); None: all of them."""
+    json: Path | None = None
+    """File for the predictions as JSON lines; -: print them in place of the table."""
+    pictures: Path | None = None
+    """Folder for a drawing of each picture with its classes, its structure and its cost."""
+    top: Annotated[int, Range(1)] = 5
+    """Classes of each picture that are written to JSON and drawn."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints: the last one, or the best on held-out images."""
+    device: str = "auto"
+    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
+
+    def check(self) -> None:
+        """Raise ValueError where there are no images, or a value is out of its range."""
+        if not self.images:
+            raise ValueError("predict: images must be at least one picture or folder, got none")
+        check_ranges(self, "predict")

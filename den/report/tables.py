@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from den.report.groups import Row, Section, Stat
-from den.report.paper import MEAN, PaperEntry, entries, nearest_backbone
+from den.report.paper import MEAN, PaperEntry, entries, has_tasks, nearest_backbone
 
 MOST_TASKS = 6  # beyond this only the mean over them
 SEPARATE = ("c1",)  # scenarios of tasks that have nothing to do with each other: no mean over them
@@ -20,9 +20,11 @@ HEAD = (
 NOTES = """\
 Mean ± standard deviation over seeds, on the test images. Δ dense: points above the dense network (the mean of its
 seeds) on the same task. MFLOP: twice the multiply-adds of the block convolutions, mean per image, in millions; times
-fewer: than the full structure. Parameters: convolution weights of the blocks, of all networks that the row needs; in C1
-those that an image uses, as in Table 5. ms: measured per image, with choosing; ms dense: the full structure, in the
-faster of plain convolutions and our kernels. Entropy: of the structures in use, in nats."""
+fewer: than the full structure. Parameters: convolution weights of the blocks, of VGG and SimpleConvNet with the fully
+connected layers, of all networks that the row needs; in C1 those that an image uses, as in Table 5. The paper's numbers
+stand only beside networks that have learnt the same tasks; its Table 3 counts multiply-adds and is doubled here. ms:
+measured per image, with choosing; ms dense: the full structure, in the faster of plain convolutions and our kernels.
+Entropy: of the structures in use, in nats."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,21 @@ def build_table(section: Section) -> Table:
     for row in section.rows:
         for task in _shown_tasks(section, row.tasks):
             paper = next((e for e in papers if (e.method, e.rho, e.task) == (row.method, row.rho, task)), None)
+            paper = paper if backbone and _fits(section.scenario, backbone, row, task) else None
             used.add(paper)
             lines.append(Line(row.label, task, row, paper))
-    if backbone == section.backbone:
-        lines += [Line(_paper_label(e), e.task, None, e) for e in papers if e not in used]
     numbers = tuple(dict.fromkeys(entry.table for entry in papers))
+    if not backbone or not has_tasks(section.scenario, backbone, section.tasks, alone=True):
+        numbers = ()
+    elif backbone == section.backbone:
+        lines += [Line(_paper_label(e), e.task, None, e) for e in papers if e not in used]
     return Table(section, backbone, numbers, tuple(lines))
+
+
+def _fits(scenario: str | None, backbone: str, row: Row, task: str) -> bool:
+    """Return True where a row has learnt the tasks of the paper's; a mean is over all of them."""
+    separate = row.method == "dense" and len(row.groups) == len(row.tasks) and task != MEAN
+    return has_tasks(scenario, backbone, row.tasks, alone=separate)
 
 
 def _shown_tasks(section: Section, tasks: tuple[str, ...]) -> tuple[str, ...]:
@@ -118,7 +129,7 @@ def _our_cells(section: Section, row: Row, task: str, dense: Row | None) -> dict
     accuracy, flops = row.stat("accuracy", task), row.stat("flops", task)
     compared = dense if dense is not None and row.method != "dense" and (task == MEAN or task in dense.tasks) else None
     timing = {name: None if task == MEAN else row.timing(name, task) for name in ("dense", "selected", "speedup")}
-    parameters = row.stat("parameters", task).mean if section.scenario in SEPARATE else row.parameters
+    parameters = row.used_parameters(task) if section.scenario in SEPARATE else row.parameters
     ratio = row.stat("flops_ratio", task).mean
     return {
         "seeds": str(accuracy.count),
@@ -150,7 +161,9 @@ def heading(table: Table) -> str:
     """Sentence that names the table of the paper beside ours, and says which of its columns compare."""
     of = f"Table {' and '.join(table.numbers)}" if table.numbers else ""
     if not table.numbers:
-        return "The paper has no such table."
+        known = entries(table.section.scenario, table.paper_backbone) if table.paper_backbone else []
+        theirs = f" (table {', '.join(dict.fromkeys(e.table for e in known))} is of others)" if known else ""
+        return f"The paper has no table of these tasks{theirs}: nothing of it stands here."
     if table.comparable:
         return f"Beside {of} of the paper."
     return (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from den.data import ImageSet
-from den.evaluate.accuracy import TaskReport, best_static
+from den.data.images import Kept
+from den.evaluate.accuracy import TaskReport, best_static, equal_structures
 from den.runs.evaluation import (
     NAME,
     Budget,
@@ -23,9 +25,11 @@ from den.runs.evaluation import (
 from den.runs.settings import Evaluate
 from den.runs.state import check_kind, training_of
 from den.runs.steering import choose_point
-from den.runs.trained import Run, open_run
+from den.runs.trained import Run, as_trained, kept_of, open_run
+from den.runs.variants import at_level, with_random_selector
 from den.support.device import choose_device
 from den.support.files import check_folder, check_own, is_writable
+from den.support.settings import to_dict
 from den.train.config import TrainConfig
 from den.train.folder import stored_config
 
@@ -40,7 +44,7 @@ def main(command: Evaluate) -> None:
     runs = [opened(folder, command.checkpoint, command.device) for folder in command.runs]
     sets = SetsOfRuns(command.data_root)
     for run in runs:
-        sets.of(run.config)
+        sets.of(run)
         training = training_of(run.folder, run.config, command.checkpoint)
         if training and not training.finished:
             print(f"{run.folder}: {training.words}", flush=True)
@@ -49,12 +53,23 @@ def main(command: Evaluate) -> None:
         run, budget = choose_point(runs, Budget(unit, limit, {}), command.data_root)
         shown = ", ".join(f"{task} {weight:.4g}" for task, weight in budget.weights.items())
         print(f"{run.folder}: lambda of the cost at run time: {shown}", flush=True)
-        _report(run, sets.of(run.config), command, budget, folders[run.folder])
+        _report(run, sets.of(run), command, budget, folders[run.folder])
         return
     for run in runs:
         if len(runs) > 1:
             print(f"{run.folder}:", flush=True)
-        _report(run, sets.of(run.config), command, None, folders[run.folder])
+        for each, variant in variants(run, command):
+            _report(each, sets.of(run), command, None, folders[run.folder], variant, run.config)
+
+
+def variants(run: Run, command: Evaluate) -> Iterator[tuple[Run, str]]:
+    """The run, or its variants that the command asks for, with their names."""
+    if command.selector == "random":
+        yield with_random_selector(run, command.random_flops), "random"
+    for level in command.levels:
+        yield at_level(run, level), f"level-{level}"
+    if command.selector == "own" and not command.levels:
+        yield run, ""
 
 
 def record_folders(runs: tuple[Path, ...], out: Path | None) -> dict[Path, Path]:
@@ -101,21 +116,36 @@ class SetsOfRuns:
         self._root = data_root
         self._loaded: dict[tuple[str, Path | None], ImageSet] = {}
 
-    def of(self, config: TrainConfig) -> list[ImageSet]:
-        """The test images of each task of a run; ValueError where they are missing or damaged."""
+    def of(self, run: Run | Measurable) -> list[ImageSet]:
+        """The test images of each task of a run, normalised as those that it was trained on.
+
+        ValueError where they are missing or damaged, or their classes are not those that the run has learnt.
+        """
         from den.data import load_set
 
-        root = self._root or config.data.root
-        for name in config.data.tasks:
+        root = self._root or run.config.data.root
+        for name in run.config.data.tasks:
             if (name, root) not in self._loaded:
                 self._loaded[name, root] = load_set(name, "test", root)
-        return [self._loaded[name, root] for name in config.data.tasks]
+        return [as_trained(self._loaded[name, root], run.kept.get(name)) for name in run.config.data.tasks]
 
 
-def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | None, folder: Path) -> None:
+def _report(
+    run: Run,
+    sets: list[ImageSet],
+    command: Evaluate,
+    budget: Budget | None,
+    folder: Path,
+    variant: str = "",
+    settings: TrainConfig | None = None,
+) -> None:
+    """Measure, write and print; settings: of the run that a variant is of."""
     timed = command.time or command.budget_ms is not None
     record, reports = evaluate_run(run, sets, time=timed, budget=budget)
-    path = folder / file_name(budget)
+    if variant:
+        record = dataclasses.replace(record, settings=to_dict(settings), variant=variant)
+        print(f"{run.folder}, {variant}:", flush=True)
+    path = folder / file_name(budget, variant)
     write_evaluation(path, record)
     for image_set, result in zip(sets, record.tasks, strict=True):
         lines = result_lines(result)
@@ -124,6 +154,9 @@ def _report(run: Run, sets: list[ImageSet], command: Evaluate, budget: Budget | 
         if budget is not None:
             lines.append(_budget_line(result, budget))
         print("\n".join(lines), flush=True)
+    if run.config.joint and not variant:
+        same = equal_structures(list(reports.values()))
+        print(f"{', '.join(reports)}: one structure for all labels of {100 * same:.1f} % of the images", flush=True)
     if command.out is not None:
         print(f"{run.folder}: the numbers are in {path}")
 
@@ -145,8 +178,10 @@ def _static_line(run: Run, image_set: ImageSet, report: TaskReport, candidates: 
     )
 
 
-def file_name(budget: Budget | None) -> str:
-    """evaluation.json, or evaluation.flops-0.5.json of an operating point."""
+def file_name(budget: Budget | None, variant: str = "") -> str:
+    """evaluation.json; evaluation.flops-0.5.json of an operating point, evaluation.random.json of a variant."""
+    if variant:
+        return f"evaluation.{variant}.json"
     return NAME if budget is None else f"evaluation.{budget.unit}-{budget.limit:g}.json"
 
 
@@ -159,6 +194,7 @@ class Measurable:
     record: Evaluation | None  # of the checkpoint as it is; None: to be measured
     checkpoint: Literal["last", "best"]
     place: Path  # where the record is, or will be
+    kept: dict[str, Kept]  # of the images that it was trained on
 
 
 def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) -> Measurable:
@@ -179,25 +215,27 @@ def look_up(folder: Path, *, time: bool = False, elsewhere: Path | None = None) 
             timed = record.tasks and (record.tasks[0].timing or not time)
             if timed and is_current(record, folder / f"{checkpoint}.safetensors", config):
                 training = training_of(folder, config, checkpoint)
-                return Measurable(folder, config, dataclasses.replace(record, training=training), checkpoint, place)
+                kept = kept_of(folder / f"{checkpoint}.safetensors")
+                record = dataclasses.replace(record, training=training)
+                return Measurable(folder, config, record, checkpoint, place, kept)
     training_of(folder, config, checkpoint)
-    open_run(folder, checkpoint)  # here, not after others have been measured
+    run = open_run(folder, checkpoint)  # here, not after others have been measured
     if is_writable(folder):
-        return Measurable(folder, config, None, checkpoint, folder)
+        return Measurable(folder, config, None, checkpoint, folder, run.kept)
     if elsewhere is None:
         raise ValueError(_unwritable(folder))
     check_folder(elsewhere, "report: out")
-    return Measurable(folder, config, None, checkpoint, elsewhere)
+    return Measurable(folder, config, None, checkpoint, elsewhere, run.kept)
 
 
 def measured(run: Measurable, sets: SetsOfRuns, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:
-    """The record of a run, measured and written where there is none, and those of its operating points."""
+    """The record of a run, measured and written where there is none, and those of its operating points and variants."""
     record = run.record
     if record is None:
-        record, _ = evaluate_run(opened(run.folder, run.checkpoint), sets.of(run.config), time=time)
+        record, _ = evaluate_run(opened(run.folder, run.checkpoint), sets.of(run), time=time)
         write_evaluation(run.place / NAME, record)
-    points = [read_evaluation(other) for other in sorted(run.folder.glob("evaluation.*-*.json"))]
-    return record, [point for point in points if point.updates == record.updates and point.budget]
+    points = [read_evaluation(other) for other in sorted(run.folder.glob("evaluation.*.json"))]
+    return record, [p for p in points if p.updates == record.updates and (p.budget or p.variant)]
 
 
 def evaluations(folder: Path, data_root: Path | None = None, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from den.data import ImageSet
 from den.evaluate.accuracy import TaskReport, Timing, evaluate, time_per_image
+from den.evaluate.null import shuffled_accuracy, untrained_report
 from den.nn.count import ParameterCounts, count_parameters
+from den.nn.model import DeepElasticNetwork
 from den.runs.state import Training, training_of
 from den.runs.trained import Run
 from den.support.device import machine_name
@@ -45,6 +47,17 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Null:
+    """Results of the same images under choices that have learnt nothing (`den.evaluate.null`)."""
+
+    structures: int  # different ones that an untrained selector gives them
+    variety: float  # entropy of these, nats
+    information: float  # nats per block, as `TaskResult.information`
+    usage: tuple[float, ...]  # [N], mean share of each block
+    shuffled: float  # accuracy, 0..1, where every image runs at the structure that was chosen for another
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """Results of one task on its test images."""
 
@@ -65,6 +78,18 @@ class TaskResult:
     histogram: tuple[tuple[int, ...], ...]  # [N, L], images that ran a block at a level
     common: tuple[Chosen, ...]  # the structures used most
     timing: Timing | None = None  # seconds per image on `Evaluation.machine`; None: not measured
+    majority: float | None = None  # share of the most frequent class; None: not known
+    null: Null | None = None  # of a network that chooses; None: not measured
+
+    @property
+    def information(self) -> float:
+        """Information in the choice about the image, nats per block: 0 where all images have the same distribution."""
+        return self.mean_entropy - self.entropy
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of the best answer that looks at no image, 0..1."""
+        return max(1 / self.classes, self.majority or 0.0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,7 @@ class Evaluation:
     versions: dict = field(default_factory=versions)
     budget: Budget | None = None
     training: Training | None = None  # how far the run had come; None: not known
+    variant: str = ""  # "random" or "level-2" in place of the run's own choice (`den.runs.variants`)
     version: int = VERSION
 
     @property
@@ -89,7 +115,10 @@ class Evaluation:
 
     @property
     def method(self) -> str:
-        return self.settings["mode"]
+        mode = self.settings["mode"]
+        if self.variant.startswith("level") and mode not in ("nestednet", "packnet"):
+            return "level"
+        return "random" if self.variant == "random" else mode
 
     @property
     def scenario(self) -> str | None:
@@ -129,7 +158,8 @@ def evaluate_run(
         name = image_set.name
         reports[name] = evaluate(model, [image_set], run.choice)[name]
         timing = time_per_image(model, image_set, structures=rule) if time else None
-        results.append(_result(model, reports[name], image_set, timing))
+        null = null_of(model, image_set, reports[name], run.config.seed) if run.choice == "selected" else None
+        results.append(_result(model, reports[name], image_set, timing, null))
     device = next(model.parameters()).device
     where = machine_name(device)
     updates, checkpoint = read_updates(run.checkpoint), run.name
@@ -147,7 +177,21 @@ def evaluate_run(
     return record, reports
 
 
-def _result(model: Any, report: TaskReport, image_set: ImageSet, timing: Timing | None) -> TaskResult:
+def null_of(model: DeepElasticNetwork, image_set: ImageSet, report: TaskReport, seed: int) -> Null:
+    """The variety of an untrained selector's structures, and the worth of the chosen ones to other images."""
+    untrained = untrained_report(model, image_set, seed)
+    return Null(
+        untrained.structures,
+        untrained.variety,
+        untrained.mean_entropy - untrained.entropy,
+        tuple(untrained.usage.tolist()),
+        shuffled_accuracy(model, image_set, report.levels, seed),
+    )
+
+
+def _result(
+    model: Any, report: TaskReport, image_set: ImageSet, timing: Timing | None, null: Null | None
+) -> TaskResult:
     same = {f.name for f in dataclasses.fields(TaskReport)} & {f.name for f in dataclasses.fields(TaskResult)}
     values = {name: getattr(report, name) for name in same - {"probabilities", "usage"}}
     structures, counts = report.common
@@ -163,6 +207,8 @@ def _result(model: Any, report: TaskReport, image_set: ImageSet, timing: Timing 
         histogram=tuple(map(tuple, report.histogram.tolist())),
         common=tuple(Chosen("".join(map(str, levels)), share) for levels, share in chosen),
         timing=timing,
+        majority=image_set.labels.bincount().max().item() / len(image_set),
+        null=null,
     )
 
 

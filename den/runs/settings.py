@@ -23,6 +23,14 @@ class Evaluate:
     """Folder of the sets that do not come with the install; None: where the run had them."""
     static: Annotated[int, Range(0, 20_000)] = 0
     """Compare with the best of this many single structures of the same cost, chosen on the test images themselves."""
+    selector: Literal["own", "random"] = "own"
+    """random: draw every block's level by chance in place of the run's selector (the paper's "DEN + rand sel"); written
+    to evaluation.random.json, which reports show as a row of its own."""
+    random_flops: Annotated[float | None, Range(0, 1)] = None
+    """With --selector random: share of the full structure's FLOPs that its structures cost; None: uniform ones."""
+    levels: Annotated[tuple[int, ...], Range(0)] = ()
+    """Run all images of every task at this level of every block, for each level given: the lower levels of one training
+    of NestedNet.  Written to evaluation.level-L.json."""
     time: bool = False
     """Measure the time per image, with the full structure and with the selected ones."""
     budget_flops: Annotated[float | None, Range(0, 1, open_low=True)] = None
@@ -40,4 +48,9 @@ class Evaluate:
             raise ValueError("evaluate: runs must be at least one run folder, got none")
         if self.budget_flops is not None and self.budget_ms is not None:
             raise ValueError("evaluate: budget must be in FLOPs or in milliseconds, got both")
+        budget = self.budget_flops is not None or self.budget_ms is not None
+        if sum((budget, self.selector == "random", bool(self.levels))) > 1:
+            raise ValueError("evaluate: a budget, --selector random and --levels must come one at a time, got several")
+        if self.random_flops is not None and self.selector != "random":
+            raise ValueError("evaluate: random_flops must come with --selector random, got it alone")
         check_ranges(self, "evaluate")

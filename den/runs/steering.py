@@ -13,7 +13,7 @@ from den.evaluate.accuracy import evaluate
 from den.evaluate.operating import at_flops, at_milliseconds
 from den.recipes.setup import hold_out
 from den.runs.evaluation import Budget
-from den.runs.trained import Run
+from den.runs.trained import Run, as_trained
 
 STEERED_ON = 2000  # images of each task, at most
 
@@ -27,7 +27,7 @@ def unseen_images(run: Run, data_root: Path | None) -> tuple[list[ImageSet], lis
     from den.data import load_set
 
     config, root = run.config, data_root or run.config.data.root
-    kept = [load_set(name, "train", root) for name in config.data.tasks]
+    kept = [as_trained(load_set(name, "train", root), run.kept.get(name)) for name in config.data.tasks]
     held: list[ImageSet] = []
     if config.data.validation > 0:
         kept, held = hold_out(kept, config)

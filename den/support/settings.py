@@ -24,6 +24,8 @@ def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where}: value must be an object, got {values!r}")
+    upgrade = getattr(kind, "of_earlier_versions", None)  # of a dataclass whose settings were others once
+    values = values if upgrade is None else upgrade(values)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:

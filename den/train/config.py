@@ -50,6 +50,10 @@ class DataConfig:
     """Folder of the sets that do not come with the install."""
     share: Annotated[float, tyro.conf.arg(aliases=("--share",)), Range(1e-6, 1)] = 1.0
     """Share of every training set that is used, of every class alike, chosen by the seed."""
+    joint: bool = False
+    """The tasks are labels of the same images (cifar100 and cifar100-coarse): an image is drawn once, with all its
+    labels, has one stem and one structure, and a head for each.  Methods that give each task a structure of its own
+    (nestednet, packnet, routing, cross-stitch, blockdrop, adashare) take the labels as tasks apart all the same."""
     batch_size: Annotated[int, Range(1)] = 128
     """Images in a batch, all tasks together."""
     validation: Annotated[float, Range(0, 0.9)] = 0.05
@@ -62,8 +66,8 @@ class NetworkConfig:
     """Settings of the network."""
 
     backbone: str = "wrn14_1"
-    """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50_bottleneck, vgg16, vgg19,
-    simpleconvnet."""
+    """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50, vgg16, vgg19, simpleconvnet; or
+    FILE.py:NAME, a den.Backbone of your own."""
     stages: Annotated[tuple[tuple[int, int], ...], Range(1)] = ()
     """Channels and blocks of each stage, overriding the name's; empty: the name's."""
     stem: Annotated[int | None, Range(0)] = None
@@ -74,6 +78,16 @@ class NetworkConfig:
     """Side in pixels of the maps that the first block sees; None: 32, or the images' own where there is no stem."""
     selector_channels: Annotated[tuple[int, ...], Range(1)] = ()
     """Channels of the selector's convolutions; empty: as wide as its share of the FLOPs allows."""
+    start: Literal["he", "xavier"] = "he"
+    """How weights begin: as He et al. for ReLU, or all of both networks as Glorot and Bengio, which the paper names."""
+    selector: Literal["small", "paper"] = "small"
+    """small: plain convolutions.  paper: residual blocks, of the size that the paper gives for the backbone."""
+    selector_head: Literal["own", "shared"] = "own"
+    """The selector's last norm and layer: of each task its own, or one for all tasks, as in the authors' code."""
+    selector_reads: Literal["images", "stem"] = "images"
+    """What the selector reads: the images, through stems of its own, or what the estimator's stems make of them."""
+    selector_start: Literal["near-uniform", "xavier"] = "near-uniform"
+    """How the selector's last layer begins: so small that all levels are as likely, or as other layers do."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,9 @@ class SelectorTraining:
     """Stages that begin with such a decay; empty: all after the first."""
     rho: Annotated[float, Range(0)] = 0.3
     """Weight of the sparsity term S(z) (equation 5): larger means fewer FLOPs."""
+    penalty: Literal["squared", "l1"] = "squared"
+    """S(z): rho times the square of the mean share of the blocks that a structure uses (equation 5), or times that
+    share."""
     budget: Annotated[float | None, Range(0.01, 1)] = None
     """Share of the full structure's FLOPs that the likeliest structures of every task are to cost: rho is made larger
     for a task that costs more, smaller for one that costs less.  None: rho stays, and the tasks cost what they cost."""
@@ -144,8 +161,8 @@ class SelectorTraining:
     """|Z|: structures sampled for every image."""
     baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
     """Baseline of a sample's cost: the mean of the other samples of its image; a running mean of its task; none."""
-    entropy_bonus: Annotated[float, Range(0)] = 0.1
-    """Weight of the entropy that keeps the structures varied; falls linearly to 0 within every phase."""
+    entropy_bonus: Annotated[float, Range(0)] = 0.01
+    """Weight of the entropy that keeps the structures varied; falls linearly to 0 over the selector's phases."""
     exploration: Annotated[float, Range(0, 1)] = 0.99
     """A sample is drawn at random with probability exploration ** step; 0: never."""
 
@@ -154,6 +171,12 @@ class SelectorTraining:
 class MethodConfig:
     """Settings of the compared methods; other methods ignore them."""
 
+    updates: Literal["first", "estimator", "flops"] = "first"
+    """How long they train their network.  first: estimator.first.  estimator: as many updates as the estimator of a
+    Deep Elastic Network gets in all (what den train does unless told otherwise).  flops: as many as cost the FLOPs of
+    these."""
+    chosen_flops: Annotated[float, Range(0, 1)] = 0.5
+    """With updates "flops": share of the full FLOPs that the structures which a selector chooses are taken to cost."""
     levels: Annotated[tuple[int, ...], Range(0)] = ()
     """NestedNet, PackNet*: the level of each task, in the order of tasks, no two alike.  Empty: the last task gets the
     highest, the one before it the next lower, and so on."""
@@ -208,6 +231,13 @@ class TrainConfig:
     Batch norms see a piece at a time."""
     stages: Annotated[int, Range(1)] = 2
     """S of Algorithm 1."""
+    start: Path | None = None
+    """Run folder whose network this run begins with; the settings of that run are the defaults of the options."""
+    selector_only: bool = False
+    """Train the selector alone, in its phases of all stages, on the network of --start as it is."""
+    estimator_only: bool = False
+    """Train the estimator alone, in its phases after the first, on the structures that the network of --start
+    chooses."""
     epoch_steps: Annotated[int | None, Range(1)] = None
     """Updates between measurements and checkpoints; None: one pass over the largest task."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -220,6 +250,11 @@ class TrainConfig:
     scenario: Annotated[str | None, tyro.conf.Suppress] = None
     """Name of the paper's experiment that these settings come from; reports group runs by it."""
 
+    @property
+    def joint(self) -> bool:
+        """True where an image has one structure for all its labels."""
+        return self.data.joint and len(self.data.tasks) > 1 and self.mode in ("den", "dense", "random")
+
     def __post_init__(self) -> None:
         check_ranges(self)
         estimator, selector = self.estimator, self.selector
@@ -230,6 +265,16 @@ class TrainConfig:
         shares, tasks = list(self.data.shares), len(self.data.tasks)
         if len(shares) not in (0, tasks):
             raise ValueError(f"config: data.shares must be one for each of {tasks} tasks, got {shares}")
+        if self.selector_only or self.estimator_only:
+            one = "selector_only" if self.selector_only else "estimator_only"
+            if self.start is None or self.mode != "den" or (self.selector_only and self.estimator_only):
+                raise ValueError(
+                    f"config: {one} must come with the run to start from, mode den, and not with its opposite, got"
+                    f" start {self.start}, mode {self.mode}, selector_only {self.selector_only}, estimator_only"
+                    f" {self.estimator_only}"
+                )
+        if self.data.joint and self.data.shares:
+            raise ValueError(f"config: data.shares must be empty with data.joint, got {list(self.data.shares)}")
         if not self.data.tasks or len(set(self.data.tasks)) != len(self.data.tasks):
             raise ValueError(f"config: data.tasks must be different image sets, got {list(self.data.tasks)}")
 

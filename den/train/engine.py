@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from den.data import Batch, MixedTaskBatches
+from den.data import Batch, BatchStream
 from den.nn.norms import share_statistics
 from den.support import ranks
 from den.support.progress import Progress
@@ -116,7 +116,7 @@ class Engine(Generic[R]):
         return self.recipe.model
 
     @property
-    def batches(self) -> dict[str, MixedTaskBatches]:
+    def batches(self) -> Mapping[str, BatchStream]:
         """The recipe's streams of batches."""
         return self.recipe.batches
 
@@ -176,7 +176,7 @@ class Engine(Generic[R]):
         if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
             check_finite(ranks.mean(objective.loss).item(), here.total_steps)
         names, last = tuple(objective.optimisers or phase.trained), self._piece == self._pieces - 1
-        self._backward(objective.loss / self._pieces if self._pieces > 1 else objective.loss, names, last)
+        self._backward(objective, names, last)
         for name in names if last else ():
             self.optimisers[name].step()
             here.updates[name] = here.updates.get(name, 0) + 1
@@ -192,23 +192,24 @@ class Engine(Generic[R]):
             if self.device.type == "cpu" or here.step % 50 == 0:
                 self._bar.note(told(self.meter.means()), refresh=False)
 
-    def _backward(self, loss: Tensor, names: tuple[str, ...], last: bool) -> None:
-        """Add a loss's gradients to those of the optimisers named, or begin them; the last ones are shared.
-
-        loss: [].
-        """
+    def _backward(self, objective: Objective, names: tuple[str, ...], last: bool) -> None:
+        """Add an objective's gradients to those of the optimisers named, or begin them; the last ones are shared."""
+        loss = objective.loss / self._pieces if self._pieces > 1 else objective.loss
         groups = [group for name in names for group in self.optimisers[name].param_groups]
         learnt = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
         if self._piece == 0:
             for parameter in learnt:
                 parameter.grad = None
+        if objective.backward is not None:  # of the whole batch in one process: see `Recipe.check_pieces`
+            objective.backward()
+            return
         if not last or ranks.count() == 1:
             loss.backward(inputs=learnt)
             return
         key = (*names, *(str(id(parameter)) for parameter in learnt))
         if key not in self._means:
             of = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            self._means[key] = GradientMeans([(of[id(parameter)], parameter) for parameter in learnt])
+            self._means[key] = GradientMeans([(of.get(id(p), "of the objective"), p) for p in learnt])
         with self._means[key].taken():
             loss.backward(inputs=learnt)
         if self.position.step % self.epoch_steps == 0:

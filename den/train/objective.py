@@ -90,14 +90,16 @@ def steered_rho(rho: float, costs: Tensor, budget: float) -> Tensor:
     return rho * STEERING ** (10 * (costs - budget) / budget).clamp(-1, 1)
 
 
-def sparsity_penalty(structures: Tensor, fractions: Tensor, rho: float | Tensor) -> Tensor:
+def sparsity_penalty(structures: Tensor, fractions: Tensor, rho: float | Tensor, kind: str = "squared") -> Tensor:
     """S(z) = rho * (mean over blocks of d_i(l_i))^2 (equation 5) of structures [..., N]: [...].
 
     rho: one number, or [...].
+    kind: squared, or l1 without the square.
     fractions: [N, L], d_i(l), the share of block i's parameters that level l uses (`den.nn.count.parameter_fractions`).
     """
     blocks = torch.arange(len(fractions), device=structures.device)
-    return rho * fractions[blocks, structures].mean(-1).square()
+    mean = fractions[blocks, structures].mean(-1)
+    return rho * (mean if kind == "l1" else mean.square())
 
 
 def entropy(log_probabilities: Tensor) -> Tensor:
@@ -111,17 +113,22 @@ def instance_losses(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def structure_costs(model: DeepElasticNetwork, batch: Batch, structures: Tensor, rho: float | Tensor) -> Tensor:
+def structure_costs(
+    model: DeepElasticNetwork, batch: Batch, structures: Tensor, rho: float | Tensor, penalty: str = "squared"
+) -> Tensor:
     """R(z; x, y, t) = L(f(x; z, t), y) + S(z) (equation 6) of structures [B, S, N], rho a number or [B, 1]: [B, S].
 
     All samples of all images run through the blocks as one batch of B * S instances; the estimator must be in
-    evaluation mode.
+    evaluation mode.  An image of several labels costs the mean of their losses.
     """
     samples = structures.shape[1]
     labels = [part.repeat_interleave(samples, 0) for part in batch.labels]
-    losses = instance_losses(model.estimator.sampled(batch.images, batch.tasks, structures), labels)
-    penalty = sparsity_penalty(structures, parameter_fractions(model), rho)
-    return losses.view(-1, samples) + penalty
+    if batch.joint:
+        losses = instance_losses(model.estimator.joint(batch.images[0], structures), labels)
+        losses = losses.view(len(labels), -1).mean(0)
+    else:
+        losses = instance_losses(model.estimator.sampled(batch.images, batch.tasks, structures), labels)
+    return losses.view(-1, samples) + sparsity_penalty(structures, parameter_fractions(model), rho, penalty)
 
 
 def leave_one_out_advantage(costs: Tensor) -> Tensor:
@@ -141,10 +148,10 @@ class RunningBaseline:
 
     def advantage(self, costs: Tensor, batch: Batch) -> Tensor:
         """Costs [B, S] minus the running mean of their task, which then takes in the mean of these: [B, S]."""
-        split = costs.split([len(y) for y in batch.labels])
+        split = costs.split([len(labels) for _, _, labels in batch.parts])
         means = ranks.mean(torch.stack([batch.mean(part, k).double() for k, part in enumerate(split)]))
         parts = []
-        for task, part, now in zip(batch.tasks, split, means, strict=True):
+        for (task, _, _), part, now in zip(batch.parts, split, means, strict=True):
             seen = self.means[task]
             parts.append(part - (now if seen is None else seen))
             self.means[task] = now if seen is None else self.momentum * seen + (1 - self.momentum) * now
@@ -170,11 +177,13 @@ class Objective:
         loss: [], differentiable.
         measured: means over the batch, by name; None: a part of an update that another objective completes.
         optimisers: those that step; empty: those of the phase.
+        backward: runs the backward pass; None: that of `loss`.
     """
 
     loss: Tensor
     measured: Mapping[str, Tensor | float] | None
     optimisers: tuple[str, ...] = ()
+    backward: Callable[[], None] | None = None
 
 
 def reinforce(

@@ -103,6 +103,12 @@ def decay_factors(decay: float, decay_at: tuple[int, ...], first: int, last: int
     return [decay ** sum(decayed <= stage for decayed in at) for stage in range(first, last + 1)]
 
 
+def estimator_updates(config: TrainConfig) -> int:
+    """Updates that the estimator of a Deep Elastic Network gets in all its phases."""
+    estimator = config.estimator
+    return estimator.first.steps + (config.stages - 1) * estimator.later.steps + estimator.finish.steps
+
+
 def run_phases(config: TrainConfig) -> tuple[NetworkPhase, ...]:
     """The phases of Algorithm 1 in order; those without steps are left out.  A dense run is the estimator's first.
 
@@ -118,4 +124,10 @@ def run_phases(config: TrainConfig) -> tuple[NetworkPhase, ...]:
                 phases.append(NetworkPhase("estimator", stage, estimator.later, tuned[stage - 2]))
             phases.append(NetworkPhase("selector", stage, selector.phase, chosen[stage - 1]))
         phases.append(NetworkPhase("estimator", config.stages + 1, estimator.finish))
-    return tuple(phase for phase in phases if phase.settings.steps > 0)
+    if config.selector_only or config.estimator_only:
+        kept = "selector" if config.selector_only else "estimator"
+        phases = [phase for phase in phases[1:] if phase.network == kept]
+    found = tuple(phase for phase in phases if phase.settings.steps > 0)
+    if not found:
+        raise ValueError("train: settings must leave an update to be made, got none (more stages, or a finish)")
+    return found

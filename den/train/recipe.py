@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from den.data import MixedTaskBatches
+from den.data import BatchStream, MixedTaskBatches
 from den.train.phases import Phase
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Recipe(ABC):
     """
 
     model: nn.Module
-    batches: dict[str, MixedTaskBatches]
+    batches: Mapping[str, BatchStream]
     optimisers: dict[str, torch.optim.Optimizer]
     keeps_best = True
 
@@ -81,7 +81,11 @@ class Recipe(ABC):
 
     def check_pieces(self, processes: int, pieces: int) -> None:
         """Raise ValueError where a batch cannot be shared by so many processes, or computed in so many pieces."""
-        images = min(sum(batches.counts) for batches in self.batches.values())
+        if processes * pieces == 1:
+            return
+        if not all(isinstance(batches, MixedTaskBatches) for batches in self.batches.values()):
+            raise ValueError("train: data loaders of your own must be read by one process, in whole batches")
+        images = min(sum(batches.counts) for batches in self.batches.values() if isinstance(batches, MixedTaskBatches))
         if images < processes * pieces:
             raise ValueError(
                 f"config: data.batch_size must be at least {processes * pieces}, an image for each of {processes}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from den.support.limits import Range, check_ranges
+from den.support.settings import flattened, to_dict
 from den.train.config import (
     DataConfig,
     EstimatorTraining,
+    MethodConfig,
     NetworkConfig,
     PhaseConfig,
     SelectorTraining,
@@ -24,11 +27,13 @@ class Scenario:
 
     tasks: tuple[str, ...]
     backbones: tuple[str, ...]  # the paper's; the first is the default
-    batch_size: int = 128
+    batch_size: int = 128  # images in a batch
+    each: bool = False  # of every task as many
+    nested: tuple[int, ...] = ()  # levels that NestedNet and PackNet* give these tasks
 
 
 SCENARIOS = {
-    "m1": Scenario(("cifar100", "tinyimagenet", "stl10"), ("wrn32_4", "resnet42")),
+    "m1": Scenario(("cifar100", "tinyimagenet", "stl10"), ("wrn32_4", "resnet42"), each=True, nested=(2, 1, 3)),
     "m2": Scenario(("imagenet50-0..9@84",), ("simpleconvnet",), batch_size=256),
     "m3": Scenario(("cifar100-coarse", "cifar100"), ("wrn32_4",)),
     "c1": Scenario(("cifar100",), ("resnext29_8x64d_narrow", "resnext29_4x64d_narrow", "vgg19")),
@@ -58,15 +63,22 @@ class ScenarioOptions:
     """Share of the full schedule: every phase has that share of its updates, and its rate falls that much sooner."""
     tasks: tuple[str, ...] = ()
     """Image sets, one task each, instead of the paper's; tin50-0..9 stands for tin50-0 to tin50-9."""
+    paper: bool = False
+    """The letter of the paper where the authors' code differs: the selector's rate 1e-5, no baseline and no entropy
+    bonus, structures drawn, phases until convergence, Xavier's initialisation, the paper's selector, nothing held
+    out."""
+    quick: bool = False
+    """A small network (wrn14_1 on maps of 16x16) and a short schedule, some minutes on a CPU: for a first look at your
+    own images.  It says nothing about the paper."""
 
 
 def scenario_config(name: str, options: ScenarioOptions | None = None) -> TrainConfig:
     """The settings of scenario `name`.
 
-    The full schedule is that of the authors' code: 78,200 updates of the estimator on equation 8 (rate divided by 10
-    after a half and three quarters), then ten stages of 4,693 updates of the selector and 15,642 of the estimator on
-    the likeliest structures (rates divided by 10 at stages 3 and 6).  What the paper leaves open, the estimator's rate
-    in the ten stages among it, is chosen by us.
+    The full schedule is that of the authors' code: 78,200 updates of the estimator on equation 8 (rate 0.1, divided by
+    10 after a half and three quarters), then ten stages of 4,693 updates of the selector, with 15,642 of the estimator
+    on the likeliest structures between them (rate 0.1, divided by 10 at our stages 5 and 8, which it counts 3 and 6).
+    Its step is an update on 128 images of each task in turn; ours is one update on as many images together.
 
     Raises ValueError for an unknown name, with those that there are, a budget that is not above 0, a rho below 0.
     """
@@ -74,41 +86,99 @@ def scenario_config(name: str, options: ScenarioOptions | None = None) -> TrainC
         raise ValueError(f"den train: scenario must be one of {', '.join(SCENARIOS)}, got {name!r}")
     options, scenario = options or ScenarioOptions(), SCENARIOS[name]
     check_ranges(options, "den train")
+    if options.quick:
+        return _quick(name, options)
     backbone = options.backbone or scenario.backbones[0]
     tasks = expand_tasks(options.tasks or scenario.tasks)
     return TrainConfig(
         out=Path("runs") / name,
         scenario=name,
         stages=10,
-        data=DataConfig(tasks=tasks, batch_size=scenario.batch_size),
-        network=NetworkConfig(
-            backbone=backbone, levels=LEVELS.get(backbone, 4), trunk_size=_trunk_size(backbone, tasks)
+        data=DataConfig(
+            tasks=tasks,
+            batch_size=scenario.batch_size * (len(tasks) if scenario.each else 1),
+            joint=name == "m3",
+            validation=0.0 if options.paper else 0.05,
         ),
-        estimator=_estimator(options.budget),
+        network=NetworkConfig(
+            backbone=backbone,
+            levels=LEVELS.get(backbone, 4),
+            trunk_size=_trunk_size(backbone, tasks),
+            start="xavier" if options.paper else "he",
+            selector="paper" if options.paper else "small",
+            selector_head="shared" if name in ("m1", "m3") else "own",
+            selector_start="xavier" if options.paper else "near-uniform",
+        ),
+        estimator=_estimator(options),
         selector=_selector(options),
+        methods=MethodConfig(updates="estimator", levels=scenario.nested if tasks == scenario.tasks else ()),
     )
 
 
-def _estimator(budget: float) -> EstimatorTraining:
+def _quick(name: str, options: ScenarioOptions) -> TrainConfig:
+    """Settings of a first look: two stages, as long as a selector needs to decide."""
+    backbone, steps = options.backbone or "wrn14_1", partial(_steps, budget=options.budget)
+    return TrainConfig(
+        out=Path("runs") / name,
+        scenario=name,
+        stages=2,
+        data=DataConfig(expand_tasks(options.tasks or SCENARIOS[name].tasks), batch_size=64, joint=name == "m3"),
+        network=NetworkConfig(backbone=backbone, levels=LEVELS.get(backbone, 4), trunk_size=16),
+        estimator=EstimatorTraining(
+            first=PhaseConfig(steps(600), 0.1), later=PhaseConfig(steps(300), 0.03), weight_decay=5e-4
+        ),
+        selector=SelectorTraining(phase=PhaseConfig(steps(250), 3e-3), rho=options.rho),
+    )
+
+
+def _estimator(options: ScenarioOptions) -> EstimatorTraining:
+    until: Literal["steps", "converge"] = "converge" if options.paper else "steps"
+    later = PhaseConfig(_steps(15_642, options.budget), 0.1, "constant", until)
     return EstimatorTraining(
-        first=PhaseConfig(_steps(78_200, budget), 0.1, "step"),
-        later=PhaseConfig(_steps(15_642, budget), 0.01, "constant"),
-        finish=PhaseConfig(_steps(15_642, budget), 1e-4, "constant"),
+        first=PhaseConfig(_steps(78_200, options.budget), 0.1, "constant" if options.paper else "step", until),
+        later=later,
+        finish=replace(later, steps=0),
         decay=0.1,
-        decay_at=(3, 6),
-        structures="argmax",
+        decay_at=() if options.paper else (5, 8),
+        structures="sample" if options.paper else "argmax",
+        initial_share=0.0 if options.paper else 0.3,
     )
 
 
 def _selector(options: ScenarioOptions) -> SelectorTraining:
     """Settings of the selector's training, with exploration falling the faster, the smaller the budget."""
-    return SelectorTraining(
-        phase=PhaseConfig(_steps(4_693, options.budget), 1e-3, "constant"),
+    steps = _steps(4_693, options.budget)
+    common = SelectorTraining(
+        phase=PhaseConfig(steps, 1e-3, "constant"),
         decay=0.1,
-        decay_at=(3, 6),
+        decay_at=(4, 7),
         rho=options.rho,
         exploration=0.99 ** (1 / options.budget),
     )
+    if not options.paper:
+        return common
+    phase = PhaseConfig(steps, 1e-5, "constant", "converge")
+    return replace(common, phase=phase, decay_at=(), baseline="none", entropy_bonus=0.0)
+
+
+def changes(name: str, options: ScenarioOptions, settings: TrainConfig) -> dict[str, tuple[object, object]]:
+    """Settings of a run that differ from the scenario's own on its full schedule, which is that of the authors' code
+    or, with `options.paper`, the text's: by name, the run's and the scenario's.
+
+    The tasks, the backbone and what follows from them are the run's own.
+    """
+    own = replace(options, budget=1.0, quick=False)
+    theirs = flattened(
+        to_dict(scenario_config(name, replace(own, backbone=settings.network.backbone, tasks=settings.data.tasks)))
+    )
+    ours = flattened(to_dict(settings))
+    parts = ("stages", "estimator.", "selector.", "network.", "data.")
+    left_out = ("data.root", "data.tasks", "network.backbone", "selector.rho")
+    return {
+        key: (ours[key], value)
+        for key, value in theirs.items()
+        if key.startswith(parts) and key not in left_out and ours[key] != value
+    }
 
 
 def _steps(full: int, budget: float) -> int:

@@ -65,6 +65,8 @@ def convert(
             converted already.
     """
     shares = _shares(groups)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_OP}: model must be an nn.Module, got {type(model).__name__}")
     if order not in ("none", "l1"):
         raise ValueError(f"{_OP}: order must be 'none' or 'l1', got {order!r}")
     if any(isinstance(getattr(module, "carrier", None), Carrier) for module in model.modules()):

@@ -10,7 +10,7 @@ train() {  # NAME OPTIONS...
   shift
   if [[ -e $folder/last.safetensors ]]; then resume=--resume; fi
   den train "$scenario" --backbone wrn14_2 --network.trunk-size 16 --data-root "${DATA:-data}" --data.validation 0.1 \
-    --precision bfloat16 --seed "$seed" --epoch-steps 800 --stages 1 --no-progress --out "$folder" $resume \
+    --precision bfloat16 --seed "$seed" --epoch-steps 800 --stages 1 --methods.updates first --no-progress --out "$folder" $resume \
     --estimator.first.rate 0.1 --estimator.first.schedule cosine --estimator.finish.rate 0.1 \
     --estimator.finish.schedule cosine --estimator.weight-decay 5e-4 --selector.phase.rate 3e-3 \
     --selector.phase.schedule cosine --selector.exploration 0.99 "$@"

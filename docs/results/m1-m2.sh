@@ -8,7 +8,7 @@ train() {  # NAME SCENARIO OPTIONS...
   local folder=$out/$1 resume=
   if [[ -e $folder/last.safetensors ]]; then resume=--resume; fi
   den train "$2" --data-root "${DATA:-data}" --data.validation 0.1 --precision bfloat16 --seed 0 --epoch-steps 200 \
-    --stages 1 --no-progress --out "$folder" $resume --estimator.first.rate 0.1 --estimator.first.schedule cosine \
+    --stages 1 --methods.updates first --no-progress --out "$folder" $resume --estimator.first.rate 0.1 --estimator.first.schedule cosine \
     --estimator.finish.rate 0.1 --estimator.finish.schedule cosine --estimator.weight-decay 5e-4 \
     --estimator.tau 0.25 --estimator.initial-share 0.04 --selector.phase.rate 3e-3 \
     --selector.phase.schedule cosine --selector.phase.steps 200 --selector.exploration 0.99 \
@@ -17,7 +17,7 @@ train() {  # NAME SCENARIO OPTIONS...
 
 case $1 in
   m1)
-    network="--backbone wrn14_2 --network.trunk-size 16 --tasks cifar100 tin50 stl10"
+    network="--backbone wrn14_2 --network.trunk-size 16 --tasks cifar100 tin50 stl10 --data.batch-size 128"
     train m1-dense-s0 m1 $network --mode dense --estimator.first.steps 400
     train m1-den-s0 m1 $network --rho 0.03 --estimator.first.steps 250 --estimator.finish.steps 450
     ;;

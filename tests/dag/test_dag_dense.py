@@ -179,7 +179,7 @@ def test_targets_of_another_size_are_refused(kind):
 
 
 def test_every_kind_of_task_can_be_learned_and_measured():
-    assert tuple(KINDS) == TASK_KINDS
+    assert tuple(KINDS) == tuple(TASK_KINDS)
 
 
 def test_gains_are_above_zero_where_it_is_better():

@@ -72,8 +72,9 @@ def tiny(place, mode="dag", device="cpu", **changes):
 
 
 @contextlib.contextmanager
-def no_waiting(monkeypatch):
-    """Drawing a batch and learning from it may wait for the GPU only to read what the tasks keep, when that changed."""
+def no_waiting(monkeypatch, most=2):
+    """Drawing a batch and learning from it may wait for the GPU only to read what the tasks keep, when that changed:
+    of one network before and after the reduction, or of two that have none."""
     reads = []
 
     def in_mode(mode, function, calls=None):
@@ -99,7 +100,7 @@ def no_waiting(monkeypatch):
         patch.setattr(MixedTaskBatches, "next", watched(MixedTaskBatches.next))
         patch.setattr(Engine, "update", watched(Engine.update))
         yield
-    assert len(reads) <= 2  # of one network before and after the reduction, or of two that have none
+    assert len(reads) <= most
 
 
 def numbers(out):
@@ -125,7 +126,7 @@ def test_a_run_on_a_gpu_waits_for_no_update_and_equals_the_cpus(tmp_path, monkey
     train(there := tiny(tmp_path / "cpu", mode))
     here = dataclasses.replace(there, out=tmp_path / "gpu", device="cuda")
     with simulated(monkeypatch):
-        with no_waiting(monkeypatch):
+        with no_waiting(monkeypatch, most=10 if mode == "adashare" else 2):  # 8 draws, each a topology
             model = train(here)
         assert all(parameter.device.type == "cuda" for parameter in model.parameters())
     assert numbers(here.out) == pytest.approx(numbers(there.out), rel=1e-3, abs=1e-4)

@@ -118,14 +118,16 @@ def test_flow_of_a_graph_small_enough_to_do_by_hand():
 
 
 @settings(deadline=None)
-@given(gated_graphs(), st.floats(0, 1), st.sampled_from(RANKINGS))
-def test_a_path_survives_every_ratio_and_no_target_is_undercut(case, ratio, ranking):
+@given(gated_graphs(), st.floats(0, 1), st.sampled_from(RANKINGS), st.booleans())
+def test_a_path_survives_every_ratio_and_no_target_is_undercut(case, ratio, ranking, rerank):
     graph, gates = case
-    found = reduce(graph, gates, ratio, ranking=ranking)
-    assert found.kept.has_path()
-    assert found.kept.clean() == found.kept
-    assert all(excess > 0 for excess in found.missed.values())
-    assert bool(found.explain()) == bool(found.missed)
+    for ends in (None, ratio):
+        found = reduce(graph, gates, ratio, ends=ends, ranking=ranking, rerank=rerank and ranking == "flow")
+        assert found.kept.has_path()
+        assert found.kept.clean() == found.kept
+        assert all(excess > 0 for excess in found.missed.values())
+        assert bool(found.explain()) == bool(found.missed)
+        assert set(found.targets) == ({"edge"} if ends is None else set(KINDS))
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.4, 0.5])
@@ -133,22 +135,75 @@ def test_a_path_survives_every_ratio_and_no_target_is_undercut(case, ratio, rank
 def test_targets_are_met_exactly(states, flow_, ratio):
     graph, generator = Graph(states, flow_), random.Random(states + flow_)
     for _ in range(40):
-        found = reduce(graph, random_gates(graph, generator), ratio)
+        found = reduce(graph, random_gates(graph, generator), ratio, ends=ratio)
         assert found.missed == {}
-        assert {kind: found.kept.count(kind) for kind in KINDS} == targets(graph.whole(), ratio)
+        assert {kind: found.kept.count(kind) for kind in KINDS} == targets(graph.whole(), ratio, ratio)
+
+
+def test_without_a_share_of_the_ends_only_those_of_dead_states_go():
+    graph, generator = Graph(6, 2), random.Random(2)
+    for _ in range(20):
+        found = reduce(graph, random_gates(graph, generator), 0.7)
+        assert found.missed == {}
+        assert all(found.kept.read_in) and all(found.kept.read_out)  # noqa: PT018  a state with both is never dead
+    chain = SubGraph(graph, graph.whole().edges, (True, *[False] * 5), (True,) * 6)
+    found = reduce(chain, random_gates(graph, generator), 0.9, guard=True)
+    assert found.missed == {}
+    assert 1 <= found.kept.count("read-out") <= 2  # of the states that the one edge left reaches
+    assert found.kept.count("edge") == 1
+
+
+def test_reranked_reduction_removes_what_carries_least_of_what_is_left():
+    """Against a search written anew: at every step the flow of the remaining graph is computed by adding up all
+    paths."""
+
+    def carried(sub, gates):
+        flows = dict.fromkeys(range(len(sub.graph.edges)), 0.0)
+        total = sum(gates.read_in)
+
+        def walk(state, mass):
+            leaving = {e: gates.edges[e] for e in sub.graph.outgoing[state] if sub.edges[e]}
+            out = sum(leaving.values()) + gates.read_out[state]
+            for e, gate in leaving.items():
+                flows[e] += mass * gate / out
+                walk(sub.graph.edges[e][1], mass * gate / out)
+
+        for j in range(sub.graph.states):
+            walk(j, gates.read_in[j] / total)
+        return flows
+
+    graph, generator = Graph(6, 3), random.Random(4)
+    differs = 0
+    for _ in range(20):
+        gates, kept = random_gates(graph, generator), graph.whole()
+        while kept.count("edge") > 6:
+            flows = carried(kept, gates)
+            least = min((e for e in flows if kept.edges[e]), key=flows.get)
+            kept = SubGraph(graph, tuple(flag and e != least for e, flag in enumerate(kept.edges)), kept.read_in,
+                            kept.read_out)  # fmt: skip
+        assert reduce(graph, gates, 0.5, rerank=True).kept == kept
+        differs += reduce(graph, gates, 0.5).kept != kept
+    assert differs > 0
+
+
+def test_only_the_flow_is_ranked_again():
+    with pytest.raises(ValueError, match="ranking must be flow to rerank, got 'random'"):
+        reduce(Graph(3, 2), halves(Graph(3, 2)), 0.5, ranking="random", rerank=True)
 
 
 def test_the_edge_target_is_met_exactly_up_to_eight_tenths():
     generator = random.Random(0)
     for graph in (Graph(8, 3), Graph(8, 5), Graph(8, 7)):
         for ratio in (0.6, 0.7, 0.8):
-            found = [reduce(graph, random_gates(graph, generator), ratio) for _ in range(30)]
+            found = [reduce(graph, random_gates(graph, generator), ratio, ends=ratio) for _ in range(30)]
             assert not any("edge" in each.missed for each in found)
 
 
 def test_without_the_guard_the_target_is_overshot():
     graph, generator = Graph(8, 3), random.Random(1)
-    kept = [reduce(graph, random_gates(graph, generator), 0.5, guard=False).kept.count("edge") for _ in range(100)]
+    kept = [
+        reduce(graph, random_gates(graph, generator), 0.5, ends=0.5, guard=False).kept.count("edge") for _ in range(100)
+    ]
     assert sum(kept) / 100 < 8.5
     assert max(kept) <= 9
 
@@ -175,7 +230,7 @@ def test_flow_ranks_an_edge_by_what_comes_through_it_not_by_its_gate():
 
 def test_a_ratio_that_leaves_nothing_keeps_a_path_and_says_so():
     graph = Graph(5, 2)
-    found = reduce(graph, halves(graph), 1.0)
+    found = reduce(graph, halves(graph), 1.0, ends=1.0)
     assert found.kept.has_path()
     assert "where 0 were wanted" in found.explain()
 
@@ -198,6 +253,8 @@ def test_gates_that_do_not_fit_are_refused(gates, message):
 def test_ratio_outside_its_range_is_refused(ratio):
     with pytest.raises(ValueError, match=r"ratio must be in 0\.\.1"):
         reduce(Graph(3, 2), halves(Graph(3, 2)), ratio)
+    with pytest.raises(ValueError, match=r"ends must be in 0\.\.1"):
+        reduce(Graph(3, 2), halves(Graph(3, 2)), 0.5, ends=ratio)
 
 
 def test_depth_width_and_sparsity_of_a_sub_graph():

@@ -49,6 +49,46 @@ def write_pieces(root, split, drawers, damage=False):
     return pixels
 
 
+def write_fifty(root):
+    """Fifty alphabets of one character; drawer d's drawing of alphabet a has d rows of a + 1 black pixels."""
+    for alphabet in range(50):
+        place = root / "images_background" / f"A{alphabet:02d}" / "character01"
+        place.mkdir(parents=True)
+        for drawer in range(1, 21):
+            pixels = np.full((105, 105), 255, np.uint8)
+            pixels[:drawer, : alphabet + 1] = 0
+            Image.fromarray(pixels).save(place / f"{alphabet:04d}_{drawer:02d}.png")
+
+
+def test_protocol_mtl20_is_a_fixed_subset_in_parts_of_50_20_and_30_percent(tmp_path):
+    write_fifty(tmp_path)
+    parts = {split: load_omniglot(tmp_path, split, protocol="mtl20") for split in ("train", "validation", "test")}
+    names = [each.name for each in parts["train"]]
+    assert len(names) == 20
+    assert all([each.name for each in sets] == names for sets in parts.values())
+    again = load_omniglot(tmp_path, "test", 21, "mtl20")
+    for train, validation, test, other in zip(*parts.values(), again, strict=True):
+        assert train.images.shape[1:] == (1, 105, 105)
+        assert [len(each) for each in (train, validation, test)] == [10, 4, 6]
+        rows = [set((each.images[:, 0, :, 0] > 0).sum(1).tolist()) for each in (train, validation, test)]
+        assert sorted(set.union(*rows)) == list(range(1, 21))  # every drawing once
+        assert torch.equal(other.labels, test.labels)
+    data = DagDataConfig(root=tmp_path, protocol="mtl20", size=21)
+    assert [len(load_tasks(data, split)[3]) for split in ("train", "validation", "test")] == [10, 4, 6]
+
+
+def test_protocol_mtl20_needs_the_whole_set(tmp_path):
+    write_official(tmp_path)
+    with pytest.raises(ValueError, match=r"must hold all 50 alphabets.*got 2 in"):
+        load_omniglot(tmp_path, "train", protocol="mtl20")
+    (tmp_path / "pieces").mkdir()
+    write_pieces(tmp_path / "pieces", "train", 15)
+    with pytest.raises(ValueError, match=r"must hold all 50 alphabets.*got 0 in"):
+        load_omniglot(tmp_path / "pieces", "train", protocol="mtl20")
+    with pytest.raises(ValueError, match="protocol must be one of drawers, mtl20, got 'other'"):
+        load_omniglot(tmp_path, "train", protocol="other")
+
+
 def zipped(root):
     for folder in ALPHABETS:
         with zipfile.ZipFile(root / f"{folder}.zip", "w") as archive:

@@ -7,13 +7,13 @@ import torch
 
 from den.dag import DagConfig, DagNetwork, Graph
 from den.dag.config import DagReportConfig, PeerConfig
-from den.dag.evaluate import deployed_parameters, task_costs
+from den.dag.evaluate import deployed_parameters, evaluate_tasks, task_costs
 from den.dag.gates import Gates
-from den.dag.losses import task_loss
+from den.dag.losses import batch_losses
 from den.dag.peers import CrossStitchNetwork, SeparateNetworks
 from den.nn.tasks import Task
-from den.recipes.dag import search
-from den.recipes.dag.adashare import adashare_step, draw_policies, edge_weights, logistic_noise
+from den.recipes.dag import recipe
+from den.recipes.dag.adashare import adashare_step, draw_policies, edge_weights, keep_edges, logistic_noise
 from den.recipes.dag.recipe import SearchRecipe, load_network, new_network
 from den.recipes.dag.search import train
 from den.report.dag.report import report
@@ -162,9 +162,9 @@ def test_adashare_learns_the_policy_from_the_other_half_and_cools(tmp_path, monk
     seen, measured = [], []
     original = Gates.drawn
 
-    def spy(gates, noise, temperature):
+    def spy(gates, noise, temperature, first=0):
         (seen if noise.any() else measured).append(temperature)
-        return original(gates, noise, temperature)
+        return original(gates, noise, temperature, first)
 
     monkeypatch.setattr(Gates, "drawn", spy)
     config = tiny(tmp_path, {"steps": 10, "shares": (0.0, 0.9, 0.1)}, mode="adashare")
@@ -175,6 +175,42 @@ def test_adashare_learns_the_policy_from_the_other_half_and_cools(tmp_path, monk
     searched = load_network(tmp_path / "searched.safetensors")
     assert searched.gates.gamma.abs().min() > 0
     assert searched.gates.alpha.abs().max() == 0
+
+
+def test_adashare_learns_the_last_states_edges_first(tmp_path):
+    config = tiny(tmp_path, {"steps": 12, "shares": (0.0, 1.0, 0.0)}, mode="adashare")
+    with Engine(config, SearchRecipe) as engine:
+        list(engine.phase("warm-up"))
+        edges, learned = engine.model.graph.edges, []
+        for batch in engine.phase("search"):
+            before = engine.model.gates.gamma.detach().clone()
+            adashare_step(engine, batch)
+            moved = (engine.model.gates.gamma != before).all(0)
+            assert torch.equal(moved, (engine.model.gates.gamma != before).any(0))
+            learned.append({edges[e][1] for e in moved.nonzero().flatten().tolist()})
+    assert learned[:6:2] == [{4}, {3, 4}, {2, 3, 4}]  # of five states, the first of which no edge leads to
+    assert learned[5:] == [{1, 2, 3, 4}] * 7
+
+
+def test_of_several_draws_each_task_keeps_the_one_of_lowest_loss(tmp_path):
+    config = tiny(tmp_path, mode="adashare", peers=PeerConfig(draws=5))
+    with Engine(config, SearchRecipe) as engine:
+        engine.position.phase = 1
+        engine.model.train()
+        adashare_step(engine, engine.batches["weights"].next())
+        trained = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+        generator, run = torch.Generator().manual_seed(config.seed), engine.model.gates.gamma.sigmoid()
+        draws, losses = [torch.rand(run.shape, generator=generator) < run for _ in range(5)], []
+        for kept in draws:
+            keep_edges(engine.model, kept)
+            results = evaluate_tasks(engine.model, engine.batches["gates"].sets)
+            losses.append([results[task.name].loss for task in engine.model.tasks])
+        engine.model.load_state_dict(trained)
+        draw_policies(engine)
+        for k, of_task in enumerate(zip(*losses, strict=True)):
+            assert len(set(of_task)) > 1
+            best = draws[of_task.index(min(of_task))][k]
+            assert engine.model.gates.structure(k).edges == tuple(best.tolist())
 
 
 def test_drawn_policies_begin_the_weights_anew_and_keep_a_path(tmp_path):
@@ -197,12 +233,11 @@ def test_drawn_policies_begin_the_weights_anew_and_keep_a_path(tmp_path):
 def test_bfloat16_trains_float32_weights(tmp_path, monkeypatch, mode):
     dtypes = []
 
-    def watched(model, batch, weights=()):
-        loss, measured = task_loss(model, batch, weights)
+    def watched(model, batch):
         dtypes.append(model(batch.images, batch.tasks)[0].dtype)
-        return loss, measured
+        return batch_losses(model, batch)
 
-    monkeypatch.setattr(search, "task_loss", watched)
+    monkeypatch.setattr(recipe, "batch_losses", watched)
     model = train(tiny(tmp_path, {"steps": 4, "shares": (0.25, 0.5, 0.25)}, mode=mode, precision="bfloat16"))
     assert set(dtypes) == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}

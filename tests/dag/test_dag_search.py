@@ -26,6 +26,7 @@ from den.report.dag.comparison import comparison, verdicts
 from den.report.dag.drawing import graph_figure, task_colour
 from den.report.dag.measured import measure
 from den.report.dag.report import command_of, report
+from den.support.settings import from_dict, to_dict
 from den.train.checkpoint import load_checkpoint
 from den.train.engine import Engine
 from den.train.folder import read_metrics
@@ -160,6 +161,32 @@ def test_a_run_broken_off_anywhere_continues_to_the_same_weights(tmp_path, monke
     assert [line["train"] for line in first] == [line["train"] for line in second]
 
 
+def test_settings_of_earlier_versions_mean_what_they_meant():
+    """Then one share was of edges and ends alike, and AdaShare drew once; what a user leaves out has today's
+    default."""
+    old = {
+        "reduction": {"ratio": 0.6, "ranking": "flow", "guard": True, "norm_batches": 30},
+        "peers": {"temperature": 5.0, "cooling": 0.965, "sparsity": 0.2, "sharing": 0.2, "stitch_rate": 10.0},
+    }
+    config = from_dict(DagTrainConfig, old)
+    assert config.reduction == ReductionConfig(ratio=0.6, ends=0.6)
+    assert (config.peers.draws, config.peers.curriculum) == (1, False)
+    assert from_dict(DagTrainConfig, to_dict(DagTrainConfig())) == DagTrainConfig()
+    assert from_dict(DagTrainConfig, {"reduction": {"ratio": 0.6}}).reduction.ends is None
+
+
+def test_a_frozen_search_lets_all_shared_weights_rest(tmp_path):
+    network = DagNetworkConfig(states=5, flow=2, channels=8, trunk_size=4, stages=(3, 2))
+    with Engine(tiny(tmp_path, {"search": "frozen"}, network=network), SearchRecipe) as engine:
+        engine.position.phase = 1
+        engine.model.train()
+        before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+        search_step(engine, engine.batches["all"].next())
+        moved = {name.split(".")[0] for name, p in engine.model.named_parameters() if not torch.equal(before[name], p)}
+        assert moved == {"stems", "heads", "gates"}
+        assert all(p.requires_grad for p in engine.model.parameters())
+
+
 def test_another_reduction_starts_from_a_searched_network(tmp_path):
     train(tiny(tmp_path / "flow"))
     other = train(tiny(tmp_path / "random", start=tmp_path / "flow", reduction=ReductionConfig(ranking="random")))
@@ -206,7 +233,7 @@ def test_gates_that_hardly_differ_are_warned_of(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*the reduction kept")
 def test_a_ratio_that_leaves_no_path_is_explained(tmp_path):
-    config = tiny(tmp_path, reduction=ReductionConfig(ratio=1.0))
+    config = tiny(tmp_path, reduction=ReductionConfig(ratio=1.0, ends=1.0))
     with Engine(config, SearchRecipe) as engine, pytest.warns(UserWarning, match="low: the reduction kept"):
         reduce_tasks(engine)
 
@@ -222,6 +249,9 @@ def test_a_kappa_that_never_squeezes_is_warned_of(tmp_path):
         ({"training": DagTraining(shares=(0.5, 0.5))}, "shares must be three"),
         ({"training": DagTraining(kappa=1.5)}, r"kappa must be in 0\.\.1"),
         ({"reduction": ReductionConfig(ratio=1.5)}, r"ratio must be in 0\.\.1"),
+        ({"reduction": ReductionConfig(ends=-0.5)}, r"ends must be in 0\.\.1"),
+        ({"reduction": ReductionConfig(ranking="gates", rerank=True)}, "ranking must be flow to rerank, got gates"),
+        ({"data": DagDataConfig(protocol="mtl20", validation=0.1)}, "mtl20 must be with .*, got omniglot and 0.1"),
         ({"epoch_steps": 0}, "epoch_steps must be at least 1"),
     ],
 )
@@ -282,9 +312,11 @@ def test_report_of_several_runs(tmp_path):
     assert matplotlib.image.imread(tmp_path / "flow" / "graph.png").shape[0] > 300
     found = [measure(path, time=False) for path in runs]
     gap = 100 * (found[0].accuracy - found[1].accuracy)
-    assert f"{gap:+.2f}" in comparison(found)
-    word = "yes" if gap >= 0 else "**no**"
-    assert f"- {word}: after 10 updates flow-based reduction at least as accurate as random reduction" in text
+    assert f"{gap:+.2f}, 1 seed, so no interval" in comparison(found)
+    assert ": after 10 updates flow-based reduction more accurate than random reduction" in text
+    for run in found:
+        run.chance.clear()
+    assert "- open: after 10 updates flow-based reduction more accurate than random reduction" in verdicts(found)
 
 
 def test_runs_of_other_settings_stand_apart(tmp_path):
@@ -298,7 +330,42 @@ def test_runs_of_other_settings_stand_apart(tmp_path):
     ]  # fmt: skip
     rows = comparison(found).splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == [run.label(found[0]) for run in found]
-    assert verdicts(found).count("(1 seed)") == 2
+    assert verdicts(found).count("1 seed, so no interval") == 2
+
+
+def with_accuracy(run, seed, accuracy):
+    results = {name: dataclasses.replace(r, metrics={"accuracy": accuracy}) for name, r in run.results.items()}
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed), results=results)
+
+
+def test_verdicts_are_paired_over_seeds_and_open_without_an_interval_on_one_side(tmp_path):
+    for name, ranking in (("flow", "flow"), ("gates", "gates"), ("random", "random")):
+        train(tiny(tmp_path / name, {"steps": 2}, reduction=ReductionConfig(ranking=ranking, norm_batches=1)))
+    flow, gates, other = (measure(tmp_path / name, time=False) for name in ("flow", "gates", "random"))
+    runs = []
+    for seed, level in enumerate((0.80, 0.90, 0.85)):  # seeds differ more than the networks do
+        runs += [with_accuracy(flow, seed, level), with_accuracy(gates, seed, level - 0.02 - 0.001 * seed)]
+        runs.append(with_accuracy(other, seed, level + (0.03, -0.02, 0.01)[seed]))
+    text = verdicts(runs)
+    claim = "after 2 updates flow-based reduction more accurate than"
+    assert f"- yes: {claim} raw-gate ranking: 85.00% against 82.90%" in text
+    assert ": +2.10 [+1.85, +2.35], 3 seeds" in text
+    assert "- open: after 2 updates flow-based reduction more accurate than random reduction" in text
+    assert " +2.10 [+1.85, +2.35], 3 seeds |" in comparison(runs)
+    worse = [with_accuracy(run, run.config.seed, 1 - run.accuracy) for run in runs]
+    assert "- **no**: after 2 updates flow-based reduction more accurate than raw-gate ranking" in verdicts(worse)
+    guessing = [with_accuracy(run, run.config.seed, 0.34 + 0.02 * (run.kind == flow.kind)) for run in runs]
+    assert verdicts(guessing).count("not above chance") == 2
+
+
+def test_published_results_stand_beside_runs_of_their_protocol_only(tmp_path):
+    train(tiny(tmp_path / "flow", {"steps": 2}))
+    run = measure(tmp_path / "flow", time=False)
+    assert "95.71" not in comparison([run])
+    data = DagDataConfig(protocol="mtl20", batch_size=12)
+    ours = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    assert "95.71 %" in comparison([ours])
+    assert "95.71" not in comparison([ours, run])
 
 
 def test_the_command_of_a_run_makes_its_settings(tmp_path):

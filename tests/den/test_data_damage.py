@@ -1,8 +1,10 @@
 """Image sets whose lists, folders or arrays are not what the set is known to be: read right, or refused by name."""
 
+import lzma
 import pickle
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from den.dag.config import DagDataConfig
 from den.dag.scenarios import load_tasks
 from den.data import cifar, load_set, stl10
 from den.data.checks import matching, rows, whole_labels
+from den.data.pieces import unpacked
 from tests.den.test_data import write_piece
 from tests.image_files import (
     cifar_members,
@@ -322,3 +325,25 @@ def test_what_lists_are_told_of():
     assert whole_labels("op", "x", [], 3).tolist() == []
     with pytest.raises(ValueError, match="a number as the label of each image, got bool"):
         whole_labels("op", "x", [True, False], 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "size", "message"),
+    [
+        (lzma.compress(bytes(40_000_000), preset=0), 12, "more than 12 bytes instead of 12"),
+        (lzma.compress(bytes(12)), 13, "12 bytes instead of 13"),
+        (lzma.compress(bytes(12))[:-1], 12, "12 bytes instead of 12"),
+        (lzma.compress(bytes(12)), 2**40, "more than 2,147,483,648"),
+        (b"", 12, "0 bytes instead of 12"),
+    ],
+    ids=["bomb", "short", "torn", "huge", "empty"],
+)
+def test_a_stream_is_unpacked_no_further_than_its_set_says(content, size, message):
+    assert unpacked(lzma.compress(bytes(range(12))), 12).tolist() == list(range(12))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            unpacked(content, size)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000  # the decoder's own dictionary has eight
+    finally:
+        tracemalloc.stop()

@@ -192,3 +192,22 @@ def test_wrong_input_is_told_in_one_line(tmp_path, stored_run, few_images, capsy
     assert error[-1].startswith("den: error: ")
     assert message in error[-1]
     assert not list(tmp_path.rglob("evaluation*"))
+
+
+def test_a_random_selector_and_single_levels_are_records_of_their_own(tmp_path, stored_run, few_images, capsys):
+    folder = tmp_path / "run"
+    stored_run(folder)
+    assert cli.main(["evaluate", str(folder), "--selector", "random", "--random-flops", "0.5"]) == 0
+    assert cli.main(["evaluate", str(folder), "--levels", "1", "3"]) == 0
+    own, others = evaluations(folder)
+    found = {record.variant: record for record in others}
+    assert sorted(found) == ["level-1", "level-3", "random"]
+    assert found["random"].tasks[0].flops_ratio == pytest.approx(0.5, abs=0.05)
+    assert (found["level-1"].tasks[0].flops_ratio, found["level-3"].tasks[0].flops_ratio) == (0.25, 1)
+    assert [found[name].method for name in ("random", "level-1")] == ["random", "level"]
+    assert all(record.settings == own.settings for record in others)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(folder), "--levels", "4"]) == 2
+    assert "levels must be in 0..3, got 4" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(folder), "--levels", "1", "--budget-flops", "0.5"]) == 2
+    assert "must come one at a time" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from den.report.groups import Stat, group_runs, sections
 from den.report.paper import CIFAR10, CIFAR100, COARSE, M1, MEAN, PAPER, entries, nearest_backbone
 from den.report.tables import build_table
 from den.report.verdicts import verdicts
-from den.runs.evaluation import Budget, Chosen, Evaluation, TaskResult, read_evaluation
+from den.runs.evaluation import Budget, Chosen, Evaluation, Null, TaskResult, read_evaluation
 from den.support.settings import to_dict
 from den.support.tables import csv_table, latex_table, markdown_table
 from den.train.config import DataConfig, NetworkConfig, SelectorTraining, TrainConfig
@@ -31,13 +31,15 @@ from den.train.config import DataConfig, NetworkConfig, SelectorTraining, TrainC
 FULL = 100e6  # FLOPs of the full structure of the made-up runs
 
 
-def made_result(task, accuracy, ratio, structures=12, usage=(0.5, 0.5), timing=None):
-    return TaskResult(
+def made_result(task, accuracy, ratio, structures=12, usage=(0.5, 0.5), timing=None, **changes):
+    null = Null(structures=90, variety=4.0, information=0.0, usage=(0.5, 0.5), shuffled=accuracy - 0.02)
+    result = TaskResult(
         task=task, classes=10, images=100, accuracy=accuracy, loss=0.5, flops=ratio * FULL, flops_ratio=ratio,
         parameters=ratio * 1e6, usage=usage, structures=structures, variety=1.5, entropy=0.7, mean_entropy=0.9,
         probabilities=((0, 0, 0, 1.0),) * 2, histogram=((0, 0, 0, 100),) * 2, common=(Chosen("33", 1.0),),
-        timing=timing,
+        timing=timing, null=null,
     )  # fmt: skip
+    return dataclasses.replace(result, **changes)
 
 
 def made_run(mode="den", accuracy=0.8, ratio=0.5, *, seed=0, tasks=(CIFAR100,), scenario="c1", rho=0.1, **changes):
@@ -48,6 +50,11 @@ def made_run(mode="den", accuracy=0.8, ratio=0.5, *, seed=0, tasks=(CIFAR100,), 
     results = tuple(made_result(task, accuracy, ratio, **changes) for task in tasks)
     counts = ParameterCounts(1_000_000, 10, 10, 10, 5000)
     return Evaluation({**to_dict(config), "scenario": scenario}, "last", 100, counts, results, "1 CPU threads")
+
+
+def seeds_of(mode="den", accuracy=0.8, ratio=0.5, *, spread=0.001, **changes):
+    """Three seeds of a made-up run, whose accuracies lie `spread` apart."""
+    return [made_run(mode, accuracy + spread * (s - 1), ratio, seed=s, **changes) for s in range(3)]
 
 
 def only_section(records):
@@ -198,10 +205,44 @@ def test_times_stand_where_all_runs_were_timed():
 
 
 def test_many_tasks_are_shown_by_their_mean():
-    tasks = tuple(f"tin50-{k}" for k in range(10))
+    tasks = tuple(f"imagenet50-{k}@84" for k in range(10))
     table = build_table(only_section([made_run(tasks=tasks, scenario="m2", backbone="simpleconvnet")]))
     assert [line.task for line in table.lines] == [MEAN] * 5
-    assert cells(table)["DEN (rho = 0.1)", MEAN]["paper: accuracy %"] == "62.62"
+    ours = cells(table)["DEN (rho = 0.1)", MEAN]
+    assert (ours["paper: accuracy %"], ours["paper: MFLOP"]) == ("62.62", "38.8")  # 19.4M multiply-adds
+    assert ours["parameters M"] == "1.000"  # with the ten of the fully connected layers
+
+
+@pytest.mark.parametrize(
+    ("scenario", "tasks", "backbone"),
+    [
+        ("m2", tuple(f"tin50-{k}" for k in range(10)), "simpleconvnet"),
+        ("m1", (CIFAR100, "tin50", "stl10"), "wrn32_4"),
+        ("m1", (CIFAR100, "tinyimagenet@32", "stl10@32"), "wrn32_4"),
+        ("m3", (CIFAR100,), "wrn32_4"),
+    ],
+)
+def test_nothing_of_the_paper_stands_beside_other_tasks(scenario, tasks, backbone):
+    runs = [
+        run for mode in ("den", "dense") for run in seeds_of(mode, tasks=tasks, scenario=scenario, backbone=backbone)
+    ]
+    table = build_table(only_section(runs))
+    assert all(line.paper is None for line in table.lines if line.label.startswith("DEN") and line.row)
+    assert not any("than the paper's" in check.claim for check in verdicts(table))
+
+
+def test_a_baseline_for_one_task_of_the_papers_stands_beside_the_papers():
+    runs = [made_run("dense", tasks=(task,), scenario="m1", backbone="wrn32_4") for task in M1]
+    found = cells(build_table(only_section(runs)))
+    assert [found["dense", task]["paper: accuracy %"] for task in (*M1, MEAN)] == ["75.01", "58.89", "79.88", "71.26"]
+
+
+@pytest.mark.parametrize(
+    ("share", "label", "paper"), [(0.25, "1/4", "74.83"), (0.5, "1/2", "74.98"), (1, "1", "76.16")]
+)
+def test_nestednet_stands_beside_the_papers_level_of_as_many_weights(share, label, paper):
+    found = cells(build_table(only_section([made_run("nestednet", ratio=share, backbone="resnext29_8x64d_narrow")])))
+    assert found[f"nestednet {label}", CIFAR100]["paper: accuracy %"] == paper
 
 
 def test_tables_in_three_forms_hold_the_same():
@@ -222,19 +263,21 @@ GOOD = {"accuracy": 0.795}
     [
         (GOOD, [], []),
         (GOOD | {"accuracy": 0.775}, [], ["within 1 point", "no further below"]),
-        (GOOD | {"ratio": 0.7}, [], ["within 1 point"]),
         (GOOD | {"structures": 1}, [], ["structures differ"]),
+        (GOOD | {"mean_entropy": 0.6}, [], ["structures differ"]),
         (GOOD | {"timing": SLOW}, [], ["realised fraction"]),
         (GOOD, [("random", 0.7, 0.5, 0.1)], []),
         (GOOD, [("random", 0.8, 0.5, 0.1)], ["more accurate than random"]),
         (GOOD, [("den", 0.78, 0.4, 1.0)], []),
         (GOOD, [("den", 0.793, 0.55, 1.0)], ["rho = 0.1 costs more than 1"]),
     ],
-    ids=["well", "inaccurate", "dear", "collapsed", "slow", "above-random", "below-random", "rho", "rho-wrong-way"],
+    ids=["well", "inaccurate", "one", "uninformed", "slow", "above-random", "below-random", "rho", "rho-wrong-way"],
 )
 def test_each_claim_fails_by_itself(changes, others, failing):
-    runs = [made_run("dense", 0.79, 1.0), made_run(**changes)]
-    runs += [made_run(mode, accuracy, ratio, rho=rho) for mode, accuracy, ratio, rho in others]
+    runs = seeds_of("dense", 0.79, 1.0) + seeds_of(spread=0.0011, **changes)
+    runs += [
+        r for mode, accuracy, ratio, rho in others for r in seeds_of(mode, accuracy, ratio, rho=rho, spread=0.0009)
+    ]
     checks = verdicts(build_table(only_section(runs)))
     assert [c.claim for c in checks if c.holds]
     broken = [c.claim for c in checks if c.holds is False and not c.claim.startswith("DEN (rho = 1)")]
@@ -242,30 +285,76 @@ def test_each_claim_fails_by_itself(changes, others, failing):
     assert all(words in claim for words, claim in zip(failing, broken, strict=True))
 
 
+def test_one_seed_decides_nothing_but_that_there_is_something_to_decide():
+    runs = [made_run("dense", 0.79, 1.0), made_run(), made_run("random", 0.5), made_run(rho=1.0, ratio=0.3)]
+    checks = verdicts(build_table(only_section(runs)))
+    assert {c.holds for c in checks} == {None, True}
+    assert all("above chance" in c.claim for c in checks if c.holds)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.1, 0.13])
+def test_nothing_good_is_said_of_runs_at_chance(accuracy):
+    tasks = (COARSE, CIFAR100)
+    kinds = [("den", 0.5, 0.1), ("den", 0.4, 1.0), ("dense", 1.0, 0.1), ("random", 0.5, 0.1)]
+    timing = Timing(plain=4e-3, full=5e-3, selected=2e-3, selector=1e-4, flops_ratio=0.5)
+    runs = [
+        run
+        for mode, ratio, rho in kinds
+        for run in seeds_of(mode, accuracy, ratio, rho=rho, spread=0, tasks=tasks, scenario="m3", timing=timing)
+    ]
+    checks = verdicts(build_table(only_section(runs)))
+    assert len(checks) > 10
+    assert not any(c.holds for c in checks), [c.claim for c in checks if c.holds]
+
+
+def test_a_class_that_is_most_of_the_images_is_chance():
+    runs = seeds_of("dense", 0.91, 1.0, majority=0.9) + seeds_of("den", 0.91, 0.5, majority=0.9)
+    assert not any(c.holds for c in verdicts(build_table(only_section(runs))))
+
+
+def test_seeds_that_disagree_leave_the_claim_open():
+    others = [made_run("random", 0.75 + 0.05 * s, seed=s) for s in range(3)]
+    checks = verdicts(build_table(only_section(seeds_of(accuracy=0.81) + others)))
+    assert [c.holds for c in checks if "than random" in c.claim] == [None]
+
+
+def test_a_record_without_a_null_leaves_variety_open():
+    runs = seeds_of(null=None, tasks=(COARSE, CIFAR100), scenario="m3")
+    found = {c.claim: c.holds for c in verdicts(build_table(only_section(runs)))}
+    assert [found[c] for c in found if "structures differ" in c or "levels differ" in c] == [None] * 3
+
+
 @pytest.mark.parametrize(
     ("accuracy", "ratio", "holds"),
-    [(0.82, 0.5, False), (0.82, 0.6, None), (0.7, 0.4, None), (0.7, 0.6, True), (0.8, 0.6, True), (0.8, 0.5, False)],
+    [(0.82, 0.5, False), (0.82, 0.6, None), (0.7, 0.4, None), (0.7, 0.6, True), (0.8, 0.6, None)],
 )
 def test_a_better_but_dearer_method_decides_nothing(accuracy, ratio, holds):
-    checks = verdicts(build_table(only_section([made_run(), made_run("blockdrop", accuracy, ratio)])))
+    checks = verdicts(build_table(only_section(seeds_of() + seeds_of("blockdrop", accuracy, ratio))))
     assert [c.holds for c in checks if "blockdrop" in c.claim] == [holds]
 
 
 def test_an_operating_point_of_equal_flops_decides():
-    run, point, other = made_run(), made_run("den", 0.78, 0.4), made_run("random", 0.75, 0.4)
-    point = dataclasses.replace(point, budget=Budget("flops", 0.4, {"cifar100": 1.0}))
-    table = build_table(only_section([run, other]))
-    for points, holds, label in (({}, None, "DEN (rho = 0.1)"), ({id(run): [point]}, True, "at 0.4 flops")):
-        check = next(c for c in verdicts(table, points) if "random" in c.claim)
+    runs, others = seeds_of(), seeds_of("random", 0.75, 0.4)
+    budget = Budget("flops", 0.4, {"cifar100": 1.0})
+    points = {
+        id(run): [dataclasses.replace(point, budget=budget)]
+        for run, point in zip(runs, seeds_of("den", 0.78, 0.4), strict=True)
+    }
+    table = build_table(only_section(runs + others))
+    for measured, holds, label in (({}, None, "DEN (rho = 0.1)"), (points, True, "at 0.4 flops")):
+        check = next(c for c in verdicts(table, measured) if "random" in c.claim)
         assert check.holds is holds
         assert label in check.claim
 
 
-def test_tasks_that_use_the_blocks_alike_are_told():
-    tasks = (COARSE, CIFAR100)
-    alike = made_run(tasks=tasks, scenario="m3")
-    check = next(c for c in verdicts(build_table(only_section([alike]))) if "levels differ" in c.claim)
-    assert (check.holds, check.measured) == (False, "by 0% in block 1")
+@pytest.mark.parametrize(("usage", "holds"), [(((0.5, 0.5),) * 2, False), (((0.1, 0.5), (0.9, 0.5)), True)])
+def test_tasks_that_use_the_blocks_alike_are_told(usage, holds):
+    runs = seeds_of(tasks=(COARSE, CIFAR100), scenario="m3")
+    for k, run in enumerate(runs):
+        results = tuple(dataclasses.replace(t, usage=u) for t, u in zip(run.tasks, usage, strict=True))
+        runs[k] = dataclasses.replace(run, tasks=results)
+    check = next(c for c in verdicts(build_table(only_section(runs))) if "levels differ" in c.claim)
+    assert check.holds is holds
 
 
 def test_runs_that_differ_in_one_setting_are_a_sweep():

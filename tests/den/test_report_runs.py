@@ -67,8 +67,8 @@ def test_an_unfinished_run_is_told_and_hides_no_finished_one(tmp_path, runs, cap
     assert list(rows(tmp_path)) == [f"DEN (rho = 0.3), {words}", "DEN (rho = 0.3)", "dense"]
     accuracy = 100 * read_evaluation(tmp_path / "done" / "evaluation.json").accuracy
     assert rows(tmp_path)["DEN (rho = 0.3)"]["accuracy %"] == f"{accuracy:.2f}"
-    assert f"NO   DEN (rho = 0.3), digits: trained to the end: {words}" in text
-    claims = [line for line in text.splitlines() if line.startswith(("  yes", "  NO", "   ?"))]
+    assert f"NO    DEN (rho = 0.3), digits: trained to the end: {words}" in text
+    claims = [line for line in text.splitlines() if line.startswith(("  yes", "  NO", "  open"))]
     assert sum("unfinished" in line for line in claims) == 1  # nothing else is claimed of it
     assert read_evaluation(tmp_path / "stopped" / "evaluation.json").training == Training(40, planned, False)
     drawn = {path.name for path in (tmp_path / "out").glob("*-levels.png")}
@@ -80,7 +80,7 @@ def test_an_unfinished_baseline_is_held_against_nobody(tmp_path, runs, capsys):
     assert rows(tmp_path)["DEN (rho = 0.3)"]["Δ dense"] == ""
     assert "within 1 point of dense" not in text
     assert "more accurate than nestednet" not in text
-    assert "NO   dense, digits: trained to the end: unfinished: 7 of 1,500 updates" in text
+    assert "NO    dense, digits: trained to the end: unfinished: 7 of 1,500 updates" in text
 
 
 def test_of_two_alike_it_is_said_which_is_shown(tmp_path, runs, capsys):

@@ -9,9 +9,10 @@ import torch
 from den import cli
 from den.dag.scenarios import named_settings
 from den.data import load_set
-from den.recipes import prepare
+from den.nn.tasks import Task
+from den.recipes import method_of, prepare
 from den.recipes.den import derive_structures, first_structures
-from den.recipes.setup import hold_out
+from den.recipes.setup import hold_out, new_model
 from den.support.settings import from_dict, to_dict
 from den.train.config import DataConfig, EstimatorTraining, PhaseConfig, SelectorTraining, TrainConfig
 from den.train.engine import Engine
@@ -24,7 +25,7 @@ from tests.image_files import random_images, write_jpegs
 @pytest.mark.parametrize(
     ("name", "tasks", "batch", "levels", "backbone", "trunk"),
     [
-        ("m1", ("cifar100", "tinyimagenet", "stl10"), 128, 4, "wrn32_4", 32),
+        ("m1", ("cifar100", "tinyimagenet", "stl10"), 384, 4, "wrn32_4", 32),
         ("m2", tuple(f"imagenet50-{k}@84" for k in range(10)), 256, 2, "simpleconvnet", 84),
         ("m3", ("cifar100-coarse", "cifar100"), 128, 4, "wrn32_4", 32),
         ("c1", ("cifar100",), 128, 4, "resnext29_8x64d_narrow", 32),
@@ -48,19 +49,84 @@ def test_levels_follow_the_backbone(backbone, levels):
 
 def test_the_full_schedule_is_that_of_the_authors_code():
     phases = run_phases(scenario_config("m1"))
-    assert [phase.settings.steps for phase in phases] == [78_200] + 10 * [4_693, 15_642]
-    assert [phase.network for phase in phases] == ["estimator"] + 10 * ["selector", "estimator"]
+    assert [phase.settings.steps for phase in phases] == [78_200] + 9 * [4_693, 15_642] + [4_693]
+    assert [phase.network for phase in phases] == 10 * ["estimator", "selector"]
     first = phases[0]
     assert [first.rate(step) for step in (0, 39_099, 39_100, 58_650)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
     selector = [phase.rate(0) for phase in phases[1::2]]
-    assert selector == pytest.approx(2 * [1e-3] + 3 * [1e-4] + 5 * [1e-5])
-    estimator = [phase.rate(0) for phase in phases[2::2]]  # of stages 2 to 10 and the finish
-    assert estimator == pytest.approx([1e-2] + 3 * [1e-3] + 6 * [1e-4])
+    assert selector == pytest.approx(3 * [1e-3] + 3 * [1e-4] + 4 * [1e-5])
+    estimator = [phase.rate(0) for phase in phases[2::2]]  # of stages 2 to 10
+    assert estimator == pytest.approx(3 * [0.1] + 3 * [1e-2] + 3 * [1e-3])
+
+
+@pytest.mark.parametrize(("tasks", "batch"), [((), 384), (("stl10",), 128), (("tin50-0..3",), 512)])
+def test_a_step_of_m1_sees_as_many_images_of_every_task(tasks, batch):
+    assert scenario_config("m1", ScenarioOptions(tasks=tasks)).data.batch_size == batch
+
+
+def test_nestednet_has_the_levels_of_the_paper_on_its_tasks():
+    assert scenario_config("m1").methods.levels == (2, 1, 3)  # Tiny-ImageNet lowest, STL-10 highest
+    assert scenario_config("m1", ScenarioOptions(tasks=("stl10", "cifar100", "tinyimagenet"))).methods.levels == ()
+
+
+@pytest.mark.parametrize("mode", ["nestednet", "random", "routing", "cross-stitch", "packnet", "blockdrop", "adashare"])
+def test_compared_methods_get_as_many_updates_as_the_estimator(mode):
+    config = scenario_config("m3", ScenarioOptions("wrn8_1"))
+    config = dataclasses.replace(config, mode=mode, network=dataclasses.replace(config.network, trunk_size=8))
+    tasks = [Task(name, classes, 32) for name, classes in zip(config.data.tasks, (20, 100), strict=True)]
+    phases = method_of(new_model(config.network, tasks, 0, config.joint), config).phases()
+    of_network = [phase.settings.steps for phase in phases if phase.network != "selector"]
+    each = 2 if mode == "packnet" else 1  # which trains the two tasks one after the other
+    assert sum(of_network) == pytest.approx(each * (78_200 + 9 * 15_642), rel=1e-3)
+    shorter = dataclasses.replace(config, methods=dataclasses.replace(config.methods, updates="first"))
+    shorter_phases = method_of(new_model(config.network, tasks, 0, config.joint), shorter).phases()
+    assert max(phase.settings.steps for phase in shorter_phases) == 78_200
+
+
+def test_matched_flops_count_the_levels_that_an_update_passes():
+    config = scenario_config("c1", ScenarioOptions("wrn8_1"))
+    methods = dataclasses.replace(config.methods, updates="flops")
+    spent = {}
+    for mode in ("random", "nestednet"):
+        one = dataclasses.replace(config, mode=mode, methods=methods)
+        method = method_of(new_model(config.network, [Task("cifar100", 100, 32)], 0), one)
+        spent[mode] = method.phases()[0].settings.steps * method.update_cost()
+    assert spent["random"] == pytest.approx(spent["nestednet"], rel=1e-3)
+    assert method.update_cost() == pytest.approx(0.25 + 0.5 + 1)
+
+
+def test_the_letter_of_the_paper(capsys, monkeypatch):
+    config = scenario_config("m1", ScenarioOptions(paper=True))
+    selector, estimator, network = config.selector, config.estimator, config.network
+    assert (selector.phase.rate, selector.baseline, selector.entropy_bonus) == (1e-5, "none", 0)
+    assert {p.until for p in (selector.phase, estimator.first, estimator.later)} == {"converge"}
+    assert (estimator.structures, estimator.initial_share, config.data.validation) == ("sample", 0, 0)
+    assert (network.start, network.selector, network.selector_head) == ("xavier", "paper", "shared")
+    monkeypatch.setattr("den.recipes.den.train", lambda config, resume: None)
+    assert cli.main(["train", "m1", "--paper"]) == 0
+    assert "not as in" not in capsys.readouterr().out
+
+
+def test_what_is_changed_in_the_authors_schedule_is_told(capsys, monkeypatch):
+    monkeypatch.setattr("den.recipes.den.train", lambda config, resume: None)
+    assert cli.main(["train", "m1"]) == 0
+    assert "not as in" not in capsys.readouterr().out
+    assert cli.main(["train", "m1", "--estimator.later.rate", "0.01", "--data.batch-size", "64"]) == 0
+    told = "not as in the code of the authors (theirs): data.batch_size 64 (384), estimator.later.rate 0.01 (0.1)"
+    assert told in capsys.readouterr().out
+    assert cli.main(["train", "m1", "--budget", "0.5"]) == 0
+    assert "estimator.first.steps 39100 (78200)" in capsys.readouterr().out
+
+
+def test_a_first_look_is_short_and_small():
+    config = scenario_config("c1", ScenarioOptions(quick=True, tasks=("folder:x@64",)))
+    assert (config.network.backbone, config.network.trunk_size) == ("wrn14_1", 16)
+    assert sum(phase.settings.steps for phase in run_phases(config)) < 2000
 
 
 def test_a_budget_shortens_every_phase_and_keeps_its_rates():
     full, short = (run_phases(scenario_config("m3", ScenarioOptions(budget=b))) for b in (1.0, 0.01))
-    assert [phase.settings.steps for phase in short] == [782] + 10 * [47, 156]
+    assert [phase.settings.steps for phase in short] == [782] + 9 * [47, 156] + [47]
     for one, other in zip(full, short, strict=True):
         for progress in (0.0, 0.49, 0.51, 0.76):
             rates = [phase.rate(int(progress * phase.settings.steps)) for phase in (one, other)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from den_kernels import dynamic_conv2d
-from den_kernels.testing import ConvProblem, assert_as_accurate, error_units, masked_conv2d
+from den_kernels.testing import ConvCase, assert_as_accurate, error_units, masked_conv2d
 from tests.on_gpu import DTYPES, TF32, WAYS, Context, moved, numerics, relative_error
 
 Row = dict[str, Any]
@@ -20,61 +20,61 @@ Record = Callable[[Row], None]
 QUARTERS = (16, 16, 32)
 ODD = (13, 27)  # groups that end inside tiles
 CONVOLUTIONS = {
-    "out": ConvProblem(channels=(24, 1), out_sizes=QUARTERS),
-    "in": ConvProblem(channels=(1, 24), in_sizes=QUARTERS, out_sizes=()),
-    "both, stride 2": ConvProblem(in_sizes=QUARTERS, out_sizes=QUARTERS, stride=2),
-    "wide": ConvProblem(batch=9, size=(16, 16), channels=(128, 1), out_sizes=(64, 64, 128)),
-    "wide in": ConvProblem(batch=9, size=(8, 8), channels=(1, 256), in_sizes=(64, 64, 128), out_sizes=()),
-    "odd, stride (2, 1), dilation": ConvProblem(channels=(7, 1), out_sizes=ODD, stride=(2, 1), dilation=(1, 2)),
-    "5x5, stride (3, 2)": ConvProblem(
+    "out": ConvCase(channels=(24, 1), out_sizes=QUARTERS),
+    "in": ConvCase(channels=(1, 24), in_sizes=QUARTERS, out_sizes=()),
+    "both, stride 2": ConvCase(in_sizes=QUARTERS, out_sizes=QUARTERS, stride=2),
+    "wide": ConvCase(batch=9, size=(16, 16), channels=(128, 1), out_sizes=(64, 64, 128)),
+    "wide in": ConvCase(batch=9, size=(8, 8), channels=(1, 256), in_sizes=(64, 64, 128), out_sizes=()),
+    "odd, stride (2, 1), dilation": ConvCase(channels=(7, 1), out_sizes=ODD, stride=(2, 1), dilation=(1, 2)),
+    "5x5, stride (3, 2)": ConvCase(
         channels=(1, 5), in_sizes=ODD, out_sizes=(), kernel=(5, 5), stride=(3, 2), padding=(2, 0), dilation=(2, 1)
     ),
-    "1x1": ConvProblem(kernel=(1, 1), padding=0, in_sizes=(32, 32), out_sizes=(64, 64)),
-    "7x7, 63": ConvProblem(kernel=(7, 7), padding=3, size=(9, 8), channels=(3, 1), out_sizes=(31, 32), stride=2),
-    "dilated, stride 2": ConvProblem(channels=(16, 1), out_sizes=(16, 16), stride=2, dilation=2, padding=2),
-    "mask": ConvProblem(in_sizes=QUARTERS, out_sizes=QUARTERS, selection="mask"),
-    "mask of outputs": ConvProblem(channels=(20, 1), out_sizes=(32, 32), selection="mask", stride=2),
-    "odd mask": ConvProblem(in_sizes=ODD, out_sizes=(11, 2), selection="mask"),
-    "cardinality": ConvProblem(cardinality=4, in_sizes=QUARTERS, out_sizes=(32, 32, 64)),
-    "cardinality of outputs": ConvProblem(cardinality=8, channels=(32, 1), out_sizes=(16, 48), stride=2),
-    "cardinality, mask": ConvProblem(cardinality=4, in_sizes=(4, 12), out_sizes=(16, 48), selection="mask"),
-    "depthwise": ConvProblem(cardinality=40, in_sizes=(8, 32), out_sizes=(8, 32)),
-    "NCHW": ConvProblem(channels=(24, 1), out_sizes=QUARTERS, layout="contiguous", weight_channels_last=False),
-    "slice": ConvProblem(channels=(24, 1), out_sizes=QUARTERS, layout="channels_last slice"),
-    "transposed": ConvProblem(channels=(24, 1), out_sizes=QUARTERS, layout="transposed", size=(8, 8)),
-    "nobody": ConvProblem(in_sizes=(16, 16), out_sizes=(), channels=(1, 20), selection="zero"),
-    "last only": ConvProblem(out_sizes=(16, 16), in_sizes=(16, 16), selection="last only", bias=False),
-    "B=0": ConvProblem(batch=0, out_sizes=(16, 16)),
-    "B=1": ConvProblem(batch=1, out_sizes=(16, 16), selection="top"),
-    "B=257": ConvProblem(batch=257, size=(8, 8), channels=(32, 1), out_sizes=QUARTERS),
+    "1x1": ConvCase(kernel=(1, 1), padding=0, in_sizes=(32, 32), out_sizes=(64, 64)),
+    "7x7, 63": ConvCase(kernel=(7, 7), padding=3, size=(9, 8), channels=(3, 1), out_sizes=(31, 32), stride=2),
+    "dilated, stride 2": ConvCase(channels=(16, 1), out_sizes=(16, 16), stride=2, dilation=2, padding=2),
+    "mask": ConvCase(in_sizes=QUARTERS, out_sizes=QUARTERS, selection="mask"),
+    "mask of outputs": ConvCase(channels=(20, 1), out_sizes=(32, 32), selection="mask", stride=2),
+    "odd mask": ConvCase(in_sizes=ODD, out_sizes=(11, 2), selection="mask"),
+    "cardinality": ConvCase(cardinality=4, in_sizes=QUARTERS, out_sizes=(32, 32, 64)),
+    "cardinality of outputs": ConvCase(cardinality=8, channels=(32, 1), out_sizes=(16, 48), stride=2),
+    "cardinality, mask": ConvCase(cardinality=4, in_sizes=(4, 12), out_sizes=(16, 48), selection="mask"),
+    "depthwise": ConvCase(cardinality=40, in_sizes=(8, 32), out_sizes=(8, 32)),
+    "NCHW": ConvCase(channels=(24, 1), out_sizes=QUARTERS, layout="contiguous", weight_channels_last=False),
+    "slice": ConvCase(channels=(24, 1), out_sizes=QUARTERS, layout="channels_last slice"),
+    "transposed": ConvCase(channels=(24, 1), out_sizes=QUARTERS, layout="transposed", size=(8, 8)),
+    "nobody": ConvCase(in_sizes=(16, 16), out_sizes=(), channels=(1, 20), selection="zero"),
+    "last only": ConvCase(out_sizes=(16, 16), in_sizes=(16, 16), selection="last only", bias=False),
+    "B=0": ConvCase(batch=0, out_sizes=(16, 16)),
+    "B=1": ConvCase(batch=1, out_sizes=(16, 16), selection="top"),
+    "B=257": ConvCase(batch=257, size=(8, 8), channels=(32, 1), out_sizes=QUARTERS),
 }
 
 
-SMALL = ConvProblem(batch=3, size=(5, 4), channels=(8, 1), out_sizes=(8, 8))  # in a rehearsal
+SMALL = ConvCase(batch=3, size=(5, 4), channels=(8, 1), out_sizes=(8, 8))  # in a rehearsal
 
 
-@pytest.mark.parametrize("problem", CONVOLUTIONS)
+@pytest.mark.parametrize("case", CONVOLUTIONS)
 @pytest.mark.parametrize("way", WAYS)
-def test_convolution(way: str, problem: str, context: Context, record: Record) -> None:
-    record(check_convolution(CONVOLUTIONS[problem], way, context))
+def test_convolution(way: str, case: str, context: Context, record: Record) -> None:
+    record(check_convolution(CONVOLUTIONS[case], way, context))
 
 
 @pytest.mark.smoke
 def test_convolution_first(context: Context, record: Record) -> None:
-    """Forward and backward of one problem."""
+    """Forward and backward of one case."""
     record(check_convolution(SMALL if context.tiny else CONVOLUTIONS["out"], "bfloat16", context))
 
 
-def check_convolution(problem: ConvProblem, way: str, context: Context, convolve: Convolve = dynamic_conv2d) -> Row:
+def check_convolution(case: ConvCase, way: str, context: Context, convolve: Convolve = dynamic_conv2d) -> Row:
     """Output and all gradients err at most twice as much as PyTorch's own, and come out the same twice."""
     dtype, tf32 = DTYPES[way]
-    x, weight, bias, selection = problem.tensors(dtype)
-    if way == "tf32":  # the problem's values are those of bfloat16, which TF32 would not round
+    x, weight, bias, selection = case.tensors(dtype)
+    if way == "tf32":  # the case's values are those of bfloat16, which TF32 would not round
         x, weight = x * 1.2345, weight * 0.9876
 
     def run(function: Convolve, device: torch.device, of: Callable[[Tensor], Tensor] = torch.detach) -> list[Tensor]:
         leaves = [None if t is None else of(moved(t, device)).requires_grad_() for t in (x, weight, bias)]
-        y = function(*leaves, selection.to(device), **problem.keywords)
+        y = function(*leaves, selection.to(device), **case.keywords)
         seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
         wanted = [leaf for leaf in leaves if leaf is not None]
         return [y.detach(), *torch.autograd.grad(y, wanted, of(seed.to(device)))]
@@ -116,7 +116,7 @@ def compare(
 
 def test_levels_out_of_range_are_clamped(context: Context) -> None:
     """On a GPU, where nobody reads them back; a CPU refuses them."""
-    x, weight, _, _ = ConvProblem(channels=(16, 1), out_sizes=QUARTERS, bias=False).tensors(torch.float32)
+    x, weight, _, _ = ConvCase(channels=(16, 1), out_sizes=QUARTERS, bias=False).tensors(torch.float32)
     wild = torch.tensor([-7, 99, 2, 0, 4])
     x, weight, wild = (moved(t, context.place) for t in (x, weight, wild))
     tame = wild.clamp(0, 3)

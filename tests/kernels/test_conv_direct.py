@@ -227,7 +227,7 @@ RULE = {  # dtype, weight, changes of the geometry, whether it runs on a CPU tha
 @pytest.mark.parametrize("case", RULE)
 def test_it_runs_where_its_rule_says(case, able, monkeypatch):
     dtype, shape, changes, expected = RULE[case]
-    has = dict.fromkeys(("has_dynamic_residual", "has_dynamic_residual_bf16"), lambda: able)
+    has = dict.fromkeys(("has_direct_float32", "has_direct_bf16"), lambda: able)
     monkeypatch.setattr(_conv_direct, "extension", SimpleNamespace(**has))
     geometry, weight = GEOMETRY._replace(**changes), torch.zeros(shape, dtype=dtype)
     x = channels_last(torch.zeros(2, shape[1] * geometry.groups, 9, 9, dtype=dtype))
@@ -238,7 +238,7 @@ def test_it_runs_where_its_rule_says(case, able, monkeypatch):
 
 
 def test_each_dtype_needs_its_own_instructions(monkeypatch):
-    only_avx512 = SimpleNamespace(has_dynamic_residual=lambda: True, has_dynamic_residual_bf16=lambda: False)
+    only_avx512 = SimpleNamespace(has_direct_float32=lambda: True, has_direct_bf16=lambda: False)
     monkeypatch.setattr(_conv_direct, "extension", only_avx512)
     assert runs(torch.float32, 16, 32)
     assert not runs(torch.bfloat16, 16, 32)

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from den_kernels import _extension
-from den_kernels._cuda_layout import FusedProblem, fused_layout
+from den_kernels._cuda_layout import FusedArguments, fused_layout
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {
@@ -129,10 +129,10 @@ CHIPS = {"sm_80": (108, 163 << 10), "sm_90": (132, 227 << 10)}
 @pytest.mark.parametrize(("C", "H", "C_out", "stride"), SHAPES)
 def test_shared_memory_fits(C, H, C_out, stride, B, itemsize, chip):
     widths = tuple(max(16, C_out * part // 4) for part in (1, 2, 4))
-    problem = FusedProblem(B, H, H, C, C_out, widths, stride, itemsize, *CHIPS[chip])
-    layout = fused_layout(problem)
+    case = FusedArguments(B, H, H, C, C_out, widths, stride, itemsize, *CHIPS[chip])
+    layout = fused_layout(case)
     if layout is None:
         assert (chip, itemsize, C, H) == ("sm_80", 4, 128, 16)  # its activations alone take 128 KB
         return
-    assert layout.shared(problem) <= problem.shared
-    assert layout.blocks <= problem.multiprocessors
+    assert layout.shared(case) <= case.shared
+    assert layout.blocks <= case.multiprocessors

@@ -15,7 +15,7 @@ L = 4
 HERE = [torch.float32, *([torch.bfloat16] if extension is not None and extension.bf16_isa() == "AMX" else [])]
 DTYPES = st.sampled_from(HERE)
 pytestmark = pytest.mark.skipif(
-    extension is None or not extension.has_dynamic_residual(), reason="this CPU has no AVX-512"
+    extension is None or not extension.has_direct_float32(), reason="this CPU has no AVX-512"
 )
 
 

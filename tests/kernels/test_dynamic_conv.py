@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from den_kernels import _conv_cpu
 from den_kernels._conv_arguments import group_sizes
-from den_kernels._conv_cpu import Part, Run, part_of, runs_of
+from den_kernels._conv_cpu import ChannelRange, Part, part_of, ranges_of
 from den_kernels._conv_masked import masked_forward
 from den_kernels._geometry import Geometry, memory_format_of
 from den_kernels.dynamic_conv import dynamic_conv2d, dynamic_conv2d_reference
@@ -16,7 +16,7 @@ from den_kernels.plan import RoutingPlan, as_route
 from den_kernels.testing import (
     LAYOUTS,
     LEVEL_KINDS,
-    ConvProblem,
+    ConvCase,
     assert_as_accurate,
     make_levels,
     make_mask,
@@ -24,27 +24,27 @@ from den_kernels.testing import (
 )  # fmt: skip
 
 
-def reference(problem: ConvProblem, x, weight, bias, selection):
-    keywords = problem.keywords
-    keywords["out_groups"], keywords["in_groups"] = problem.out_sizes, problem.in_sizes
+def reference(case: ConvCase, x, weight, bias, selection):
+    keywords = case.keywords
+    keywords["out_groups"], keywords["in_groups"] = case.out_sizes, case.in_sizes
     return dynamic_conv2d_reference(x, weight, bias, selection, **keywords)
 
 
-def check_against_reference(problem: ConvProblem, dtype: torch.dtype) -> None:
+def check_against_reference(case: ConvCase, dtype: torch.dtype) -> None:
     """One op call in `dtype` against the float64 reference; PyTorch's error in that dtype sets the tolerance."""
-    x, weight, bias, selection = problem.tensors(dtype)
-    y = dynamic_conv2d(x, weight, bias, selection, **problem.keywords)
+    x, weight, bias, selection = case.tensors(dtype)
+    y = dynamic_conv2d(x, weight, bias, selection, **case.keywords)
     exact, scale = (
-        reference(problem, f(x.double()), f(weight.double()), None if bias is None else f(bias.double()), selection)
+        reference(case, f(x.double()), f(weight.double()), None if bias is None else f(bias.double()), selection)
         for f in (lambda t: t, torch.abs)
     )
-    peer = masked_conv2d(x, weight, bias, selection, **problem.keywords)
+    peer = masked_conv2d(x, weight, bias, selection, **case.keywords)
     assert_as_accurate(y, peer, exact, scale)
     assert y.is_contiguous(memory_format=memory_format_of(x, weight))
 
 
 @st.composite
-def problems(draw) -> ConvProblem:
+def cases(draw) -> ConvCase:
     cardinality = draw(st.sampled_from((1, 1, 2, 4)))
     G = draw(st.integers(1, 4))
     in_each, out_each = draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -69,7 +69,7 @@ def problems(draw) -> ConvProblem:
         padding if isinstance(padding, tuple) else (padding, padding)
     )  # fmt: skip
     assume(all(s + 2 * p >= r for s, p, r in zip(size, pads, reach, strict=True)))
-    return ConvProblem(
+    return ConvCase(
         batch=draw(st.sampled_from((0, 1, 2, 5, 8))), size=size, kernel=kernel, stride=stride, padding=padding,
         dilation=dilation, cardinality=cardinality, channels=(cardinality * in_each, cardinality * out_each),
         in_sizes=sizes(in_each) if side != "out" else (), out_sizes=sizes(out_each) if side != "in" else (),
@@ -79,25 +79,25 @@ def problems(draw) -> ConvProblem:
 
 
 @settings(max_examples=120, deadline=None)
-@given(problems())
-def test_any_problem_in_float32_is_as_accurate_as_pytorch(problem):
-    check_against_reference(problem, torch.float32)
+@given(cases())
+def test_any_problem_in_float32_is_as_accurate_as_pytorch(case):
+    check_against_reference(case, torch.float32)
 
 
 @settings(max_examples=80, deadline=None)
-@given(problems())
-def test_segments_and_masked_composition_agree_with_the_reference_in_float64(problem):
+@given(cases())
+def test_segments_and_masked_composition_agree_with_the_reference_in_float64(case):
     """The two implementations themselves, in float64, where the op runs the reference."""
-    assume(problem.padding != "same")
-    x, weight, bias, selection = problem.tensors(torch.float64)
+    assume(case.padding != "same")
+    x, weight, bias, selection = case.tensors(torch.float64)
     pair = lambda v: v if isinstance(v, tuple) else (v, v)  # noqa: E731
-    padding = 0 if problem.padding == "valid" else problem.padding
+    padding = 0 if case.padding == "valid" else case.padding
     geometry = Geometry(
-        pair(problem.stride), pair(padding), pair(problem.dilation), problem.cardinality,
-        problem.out_sizes, problem.in_sizes,
+        pair(case.stride), pair(padding), pair(case.dilation), case.cardinality,
+        case.out_sizes, case.in_sizes,
     )  # fmt: skip
-    route = as_route(selection, len(problem.out_sizes) or len(problem.in_sizes), problem.batch)
-    exact = dynamic_conv2d(x, weight, bias, route, **problem.keywords)
+    route = as_route(selection, len(case.out_sizes) or len(case.in_sizes), case.batch)
+    exact = dynamic_conv2d(x, weight, bias, route, **case.keywords)
     segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
     by_segments = _conv_cpu.forward(x, weight, bias, segments, geometry)
     torch.testing.assert_close(by_segments, exact, rtol=1e-12, atol=1e-12)
@@ -106,16 +106,17 @@ def test_segments_and_masked_composition_agree_with_the_reference_in_float64(pro
 
 
 UGLY = {
-    "63_channels": ConvProblem(channels=(63, 1), out_sizes=(1, 63)),
-    "129_channels": ConvProblem(in_sizes=(1, 63, 65), out_sizes=(), channels=(1, 129)),
-    "one_channel": ConvProblem(channels=(1, 1), out_sizes=(1,)),
-    "7x7_stem": ConvProblem(kernel=(7, 7), stride=2, padding=3, size=(33, 31), channels=(3, 1)),
-    "1x1": ConvProblem(kernel=(1, 1), padding=0, size=(1, 1), in_sizes=(4, 4, 8), out_sizes=()),
-    "depthwise": ConvProblem(cardinality=12, in_sizes=(3, 5, 4), out_sizes=(3, 5, 4)),
-    "depthwise_out_only": ConvProblem(cardinality=12, channels=(12, 12), selection="mask"),
-    "depthwise_multiplier": ConvProblem(cardinality=6, in_sizes=(2, 4), out_sizes=(6, 12), selection="mask"),
-    "grouped_in_only": ConvProblem(cardinality=4, channels=(8, 12), in_sizes=(2, 2, 4), out_sizes=()),
-    "sides_of_different_cardinality": ConvProblem(cardinality=4, in_sizes=(2, 6), out_sizes=(9, 3), selection="mask"),
+    "63_channels": ConvCase(channels=(63, 1), out_sizes=(1, 63)),
+    "129_channels": ConvCase(in_sizes=(1, 63, 65), out_sizes=(), channels=(1, 129)),
+    "one_channel": ConvCase(channels=(1, 1), out_sizes=(1,)),
+    "windows_on_padding": ConvCase(kernel=(1, 2), stride=3, padding=(3, 7), dilation=3, size=(3, 2), channels=(4, 1)),
+    "7x7_stem": ConvCase(kernel=(7, 7), stride=2, padding=3, size=(33, 31), channels=(3, 1)),
+    "1x1": ConvCase(kernel=(1, 1), padding=0, size=(1, 1), in_sizes=(4, 4, 8), out_sizes=()),
+    "depthwise": ConvCase(cardinality=12, in_sizes=(3, 5, 4), out_sizes=(3, 5, 4)),
+    "depthwise_out_only": ConvCase(cardinality=12, channels=(12, 12), selection="mask"),
+    "depthwise_multiplier": ConvCase(cardinality=6, in_sizes=(2, 4), out_sizes=(6, 12), selection="mask"),
+    "grouped_in_only": ConvCase(cardinality=4, channels=(8, 12), in_sizes=(2, 2, 4), out_sizes=()),
+    "sides_of_different_cardinality": ConvCase(cardinality=4, in_sizes=(2, 6), out_sizes=(9, 3), selection="mask"),
 }
 
 
@@ -128,34 +129,34 @@ def test_ugly_sizes(name, dtype):
 @pytest.mark.parametrize("selection", [*LEVEL_KINDS, "mask"])
 @pytest.mark.parametrize("batch", [0, 1, 63])
 def test_every_kind_of_selection(batch, selection):
-    check_against_reference(ConvProblem(batch=batch, size=(4, 3), selection=selection), torch.float32)
-    in_only = ConvProblem(batch=batch, size=(4, 3), selection=selection, in_sizes=(3, 2, 3), out_sizes=())
+    check_against_reference(ConvCase(batch=batch, size=(4, 3), selection=selection), torch.float32)
+    in_only = ConvCase(batch=batch, size=(4, 3), selection=selection, in_sizes=(3, 2, 3), out_sizes=())
     check_against_reference(in_only, torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight_channels_last", [True, False])
 def test_memory_format_of_the_result_is_that_of_conv2d(layout, weight_channels_last):
-    problem = ConvProblem(layout=layout, weight_channels_last=weight_channels_last, selection="top")
-    x, weight, bias, selection = problem.tensors(torch.float32)
+    case = ConvCase(layout=layout, weight_channels_last=weight_channels_last, selection="top")
+    x, weight, bias, selection = case.tensors(torch.float32)
     plain = F.conv2d(x, weight, bias, padding=1)
-    assert dynamic_conv2d(x, weight, bias, selection, **problem.keywords).stride() == plain.stride()
+    assert dynamic_conv2d(x, weight, bias, selection, **case.keywords).stride() == plain.stride()
 
 
 def test_expanded_input():
-    x, weight, bias, levels = ConvProblem().tensors(torch.float32)
+    x, weight, bias, levels = ConvCase().tensors(torch.float32)
     x = x[:1].expand(5, -1, -1, -1)
     same = dynamic_conv2d(x.contiguous(), weight, bias, levels, padding=1, out_groups=(3, 5, 4))
     assert torch.equal(dynamic_conv2d(x, weight, bias, levels, padding=1, out_groups=(3, 5, 4)), same)
 
 
 def test_no_selection_is_conv2d():
-    x, weight, bias, _ = ConvProblem().tensors(torch.float32)
+    x, weight, bias, _ = ConvCase().tensors(torch.float32)
     assert torch.equal(dynamic_conv2d(x, weight, bias, stride=2, out_groups=3), F.conv2d(x, weight, bias, 2))
 
 
 def test_levels_and_routes_give_the_same_bits_and_masks_the_same_numbers():
-    x, weight, bias, levels = ConvProblem(batch=9).tensors(torch.float32)
+    x, weight, bias, levels = ConvCase(batch=9).tensors(torch.float32)
     call = lambda selection: dynamic_conv2d(x, weight, bias, selection, out_groups=(3, 5, 4))  # noqa: E731
     expected = call(levels)
     assert torch.equal(call(RoutingPlan.from_levels(levels[:, None].repeat(1, 2), 3)[1]), expected)
@@ -165,7 +166,7 @@ def test_levels_and_routes_give_the_same_bits_and_masks_the_same_numbers():
 
 def test_active_route_selects_whole_instances():
     """Its one segment is not sorted by instance, so neighbours must be recognised whatever their order."""
-    x, weight, bias, _ = ConvProblem(batch=6).tensors(torch.float32)
+    x, weight, bias, _ = ConvCase(batch=6).tensors(torch.float32)
     levels = torch.tensor([3, 0, 1, 2, 0, 1])
     y = dynamic_conv2d(x, weight, bias, as_route(levels, 3, 6).active(), padding=1, out_groups=1)
     plain = F.conv2d(x, weight, bias, padding=1)
@@ -173,7 +174,7 @@ def test_active_route_selects_whole_instances():
 
 
 def test_nan_images_pass_through_alone():
-    x, weight, bias, _ = ConvProblem().tensors(torch.float32)
+    x, weight, bias, _ = ConvCase().tensors(torch.float32)
     levels = torch.tensor([3, 1, 0, 2, 3])
     x[1] = float("nan")
     nan = dynamic_conv2d(x, weight, bias, levels, padding=1, out_groups=(3, 5, 4)).isnan()
@@ -185,18 +186,18 @@ def test_nan_images_pass_through_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_without_the_extension(dtype):
     for layout in LAYOUTS:
-        check_against_reference(ConvProblem(layout=layout, selection="mask"), dtype)
-        check_against_reference(ConvProblem(layout=layout, in_sizes=(3, 2, 3), out_sizes=()), dtype)
+        check_against_reference(ConvCase(layout=layout, selection="mask"), dtype)
+        check_against_reference(ConvCase(layout=layout, in_sizes=(3, 2, 3), out_sizes=()), dtype)
 
 
 def test_two_runs_are_bit_equal():
-    x, weight, bias, mask = ConvProblem(batch=17, selection="mask").tensors(torch.float32)
+    x, weight, bias, mask = ConvCase(batch=17, selection="mask").tensors(torch.float32)
     runs = [dynamic_conv2d(x, weight, bias, mask, padding=1, out_groups=(3, 5, 4)) for _ in range(2)]
     assert torch.equal(*runs)
 
 
 def test_arguments_are_left_as_they_were():
-    tensors = ConvProblem(layout="contiguous").tensors(torch.float16)
+    tensors = ConvCase(layout="contiguous").tensors(torch.float16)
     before = [t.clone() for t in tensors]
     dynamic_conv2d(*tensors, padding=1, out_groups=(3, 5, 4))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
@@ -204,7 +205,7 @@ def test_arguments_are_left_as_they_were():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_as_conv2d_does(dtype):
-    x, weight, bias, levels = ConvProblem(selection="uniform").tensors(torch.float32)
+    x, weight, bias, levels = ConvCase(selection="uniform").tensors(torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         y = dynamic_conv2d(x, weight, bias, levels, padding=1, out_groups=(3, 5, 4))
         kept = dynamic_conv2d(x.double(), weight.double(), bias.double(), levels, out_groups=(3, 5, 4))
@@ -215,20 +216,26 @@ def test_autocast_casts_as_conv2d_does(dtype):
 
 
 def test_runs_of_groups():
-    assert runs_of((2, 3, 4, 1), (True, True, False, True)) == (Run(0, 5), Run(9, 1))
-    assert runs_of((2, 3), (False, False)) == ()
+    assert ranges_of((2, 3, 4, 1), (True, True, False, True)) == (ChannelRange(0, 5), ChannelRange(9, 1))
+    assert ranges_of((2, 3), (False, False)) == ()
 
 
 @pytest.mark.parametrize(
     ("selected", "cardinality", "out_sizes", "in_sizes", "part"),
     [
-        ((True, False), 1, (4, 4), (), Part((Run(0, 8),), (Run(0, 4),), (), 1)),
-        ((False, True), 1, (), (2, 6), Part((Run(2, 6),), (Run(0, 8),), (), 1)),
-        ((False, False), 1, (), (2, 6), Part((), (), (Run(0, 8),), 0)),
+        ((True, False), 1, (4, 4), (), Part((ChannelRange(0, 8),), (ChannelRange(0, 4),), (), 1)),
+        ((False, True), 1, (), (2, 6), Part((ChannelRange(2, 6),), (ChannelRange(0, 8),), (), 1)),
+        ((False, False), 1, (), (2, 6), Part((), (), (ChannelRange(0, 8),), 0)),
         ((False, False), 1, (4, 4), (2, 6), Part((), (), (), 0)),
-        ((True, False), 4, (4, 4), (), Part((Run(0, 4),), (Run(0, 4),), (), 2)),
-        ((True, False), 4, (), (2, 6), Part((Run(0, 2),), (Run(0, 2),), (Run(2, 6),), 1)),
-        ((True, False), 4, (6, 2), (2, 6), Part((Run(0, 2),), (Run(0, 2),), (Run(2, 4),), 1)),
+        ((True, False), 4, (4, 4), (), Part((ChannelRange(0, 4),), (ChannelRange(0, 4),), (), 2)),
+        ((True, False), 4, (), (2, 6), Part((ChannelRange(0, 2),), (ChannelRange(0, 2),), (ChannelRange(2, 6),), 1)),
+        (
+            (True, False),
+            4,
+            (6, 2),
+            (2, 6),
+            Part((ChannelRange(0, 2),), (ChannelRange(0, 2),), (ChannelRange(2, 4),), 1),
+        ),
     ],
 )
 def test_part_of_a_selection(selected, cardinality, out_sizes, in_sizes, part):

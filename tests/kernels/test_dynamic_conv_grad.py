@@ -10,69 +10,69 @@ from den_kernels._conv_masked import masked_backward
 from den_kernels._geometry import Geometry, memory_format_of
 from den_kernels.dynamic_conv import dynamic_conv2d
 from den_kernels.plan import Route, RoutingPlan, as_route
-from den_kernels.testing import LAYOUTS, LEVEL_KINDS, ConvProblem, assert_as_accurate, channel_mask, masked_conv2d
+from den_kernels.testing import LAYOUTS, LEVEL_KINDS, ConvCase, assert_as_accurate, channel_mask, masked_conv2d
 
-PROBLEMS = {
-    "out": ConvProblem(batch=4, size=(4, 5), channels=(3, 1), out_sizes=(1, 2)),
-    "in": ConvProblem(batch=4, size=(4, 5), stride=2, in_sizes=(2, 1, 1), out_sizes=(), channels=(1, 3)),
-    "both": ConvProblem(batch=4, size=(5, 3), dilation=2, padding=2, in_sizes=(1, 2), out_sizes=(2, 1)),
-    "mask": ConvProblem(batch=6, size=(3, 3), in_sizes=(1, 2, 1), out_sizes=(2, 1, 2), selection="mask"),
-    "zero": ConvProblem(batch=3, size=(3, 3), out_sizes=(1, 2), selection="zero"),
-    "in_zero": ConvProblem(batch=3, size=(3, 3), in_sizes=(1, 2), out_sizes=(), selection="zero", channels=(1, 2)),
-    "top": ConvProblem(batch=3, size=(3, 3), channels=(2, 1), out_sizes=(1, 2), selection="top", layout="contiguous"),
-    "same": ConvProblem(batch=3, size=(4, 3), kernel=(2, 4), padding="same", channels=(2, 1), out_sizes=(1, 2)),
-    "no_bias": ConvProblem(batch=3, size=(3, 3), channels=(2, 1), out_sizes=(1, 2), bias=False),
-    "depthwise": ConvProblem(batch=4, size=(4, 4), cardinality=5, in_sizes=(2, 3), out_sizes=(2, 3)),
-    "grouped_in": ConvProblem(batch=4, size=(4, 4), cardinality=2, in_sizes=(2, 2), out_sizes=(), channels=(4, 6)),
-    "grouped_out": ConvProblem(
+CASES = {
+    "out": ConvCase(batch=4, size=(4, 5), channels=(3, 1), out_sizes=(1, 2)),
+    "in": ConvCase(batch=4, size=(4, 5), stride=2, in_sizes=(2, 1, 1), out_sizes=(), channels=(1, 3)),
+    "both": ConvCase(batch=4, size=(5, 3), dilation=2, padding=2, in_sizes=(1, 2), out_sizes=(2, 1)),
+    "mask": ConvCase(batch=6, size=(3, 3), in_sizes=(1, 2, 1), out_sizes=(2, 1, 2), selection="mask"),
+    "zero": ConvCase(batch=3, size=(3, 3), out_sizes=(1, 2), selection="zero"),
+    "in_zero": ConvCase(batch=3, size=(3, 3), in_sizes=(1, 2), out_sizes=(), selection="zero", channels=(1, 2)),
+    "top": ConvCase(batch=3, size=(3, 3), channels=(2, 1), out_sizes=(1, 2), selection="top", layout="contiguous"),
+    "same": ConvCase(batch=3, size=(4, 3), kernel=(2, 4), padding="same", channels=(2, 1), out_sizes=(1, 2)),
+    "no_bias": ConvCase(batch=3, size=(3, 3), channels=(2, 1), out_sizes=(1, 2), bias=False),
+    "depthwise": ConvCase(batch=4, size=(4, 4), cardinality=5, in_sizes=(2, 3), out_sizes=(2, 3)),
+    "grouped_in": ConvCase(batch=4, size=(4, 4), cardinality=2, in_sizes=(2, 2), out_sizes=(), channels=(4, 6)),
+    "grouped_out": ConvCase(
         batch=4, size=(4, 4), cardinality=4, channels=(4, 1), out_sizes=(2, 4, 2), selection="mask"
     ),
 }
 
 
-def leaves(problem: ConvProblem, dtype: torch.dtype):
-    x, weight, bias, selection = problem.tensors(dtype)
+def leaves(case: ConvCase, dtype: torch.dtype):
+    x, weight, bias, selection = case.tensors(dtype)
     return [None if t is None else t.requires_grad_() for t in (x, weight, bias)], selection
 
 
-def gradients(problem: ConvProblem, function, dtype: torch.dtype, of=lambda t: t):
+def gradients(case: ConvCase, function, dtype: torch.dtype, of=lambda t: t):
     """Gradients of x, weight and bias for a seeded output gradient; `of` is applied to every argument."""
-    x, weight, bias, selection = problem.tensors(dtype)
+    x, weight, bias, selection = case.tensors(dtype)
     tensors = [None if t is None else of(t).requires_grad_() for t in (x, weight, bias)]
     y = function(*tensors, selection)
     seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
     return torch.autograd.grad(y, [t for t in tensors if t is not None], of(seed))
 
 
-def check_gradients(problem: ConvProblem, dtype: torch.dtype) -> None:
+def check_gradients(case: ConvCase, dtype: torch.dtype) -> None:
     """Each gradient errs at most twice as much as PyTorch's of the masked dense convolution."""
-    ours = gradients(problem, lambda *a: dynamic_conv2d(*a, **problem.keywords), dtype)
-    peers = gradients(problem, lambda *a: masked_conv2d(*a, **problem.keywords), dtype)
-    exact = gradients(problem, lambda *a: masked_conv2d(*a, **problem.keywords), torch.float64)
-    scales = gradients(problem, lambda *a: masked_conv2d(*a, **problem.keywords), torch.float64, torch.abs)
+    ours = gradients(case, lambda *a: dynamic_conv2d(*a, **case.keywords), dtype)
+    peers = gradients(case, lambda *a: masked_conv2d(*a, **case.keywords), dtype)
+    exact = gradients(case, lambda *a: masked_conv2d(*a, **case.keywords), torch.float64)
+    scales = gradients(case, lambda *a: masked_conv2d(*a, **case.keywords), torch.float64, torch.abs)
     for got, peer, truth, scale in zip(ours, peers, exact, scales, strict=True):
         assert_as_accurate(got, peer, truth, scale)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name):
     """Numeric derivatives of the reference (the forward in float64) against the backward of the segments."""
-    problem = PROBLEMS[name]
-    tensors, selection = leaves(problem, torch.float64)
+    case = CASES[name]
+    tensors, selection = leaves(case, torch.float64)
     unread = tensors[0].isnan()
 
     def call(x, weight, bias):
-        return dynamic_conv2d(x.masked_fill(unread, float("nan")), weight, bias, selection, **problem.keywords)
+        return dynamic_conv2d(x.masked_fill(unread, float("nan")), weight, bias, selection, **case.keywords)
 
     with torch.no_grad():
         tensors[0].nan_to_num_()
     assert torch.autograd.gradcheck(call, tensors, fast_mode=False)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_are_as_accurate_as_pytorch(name, dtype):
-    check_gradients(PROBLEMS[name], dtype)
+    check_gradients(CASES[name], dtype)
 
 
 @settings(max_examples=40)
@@ -81,37 +81,37 @@ def test_gradients_are_as_accurate_as_pytorch(name, dtype):
     st.sampled_from(LAYOUTS), st.booleans(), st.integers(1, 3), st.integers(0, 99),
 )  # fmt: skip
 def test_gradients_of_any_selection_and_layout(batch, selection, side, layout, weight_channels_last, stride, seed):
-    problem = ConvProblem(
+    case = ConvCase(
         batch=batch, stride=stride, selection=selection, layout=layout, weight_channels_last=weight_channels_last,
         in_sizes=(5, 1, 3) if side != "out" else (), out_sizes=(2, 7, 4) if side != "in" else (), seed=seed,
     )  # fmt: skip
-    check_gradients(problem, torch.float32)
+    check_gradients(case, torch.float32)
 
 
 @pytest.mark.parametrize("selection", ["top", "mask", "uniform"])
 def test_gradients_of_wide_maps(selection):
     """Widths at which a pixel of the direct convolution's maps takes more than its channels."""
-    problem = ConvProblem(batch=5, size=(5, 6), selection=selection, in_sizes=(64, 128, 64), out_sizes=(32, 80, 16))
-    check_gradients(problem, torch.float32)
+    case = ConvCase(batch=5, size=(5, 6), selection=selection, in_sizes=(64, 128, 64), out_sizes=(32, 80, 16))
+    check_gradients(case, torch.float32)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", CASES)
 def test_masked_composition_has_the_same_gradients(name):
     """What runs on devices without kernels, run here."""
-    problem = PROBLEMS[name]
-    if isinstance(problem.padding, str):
-        problem = ConvProblem(**{**problem.__dict__, "padding": 1})
-    tensors, selection = leaves(problem, torch.float64)
-    y = dynamic_conv2d(*tensors, selection, **problem.keywords)
+    case = CASES[name]
+    if isinstance(case.padding, str):
+        case = ConvCase(**{**case.__dict__, "padding": 1})
+    tensors, selection = leaves(case, torch.float64)
+    y = dynamic_conv2d(*tensors, selection, **case.keywords)
     grad = torch.randn_like(y)
     wanted = [t is not None for t in tensors]
     ours = torch.autograd.grad(y, [t for t in tensors if t is not None], grad)
     pair = lambda v: (v, v)  # noqa: E731
     geometry = Geometry(
-        pair(problem.stride), pair(problem.padding), pair(problem.dilation), problem.cardinality,
-        problem.out_sizes, problem.in_sizes,
+        pair(case.stride), pair(case.padding), pair(case.dilation), case.cardinality,
+        case.out_sizes, case.in_sizes,
     )  # fmt: skip
-    route = as_route(selection, len(problem.out_sizes) or len(problem.in_sizes), problem.batch)
+    route = as_route(selection, len(case.out_sizes) or len(case.in_sizes), case.batch)
     x, weight, _ = (None if t is None else t.detach() for t in tensors)
     masked = masked_backward(grad, x, weight, route.levels, route.mask, geometry, wanted)
     for got, expected in zip([m for m in masked if m is not None], ours, strict=True):
@@ -119,17 +119,17 @@ def test_masked_composition_has_the_same_gradients(name):
 
 
 def test_unread_channels_get_no_gradient():
-    problem = ConvProblem(batch=9, in_sizes=(2, 3, 4), out_sizes=())
-    tensors, levels = leaves(problem, torch.float32)
-    dynamic_conv2d(*tensors, levels, **problem.keywords).square().sum().backward()
-    used = channel_mask(levels, problem.in_sizes)
+    case = ConvCase(batch=9, in_sizes=(2, 3, 4), out_sizes=())
+    tensors, levels = leaves(case, torch.float32)
+    dynamic_conv2d(*tensors, levels, **case.keywords).square().sum().backward()
+    used = channel_mask(levels, case.in_sizes)
     assert (tensors[0].grad[~used] == 0).all()
     assert tensors[0].grad[used].ne(0).any()
 
 
 def test_gradients_keep_the_memory_format_of_their_tensor():
     for layout in ("contiguous", "channels_last", "channels_last slice"):
-        tensors, levels = leaves(ConvProblem(layout=layout), torch.float32)
+        tensors, levels = leaves(ConvCase(layout=layout), torch.float32)
         y = dynamic_conv2d(*tensors, levels, padding=1, out_groups=(3, 5, 4))
         for t, gradient in zip(tensors[:2], torch.autograd.grad(y.sum(), tensors[:2]), strict=True):
             assert gradient.is_contiguous(memory_format=memory_format_of(t))
@@ -150,7 +150,7 @@ class BackwardMasks(TorchDispatchMode):
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 def test_gradients_that_nobody_needs_are_not_computed(wanted):
-    x, weight, bias, levels = ConvProblem().tensors(torch.float32)
+    x, weight, bias, levels = ConvCase().tensors(torch.float32)
     tensors = [t.requires_grad_(needed) for t, needed in zip((x, weight, bias), wanted, strict=True)]
     with BackwardMasks() as seen:
         dynamic_conv2d(*tensors, levels, padding=1, out_groups=(3, 5, 4)).sum().backward()
@@ -159,13 +159,13 @@ def test_gradients_that_nobody_needs_are_not_computed(wanted):
 
 
 def test_two_backward_runs_are_bit_equal():
-    problem = ConvProblem(batch=17, selection="mask", in_sizes=(2, 3, 4))
-    runs = [gradients(problem, lambda *a: dynamic_conv2d(*a, **problem.keywords), torch.float32) for _ in range(2)]
+    case = ConvCase(batch=17, selection="mask", in_sizes=(2, 3, 4))
+    runs = [gradients(case, lambda *a: dynamic_conv2d(*a, **case.keywords), torch.float32) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_autocast_gives_gradients_in_the_dtype_of_the_parameters():
-    tensors, levels = leaves(ConvProblem(), torch.float32)
+    tensors, levels = leaves(ConvCase(), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = dynamic_conv2d(*tensors, levels, padding=1, out_groups=(3, 5, 4))
     y.float().square().sum().backward()
@@ -175,14 +175,14 @@ def test_autocast_gives_gradients_in_the_dtype_of_the_parameters():
 
 @pytest.mark.parametrize("name", ["out", "in", "mask", "no_bias", "depthwise"])
 def test_opcheck(name):
-    problem = PROBLEMS[name]
-    tensors, selection = leaves(problem, torch.float32)
+    case = CASES[name]
+    tensors, selection = leaves(case, torch.float32)
     with torch.no_grad():
         tensors[0].nan_to_num_()
-    route = as_route(selection, len(problem.out_sizes) or len(problem.in_sizes), problem.batch)
+    route = as_route(selection, len(case.out_sizes) or len(case.in_sizes), case.batch)
     geometry = Geometry(
-        (problem.stride,) * 2, (problem.padding,) * 2, (problem.dilation,) * 2, problem.cardinality,
-        problem.out_sizes, problem.in_sizes,
+        (case.stride,) * 2, (case.padding,) * 2, (case.dilation,) * 2, case.cardinality,
+        case.out_sizes, case.in_sizes,
     )  # fmt: skip
     routing = route.levels, route.order, route.offsets, route.mask
     torch.library.opcheck(torch.ops.den_kernels.dynamic_conv2d.default, (*tensors, *routing, *geometry))

@@ -22,7 +22,7 @@ def graph_of(channels, kernel=(3, 3), dtype=torch.float32, seed=0):
     return GraphWeights.pack(STATES, EDGES, [w.to(dtype) for w in weights], [b.to(dtype) for b in biases])
 
 
-def problem(batch, channels, side, seed=1, dtype=torch.float32):
+def case(batch, channels, side, seed=1, dtype=torch.float32):
     """x, levels, read-in, gates and read-out: about half of everything is kept."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, channels, *side, generator=generator).contiguous(memory_format=torch.channels_last)
@@ -54,7 +54,7 @@ def check(graph, x, levels, *rows):
 @pytest.mark.parametrize("channels", [1, 15, 16, 24, 33, 48, 63])
 @pytest.mark.parametrize("side", [(7, 7), (8, 5), (1, 1), (3, 14)])
 def test_equals_the_loops(channels, side):
-    check(graph_of(channels), *problem(5, channels, side))
+    check(graph_of(channels), *case(5, channels, side))
 
 
 @settings(max_examples=40, deadline=None)
@@ -96,23 +96,23 @@ def test_any_graph_equals_the_loops(dtype, states, chosen, channels, kernel, sid
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 1), (5, 5), (7, 7)])
 def test_any_odd_kernel(kernel):
-    check(graph_of(16, kernel), *problem(3, 16, (6, 9)))
+    check(graph_of(16, kernel), *case(3, 16, (6, 9)))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2, 17])
 def test_any_batch(batch):
-    check(graph_of(16), *problem(batch, 16, (7, 7)))
+    check(graph_of(16), *case(batch, 16, (7, 7)))
 
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_all_edges_and_none(level):
-    x, levels, *rows = problem(4, 16, (7, 7))
+    x, levels, *rows = case(4, 16, (7, 7))
     check(graph_of(16), x, torch.full_like(levels, level), *rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_run_edge_by_edge(dtype):
-    graph, (x, levels, *rows) = graph_of(16, dtype=dtype), problem(5, 16, (7, 7), dtype=dtype)
+    graph, (x, levels, *rows) = graph_of(16, dtype=dtype), case(5, 16, (7, 7), dtype=dtype)
     assert not graph.direct
     got = dynamic_graph(x, graph, RoutingPlan.from_levels(levels, 1), *rows)
     torch.testing.assert_close(got, dynamic_graph_reference(x, graph, levels, *rows).to(dtype), rtol=0.05, atol=0.05)
@@ -124,7 +124,7 @@ def test_what_an_instance_does_not_keep_is_not_run(whole):
     graph = graph_of(16)
     graph.weights[3].fill_(torch.nan)
     graph = GraphWeights.pack(STATES, EDGES, graph.weights, graph.biases)
-    x, levels, *rows = problem(6, 16, (7, 7))
+    x, levels, *rows = case(6, 16, (7, 7))
     levels[:, 3] = torch.tensor([1, 0, 0, 1, 0, 0])
     x[1] = torch.nan
     got = dynamic_graph(x, graph if whole else without_direct(graph), RoutingPlan.from_levels(levels, 1), *rows)
@@ -134,12 +134,12 @@ def test_what_an_instance_does_not_keep_is_not_run(whole):
 def test_scratch_memory_of_other_shapes_leaves_no_trace():
     large, small = (graph_of(c) for c in (48, 16))
     for _ in range(2):
-        check(large, *problem(4, 48, (9, 9)))
-        check(small, *problem(4, 16, (7, 7)))
+        check(large, *case(4, 48, (9, 9)))
+        check(small, *case(4, 16, (7, 7)))
 
 
 @pytest.mark.skipif(
-    direct.extension is None or not direct.extension.has_dynamic_residual(), reason="needs the extension and AVX-512"
+    direct.extension is None or not direct.extension.has_direct_float32(), reason="needs the extension and AVX-512"
 )
 def test_one_call_runs_what_fits_the_cache():
     graph = graph_of(16)
@@ -152,7 +152,7 @@ def test_one_call_runs_what_fits_the_cache():
 def test_without_the_extension_edges_run_one_by_one(monkeypatch):
     monkeypatch.setattr(direct, "extension", None)
     assert not graph_of(16).direct
-    check(graph_of(16), *problem(4, 16, (7, 7)))
+    check(graph_of(16), *case(4, 16, (7, 7)))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_graphs_that_do_not_fit_are_refused(changes, message):
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(index, value, message):
-    arguments = list(problem(3, 8, (7, 7)))
+    arguments = list(case(3, 8, (7, 7)))
     arguments[index] = value
     x, levels, *rows = arguments
     with pytest.raises(ValueError, match=f"dynamic_graph: {message}"):
@@ -195,7 +195,7 @@ def test_arguments_that_do_not_fit_are_refused(index, value, message):
 
 
 def test_a_plan_made_from_masks():
-    graph, (x, levels, *rows) = graph_of(16), problem(5, 16, (6, 6))
+    graph, (x, levels, *rows) = graph_of(16), case(5, 16, (6, 6))
     levels[:, 1] = 0  # an edge that nobody keeps has one segment, as one that all keep
     levels[:, 2] = 1
     plan = RoutingPlan.from_masks(levels[:, :, None] > 0)
@@ -205,7 +205,7 @@ def test_a_plan_made_from_masks():
 
 
 def test_gradients_are_refused():
-    graph, (x, levels, *rows) = graph_of(16), problem(5, 16, (6, 6))
+    graph, (x, levels, *rows) = graph_of(16), case(5, 16, (6, 6))
     rows[1].requires_grad_()
     plan = RoutingPlan.from_levels(levels, 1)
     with pytest.raises(ValueError, match="gates must not require a gradient"):
@@ -215,7 +215,7 @@ def test_gradients_are_refused():
 
 
 def test_opcheck():
-    graph, (x, levels, *rows) = graph_of(16), problem(5, 16, (6, 6))
+    graph, (x, levels, *rows) = graph_of(16), case(5, 16, (6, 6))
     plan = RoutingPlan.from_levels(levels, 1)
     ends = [end for edge in EDGES for end in edge]
     tensors = list(graph.weights), list(graph.biases), list(graph.direct)

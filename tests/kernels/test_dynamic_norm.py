@@ -59,7 +59,7 @@ def results(
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
+def cases(draw: st.DrawFn) -> dict[str, Any]:
     narrow = draw(st.booleans())  # C++ folds the maps of a few channels
     sizes = draw(st.lists(st.sampled_from([1, 2, 3, 8] if narrow else [8, 17, 40]), min_size=1, max_size=4))
     batch, size = draw(st.integers(1, 6)), draw(st.sampled_from([(1, 2), (3, 3), (4, 8), (7, 5), (16, 20)]))
@@ -91,11 +91,11 @@ def term_sizes(x: Tensor, dy: Tensor, selection: Tensor, groups: list[int], **se
     return {"dx": largest.where(used, 0), "dweight": (dy * xhat.abs()).sum((0, 2, 3)), "dbias": dy.sum((0, 2, 3))}
 
 
-def check_against_reference(problem: dict[str, Any], dtype: torch.dtype) -> None:
-    sizes, selection = problem["settings"]["groups"], problem["selection"]
-    x, dy = (poison_unread(problem[name].to(dtype), selection, sizes) for name in ("x", "dy"))
-    rest = {**problem["settings"], **problem["optional"]}
-    got = results(dynamic_batch_norm, in_layout(x, problem["layout"]), selection, dy, **rest)
+def check_against_reference(case: dict[str, Any], dtype: torch.dtype) -> None:
+    sizes, selection = case["settings"]["groups"], case["selection"]
+    x, dy = (poison_unread(case[name].to(dtype), selection, sizes) for name in ("x", "dy"))
+    rest = {**case["settings"], **case["optional"]}
+    got = results(dynamic_batch_norm, in_layout(x, case["layout"]), selection, dy, **rest)
     exact = results(dynamic_batch_norm_reference, x.double(), selection, dy.double(), **rest)
     peer = results(dynamic_batch_norm_reference, x.float(), selection, dy.float(), **rest)
     used = channel_mask(selection, sizes)[:, :, None, None].expand_as(x)
@@ -106,20 +106,20 @@ def check_against_reference(problem: dict[str, Any], dtype: torch.dtype) -> None
         assert_as_accurate(got[name], peer[name].to(got[name].dtype), exact[name], scales.get(name), factor=4.0)
 
 
-@given(problem=problems())
+@given(case=cases())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cpp_equals_the_reference(problem: dict[str, Any], dtype: torch.dtype) -> None:
+def test_cpp_equals_the_reference(case: dict[str, Any], dtype: torch.dtype) -> None:
     if dynamic_norm.extension is None:
         pytest.skip("den_kernels._C was not built")
-    check_against_reference(problem, dtype)
+    check_against_reference(case, dtype)
 
 
-@given(problem=problems())
+@given(case=cases())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_torch_ops_equal_the_reference(problem: dict[str, Any], dtype: torch.dtype) -> None:
+def test_torch_ops_equal_the_reference(case: dict[str, Any], dtype: torch.dtype) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_norm, "extension", None)
-        check_against_reference(problem, dtype)
+        check_against_reference(case, dtype)
 
 
 @pytest.mark.usefixtures("implementation")

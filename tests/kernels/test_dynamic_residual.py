@@ -343,7 +343,7 @@ RULE = {
 @pytest.mark.parametrize("case", RULE)
 def test_the_direct_kernel_runs_where_its_rule_says(case, able, monkeypatch):
     device, dtype, shapes, expected = RULE[case]
-    has = dict.fromkeys(("has_dynamic_residual", "has_dynamic_residual_bf16"), lambda: able)
+    has = dict.fromkeys(("has_direct_float32", "has_direct_bf16"), lambda: able)
     monkeypatch.setattr(residual_weights, "extension", SimpleNamespace(**has))
     assert residual_weights.runs_direct(torch.device(device), dtype, *shapes) == (expected and able)
     monkeypatch.setattr(residual_weights, "extension", None)

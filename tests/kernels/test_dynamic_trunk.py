@@ -16,14 +16,14 @@ from den_kernels._extension import extension
 from den_kernels.dynamic_trunk import _block_by_block
 
 pytestmark = pytest.mark.skipif(
-    extension is None or not extension.has_dynamic_residual(), reason="needs the extension on a CPU with AVX-512"
+    extension is None or not extension.has_direct_float32(), reason="needs the extension on a CPU with AVX-512"
 )
 DTYPES = (
     torch.float32,
     pytest.param(
         torch.bfloat16,
         marks=pytest.mark.skipif(
-            extension is None or not extension.has_dynamic_residual_bf16(), reason="needs a CPU with AVX-512 BF16"
+            extension is None or not extension.has_direct_bf16(), reason="needs a CPU with AVX-512 BF16"
         ),
     ),
 )

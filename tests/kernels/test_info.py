@@ -41,7 +41,7 @@ def test_report_without_the_extension_says_why_and_what_it_costs(monkeypatch):
 
 def test_report_without_cuda_sources_and_avx512(monkeypatch):
     class WithoutCuda:
-        has_dynamic_residual = has_dynamic_residual_bf16 = staticmethod(lambda: False)
+        has_direct_float32 = has_direct_bf16 = staticmethod(lambda: False)
         bf16_isa = staticmethod(lambda: "")
         with_cuda, cuda_version, cuda_archs, compiler = False, None, (), "12"
         cpu_isa, omp_max_threads = staticmethod(lambda: "AVX2"), staticmethod(torch.get_num_threads)
@@ -60,8 +60,8 @@ def test_the_direct_kernels_are_named_where_they_run():
     from den_kernels._extension import extension
 
     active = info.describe()["implementations"]["cpu"]
-    assert ("AVX-512 in float32" in active["dynamic convolution"]) == extension.has_dynamic_residual()
-    assert ("in bfloat16" in active["residual block, inference"]) == extension.has_dynamic_residual_bf16()
+    assert ("AVX-512 in float32" in active["dynamic convolution"]) == extension.has_direct_float32()
+    assert ("in bfloat16" in active["residual block, inference"]) == extension.has_direct_bf16()
 
 
 def test_a_private_openmp_runtime_is_reported(monkeypatch):

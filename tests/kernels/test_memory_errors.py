@@ -8,7 +8,7 @@ import pytest
 from den_kernels._extension import extension
 
 pytestmark = pytest.mark.skipif(
-    extension is None or not extension.has_dynamic_residual() or sys.platform != "linux",
+    extension is None or not extension.has_direct_float32() or sys.platform != "linux",
     reason="needs the direct kernels and Linux's limit of address space",
 )
 

@@ -14,7 +14,7 @@ from den_kernels import RoutingPlan
 from den_kernels._extension import extension
 
 pytestmark = pytest.mark.skipif(
-    extension is None or not extension.has_dynamic_residual(),
+    extension is None or not extension.has_direct_float32(),
     reason="the direct kernels need the extension and AVX-512",
 )
 B, C, M, H = 6, 32, 32, 5

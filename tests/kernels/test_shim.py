@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den_kernels._cuda_layout import FusedLayout, FusedProblem, fused_layout
+from den_kernels._cuda_layout import FusedArguments, FusedLayout, fused_layout
 from den_kernels.plan import Route, RoutingPlan
 from den_kernels.plan_sort import plan_levels as plan_levels_cpu
 from den_kernels.plan_sort import plan_levels_reference, plan_masks_reference
@@ -166,9 +166,9 @@ class Block:
         )
 
     @property
-    def problem(self) -> FusedProblem:
+    def case(self) -> FusedArguments:
         size = 4 if self.dtype == "tf32" else 2
-        return FusedProblem(
+        return FusedArguments(
             self.B, *self.size, self.C, self.C_out, self.widths, self.stride, size, self.multiprocessors, self.shared
         )
 
@@ -196,7 +196,7 @@ class Block:
 
     def run(self, program: Path, schedule: str = "forward-eager", layout: FusedLayout | None = None):
         """(out [B, C_out, Ho, Wo], int64: bytes streamed, loaded, stored, of shared memory)."""
-        layout = layout or fused_layout(self.problem)
+        layout = layout or fused_layout(self.case)
         assert layout is not None
         H, W = self.size
         Ho, Wo = -(-H // self.stride), -(-W // self.stride)
@@ -310,7 +310,7 @@ def test_cases_run_every_instance_of_the_plan(driver):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_instance(driver, dtype):
-    layout = fused_layout(Block(dtype=dtype).problem)
+    layout = fused_layout(Block(dtype=dtype).case)
     out, counters = Block(dtype=dtype, levels=[]).run(driver("residual_main"), layout=layout)
     assert out.numel() == 0
     assert counters[:3].tolist() == [0, 0, 0]
@@ -318,7 +318,7 @@ def test_no_instance(driver, dtype):
 
 def test_every_number_of_blocks_gives_the_same_bits(driver):
     block = Block(levels=[2, 1, 0, 2, 2, 1, 1], size=(4, 4))
-    layout = fused_layout(block.problem)
+    layout = fused_layout(block.case)
     first, _ = block.run(driver("residual_main"))
     for blocks in (1, 3, 40):
         again, _ = block.run(driver("residual_main"), layout=layout._replace(blocks=blocks))
@@ -350,10 +350,10 @@ def test_traffic(driver, name):
     """Bytes of the maps come but once: the schedule reads x for the activations, and reads and writes what it adds to.
     Weights stream once for each tile and band, at the instance's width."""
     block = Block(**BLOCKS[name])
-    layout = fused_layout(block.problem)
+    layout = fused_layout(block.case)
     _, (streamed, loaded, stored, shared) = block.run(driver("residual_main"))
-    assert shared == layout.shared(block.problem)
-    model = fused_traffic(block.problem, [block.levels.count(level) for level in range(len(block.groups) + 1)])
+    assert shared == layout.shared(block.case)
+    model = fused_traffic(block.case, [block.levels.count(level) for level in range(len(block.groups) + 1)])
     assert streamed == model.streamed
     Ho, Wo = (-(-side // block.stride) for side in block.size)
     map_in, map_out = 2 * block.C * block.size[0] * block.size[1], 2 * block.C_out * Ho * Wo
@@ -364,10 +364,10 @@ def test_traffic(driver, name):
 
 def test_a_block_is_worth_fusing_where_pixels_share_the_weights():
     for B, H, worth in ((256, 8, True), (256, 4, False), (1024, 4, True), (256, 16, True)):
-        problem = FusedProblem(B, H, H, 256, 256, (64, 128, 256), 1, 2, 132, 227 << 10)
-        layout = fused_layout(problem)
+        case = FusedArguments(B, H, H, 256, 256, (64, 128, 256), 1, 2, 132, 227 << 10)
+        layout = fused_layout(case)
         assert layout is not None
-        assert layout.is_worth(problem) == worth
+        assert layout.is_worth(case) == worth
 
 
 def test_layouts_of_known_networks():
@@ -375,7 +375,7 @@ def test_layouts_of_known_networks():
 
     def layout(B: int, C: int, H: int, C_out: int, stride: int = 1, itemsize: int = 2) -> tuple[int, ...] | None:
         widths = (C_out // 4, C_out // 2, C_out)
-        made = fused_layout(FusedProblem(B, H, H, C, C_out, widths, stride, itemsize, 132, 227 << 10))
+        made = fused_layout(FusedArguments(B, H, H, C, C_out, widths, stride, itemsize, 132, 227 << 10))
         return made and made[:4]  # instances, rows, columns, hidden columns
 
     assert layout(256, 64, 32, 64) == (1, 14, 1, 1)

@@ -16,7 +16,7 @@ from den_kernels._triton import choice, rules, table
 from den_kernels._triton.choice import Side
 from den_kernels._triton.launch import Launch
 from den_kernels._triton.rules import Tile
-from den_kernels._triton.trial import Problem, problems
+from den_kernels._triton.trial import Case, cases
 
 HALF, FULL = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_launches_follow_the_table_of_their_architecture(folder):
 def test_trying_a_tile_leaves_the_table_as_it_was(folder):
     written(folder)
     key, other = ("convolve", 64, 64, "bfloat16"), Tile(128, 64, 16, 4, 2, 1)
-    rule = tune.rule(Problem("convolve", 64, 32, 8, HALF), 90)
+    rule = tune.rule(Case("convolve", 64, 32, 8, HALF), 90)
     assert rule != Tile(*ENTRIES[key])
     with tune.trying(90, key, other):
         assert choice.choose_tile(64, 64, HALF, 90) == other
@@ -134,7 +134,7 @@ def test_trying_a_tile_leaves_the_table_as_it_was(folder):
 
 
 def test_problems_are_the_stages_of_residual_networks():
-    found = problems(("convolve", "weight"), (64, 512), (HALF,))
+    found = cases(("convolve", "weight"), (64, 512), (HALF,))
     assert [(p.kind, p.channels, p.size) for p in found] == [
         ("convolve", 64, 32), ("convolve", 512, 4), ("weight", 64, 32), ("weight", 512, 4),
     ]  # fmt: skip
@@ -142,15 +142,13 @@ def test_problems_are_the_stages_of_residual_networks():
 
 
 def test_candidates_fit_the_chip():
-    problem, tile = Problem("convolve", 256, 8, 8, HALF), Tile(128, 128, 64, 8, 3, 2)
+    case, tile = Case("convolve", 256, 8, 8, HALF), Tile(128, 128, 64, 8, 3, 2)
     shared = 227 << 10
     for field in tune.VALUES:
-        for other in tune.neighbours(problem, tile, field, shared):
+        for other in tune.neighbours(case, tile, field, shared):
             assert sum(a != b for a, b in zip(other, tile, strict=True)) == 1
             assert tune.shared_bytes("convolve", other, HALF) <= shared
-    assert tune.neighbours(problem, tile, "stages", tune.shared_bytes("convolve", tile, HALF)) == [
-        tile._replace(stages=2)
-    ]
+    assert tune.neighbours(case, tile, "stages", tune.shared_bytes("convolve", tile, HALF)) == [tile._replace(stages=2)]
     assert not tune.fits("convolve", Tile(256, 256, 32, 4, 2, 1), 256, 256, HALF, shared)  # too many sums in registers
     assert tune.shared_memory(CPU) == 163 << 10
 
@@ -178,7 +176,7 @@ def landscape(monkeypatch):
         return 1.0 + abs(tile.rows - 256) / 256 + abs(tile.depth - 64) / 64 + abs(tile.programs - 3)
 
     monkeypatch.setattr(tune, "score", score)
-    monkeypatch.setattr(tune, "runs", lambda problem, device: [])
+    monkeypatch.setattr(tune, "trials", lambda case, device: [])
     monkeypatch.setattr(tune, "compile_ahead", lambda *_: None)
     monkeypatch.setattr(tune, "is_trusted", lambda *_: True)
     return tried
@@ -186,10 +184,10 @@ def landscape(monkeypatch):
 
 def test_candidates_are_compiled_side_by_side_each_with_its_tile(folder):
     compiled = []
-    problem, device = Problem("convolve", 64, 32, 8, HALF), torch.device("cuda")
+    case, device = Case("convolve", 64, 32, 8, HALF), torch.device("cuda")
 
-    class Run(NamedTuple):
-        problem: Problem
+    class Trial(NamedTuple):
+        case: Case
         x: SimpleNamespace
 
         def launch(self):
@@ -197,12 +195,12 @@ def test_candidates_are_compiled_side_by_side_each_with_its_tile(folder):
             return Launch(kernel, 7, {"tile": choice.choose_tile(64, 64, HALF, 90)})
 
     tiles = [Tile(64, 64, 32, 4, stages, 1) for stages in (2, 3)]
-    tune.compile_ahead(tiles, [Run(problem, SimpleNamespace(device=device))], 90)
+    tune.compile_ahead(tiles, [Trial(case, SimpleNamespace(device=device))], 90)
     assert compiled == [((7,), tile) for tile in tiles]
 
 
 def test_the_search_climbs_field_by_field(landscape, folder):
-    found = tune.search(Problem("convolve", 64, 32, 8, HALF), CPU, 1.0, clock=lambda: 0.0)
+    found = tune.search(Case("convolve", 64, 32, 8, HALF), CPU, 1.0, clock=lambda: 0.0)
     assert (found.tile.rows, found.tile.depth, found.tile.programs) == (256, 64, 3)
     assert found.tried == len(landscape) == len(set(landscape))
     assert found.tried < 40
@@ -210,14 +208,14 @@ def test_the_search_climbs_field_by_field(landscape, folder):
 
 def test_the_search_ends_at_its_deadline(landscape, folder):
     times = iter(range(100))
-    found = tune.search(Problem("convolve", 64, 32, 8, HALF), CPU, 3.0, clock=lambda: next(times))
+    found = tune.search(Case("convolve", 64, 32, 8, HALF), CPU, 3.0, clock=lambda: next(times))
     assert found.tried <= 3
 
 
 def test_what_gains_is_written_and_the_rest_kept(landscape, folder, tmp_path):
     written(folder, 80)
     lines = []
-    todo = [Problem("convolve", 128, 16, 8, HALF), Problem("weight", 64, 32, 8, FULL)]
+    todo = [Case("convolve", 128, 16, 8, HALF), Case("weight", 64, 32, 8, FULL)]
     results = tune.tune(todo, CPU, 60.0, None, lines.append)
     kept = table.parse(table.file_of(80).read_text(), 80, rules.installed())
     assert kept["convolve", 128, 128, "bfloat16"] == tuple(results[0].tile)
@@ -228,8 +226,8 @@ def test_what_gains_is_written_and_the_rest_kept(landscape, folder, tmp_path):
 
 def test_out_of_time_is_said(landscape, folder):
     lines = []
-    assert tune.tune([Problem("convolve", 64, 32, 8, HALF)], CPU, 0.0, None, lines.append) == []
-    assert lines == ["out of time: 1 of 1 problems were not searched"]
+    assert tune.tune([Case("convolve", 64, 32, 8, HALF)], CPU, 0.0, None, lines.append) == []
+    assert lines == ["out of time: 1 of 1 cases were not searched"]
 
 
 def test_the_command_needs_a_gpu_and_explains_itself(monkeypatch, capsys):

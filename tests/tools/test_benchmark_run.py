@@ -1,4 +1,4 @@
-"""A case from its problem to its row, on the host's clock and on a device's, and den bench around it. No times."""
+"""A case from its operands to its row, on the host's clock and on a device's, and den bench around it. No times."""
 
 import dataclasses
 import json
@@ -117,11 +117,11 @@ def test_training_steps_agree_with_their_oracles():
 
 @pytest.mark.parametrize("mix", ["uniform", "full", "zero"])
 def test_batch_norms_agree_with_their_oracles(mix):
-    problem = test_bench_norm.Problem.make(Case("norm", "8x5x5", 8, mix, "float32"))
+    operands = test_bench_norm.Operands.make(Case("norm", "8x5x5", 8, mix, "float32"))
     if mix != "zero":  # there is no gradient where nobody uses a channel
-        assert checked(test_bench_norm.providers_of(problem)) == ["ours", "dense-eager", "masked", "bucket"]
+        assert checked(test_bench_norm.providers_of(operands)) == ["ours", "dense-eager", "masked", "bucket"]
     share = {"uniform": 0.4375, "full": 1.0, "zero": 0.0}[mix]
-    assert problem.work().flops == pytest.approx(share * problem.work().dense_flops)
+    assert operands.work().flops == pytest.approx(share * operands.work().dense_flops)
 
 
 def test_masked_norm_with_every_channel_is_batch_norm():

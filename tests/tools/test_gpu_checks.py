@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from den_kernels import RoutingPlan, dynamic_conv2d, dynamic_residual
-from den_kernels.testing import LAYOUTS, ConvProblem, in_layout
+from den_kernels.testing import LAYOUTS, ConvCase, in_layout
 from tests.gpu import conftest, test_blocks, test_composition, test_convolution, test_graphs
 from tests.on_gpu import Context, close_by_instance, moved
 from tests.simulated_gpu import Device, simulated
@@ -76,10 +76,10 @@ def spoil(y: Tensor) -> Tensor:
     ],
 )
 def test_a_wrong_convolution_is_found_out(fault, words):
-    problem = ConvProblem(batch=2, channels=(8, 1), out_sizes=(8, 8), selection="top")
-    test_convolution.check_convolution(problem, "float32", CPU)
+    case = ConvCase(batch=2, channels=(8, 1), out_sizes=(8, 8), selection="top")
+    test_convolution.check_convolution(case, "float32", CPU)
     with pytest.raises(AssertionError, match=words):
-        test_convolution.check_convolution(problem, "float32", CPU, lambda *a, **k: fault(dynamic_conv2d(*a, **k)))
+        test_convolution.check_convolution(case, "float32", CPU, lambda *a, **k: fault(dynamic_conv2d(*a, **k)))
 
 
 def test_one_wrong_instance_is_found_out():

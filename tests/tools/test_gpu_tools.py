@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import rehearsal
 from benchmarks.gpu_ways import Unavailable
-from den_kernels._cuda_layout import FusedProblem, fused_layout
+from den_kernels._cuda_layout import FusedArguments, fused_layout
 from tests import gpu_blocks, on_gpu, sanitized
 from tests.gpu import test_profiler, test_sanitizer
 from tests.on_gpu import BATCH, Context
@@ -21,7 +21,7 @@ CPU, TINY = Context("cpu"), Context("cpu", tiny=True)
 @pytest.mark.parametrize("block", sanitized.BLOCKS, ids=str)
 def test_every_block_reaches_the_fused_kernel(block, itemsize, chip):
     widths = tuple(accumulate(block.groups))
-    problem = FusedProblem(
+    problem = FusedArguments(
         BATCH, *block.size, block.C, block.C_out, widths, block.stride, itemsize, *CHIPS[chip]
     )  # fmt: skip
     assert fused_layout(problem) is not None
@@ -34,7 +34,7 @@ def test_the_checks_of_values_and_graphs_reach_it_too(chip):
     for conv, images in ((conv1, x), (block.conv1, other)):
         B, C, H, W = images.shape
         widths = tuple(accumulate(conv.out_groups))
-        assert fused_layout(FusedProblem(B, H, W, C, C, widths, 1, 2, *CHIPS[chip])) is not None
+        assert fused_layout(FusedArguments(B, H, W, C, C, widths, 1, 2, *CHIPS[chip])) is not None
 
 
 def test_blocks_run_in_their_shapes_without_the_kernel(monkeypatch):

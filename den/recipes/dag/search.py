@@ -7,26 +7,30 @@ long a stage takes, and the reduction in its details are this library's.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from den.dag.config import SEARCHING, DagTrainConfig
 from den.dag.gates import SPREAD_WARNING, squeeze_loss
-from den.dag.losses import task_loss
 from den.dag.network import DagNetwork
 from den.dag.reduction import reduce
-from den.data import Batch, MixedTaskBatches
+from den.data import Batch, BatchStream
 from den.recipes.dag.adashare import adashare_step, draw_policies
-from den.recipes.dag.recipe import SearchRecipe
+from den.recipes.dag.levels import choose_levels
+from den.recipes.dag.recipe import DataOf, SearchRecipe
 from den.train.engine import Engine
 from den.train.objective import Objective
 
 
-def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
+def train(config: DagTrainConfig, *, resume: bool = False, data: DataOf | None = None) -> DagNetwork:
     """Train a network as `config` says and return it, in evaluation mode; its run folder is `config.out`.
 
     resume: continue the run in that folder from its last checkpoint, with the losses it would have had uninterrupted.
+    data: gives the tasks and batches, see `TaskData`; None: those of the scenario.
 
     The global generators of Python, numpy and torch begin at `config.seed` meanwhile, or where the checkpoint has them,
     and stand afterwards where they stood before the call.
@@ -34,13 +38,14 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
     Raises ValueError for settings that do not fit, a folder that is in use or cannot be used, and a loss that is not
     finite.
     """
-    with Engine(config, SearchRecipe, resume=resume) as engine:
+    with Engine(config, partial(SearchRecipe, data=data), resume=resume) as engine:
         for batch in engine.phase("warm-up"):  # all gates at 1/2
             train_step(engine, batch)
         for batch in engine.phase("search"):
             (adashare_step if config.mode == "adashare" else search_step)(engine, batch)
         if config.mode in SEARCHING and not engine.recipe.reduced:
             (draw_policies if config.mode == "adashare" else reduce_tasks)(engine)
+            choose_levels(engine)
             reestimate_norms(engine.model, engine.batches["all"], config.reduction.norm_batches)
             mark_reduced(engine)
         for batch in engine.phase("fine-tuning"):  # gates rest
@@ -50,30 +55,33 @@ def train(config: DagTrainConfig, *, resume: bool = False) -> DagNetwork:
 
 def train_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """Update the weights once."""
-    with engine.autocast():
-        loss, measured = task_loss(engine.model, batch, engine.recipe.loss_weights)
-    engine.update(Objective(loss, measured))
+    engine.update(engine.recipe.objective(engine, batch))
 
 
 def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     """Update the weights and the gates once, in the order of `training.search`."""
-    training, model = engine.config.training, engine.model
-    edges = len(model.graph.edges)
-    first: dict[str, Tensor] = {}
+    training, model, recipe = engine.config.training, engine.model, engine.recipe
+    squeeze = squeeze_loss(model.gates.gamma, training.kappa * len(model.graph.edges))
+    extra = training.squeeze * squeeze
     if training.search == "alternating":
-        with engine.autocast():
-            loss, first = task_loss(model, batch, engine.recipe.loss_weights)
-        engine.update(Objective(loss, None, ("weights",)))
-        batch = engine.batch("gates")
-    elif training.search == "frozen":
-        model.edges.requires_grad_(False)
-    with engine.autocast():
-        loss, measured = task_loss(model, batch, engine.recipe.loss_weights)
-    squeeze = squeeze_loss(model.gates.gamma, training.kappa * edges)
-    measured = {**measured, **first, "gate_loss": measured["loss"], "squeeze": squeeze.detach()}
-    updated = ("gates",) if training.search == "alternating" else ("gates", "weights")
-    engine.update(Objective(loss + training.squeeze * squeeze, measured, updated))
-    model.edges.requires_grad_(True)
+        first = recipe.objective(engine, batch, ("weights",))
+        engine.update(replace(first, measured=None))
+        losses, told = recipe.loss(engine, engine.batch("gates"))
+        weights = cast(dict[str, Tensor], first.measured)
+        told = {**told, **weights, "gate_loss": told["loss"], "squeeze": squeeze.detach()}
+        engine.update(Objective(losses.sum() + extra, told, ("gates",)))
+        return
+    shared_weights_learn(model, training.search != "frozen")
+    objective = recipe.objective(engine, batch, ("gates", "weights"), extra)
+    told = cast(dict[str, Tensor], objective.measured)
+    engine.update(replace(objective, measured={**told, "gate_loss": told["loss"], "squeeze": squeeze.detach()}))
+    shared_weights_learn(model, True)
+
+
+def shared_weights_learn(model: DagNetwork, learn: bool) -> None:
+    """Let the weights that tasks share, of edges and of the stages' read-ins and read-outs, learn or rest."""
+    for shared in (model.edges, model.stages):
+        shared.requires_grad_(learn)
 
 
 def reduce_tasks(engine: Engine[SearchRecipe]) -> None:
@@ -84,7 +92,7 @@ def reduce_tasks(engine: Engine[SearchRecipe]) -> None:
         seed = engine.config.seed * len(model.tasks) + k
         found = reduce(
             model.structure(k), model.gates.of_task(k), settings.ratio,
-            ranking=settings.ranking, guard=settings.guard, seed=seed,
+            ends=settings.ends, ranking=settings.ranking, rerank=settings.rerank, guard=settings.guard, seed=seed,
         )  # fmt: skip
         if reason := found.explain():
             warnings.warn(f"{task.name}: {reason}", stacklevel=2)
@@ -105,7 +113,7 @@ def mark_reduced(engine: Engine[SearchRecipe]) -> None:
 
 
 @torch.no_grad()
-def reestimate_norms(model: DagNetwork, batches: MixedTaskBatches, count: int) -> None:
+def reestimate_norms(model: DagNetwork, batches: BatchStream, count: int) -> None:
     """Take the running statistics of all batch norms anew, as plain means over `count` batches."""
     if count == 0:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from den.dag.evaluate import TaskCost, TaskResult, evaluate_tasks, task_costs, t
 from den.dag.scenarios import load_tasks
 from den.data import ImageSet, SceneSet
 from den.recipes.dag.recipe import Network
+from den.report.evidence import above_chance
 from den.runs.dag import OpenedRun, open_run
 from den.runs.state import Training
 from den.support.device import choose_device
@@ -30,7 +31,7 @@ PEERS = {
 # Settings that the tables show by other means, or that change no result.
 TOLD = {
     "out", "start", "seed", "mode", "epoch_steps", "progress", "data.root", "training.steps", "reduction.ranking",
-    "reduction.guard", "device",
+    "reduction.rerank", "reduction.guard", "device",
 }  # fmt: skip
 
 
@@ -45,11 +46,12 @@ class RunReport:
     costs: list[TaskCost]
     seconds: dict[str, float]  # of a batch in each task's extracted network; empty where not measured
     state: Training | None = None  # how far the run has come; None: not known
+    chance: dict[str, float] = field(default_factory=dict)  # share of the most frequent class, by task
 
     @property
     def dense(self) -> bool:
-        """True where at least one task is dense."""
-        return any(task.dense for task in self.model.tasks)
+        """True where at least one task is measured otherwise than by its accuracy."""
+        return any(task.kind != "classification" for task in self.model.tasks)
 
     @property
     def finished(self) -> bool:
@@ -62,13 +64,19 @@ class RunReport:
         return statistics.mean(result.accuracy for result in self.results.values())
 
     @property
+    def trained(self) -> bool:
+        """True unless the accuracy of a task is not clearly above chance."""
+        tried = ((self.results[name], chance) for name, chance in self.chance.items())
+        return all(above_chance(result.accuracy, chance, result.images) for result, chance in tried)
+
+    @property
     def kind(self) -> str:
         """Name of the method, as a report prints it."""
         if self.config.mode in PEERS:
             return PEERS[self.config.mode]
         reduction = self.config.reduction
         words = {"flow": "flow-based reduction", "gates": "raw-gate ranking", "random": "random reduction"}
-        return words[reduction.ranking] + ("" if reduction.guard else ", no guard")
+        return words[reduction.ranking] + (", reranked" * reduction.rerank) + ("" if reduction.guard else ", no guard")
 
     @property
     def title(self) -> str:
@@ -97,6 +105,11 @@ class RunReport:
         return statistics.mean(cost.flops for cost in self.costs)
 
     @property
+    def mean_seconds(self) -> float:
+        """Of a batch of a task, a mean over tasks."""
+        return statistics.mean(self.seconds.values())
+
+    @property
     def topologies(self) -> int:
         """Different sub-graphs among the tasks."""
         return len({cost.kept for cost in self.costs})
@@ -119,7 +132,8 @@ def measured(run: OpenedRun, sets: list[ImageSet | SceneSet], time: bool) -> Run
     """A run evaluated on its test sets, which lie on its network's device."""
     seconds = time_tasks(run.model, sets, timed_images(run.model)) if time else {}
     results, costs = evaluate_tasks(run.model, sets), task_costs(run.model)
-    return RunReport(run.path, run.config, run.model, results, costs, seconds, run.state)
+    chance = {each.name: each.labels.bincount().max().item() / len(each) for each in sets if isinstance(each, ImageSet)}
+    return RunReport(run.path, run.config, run.model, results, costs, seconds, run.state, chance)
 
 
 def timed_images(model: Network) -> int:

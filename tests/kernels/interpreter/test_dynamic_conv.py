@@ -10,44 +10,44 @@ from den_kernels._triton import dynamic_conv as kernels
 from den_kernels._triton.convolve import convolve
 from den_kernels.dynamic_conv import dynamic_conv2d_reference
 from den_kernels.plan import as_route
-from den_kernels.testing import LAYOUTS, LEVEL_KINDS, ConvProblem, assert_as_accurate, masked_conv2d
+from den_kernels.testing import LAYOUTS, LEVEL_KINDS, ConvCase, assert_as_accurate, masked_conv2d
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = (16, 16, 32)  # groups that tiles follow
 ODD = (13, 27)  # groups that end inside tiles
-PROBLEMS = {
-    "out": ConvProblem(channels=(24, 1), out_sizes=SIZES),
-    "in": ConvProblem(channels=(1, 24), in_sizes=SIZES, out_sizes=()),
-    "both": ConvProblem(in_sizes=SIZES, out_sizes=SIZES, stride=2),
-    "odd out": ConvProblem(batch=3, channels=(7, 1), out_sizes=ODD, stride=(2, 1), dilation=(1, 2)),
-    "odd in": ConvProblem(
+CASES = {
+    "out": ConvCase(channels=(24, 1), out_sizes=SIZES),
+    "in": ConvCase(channels=(1, 24), in_sizes=SIZES, out_sizes=()),
+    "both": ConvCase(in_sizes=SIZES, out_sizes=SIZES, stride=2),
+    "odd out": ConvCase(batch=3, channels=(7, 1), out_sizes=ODD, stride=(2, 1), dilation=(1, 2)),
+    "odd in": ConvCase(
         batch=3, channels=(1, 5), in_sizes=ODD, out_sizes=(), kernel=(5, 5), stride=(3, 2), padding=(2, 0),
         dilation=(2, 1),
     ),
-    "1x1": ConvProblem(batch=3, kernel=(1, 1), padding=0, in_sizes=(32, 32), out_sizes=(64, 64)),
-    "7x7": ConvProblem(batch=2, kernel=(7, 7), padding=3, size=(8, 8), channels=(3, 1), out_sizes=(16, 16), stride=2),
-    "dilated stride": ConvProblem(batch=2, channels=(16, 1), out_sizes=(16, 16), stride=2, dilation=2, padding=2),
-    "mask": ConvProblem(batch=4, in_sizes=SIZES, out_sizes=SIZES, selection="mask"),
-    "mask of outputs": ConvProblem(batch=4, channels=(20, 1), out_sizes=(32, 32), selection="mask", stride=2),
-    "odd mask": ConvProblem(batch=4, in_sizes=ODD, out_sizes=(11, 2), selection="mask"),
-    "cardinality": ConvProblem(batch=3, cardinality=4, in_sizes=SIZES, out_sizes=(32, 32, 64)),
-    "cardinality of outputs": ConvProblem(batch=3, cardinality=8, channels=(32, 1), out_sizes=(16, 48), stride=2),
-    "cardinality of inputs": ConvProblem(batch=3, cardinality=8, channels=(1, 32), in_sizes=(16, 48), out_sizes=()),
-    "cardinality, mask": ConvProblem(batch=3, cardinality=4, in_sizes=(4, 12), out_sizes=(16, 48), selection="mask"),
-    "depthwise": ConvProblem(batch=3, cardinality=40, in_sizes=(8, 32), out_sizes=(8, 32)),
-    "depthwise, mask": ConvProblem(batch=3, cardinality=24, in_sizes=(13, 11), out_sizes=(13, 11), selection="mask"),
-    "nobody": ConvProblem(batch=3, in_sizes=(16, 16), out_sizes=(), channels=(1, 20), selection="zero"),
-    "one instance more than a tile": ConvProblem(batch=3, size=(8, 8), out_sizes=(16, 16), selection="top"),
-    "last only": ConvProblem(batch=3, out_sizes=(16, 16), in_sizes=(16, 16), selection="last only", bias=False),
-    "no instance": ConvProblem(batch=0, out_sizes=(16, 16)),
+    "1x1": ConvCase(batch=3, kernel=(1, 1), padding=0, in_sizes=(32, 32), out_sizes=(64, 64)),
+    "7x7": ConvCase(batch=2, kernel=(7, 7), padding=3, size=(8, 8), channels=(3, 1), out_sizes=(16, 16), stride=2),
+    "dilated stride": ConvCase(batch=2, channels=(16, 1), out_sizes=(16, 16), stride=2, dilation=2, padding=2),
+    "mask": ConvCase(batch=4, in_sizes=SIZES, out_sizes=SIZES, selection="mask"),
+    "mask of outputs": ConvCase(batch=4, channels=(20, 1), out_sizes=(32, 32), selection="mask", stride=2),
+    "odd mask": ConvCase(batch=4, in_sizes=ODD, out_sizes=(11, 2), selection="mask"),
+    "cardinality": ConvCase(batch=3, cardinality=4, in_sizes=SIZES, out_sizes=(32, 32, 64)),
+    "cardinality of outputs": ConvCase(batch=3, cardinality=8, channels=(32, 1), out_sizes=(16, 48), stride=2),
+    "cardinality of inputs": ConvCase(batch=3, cardinality=8, channels=(1, 32), in_sizes=(16, 48), out_sizes=()),
+    "cardinality, mask": ConvCase(batch=3, cardinality=4, in_sizes=(4, 12), out_sizes=(16, 48), selection="mask"),
+    "depthwise": ConvCase(batch=3, cardinality=40, in_sizes=(8, 32), out_sizes=(8, 32)),
+    "depthwise, mask": ConvCase(batch=3, cardinality=24, in_sizes=(13, 11), out_sizes=(13, 11), selection="mask"),
+    "nobody": ConvCase(batch=3, in_sizes=(16, 16), out_sizes=(), channels=(1, 20), selection="zero"),
+    "one instance more than a tile": ConvCase(batch=3, size=(8, 8), out_sizes=(16, 16), selection="top"),
+    "last only": ConvCase(batch=3, out_sizes=(16, 16), in_sizes=(16, 16), selection="last only", bias=False),
+    "no instance": ConvCase(batch=0, out_sizes=(16, 16)),
 }  # fmt: skip
 
 
-def geometry_of(problem: ConvProblem) -> Geometry:
+def geometry_of(case: ConvCase) -> Geometry:
     pair = lambda value: (value, value) if isinstance(value, int) else value  # noqa: E731
     return Geometry(
-        pair(problem.stride), pair(problem.padding), pair(problem.dilation), problem.cardinality,
-        problem.out_sizes, problem.in_sizes,
+        pair(case.stride), pair(case.padding), pair(case.dilation), case.cardinality,
+        case.out_sizes, case.in_sizes,
     )  # fmt: skip
 
 
@@ -56,38 +56,38 @@ def seed_of(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
 
 
-def expected(problem: ConvProblem, dtype: torch.dtype, of=lambda t: t):
+def expected(case: ConvCase, dtype: torch.dtype, of=lambda t: t):
     """What PyTorch makes of the masked dense convolution: output, and gradients of x, weight and bias."""
-    x, weight, bias, selection = problem.tensors(dtype)
+    x, weight, bias, selection = case.tensors(dtype)
     leaves = [None if t is None else of(t).requires_grad_() for t in (x, weight, bias)]
-    y = masked_conv2d(*leaves, selection, **problem.keywords)
+    y = masked_conv2d(*leaves, selection, **case.keywords)
     gradients = torch.autograd.grad(y, [t for t in leaves if t is not None], of(seed_of(y.shape, dtype)))
     return y.detach(), *gradients
 
 
-def check(problem: ConvProblem, dtype: torch.dtype) -> None:
+def check(case: ConvCase, dtype: torch.dtype) -> None:
     """Output and gradients err at most twice as much as PyTorch's, and channels out of use are exactly zero."""
-    x, weight, bias, selection = problem.tensors(dtype)
-    geometry = geometry_of(problem)
-    route = as_route(selection, len(problem.out_sizes) or len(problem.in_sizes), problem.batch)
+    x, weight, bias, selection = case.tensors(dtype)
+    geometry = geometry_of(case)
+    route = as_route(selection, len(case.out_sizes) or len(case.in_sizes), case.batch)
     y = kernels.forward(x, weight, bias, route, geometry)
     assert y.numel() == 0 or y.stride() == torch.nn.functional.conv2d(x, weight, bias, *geometry[:4]).stride()
     gradients = kernels.backward(seed_of(y.shape, dtype), x, weight, route, geometry, (True, True, bias is not None))
     got = [y, *(gradient for gradient in gradients if gradient is not None)]
-    wanted = (expected(problem, dtype), expected(problem, torch.float64), expected(problem, torch.float64, torch.abs))
+    wanted = (expected(case, dtype), expected(case, torch.float64), expected(case, torch.float64, torch.abs))
     for ours, peer, exact, scale in zip(got, *wanted, strict=True):
         assert_as_accurate(ours, peer, exact, scale)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", CASES)
 def test_float32(name):
-    check(PROBLEMS[name], torch.float32)
+    check(CASES[name], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", ["out", "both", "odd in", "mask", "cardinality", "odd mask"])
 def test_half_precision(name, dtype):
-    check(PROBLEMS[name], dtype)
+    check(CASES[name], dtype)
 
 
 @settings(max_examples=15)
@@ -96,38 +96,38 @@ def test_half_precision(name, dtype):
     st.sampled_from([(16, 16), (5, 9, 3), (32, 16)]), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(0, 99),
 )  # fmt: skip
 def test_any_selection_and_layout(selection, side, layout, sizes, stride, kernel, seed):
-    problem = ConvProblem(
+    case = ConvCase(
         batch=3, size=(6, 5), kernel=(kernel, kernel), stride=stride, selection=selection, layout=layout, seed=seed,
         channels=(6, 10), in_sizes=sizes if side != "out" else (), out_sizes=sizes if side != "in" else (),
     )  # fmt: skip
-    check(problem, torch.float32)
+    check(case, torch.float32)
 
 
 def test_gradients_that_nobody_wants_are_not_computed():
-    problem = PROBLEMS["out"]
-    x, weight, _, selection = problem.tensors(torch.float32)
-    route = as_route(selection, 3, problem.batch)
+    case = CASES["out"]
+    x, weight, _, selection = case.tensors(torch.float32)
+    route = as_route(selection, 3, case.batch)
     grad = torch.randn(5, 64, 9, 7)
-    assert kernels.backward(grad, x, weight, route, geometry_of(problem), (False,) * 3) == (None, None, None)
-    dx, dweight, dbias = kernels.backward(grad, x, weight, route, geometry_of(problem), (False, True, False))
+    assert kernels.backward(grad, x, weight, route, geometry_of(case), (False,) * 3) == (None, None, None)
+    dx, dweight, dbias = kernels.backward(grad, x, weight, route, geometry_of(case), (False, True, False))
     assert dx is None
     assert dbias is None
     assert dweight.shape == weight.shape
 
 
 def test_nan_in_an_image_passes_through_that_image_alone():
-    problem = ConvProblem(channels=(8, 1), out_sizes=(16, 16), selection="top")
-    x, weight, bias, selection = problem.tensors(torch.float32)
+    case = ConvCase(channels=(8, 1), out_sizes=(16, 16), selection="top")
+    x, weight, bias, selection = case.tensors(torch.float32)
     x[1] = float("nan")
-    y = kernels.forward(x, weight, bias, as_route(selection, 2, 5), geometry_of(problem))
+    y = kernels.forward(x, weight, bias, as_route(selection, 2, 5), geometry_of(case))
     assert y[1].isnan().all()
     assert not y[[0, 2, 3, 4]].isnan().any()
 
 
 def test_gradients_of_outputs_out_of_use_are_not_read():
-    problem = ConvProblem(channels=(8, 1), out_sizes=(16, 16), selection="uniform")
-    x, weight, bias, selection = problem.tensors(torch.float32)
-    route, geometry = as_route(selection, 2, 5), geometry_of(problem)
+    case = ConvCase(channels=(8, 1), out_sizes=(16, 16), selection="uniform")
+    x, weight, bias, selection = case.tensors(torch.float32)
+    route, geometry = as_route(selection, 2, 5), geometry_of(case)
     y = dynamic_conv2d_reference(x, weight, bias, route, padding=1, out_groups=(16, 16))
     grad = torch.randn_like(y)
     unread = ~(selection[:, None] > torch.tensor([0] * 16 + [1] * 16))[:, :, None, None]

@@ -30,7 +30,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic_norm, "_norm_backward", kernels.backward)
 
 
-class Problem(NamedTuple):
+class Case(NamedTuple):
     sizes: tuple[int, ...] = (16, 16, 32)
     selection: str = "uniform"  # one of LEVEL_KINDS, or "mask"
     batch: int = 6
@@ -53,34 +53,34 @@ class Problem(NamedTuple):
         return tuple(poison_unread(map, self.selected(), self.sizes) for map in (x * 2 + 3, dy))
 
 
-def vectors(problem: Problem, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def vectors(case: Case, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Weight, bias, running mean and variance; all differ between channels."""
-    C = sum(problem.sizes)
+    C = sum(case.sizes)
     made = [torch.linspace(low, high, C, dtype=dtype) for low, high in ((0.5, 2), (-1, 1), (-0.2, 0.3), (0.7, 1.6))]
-    wanted = [problem.affine] * 2 + [problem.tracked] * 2
+    wanted = [case.affine] * 2 + [case.tracked] * 2
     return tuple(vector if keep else None for vector, keep in zip(made, wanted, strict=True))
 
 
-def results(op: Any, problem: Problem, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def results(op: Any, case: Case, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """Output, running statistics and gradients of one call, by name."""
-    weight, bias, *running = vectors(problem, torch.promote_types(x.dtype, torch.float32))
+    weight, bias, *running = vectors(case, torch.promote_types(x.dtype, torch.float32))
     leaves = {"dx": x, "dweight": weight, "dbias": bias}
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
     y = op(
-        leaves["dx"], problem.selected(), leaves.get("dweight"), leaves.get("dbias"), *running,
-        groups=problem.sizes, training=problem.training, relu=problem.relu,
+        leaves["dx"], case.selected(), leaves.get("dweight"), leaves.get("dbias"), *running,
+        groups=case.sizes, training=case.training, relu=case.relu,
     )  # fmt: skip
     gradients = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True, materialize_grads=True)
     made = {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
-    return made | (dict(zip(("mean", "var"), running, strict=True)) if problem.tracked else {})
+    return made | (dict(zip(("mean", "var"), running, strict=True)) if case.tracked else {})
 
 
-def term_sizes(problem: Problem, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def term_sizes(case: Case, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """The sizes of the terms that are added up for each gradient; of dx, per channel, the largest of them."""
-    used = channel_mask(problem.selected(), problem.sizes)[:, :, None, None].expand_as(x)
-    weight, _, mean, var = vectors(problem, torch.float64)
+    used = channel_mask(case.selected(), case.sizes)[:, :, None, None].expand_as(x)
+    weight, _, mean, var = vectors(case, torch.float64)
     x, dy = x.double().where(used, 0), dy.double().where(used, 0).abs()
-    if problem.training or mean is None:
+    if case.training or mean is None:
         count = used.sum((0, 2, 3)).clamp(min=1)
         mean = x.sum((0, 2, 3)) / count
         var = (x - mean[:, None, None]).where(used, 0).square().sum((0, 2, 3)) / count
@@ -91,36 +91,36 @@ def term_sizes(problem: Problem, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"dx": dx, "dweight": (dy * xhat.abs()).sum((0, 2, 3)), "dbias": dy.sum((0, 2, 3))}
 
 
-PROBLEMS = {
-    "levels, tiles of one group": Problem(),
-    "levels, tiles of several groups": Problem(dtype=torch.bfloat16),
-    "levels, groups that end anywhere": Problem((5, 11, 8)),
-    "levels in half precision": Problem((16, 16, 32), dtype=torch.float16, size=(3, 3)),
-    "levels and running statistics": Problem(training=False, dtype=torch.bfloat16),
-    "levels without statistics kept": Problem(training=False, tracked=False, affine=False),
-    "levels, one instance alone": Problem(selection="last only", size=(3, 3)),
-    "levels, a level that nobody chose": Problem(selection="no middle", relu=False),
-    "mask": Problem(selection="mask", relu=False),
-    "mask, groups that end anywhere": Problem((5, 11, 8), "mask", dtype=torch.bfloat16),
-    "mask, groups of a channel or none": Problem((1, 0, 3, 1), "mask", training=False),
-    "one group of odd width": Problem((24,), "mask"),
-    "many tiles": Problem((16, 48), batch=3, size=(20, 27)),
-    "many tiles, the last one short": Problem((32, 32), "mask", 3, (13, 27), torch.bfloat16, affine=False),
-    "one pixel": Problem((8, 8), "top", 5, (1, 1)),
-    "one instance, one value in a tile": Problem((32, 32), "top", 1, (1, 129)),
+CASES = {
+    "levels, tiles of one group": Case(),
+    "levels, tiles of several groups": Case(dtype=torch.bfloat16),
+    "levels, groups that end anywhere": Case((5, 11, 8)),
+    "levels in half precision": Case((16, 16, 32), dtype=torch.float16, size=(3, 3)),
+    "levels and running statistics": Case(training=False, dtype=torch.bfloat16),
+    "levels without statistics kept": Case(training=False, tracked=False, affine=False),
+    "levels, one instance alone": Case(selection="last only", size=(3, 3)),
+    "levels, a level that nobody chose": Case(selection="no middle", relu=False),
+    "mask": Case(selection="mask", relu=False),
+    "mask, groups that end anywhere": Case((5, 11, 8), "mask", dtype=torch.bfloat16),
+    "mask, groups of a channel or none": Case((1, 0, 3, 1), "mask", training=False),
+    "one group of odd width": Case((24,), "mask"),
+    "many tiles": Case((16, 48), batch=3, size=(20, 27)),
+    "many tiles, the last one short": Case((32, 32), "mask", 3, (13, 27), torch.bfloat16, affine=False),
+    "one pixel": Case((8, 8), "top", 5, (1, 1)),
+    "one instance, one value in a tile": Case((32, 32), "top", 1, (1, 129)),
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_the_reference(name: str) -> None:
-    problem = PROBLEMS[name]
-    x, dy = problem.maps()
-    got = results(dynamic_batch_norm, problem, x, dy)
-    exact = results(dynamic_batch_norm_reference, problem, x.double(), dy.double())
-    peer = results(dynamic_batch_norm_reference, problem, x.float(), dy.float())
-    used = channel_mask(problem.selected(), problem.sizes)[:, :, None, None].expand_as(x)
+    case = CASES[name]
+    x, dy = case.maps()
+    got = results(dynamic_batch_norm, case, x, dy)
+    exact = results(dynamic_batch_norm_reference, case, x.double(), dy.double())
+    peer = results(dynamic_batch_norm_reference, case, x.float(), dy.float())
+    used = channel_mask(case.selected(), case.sizes)[:, :, None, None].expand_as(x)
     assert bool((got["y"][~used] == 0).all() and (got["dx"][~used] == 0).all())
-    scales = term_sizes(problem, x, dy)
+    scales = term_sizes(case, x, dy)
     for key in got:
         # Of a few elements PyTorch's largest error is a matter of luck, hence more than twice.
         assert_as_accurate(got[key], peer[key].to(got[key].dtype), exact[key], scales.get(key), factor=4.0)
@@ -160,11 +160,11 @@ def test_nan_in_a_used_channel_passes_through_like_in_batch_norm() -> None:
 
 
 def test_gradients_not_needed_are_not_computed() -> None:
-    problem = Problem()
-    x, dy = problem.maps()
-    weight, bias, mean, var = vectors(problem, torch.float32)
-    selection = channel_mask(problem.selected(), (1, 1, 1))
-    given = (dy, x, selection, torch.stack([mean, var, torch.full_like(mean, 32)]), weight, bias, problem.sizes)
+    case = Case()
+    x, dy = case.maps()
+    weight, bias, mean, var = vectors(case, torch.float32)
+    selection = channel_mask(case.selected(), (1, 1, 1))
+    given = (dy, x, selection, torch.stack([mean, var, torch.full_like(mean, 32)]), weight, bias, case.sizes)
     for training in (True, False):
         dx, sums = kernels.backward(*given, 1e-5, True, training, True, True)
         alone = kernels.backward(*given, 1e-5, True, training, True, False)
@@ -184,10 +184,10 @@ def test_exactly_what_the_instances_use_is_read(monkeypatch: pytest.MonkeyPatch)
         return load(self, pointers, mask, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", count)
-    problem = Problem((32, 8, 24), batch=9, dtype=torch.bfloat16)
-    x, dy = problem.maps()
-    used = int(channel_mask(problem.selected(), problem.sizes).sum()) * x[0, 0].numel()
-    y = dynamic_batch_norm(x.requires_grad_(), problem.selected(), *[None] * 4, groups=problem.sizes, training=True)
+    case = Case((32, 8, 24), batch=9, dtype=torch.bfloat16)
+    x, dy = case.maps()
+    used = int(channel_mask(case.selected(), case.sizes).sum()) * x[0, 0].numel()
+    y = dynamic_batch_norm(x.requires_grad_(), case.selected(), *[None] * 4, groups=case.sizes, training=True)
     assert sum(read) == 2 * used  # statistics, apply
     y.backward(dy)
     assert sum(read) == 6 * used  # reduce and gradient, x and dy each
@@ -208,8 +208,8 @@ TILES = {  # channel groups, pixels, bytes of an element, bytes of a tile: rows,
 
 @pytest.mark.parametrize("name", TILES)
 def test_tiles_follow_the_groups(name: str) -> None:
-    *problem, expected = TILES[name]
-    assert kernels.choose_tile(*problem) == expected
+    *case, expected = TILES[name]
+    assert kernels.choose_tile(*case) == expected
 
 
 def test_shares_fill_half_of_the_warps() -> None:

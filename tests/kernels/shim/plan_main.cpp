@@ -2,7 +2,7 @@
 // ([N, B, G] bytes). Writes levels, order, offsets.
 #include "../../../csrc/plan.cu"
 
-#include "problem.h"
+#include "streams.h"
 
 namespace {
 

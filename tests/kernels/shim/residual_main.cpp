@@ -6,7 +6,7 @@
 // is; writes out, then int64: bytes streamed, loaded, stored, of shared memory.
 #include "../../../csrc/dynamic_residual.cu"
 
-#include "problem.h"
+#include "streams.h"
 
 int main(int argc, char** argv) {
   using namespace den_kernels;

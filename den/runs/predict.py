@@ -1,0 +1,146 @@
+"""Predictions of a trained run for pictures that it has not seen: class, structure and cost of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from den.data.decode import squared
+from den.data.images import ImageSet, Kept
+from den.evaluate.accuracy import full_flops
+from den.nn.count import count_flops
+from den.nn.tasks import Task
+from den.runs.state import check_kind
+from den.runs.trained import Run, open_run
+from den.support.device import choose_device
+
+Picture = str | Path | Image.Image
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's answer for one picture and task, and what it spent on it."""
+
+    image: str  # its path, or its number where it was given as a picture
+    task: str
+    label: str  # the likeliest class: its name, or its number where the run knows no names
+    confidence: float  # probability of it, 0..1
+    top: tuple[tuple[str, float], ...]  # the likeliest classes and their probabilities, the likeliest first
+    levels: tuple[int, ...]  # [N], the level of every block
+    flops: float  # of the block convolutions
+    flops_ratio: float  # of the full structure's
+
+
+class Predictor:
+    """A trained run, ready for pictures.
+
+    >>> network = den.load("runs/flowers")  # doctest: +SKIP
+    >>> network.predict("rose.jpg")[0].label  # doctest: +SKIP
+    'rose'
+
+    Attributes:
+        run: the run, its network in evaluation mode, frozen, on the device.
+        tasks: names of what it has learnt.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.model = run, run.model
+        self.tasks = tuple(task.name for task in run.model.tasks)
+        self._full = full_flops(run.model)
+
+    def classes(self, task: str) -> tuple[str, ...]:
+        """Names of the classes of a task, by their numbers."""
+        found = self._task(task)
+        return self._kept(found).class_names or tuple(map(str, range(found.classes)))
+
+    def predict(
+        self, pictures: Picture | Sequence[Picture], task: str | None = None, *, top: int = 5
+    ) -> list[Prediction]:
+        """Predictions for pictures (paths, or pictures of Pillow), in their order, each picture's tasks together.
+
+        Args:
+            task: the name of one, or of a folder's the last part; None: all that the run has learnt.
+            top: number of classes in `Prediction.top`.
+
+        Raises:
+            ValueError: no such task, a picture that cannot be read, which is named.
+        """
+        given = [pictures] if isinstance(pictures, str | Path | Image.Image) else list(pictures)
+        tasks = [self._task(task)] if task is not None else list(self.model.tasks)
+        found: list[Prediction] = []
+        for start in range(0, len(given), BATCH):
+            part = given[start : start + BATCH]
+            names = [str(k + start) if isinstance(each, Image.Image) else str(each) for k, each in enumerate(part)]
+            of_tasks = [self._predicted(part, names, each, top) for each in tasks]
+            found += [prediction for of_picture in zip(*of_tasks, strict=True) for prediction in of_picture]
+        return found
+
+    def _task(self, name: str) -> Task:
+        for task in self.model.tasks:
+            if name in (task.name, task.name.partition("@")[0], Path(task.name.partition("@")[0]).name):
+                return task
+        raise ValueError(f"predict: task must be one of {', '.join(self.tasks)}, got {name!r}")
+
+    def _kept(self, task: Task) -> Kept:
+        """Facts of a task's images, from the run; of older runs from the set itself."""
+        if task.name in self.run.kept:
+            return self.run.kept[task.name]
+        from den.data.sets import normalisation
+
+        return normalisation(task.name, self.run.config.data.root)
+
+    @torch.inference_mode()
+    def _predicted(
+        self, pictures: Sequence[Picture], names: Sequence[str], task: Task, top: int
+    ) -> Iterator[Prediction]:
+        images = self.inputs(pictures, names, task)
+        given = self.run.structures(images, task.name)
+        full = torch.full((len(images), self.model.num_blocks), self.model.levels - 1, device=images.device)
+        levels = full if given is None else given
+        logits = self.model.estimator(images, task.name, levels)
+        chances, order = logits.float().softmax(-1).cpu().topk(min(top, task.classes))
+        flops, classes = count_flops(self.model, levels).cpu().tolist(), self.classes(task.name)
+        rows = zip(names, chances.tolist(), order.tolist(), levels.cpu().tolist(), flops, strict=True)
+        for name, chance, best, structure, cost in rows:
+            likeliest = tuple((classes[k], p) for k, p in zip(best, chance, strict=True))
+            yield Prediction(name, task.name, *likeliest[0], likeliest, tuple(structure), cost, cost / self._full)
+
+    def inputs(self, pictures: Sequence[Picture], names: Sequence[str], task: Task) -> Tensor:
+        """Pictures as the network reads them for a task: float32 [B, C, S, S] on its device."""
+        kept, pixels = self._kept(task), []
+        for name, picture in zip(names, pictures, strict=True):
+            try:
+                square = squared(picture if isinstance(picture, Image.Image) else Path(picture), task.size)
+            except Exception as error:  # Pillow raises exceptions of all kinds on damaged files
+                raise ValueError(f"predict: {name} must be a picture that can be read, got {error}") from error
+            pixels.append(np.asarray(square if task.channels == 3 else square.convert("L")))
+        images = torch.from_numpy(np.stack(pixels)).view(len(pixels), task.size, task.size, -1).permute(0, 3, 1, 2)
+        labels = torch.zeros(len(images), dtype=torch.int64)
+        device = next(self.model.parameters()).device
+        return ImageSet(task.name, images, labels, task.classes, kept.mean, kept.std).inputs().to(device)
+
+
+def load(run: str | Path, *, checkpoint: Literal["last", "best"] = "last", device: str = "auto") -> Predictor:
+    """The network of a run folder, ready for pictures: `den.load("runs/flowers").predict("rose.jpg")`.
+
+    Args:
+        run: folder that `den train` wrote.
+        checkpoint: the last one, or the best on held-out images.
+        device: auto, cpu, cuda, cuda:N.
+
+    Raises:
+        ValueError: no run there, or a damaged one; a device that there is not.
+    """
+    folder = Path(run)
+    check_kind(folder, "model")
+    opened = open_run(folder, checkpoint)
+    opened.model.to(choose_device(device)).freeze()
+    return Predictor(opened)
