@@ -3,6 +3,7 @@ extract."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
@@ -198,6 +199,8 @@ def base_settings(default: Settings, arguments: list[str]) -> Settings:
 
 
 def _prepared(settings: Command) -> Callable[[], int]:
+    if not isinstance(settings, Train | DagTrain) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"den: all commands but train must run in one process, got {os.environ['WORLD_SIZE']}")
     if isinstance(settings, Train):
         from den.recipes.den import train
 
@@ -239,6 +242,10 @@ def _train(train: Callable[..., object], command: Train | DagTrain, measure: str
     if isinstance(command, Train) and command.note:
         print(command.note, flush=True)
     train(command.settings, resume=command.resume)
+    from den.support import ranks
+
+    if not ranks.first():
+        return 0
     if isinstance(command, Train) and command.settings.joint:
         from den.train.folder import read_metrics
 

@@ -35,6 +35,8 @@ class DagDataConfig:
     batch_size: Annotated[int, Range(1)] = 96
     """Images in a batch, all tasks together, in proportion to the sizes of their training sets (of your own, in equal
     parts); tasks of the same images share them."""
+    workers: Annotated[int | None, Range(0)] = None
+    """Processes that read the scenes of dense tasks ahead of training; None: half of the CPUs, 1 to 8; 0: none."""
     validation: Annotated[float, Range(0, 0.9)] = 0.0
     """Share of every training set that is held out and measured after every epoch; only AdaShare's draws are chosen by
     it.  Of mtl20 the validation split is, and this stays 0."""
@@ -205,6 +207,9 @@ class DagTrainConfig:
     """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: training computes in it where autocast does; weights stay float32."""
+    accumulate: Annotated[int, Range(1)] = 1
+    """Pieces in which a batch is computed, one after the other, before an update: less memory for the same batch.
+    Batch norms see a piece at a time."""
     progress: bool = True
     """Show a progress bar per stage."""
 

@@ -13,7 +13,16 @@ ANGLE_BINS = 18_000  # of a hundredth of a degree
 THRESHOLDS = tuple(k / 100 for k in range(20, 91, 5))  # of probabilities: 0.2, 0.25 .. 0.9
 
 
-class SegmentationMetrics:
+class Collected:
+    """Base of metrics, whose attributes are sums over what was added."""
+
+    def take_in(self, other: Collected) -> None:
+        """Add what another of the same class has collected."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class SegmentationMetrics(Collected):
     """`miou`: mean over the classes that occur, in targets or predictions, of intersection over union;
     `pixel_accuracy`: share of labelled pixels that are right.  Over all pixels of the set."""
 
@@ -40,7 +49,7 @@ class SegmentationMetrics:
         }
 
 
-class DepthMetrics:
+class DepthMetrics(Collected):
     """`abs_error` in the unit of the target, `rel_error`: mean over pixels of |d - t| and |d - t| / t; `delta_1`,
     `delta_2`, `delta_3`: share of pixels with max(d / t, t / d) below 1.25, 1.25^2, 1.25^3."""
 
@@ -61,7 +70,7 @@ class DepthMetrics:
         return dict(zip(names, (self._sums / self.count).tolist(), strict=True))
 
 
-class NormalsMetrics:
+class NormalsMetrics(Collected):
     """Angle between prediction and target, over pixels: `mean_angle` and `median_angle` in degrees (the median to a
     hundredth); `within_11`, `within_22`, `within_30`: share of pixels below 11.25, 22.5 and 30 degrees."""
 
@@ -87,7 +96,7 @@ class NormalsMetrics:
         return {"mean_angle": mean, "median_angle": median, **dict(zip(names, within, strict=True))}
 
 
-class EdgeMetrics:
+class EdgeMetrics(Collected):
     """`f_exact`: the best F-measure that one threshold for the whole set gives, precision and recall over all pixels,
     an edge found only if it lies on the very pixel.  The odsF of the literature thins the edges and lets them be off by
     a few pixels: it is higher, and not this number."""
@@ -106,7 +115,7 @@ class EdgeMetrics:
         return {"f_exact": (2 * right / (found + wanted).clamp_min(1)).max().item()}
 
 
-class SaliencyMetrics:
+class SaliencyMetrics(Collected):
     """`max_f`: the best over thresholds of the F-measure of the mean precision and the mean recall of the images;
     `miou`: the best over thresholds of the mean intersection over union of the images' salient pixels, as in the
     PASCAL-Context protocol (Maninis et al., CVPR 2019)."""

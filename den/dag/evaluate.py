@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.data import ImageSet, SceneSet
 from den.data.images import Example
 from den.data.loaders import LoaderSet
+from den.support import ranks
 from den.support.device import wait_for
 
 BATCH, DENSE_BATCH = 250, 8
@@ -53,47 +55,66 @@ class TaskCost:
 
 
 def evaluate_tasks(
-    model: DagNetwork | PeerNetwork, sets: Sequence[ImageSet | SceneSet | LoaderSet], batch_size: int = BATCH
+    model: DagNetwork | PeerNetwork,
+    sets: Sequence[ImageSet | SceneSet | LoaderSet],
+    batch_size: int = BATCH,
+    *,
+    shared: bool = False,
 ) -> dict[str, TaskResult]:
     """Results of every task of the sets, by its name; the model's mode is as before afterwards.
 
-    The sets' batches lie on the model's device, see their ``to``.
+    The sets' batches lie on the model's device, see their ``to``.  shared: the processes of a run, all of which call
+    this, take the batches in turns, and get the same results.
     """
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            return {name: result for each in sets for name, result in _evaluate(model, each, batch_size).items()}
+            found = [_evaluate(model, each, batch_size, shared) for each in sets]
+            return {name: result for each in found for name, result in each.items()}
     finally:
         model.train(training)
 
 
 def _evaluate(
-    model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet | LoaderSet, batch_size: int
+    model: DagNetwork | PeerNetwork, image_set: ImageSet | SceneSet | LoaderSet, batch_size: int, shared: bool
 ) -> dict[str, TaskResult]:
     """Results of all tasks of one set, by name; each batch runs them together."""
     tasks, count = image_set.tasks, 0
-    losses = dict.fromkeys((task.name for task in tasks), 0.0)
+    found: list[list[float]] = []  # of each batch: the sums of the tasks' losses
     metrics = {task.name: KINDS[task.kind].metrics(task) for task in tasks}
-    for examples in _batches(image_set, batch_size):
+    for examples in _batches(image_set, batch_size, shared):
         names, images, targets = zip(*examples, strict=True)
         count += len(images[0])
+        found.append([])
         for task, output, target in zip(tasks, model(images, names), targets, strict=True):
-            losses[task.name] += KINDS[task.kind].loss(output, target).item() * len(target)
+            found[-1].append(KINDS[task.kind].loss(output, target).item() * len(target))
             metrics[task.name].add(output, target)
+    if shared:
+        found, (metrics, *others) = ranks.in_turns(found), ranks.gathered(metrics)
+        count = sum(ranks.gathered(count))
+        for other, name in itertools.product(others, metrics):
+            metrics[name].take_in(other[name])
+    losses = {task.name: sum(each) for task, each in zip(tasks, zip(*found, strict=True), strict=True)}
     for task in tasks:
         if not metrics[task.name].count:
             raise ValueError(f"evaluate: {task.name} must have a target in the set, got none in {count} images")
     return {name: TaskResult(name, count, losses[name] / count, metrics[name].results()) for name in losses}
 
 
-def _batches(image_set: ImageSet | SceneSet | LoaderSet, batch_size: int) -> Iterator[list[Example]]:
-    """Batches of a set in its order, once through; a loader's as it makes them."""
+def _batches(
+    image_set: ImageSet | SceneSet | LoaderSet, batch_size: int, shared: bool = False
+) -> Iterator[list[Example]]:
+    """Batches of a set in its order, once through; a loader's as it makes them.
+
+    shared: those batches of a set in memory whose turn it is in this process.
+    """
     if isinstance(image_set, LoaderSet):
         yield from image_set.batches()
         return
     step = min(batch_size, DENSE_BATCH) if any(task.dense for task in image_set.tasks) else batch_size
-    for start in range(0, len(image_set), step):
+    starts = range(0, len(image_set), step)
+    for start in starts[ranks.rank() :: ranks.count()] if shared else starts:
         yield image_set.examples(slice(start, start + step))
 
 

@@ -13,6 +13,7 @@ from den.dag.kinds import KINDS
 from den.dag.model_config import DagConfig
 from den.nn.conv_norm import ConvNormReLU
 from den.nn.modules import Modules
+from den.nn.norms import FeatureNorm
 from den.nn.tasks import Task
 
 DILATIONS = (6, 12, 18, 24)
@@ -27,15 +28,15 @@ class ClassHead(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(channels)
+        self.norm = FeatureNorm(channels)
         self.linear = nn.Linear(channels, classes)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:  # [B, C] -> [B, classes]
-        if self.training and pooled.shape[0] == 1:
+        if self.training and pooled.shape[0] == 1 and not self.norm.shares:
             raise ValueError("ClassHead: while training a batch must hold at least two images of a task, got one")
-        return self.linear(self.norm(pooled) if pooled.shape[0] else pooled)
+        return self.linear(self.norm(pooled))
 
     def flops(self) -> int:
         """Twice the multiply-adds of the linear layer for one image."""
@@ -60,7 +61,7 @@ class DenseHead(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:  # [B, C, h, w] -> [B, classes, H, W]
         values = self.conv(torch.cat([branch(maps) for branch in self.branches], 1))
         if not maps.shape[0]:
-            return values.new_empty(0, values.shape[1], *self.image_size)
+            return values[:, :, :1, :1].expand(-1, -1, *self.image_size)  # with a gradient, as where there are maps
         return F.interpolate(values, size=self.image_size, mode="bilinear", align_corners=False)
 
     def flops(self) -> int:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.dag.dense_losses import balanced_loss, depth_loss, normals_loss, segmentation_loss
-from den.dag.dense_metrics import DepthMetrics, EdgeMetrics, NormalsMetrics, SaliencyMetrics, SegmentationMetrics
+from den.dag.dense_metrics import (
+    Collected,
+    DepthMetrics,
+    EdgeMetrics,
+    NormalsMetrics,
+    SaliencyMetrics,
+    SegmentationMetrics,
+)
 from den.dag.model_config import DagConfig
 from den.nn.tasks import TASK_KINDS, Task, TaskKind
 
@@ -25,10 +32,13 @@ class Metrics(Protocol):
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in a batch; shapes as the task's loss has them, such as [B, K] and int64 [B] of a classification."""
 
+    def take_in(self, other: Any) -> None:
+        """Add what another of the same class has collected."""
+
     def results(self) -> dict[str, float]: ...
 
 
-class ClassMetrics:
+class ClassMetrics(Collected):
     """`accuracy`: share of images whose largest logit is that of their label."""
 
     def __init__(self) -> None:
@@ -47,21 +57,23 @@ class Kind:
     """Loss, metrics and outputs of the tasks of one kind.
 
     Attributes:
-        loss: of outputs and targets of a batch, a mean: a tensor [].
+        loss: of outputs and targets of a batch, a mean over its images: a tensor [].
         metrics: makes what collects the results of a task.
         falling: the metrics of which less is better.
         dense: True where every pixel has a target; the head then reads maps [B, C, h, w] and gives [B, values, H, W].
         values: how many values such a task predicts; None: as many as the task says.
         head: makes the head of a task in a network; None: batch norm and a linear layer [B, C] -> [B, values], of dense
             tasks atrous spatial pyramid pooling.
+        counts: True where the loss is a mean over other things than images, and takes a third argument, `Count`.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     metrics: Callable[[Task], Metrics]
     falling: tuple[str, ...] = ()
     dense: bool = False
     values: int | None = None
     head: Callable[[Task, DagConfig], nn.Module] | None = None
+    counts: bool = False
 
 
 KINDS: dict[str, Kind] = {}
@@ -77,9 +89,9 @@ def register_kind(name: str, kind: Kind) -> None:
     KINDS[name], TASK_KINDS[name] = kind, TaskKind(kind.dense, kind.values)
 
 
-def _of_images(loss: Callable[[Tensor, Tensor], Tensor], metrics: Callable[[Task], Metrics], *falling: str,
+def _of_images(loss: Callable[..., Tensor], metrics: Callable[[Task], Metrics], *falling: str,
                values: int | None = None) -> Kind:  # fmt: skip
-    return Kind(loss, metrics, falling, dense=True, values=values)
+    return Kind(loss, metrics, falling, dense=True, values=values, counts=True)
 
 
 register_kind("classification", Kind(F.cross_entropy, lambda task: ClassMetrics()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
 from den.dag.peers import PeerNetwork
 from den.data import Batch
-from den.nn.tasks import find_task
+from den.nn.tasks import Task, find_task
 
 
 def task_loss(
@@ -29,12 +30,24 @@ def batch_losses(model: DagNetwork | PeerNetwork, batch: Batch) -> tuple[Tensor,
     over the images of classification tasks, and the losses of the others, on the model's device."""
     outputs = model(batch.images, batch.tasks)
     tasks = [model.tasks[find_task(name, model.tasks)] for name in batch.tasks]
-    parts = list(zip(tasks, outputs, batch.labels, strict=True))
-    losses = torch.stack([KINDS[task.kind].loss(output, target) for task, output, target in parts])
+    losses = torch.stack([_loss(batch, k, tasks[k], output) for k, output in enumerate(outputs)])
     told = losses.detach()
     measured = {"loss": told.sum().double() / len(told)}
-    hits = [output.argmax(1) == target for task, output, target in parts if task.kind == "classification"]
-    if hits:
-        measured["accuracy"] = torch.cat(hits).float().mean()
+    plain = [k for k, task in enumerate(tasks) if task.kind == "classification"]
+    if plain:
+        hits = torch.cat([outputs[k].argmax(1) == batch.labels[k] for k in plain]).float()
+        measured["accuracy"] = batch.mean(hits, *plain)
     others = {f"loss_{t.name}": loss for t, loss in zip(tasks, told, strict=True) if t.kind != "classification"}
     return losses, {**measured, **others}
+
+
+def _loss(batch: Batch, k: int, task: Task, output: Tensor) -> Tensor:
+    """The mean loss [] of task k, of its outputs [B_k, ...]; of a share of a batch see `Batch.mean`."""
+    kind, target = KINDS[task.kind], batch.labels[k]
+    if batch.share is None:
+        return kind.loss(output, target)
+    if kind.counts:
+        return kind.loss(output, target, partial(batch.known, k))
+    if not len(target):
+        return output.sum() * 0  # no loss, and gradients as in the other processes
+    return kind.loss(output, target) * (len(target) * batch.share.parts / batch.share.counts[k])

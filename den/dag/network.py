@@ -227,7 +227,7 @@ def _runs(used: list[bool], sizes: list[int]) -> tuple[tuple[int, int], ...]:
         bounds.append(bounds[-1] + size)
     found: list[tuple[int, int]] = []
     for flag, (start, stop) in zip(used, pairwise(bounds), strict=True):
-        if flag and start < stop:
+        if flag:  # an empty part too: other processes may have images of its task
             if found and found[-1][1] == start:
                 found[-1] = (found[-1][0], stop)
             else:

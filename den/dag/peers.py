@@ -19,6 +19,7 @@ from den.dag.network import DagNetwork
 from den.dag.stem import Stem, make_stem
 from den.nn.modules import Modules
 from den.nn.task_batch import Images, Tasks, task_batch
+from den_kernels import DynamicBatchNorm2d
 
 
 class PeerNetwork(nn.Module):
@@ -91,7 +92,7 @@ class CrossStitchNetwork(PeerNetwork):
         self.convs: Modules[nn.Conv2d] = Modules(
             nn.Conv2d(K * C, K * C, 3, padding=1, groups=K, bias=False) for _ in self.graph.edges
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(K * C) for _ in edges)
+        self.norms = nn.ModuleList(DynamicBatchNorm2d(K * C) for _ in edges)
         self.heads: Modules[nn.Module] = Modules(make_head(task, config) for task in config.tasks)
         for conv in self.convs:
             nn.init.normal_(conv.weight, std=(2 / (9 * C)) ** 0.5)  # kaiming of one column's fan

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from den.data.images import Example, ImageSet, apportion
-from den.data.scenes import SceneSet
+from den.data.batch import Batch, Share
+from den.data.images import Drawn, Example, ImageSet, apportion
+from den.data.reading import ReadAhead
+from den.data.scenes import Scenes, SceneSet
+from den.nn.tasks import Task
+from den.support import ranks
 from den.support.device import sent
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of every task, one entry per task; those of one `SceneSet` share a tensor of images."""
-
-    tasks: tuple[str, ...]
-    images: list[Tensor]  # task k: float32 [B_k, C_k, H_k, W_k], channels-last
-    labels: list[Tensor]  # task k: int64 [B_k]; of a dense task a target for every pixel, [B_k, ...]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.labels))
-
-    @property
-    def joint(self) -> bool:
-        """True where all tasks label the same images."""
-        return len(self.images) > 1 and all(images is self.images[0] for images in self.images)
-
-    @property
-    def parts(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Task, images and labels of each part; of joint tasks one, with the labels of the first task."""
-        whole = list(zip(self.tasks, self.images, self.labels, strict=True))
-        return whole[:1] if self.joint else whole
-
-    @property
-    def count(self) -> int:
-        """Number of images: each has one structure, however many labels."""
-        return sum(len(images) for _, images, _ in self.parts)
 
 
 class Labels:
@@ -65,9 +40,18 @@ class Labels:
     def __len__(self) -> int:
         return len(self.sets[0])
 
-    def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
-        """An entry for each task: the images at `index` (int64 [n]) augmented, the same for all, and its labels."""
-        images = self.sets[0].augmented(index, generator)
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """A task for each kind of labels."""
+        return tuple(each.task for each in self.sets)
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Draw how `count` images are augmented, as their set does."""
+        return self.sets[0].draw(count, generator)
+
+    def augmented_examples(self, drawn: Drawn) -> list[Example]:
+        """An entry for each task: images augmented as drawn, the same for all, and its labels."""
+        index, (_, images, _), *_ = drawn[0], *self.sets[0].augmented_examples(drawn)
         return [
             (s.name, images if self.joint else images.view_as(images), s.labels[sent(index, s.labels.device)])
             for s in self.sets
@@ -82,6 +66,8 @@ class BatchStream(Protocol):
 
     def next(self) -> Batch: ...
 
+    def close(self) -> None: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -93,6 +79,11 @@ class MixedTaskBatches:
     Each set is walked through in a shuffled order, which is drawn anew whenever it has been used up: a small set is
     cycled while a large one is passed once. `epoch_steps` batches pass every image of every set at least once.
     The whole position (orders, cursors, generator) is in `state_dict`.
+
+    Processes that share a run all draw the same batches, and each makes its share of the images: process r of R those
+    at r, r + R, ... of the batch.
+
+    workers: processes that read scenes ahead; 0: scenes are read when they are needed.
     """
 
     def __init__(
@@ -101,6 +92,7 @@ class MixedTaskBatches:
         batch_size: int,
         shares: Sequence[float] | None = None,
         seed: int = 0,
+        workers: int = 0,
     ) -> None:
         self.sets: tuple[Any, ...] = tuple(sets)
         self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))
@@ -108,14 +100,52 @@ class MixedTaskBatches:
         self.generator = torch.Generator().manual_seed(seed)
         self._orders = [torch.empty(0, dtype=torch.int64) for _ in self.sets]
         self._cursors = [0] * len(self.sets)
+        self._ahead: ReadAhead[list[Drawn], dict[int, Scenes]] | None = None
+        self._read_until: dict[str, Any] | None = None  # the position of the last batch, where later ones are read
+        scenes = [each for each in self.sets if isinstance(each, SceneSet)]
+        if workers and scenes:
+            pinned = scenes[0].device.type == "cuda"
+            self._ahead = ReadAhead(self._read_scenes, lambda: (self._draw_batch(), self._position()), workers, pinned)
 
     def next(self) -> Batch:
-        """Draw the next batch, augmented."""
+        """Draw the next batch, augmented; of a run of several processes the share of this one."""
+        if self._ahead is None:
+            drawn = self._draw_batch()
+            scenes = self._read_scenes(drawn)
+        else:
+            drawn, self._read_until, scenes = self._ahead.next()
         examples: list[Example] = []
         for k, image_set in enumerate(self.sets):
-            examples += image_set.augmented_examples(self._draw(k), self.generator)
+            if isinstance(image_set, SceneSet):
+                examples += image_set.examples_of(scenes[k])
+            else:
+                examples += image_set.augmented_examples(drawn[k])
         tasks, images, labels = zip(*examples, strict=True)
-        return Batch(tasks, list(images), list(labels))
+        return Batch(tasks, list(images), list(labels), self._share(labels) if ranks.count() > 1 else None)
+
+    def close(self) -> None:
+        """End the processes that read ahead; the next batch is the one that it would have been."""
+        self.load_state_dict(self.state_dict())
+
+    def _share(self, labels: tuple[Tensor, ...]) -> Share:  # of any shapes
+        """Share that a batch of these labels, made by this process, is of the whole."""
+        counts, rows = [], []
+        for k, image_set in enumerate(self.sets):
+            counts += [self.counts[k]] * len(image_set.tasks)
+            rows += [torch.arange(self.counts[k])[self._own(k)]] * len(image_set.tasks)
+        return Share(tuple(counts), tuple(rows), ranks.count(), labels)
+
+    def _own(self, k: int) -> slice:
+        """Places in a batch of the images of set k that this process makes."""
+        return slice((ranks.rank() - sum(self.counts[:k])) % ranks.count(), None, ranks.count())
+
+    def _draw_batch(self) -> list[Drawn]:
+        """Draw the next batch: of each set the images that this process makes, and how they are augmented."""
+        drawn: list[Drawn] = []
+        for k, image_set in enumerate(self.sets):
+            whole = self._draw(k)
+            drawn.append(tuple(each[self._own(k)] for each in (whole, *image_set.draw(len(whole), self.generator))))
+        return drawn
 
     def _draw(self, k: int) -> Tensor:
         """Draw the next counts[k] positions of set k: int64 [counts[k]]."""
@@ -130,10 +160,18 @@ class MixedTaskBatches:
             parts.append(part)
         return torch.cat(parts)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers that `load_state_dict` of the same sets continues from."""
+    def _read_scenes(self, drawn: list[Drawn]) -> dict[int, Scenes]:
+        """Read the scenes of a batch, by set."""
+        sets = enumerate(self.sets)
+        return {k: each.augmented_scenes(drawn[k]) for k, each in sets if isinstance(each, SceneSet)}
+
+    def _position(self) -> dict[str, Any]:
         orders = {f"order.{k}": order for k, order in enumerate(self._orders)}
         return {**orders, "generator": self.generator.get_state(), "cursors": list(self._cursors)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that `load_state_dict` of the same sets continues from."""
+        return self._position() if self._read_until is None else dict(self._read_until)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position of `state_dict`; ValueError for a state of sets of other sizes."""
@@ -142,6 +180,9 @@ class MixedTaskBatches:
             if len(order) not in (0, len(image_set)):
                 name, size = image_set.name, len(image_set)
                 raise ValueError(f"MixedTaskBatches: state of {name!r} must be of {size} images, got {len(order)}")
+        if self._ahead is not None:
+            self._ahead.close()
+            self._read_until = None
         self._orders, self._cursors = orders, [int(c) for c in state["cursors"]]
         self.generator.set_state(state["generator"])
 

@@ -15,6 +15,7 @@ from den.nn.tasks import Task
 from den.support.device import sent
 
 Example = tuple[str, Tensor, Tensor]  # task, images [n, C, H, W], targets [n, ...]
+Drawn = tuple[Tensor, ...]  # positions of images, int64 [n], and how each is augmented, [n, ...]: see `draw`
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class ImageSet:
         """One entry: the task, normalised images float32 [n, C, H, W] without augmentation, labels int64 [n]."""
         return [(self.name, self.inputs(index), self.labels[index])]
 
-    def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
-        """One entry, as `examples` gives it, with the images at `index` (int64 [n]) augmented."""
-        return [(self.name, self.augmented(index, generator), self.labels[sent(index, self.labels.device)])]
+    def augmented_examples(self, drawn: Drawn) -> list[Example]:
+        """One entry, as `examples` gives it, of images that are augmented as drawn."""
+        return [(self.name, self._cropped(*drawn), self.labels[sent(drawn[0], self.labels.device)])]
 
     def to(self, device: torch.device) -> ImageSet:
         """Copy the set to a device: labels and batches lie there, and the images too where they fit (`fits`).
@@ -122,17 +123,25 @@ class ImageSet:
         return self._normalise(self.images[index].permute(0, 2, 3, 1))
 
     def augmented(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Normalised images, padded, cropped at random and mirrored where `flip`: float32 [n, C, H, W], channels-last.
+        """Normalised images, padded, cropped at random, mirrored where `flip`: float32 [n, C, H, W], channels-last."""
+        return self._cropped(index, *self.draw(len(index), generator))
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Draw how `count` images are augmented: first row and column of the crop, int64 [n, 1]; where `flip` also
+        whether it is mirrored, bool [n, 1]."""
+        corners = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
+        return (*corners, torch.rand(count, 1, generator=generator) < 0.5) if self.flip else (*corners,)
+
+    def _cropped(self, index: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """Augmented images, float32 [n, C, H, W], at `index` int64 [n], by what `draw` gives for them, [n, 1].
 
         One gather for the whole batch: image b reads the rows top_b .. top_b + H - 1 and the columns left_b ..
         left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored. The border is not stored.
         """
         height, width = self.images.shape[2:]
-        count, device = len(index), self.images.device
-        top, left = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
+        device = self.images.device
         rows, columns = top + torch.arange(height), left + torch.arange(width)  # [n, H], [n, W]
-        if self.flip:
-            mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        if mirrored is not None:
             columns = torch.where(mirrored, columns.flip(1), columns)
         index, rows, columns = (sent(places, device) for places in (index, rows - self.pad, columns - self.pad))
         pixels = self.images.permute(0, 2, 3, 1)[

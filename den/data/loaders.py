@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from den.data.batches import Batch
+from den.data.batch import Batch
 from den.data.images import Example
 from den.nn.tasks import Task
 from den.support.device import CPU, sent
@@ -82,6 +82,9 @@ class LoaderBatches:
         examples = [example for k, each in enumerate(self.sets) for example in each.taken(self._next(k))]
         tasks, images, labels = zip(*examples, strict=True)
         return Batch(tasks, list(images), list(labels))
+
+    def close(self) -> None:
+        """Do nothing: the loaders are their owner's."""
 
     def state_dict(self) -> dict[str, Any]:
         """The position that `load_state_dict` of the same loaders continues from."""

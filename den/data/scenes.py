@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.data.images import Example
+from den.data.images import Drawn, Example
 from den.nn.tasks import IGNORE, Task
 from den.support.device import CPU, sent
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
 NOTHING = {"segmentation": IGNORE, "depth": 0, "normals": 0, "edges": IGNORE, "saliency": IGNORE}  # no target, by kind
 ZOOMS = (1.0, 1.2, 1.5)
+Scenes = tuple[Tensor, dict[str, Tensor]]  # on the host: normalised images [n, 3, H, W], targets [n, ...] by task
 
 
 @dataclass(frozen=True)
@@ -85,25 +86,42 @@ class SceneSet:
 
     def examples(self, index: Tensor | slice) -> list[Example]:
         """Name, normalised images float32 [n, 3, H, W] and targets [n, ...] of every task; all share the images."""
-        return self._stacked([self.read(i, self.tasks) for i in self.index[index].tolist()])
+        return self.examples_of(self._stacked([self.read(i, self.tasks) for i in self.index[index].tolist()]))
 
-    def augmented_examples(self, index: Tensor, generator: torch.Generator) -> list[Example]:
-        """Entries as of `examples` for `index`, int64 [n], of augmented scenes.
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Draw how `count` scenes are augmented: int64 [n], which of `ZOOMS`; [n, 3], place, and below 1/2 mirrored."""
+        zooms = torch.randint(len(ZOOMS), (count,), generator=generator)
+        return zooms, torch.rand(count, 3, generator=generator)
 
-        Each is zoomed into by 1, 1.2 or 1.5 at random, and half of them are mirrored.
-        """
-        zooms = torch.randint(len(ZOOMS), (len(index),), generator=generator).tolist()
-        places = torch.rand(len(index), 3, generator=generator).tolist()
+    def augmented_scenes(self, drawn: Drawn) -> Scenes:
+        """Read scenes and augment them as drawn: zoomed into by 1, 1.2 or 1.5, and half of them mirrored."""
+        index, zooms, places = (each.tolist() for each in drawn)
         scenes = []
         for position, zoom, (top, left, coin) in zip(self.index[index].tolist(), zooms, places, strict=True):
             scene = self.read(position, self.tasks)
             scenes.append(augmented(scene, self.tasks, ZOOMS[zoom], (top, left), coin < 0.5, self.inverse_depth))
         return self._stacked(scenes)
 
-    def _stacked(self, scenes: list[Scene]) -> list[Example]:
-        images = sent(normalised(torch.stack([scene.image for scene in scenes])), self.device)
-        targets = (torch.stack([scene.targets[task.name] for scene in scenes]) for task in self.tasks)
-        return [(t.name, images, sent(each, self.device)) for t, each in zip(self.tasks, targets, strict=True)]
+    def examples_of(self, scenes: Scenes) -> list[Example]:
+        """Entries as of `examples`, on the set's device, of scenes that were read."""
+        images = sent(scenes[0], self.device)
+        return [(task.name, images, sent(scenes[1][task.name], self.device)) for task in self.tasks]
+
+    def _stacked(self, scenes: list[Scene]) -> Scenes:
+        if not scenes:
+            return self._none()
+        images = normalised(torch.stack([scene.image for scene in scenes]))
+        return images, {task.name: torch.stack([scene.targets[task.name] for scene in scenes]) for task in self.tasks}
+
+    def _none(self) -> Scenes:
+        """No scenes, of the shapes that they would have."""
+        targets = {
+            task.name: torch.zeros(0, *task.shape[1:], dtype=torch.int64)
+            if task.kind == "segmentation"
+            else torch.zeros(0, task.classes, *task.shape[1:])
+            for task in self.tasks
+        }
+        return torch.zeros(0, *self.tasks[0].shape), targets
 
 
 def augmented(

@@ -20,6 +20,7 @@ from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.plain import PlainNetwork
 from den.nn.task_batch import Images, Tasks
+from den.support import ranks
 from den.support.device import wait_for
 from den.train.objective import entropy, sparsity_penalty
 
@@ -79,35 +80,42 @@ def equal_structures(reports: Sequence[TaskReport]) -> float:
 
 
 def evaluate(
-    model: DeepElasticNetwork, sets: Sequence[ImageSet], choice: Choice = "selected", batch_size: int = BATCH
+    model: DeepElasticNetwork,
+    sets: Sequence[ImageSet],
+    choice: Choice = "selected",
+    batch_size: int = BATCH,
+    *,
+    shared: bool = False,
 ) -> dict[str, TaskReport]:
     """Results of every set, by the name of its task.
 
     choice: the selector's arg max, the full structure, one structure (integer [N]) for all images, or a rule, whose
     distributions count as certain of what it gives.
-    The model is in evaluation mode meanwhile and as before afterwards.
+    The model is in evaluation mode meanwhile and as before afterwards.  shared: the processes of a run, all of which
+    call this, take the batches in turns, and get the same results.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode():
-            return {image_set.name: _evaluate_task(model, image_set, choice, batch_size) for image_set in sets}
+            return {image_set.name: _evaluate_task(model, image_set, choice, batch_size, shared) for image_set in sets}
     finally:
         for module in training:
             module.training = True
 
 
-def _evaluate_task(model: DeepElasticNetwork, image_set: ImageSet, choice: Choice, batch_size: int) -> TaskReport:
-    correct, loss, levels, chances = 0, 0.0, [], []
-    for images, labels in _input_batches(image_set, batch_size, _device(model)):
+def _evaluate_task(
+    model: DeepElasticNetwork, image_set: ImageSet, choice: Choice, batch_size: int, shared: bool
+) -> TaskReport:
+    own = []
+    for images, labels in _input_batches(image_set, batch_size, _device(model), shared):
         structures, chance = _decide(model, images, image_set.name, choice)
         logits = model.estimator(images, image_set.name, structures)
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += (logits.argmax(1) == labels).sum().item()
-        levels.append(structures)
-        chances.append(chance)
-    accuracy, loss = correct / len(image_set), loss / len(image_set)
-    return task_report(model, image_set, torch.cat(levels).cpu(), torch.cat(chances).cpu(), accuracy, loss)
+        loss, right = F.cross_entropy(logits, labels, reduction="sum").item(), logits.argmax(1) == labels
+        own.append((loss, int(right.sum()), structures.cpu(), chance.cpu()))
+    losses, correct, levels, chances = zip(*(ranks.in_turns(own) if shared else own), strict=True)
+    accuracy, loss = sum(correct) / len(image_set), sum(losses) / len(image_set)
+    return task_report(model, image_set, torch.cat(levels), torch.cat(chances), accuracy, loss)
 
 
 def task_report(
@@ -144,9 +152,15 @@ def _device(model: DeepElasticNetwork) -> torch.device:
     return next(model.parameters()).device
 
 
-def _input_batches(image_set: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images [B, C, S, S] and labels int64 [B] of a set, in order, on the device."""
-    for start in range(0, len(image_set), batch_size):
+def _input_batches(
+    image_set: ImageSet, batch_size: int, device: torch.device, shared: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images [B, C, S, S] and labels int64 [B] of a set, in order, on the device.
+
+    shared: those batches whose turn it is in this process, of those that share the set.
+    """
+    starts = range(0, len(image_set), batch_size)
+    for start in starts[ranks.rank() :: ranks.count()] if shared else starts:
         part = slice(start, start + batch_size)
         yield image_set.inputs(part).to(device), image_set.labels[part].to(device)
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from den.nn.folding import folded_weight, may_fold
 from den.nn.modules import lay_out_channels_last
+from den_kernels import DynamicBatchNorm2d
 from den_kernels.building import FoldCache
 
 
@@ -21,7 +22,7 @@ class ConvNormReLU(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = DynamicBatchNorm2d(out_channels)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         lay_out_channels_last(self)
         self._folded: FoldCache[tuple[Tensor, Tensor]] = FoldCache()

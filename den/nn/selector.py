@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from den.nn.blocks import BlockShape
 from den.nn.conv_norm import ConvNormReLU
 from den.nn.modules import Modules
+from den.nn.norms import FeatureNorm
 from den.nn.stem import KERNEL, Stem
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
+from den_kernels import DynamicBatchNorm2d
 
 BUDGET = 0.04  # of the estimator's block FLOPs, for the default
 
@@ -124,7 +126,7 @@ class ResidualStep(nn.Module):
         super().__init__()
         self.first = ConvNormReLU(in_channels, channels, 3, stride, 1)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = DynamicBatchNorm2d(channels)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         self.stride, self.added = stride, channels - in_channels
 
@@ -184,7 +186,7 @@ class Selector(nn.Module):
             *(step(*pair, stride) for pair, stride in zip(itertools.pairwise(widths), strides, strict=True))
         )
         count = 1 if config.shared_head else len(tasks)
-        self.norms: Modules[nn.BatchNorm1d] = Modules(nn.BatchNorm1d(widths[-1], affine=False) for _ in range(count))
+        self.norms: Modules[FeatureNorm] = Modules(FeatureNorm(widths[-1], affine=False) for _ in range(count))
         self.heads: Modules[nn.Linear] = Modules(nn.Linear(widths[-1], num_blocks * levels) for _ in range(count))
         for head in self.heads:
             if config.heads == "xavier":
@@ -242,7 +244,7 @@ class Selector(nn.Module):
     def _head(self, index: int, pooled: Tensor) -> Tensor:
         """Logits of pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
         norm = self.norms[index]
-        if len(pooled) < 2 and norm.training:
+        if len(pooled) < 2 and norm.training and not norm.shares:
             pooled = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
         else:
             pooled = norm(pooled)

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from den.nn.backbones import Backbone
 from den.nn.blocks import BlockShape
+from den_kernels import DynamicBatchNorm2d
 
 
 def last_norm(backbone: Backbone, last: BlockShape) -> nn.BatchNorm2d | None:
     """The batch norm that a pre-activation network ends with; None where fully connected layers read the map."""
-    return nn.BatchNorm2d(last.channels) if backbone.fully_connected is None else None
+    return DynamicBatchNorm2d(last.channels) if backbone.fully_connected is None else None
 
 
 def shared_layers(backbone: Backbone, last: BlockShape) -> tuple[nn.Sequential, int]:

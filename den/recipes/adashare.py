@@ -101,8 +101,9 @@ class AdaShare(ComparedMethod):
         gates = gumbel_softmax(logits, tau, engine.generator)[..., 1]  # [K, N]
         with gated(self.model.estimator, task_rows(gates, self.model, batch.images, batch.tasks)):
             answered = self.model.estimator(batch.images, batch.tasks)
-        loss = instance_losses(answered, batch.labels).mean()
-        measured = {"accuracy": answers(answered, batch).mean(), "kept": logits.detach().softmax(-1)[..., 1].mean()}
+        loss = batch.mean(instance_losses(answered, batch.labels))
+        accuracy, kept = batch.mean(answers(answered, batch)), logits.detach().softmax(-1)[..., 1].mean()
+        measured = {"accuracy": accuracy, "kept": kept}
         if phase.network == "selector":
             keep, blocks = keep_logits(logits), logits.shape[1]
             loss = loss + settings.share_sparsity * sparsity_loss(keep)

@@ -88,6 +88,18 @@ class Method(Recipe):
         """Arguments of `estimator_optimiser`: parameters that learn faster than the others."""
         return {}
 
+    def check_pieces(self, processes: int, pieces: int) -> None:
+        super().check_pieces(processes, pieces)
+        for name, whole in (("routing", self.config.mode), ("running-mean", self.config.selector.baseline)):
+            if pieces > 1 and name == whole:
+                raise ValueError(f"config: accumulate must be 1 with {name}, which needs whole batches, got {pieces}")
+
+    def norms_apart(self) -> list[nn.Module]:
+        """The selector's norms of tasks with one image in a batch, which have no statistics of their own."""
+        norms, counts = self.model.selector.norms, cast(MixedTaskBatches, self.batches["all"]).counts
+        of_norms = counts if len(counts) == len(norms) else (sum(counts),) * len(norms)
+        return [norm for norm, count in zip(norms, of_norms, strict=True) if count < 2]
+
     def begin(self, engine: Engine[Any]) -> None:
         """Take over the network of the run to start from, if there is one; ValueError where it is another's."""
         if self.config.start is not None:
@@ -110,7 +122,7 @@ class Method(Recipe):
 
     def measure(self, engine: Engine[Any], phase: NetworkPhase) -> Measured:
         """Results of every task; the score is the mean over tasks of L + S."""
-        reports = evaluate(self.model, self.held_out, self.choice(phase))
+        reports = evaluate(self.model, self.held_out, self.choice(phase), shared=True)
         text = "; ".join(
             f"{r.task} {r.accuracy:.1%} at {r.flops_ratio:.2f}, {r.structures} structures" for r in reports.values()
         )
@@ -132,9 +144,12 @@ class Method(Recipe):
     def restore(self, record: dict[str, Any]) -> None:
         self.baseline.restore(record["baseline"])
 
-    def flops_ratio(self, structures: Tensor | None) -> Tensor | float:
-        """Mean FLOPs of structures [B, N] over those of the full one."""
-        return 1.0 if structures is None else count_flops(self.model, structures).mean() / self.full_flops
+    def flops_ratio(self, structures: Tensor | None, batch: Batch | None = None) -> Tensor | float:
+        """Mean FLOPs of structures [B, N] over those of the full one.  batch: whose structures they are."""
+        if structures is None:
+            return 1.0
+        flops = count_flops(self.model, structures)
+        return (flops.mean() if batch is None else batch.mean(flops)) / self.full_flops
 
     def estimator_loss(self, batch: Batch, structures: Tensor | None) -> Objective:
         """Mean cross-entropy of the batch at structures [B, N]; None: the full ones.
@@ -142,11 +157,9 @@ class Method(Recipe):
         Equation 4; S(z) does not depend on the estimator.
         """
         logits = self.estimate(batch, structures)
-        loss = instance_losses(logits, batch.labels).mean()
-        accuracy = answers(logits, batch).mean()
-        return Objective(
-            loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": self.flops_ratio(structures)}
-        )
+        loss = batch.mean(instance_losses(logits, batch.labels))
+        accuracy, ratio = batch.mean(answers(logits, batch)), self.flops_ratio(structures, batch)
+        return Objective(loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": ratio})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that the method has learned besides the network's weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, skippable
 from den.support.device import sent
+from den.support.randomness import Draws, uniform
 from den.train.config import PhaseConfig, TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses
@@ -73,7 +75,7 @@ class BlockDrop(ComparedMethod):
         settings, joint = self.config.methods, phase.network == "both"
         logits = self.logits(batch.images, batch.tasks).float()
         free = free_blocks(logits.shape[1], 1.0 if joint else engine.progress, settings.drop_curriculum)
-        drawn, greedy, chance = draw(logits, free, settings.drop_bound, engine.generator)
+        drawn, greedy, chance = draw(logits, free, settings.drop_bound, batch.draws(engine.generator))
         with torch.set_grad_enabled(joint):
             structures = self._levels(torch.stack([drawn, greedy], 1))  # [B, 2, N]
             answered = self.model.estimator.sampled(batch.images, batch.tasks, structures)
@@ -81,12 +83,12 @@ class BlockDrop(ComparedMethod):
         right = answers(answered, seen).view(-1, 2)
         gamma = settings.drop_penalty_joint if joint else settings.drop_penalty
         gains = rewards(torch.stack([drawn, greedy], 1), right, gamma)
-        loss = policy_loss(chance, drawn, gains[:, 0] - gains[:, 1], free)
-        measured = {"loss": loss.detach(), "reward": gains[:, 0].mean(), "accuracy": right[:, 0].mean()}
+        loss = policy_loss(chance, drawn, gains[:, 0] - gains[:, 1], free, batch.mean)
+        measured = {"loss": loss.detach(), "reward": batch.mean(gains[:, 0]), "accuracy": batch.mean(right[:, 0])}
         if joint:
-            loss = loss + instance_losses(answered, seen.labels).view(-1, 2)[:, 0].mean()
+            loss = loss + batch.mean(instance_losses(answered, seen.labels).view(-1, 2)[:, 0])
             measured["loss"] = loss.detach()
-        return Objective(loss, {**measured, "flops_ratio": self.flops_ratio(structures[:, 0])})
+        return Objective(loss, {**measured, "flops_ratio": self.flops_ratio(structures[:, 0], batch)})
 
     def _levels(self, keeps: Tensor) -> Tensor:  # 0 or 1 -> levels, [..., N]
         return keeps.long() * (self.model.levels - 1)
@@ -101,16 +103,16 @@ def free_blocks(blocks: int, progress: float, curriculum: float) -> int:
     return blocks if progress >= curriculum else 1 + math.floor((blocks - 1) * progress / curriculum + 0.5)
 
 
-def draw(logits: Tensor, free: int, bound: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits: Tensor, free: int, bound: float, generator: Draws) -> tuple[Tensor, Tensor, Tensor]:
     """Structures drawn from s' = bound s + (1 - bound) (1 - s) and the likeliest, bool [B, N] each, and s' [B, N].
 
     All but the last `free` blocks are kept in both.
     """
     chance = logits.sigmoid()
     chance = bound * chance + (1 - bound) * (1 - chance)
-    uniform = sent(torch.rand(logits.shape, generator=generator), logits.device)
+    drawn = sent(uniform(logits.shape, generator), logits.device)
     fixed = torch.arange(logits.shape[1], device=logits.device) < logits.shape[1] - free
-    return (uniform < chance) | fixed, (logits >= 0) | fixed, chance
+    return (drawn < chance) | fixed, (logits >= 0) | fixed, chance
 
 
 def rewards(keeps: Tensor, right: Tensor, gamma: float) -> Tensor:
@@ -118,7 +120,9 @@ def rewards(keeps: Tensor, right: Tensor, gamma: float) -> Tensor:
     return torch.where(right > 0, 1 - keeps.float().mean(-1).square(), torch.full_like(right, -gamma))
 
 
-def policy_loss(chance: Tensor, keeps: Tensor, advantage: Tensor, free: int) -> Tensor:
-    """Minus advantage [B] times log P(keeps [B, N]) over the free blocks, mean over B (self-critical baseline)."""
+def policy_loss(
+    chance: Tensor, keeps: Tensor, advantage: Tensor, free: int, mean: Callable[[Tensor], Tensor] = torch.mean
+) -> Tensor:
+    """Minus advantage [B] times log P(keeps [B, N]) over the free blocks, `mean` over B (self-critical baseline)."""
     likelihood = torch.where(keeps, chance, 1 - chance).clamp_min(1e-6).log()[:, chance.shape[1] - free :].sum(1)
-    return -(advantage.detach() * likelihood).mean()
+    return -mean(advantage.detach() * likelihood)

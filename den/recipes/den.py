@@ -10,6 +10,7 @@ from den.nn.model import DeepElasticNetwork
 from den.recipes import METHODS, prepare, prepare_compared
 from den.recipes.base import Method
 from den.support.device import sent
+from den.support.randomness import uniform
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import (
@@ -70,9 +71,9 @@ def first_structures(engine: Engine[Method], batch: Batch) -> Tensor:
     model, settings = engine.model, engine.config.estimator
     if settings.initial == "selector":
         with torch.no_grad():
-            return selected_structures(engine.recipe.choose(batch), engine.generator)
+            return selected_structures(engine.recipe.choose(batch), batch.draws(engine.generator))
     tau = settings.tau if settings.initial == "equation8" else 0.0
-    drawn = initial_structures(batch.count, model.num_blocks, model.levels, tau, engine.generator)
+    drawn = initial_structures(batch.count, model.num_blocks, model.levels, tau, batch.draws(engine.generator))
     return sent(drawn, engine.device)
 
 
@@ -89,8 +90,9 @@ def derive_structures(engine: Engine[Method], stage: int, batch: Batch) -> Tenso
         return initial
     with torch.no_grad():
         logits = engine.recipe.choose(batch)
-    selected = selected_structures(logits, engine.generator if settings.structures == "sample" else None)
-    keeps_initial = torch.rand(batch.count, 1, generator=engine.generator) < settings.initial_share
+    draws = batch.draws(engine.generator)
+    selected = selected_structures(logits, draws if settings.structures == "sample" else None)
+    keeps_initial = uniform((batch.count, 1), draws) < settings.initial_share
     return torch.where(sent(keeps_initial, engine.device), initial, selected)
 
 
@@ -99,17 +101,18 @@ def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
     settings, model = engine.config.selector, engine.model
     log_probabilities = engine.recipe.choose(batch).log_softmax(-1)  # [B, N, L]
     epsilon = settings.exploration ** engine.position.updates.get("selector", 0) if settings.exploration else 0.0
-    structures = sample_structures(log_probabilities, settings.samples, epsilon, engine.generator)  # [B, S, N]
+    draws = batch.draws(engine.generator)
+    structures = sample_structures(log_probabilities, settings.samples, epsilon, draws)  # [B, S, N]
     costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch), settings.penalty)  # [B, S]
     if settings.baseline == "leave-one-out":
         advantage = leave_one_out_advantage(costs)
     else:
         advantage = engine.recipe.baseline.advantage(costs, batch) if settings.baseline == "running-mean" else costs
     bonus = settings.entropy_bonus * (1 - selector_progress(engine))
-    loss = reinforce(log_probabilities, structures, advantage, bonus)
-    variety = entropy(log_probabilities.detach()).mean()
-    ratio = engine.recipe.flops_ratio(structures.flatten(0, 1))
-    return Objective(loss, {"loss": costs.mean(), "flops_ratio": ratio, "entropy": variety})
+    loss = reinforce(log_probabilities, structures, advantage, bonus, batch.mean)
+    variety = batch.mean(entropy(log_probabilities.detach()))
+    ratio = engine.recipe.flops_ratio(structures.flatten(0, 1), batch)
+    return Objective(loss, {"loss": batch.mean(costs), "flops_ratio": ratio, "entropy": variety})
 
 
 def selector_progress(engine: Engine[Method]) -> float:

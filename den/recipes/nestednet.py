@@ -53,9 +53,9 @@ class NestedNet(ComparedMethod):
         logits = self.model.estimator.sampled(batch.images, batch.tasks, structures)
         seen = Batch(batch.tasks, batch.images, [labels.repeat_interleave(samples) for labels in batch.labels])
         losses = instance_losses(logits, seen.labels).split([len(labels) for labels in seen.labels])
-        loss = torch.stack([part.mean() for part in losses]).mean()
-        ratio = self.flops_ratio(structures.flatten(0, 1))
-        return Objective(loss, {"loss": loss.detach(), "accuracy": answers(logits, seen).mean(), "flops_ratio": ratio})
+        loss = torch.stack([batch.mean(part, k) for k, part in enumerate(losses)]).mean()
+        ratio, accuracy = self.flops_ratio(structures.flatten(0, 1), batch), batch.mean(answers(logits, seen))
+        return Objective(loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": ratio})
 
 
 def usable_levels(model: DeepElasticNetwork) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ class PackNet(ComparedMethod):
         level = self.order[phase.stage - 1]
         if len(self.task_levels) > 1:
             k = batch.tasks.index(self.model.tasks[self.task_levels.index(level)].name)
-            batch = Batch((batch.tasks[k],), [batch.images[k]], [batch.labels[k]])
+            batch = batch.only(k)
         shape = len(batch), self.model.num_blocks
         return self.estimator_loss(batch, torch.full(shape, level, device=engine.device))
 

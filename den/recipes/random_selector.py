@@ -45,7 +45,7 @@ class RandomSelector(ComparedMethod):
 
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, tau = self.model, self.config.estimator.tau
-        drawn = initial_structures(batch.count, model.num_blocks, model.levels, tau, engine.generator)
+        drawn = initial_structures(batch.count, model.num_blocks, model.levels, tau, batch.draws(engine.generator))
         return self.estimator_loss(batch, sent(drawn, engine.device))
 
 

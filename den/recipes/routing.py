@@ -12,6 +12,7 @@ from den.nn.count import parameter_fractions
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, task_rows
+from den.support import ranks
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, draw_levels, instance_losses, sparsity_penalty
@@ -55,22 +56,24 @@ class Routing(ComparedMethod):
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
         model, settings = self.model, self.config.methods
         chances = task_rows(self.state.policy, model, batch.images, batch.tasks).flatten(0, 1)
-        structures = draw_levels(chances, 1, engine.generator).view(len(batch), model.num_blocks)
+        structures = draw_levels(chances, 1, batch.draws(engine.generator)).view(len(batch), model.num_blocks)
         logits = model.estimator(batch.images, batch.tasks, structures)
-        loss, right = instance_losses(logits, batch.labels).mean(), answers(logits, batch)
+        loss, right = batch.mean(instance_losses(logits, batch.labels)), answers(logits, batch)
         penalty = sparsity_penalty(structures, parameter_fractions(model), self.config.selector.rho)
         returns, sizes = 2 * right - 1 - penalty, [len(labels) for labels in batch.labels]
         names = [task.name for task in model.tasks]
-        for name, part, levels in zip(batch.tasks, returns.split(sizes), structures.split(sizes), strict=True):
-            k = names.index(name)
-            policy, value = self.state.policy[k], self.state.value[k]
-            policy.copy_(learn_policy(policy, value, levels, part, settings.routing_rate))
-            value.lerp_(part.mean().expand_as(value), settings.routing_memory)
-        ratio = self.flops_ratio(structures)
-        return Objective(loss, {"loss": loss.detach(), "accuracy": right.mean(), "flops_ratio": ratio})
+        for k, (part, levels) in enumerate(zip(returns.split(sizes), structures.split(sizes), strict=True)):
+            task = names.index(batch.tasks[k])
+            policy, value = self.state.policy[task], self.state.value[task]
+            policy.copy_(learn_policy(policy, value, levels, part, settings.routing_rate, batch.whole(k)))
+            value.lerp_(ranks.mean(batch.mean(part, k)).expand_as(value), settings.routing_memory)
+        ratio = self.flops_ratio(structures, batch)
+        return Objective(loss, {"loss": loss.detach(), "accuracy": batch.mean(right), "flops_ratio": ratio})
 
 
-def learn_policy(policy: Tensor, value: Tensor, levels: Tensor, returns: Tensor, rate: float) -> Tensor:
+def learn_policy(
+    policy: Tensor, value: Tensor, levels: Tensor, returns: Tensor, rate: float, count: int | None = None
+) -> Tensor:
     """The weighted policy learner's update of one task's agents, the mean over the images of a batch: [N, L].
 
     For every image, with R its return, a the level that an agent drew, V the agent's mean return:
@@ -80,13 +83,14 @@ def learn_policy(policy: Tensor, value: Tensor, levels: Tensor, returns: Tensor,
     V is the mean return of the agent whatever it drew (the paper's average return).  Against a mean for each level, D
     would be 0 in the mean for good and bad levels alike and nothing be learnt.
 
-    policy: [N, L].  value: [N].  levels: int64 [B, N].  returns: [B].
+    policy: [N, L].  value: [N].  levels: int64 [B, N].  returns: [B].  count: images of the batch where processes share
+    it, each of which has B.
     """
     chance = policy.expand(len(levels), -1, -1).gather(2, levels.unsqueeze(2)).squeeze(2)  # [B, N]
     gain = returns.unsqueeze(1) - value
     gain = torch.where(gain >= 0, gain * (1 - chance), gain * chance)
     step = torch.zeros_like(policy).scatter_add_(1, levels.t(), gain.t())
-    return project_to_simplex(policy + rate / len(levels) * step)
+    return project_to_simplex(policy + rate / (count or len(levels)) * ranks.total(step))
 
 
 def project_to_simplex(x: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ these.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,51 @@ import torch
 from torch import Tensor
 
 from den.support.device import CPU
+
+
+@dataclass(frozen=True)
+class SharedDraws:
+    """Random numbers that are drawn for a whole batch, of which each process keeps those of its own instances.
+
+    The stream of numbers is thereby the same whatever the number of processes.
+
+    Attributes:
+        generator: at the same state in every process.
+        count: instances of the whole batch.
+        rows: int64 [B], the positions of one's own among them, at least one.
+    """
+
+    generator: torch.Generator
+    count: int
+    rows: Tensor
+
+
+Draws = torch.Generator | SharedDraws
+"""What functions draw from that need numbers [B, ...] or [B * n, ...] for the B instances of a batch."""
+
+
+def uniform(shape: Sequence[int], draws: Draws, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of this shape, uniform over [0, 1)."""
+    return _drawn(shape, draws, lambda size, generator: torch.rand(*size, generator=generator, dtype=dtype))
+
+
+def integers(high: int, shape: Sequence[int], draws: Draws) -> Tensor:
+    """Whole numbers of this shape, int64, uniform over 0..high - 1."""
+    return _drawn(shape, draws, lambda size, generator: torch.randint(high, tuple(size), generator=generator))
+
+
+def exponential(shape: Sequence[int], draws: Draws) -> Tensor:
+    """Numbers of this shape, exponential of rate 1."""
+    return _drawn(shape, draws, lambda size, generator: torch.empty(*size).exponential_(generator=generator))
+
+
+def _drawn(shape: Sequence[int], draws: Draws, fill: Callable[[Sequence[int], torch.Generator], Tensor]) -> Tensor:
+    """Draw a tensor of this shape; of shared draws the rows of one's own, of what is drawn for the whole batch."""
+    if isinstance(draws, torch.Generator):
+        return fill(shape, draws)
+    each, rest = shape[0] // len(draws.rows), tuple(shape[1:])
+    whole = fill((draws.count * each, *rest), draws.generator)
+    return whole.view(draws.count, each, *rest)[draws.rows].flatten(0, 1)
 
 
 @contextmanager

@@ -17,30 +17,42 @@ TYPE_CHECKING = False  # typing takes a third of the time that importing this ta
 if TYPE_CHECKING:
     from typing import Any
 
-WRONG, INTERRUPTED, UNREAD = 2, 130, 141  # exit statuses; the last two are those of a process ended by the signal
+WRONG, INTERRUPTED, UNREAD, TERMINATED = 2, 130, 141, 143  # exit statuses; the last three are those of the signals
 PLAIN = {"±": "+-", "Δ": "delta", "≥": ">=", "≤": "<=", "²": "^2", "×": "x", "µ": "u"}  # noqa: RUF001
 
 
+class Terminated(BaseException):
+    """Raised where a command is when SIGTERM asks it to end, so that it gives back what it holds."""
+
+
 def complain(text: str) -> None:
-    """Write one line to stderr, if anybody takes it."""
+    """Write one line to stderr, if anybody takes it; of several processes of a run with the number of this one."""
+    number = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    who = "den:" if number == "0" else f"den (process {number}):"
     with contextlib.suppress(OSError, ValueError):  # a full disk, a closed file
-        print("den:", *text.split(), file=sys.stderr, flush=True)
+        print(who, *text.split(), file=sys.stderr, flush=True)
 
 
 def ended(run: Callable[[], int], interrupted: str = "interrupted") -> int:
     """The exit status of a command: what `run` returns, or 2 after wrong input (told in one line), 130 after an
-    interrupt, 141 where nobody reads the output any more."""
+    interrupt, 143 after SIGTERM, 141 where nobody reads the output any more.
+
+    An error with a true attribute `told` is told by another process."""
     try:
         with standard_streams():
             return run()
     except BrokenPipeError:
         return UNREAD
     except (ValueError, OSError) as error:
-        complain(f"error: {error}")
+        if not getattr(error, "told", False):
+            complain(f"error: {error}")
         return WRONG
     except KeyboardInterrupt:
         complain(interrupted)
         return INTERRUPTED
+    except Terminated:
+        complain(interrupted.replace("interrupted", "ended by SIGTERM"))
+        return TERMINATED
 
 
 @contextlib.contextmanager
@@ -75,6 +87,24 @@ def interrupts_end_the_process() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def terminations() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated`; the next one ends the process.  Nothing changes where SIGTERM is handled."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
 
 
 def _handler() -> Any:

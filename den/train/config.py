@@ -30,6 +30,8 @@ class RunConfig(Protocol):
     @property
     def precision(self) -> str: ...
     @property
+    def accumulate(self) -> int: ...
+    @property
     def epoch_steps(self) -> int | None: ...
     @property
     def progress(self) -> bool: ...
@@ -224,6 +226,9 @@ class TrainConfig:
     """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: training computes in it where autocast does; weights stay float32."""
+    accumulate: Annotated[int, Range(1)] = 1
+    """Pieces in which a batch is computed, one after the other, before an update: less memory for the same batch.
+    Batch norms see a piece at a time."""
     stages: Annotated[int, Range(1)] = 2
     """S of Algorithm 1."""
     start: Path | None = None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from den.data import Batch, BatchStream
-from den.support.device import choose_device
+from den.nn.norms import share_statistics
+from den.support import ranks
 from den.support.progress import Progress
 from den.support.randomness import random_state, seeded, set_random_state
 from den.support.settings import from_dict
@@ -32,6 +33,7 @@ from den.train.checkpoint import (
 from den.train.config import RunConfig
 from den.train.folder import RunFolder
 from den.train.formats import LAYOUT, upgraded
+from den.train.gradients import GradientMeans
 from den.train.objective import Objective
 from den.train.phases import Phase
 from den.train.recipe import Recipe
@@ -60,6 +62,10 @@ class Engine(Generic[R]):
     context manager: that closes the folder, leaves the last checkpoint as it is on any exit, and puts the generators
     back where they stood.
 
+    Where torchrun has started several processes, all of them make an engine and do the same with it: each computes its
+    share of every batch (`MixedTaskBatches`), gradients are the means over the processes, statistics of batch norms
+    those of the whole batch, and the first process alone writes the folder and shows progress.
+
     Args:
         config: settings of the run.
         prepare: makes the run's recipe of the settings and the device.
@@ -69,18 +75,27 @@ class Engine(Generic[R]):
     def __init__(self, config: RunConfig, prepare: Callable[[Any, torch.device], R], *, resume: bool = False) -> None:
         self.config: Any = config
         self.position, self.meter = Position(), Meter()
-        self.device = choose_device(config.device)
+        self.device = ranks.join(config.device)
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self._bar: Progress | None = None
+        self._piece, self._pieces = 0, config.accumulate
+        self._cut: dict[str, list[Batch]] = {}
+        self._means: dict[tuple[str, ...], GradientMeans] = {}
         with contextlib.ExitStack() as stack:
             self.folder = stack.enter_context(RunFolder(config, resume=resume))
             stack.enter_context(seeded(config.seed, self.device))
             stack.callback(self._close_bar)
             self.recipe = prepare(config, self.device)
+            stack.callback(self._close_batches)
+            self.recipe.check_pieces(ranks.count(), self._pieces)
             self.phases = self.recipe.phases()
-            self._restore() if resume else self.recipe.begin(self)
+            self._restore() if self.folder.resume else self.recipe.begin(self)
+            if ranks.count() > 1:
+                share_statistics(self.model, self.recipe.norms_apart())
+                if not ranks.first():  # dropout is each process's own
+                    torch.manual_seed(config.seed + ranks.rank() + 65537 * self.position.total_steps)
             self.folder.begin()
-            if not resume:
+            if not self.folder.resume:
                 self.save(*([self.folder.best] if self.recipe.keeps_best else []))
             self._exit = stack.pop_all()
 
@@ -91,6 +106,9 @@ class Engine(Generic[R]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+        if isinstance(error, RuntimeError) and ranks.is_loss_of_another(error):
+            reason = str(error).split("] ")[-1].split(". ")[0]
+            raise ValueError(f"train: all processes of the run must stay alive, got {reason}") from error
 
     @property
     def model(self) -> Any:
@@ -124,7 +142,8 @@ class Engine(Generic[R]):
     def phase(self, *key: str | int) -> Iterator[Batch]:
         """Batches of the phase of this key until it ends; none if it is done already, or no part of the run.
 
-        Every epoch is measured, logged and saved.
+        With `accumulate` pieces of batches, each of which draws from the generator what the whole would.  Every epoch
+        is measured, logged and saved.
         """
         here = self.position
         while here.phase < len(self.phases) and (phase := self.phases[here.phase]).key == key:
@@ -132,33 +151,69 @@ class Engine(Generic[R]):
                 self.save(*self._leave(phase))
                 continue
             self._enter(phase)
-            yield self.batches[phase.stream].next()
+            state = self.generator.get_state() if self._pieces > 1 else None
+            for piece in range(self._pieces):
+                self._piece = piece
+                if state is not None:
+                    self.generator.set_state(state)
+                yield self.batch(phase.stream)
             if here.step % self.epoch_steps == 0 or here.step == phase.settings.steps:
                 self._end_epoch(phase)
+
+    def batch(self, stream: str) -> Batch:
+        """The next batch of a stream; with `accumulate` the piece of it whose turn it is."""
+        if self._piece == 0:
+            self._cut[stream] = self.batches[stream].next().pieces(self._pieces)
+        return self._cut[stream][self._piece]
 
     def update(self, objective: Objective) -> None:
         """Make one step of the optimisers of the phase at hand, or of those that the objective names.
 
-        An objective without measurements is a part of an update that another objective completes.
+        An objective without measurements is a part of an update that another objective completes.  Of the pieces of a
+        batch all but the last only add to the gradients.
         """
         here, phase = self.position, self.phases[self.position.phase]
         if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
-            check_finite(objective.loss.item(), here.total_steps)
-        for optimiser in self.optimisers.values():
-            optimiser.zero_grad(set_to_none=True)
-        (objective.backward or objective.loss.backward)()
-        for name in objective.optimisers or phase.trained:
+            check_finite(ranks.mean(objective.loss).item(), here.total_steps)
+        names, last = tuple(objective.optimisers or phase.trained), self._piece == self._pieces - 1
+        self._backward(objective, names, last)
+        for name in names if last else ():
             self.optimisers[name].step()
             here.updates[name] = here.updates.get(name, 0) + 1
         if objective.measured is None:
             return
+        self.meter.add(objective.measured)
+        if not last:
+            return
         here.step += 1
         here.total_steps += 1
-        self.meter.add(objective.measured)
         if self._bar is not None:
             self._bar.update()
             if self.device.type == "cpu" or here.step % 50 == 0:
-                self._bar.note(self.meter.text(), refresh=False)
+                self._bar.note(told(self.meter.means()), refresh=False)
+
+    def _backward(self, objective: Objective, names: tuple[str, ...], last: bool) -> None:
+        """Add an objective's gradients to those of the optimisers named, or begin them; the last ones are shared."""
+        loss = objective.loss / self._pieces if self._pieces > 1 else objective.loss
+        groups = [group for name in names for group in self.optimisers[name].param_groups]
+        learnt = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+        if self._piece == 0:
+            for parameter in learnt:
+                parameter.grad = None
+        if objective.backward is not None:  # of the whole batch in one process: see `Recipe.check_pieces`
+            objective.backward()
+            return
+        if not last or ranks.count() == 1:
+            loss.backward(inputs=learnt)
+            return
+        key = (*names, *(str(id(parameter)) for parameter in learnt))
+        if key not in self._means:
+            of = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            self._means[key] = GradientMeans([(of.get(id(p), "of the objective"), p) for p in learnt])
+        with self._means[key].taken():
+            loss.backward(inputs=learnt)
+        if self.position.step % self.epoch_steps == 0:
+            self._means[key].check()
 
     def save(self, *paths: Path) -> None:
         """Write the run as it stands to `paths` and to the last checkpoint."""
@@ -183,12 +238,16 @@ class Engine(Generic[R]):
             "optimisers": optimised,
             **generators,
         }
-        for path in (*paths, self.folder.last):  # last: where the run stands is known to all that was written before
-            save_checkpoint(path, tensors, record)
+
+        def write() -> None:
+            for path in (*paths, self.folder.last):  # last: all that was written before it is known to it
+                save_checkpoint(path, tensors, record)
+
+        ranks.from_first(write)
 
     def take_over(self, path: Path) -> None:
         """Go on with the weights of another run's checkpoint, and with its batches from where they stood."""
-        tensors, record = load_checkpoint(path)
+        tensors, record = ranks.from_first(lambda: load_checkpoint(path))
         load_weights(self.model, tensors, path)
         with reading(path):
             self._restore_batches(*upgraded(tensors, record))
@@ -199,12 +258,12 @@ class Engine(Generic[R]):
         for name, rate in phase.trained.items():
             for group in self.optimisers[name].param_groups:
                 group["lr"] = rate * phase.scale(here.step) * group.get("factor", 1.0)
-        if self._bar is None and self.config.progress:
+        if self._bar is None and self.config.progress and ranks.first():
             self._bar = Progress(phase.settings.steps, phase.title, unit="update", initial=here.step)
 
     def _end_epoch(self, phase: Phase) -> None:
         """Measure, log, decide whether the phase has ended, save."""
-        here, means = self.position, self.meter.means()
+        here, means = self.position, self._shared_means()
         for name, mean in means.items():
             if "loss" in name:
                 check_finite(mean, here.total_steps)
@@ -213,12 +272,18 @@ class Engine(Generic[R]):
         where = {"epoch": here.epoch, "step": here.total_steps, **phase.labels, "rate": phase.rate(here.step - 1)}
         self.folder.log({**where, "train": means, **measured.line})
         if self._bar is not None:
-            self._bar.note(" | ".join(filter(None, (self.meter.text(), measured.text))))
+            self._bar.note(" | ".join(filter(None, (told(means), measured.text))))
         paths = [self.folder.best] if self._is_best(measured.score) else []
         if here.step == phase.settings.steps or self._converged(phase, means["loss"]):
             paths += self._leave(phase)
         self.meter.clear()
         self.save(*paths)
+
+    def _shared_means(self) -> dict[str, float]:
+        """Means of what the updates of the epoch measured, over all processes."""
+        means = self.meter.means()
+        shared = ranks.mean(torch.tensor(list(means.values()), dtype=torch.float64))
+        return dict(zip(means, shared.tolist(), strict=True))
 
     def _converged(self, phase: Phase, loss: float) -> bool:
         here, settings = self.position, phase.settings
@@ -233,12 +298,20 @@ class Engine(Generic[R]):
         here = self.position
         here.phase, here.step, here.lowest_loss, here.stale_epochs = here.phase + 1, 0, math.inf, 0
         self._close_bar()
+        self._close_batches()
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
         return [self.folder.path / name for name in self.recipe.kept(phase)]
 
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def _close_batches(self) -> None:
+        """End the processes that read ahead; the next phase may draw from other streams."""
+        for batches in self.batches.values():
+            batches.close()
 
     def _is_best(self, score: float | None) -> bool:
         if not self.recipe.keeps_best or (score is not None and score >= self.position.best_score):
@@ -278,6 +351,11 @@ def check_finite(loss: float, step: int) -> None:
         raise ValueError(f"train: loss must stay finite, got {loss} at step {step} (lower the rate)")
 
 
+def told(means: Mapping[str, float]) -> str:
+    """Means in words, for a progress bar."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+
+
 class Meter:
     """Means of what the updates of an epoch measured."""
 
@@ -295,9 +373,6 @@ class Meter:
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / self._count for name, total in self._sums.items()}
-
-    def text(self) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in self.means().items())
 
     def clear(self) -> None:
         self._sums, self._count = {}, 0

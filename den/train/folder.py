@@ -12,13 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from den.support import ranks
 from den.support.files import PARTIAL, write_whole
 from den.support.settings import flattened, read_config, to_dict
 from den.train.checkpoint import load_checkpoint, read_updates
 from den.train.config import RunConfig, TrainConfig
 from den.train.lock import RunLock
 
-MAY_DIFFER = ("out", "progress", "device", "data.root", "start")  # settings of a run and of its continuation
+MAY_DIFFER = ("out", "progress", "device", "data.root", "data.workers", "start")  # in a continued run
 CHECKPOINTS = ("last.safetensors", "best.safetensors", "searched.safetensors")
 WRITTEN = ("config.json", "versions.json", "metrics.jsonl", "events", *CHECKPOINTS)
 PACKAGES = ("den-kernels", "torch", "numpy", "safetensors", "scikit-learn")
@@ -27,19 +28,30 @@ PACKAGES = ("den-kernels", "torch", "numpy", "safetensors", "scikit-learn")
 class RunFolder:
     """The folder of a new run, or of one to be continued, held against other processes until `close`.
 
-    Nothing in it changes before `begin`.  A context manager.
+    Nothing in it changes before `begin`.  A context manager.  Of several processes of a run the first one alone reads
+    and writes it; all of them must call all methods but `close`.  Where torchrun has started them anew, a run of the
+    same launch is continued without being asked.
+
+    Attributes:
+        resume: whether the run is continued.
 
     Raises ValueError for a folder that cannot be written, that another process trains in, or that holds anything which
     a new run would replace; for a continued run, one without a checkpoint or with other settings.
     """
 
     def __init__(self, config: RunConfig, *, resume: bool) -> None:
-        self.config, self.resume = config, resume
+        self.config = config
         self.path = Path(config.out)
         self.last, self.best = self.path / "last.safetensors", self.path / "best.safetensors"
         self.metrics = self.path / "metrics.jsonl"
         self._events: Any = None  # a SummaryWriter, from the first line on
         self._created = False
+        self._lock: RunLock | None = None
+        self.resume = ranks.from_first(lambda: self._open(resume))
+
+    def _open(self, resume: bool) -> bool:
+        """Lock the folder and check it; returns whether its run is continued."""
+        resume = resume or self._is_started_anew()
         if resume and not self.path.is_dir():
             raise ValueError(f"train: out must hold {self.last.name} to be continued, got {self.path}")
         with self._writing():
@@ -51,6 +63,16 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+        return resume
+
+    def _is_started_anew(self) -> bool:
+        """True where torchrun has started this launch anew, and its run has come to a checkpoint here."""
+        if not ranks.restarts() or not self.last.exists():
+            return False
+        try:
+            return json.loads((self.path / "versions.json").read_bytes())["launch"] == ranks.launch()
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
 
     def __enter__(self) -> RunFolder:
         return self
@@ -60,16 +82,22 @@ class RunFolder:
 
     def begin(self) -> None:
         """Write the settings and versions; of a continued run those that it goes on with."""
+        ranks.from_first(self._begin)
+
+    def _begin(self) -> None:
         with self._writing():
             for name in CHECKPOINTS:
                 (self.path / (name + PARTIAL)).unlink(missing_ok=True)  # of a process that was killed while saving
             write_whole(self.path / "config.json", _json(to_dict(self.config)))
             if not self.resume:
                 write_whole(self.metrics, b"", sync=False)
-            write_whole(self.path / "versions.json", _json(versions()), sync=False)
+            write_whole(self.path / "versions.json", _json({**versions(), "launch": ranks.launch()}), sync=False)
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The last checkpoint's tensors and record; ValueError when damaged, with what the run can go on from."""
+        return ranks.from_first(self._load)
+
+    def _load(self) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
             return load_checkpoint(self.last)
         except ValueError as error:
@@ -83,6 +111,9 @@ class RunFolder:
 
     def rewind(self, epoch: int) -> None:
         """Drop lines that are not whole, and the metrics of epochs after `epoch`, unknown to the checkpoint."""
+        ranks.from_first(lambda: self._rewind(epoch))
+
+    def _rewind(self, epoch: int) -> None:
         lines = _whole_lines(self.metrics) if self.metrics.exists() else []
         kept = [line for line in lines if line["epoch"] <= epoch]
         with self._writing():
@@ -91,6 +122,9 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, on the disk when this returns, and its numbers to TensorBoard at step
         line["step"]."""
+        ranks.from_first(lambda: self._log(line))
+
+    def _log(self, line: dict[str, Any]) -> None:
         with self._writing():
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -112,7 +146,8 @@ class RunFolder:
                 with self._writing():
                     events.close()
         finally:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
             if self._created:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()  # only an empty one can be removed

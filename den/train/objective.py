@@ -16,7 +16,9 @@ from torch import Tensor
 
 from den.nn.count import parameter_fractions
 from den.nn.model import DeepElasticNetwork
+from den.support import ranks
 from den.support.device import sent
+from den.support.randomness import Draws, exponential, integers, uniform
 
 if TYPE_CHECKING:
     from den.data import Batch  # with what reads pictures, which the objective does not need
@@ -24,24 +26,24 @@ if TYPE_CHECKING:
 STEERING = 32.0  # most that `steered_rho` multiplies or divides by
 
 
-def initial_structures(count: int, blocks: int, levels: int, tau: float, generator: torch.Generator) -> Tensor:
+def initial_structures(count: int, blocks: int, levels: int, tau: float, generator: Draws) -> Tensor:
     """`count` structures of the initial distribution (equation 8): int64 [count, blocks].
 
     The full structure with probability tau (plus its share of the rest), otherwise uniform over all levels**blocks.
     """
-    anything = torch.randint(levels, (count, blocks), generator=generator)
-    full = torch.rand(count, 1, generator=generator) < tau
+    anything = integers(levels, (count, blocks), generator)
+    full = uniform((count, 1), generator) < tau
     return torch.where(full, levels - 1, anything)
 
 
-def selected_structures(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+def selected_structures(logits: Tensor, generator: Draws | None) -> Tensor:
     """Structures int64 [B, N] of logits [B, N, L]: drawn from them, or without a generator the likeliest."""
     if generator is None:
         return logits.argmax(-1)
     return sample_structures(logits.log_softmax(-1), 1, 0.0, generator)[:, 0]
 
 
-def sample_structures(log_probabilities: Tensor, samples: int, epsilon: float, generator: torch.Generator) -> Tensor:
+def sample_structures(log_probabilities: Tensor, samples: int, epsilon: float, generator: Draws) -> Tensor:
     """`samples` structures per instance of log_probabilities [B, N, L]: int64 [B, samples, N].
 
     Each is, with probability epsilon, uniform over all structures instead (epsilon-greedy exploration).
@@ -49,24 +51,24 @@ def sample_structures(log_probabilities: Tensor, samples: int, epsilon: float, g
     (count, blocks, levels), device = log_probabilities.shape, log_probabilities.device
     chances = log_probabilities.detach().float().exp().view(-1, levels)
     drawn = draw_levels(chances, samples, generator).view(count, blocks, samples).transpose(1, 2)
-    anything = torch.randint(levels, (count, samples, blocks), generator=generator)
-    explores = torch.rand(count, samples, 1, generator=generator) < epsilon
+    anything = integers(levels, (count, samples, blocks), generator)
+    explores = uniform((count, samples, 1), generator) < epsilon
     return torch.where(sent(explores, device), sent(anything, device), drawn)
 
 
-def draw_levels(chances: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+def draw_levels(chances: Tensor, samples: int, generator: Draws) -> Tensor:
     """Levels drawn from distributions [R, L], with replacement: int64 [R, samples], on their device.
 
     Equivalent to ``torch.multinomial(chances, samples, replacement=True, generator=generator)`` on the CPU, to the bit,
     but for distributions on a GPU too, whose numbers come from a generator of the CPU and are not waited for.
     """
     if samples == 1:
-        noise = torch.empty(chances.shape).exponential_(generator=generator)
+        noise = exponential(chances.shape, generator)
         return (chances / sent(noise, chances.device)).argmax(-1, keepdim=True)
-    uniform = sent(torch.rand(len(chances), samples, dtype=torch.float64, generator=generator), chances.device)
+    drawn = sent(uniform((len(chances), samples), generator, torch.float64), chances.device)
     bounds = list(accumulate(chances.unbind(1)))  # one after the other: in the order that multinomial adds
     inner = torch.stack(bounds[:-1], 1) / bounds[-1].unsqueeze(1)  # [R, L - 1]
-    return (uniform.unsqueeze(2) > inner.unsqueeze(1)).sum(-1)
+    return (drawn.unsqueeze(2) > inner.unsqueeze(1)).sum(-1)
 
 
 def structure_log_probability(log_probabilities: Tensor, structures: Tensor) -> Tensor:
@@ -146,10 +148,11 @@ class RunningBaseline:
 
     def advantage(self, costs: Tensor, batch: Batch) -> Tensor:
         """Costs [B, S] minus the running mean of their task, which then takes in the mean of these: [B, S]."""
+        split = costs.split([len(labels) for _, _, labels in batch.parts])
+        means = ranks.mean(torch.stack([batch.mean(part, k).double() for k, part in enumerate(split)]))
         parts = []
-        of_parts = costs.split([len(labels) for _, _, labels in batch.parts])
-        for (task, _, _), part in zip(batch.parts, of_parts, strict=True):
-            seen, now = self.means[task], part.mean().double()
+        for (task, _, _), part, now in zip(batch.parts, split, means, strict=True):
+            seen = self.means[task]
             parts.append(part - (now if seen is None else seen))
             self.means[task] = now if seen is None else self.momentum * seen + (1 - self.momentum) * now
         return torch.cat(parts)
@@ -167,6 +170,9 @@ class RunningBaseline:
 class Objective:
     """Loss that an update minimises, and means of its batch.
 
+    Where processes share a batch, or it is computed in pieces, the mean of their losses and numbers is that of the
+    whole batch: see `Batch.mean`.
+
     Attributes:
         loss: [], differentiable.
         measured: means over the batch, by name; None: a part of an update that another objective completes.
@@ -180,12 +186,19 @@ class Objective:
     backward: Callable[[], None] | None = None
 
 
-def reinforce(log_probabilities: Tensor, structures: Tensor, advantage: Tensor, entropy_bonus: float) -> Tensor:
+def reinforce(
+    log_probabilities: Tensor,
+    structures: Tensor,
+    advantage: Tensor,
+    entropy_bonus: float,
+    mean: Callable[[Tensor], Tensor] = torch.mean,
+) -> Tensor:
     """Loss with the gradient of equation 7, sum over z of A(z) grad log P(z | x) / |Z|, mean over B, less the bonus's.
 
     log_probabilities [B, N, L], structures [B, S, N], advantage [B, S]: the costs minus a baseline that does not depend
-    on the sample.  The bonus rewards the entropy, summed over the blocks of a structure as log P is.
+    on the sample.  The bonus rewards the entropy, summed over the blocks of a structure as log P is.  mean: over B, of
+    values [B, ...].
     """
     likelihood = structure_log_probability(log_probabilities, structures)
     variety = entropy(log_probabilities).sum(1)
-    return (advantage * likelihood).mean() - entropy_bonus * variety.mean()
+    return mean(advantage * likelihood) - entropy_bonus * mean(variety)

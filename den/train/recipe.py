@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from den.data import BatchStream
+from den.data import BatchStream, MixedTaskBatches
 from den.train.phases import Phase
 
 if TYPE_CHECKING:
@@ -74,6 +74,23 @@ class Recipe(ABC):
     def epoch_steps(self, phase: Phase) -> int:
         """Updates of an epoch, where the settings do not say."""
         return self.batches[phase.stream].epoch_steps
+
+    def norms_apart(self) -> Collection[nn.Module]:
+        """Batch norms of which every process keeps statistics of its own, where processes share the batches."""
+        return ()
+
+    def check_pieces(self, processes: int, pieces: int) -> None:
+        """Raise ValueError where a batch cannot be shared by so many processes, or computed in so many pieces."""
+        if processes * pieces == 1:
+            return
+        if not all(isinstance(batches, MixedTaskBatches) for batches in self.batches.values()):
+            raise ValueError("train: data loaders of your own must be read by one process, in whole batches")
+        images = min(sum(batches.counts) for batches in self.batches.values() if isinstance(batches, MixedTaskBatches))
+        if images < processes * pieces:
+            raise ValueError(
+                f"config: data.batch_size must be at least {processes * pieces}, an image for each of {processes}"
+                f" processes and {pieces} pieces, got {images}"
+            )
 
     def kept(self, phase: Any) -> tuple[str, ...]:
         """File names of the checkpoints that are written at the end of a phase, besides the last and the best."""

@@ -37,7 +37,7 @@ def adashare_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
         first = recipe.objective(engine, batch, ("weights",))
     engine.update(replace(first, measured=None))
     with gates.drawn(logistic_noise(gates.gamma, generator), temperature, first_edge):
-        losses, measured = recipe.loss(engine, engine.batches["gates"].next())
+        losses, measured = recipe.loss(engine, engine.batch("gates"))
     policy, shared = gates.gamma[:, first_edge:], edge_weights(engine.model.graph, gates.gamma)[first_edge:]
     sparsity, sharing = sparsity_loss(policy), sharing_loss(policy, shared)
     told = {**measured, **(first.measured or {}), "sparsity": sparsity.detach(), "sharing": sharing.detach()}

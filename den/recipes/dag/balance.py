@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from den.support import ranks
 from den.support.device import sent
 
 TEMPERATURE = 2.0  # of DWA, as in its paper
@@ -54,7 +55,7 @@ class Balance:
     def end_epoch(self) -> None:
         """Weigh the losses anew by what the epoch has shown; an epoch without updates shows nothing."""
         if self._count:
-            self.means = [*self.means, (self._sums / self._count).tolist()][-2:]
+            self.means = [*self.means, (ranks.mean(self._sums) / self._count).tolist()][-2:]
             self._sums.zero_()
             self._count = 0
             self._weigh()

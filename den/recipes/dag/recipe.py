@@ -26,6 +26,7 @@ from den.dag.scenarios import has_validation, load_tasks, loss_weights
 from den.data import Batch, BatchStream, ImageSet, MixedTaskBatches, SceneSet
 from den.data.inputs import Inputs, inputs_of
 from den.data.loaders import LoaderSet
+from den.data.reading import chosen_workers
 from den.nn.tasks import Task
 from den.recipes.dag.balance import Balance
 from den.recipes.dag.gradients import Combine, cagrad, combined_backward, pcgrad
@@ -200,6 +201,23 @@ class SearchRecipe(Recipe):
         self.model.train()
         self.model.gates.requires_grad_(phase.name == "search")
 
+    def check_pieces(self, processes: int, pieces: int) -> None:
+        super().check_pieces(processes, pieces)
+        if processes * pieces > 1 and self.config.training.gradients != "sum":
+            raise ValueError(
+                "config: training.gradients must be sum with several processes or pieces of a batch,"
+                f" got {self.config.training.gradients}"
+            )
+        batches = self.batches["all"]
+        if not isinstance(batches, MixedTaskBatches):
+            return
+        plain = [n for each, n in zip(batches.sets, batches.counts, strict=True) if not each.tasks[0].dense]
+        if plain and min(plain) < 2 * pieces:
+            raise ValueError(
+                "config: data.batch_size must give every task two images for the batch norm of its head, in each of"
+                f" {pieces} pieces, got {min(plain)} of {sum(batches.counts)}"
+            )
+
     def temperature(self, engine: Engine[Any]) -> float:
         """Temperature of AdaShare's Gumbel-softmax, which falls from epoch to epoch of the search."""
         peers = self.config.peers
@@ -214,7 +232,7 @@ class SearchRecipe(Recipe):
         gates = self.model.gates
         drawn = self.config.mode == "adashare" and phase.name == "search"  # measured as it trains, but for the noise
         with gates.drawn(torch.zeros_like(gates.gamma), self.temperature(engine)) if drawn else nullcontext():
-            results = evaluate_tasks(self.model, self.held_out)
+            results = evaluate_tasks(self.model, self.held_out, shared=True)
         edges = gates.gamma.detach().sigmoid().sum(1)
         told = {"mean_edges": edges.mean().item(), "edges": edges.tolist(), "spread": gates.spread().tolist()}
         return Measured({"held_out": {name: dataclasses.asdict(r) for name, r in results.items()}, "gates": told})
@@ -300,7 +318,8 @@ def make_batches(sets: list[ImageSet | SceneSet], config: DagTrainConfig) -> dic
     weights, gates = hold_out(sets, 0.5, config.seed)
     parts = {"all": sets, "weights": weights, "gates": gates}
     shares = [1.0 if config.data.scenario == "own" else float(len(image_set)) for image_set in sets]
+    workers = chosen_workers(config.data.workers)
     return {
-        name: MixedTaskBatches(part, config.data.batch_size, shares, config.seed + offset)
+        name: MixedTaskBatches(part, config.data.batch_size, shares, config.seed + offset, workers)
         for offset, (name, part) in enumerate(parts.items())
     }

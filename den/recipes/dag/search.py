@@ -66,7 +66,7 @@ def search_step(engine: Engine[SearchRecipe], batch: Batch) -> None:
     if training.search == "alternating":
         first = recipe.objective(engine, batch, ("weights",))
         engine.update(replace(first, measured=None))
-        losses, told = recipe.loss(engine, engine.batches["gates"].next())
+        losses, told = recipe.loss(engine, engine.batch("gates"))
         weights = cast(dict[str, Tensor], first.measured)
         told = {**told, **weights, "gate_loss": told["loss"], "squeeze": squeeze.detach()}
         engine.update(Objective(losses.sum() + extra, told, ("gates",)))

@@ -1,0 +1,87 @@
+"""Means of gradients over the processes of a run, taken while the backward pass still runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from den.support import ranks
+
+BUCKET = 8 * 2**20  # bytes that are sent at once; the first ones leave while the backward pass computes the others
+
+
+class GradientMeans:
+    """Gradients of some parameters, each the mean over the processes once the backward pass has ended.
+
+    Parameters are sent in buckets, the last ones first: their gradients are the first to be known.  Every process
+    sends the same buckets in the same order, whether a parameter has a gradient there or not, so that none waits for
+    another in vain.  A parameter without a gradient keeps none; the processes must agree on which those are, see
+    `check`.
+
+    parameters: by name, all of which require gradients; the same in every process.
+    """
+
+    def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], bucket: int = BUCKET) -> None:
+        self._names = [name for name, _ in parameters]
+        self._parameters = [parameter for _, parameter in parameters]
+        self._buckets: list[list[nn.Parameter]] = []
+        size = bucket
+        for parameter in reversed(self._parameters):
+            last = self._buckets[-1][-1] if self._buckets else parameter
+            if size >= bucket or (parameter.dtype, parameter.device) != (last.dtype, last.device):
+                self._buckets.append([])
+                size = 0
+            self._buckets[-1].append(parameter)
+            size += parameter.nbytes
+        self._missing: list[int] = []  # gradients that a bucket waits for
+        self._sent: list[tuple[Tensor, Any]] = []
+        self._watching = False
+        for place, members in enumerate(self._buckets):
+            for parameter in members:
+                parameter.register_post_accumulate_grad_hook(lambda _, place=place: self._arrived(place))
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Context of the backward pass that completes the gradients; after it they are the means."""
+        self._missing, self._sent, self._watching = [len(members) for members in self._buckets], [], True
+        try:
+            yield
+            while len(self._sent) < len(self._buckets):
+                self._send()
+        finally:
+            self._watching = False
+        for members, (flat, work) in zip(self._buckets, self._sent, strict=True):
+            work.wait()  # of a GPU: its later work does
+            flat /= ranks.count()
+            for parameter, mean in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(mean.view(parameter.shape))
+        self._sent = []
+
+    def check(self) -> None:
+        """Raise ValueError in all processes unless the same parameters have gradients in all; waits for no device."""
+        there = ranks.gathered([parameter.grad is not None for parameter in self._parameters])
+        for number, found in enumerate(there):
+            if found != there[0]:
+                names = [n for n, one, other in zip(self._names, found, there[0], strict=True) if one != other]
+                raise ValueError(
+                    "train: every process must compute gradients of the same parameters, got another choice in"
+                    f" processes 0 and {number}: {', '.join(names[:5])}"
+                )
+
+    def _arrived(self, place: int) -> None:
+        if self._watching:
+            self._missing[place] -= 1
+            while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
+                self._send()
+
+    def _send(self) -> None:
+        """Begin to add up the next bucket over the processes."""
+        members = self._buckets[len(self._sent)]
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in members])
+        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
