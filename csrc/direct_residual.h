@@ -184,12 +184,14 @@ struct OutputTile : TwoVectors {
     sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
                                                    taps_of(c, taps, at[0].row, at[strips - 1].row, 1, b.Ho), weight,
                                                    weight_vector, c.hidden.words.pieces, ahead);
+    const __m512 least = _mm512_set1_ps(least_of(b));
     UNROLL for (int q = 0; q < strips; ++q) {
       UNROLL for (int p = 0; p < size; ++p) {
         if (p >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const int64_t to = p * b.C_out + v * 16;
-          store16(out[q] + to, _mm512_add_ps(load16(shortcut[q] + to), acc[q * size + p][v]));
+          const __m512 sum = _mm512_add_ps(load16(shortcut[q] + to), acc[q * size + p][v]);
+          store16(out[q] + to, _mm512_max_ps(least, sum));  // a NaN passes
         }
       }
     }

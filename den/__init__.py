@@ -4,6 +4,8 @@ from den._moved import MOVED, install
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from den.inference.engine import Engine
+    from den.nn.attached import attach_selector
     from den.nn.backbones import BACKBONES, Backbone, named_backbone, resnet, resnext, vgg, wide_resnet
     from den.nn.count import (
         ImageFlops,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # Imported when they are asked for, so that the command line is there before torch: see `den.cli`.
 _HOMES = {
+    "den.inference.engine": ("Engine",),
+    "den.nn.attached": ("attach_selector",),
     "den.nn.backbones": ("BACKBONES", "Backbone", "named_backbone", "resnet", "resnext", "vgg", "wide_resnet"),
     "den.nn.count": (
         "ImageFlops", "ParameterCounts", "count_flops", "count_parameters", "image_flops", "parameter_fractions",
@@ -45,6 +49,7 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "DeepElasticNetwork",
+    "Engine",
     "Estimator",
     "GraphedNetwork",
     "ImageFlops",
@@ -56,6 +61,7 @@ __all__ = [
     "SelectorConfig",
     "Task",
     "__version__",
+    "attach_selector",
     "count_flops",
     "count_parameters",
     "create_model",
