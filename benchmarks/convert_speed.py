@@ -3,9 +3,10 @@
     python -m benchmarks.convert_speed [MODEL ...] [--batch 1 8 32] [--rounds 9] [--threads 1] [--out FILE.jsonl]
 
 Each model, frozen (`den_kernels.freeze`), is timed in turns with the same model in plain PyTorch, batch norms folded,
-in the faster of both memory formats. Images of a batch are at levels drawn evenly in every block. `realised` is the time that the dense model would
-take for the FLOPs that are left, divided by ours: 1 is all that can be saved, more than the share of FLOPs left means
-faster than dense. Models of torchvision, timm and transformers are measured where these are installed.
+in the faster of both memory formats. Images of a batch are at levels drawn evenly in every block. `realised` is the
+time that the dense model would take for the FLOPs that are left, divided by ours: 1 is all that can be saved, more than
+the share of FLOPs left means faster than dense; `unfrozen` is that of the converted model as it is. Models of
+torchvision and timm are measured where these are installed.
 """
 
 import argparse
@@ -135,8 +136,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_allocations_on_the_heap()
-    print(f"{'model':34}{'B':>4}{'fused':>8}{'FLOPs':>7}{'dense ms':>10}{'ours ms':>10}{'speed':>7}{'realised':>10}"
-          f"{'unfrozen':>10}")
+    print(
+        f"{'model':34}{'B':>4}{'fused':>8}{'FLOPs':>7}{'dense ms':>10}{'ours ms':>10}{'speed':>7}{'realised':>10}"
+        f"{'unfrozen':>10}"
+    )
     cases = [(name, batch) for name in options.models for batch in options.batch]
     with torch.inference_mode():
         for name, batch in tqdm(cases, leave=False, disable=len(cases) == 1):

@@ -54,8 +54,8 @@ class BottleneckWeights(HasHandle):
         ordinary `nn.Conv2d`. conv2: M to M channels, odd kernel, "same" padding, stride 1 or more, cardinality
         (`groups`), of which a hidden group holds whole ones. conv3: 1 x 1, M to C_out channels.
 
-        With `post_activation` it is that of an ordinary ResNet (He et al., 2016, `Bottleneck`): conv1, bn1, ReLU, conv2,
-        bn2, ReLU, conv3, bn3, and ReLU of the sum with the shortcut.
+        With `post_activation` it is that of an ordinary ResNet (He et al., 2016, `Bottleneck`): conv1, bn1, ReLU,
+        conv2, bn2, ReLU, conv3, bn3, and ReLU of the sum with the shortcut.
 
         Raises ValueError for convolutions of another kind, for batch norms without running statistics, and for a
         post-activation block without bn1, TypeError for convolutions of different dtypes.
@@ -68,7 +68,12 @@ class BottleneckWeights(HasHandle):
                 folded3, bias3 = fold_norm(conv3.weight, conv3.bias, bn3, f"{_OP}: bn3")
             else:
                 (name1, behind1), (name2, behind2) = ("bn2", bn2), ("bn3", bn3)
-                folded3, bias3 = conv3.weight.detach(), None if conv3.bias is None else conv3.bias.detach().to(torch.promote_types(conv3.bias.dtype, torch.float32))
+                folded3, bias3 = (
+                    conv3.weight.detach(),
+                    None
+                    if conv3.bias is None
+                    else conv3.bias.detach().to(torch.promote_types(conv3.bias.dtype, torch.float32)),
+                )
                 if bn1 is not None:
                     scale1, shift1 = norm_affine(bn1, conv1.weight.dtype, f"{_OP}: bn1")
             assert behind1 is not None

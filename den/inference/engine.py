@@ -173,7 +173,9 @@ class Engine:
     def _check_range(self, levels: Tensor) -> None:
         lowest = torch.tensor(self.network.lowest)
         if bool((levels < lowest).any()) or int(levels.max()) >= self.network.levels:
-            ranges = f"0..{self.network.levels - 1}" if not lowest.any() else f"{lowest.tolist()}..{self.network.levels - 1}"
+            ranges = (
+                f"0..{self.network.levels - 1}" if not lowest.any() else f"{lowest.tolist()}..{self.network.levels - 1}"
+            )
             raise ValueError(f"{_OP}: levels must be in {ranges}, got {int(levels.min())}..{int(levels.max())}")
 
     def _point(self, levels: Any, flops: float | None, budget_ms: float | None, images: Any) -> Point:
@@ -182,7 +184,11 @@ class Engine:
             structure = torch.as_tensor(levels)
             return Point(self._checked(structure[None], 1)[0])
         if flops is None and budget_ms is None:
-            return Point() if network.has_selector else Point(self._lowest.new_full((len(self.blocks),), network.levels - 1))
+            return (
+                Point()
+                if network.has_selector
+                else Point(self._lowest.new_full((len(self.blocks),), network.levels - 1))
+            )
         batches = self._calibration(images, needed=network.has_selector or budget_ms is not None)
         if flops is not None:
             if not 0 < flops <= 1:
@@ -233,7 +239,8 @@ class Engine:
             levels = torch.full((len(self.blocks),), level).maximum(lowest).to(self.device).expand(len(batch), -1)
             times = block_milliseconds(modules, partial(self.network.run, batch, levels), self.device, ROUNDS)
             rows.append([0.0 if ms is None else ms / len(batch) for ms in times])
-        blocks = LevelCosts(torch.tensor(rows, dtype=torch.float64).t())
+        # A block is no cheaper at a higher level, whatever the noise of a measurement says.
+        blocks = LevelCosts(torch.tensor(rows, dtype=torch.float64).t().cummax(1).values)
         top = torch.full((len(batch), len(self.blocks)), self.network.levels - 1).to(self.device)
         whole = milliseconds(lambda: self._piece(batch, top), self.device, ROUNDS) / len(batch)
         return LevelCosts(blocks.levels, max(0.0, whole - blocks.most))

@@ -49,7 +49,9 @@ class Graphs:
     def __call__(self, batch: TaskBatch, levels: Tensor | None) -> tuple[list[Any], Tensor]:
         """Results of the parts and levels [B, N] of a batch, padded to the sizes that there is a graph for."""
         sizes = [bucket(size) for size in batch.sizes]
-        shapes = tuple((task, size, part.shape[1:]) for task, size, part in zip(batch.tasks, sizes, batch.images, strict=True))
+        shapes = tuple(
+            (task, size, part.shape[1:]) for task, size, part in zip(batch.tasks, sizes, batch.images, strict=True)
+        )
         key = (shapes, levels is None)
         with self._lock:
             captured = self._kept.get(key)

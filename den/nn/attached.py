@@ -67,7 +67,9 @@ def attach_selector(model: nn.Module, images: Tensor, channels: Sequence[int] | 
     size = min(int(min(images.shape[-2:])), 64)
     if channels is None:
         budget = SHARE * level_flops(model, images[:1]).full
-        fitting = [c for c in range(8, 65, 8) if SelectorConfig((c, 2 * c, 2 * c)).flops(images.shape[1], size) <= budget]
+        fitting = [
+            c for c in range(8, 65, 8) if SelectorConfig((c, 2 * c, 2 * c)).flops(images.shape[1], size) <= budget
+        ]
         width = max(fitting, default=8)
         channels = (width, 2 * width, 2 * width)
     selector = ImageSelector(channels, images.shape[1], size, report.lowest, report.groups + 1)

@@ -42,7 +42,7 @@ def level_flops(model: nn.Module, example: Tensor | tuple | Mapping[str, Any] | 
     example: as `convert` takes it; its first image counts. Raises ValueError for a model that was not converted.
     """
     shared = carrier_of(model, _OP).shared
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         recording = record(model, *example_of(model, example, _OP))
     table = torch.zeros(len(shared.blocks), shared.groups + 1, dtype=torch.int64)
     rest = 0

@@ -35,7 +35,7 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
         return ElasticModel(freeze(model.model, example), copy.deepcopy(model.selector).eval())
     carrier_of(model, _OP)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         recording = record(frozen, *example_of(frozen, example, _OP))
     fused = {path: m.__dict__["forward"] for path, m in frozen.named_modules() if _is_fused(m)}

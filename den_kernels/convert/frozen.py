@@ -60,7 +60,7 @@ class FrozenBlock(nn.Module):
         return _op(self.weights[0])(a, route, self.weights[0], None if out is x and not self.copies else out)
 
     def _onto(self, a: Tensor, route: Route, out: Tensor) -> Tensor:
-        """The branch of a [B, C, H, W] added to `out` [B, C_out, H_out, W_out], which is ours and holds the shortcut."""
+        """The branch of a [B, C, H, W] added to `out` [B, C_out, H_out, W_out], ours, which holds the shortcut."""
         a = a.contiguous(memory_format=torch.channels_last)
         out = out.contiguous(memory_format=torch.channels_last)
         for weights, own in self._parts(route):
@@ -89,8 +89,12 @@ class FrozenBlock(nn.Module):
             if all:
                 parts.append((weights, RoutingPlan.from_levels(chosen[:, None], 1)[0]))
             elif (count := ends[self.groups - level + 1] - (start := ends[self.groups - level])) > 0:
-                order = torch.cat([route.order[start : start + count], route.order[:start], route.order[start + count :]])
-                parts.append((weights, Route(chosen, order, torch.tensor([0, count, len(order)], dtype=torch.int32), 1)))
+                order = torch.cat(
+                    [route.order[start : start + count], route.order[:start], route.order[start + count :]]
+                )
+                parts.append(
+                    (weights, Route(chosen, order, torch.tensor([0, count, len(order)], dtype=torch.int32), 1))
+                )
         return parts
 
 

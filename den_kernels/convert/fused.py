@@ -1,6 +1,5 @@
 """Converted blocks that run as one op at inference: `dynamic_residual` for basic blocks, else `dynamic_bottleneck`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any

@@ -234,7 +234,7 @@ def example_of(model: nn.Module, example: Any, op: str) -> tuple[tuple, Mapping[
     if first is None:
         raise ValueError(f"{op}: example must be given for a model without a convolution, got None")
     size = getattr(model, "in_size", None) or getattr(model, "default_cfg", {}).get("input_size", (0, 224, 224))[1:]
-    return (torch.randn(1, first.in_channels, *size, device=first.weight.device, dtype=first.weight.dtype),), {}
+    return (torch.randn(1, first.in_channels, *size).to(first.weight),), {}
 
 
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> Recording:

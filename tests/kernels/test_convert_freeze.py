@@ -57,8 +57,14 @@ def test_a_frozen_model_computes_what_the_model_does(name, recalibrated):
 
 def row_of(block: type[nn.Module], count: int = 3) -> nn.Sequential:
     width = 16 if block is PlainBasicBlock else 64
-    blocks = [block(width, width) for _ in range(count)] if block is PlainBasicBlock else [block(64, 64) for _ in range(count)]
-    return unlike_new(nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *blocks, nn.Conv2d(width, 4, 1))).eval()
+    blocks = (
+        [block(width, width) for _ in range(count)]
+        if block is PlainBasicBlock
+        else [block(64, 64) for _ in range(count)]
+    )
+    return unlike_new(
+        nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *blocks, nn.Conv2d(width, 4, 1))
+    ).eval()
 
 
 def test_what_reads_a_map_behind_its_block_is_not_written_over():
@@ -85,7 +91,10 @@ def test_what_reads_a_map_behind_its_block_is_not_written_over():
 
 
 def test_the_input_is_not_written_over():
-    model, x = unlike_new(nn.Sequential(PlainBasicBlock(16, 16), PlainBasicBlock(16, 16))).eval(), torch.rand(3, 16, 6, 6)
+    model, x = (
+        unlike_new(nn.Sequential(PlainBasicBlock(16, 16), PlainBasicBlock(16, 16))).eval(),
+        torch.rand(3, 16, 6, 6),
+    )
     convert(model, 2, example=x[:1])
     before = x.clone()
     with torch.no_grad(), levels(freeze(model, x[:1]), torch.tensor([[1, 2], [0, 1], [2, 2]])) as _:
@@ -152,11 +161,13 @@ def test_a_frozen_model_exports_with_its_weights_as_constants():
 
 
 def test_models_that_were_not_converted_are_refused():
-    with pytest.raises(ValueError, match="freeze: model must be one that den_kernels.convert has changed, got none"):
+    with pytest.raises(ValueError, match=r"freeze: model must be one that den_kernels\.convert has changed, got none"):
         freeze(nn.Conv2d(3, 3, 1))
 
 
-@pytest.mark.parametrize("name", ["pytorchcv_resnet", "pytorchcv_efficientnet", "torchvision_convnext", "torchvision_resnext"])
+@pytest.mark.parametrize(
+    "name", ["pytorchcv_resnet", "pytorchcv_efficientnet", "torchvision_convnext", "torchvision_resnext"]
+)
 def test_flops_are_those_of_the_plain_model_of_each_structure(name):
     model, x = foreign(name), images(name)
     report = convert(model, 2, example=x[:1])
