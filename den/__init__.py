@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from den.nn.model_config import ModelConfig
     from den.nn.selector import Selector, SelectorConfig
     from den.nn.tasks import Task
+    from den.recipes.converted import ElasticTraining, train_elastic
     from den.runs.predict import Prediction, Predictor, load
     from den_kernels import __version__
 
@@ -41,6 +42,7 @@ _HOMES = {
     "den.nn.selector": ("Selector", "SelectorConfig"),
     "den.nn.tasks": ("Task",),
     "den.runs.predict": ("Prediction", "Predictor", "load"),
+    "den.recipes.converted": ("ElasticTraining", "train_elastic"),
     "den_kernels": ("__version__",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -49,6 +51,7 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "DeepElasticNetwork",
+    "ElasticTraining",
     "Engine",
     "Estimator",
     "GraphedNetwork",
@@ -74,6 +77,7 @@ __all__ = [
     "parameter_fractions",
     "resnet",
     "resnext",
+    "train_elastic",
     "vgg",
     "wide_resnet",
 ]

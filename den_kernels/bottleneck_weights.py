@@ -62,18 +62,15 @@ class BottleneckWeights(HasHandle):
         """
         groups = _checked_groups(conv1, bn1, conv2, bn2, conv3, bn3, post_activation)
         scale1 = shift1 = None
+        bias3: Tensor | None
         with torch.no_grad():
             if post_activation:
                 (name1, behind1), (name2, behind2) = ("bn1", bn1), ("bn2", bn2)
                 folded3, bias3 = fold_norm(conv3.weight, conv3.bias, bn3, f"{_OP}: bn3")
             else:
                 (name1, behind1), (name2, behind2) = ("bn2", bn2), ("bn3", bn3)
-                folded3, bias3 = (
-                    conv3.weight.detach(),
-                    None
-                    if conv3.bias is None
-                    else conv3.bias.detach().to(torch.promote_types(conv3.bias.dtype, torch.float32)),
-                )
+                folded3, wide = conv3.weight.detach(), torch.promote_types(conv3.weight.dtype, torch.float32)
+                bias3 = None if conv3.bias is None else conv3.bias.detach().to(wide)
                 if bn1 is not None:
                     scale1, shift1 = norm_affine(bn1, conv1.weight.dtype, f"{_OP}: bn1")
             assert behind1 is not None

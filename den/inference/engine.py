@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from den.evaluate.operating import LevelCosts
+from den.inference import pretrained
 from den.inference.graphs import Graphs
 from den.inference.networks import Network, joined, network_of, split
 from den.inference.points import Point, shift_within, structure_within, within_milliseconds
@@ -45,6 +47,8 @@ class Engine:
         budget_ms: the milliseconds that an image is to take, in batches of as many `images` as are given and fit.
         images: of each task, in the form that calls take, a tensor or a mapping from names of tasks: what `flops` and
             `budget_ms` are met on. Not needed for `flops` of a model without a selector.
+        example: one image [1, C, H, W] of the size that a converted model takes; None: one of the `images`, or what
+            `den_kernels.convert` takes where it is given none.
 
     Raises:
         ValueError: a model of another kind, a device that is not there, a budget below the cheapest structure's, more
@@ -62,6 +66,7 @@ class Engine:
         flops: float | None = None,
         budget_ms: float | None = None,
         images: Tensor | Mapping[str, Tensor] | None = None,
+        example: Tensor | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"{_OP}: dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -71,7 +76,9 @@ class Engine:
             raise ValueError(f"{_OP}: levels, flops and budget_ms must not be given together, got more than one")
         self.model, self.dtype, self.max_batch = model, dtype, max_batch
         self.device = choose_device(device)
-        example = images[:1] if isinstance(images, Tensor) else None
+        if example is None and isinstance(images, Tensor):
+            example = images[:1]
+        self.example = None if example is None else [1, *example.shape[1:]]
         self.network: Network = network_of(model, dtype, self.device, example)
         self._lowest = torch.tensor(self.network.lowest).to(self.device)
         self._graphs = Graphs(self._computed, self.device) if self.device.type == "cuda" else None
@@ -121,6 +128,45 @@ class Engine:
             results = joined(len(batch.tasks), pieces, [each for each, _ in made])
             answer = self.network.restore(batch, results)
             return (answer, batch.restore(torch.cat([own for _, own in made]))) if return_levels else answer
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        architecture: str | Mapping[str, Any] | None = None,
+        images: Tensor | Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write the engine to a folder: model.safetensors, config.json, and a model card. Returns the folder.
+
+        The weights are those that `engine.model` holds now, from which packed ones are made again. architecture: of a
+        converted model what builds it: "torchvision/resnet18" (or of timm, pytorchcv), or with settings
+        {"name": "timm/resnet18", "num_classes": 10}; None: `from_pretrained` is to be given the model. images: what
+        the card's table is measured on.
+
+        Raises ValueError for an architecture or a selector that cannot be made again.
+        """
+        return pretrained.save(self, folder, architecture, images)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, model: nn.Module | None = None, **options: Any) -> Self:
+        """The engine that `save_pretrained` wrote; no code of the folder is run.
+
+        folder: the folder, or a name on the Hugging Face hub where huggingface_hub is installed. model: of an engine
+        that was saved without an architecture the model before it was converted, with any weights; it is changed.
+        options: those of `Engine` that are to be others than as saved.
+
+        Raises ValueError for a folder that holds something else, or only a part.
+        """
+        place = Path(folder) if Path(folder).is_dir() else pretrained.downloaded(str(folder))
+        made, point, saved = pretrained.load(place, model)
+        engine = cls(made, **(saved | options))
+        if not {"levels", "flops", "budget_ms"} & set(options):
+            engine.point = Point(*(None if t is None else t.to(engine.device) for t in (point.structure, point.shift)))
+        return engine
+
+    def push_to_hub(self, name: str, *, architecture: Any = None, images: Any = None, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to a name on the Hugging Face hub; returns its address."""
+        return pretrained.push(self, name, architecture, images, **options)
 
     def profile(self, images: Images, task: Tasks | None = None) -> Profile:
         """What each block costs for these images: `print(engine.profile(images))`.

@@ -10,6 +10,7 @@ from den.nn.tasks import Task
 from den_kernels import ElasticModel, level_flops, report_of
 
 SHARE = 0.04  # of the model's FLOPs that a default selector may take
+NEVER = -1e4  # a logit of probability 0, that float16 holds and whose gradients are finite
 _OP = "attach_selector"
 
 
@@ -30,10 +31,10 @@ class ImageSelector(nn.Module):
         self.register_buffer("_allowed", allowed, persistent=False)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [B, N, G + 1]; -inf of levels below the lowest of a block."""
+        """Logits [B, N, G + 1]; `NEVER` of levels below the lowest of a block."""
         if tuple(images.shape[-2:]) != (self.size, self.size):
             images = nn.functional.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.selector(images, 0).masked_fill(~self._allowed, -torch.inf)
+        return self.selector(images, 0).masked_fill(~self._allowed, NEVER)
 
     def forward(self, images: Tensor) -> Tensor:
         """The most probable levels, int64 [B, N]."""

@@ -50,7 +50,7 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
         blocks[path] = FrozenBlock(forward.branch, groups, weights, _may_write(recording, path))
         taken += forward.branch.modules
     fold_norms(frozen, recording, taken)
-    frozen.to(memory_format=torch.channels_last)
+    frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for path, block in blocks.items():
         frozen.set_submodule(path, block)
     _join(frozen, recording, blocks)
