@@ -169,7 +169,7 @@ class Engine:
         return pretrained.push(self, name, architecture, images, **options)
 
     def profile(self, images: Images, task: Tasks | None = None) -> Profile:
-        """What each block costs for these images: `print(engine.profile(images))`.
+        """Measure what each block costs for these images: `print(engine.profile(images))`.
 
         The blocks are timed one by one, without graphs, so that together they take longer than `total`, which is the
         time of a call.

@@ -112,7 +112,7 @@ class _Training:
         self.generator = torch.Generator().manual_seed(settings.seed)
         table = level_flops(self.model, images[:1]).blocks
         self.fractions = (table / table[:, -1:]).float().to(images.device)
-        self.lowest = torch.tensor(self.selector.lowest, device=images.device)  # type: ignore[arg-type]
+        self.lowest = torch.tensor(self.selector.lowest, device=images.device)
 
     def batches(self) -> Iterator[Tensor]:
         """Positions [B] of images, passes over all without end."""
