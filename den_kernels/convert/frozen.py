@@ -49,10 +49,15 @@ class FrozenBlock(nn.Module):
         """x [B, C, H, W] -> [B, C_out, H_out, W_out], at the levels that are set; may write over x."""
         a = x if self.head is None else torch.relu(self.head(x))
         route = self.carrier.route(self.block, x)
+        if len(self.weights) > 1 and route.mask is not None:
+            raise ValueError(
+                "levels: levels of a frozen model with statistics for each level must be integers, got masks"
+            )
         if self.shortcut is None:
             out, own = x, self.may_write
         else:
-            out, own = self.shortcut(a if self.reads_head else x), True
+            out = self.shortcut(a if self.reads_head else x)
+            own = out.data_ptr() not in (x.data_ptr(), a.data_ptr()) if runs_eagerly(x) else False
         if self.direct and own and not self.copies and x.is_cpu and runs_eagerly(x):
             return self._onto(a, route, out)
         if len(self.weights) > 1:

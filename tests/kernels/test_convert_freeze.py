@@ -97,8 +97,6 @@ def test_the_input_is_not_written_over():
     )
     convert(model, 2, example=x[:1])
     before = x.clone()
-    with torch.no_grad(), levels(freeze(model, x[:1]), torch.tensor([[1, 2], [0, 1], [2, 2]])) as _:
-        pass
     frozen = freeze(model, x[:1])
     with torch.no_grad(), levels(frozen, torch.tensor([[1, 2], [0, 1], [2, 2]])):
         frozen(x)
@@ -158,6 +156,18 @@ def test_a_frozen_model_exports_with_its_weights_as_constants():
         assert any("dynamic_bottleneck" in name for name in names)
         for given in (own, own.flip(0)):
             torch.testing.assert_close(program.module()(x, given), WithLevels()(x, given), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_are_refused_where_there_are_statistics_for_each_level():
+    model, x = foreign("torchvision_basic"), images("torchvision_basic")
+    report = convert(model, 2, example=x[:1])
+    recalibrate(model, [x], progress=False)
+    with (
+        torch.no_grad(),
+        levels(frozen := freeze(model, x[:1]), torch.ones(len(x), len(report), 2, dtype=torch.bool)),
+        pytest.raises(ValueError, match="must be integers, got masks"),
+    ):
+        frozen(x)
 
 
 def test_models_that_were_not_converted_are_refused():
