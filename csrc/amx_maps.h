@@ -78,9 +78,17 @@ KERNEL __mmask32 lanes_of(int64_t left) { return left >= 32 ? 0xFFFFFFFFu : (1u 
 
 KERNEL Pair add(const Pair& x, const Pair& y) { return {_mm512_add_ps(x.low, y.low), _mm512_add_ps(x.high, y.high)}; }
 
-KERNEL Pair relu(const Pair& v) {
-  return {_mm512_max_ps(_mm512_setzero_ps(), v.low), _mm512_max_ps(_mm512_setzero_ps(), v.high)};
+KERNEL Pair load_pair(const float* from, int64_t left) {
+  const __mmask32 lanes = lanes_of(left);
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from),
+          _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), from + 16)};
 }
+
+KERNEL Pair at_least(__m512 least, const Pair& v) {  // a NaN passes
+  return {_mm512_max_ps(least, v.low), _mm512_max_ps(least, v.high)};
+}
+
+KERNEL Pair relu(const Pair& v) { return at_least(_mm512_setzero_ps(), v); }
 
 // count runs of up to 32 values, one every `from_step` and `to_step` elements, activated.
 template <bool affine>

@@ -20,19 +20,19 @@ namespace den_kernels {
 namespace {
 
 // A block's weights as Python holds them, and the two sets of arguments of which the dtype of conv1 sets one. A
-// `Handle` has fill(arguments), which sets the addresses of the rest of the weights, and set_maps(arguments, ...) for
-// those of a call.
-template <class Handle, template <class> class Arguments>
+// `Handle` has fill(arguments), which sets the addresses of the rest of the weights, and compute(arguments).
+template <class Handle, template <class> class Arguments, size_t count>
 struct BlockHandle {
   int64_t C, M, C_out, R, S, stride;
   Ints sizes;
   bool half;  // bfloat16
+  bool relu;
   Arguments<float> floats{};
   Arguments<bf16> halves{};
-  std::array<py::object, 7> tensors;  // scale1, shift1, conv1 and the others
+  std::array<py::object, count> tensors;  // scale1, shift1, conv1 and the others
 
   // shape: C, M, C_out, R, S, stride.
-  BlockHandle(const int64_t* shape, Ints groups, std::array<py::object, 7> weights)
+  BlockHandle(const int64_t* shape, Ints groups, std::array<py::object, count> weights, bool relu)
       : C(shape[0]),
         M(shape[1]),
         C_out(shape[2]),
@@ -41,6 +41,7 @@ struct BlockHandle {
         stride(shape[5]),
         sizes(std::move(groups)),
         half(Tensor(weights[2], Handle::op, "conv1").template is<bf16>()),
+        relu(relu),
         tensors(std::move(weights)) {
     check(stride >= 1, Handle::op, "stride", "at least 1", stride);
     check(R % 2 && S % 2 && R * S <= max_taps, Handle::op, "kernel", "odd and of at most 49 taps", R * S);
@@ -56,6 +57,7 @@ struct BlockHandle {
   template <class T>
   void fill_common(Arguments<T>& b) {
     b.C = C, b.C_out = C_out, b.M = M, b.R = R, b.S = S, b.stride = stride, b.sizes = sizes;
+    b.relu = relu;
     b.scale1 = dense_or_null<const float>(tensors[0], Handle::op, "scale1", {C});
     b.shift1 = dense_or_null<const float>(tensors[1], Handle::op, "shift1", {C});
     check(!b.scale1 == !b.shift1, Handle::op, "scale1 and shift1", "both tensors or both None", "one of them");
@@ -63,32 +65,33 @@ struct BlockHandle {
   }
 
   // Runs a copy of the arguments on the maps and the route of one call.
-  template <class T, class... Maps>
-  void run_as(Arguments<T> b, const Tensor& x, const py::tuple& route, const Maps&... maps) const {
+  template <class T>
+  void run_as(Arguments<T> b, const Tensor& x, py::handle shortcut, py::handle out, const py::tuple& route) const {
     b.x = x.maps<const T>({any_size, C, any_size, any_size});
     b.B = x.size(0), b.H = x.size(2), b.W = x.size(3);
     b.Ho = (b.H + stride - 1) / stride, b.Wo = (b.W + stride - 1) / stride;
-    self().set_maps(b, maps...);
+    b.shortcut = Tensor(shortcut, Handle::op, "shortcut").maps<const T>({b.B, C_out, b.Ho, b.Wo});
+    b.out = Tensor(out, Handle::op, "out").maps<T>({b.B, C_out, b.Ho, b.Wo});
     b.route = selections_of(route, Handle::op, b.B);
     check(b.route.G == static_cast<int64_t>(sizes.size()), Handle::op, "route", "of the block's groups", b.route.G);
     py::gil_scoped_release unlocked;
     Handle::compute(b);
   }
 
-  template <class... Maps>
-  void run(py::handle x, const py::tuple& route, const Maps&... maps) const {
+  void call(py::handle x, py::handle shortcut, py::handle out, const py::tuple& route) const {
     const Tensor input(x, Handle::op, "x");
-    half ? run_as(halves, input, route, maps...) : run_as(floats, input, route, maps...);
+    half ? run_as(halves, input, shortcut, out, route) : run_as(floats, input, shortcut, out, route);
   }
 };
 
 // Tensors: scale1, shift1, conv1, scale2, bias1, conv2, bias2; conv1 and conv2 packed, of float32 also as they are,
 // four axes, channels-last.
-struct ResidualHandle : BlockHandle<ResidualHandle, ResidualBlock> {
+struct ResidualHandle : BlockHandle<ResidualHandle, ResidualBlock, 7> {
   static constexpr char op[] = "dynamic_residual";
 
-  ResidualHandle(const std::array<int64_t, 6>& shape, Ints groups, std::array<py::object, 7> weights)
-      : BlockHandle(shape.data(), std::move(groups), std::move(weights)) {
+  // shape: C, M, C_out, R, S, stride.
+  ResidualHandle(const std::array<int64_t, 6>& shape, Ints groups, std::array<py::object, 7> weights, bool relu)
+      : BlockHandle(shape.data(), std::move(groups), std::move(weights), relu) {
     BlockHandle::fill();
   }
 
@@ -112,29 +115,19 @@ struct ResidualHandle : BlockHandle<ResidualHandle, ResidualBlock> {
   }
 
   template <class T>
-  void set_maps(ResidualBlock<T>& b, py::handle shortcut, py::handle out) const {
-    b.shortcut = Tensor(shortcut, op, "shortcut").maps<const T>({b.B, C_out, b.Ho, b.Wo});
-    b.out = Tensor(out, op, "out").maps<T>({b.B, C_out, b.Ho, b.Wo});
-  }
-
-  template <class T>
   static void compute(const ResidualBlock<T>& b) {
     dynamic_residual(b);
   }
-
-  void call(py::handle x, py::handle shortcut, py::handle out, const py::tuple& route) const {
-    run(x, route, shortcut, out);
-  }
 };
 
-// Tensors: scale1, shift1, conv1, bias1, conv2, bias2, conv3.
-struct BottleneckHandle : BlockHandle<BottleneckHandle, BottleneckArguments> {
+// Tensors: scale1, shift1, conv1, bias1, conv2, bias2, conv3, bias3.
+struct BottleneckHandle : BlockHandle<BottleneckHandle, BottleneckArguments, 8> {
   static constexpr char op[] = "dynamic_bottleneck";
   int64_t cardinality;
 
   // shape: C, M, C_out, R, S, stride, cardinality.
-  BottleneckHandle(const std::array<int64_t, 7>& shape, Ints groups, std::array<py::object, 7> weights)
-      : BlockHandle(shape.data(), std::move(groups), std::move(weights)), cardinality(shape[6]) {
+  BottleneckHandle(const std::array<int64_t, 7>& shape, Ints groups, std::array<py::object, 8> weights, bool relu)
+      : BlockHandle(shape.data(), std::move(groups), std::move(weights), relu), cardinality(shape[6]) {
     check(cardinality >= 1 && M % cardinality == 0, op, "cardinality", "a divisor of the hidden channels", cardinality);
     for (const int64_t size : sizes)
       check(size % (M / cardinality) == 0 || cardinality == 1, op, "groups", "whole cardinality groups", size);
@@ -150,20 +143,17 @@ struct BottleneckHandle : BlockHandle<BottleneckHandle, BottleneckArguments> {
     b.conv2 = packed_weight<T>(tensors[4], op, "conv2", M, M / cardinality, R, S, prefixes);
     b.bias2 = Tensor(tensors[5], op, "bias2").dense<const float>({M});
     b.conv3 = packed_weight<T>(tensors[6], op, "conv3", C_out, M, 1, 1, prefixes);
-  }
-
-  template <class T>
-  void set_maps(BottleneckArguments<T>& b, py::handle out) const {
-    b.out = Tensor(out, op, "out").maps<T>({b.B, C_out, b.Ho, b.Wo});
+    b.bias3 = dense_or_null<const float>(tensors[7], op, "bias3", {C_out});
   }
 
   template <class T>
   static void compute(const BottleneckArguments<T>& b) {
     dynamic_bottleneck(b);
   }
-
-  void call(py::handle x, py::handle out, const py::tuple& route) const { run(x, route, out); }
 };
+
+constexpr char of_call[] =
+    "out = shortcut + branch(x): x [B, C, H, W], shortcut and out [B, C_out, Ho, Wo], channels-last; a route.";
 
 void pack(py::handle weight, py::handle scale, py::handle packed, const Ints& in_sizes) {
   const char* op = "pack_weights";
@@ -215,19 +205,19 @@ void bind_dynamic_residual(py::module_& m) {
   m.def("pack_turned_weights", &pack_turned, "weight [O, I, R, S] channels-last; packed, or of bfloat16 turned.");
   py::class_<ResidualHandle>(m, "ResidualBlock",
                              "(C, M, C_out, R, S, stride), sizes of the hidden groups, (scale1, shift1, conv1, scale2, "
-                             "bias1, conv2, bias2)")
-      .def(py::init<std::array<int64_t, 6>, Ints, std::array<py::object, 7>>())
-      .def("__call__", &ResidualHandle::call,
-           "out = shortcut + branch(x): x [B, C, H, W], shortcut and out [B, C_out, Ho, Wo], channels-last; a route.");
+                             "bias1, conv2, bias2), relu of the sum")
+      .def(py::init<std::array<int64_t, 6>, Ints, std::array<py::object, 7>, bool>(), py::arg("shape"),
+           py::arg("groups"), py::arg("weights"), py::arg("relu") = false)
+      .def("__call__", &ResidualHandle::call, of_call);
 }
 
 void bind_dynamic_bottleneck(py::module_& m) {
   py::class_<BottleneckHandle>(m, "BottleneckBlock",
                                "(C, M, C_out, R, S, stride, cardinality), sizes of the hidden groups, (scale1, shift1, "
-                               "conv1, bias1, conv2, bias2, conv3)")
-      .def(py::init<std::array<int64_t, 7>, Ints, std::array<py::object, 7>>())
-      .def("__call__", &BottleneckHandle::call,
-           "out += branch(x): x [B, C, H, W], out [B, C_out, Ho, Wo], channels-last; a route.");
+                               "conv1, bias1, conv2, bias2, conv3, bias3), relu of the sum")
+      .def(py::init<std::array<int64_t, 7>, Ints, std::array<py::object, 8>, bool>(), py::arg("shape"),
+           py::arg("groups"), py::arg("weights"), py::arg("relu") = false)
+      .def("__call__", &BottleneckHandle::call, of_call);
 }
 
 namespace {

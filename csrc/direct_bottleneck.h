@@ -141,15 +141,18 @@ struct StoreHidden {
   }
 };
 
-// Sums added to the output.
-struct AddOutput {
+// Sums added to the shortcut, which lies `shortcut` floats behind the output.
+struct StoreOutput {
   float* to[most_strips];
-  int64_t live[most_strips], pixel;
+  int64_t live[most_strips], pixel, shortcut;
+  Vector least;
   template <int vectors>
   KERNEL void operator()(int strip, int i, const Vector (&sums)[vectors]) const {
     if (i >= live[strip]) return;
     float* at = to[strip] + i * pixel;
-    UNROLL for (int v = 0; v < vectors; ++v) store16(at + v * 16, add(load16(at + v * 16), sums[v]));
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      store16(at + v * 16, at_least(least, add(load16(at + shortcut + v * 16), sums[v])));
+    }
   }
 };
 
@@ -230,15 +233,16 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   }
 }
 
-// conv3 of that band, added to the output.
+// conv3 of that band, added to the shortcut.
 void last_band(const Chunk& c, int64_t first, int64_t count, const float* scratch) {
   const Arguments& p = c.block;
   const int64_t most = strips_per_tile(c.out.size), weight_vector = weight_words<float>(p.M, 1), pixel = c.pixel();
   const int64_t tap = 0;
-  const Vector bias[2] = {zeros(), zeros()};
-  AddOutput store{{}, {}, p.C_out};
+  StoreOutput store{{}, {}, p.C_out, p.shortcut - p.out, broadcast(least_of(p))};
   for (int64_t n = 0; n < p.C_out / 16; n += tile_vectors) {
     const int64_t vectors = std::min<int64_t>(tile_vectors, p.C_out / 16 - n);
+    Vector bias[2] = {zeros(), zeros()};
+    for (int64_t v = 0; p.bias3 && v < vectors; ++v) bias[v] = load16(p.bias3 + (n + v) * 16);
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
       Inputs in{{}, pixel, {&tap, 1, 0, 1}, c.selected.hidden.pieces, p.conv3 + n * weight_vector, weight_vector};
@@ -249,7 +253,7 @@ void last_band(const Chunk& c, int64_t first, int64_t count, const float* scratc
         store.to[i] = p.out + (row * p.Wo + at.column) * p.C_out + n * 16;
         store.live[i] = at.live;
         for (int64_t k = 0; k < at.live; ++k)  // asked for now: it is in the cache when the sums are done
-          _mm_prefetch(reinterpret_cast<const char*>(store.to[i] + k * p.C_out), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(store.to[i] + store.shortcut + k * p.C_out), _MM_HINT_T0);
       }
       sum_strips(c.out.size, strips, vectors, in, bias, store);
     }
@@ -308,11 +312,9 @@ void run_direct(const BottleneckArguments<float>& p) {
   std::vector<Selected> selected;
   for (const Channels& channels : hidden)
     selected.push_back({channels, cut({{0, p.C}}, 16), inputs_by_group(p, channels)});
-  const int64_t threads = omp_get_max_threads();
-  const auto make = [&](int64_t start, int64_t count, const Channels& chosen) {
+  run_instances(p, hidden, omp_get_max_threads(), 1, [&](int64_t start, int64_t count, const Channels& chosen) {
     return Chunk(p, selected[&chosen - hidden.data()], start, count);
-  };
-  run_chunks(make_chunks(p, hidden, threads, 1, make), threads, 0, [](int64_t) {});
+  });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -19,6 +20,7 @@
 #include "check.h"
 #include "direct_channels.h"
 #include "dispatch.h"
+#include "numbers.h"
 #include "parallel.h"
 
 namespace den_kernels {
@@ -180,7 +182,13 @@ void check_block(const Arguments& b) {
   check(b.R % 2 && b.S % 2 && b.R * b.S <= max_taps, "dynamic_residual", "kernel", "odd and at most 7 x 7", b.R * b.S);
 }
 
-// The instances that have no branch, and so only a shortcut to copy.
+// The least value of a block's output: 0 behind a ReLU.
+template <class Arguments>
+float least_of(const Arguments& b) {
+  return b.relu ? 0.f : -std::numeric_limits<float>::infinity();
+}
+
+// The instances that have no branch, and so only a shortcut to copy, or its ReLU; none where it lies there already.
 template <class Arguments>
 std::vector<int64_t> without_branch(const Arguments& b, const std::vector<Channels>& hidden) {
   std::vector<int64_t> found;
@@ -190,17 +198,36 @@ std::vector<int64_t> without_branch(const Arguments& b, const std::vector<Channe
   return found;
 }
 
+// relu(from) into `to`, which may be the same; a NaN passes.
+inline void copy_relu(const float* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i] < 0.f ? 0.f : from[i];
+}
+inline void copy_relu(const bf16* from, bf16* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]) < 0.f ? bf16{} : from[i];
+}
+
+// Runs all instances of a block; make as for make_chunks.
+template <class Arguments, class Make>
+void run_instances(const Arguments& b, const std::vector<Channels>& hidden, int64_t threads, int64_t multiple,
+                   Make make) {
+  const std::vector<int64_t> rest = without_branch(b, hidden);
+  const int64_t size = b.Ho * b.Wo * b.C_out;
+  run_chunks(make_chunks(b, hidden, threads, multiple, make), threads, static_cast<int64_t>(rest.size()),
+             [&](int64_t i) {
+               const auto* from = b.shortcut + rest[i] * size;
+               auto* to = b.out + rest[i] * size;
+               if (b.relu)
+                 copy_relu(from, to, size);
+               else
+                 std::memcpy(to, from, size * sizeof(*to));
+             });
+}
+
 // Runs the whole block. block: the channels that the kernel takes together; make as for make_chunks.
 template <class Arguments, class Make>
 void run_block(const Arguments& b, int64_t block, int64_t multiple, Make make) {
   check_block(b);
-  const int64_t threads = omp_get_max_threads();
-  const std::vector<Channels> hidden = channels_of(b.route, b.sizes, b.M, block);
-  const std::vector<int64_t> copied = without_branch(b, hidden);
-  const int64_t size = b.Ho * b.Wo * b.C_out;
-  run_chunks(
-      make_chunks(b, hidden, threads, multiple, make), threads, static_cast<int64_t>(copied.size()),
-      [&](int64_t i) { std::memcpy(b.out + copied[i] * size, b.shortcut + copied[i] * size, size * sizeof(*b.out)); });
+  run_instances(b, channels_of(b.route, b.sizes, b.M, block), omp_get_max_threads(), multiple, make);
 }
 
 }  // namespace den_kernels

@@ -194,12 +194,13 @@ struct OutputTile : UsualTile {
     sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
                                                    taps_of(c, taps, at[0].row, at[strips - 1].row, 1, b.Ho), weight,
                                                    weight_vector, c.hidden.words.pieces, ahead);
+    const Vector least = broadcast(least_of(b));
     UNROLL for (int q = 0; q < strips; ++q) {
       UNROLL for (int p = 0; p < size; ++p) {
         if (p >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const int64_t to = p * b.C_out + v * 16;
-          store16(out[q] + to, add(load16(shortcut[q] + to), acc[q * size + p][v]));
+          store16(out[q] + to, at_least(least, add(load16(shortcut[q] + to), acc[q * size + p][v])));
         }
       }
     }

@@ -167,11 +167,12 @@ void hidden_items(const RowsChunk& c, int64_t begin, int64_t end) {
 void output_items(const RowsChunk& c, int64_t begin, int64_t end) {
   const ResidualBlock<float>& b = c.block;
   if (!b.unpacked2) return output_items<float>(c, begin, end);
+  const __m128 least = _mm_set1_ps(least_of(b));
   const auto store = [&](const Piece& piece, const Pixels& at, int p, __m128 sum) {
     const int64_t row = b.route.order[c.start + at.instance[p]] * b.Ho + at.row[p];
     const int64_t to = (row * b.Wo + at.column[p]) * b.C_out + piece.first;
     if (b.bias2) sum = _mm_add_ps(sum, _mm_loadu_ps(b.bias2 + piece.first));
-    _mm_storeu_ps(b.out + to, _mm_add_ps(_mm_loadu_ps(b.shortcut + to), sum));
+    _mm_storeu_ps(b.out + to, _mm_max_ps(least, _mm_add_ps(_mm_loadu_ps(b.shortcut + to), sum)));
   };
   sum_items(
       c, c.outputs, c.pixels2, b.conv2, b.M, c.hidden.channels.ranges, c.h, 1, begin, end,

@@ -10,9 +10,10 @@
 
 namespace den_kernels {
 
-// out[b] = shortcut[b] + conv3(relu(conv2(relu(conv1(relu(scale1 * x[b] + shift1)) + bias1)) + bias2)) over the hidden
-// channels that instance b selected; an instance that selected none is not touched. conv1 and conv3 are 1 x 1, conv2 is
-// R x S with "same" padding, the stride and the cardinality. Maps are channels-last.
+// out[b] = shortcut[b] + conv3(relu(conv2(relu(conv1(relu(scale1 * x[b] + shift1)) + bias1)) + bias2)) + bias3 over the
+// hidden channels that instance b selected, shortcut[b] where it selected none; with `relu` the ReLU of it. conv1 and
+// conv3 are 1 x 1, conv2 is R x S with "same" padding, the stride and the cardinality. Maps are channels-last; `out`
+// may be `shortcut`, then an instance without a branch is not touched; `shortcut` may be `x`.
 template <class T>
 struct BottleneckArguments {
   int64_t B, H, W, C;       // input map
@@ -22,7 +23,8 @@ struct BottleneckArguments {
   Selections route;
   std::vector<int64_t> sizes;  // [G] channels of the hidden groups
   const T* x;                  // [B, H, W, C]
-  T* out;                      // [B, Ho, Wo, C_out], holds the shortcut; may be x
+  const T* shortcut;           // [B, Ho, Wo, C_out]
+  T* out;                      // [B, Ho, Wo, C_out]
   const float* scale1;         // [C], or null: no batch norm and no ReLU before conv1
   const float* shift1;         // [C]
   const T* conv1;              // packed, as conv2 [M, M / cardinality, R, S] and conv3; float32: by pack_weights
@@ -30,6 +32,8 @@ struct BottleneckArguments {
   const T* conv2;
   const float* bias2;  // [M]
   const T* conv3;
+  const float* bias3;  // [C_out] or null
+  bool relu;           // of the sum
 };
 
 // Needs AVX-512 or AVX2 (has_direct_float32); C, C_out and M / cardinality divisible by 16; R and S odd, at most 7 x 7;

@@ -107,25 +107,30 @@ struct WriteHidden {
   }
 };
 
-// Sums added to the output, rounded once.
-struct AddOutput {
+// Sums and bias added to the shortcut, rounded once.
+struct FinishOutput {
   const Chunk& chunk;
 
   template <int outputs>
   KERNEL void run(const Place& at, int64_t slot, const float* sums) const {
     const Arguments& p = chunk.block;
     const int64_t together = chunk.maps[2].together, sums_step = together * outputs * 16;
+    const Pair bias = p.bias3 ? load_pair(p.bias3 + slot * 32, outputs * 16) : Pair{};
+    const __m512 least = _mm512_set1_ps(least_of(p));
     for (int64_t f = 0; f < std::min(together, chunk.count - at.group * together); ++f) {
       const int64_t instance = p.route.order[chunk.start + at.group * together + f];
-      bf16* out = p.out + ((instance * p.Ho + at.row) * p.Wo + at.column) * p.C_out + slot * 32;
+      const int64_t first = ((instance * p.Ho + at.row) * p.Wo + at.column) * p.C_out + slot * 32;
+      const bf16* shortcut = p.shortcut + first;
+      bf16* out = p.out + first;
       const float *s = sums + f * outputs * 16, *end = s + at.live * sums_step;
-      for (; s != end; out += p.C_out, s += sums_step) {
+      for (; s != end; shortcut += p.C_out, out += p.C_out, s += sums_step) {
         if constexpr (outputs == 2) {
-          const Pair sum{_mm512_load_ps(s), _mm512_load_ps(s + 16)};
-          _mm512_storeu_si512(out, rounded(add(sum, widen(_mm512_loadu_si512(out)))));
+          const Pair sum = add({_mm512_load_ps(s), _mm512_load_ps(s + 16)}, bias);
+          _mm512_storeu_si512(out, rounded(at_least(least, add(sum, widen(_mm512_loadu_si512(shortcut))))));
         } else {
-          __m256i* half = reinterpret_cast<__m256i*>(out);
-          _mm256_storeu_si256(half, rounded(_mm512_add_ps(_mm512_load_ps(s), widen(_mm256_loadu_si256(half)))));
+          const __m512 sum = _mm512_add_ps(_mm512_load_ps(s), bias.low);
+          const __m512 x = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(shortcut)));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), rounded(_mm512_max_ps(least, _mm512_add_ps(sum, x))));
         }
       }
     }
@@ -161,7 +166,7 @@ void middle_stage(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
 void output_items(const Chunk& c, int64_t begin, int64_t end) {
   const Arguments& p = c.block;
   const Section section = section_of(p.conv3, widths_of(p.sizes, p.M), c.hidden.end, p.C_out, 1, 1);
-  convolve_map(c, 2, begin, end, c.hidden, c.outputs, section, AddOutput{c});
+  convolve_map(c, 2, begin, end, c.hidden, c.outputs, section, FinishOutput{c});
 }
 
 #pragma GCC pop_options
@@ -178,10 +183,9 @@ void dynamic_bottleneck(const BottleneckArguments<bf16>& p) {
   const int64_t threads = omp_get_max_threads(), multiple = together_of(p.Wo, 16);
   const Channels stream = channels_of({{0, p.C}}, p.C, 32), outputs = channels_of({{0, p.C_out}}, p.C_out, 32);
   const std::vector<Channels> hidden = channels_of(p.route, p.sizes, p.M, 32);
-  const auto make = [&](int64_t start, int64_t count, const Channels& selected) {
+  run_instances(p, hidden, threads, multiple, [&](int64_t start, int64_t count, const Channels& selected) {
     return make_chunk(p, stream, selected, outputs, start, count);
-  };
-  run_chunks(make_chunks(p, hidden, threads, multiple, make), threads, 0, [](int64_t) {});
+  });
 }
 
 #else

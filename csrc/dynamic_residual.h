@@ -14,7 +14,8 @@ namespace den_kernels {
 //   a = relu(x * scale1 + shift1)      (scale1 null: a = x)
 //   h = relu(conv(a, conv1[S], stride) + bias1[S])
 //   branch = conv(h, conv2[:, S]) + bias2, 0 where S is empty
-// `out` may be `shortcut`, then an instance without a branch is not touched; `shortcut` may be `x`.
+// and with `relu` the ReLU of the sum. `out` may be `shortcut`, then an instance without a branch is not touched;
+// `shortcut` may be `x`.
 // Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights
 // or pack_weights_bf16 (dynamic_bf16.h), or are the parameters (float32: scale2, unpacked2).
 template <class T>
@@ -35,6 +36,7 @@ struct ResidualBlock {
   const float* bias2;          // [C_out] or null
   const float* scale2;         // [M]: conv1 is the parameter [M, R, S, C], to be multiplied by it; null: packed
   bool unpacked2;              // conv2 is the parameter [C_out, R, S, M]
+  bool relu;                   // of the sum
 };
 
 // C and C_out must be divisible by 16.

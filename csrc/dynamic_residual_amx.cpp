@@ -58,12 +58,6 @@ void clear_maps(const Chunk& c, int64_t begin, int64_t end) {
   }
 }
 
-KERNEL Pair load_pair(const float* from, int64_t left) {
-  const __mmask32 lanes = lanes_of(left);
-  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from),
-          _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), from + 16)};
-}
-
 // One row of the input map, activated, into scratch.
 template <bool affine>
 KERNEL void activate_row(const Chunk& c, const bf16* x, bf16* a) {
@@ -124,6 +118,7 @@ KERNEL void finish_output(const Chunk& c, const Place& at, int64_t slot, const f
   const ResidualBlock<bf16>& b = c.block;
   const int64_t together = c.h.together, step = b.C_out, sums_step = together * outputs * 16, channel = slot * 32;
   const Pair bias = b.bias2 ? load_pair(b.bias2 + channel, outputs * 16) : Pair{};
+  const __m512 least = _mm512_set1_ps(least_of(b));
   for (int64_t f = 0; f < together; ++f) {
     const int64_t instance = b.route.order[c.start + at.group * together + f];
     const int64_t first = ((instance * b.Ho + at.row) * b.Wo + at.column) * b.C_out + channel;
@@ -133,11 +128,11 @@ KERNEL void finish_output(const Chunk& c, const Place& at, int64_t slot, const f
     for (; s != end; shortcut += step, out += step, s += sums_step) {
       if constexpr (outputs == 2) {
         const Pair sum = add({_mm512_load_ps(s), _mm512_load_ps(s + 16)}, bias);
-        _mm512_storeu_si512(out, rounded(add(sum, widen(_mm512_loadu_si512(shortcut)))));
+        _mm512_storeu_si512(out, rounded(at_least(least, add(sum, widen(_mm512_loadu_si512(shortcut))))));
       } else {  // half a vector: a masked store would stall the next pixel's load
         const __m512 sum = _mm512_add_ps(_mm512_load_ps(s), bias.low);
         const __m512 x = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(shortcut)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), rounded(_mm512_add_ps(sum, x)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), rounded(_mm512_max_ps(least, _mm512_add_ps(sum, x))));
       }
     }
   }

@@ -52,13 +52,11 @@ int64_t cost_of(const BottleneckArguments<T>& b, const Shape& s, int64_t width) 
 template <class Block, class T>
 void run_one(Block b, const Shape& s, int64_t B, const T* x, T* out, const Selections& route) {
   b.B = B, b.H = s.H, b.W = s.W, b.Ho = s.Ho(), b.Wo = s.Wo(), b.route = route;
-  b.x = x, b.out = out;
-  if constexpr (std::is_same_v<Block, ResidualBlock<T>>) {
-    b.shortcut = out;
+  b.x = x, b.shortcut = b.out = out;
+  if constexpr (std::is_same_v<Block, ResidualBlock<T>>)
     dynamic_residual(b);
-  } else {
+  else
     dynamic_bottleneck(b);
-  }
 }
 
 // Instances sorted by level, the highest first, and where each level begins: what a plan says of a block.

@@ -63,6 +63,9 @@ KERNEL Vector multiply(const Vector& a, const Vector& b) {
 KERNEL Vector fma(const Vector& a, const Vector& b, const Vector& sum) {
   return {_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
 }
+KERNEL Vector at_least(const Vector& least, const Vector& v) {  // a NaN passes
+  return {_mm256_max_ps(least.low, v.low), _mm256_max_ps(least.high, v.high)};
+}
 KERNEL Vector relu(const Vector& v) {  // a NaN passes
   return {_mm256_max_ps(_mm256_setzero_ps(), v.low), _mm256_max_ps(_mm256_setzero_ps(), v.high)};
 }

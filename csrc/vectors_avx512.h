@@ -32,7 +32,8 @@ KERNEL Vector broadcast(float value) { return _mm512_set1_ps(value); }
 KERNEL Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 KERNEL Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 KERNEL Vector fma(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
-KERNEL Vector relu(Vector v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // a NaN passes
+KERNEL Vector at_least(Vector least, Vector v) { return _mm512_max_ps(least, v); }  // a NaN passes
+KERNEL Vector relu(Vector v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }      // a NaN passes
 KERNEL Vector keep(Vector v, Lanes lanes) { return _mm512_maskz_mov_ps(lanes, v); }
 
 // The selected lanes, without gaps.

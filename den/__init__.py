@@ -4,6 +4,8 @@ from den._moved import MOVED, install
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from den.inference.engine import Engine
+    from den.nn.attached import attach_selector
     from den.nn.backbones import BACKBONES, Backbone, named_backbone, resnet, resnext, vgg, wide_resnet
     from den.nn.count import (
         ImageFlops,
@@ -20,11 +22,14 @@ if TYPE_CHECKING:
     from den.nn.model_config import ModelConfig
     from den.nn.selector import Selector, SelectorConfig
     from den.nn.tasks import Task
+    from den.recipes.converted import ElasticTraining, train_elastic
     from den.runs.predict import Prediction, Predictor, load
     from den_kernels import __version__
 
 # Imported when they are asked for, so that the command line is there before torch: see `den.cli`.
 _HOMES = {
+    "den.inference.engine": ("Engine",),
+    "den.nn.attached": ("attach_selector",),
     "den.nn.backbones": ("BACKBONES", "Backbone", "named_backbone", "resnet", "resnext", "vgg", "wide_resnet"),
     "den.nn.count": (
         "ImageFlops", "ParameterCounts", "count_flops", "count_parameters", "image_flops", "parameter_fractions",
@@ -37,6 +42,7 @@ _HOMES = {
     "den.nn.selector": ("Selector", "SelectorConfig"),
     "den.nn.tasks": ("Task",),
     "den.runs.predict": ("Prediction", "Predictor", "load"),
+    "den.recipes.converted": ("ElasticTraining", "train_elastic"),
     "den_kernels": ("__version__",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -45,6 +51,8 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "DeepElasticNetwork",
+    "ElasticTraining",
+    "Engine",
     "Estimator",
     "GraphedNetwork",
     "ImageFlops",
@@ -56,6 +64,7 @@ __all__ = [
     "SelectorConfig",
     "Task",
     "__version__",
+    "attach_selector",
     "count_flops",
     "count_parameters",
     "create_model",
@@ -68,6 +77,7 @@ __all__ = [
     "parameter_fractions",
     "resnet",
     "resnext",
+    "train_elastic",
     "vgg",
     "wide_resnet",
 ]

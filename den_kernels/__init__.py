@@ -5,7 +5,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._on_import import when_imported
 from .bottleneck_weights import BottleneckWeights
-from .convert import ElasticModel, advise, convert, extract, latency_table, levels, recalibrate
+from .convert import (
+    ElasticModel,
+    advise,
+    convert,
+    extract,
+    freeze,
+    latency_table,
+    level_flops,
+    levels,
+    recalibrate,
+    report_of,
+)
 from .dynamic_bottleneck import dynamic_bottleneck, dynamic_bottleneck_
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
@@ -47,8 +58,11 @@ __all__ = [
     "dynamic_residual_",
     "dynamic_trunk",
     "extract",
+    "freeze",
     "invalidate",
     "latency_table",
+    "level_flops",
     "levels",
     "recalibrate",
+    "report_of",
 ]

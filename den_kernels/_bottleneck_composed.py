@@ -21,7 +21,7 @@ def run(
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
     """shortcut + branch(x). Only the instances above level 0 are read and added to, on a CPU and in Triton."""
-    if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
+    if weights.bias3 is None and x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
         from ._triton.residual import add_branch
 
         given = inplace or shortcut is not None
@@ -30,7 +30,10 @@ def run(
         return out
     out = x if inplace else own_shortcut(x, weights, shortcut)
     if not x.is_cpu:
-        return out.add_(_branch(_activated(x, weights), route, weights))
+        branch = _branch(_activated(x, weights), route, weights)
+        if weights.bias3 is not None:  # which conv3 gives to instances at level 0, too
+            branch = torch.where((route.levels > 0)[:, None, None, None], branch, 0)
+        return out.add_(branch)
     rows, users = _users(route)
     if len(rows):
         relu = weights.scale1 is not None
@@ -45,7 +48,7 @@ def _branch(
     route: Route,
     weights: BottleneckWeights,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """The three convolutions, with ReLU behind the first two; bn2 and bn3 are in their weights."""
+    """The three convolutions, with ReLU behind the first two; the batch norms are in their weights."""
     for index, (weight, bias, geometry) in enumerate(weights.convolutions):
         x = compute(x, weight, bias, route, geometry, partial(weights.packed_alone, index))
         x = x.relu_() if index < 2 else x

@@ -1,4 +1,4 @@
-"""The residual block on a CPU: in one direct call of C++, or through oneDNN, segment by segment."""
+"""The residual block on a CPU: in one direct call of C++, which bottlenecks share, or through oneDNN, by segments."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._block_op import own_shortcut
+from ._block_op import keeps_shape, own_shortcut
+from .bottleneck_weights import BottleneckWeights
 from .plan import Route, read_route
 from .residual_weights import ResidualWeights
 from .rows import gather_rows, scatter_rows_
@@ -19,12 +20,15 @@ _CHUNK_BYTES = 6 << 20
 def run_direct(
     x: Tensor,  # [B, C, H, W] channels-last
     route: Route,
-    weights: ResidualWeights,
+    weights: ResidualWeights | BottleneckWeights,
     shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
     inplace: bool,
-) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
-    """shortcut + branch(x) in C++ (csrc/direct_residual.h)."""
-    if inplace or (shortcut is None and weights.stride == 1 and weights.conv2.shape[0] == x.shape[1]):
+) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; the shortcut itself if inplace
+    """shortcut + branch(x), and its ReLU, in C++ (csrc/direct_residual.h, direct_bottleneck.h).
+
+    With `inplace` instances at level 0 are not touched, not even by the ReLU.
+    """
+    if shortcut is None and keeps_shape(x, weights):
         shortcut = x
     elif shortcut is None:
         shortcut, inplace = own_shortcut(x, weights), True
@@ -47,39 +51,33 @@ def run_onednn(
     """
     out = x if inplace else own_shortcut(x, weights, shortcut)
     compute, P_in, P_out = weights.dtype, x.shape[2] * x.shape[3], out.shape[2] * out.shape[3]
-    packed = weights.levels if route.mask is None else ()
-    whole = None if packed else weights.all_hidden()
+    levels = weights.levels if route.mask is None else ()
+    whole = None if levels else weights.all_hidden()
     bias2 = None if weights.bias2 is None else weights.bias2.to(compute)
     for start, end, groups in segments(route):
-        hidden = weights.hidden(groups, whole) if whole else packed[sum(groups) - 1]
+        hidden = weights.hidden(groups, whole) if whole else levels[sum(groups) - 1]
         map_bytes = compute.itemsize * (P_in * x.shape[1] + P_out * (hidden.bias1.shape[0] + out.shape[1]))
         step = chunk_size(end - start, map_bytes)
         for i in range(start, end, step):
             rows = route.order[i : min(i + step, end)]
             relu = weights.scale1 is not None
             a = gather_rows(x, rows, x.shape[1], weights.scale1, weights.shift1, relu, compute)
-            h = _convolution(a, hidden.conv1, hidden.bias1, weights.stride, True, hidden.packed)
-            y = _convolution(h, hidden.conv2, bias2, 1, False, hidden.packed)
+            h = _convolution(a, hidden.conv1, hidden.bias1, weights.stride, True)
+            y = _convolution(h, hidden.conv2, bias2, 1, False)
             scatter_rows_(out, y, rows, accumulate=True)
     return out
 
 
 def _convolution(
     x: Tensor,  # [n, C, H, W]
-    weight: Tensor,  # [O, C, R, S], in oneDNN's own layout if `packed`
+    weight: Tensor,  # [O, C, R, S] channels-last
     bias: Tensor | None,  # [O]
     stride: int,
     relu: bool,
-    packed: bool,
 ) -> Tensor:  # [n, O, H_out, W_out] channels-last
     """The "same" convolution, then ReLU if asked: in a pass of its own, as oneDNN's fused ReLU turns NaN into 0."""
     R, S = weight.shape[2:]
-    if packed:
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, [R // 2, S // 2], [stride] * 2, [1, 1], 1, "none", [], ""
-        )
-    else:
-        y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2))
+    y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2))
     y = y.contiguous(memory_format=torch.channels_last)
     return y.relu_() if relu else y
 

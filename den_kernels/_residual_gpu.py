@@ -54,7 +54,7 @@ def add_branch_masked(
     a = x
     if weights.scale1 is not None and weights.shift1 is not None:
         a = (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu_().to(x.dtype)
-    conv1, bias1, conv2, _ = weights.all_hidden()
+    conv1, bias1, conv2 = weights.all_hidden()
     h = F.conv2d(a, conv1, bias1, weights.stride, (R // 2, S // 2))
     h = torch.where(channels, h.relu_(), 0)
     bias2 = None if weights.bias2 is None else weights.bias2.to(h.dtype)

@@ -4,7 +4,11 @@ Equivalent, for an instance whose selected hidden channels are `s`, to
 
     shortcut(x) + conv3[:, s](relu(bn3(conv2[s, s](relu(bn2(conv1[s](relu(bn1(x)))))))))
 
-and to shortcut(x) where s is empty
+and to shortcut(x) where s is empty; of an ordinary ResNet (He et al., 2016, `Bottleneck`) to
+
+    relu(shortcut + bn3(conv3[:, s](relu(bn2(conv2[s, s](relu(bn1(conv1[s](x)))))))))
+
+and relu(shortcut)
 
 (Ahn, Kim, Oh, ICCV 2019, section 3.1, on the block of He et al., CVPR 2016, with the cardinality of Xie et al., CVPR
 2017; batch norm with running statistics). The batch norms are folded once, when the weights are prepared: bn1 into an
@@ -24,6 +28,7 @@ from torch import Tensor
 from . import _bottleneck_composed
 from ._block_op import BlockOp, own_shortcut
 from ._operands import Operands
+from ._residual_cpu import run_direct
 from .bottleneck_weights import BottleneckWeights
 from .eager import not_scriptable
 from .plan import Route, channels_of
@@ -47,8 +52,9 @@ def dynamic_bottleneck_reference(
             a = (a * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu().to(x.dtype)
         h = torch.where(chosen, F.conv2d(a, weights.conv1, bias1).relu(), 0)
         h = F.conv2d(h, weights.conv2, bias2, weights.stride, (R // 2, S // 2), groups=weights.cardinality)
-        out[b] += F.conv2d(torch.where(chosen, h.relu(), 0), weights.conv3)[0]
-    return out
+        bias3 = None if weights.bias3 is None else weights.bias3.to(x.dtype)
+        out[b] += F.conv2d(torch.where(chosen, h.relu(), 0), weights.conv3, bias3)[0]
+    return out.relu_() if weights.relu else out
 
 
 def _compute(
@@ -59,11 +65,10 @@ def _compute(
     inplace: bool,  # the result is written over x
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last
     """The block by the kernels of its device."""
-    if weights.direct is None:
-        return _bottleneck_composed.run(x, route, weights, shortcut, inplace)
-    out = x if inplace else own_shortcut(x, weights, shortcut)
-    weights.handle(x, out, (route.groups, route.order, route.offsets, route.mask))
-    return out
+    if weights.direct is not None:
+        return run_direct(x, route, weights, shortcut, inplace)
+    out = _bottleneck_composed.run(x, route, weights, shortcut, inplace)
+    return out.relu_() if weights.relu else out
 
 
 class _Operands(NamedTuple):
@@ -80,9 +85,11 @@ class _Operands(NamedTuple):
     conv2: Tensor
     bias2: Tensor
     conv3: Tensor
+    bias3: Tensor | None
     groups: list[int]
     stride: int
     cardinality: int
+    relu: bool
     direct: list[Tensor]
 
 
@@ -97,15 +104,16 @@ def dynamic_bottleneck(
     """A bottleneck block at inference, over the hidden channel groups that each instance selected.
 
     Args:
-        x: [B, C, H, W] float32, float16, bfloat16 (float64 runs the reference); channels-last in memory is fastest.
+        x: [B, C, H, W] float32, float16, bfloat16 (float64 runs the reference); channels-last in memory is fastest. Of
+            a post-activation block the output of a ReLU.
         selection: a `Route` of a plan, levels (integer [B]) or a mask (bool [B, G]).
         weights: the folded block, `BottleneckWeights.fold(conv1, bn1, conv2, bn2, conv3, bn3)`.
         shortcut: [B, C_out, H_out, W_out] in x's dtype, of a block whose shortcut has parameters; None: average pooling
             of x by the stride, zero channels added.
 
     Returns:
-        [B, C_out, H_out, W_out] channels-last, with H_out = ceil(H / stride): the shortcut plus the branch. An instance
-        at level 0 gets exactly the shortcut.
+        [B, C_out, H_out, W_out] channels-last, with H_out = ceil(H / stride): the shortcut plus the branch, through
+        ReLU if the block is post-activation. An instance at level 0 gets exactly the shortcut (through ReLU).
 
     Raises:
         ValueError: x or shortcut of another shape or device, a selection that does not fit, a gradient is required.

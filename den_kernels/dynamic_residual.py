@@ -51,7 +51,7 @@ def dynamic_residual_reference(
     for b in range(x.shape[0]):
         groups = tuple(selection[b].tolist())
         if any(groups):
-            conv1, bias1, conv2, _ = weights.hidden(groups, whole)
+            conv1, bias1, conv2 = weights.hidden(groups, whole)
             a = x[b : b + 1].to(conv1.dtype)
             if weights.scale1 is not None and weights.shift1 is not None:
                 a = (a * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu().to(conv1.dtype)
@@ -73,7 +73,9 @@ def _compute(
         from ._residual_gpu import run
 
         return run(x, route, weights, shortcut, inplace)
-    out = (run_onednn if weights.direct is None else run_direct)(x, route, weights, shortcut, inplace)
+    if weights.direct is not None:
+        return run_direct(x, route, weights, shortcut, inplace)
+    out = run_onednn(x, route, weights, shortcut, inplace)
     return out.relu_() if weights.relu else out
 
 
@@ -131,7 +133,7 @@ def dynamic_residual(
 def dynamic_residual_(x: Tensor, selection: Route | Tensor, weights: ResidualWeights) -> Tensor:
     """:func:`dynamic_residual`, in place where the block keeps the shape of `x` [B, C, H, W], else in a new map.
 
-    In place, an instance at level 0 costs nothing: none of its bytes is read or written (of a post-activation block,
-    whose ReLU would change none of them, on a GPU).
+    In place, an instance at level 0 costs nothing: none of its bytes is read or written (the ReLU of a post-activation
+    block would change none of them).
     """
     return _OP.in_place(x, selection, weights)

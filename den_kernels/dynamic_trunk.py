@@ -2,7 +2,7 @@
 
 Equivalent to the blocks one after the other, each over the hidden channels that an instance selected for it
 
-    for weights in blocks: x = shortcut(x) + branch(x)
+    for weights in blocks: x = shortcut(x) + branch(x)        of a post-activation block relu of it, for x >= 0
     features = relu(x * scale + shift).mean((2, 3))
 
 (Ahn, Kim, Oh, ICCV 2019, section 3.1). On a CPU that is one call of C++ (csrc/dynamic_trunk.cpp). Instances do not
@@ -61,9 +61,8 @@ class TrunkWeights(HasHandle):
 
     @cached_property
     def whole(self) -> bool:
-        """True where one call runs all blocks: a direct kernel runs each of them, and none ends in a ReLU."""
-        plain = all(block.direct is not None and not getattr(block, "relu", False) for block in self.blocks)
-        return plain and self._alike
+        """True where one call runs all blocks: a direct kernel runs each of them."""
+        return all(block.direct is not None for block in self.blocks) and self._alike
 
     @cached_property
     def _alike(self) -> bool:
@@ -71,9 +70,14 @@ class TrunkWeights(HasHandle):
         kinds = {(block.conv1.dtype, block.conv1.device) for block in self.blocks}
         return len(kinds) == 1
 
+    @cached_property
+    def _plain(self) -> bool:
+        """True where no block ends in a ReLU or has a bias of its third convolution, of which Triton knows nothing."""
+        return not any(block.relu or getattr(block, "bias3", None) is not None for block in self.blocks)
+
     def runs_on_gpu(self, x: Tensor) -> bool:
         """True where one call runs all blocks on x [B, C, H, W], which is not on a CPU."""
-        return self._alike and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
+        return self._alike and self._plain and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
     def shapes(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
         """[C_out, H_out, W_out] of each block that changes the shape of its map."""

@@ -1,9 +1,11 @@
 """Residual branches with elastic hidden channels in models written by others: see `convert`."""
 
 from .advise import Advice, advise
-from .carrier import ElasticModel, levels
+from .carrier import ElasticModel, levels, report_of
 from .convert import convert
 from .extract import extract
+from .flops import LevelFlops, level_flops
+from .freeze import freeze
 from .latency import LatencyTable, latency_table
 from .recalibrate import recalibrate
 from .report import Block, LeftAlone, Report
@@ -14,11 +16,15 @@ __all__ = [
     "ElasticModel",
     "LatencyTable",
     "LeftAlone",
+    "LevelFlops",
     "Report",
     "advise",
     "convert",
     "extract",
+    "freeze",
     "latency_table",
+    "level_flops",
     "levels",
     "recalibrate",
+    "report_of",
 ]

@@ -41,7 +41,15 @@ def _routed(layer: Layer, module: Any, shares: Sequence[float]) -> Routed:
     if isinstance(module, nn.Linear):
         outs, ins = sizes(layer.writes, module.out_features), sizes(layer.reads, module.in_features)
         return RoutedLinear.from_linear(module, outs, ins)
-    norm = RoutedBatchNorm2d.from_norm(module, sizes(layer.writes, module.num_features) or None)
+    return plain_norm(module, sizes(layer.writes, module.num_features) or None)
+
+
+def plain_norm(module: nn.BatchNorm2d | nn.SyncBatchNorm, groups: Sequence[int] | None = None) -> RoutedBatchNorm2d:
+    """A norm that shares the tensors of `module`, with the modules that this holds behind it as children.
+
+    Raises TypeError for a norm of another package that computes something else.
+    """
+    norm = RoutedBatchNorm2d.from_norm(module, groups)
     for name, behind in module.named_children():
         norm.add_module(name, behind)
     _check_norm(norm, module)

@@ -1,6 +1,7 @@
 """How the levels reach the layers of a model whose forwards know nothing of them."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..eager import is_ordinary
 from ..plan import Route, RoutingPlan
-from .report import Block
+from .report import Block, Report
 
 _OP = "levels"
 
@@ -26,6 +27,8 @@ class Selection:
     """Over the branch as a whole: level 1 where anything of it is in use."""
     full: bool
     """It was seen that every instance uses all of it."""
+    used: bool = False
+    """It was seen that every instance uses some of it."""
 
 
 Selections = tuple[Selection, ...]  # of each block
@@ -34,8 +37,8 @@ Selections = tuple[Selection, ...]  # of each block
 class Shared:
     """What all threads see of a converted model."""
 
-    def __init__(self, blocks: tuple[Block, ...], groups: int) -> None:
-        self.blocks, self.groups = blocks, groups
+    def __init__(self, blocks: tuple[Block, ...], shares: Sequence[float]) -> None:
+        self.blocks, self.shares, self.groups = blocks, tuple(shares), len(shares)
         self.replays: dict[int, Selections | None] = {}  # of a backward pass that runs, by its id
 
     def forget(self, task: int) -> None:
@@ -43,7 +46,7 @@ class Shared:
         self.replays.pop(task, None)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.blocks, self.groups)
+        return type(self), (self.blocks, self.shares)
 
 
 class Carrier(threading.local):
@@ -62,7 +65,7 @@ class Carrier(threading.local):
         return type(self), (self.shared,)
 
     def __deepcopy__(self, memo: dict) -> "Carrier":
-        return memo.setdefault(id(self), type(self)(Shared(self.shared.blocks, self.shared.groups)))
+        return memo.setdefault(id(self), type(self)(Shared(self.shared.blocks, self.shared.shares)))
 
     def selection(self, block: int) -> Selection | None:
         """What the instances use of a block now; None: all of it."""
@@ -72,6 +75,24 @@ class Carrier(threading.local):
         if selections is None and (task := torch._C._current_graph_task_id()) >= 0:
             selections = self._replayed(task)
         return None if selections is None or selections[block].full else selections[block]
+
+    def route(self, block: int, x: Tensor) -> Route:
+        """The route of a block for the instances of x [B, ...]; without levels they use all of it."""
+        if self.selections is not None:
+            return self.selections[block].hidden
+        full = torch.full((x.shape[0], 1), self.shared.groups, dtype=torch.int32, device=x.device)
+        return RoutingPlan.from_levels(full, self.shared.groups)[0]
+
+    def plan_of(self, blocks: list[int], x: Tensor) -> RoutingPlan:
+        """The plan of some of the blocks, as `route`."""
+        routes = [self.route(block, x) for block in blocks]
+        levels, order, offsets = (
+            torch.stack([getattr(route, name) for route in routes]) for name in ("levels", "order", "offsets")
+        )
+        masks = None
+        if routes[0].mask is not None:
+            masks = torch.stack([route.selection() for route in routes]).transpose(0, 1)
+        return RoutingPlan(levels.t(), order, offsets, self.shared.groups, masks)
 
     def _replayed(self, task: int) -> Selections | None:
         if task not in self.shared.replays:
@@ -95,7 +116,7 @@ class Carrier(threading.local):
             levels = self._raised(levels, looks)
         plan = RoutingPlan.from_masks(levels) if levels.dtype == torch.bool else RoutingPlan.from_levels(levels, groups)
         least = plan.levels.amin(0).tolist() if looks and len(levels) else [0] * len(blocks)
-        return tuple(Selection(r, r.active(), low == groups) for r, low in zip(plan, least, strict=True))
+        return tuple(Selection(r, r.active(), low == groups, low > 0) for r, low in zip(plan, least, strict=True))
 
     def _raised(self, levels: Tensor, looks: bool) -> Tensor:
         """The levels, at least the lowest of each block; ValueError for a lower one where it can be seen."""
@@ -156,6 +177,15 @@ def carrier_of(model: nn.Module, op: str = _OP) -> Carrier:
 
 def _kind(model: nn.Module) -> str:
     return type(model).__name__
+
+
+def report_of(model: nn.Module) -> Report:
+    """The blocks of a converted model, as `convert` reported them, without what was left alone.
+
+    Raises ValueError for a model that was not converted.
+    """
+    shared = carrier_of(model, "report_of").shared
+    return Report(shared.blocks, (), shared.groups, shared.shares)
 
 
 class levels:

@@ -14,7 +14,7 @@ from .forms import fuse
 from .kinds import kind_of_block
 from .order import sort_by_l1
 from .prove import prove
-from .record import Node, Recording, record
+from .record import Node, Recording, example_of, record
 from .region import Region, branch_of, find_region, sums
 from .report import Block, LeftAlone, Report
 from .rules import Unfit, describe
@@ -73,7 +73,7 @@ def convert(
         raise ValueError(f"{_OP}: model must not be converted already, got {type(model).__name__} with elastic blocks")
     with torch.random.fork_rng():  # the caller's generators stay as they are, and so does what is proved
         torch.manual_seed(0)
-        args, kwargs = _arguments(model, example)
+        args, kwargs = example_of(model, example, _OP)
         recording = record(model, args, kwargs)
         found, left = _blocks(model, recording, shares)
         chosen = _chosen(model, found, left, blocks)
@@ -83,14 +83,14 @@ def convert(
             for each in chosen:
                 sort_by_l1(each.region)
         made = _install(model, recording, chosen, shares)
-    return Report(made, tuple(left), len(shares))
+    return Report(made, tuple(left), len(shares), shares)
 
 
 def _install(
     model: nn.Module, recording: Recording, chosen: Sequence[_Found], shares: Sequence[float]
 ) -> tuple[Block, ...]:
     """Put routed layers in the place of the blocks' own, and fused forwards where there are such; the blocks."""
-    shared = Shared(tuple(_block(each, shares) for each in chosen), len(shares))
+    shared = Shared(tuple(_block(each, shares) for each in chosen), shares)
     carrier, routed = Carrier(shared), []
     for n, each in enumerate(chosen):
         modules = {layer.node.index: layer.node.target for layer in each.region.layers}
@@ -115,18 +115,6 @@ def _shares(groups: int | Sequence[float]) -> tuple[float, ...]:
     if isinstance(groups, Sequence) and groups and all(isinstance(g, (int, float)) and g > 0 for g in groups):
         return tuple(map(float, groups))
     raise ValueError(f"{_OP}: groups must be a number of groups or their shares, all positive, got {groups!r}")
-
-
-def _arguments(model: nn.Module, example: Any) -> tuple[tuple, Mapping[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), example
-    if example is not None:
-        return (example if isinstance(example, tuple) else (example,)), {}
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
-        raise ValueError(f"{_OP}: example must be given for a model without a convolution, got None")
-    size = getattr(model, "in_size", None) or getattr(model, "default_cfg", {}).get("input_size", (0, 224, 224))[1:]
-    return (torch.randn(1, first.in_channels, *size, device=first.weight.device, dtype=first.weight.dtype),), {}
 
 
 def _blocks(model: nn.Module, recording: Recording, shares: Sequence[float]) -> tuple[list[_Found], list[LeftAlone]]:

@@ -33,7 +33,7 @@ def extract(model: nn.Module, structure: Sequence[int] | Tensor) -> nn.Module:
     plain = unfused(copy.deepcopy(model))
     for name, layer in list(plain.named_modules()):
         if isinstance(layer, Routed):
-            made = _plain(layer, levels[layer.block], shared.groups)
+            made = plain_layer(layer, levels[layer.block], shared.groups)
             plain.set_submodule(name, made.train(layer.training))
     for module in plain.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -54,7 +54,8 @@ def _levels(structure: Sequence[int] | Tensor, shared: Shared) -> list[int]:
     return levels
 
 
-def _plain(layer: Any, level: int, groups: int) -> nn.Module:
+def plain_layer(layer: Any, level: int, groups: int) -> nn.Module:
+    """The module of torch.nn that computes what a routed layer does at a level."""
     if isinstance(layer, RoutedBatchNorm2d):
         norm = _norm(layer, level, groups)
         return nn.Sequential(norm, *layer.children()) if len(list(layer.children())) else norm

@@ -1,11 +1,11 @@
 """Converted blocks that run as one op at inference: `dynamic_residual` for basic blocks, else `dynamic_bottleneck`."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..bottleneck_weights import BottleneckWeights
 from ..dynamic_bottleneck import dynamic_bottleneck
@@ -52,57 +52,33 @@ class Branch:
     def weights(self) -> Any:
         """The parameters as the op takes them, folded once; None where the op does not run."""
         try:
-            return self._cache.of(self.modules, self._fold if len(self.convs) == 2 else self._pack)
+            return self._cache.of(self.modules, self.fold)
         except (ValueError, TypeError):  # shapes that the op does not take
             return None
 
     def __call__(self, x: Tensor, selection: Selection, weights: Any) -> Tensor:
         """The block of x [B, C, H, W] at inference."""
-        a = x
-        if self.head is not None and (self.shortcut is not None or len(self.convs) == 3):
-            a = torch.relu(self.head(x))
-        shortcut = x if self.shortcut is None else self.shortcut(a if self.reads_head else x)
-        if len(self.convs) == 3:
-            return self._bottleneck(a, shortcut, selection, *weights)
-        alone = self.shortcut is None and (self.head is not None or self.activated)
-        return dynamic_residual(a, selection.hidden, weights, None if alone else shortcut)
+        a = x if self.head is None or self.shortcut is None else torch.relu(self.head(x))
+        shortcut = None
+        if self.shortcut is not None:
+            shortcut = self.shortcut(a if self.reads_head else x)
+        elif self.head is None and not self.activated:
+            shortcut = x
+        op: Any = dynamic_residual if len(self.convs) == 2 else dynamic_bottleneck
+        return op(a, selection.hidden, weights, shortcut)
 
-    def _bottleneck(
-        self, a: Tensor, shortcut: Tensor, selection: Selection, weights: BottleneckWeights, bias: Tensor | None
-    ) -> Tensor:
-        if bias is not None:
-            active = (selection.active.levels > 0)[:, None, None, None]
-            shortcut = shortcut + torch.where(active, bias[:, None, None], 0)
-        out = dynamic_bottleneck(a, selection.hidden, weights, shortcut)
-        return out.relu_() if self.post_activation else out
+    def fold(self, convs: Any = None, norms: Any = None) -> ResidualWeights | BottleneckWeights:
+        """The weights of the block, or of one with other convolutions and norms in the place of its own.
 
-    def _fold(self) -> ResidualWeights:
-        conv1, conv2 = self.convs
-        if self.post_activation:
-            return ResidualWeights.fold(conv1, self.norms[0], conv2, self.norms[1], post_activation=True)
-        return ResidualWeights.fold(conv1, self.head if self.shortcut is None else None, conv2, self.norms[0])
-
-    @torch.no_grad()
-    def _pack(self) -> tuple[BottleneckWeights, Tensor | None] | None:
-        """The packed weights, and the bias that remains for the sum; None where the kernel does not run."""
-        conv1, conv2, conv3 = self.convs
-        behind1, behind2, *behind3 = self.norms
-        last = _folded(conv3, *behind3)
-        bias, last.bias = last.bias, None
-        weights = BottleneckWeights.fold(conv1, None, conv2, behind1, last, behind2).released()
-        return None if weights.direct is None else (weights, None if bias is None else bias.detach())
-
-
-def _folded(conv: nn.Conv2d, norm: Any = None) -> nn.Conv2d:
-    """A convolution of its own with the batch norm behind it, if there is one, folded in."""
-    same: Any = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
-    made = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **same, device="meta")  # type: ignore[arg-type]
-    made.weight, made.bias = conv.weight, conv.bias
-    if norm is not None:
-        made.weight, made.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-    return made
+        Raises ValueError or TypeError for shapes that the op does not take.
+        """
+        (conv1, *convs), norms = convs or self.convs, norms or self.norms
+        if not self.post_activation:
+            norms = (self.head if self.shortcut is None else None, *norms)
+        layers = [conv1, *chain.from_iterable(zip(norms, convs, strict=False)), norms[-1]]
+        if len(convs) == 1:
+            return ResidualWeights.fold(*layers, post_activation=self.post_activation)
+        return BottleneckWeights.fold(*layers, post_activation=self.post_activation).released()
 
 
 class FusedForward:

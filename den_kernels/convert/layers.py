@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..dynamic_conv import dynamic_conv2d
 from ..dynamic_norm import DynamicBatchNorm2d
@@ -32,7 +33,7 @@ class Routed(nn.Module):
 
     def _closed(self, y: Tensor, selection: Selection) -> Tensor:
         """y [B, ...], 0 where the branch is not in use."""
-        if not self.closes:
+        if not self.closes or (selection.used and not is_compiling()):
             return y
         active = (selection.active.levels > 0).view(-1, *[1] * (y.ndim - 1))
         return torch.where(active, y, 0)

@@ -26,7 +26,7 @@ def prove(recording: Recording, region: Region, shares: Sequence[float]) -> None
     scale of 1e-6.
     """
     copies = {i: _randomised(recording.nodes[i].target) for i in _modules(recording, region)}
-    carrier = Carrier(Shared((Block("", "", "", (), 0, ()),), len(shares)))
+    carrier = Carrier(Shared((Block("", "", "", (), 0, ()),), shares))
     layers = routed_layers(region, shares, carrier, 0, copies)
     indices = sorted(region.inner | {node.index for node in region.path})
     end, own = Ref(region.path[-1].index), torch.empty(0)

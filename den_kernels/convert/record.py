@@ -64,6 +64,8 @@ class Recording:
     """What each module was called with last, where that was without keywords."""
     calls: dict[int, int] = field(default_factory=dict)
     """How often a module ran, by its id."""
+    returned: set[int] = field(default_factory=set)
+    """The nodes whose results the model returned."""
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
 
@@ -154,6 +156,15 @@ class _Recorder(TorchFunctionMode):
         if isinstance(result, Tensor) and id(result) in self._made:
             self.recording.results[path] = self._made[id(result)]
 
+    def add_outputs(self, value: Any) -> None:
+        if isinstance(value, Mapping):  # of transformers: what it returns is one
+            value = list(value.values())
+        if isinstance(value, (tuple, list)):
+            for part in value:
+                self.add_outputs(part)
+        elif isinstance(value, Tensor) and id(value) in self._made:
+            self.recording.returned.add(self._made[id(value)].node)
+
     def add_inputs(self, values: Any) -> None:
         for value in tree_flatten(values)[0]:
             if isinstance(value, Tensor):
@@ -210,6 +221,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def example_of(model: nn.Module, example: Any, op: str) -> tuple[tuple, Mapping[str, Any]]:
+    """Arguments of the model: those of `example` (a tensor, a tuple, a mapping), or for None one random image.
+
+    Raises ValueError, which says `op`, for None where the model has no convolution.
+    """
+    if isinstance(example, Mapping):
+        return (), example
+    if example is not None:
+        return (example if isinstance(example, tuple) else (example,)), {}
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError(f"{op}: example must be given for a model without a convolution, got None")
+    size = getattr(model, "in_size", None) or getattr(model, "default_cfg", {}).get("input_size", (0, 224, 224))[1:]
+    return (torch.randn(1, first.in_channels, *size).to(first.weight),), {}
+
+
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None) -> Recording:
     """The recording of `model(*args, **kwargs)`, run in evaluation mode without gradients."""
     recorder = _Recorder(model)
@@ -218,5 +245,6 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = Non
     with evaluating(model), _hooked(model, recorder):
         recorder.add_inputs((args, dict(kwargs or {})))
         with recorder:
-            model(*args, **(kwargs or {}))
+            result = model(*args, **(kwargs or {}))
+        recorder.add_outputs(result)
     return recorder.recording

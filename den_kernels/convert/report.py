@@ -39,6 +39,8 @@ class Report:
     left: tuple[LeftAlone, ...]
     groups: int
     """G: levels of a block are 0..G."""
+    shares: tuple[float, ...] = ()
+    """Of the channel groups in the hidden channels, in proportion."""
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -12,27 +12,31 @@ from torch import nn
 from den_kernels import BottleneckWeights, DynamicConv2d, dynamic_bottleneck, dynamic_bottleneck_
 from den_kernels.dynamic_bottleneck import OPERANDS, dynamic_bottleneck_reference
 from den_kernels.plan import as_route
-from den_kernels.testing import make_levels, make_mask
+from den_kernels.testing import channel_mask, make_levels, make_mask
 from tests.oracle import unlike_new
 
 LIMITS = {torch.float32: 2**-15, torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 2**-40}
 
 
 class Block(nn.Module):
-    """conv3(relu(bn3(conv2(relu(bn2(conv1(relu(bn1(x)))))))))."""
+    """conv3(relu(bn3(conv2(relu(bn2(conv1(relu(bn1(x))))))))).
 
-    def __init__(self, C, groups, C_out, kernel=(3, 3), stride=1, cardinality=1, first=False, bias=False):
+    post: bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))), and ReLU of the sum.
+    """
+
+    def __init__(self, C, groups, C_out, kernel=(3, 3), stride=1, cardinality=1, first=False, bias=False, post=False):
         super().__init__()
         torch.manual_seed(0)
-        M, padding = sum(groups), tuple(side // 2 for side in kernel)
-        self.bn1 = None if first else nn.BatchNorm2d(C)
+        M, padding, self.post = sum(groups), tuple(side // 2 for side in kernel), post
+        self.bn1 = None if first and not post else nn.BatchNorm2d(M if post else C)
         self.conv1, self.bn2 = DynamicConv2d(C, M, 1, bias=bias, out_groups=groups), nn.BatchNorm2d(M)
         self.conv2 = nn.Conv2d(M, M, kernel, stride, padding, groups=cardinality, bias=bias)
-        self.bn3, self.conv3 = nn.BatchNorm2d(M), nn.Conv2d(M, C_out, 1, bias=False)
+        self.bn3, self.conv3 = nn.BatchNorm2d(C_out if post else M), nn.Conv2d(M, C_out, 1, bias=bias)
         unlike_new(self).eval()
 
     def fold(self):
-        return BottleneckWeights.fold(self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3)
+        layers = self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3
+        return BottleneckWeights.fold(*layers, post_activation=self.post)
 
 
 def image(batch, C, size, dtype=torch.float32, seed=1):
@@ -49,6 +53,7 @@ def wide(weights):
 def check(x, selection, weights, shortcut=None):
     """No element errs more than twice what the definition does in the dtype of x, and a few roundings."""
     route = as_route(selection, len(weights.groups), len(x))
+    x = x.relu() if weights.relu else x
     twin = None if shortcut is None else shortcut.double()
     exact = dynamic_bottleneck_reference(x.double(), route, wide(weights), twin)
     bound = 0.0
@@ -71,7 +76,7 @@ def check(x, selection, weights, shortcut=None):
 
 def _shortcut(x, weights, shortcut):
     if shortcut is not None:
-        return shortcut
+        return shortcut.relu() if weights.relu else shortcut
     pooled = F.avg_pool2d(x, weights.stride, ceil_mode=True) if weights.stride > 1 else x
     return F.pad(pooled, (0, 0, 0, 0, 0, weights.out_channels - x.shape[1]))
 
@@ -91,12 +96,13 @@ def _shortcut(x, weights, shortcut):
     first=st.booleans(),
     bias=st.booleans(),
     given_shortcut=st.booleans(),
+    post=st.booleans(),
 )
 def test_it_is_the_definition(
-    dtype, C, groups, grows, kernel, size, stride, cardinal, batch, kind, first, bias, given_shortcut
+    dtype, C, groups, grows, kernel, size, stride, cardinal, batch, kind, first, bias, given_shortcut, post
 ):
     cardinality = 4 if cardinal and all(group % 4 == 0 for group in groups) else 1
-    block = Block(C, groups, C + grows, kernel, stride, cardinality, first, bias)
+    block = Block(C, groups, C + grows, kernel, stride, cardinality, first, bias, post)
     for conv in (block.conv1, block.conv2, block.conv3):
         conv.to(dtype)
     selection = make_mask(batch, len(groups)) if kind == "mask" else make_levels(kind, batch, len(groups))
@@ -129,6 +135,19 @@ def test_the_definition_is_the_modules_with_the_selected_channels(stride, cardin
                 h = block.bn3(F.pad(h, (0, 0, 0, 0, 0, 32 - width))).relu()[:, :width]
                 expected = expected + F.conv2d(h, block.conv3.weight[:, :width])
         torch.testing.assert_close(got[b : b + 1], expected)
+
+
+@pytest.mark.parametrize("groups", [(16, 16, 32), (7, 9)], ids=["whole", "composed"])
+def test_a_post_activation_block_is_its_modules(groups):
+    block, x = Block(16, groups, 32, bias=True, post=True), image(5, 16, (7, 6)).relu()
+    levels, shortcut = torch.tensor([0, 1, 2, len(groups), 0]), image(5, 32, (7, 6), seed=2)
+    chosen = channel_mask(levels, groups)[:, :, None, None]
+    with torch.no_grad():
+        h = torch.where(chosen, block.bn1(block.conv1(x)).relu(), 0)
+        h = torch.where(chosen, block.bn2(block.conv2(h)).relu(), 0)
+        branch = torch.where((levels > 0)[:, None, None, None], block.bn3(block.conv3(h)), 0)
+    got = dynamic_bottleneck(x, levels, block.fold(), shortcut)
+    torch.testing.assert_close(got, (shortcut + branch).relu(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -168,7 +187,7 @@ BAD_LAYERS = {
     "conv1 with a stride": (other(conv1=nn.Conv2d(16, 32, 1, 2)), "conv1 must have stride 1, got 2"),
     "conv2 without padding": (other(conv2=nn.Conv2d(32, 32, 3)), "conv2 must have an odd kernel, 'same' zero padding"),
     "conv2 of other channels": (other(conv2=nn.Conv2d(16, 32, 3, padding=1)), "must take conv1's 32 channels"),
-    "conv3 with a bias": (other(conv3=nn.Conv2d(32, 16, 1)), "conv3 must have no bias, got one"),
+    "no bn1": (other(bn1=None) | {"post_activation": True}, "bn1 must be a batch norm in a post-activation block"),
     "conv3 to fewer channels": (other(conv3=nn.Conv2d(32, 8, 1, bias=False)), "conv3 at least 16, got"),
     "groups across cardinality groups": (
         other(conv1=DynamicConv2d(16, 32, 1, out_groups=(12, 20)), conv2=nn.Conv2d(32, 32, 3, padding=1, groups=4)),

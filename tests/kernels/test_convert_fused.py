@@ -10,22 +10,18 @@ from torch import Tensor, nn
 
 from den_kernels import convert, levels, recalibrate
 from den_kernels.convert.fused import BASIC, BOTTLENECK, Branch
-from den_kernels.residual_weights import runs_direct
 from tests.foreign_models import FAMILIES, foreign, images, random_levels
 from tests.oracle import unlike_new
-from tests.stand_ins import HuggingBottleneck, PlainBasicBlock
+from tests.stand_ins import PlainBasicBlock
 
 LAYERS = "dynamic convolutions"
 FORMS = {
-    "pytorchcv_resnet": BASIC,
-    "pytorchcv_preresnet": BASIC,
-    "pytorchcv_wrn": BASIC,
-    "torchvision_basic": BASIC,
-    "pytorchcv_resnet_bottleneck": BOTTLENECK,
-    "pytorchcv_preresnet_bottleneck": BOTTLENECK,
-    "torchvision_bottleneck": BOTTLENECK,
-}
-HAS_DIRECT = runs_direct(torch.device("cpu"), torch.float32, (16, 16, 3, 3), (16, 16, 3, 3))
+    **dict.fromkeys(("pytorchcv_resnet", "pytorchcv_preresnet", "pytorchcv_wrn", "torchvision_basic"), BASIC),
+    **dict.fromkeys(
+        ("pytorchcv_resnet_bottleneck", "pytorchcv_preresnet_bottleneck", "pytorchcv_resnext", "pytorchcv_regnetx",
+         "torchvision_bottleneck", "torchvision_resnext", "timm", "transformers"), BOTTLENECK,
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -52,19 +48,10 @@ def test_blocks_of_a_known_form_run_as_one_op(name, runs):
     model, x = foreign(name), images(name)
     report = convert(model, 2, example=x)
     wanted = FORMS.get(name, LAYERS)
-    if wanted == BOTTLENECK and not HAS_DIRECT:
-        wanted = LAYERS
-    if name != "pytorchcv_resnext":  # of its blocks the wide ones
-        assert {block.kernel for block in report} == {wanted}
+    assert {block.kernel for block in report} == {wanted}
     runs.clear()
     at(model, x, random_levels(len(x), report.lowest, 2))
-    assert len(runs) == sum(block.kernel != LAYERS for block in report)
-
-
-def test_a_wide_bottleneck_of_transformers_runs_as_one_op():
-    model = unlike_new(nn.Sequential(nn.ReLU(), HuggingBottleneck(64, 128, 2), HuggingBottleneck(128, 128))).eval()
-    kernels = {block.kernel for block in convert(model, (1, 1, 2), example=torch.randn(1, 64, 6, 6))}
-    assert kernels == {BOTTLENECK if HAS_DIRECT else LAYERS}
+    assert len(runs) == (len(report) if wanted != LAYERS else 0)
 
 
 @pytest.fixture

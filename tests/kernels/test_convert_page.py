@@ -24,3 +24,6 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     with torch.no_grad(), names["den_kernels"].levels(names["model"], torch.full((8, 3), 2)):
         torch.testing.assert_close(names["half"](x), names["model"](x), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "latency.json").exists()
+    assert names["right"] > 0.8
+    assert len(set(map(tuple, names["chosen"].tolist()))) > 1
+    assert "FLOPs saved" in shown

@@ -53,9 +53,9 @@ def residual(x, shortcut, out, order, offsets, mask, *weights):
     block(x, shortcut, out, (2, order, offsets, mask))
 
 
-def bottleneck(x, out, order, offsets, mask, *weights):
+def bottleneck(x, shortcut, out, order, offsets, mask, *weights):
     block = extension.BottleneckBlock((C, M, C, 3, 3, 1, 1), (16, 16), weights)
-    block(x, out, (2, order, offsets, mask))
+    block(x, shortcut, out, (2, order, offsets, mask))
 
 
 def trunk(x, levels, wider, features, scale, shift):
@@ -156,8 +156,8 @@ CALLS: dict[str, tuple[Callable, Callable[[], list]]] = {
     ),
     "BottleneckBlock": (
         bottleneck,
-        lambda: [maps(C), maps(C), *route_tensors(), vector(), vector(), packed(M, C, 1), vector(), packed(M, M, 9),
-                 vector(), packed(C, M, 1)],
+        lambda: [maps(C), maps(C), maps(C), *route_tensors(), vector(), vector(), packed(M, C, 1), vector(),
+                 packed(M, M, 9), vector(), packed(C, M, 1), vector()],
     ),
     "Trunk": (
         trunk,

@@ -1,0 +1,1 @@
+"""Networks in use: one engine for Deep Elastic Networks and for converted models."""

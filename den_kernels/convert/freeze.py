@@ -1,0 +1,113 @@
+"""A converted model for inference alone."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from .carrier import ElasticModel, carrier_of
+from .fold import fold_norms
+from .frozen import FrozenBlock, FrozenRow, fold_branch
+from .fused import FusedForward
+from .record import Recording, Ref, example_of, record
+from .rules import kind_of
+
+_OP = "freeze"
+
+
+def freeze(model: nn.Module, example: Any = None) -> nn.Module:
+    """A copy of a converted model for inference alone, at the levels that `levels` sets; the model itself stays.
+
+    Batch norms are folded into the convolutions before them. Blocks of which the report says that an op runs them are
+    modules of their own that hold the folded weights as the op reads them (of each level, where `recalibrate` measured
+    statistics for each), and several in a row that keep the shape of their map are one call. Weights are channels-last
+    in memory; give it maps that are, too.
+
+    The copy stays in evaluation mode, on its device and in its dtype, and its state_dict is none: save the model.
+    torch.compile and torch.export see the ops with the weights as constants.
+
+    example: as `convert` takes it.
+
+    Raises ValueError for a model that was not converted.
+    """
+    if isinstance(model, ElasticModel):
+        return ElasticModel(freeze(model.model, example), copy.deepcopy(model.selector).eval())
+    carrier_of(model, _OP)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        recording = record(frozen, *example_of(frozen, example, _OP))
+    fused = {path: m.__dict__["forward"] for path, m in frozen.named_modules() if _is_fused(m)}
+    blocks, taken = {}, []
+    for path, forward in fused.items():
+        try:
+            weights = fold_branch(forward.branch, carrier_of(frozen).shared.groups)
+        except (ValueError, TypeError):  # its statistics or shapes are none that the op takes
+            del frozen.get_submodule(path).__dict__["forward"]
+            continue
+        groups = carrier_of(frozen).shared.groups
+        blocks[path] = FrozenBlock(forward.branch, groups, weights, _may_write(recording, path))
+        taken += forward.branch.modules
+    fold_norms(frozen, recording, taken)
+    frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for path, block in blocks.items():
+        frozen.set_submodule(path, block)
+    _join(frozen, recording, blocks)
+    return frozen
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), FusedForward)
+
+
+def _input(recording: Recording, path: str) -> int:
+    """The node whose result a block reads."""
+    [given] = recording.arguments[path]
+    assert isinstance(given, Ref)
+    return given.node
+
+
+def _may_write(recording: Recording, path: str) -> bool:
+    """Whether nobody but the block reads its input."""
+    index = _input(recording, path)
+    inside = all(f"{reader.scope}.".startswith(f"{path}.") for reader in recording.readers(index))
+    node = recording.nodes[index]
+    return inside and index not in recording.returned and node.target is not None and kind_of(node) not in _VIEWS
+
+
+# What may share its result's memory with what it reads.
+_VIEWS = {
+    "view", "reshape", "flatten", "getitem", "permute", "transpose", "detach", "chunk", "split", "narrow", "expand",
+    "squeeze", "unsqueeze", "contiguous", "to", "float", "identity", "dropout", "dropout2d", "sequential",
+}  # fmt: skip
+
+
+def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock]) -> None:
+    """Put one call in the place of several blocks in a row: in that of the first one, and nothing in the others'."""
+    row: list[str] = []
+    order = sorted(blocks, key=lambda path: _input(recording, path))
+    for path in [*order, None]:
+        block = None if path is None else blocks[path]
+        follows = bool(row) and path is not None and recording.results[row[-1]].node == _input(recording, path)
+        if block is None or path is None or not (block.joins and block.may_write and _keeps_shape(block)):
+            row = _replaced(frozen, blocks, row)
+        elif follows:
+            row.append(path)
+        else:
+            _replaced(frozen, blocks, row)
+            row = [path]
+
+
+def _keeps_shape(block: FrozenBlock) -> bool:
+    [weights] = block.weights
+    return weights.stride == 1 and weights.out_channels == weights.conv1.shape[1]
+
+
+def _replaced(frozen: nn.Module, blocks: dict[str, FrozenBlock], row: list[str]) -> list[str]:
+    """Replace a row of at least two blocks of which one call runs all; an empty row to go on with."""
+    if len(row) > 1 and FrozenRow([blocks[path] for path in row]).weights.whole:
+        frozen.set_submodule(row[0], FrozenRow([blocks[path] for path in row]))
+        for path in row[1:]:
+            frozen.set_submodule(path, nn.Identity())
+    return []

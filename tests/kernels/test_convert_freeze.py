@@ -1,0 +1,202 @@
+"""Frozen models: the same results, fewer modules, weights of their own, and no change of what they are of."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from den_kernels import ElasticModel, convert, extract, freeze, level_flops, levels, recalibrate
+from den_kernels.convert.frozen import FrozenBlock, FrozenRow
+from den_kernels.convert.layers import RoutedBatchNorm2d
+from tests.foreign_models import FAMILIES, foreign, images, random_levels
+from tests.oracle import unlike_new
+from tests.stand_ins import PlainBasicBlock, PlainBottleneck
+
+FUSED = ("resnet", "wrn", "resnext", "regnetx", "torchvision_basic", "torchvision_bottleneck", "timm", "transformers")
+SHARES = (1, 1, 2)
+
+
+@torch.no_grad()
+def assert_alike(frozen: nn.Module, model: nn.Module, x: torch.Tensor, own: torch.Tensor | None) -> None:
+    results = []
+    for each in (frozen, model):
+        if own is None:
+            results.append(each(x.clone()))
+        else:
+            with levels(each, own):
+                results.append(each(x.clone()))
+    size = float(results[1].abs().max())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("recalibrated", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_frozen_model_computes_what_the_model_does(name, recalibrated):
+    model, x = foreign(name), images(name)
+    report = convert(model, SHARES, example=x[:1])
+    if recalibrated:
+        if not any(isinstance(m, RoutedBatchNorm2d) for m in model.modules()):
+            pytest.skip("no batch norm")
+        recalibrate(model, [x], progress=False)
+    state = copy.deepcopy(model.state_dict())
+    frozen = freeze(model, x[:1])
+    own = random_levels(len(x), report.lowest, 3)
+    masks = torch.rand(*own.shape, 3) < 0.5
+    masks |= (torch.arange(3) == 0) & ~masks.any(2, keepdim=True) & (torch.tensor(report.lowest) > 0)[:, None]
+    for given in (None, own, own[:, :1].maximum(torch.tensor(report.lowest)), masks):
+        if not (recalibrated and given is masks):
+            assert_alike(frozen, model, x, given)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    if not recalibrated:
+        assert not any(isinstance(m, RoutedBatchNorm2d) for m in frozen.modules())
+    if any(word in name for word in FUSED) and "se" not in name:
+        assert sum(isinstance(m, FrozenBlock) for m in frozen.modules()) == len(report)
+
+
+def row_of(block: type[nn.Module], count: int = 3) -> nn.Sequential:
+    width = 16 if block is PlainBasicBlock else 64
+    blocks = (
+        [block(width, width) for _ in range(count)]
+        if block is PlainBasicBlock
+        else [block(64, 64) for _ in range(count)]
+    )
+    return unlike_new(
+        nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *blocks, nn.Conv2d(width, 4, 1))
+    ).eval()
+
+
+def test_what_reads_a_map_behind_its_block_is_not_written_over():
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.row = row_of(PlainBasicBlock)
+
+        def forward(self, x):
+            kept, found = [], x
+            for layer in self.row:
+                found = layer(found)
+                kept.append(found)
+            return kept[-1], kept
+
+    model, x = Kept().eval(), torch.randn(4, 3, 8, 8)
+    report = convert(model, 2, example=x[:1])
+    frozen, own = freeze(model, x[:1]), random_levels(4, report.lowest, 2)
+    with torch.no_grad(), levels(model, own):
+        wanted = model(x)[1]
+    with torch.no_grad(), levels(frozen, own):
+        for got, exact in zip(frozen(x)[1], wanted, strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_input_is_not_written_over():
+    model, x = (
+        unlike_new(nn.Sequential(PlainBasicBlock(16, 16), PlainBasicBlock(16, 16))).eval(),
+        torch.rand(3, 16, 6, 6),
+    )
+    convert(model, 2, example=x[:1])
+    before = x.clone()
+    frozen = freeze(model, x[:1])
+    with torch.no_grad(), levels(frozen, torch.tensor([[1, 2], [0, 1], [2, 2]])):
+        frozen(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_blocks_in_a_row_are_one_call_unless_they_are_watched(hooked):
+    model, x = row_of(PlainBasicBlock), torch.randn(4, 3, 8, 8)
+    report = convert(model, 2, example=x[:1])
+    frozen, own = freeze(model, x[:1]), random_levels(4, report.lowest, 2)
+    rows = [m for m in frozen.modules() if isinstance(m, FrozenRow)]
+    direct = all(m.direct for m in frozen.modules() if isinstance(m, FrozenBlock))
+    assert len(rows) == int(direct)
+    seen = []
+    if hooked:
+        for block in frozen.modules():
+            if isinstance(block, FrozenBlock):
+                block.register_forward_hook(lambda *_: seen.append(1))
+    assert_alike(frozen, model, x, own)
+    assert len(seen) == (3 if hooked else 0)
+
+
+def test_a_shortcut_and_a_head_of_its_own_and_an_elastic_model():
+    model, x = foreign("pytorchcv_preresnet"), images("pytorchcv_preresnet")
+    report = convert(model, 2, example=x[:1])
+
+    class Selector(nn.Module):
+        def forward(self, x):
+            return (x.flatten(1).sum(1, keepdim=True) > 0).long().expand(-1, len(report)) + 1
+
+    elastic = ElasticModel(model, Selector())
+    frozen = freeze(elastic, x[:1])
+    assert isinstance(frozen, ElasticModel)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), elastic(x), rtol=1e-4, atol=1e-3)
+
+
+def test_a_frozen_model_exports_with_its_weights_as_constants():
+    model, x = row_of(PlainBottleneck, 2), torch.randn(2, 3, 8, 8)
+    report = convert(model, 2, example=x[:1])
+    frozen = freeze(model, x[:1])
+
+    class WithLevels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = frozen
+
+        def forward(self, x, own):
+            with levels(self.model, own):
+                return self.model(x)
+
+    own = random_levels(2, report.lowest, 2)
+    with torch.no_grad():
+        program = torch.export.export(WithLevels(), (x, own), strict=False)
+        names = {str(node.target) for node in program.graph.nodes}
+        assert any("dynamic_bottleneck" in name for name in names)
+        for given in (own, own.flip(0)):
+            torch.testing.assert_close(program.module()(x, given), WithLevels()(x, given), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_are_refused_where_there_are_statistics_for_each_level():
+    model, x = foreign("torchvision_basic"), images("torchvision_basic")
+    report = convert(model, 2, example=x[:1])
+    recalibrate(model, [x], progress=False)
+    with (
+        torch.no_grad(),
+        levels(frozen := freeze(model, x[:1]), torch.ones(len(x), len(report), 2, dtype=torch.bool)),
+        pytest.raises(ValueError, match="must be integers, got masks"),
+    ):
+        frozen(x)
+
+
+def test_models_that_were_not_converted_are_refused():
+    with pytest.raises(ValueError, match=r"freeze: model must be one that den_kernels\.convert has changed, got none"):
+        freeze(nn.Conv2d(3, 3, 1))
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorchcv_resnet", "pytorchcv_efficientnet", "torchvision_convnext", "torchvision_resnext"]
+)
+def test_flops_are_those_of_the_plain_model_of_each_structure(name):
+    model, x = foreign(name), images(name)
+    report = convert(model, 2, example=x[:1])
+    found = level_flops(model, x)
+    for level in (1, 2):
+        counted = 0
+
+        def count(module, args, y):
+            nonlocal counted
+            weight = module.weight
+            pixels = y[0, 0].numel() if isinstance(module, nn.Conv2d) else y[0].numel() // y.shape[-1]
+            counted += 2 * pixels * weight.numel()
+
+        plain = extract(model, [level] * len(report))
+        for module in plain.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_hook(count)
+        with torch.no_grad():
+            plain(x[:1])
+        assert int(found.of(torch.full((1, len(report)), level))[0]) == counted
+    assert found.full == int(found.of(torch.full((len(report),), 2)))
+    assert F.relu(-found.blocks).sum() == 0
