@@ -45,7 +45,6 @@ class Busy:
         assert self.child.stdin is not None
         assert self.child.stdout is not None
         self.child.stdin.write(b".")
-        self.child.stdin.flush()
         if not self.child.stdout.read(1):
             raise RuntimeError("contention: the busy process must run until it is told to end, but it has ended")
 
@@ -55,12 +54,12 @@ class Busy:
 @contextlib.contextmanager
 def busy_process() -> Iterator[Busy]:
     """A `Busy` that is idle at first, and is ended whatever happens; if we are killed, it ends by itself."""
-    child = subprocess.Popen([sys.executable, "-S", "-c", LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        yield Busy(child)
-    finally:
-        child.kill()
-        child.communicate()
+    command, pipe = [sys.executable, "-S", "-c", LOOP], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0) as child:
+        try:
+            yield Busy(child)
+        finally:
+            child.kill()
 
 
 @dataclass
