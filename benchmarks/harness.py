@@ -47,7 +47,7 @@ REST = 0.02  # seconds: GNU OpenMP's threads wait for work in a loop for half of
 
 @dataclass(frozen=True)
 class Case:
-    """What all providers compute, and where."""
+    """The setting that all providers compute, and where."""
 
     suite: str  # "residual", "conv-out-elastic", ...
     shape: str  # "64x32x32", "wrn32_4"
