@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import floors, tables
+from . import engines, floors, tables
 from .harness import PROVIDERS, Settings
 
 FOLDER = Path(__file__).parent
@@ -71,6 +71,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"machine: {floors.this_machine()}, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})",
         f"threads: {torch.get_num_threads()}; allocator: {ALLOCATOR}",
         f"CUDA device: {gpu}",
+        *([f"not installed: {', '.join(absent)} ({tables.PEERS})"] if (absent := engines.missing()) else []),
         *wanted_providers(config.getoption("--provider"))[1],
     ]
 
@@ -80,12 +81,14 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     """Settings of the benchmark run, from the command line, and the machine's description for every row."""
     import den_kernels
 
+    wanted = wanted_providers(request.config.getoption("--provider"))[0]
     return Settings(
         seconds=request.config.getoption("--case-seconds"),
         least_rounds=3 if request.config.getoption("rehearse", False) else Settings.least_rounds,
         compile=request.config.getoption("--dense-compile"),
         autotune=request.config.getoption("--autotune"),
-        providers=wanted_providers(request.config.getoption("--provider"))[0],
+        providers=wanted,
+        engines=tuple(name for name in engines.installed() if not wanted or name in wanted),
         environment={
             "machine": floors.this_machine(),
             "processor": floors.processor_name(),
@@ -95,7 +98,9 @@ def settings(request: pytest.FixtureRequest) -> Settings:
                 "den_kernels": den_kernels.__version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
+                **engines.versions(),
             },
+            "not_installed": engines.missing(),
         },
     )
 
@@ -107,4 +112,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if rows:
         terminalreporter.section("against the others")
         parts = [tables.cases_table(rows), tables.memory_table(rows), tables.losses_table(rows)]
+        parts.append(tables.contention_table(rows))
         terminalreporter.write_line("\n\n".join(text for text in parts if text.count("\n") > 1))

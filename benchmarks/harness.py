@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,24 +28,26 @@ Role = Literal["ours", "dense", "tuned", "alternative", "floor"]
 Result = Tensor | Sequence[Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TF32 = "tf32"  # the dtype of a case whose products of float32 may be rounded to TF32, on a GPU
-# "dense" is what anybody can run: the network in nn.Conv2d, eager, bn folded, compiled; "tuned" is on PyTorch's private
-# prepacked operators, or a whole graph on our own kernel; "floor" are the bare convolutions of the levels.
+# "dense" is what anybody can run: the network in nn.Conv2d, eager, bn folded, compiled, or on an inference engine;
+# "tuned" is on PyTorch's private prepacked operators, or a whole graph on our own kernel; "floor" are the bare
+# convolutions of the levels.
 PROVIDERS: dict[str, Role] = {
     name: role
     for role, names in {
         "ours": "ours ours-inplace ours-plan ours-kernel ours-fused ours-composed",
-        "dense": "dense-eager dense-folded dense-compiled dense-whole",
+        "dense": "dense-eager dense-folded dense-compiled dense-whole dense-openvino dense-onnxruntime",
         "tuned": "dense-packed ours-whole",
         "alternative": "masked bucket per-instance grouped one-by-one one-by-one-whole",
         "floor": "bare bare-packed",
     }.items()
     for name in names.split()
 }
+REST = 0.02  # seconds: GNU OpenMP's threads wait for work in a loop for half of it, others' for less
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all providers compute, and where."""
+    """The setting that all providers compute, and where."""
 
     suite: str  # "residual", "conv-out-elastic", ...
     shape: str  # "64x32x32", "wrn32_4"
@@ -78,6 +81,8 @@ class Provider:
     """One way to compute a case. ``prepare`` runs before each call and is not timed.
 
     again: the same on other inputs, for a GPU, whose cache would hold those of one call.
+    runtime: whose threads compute it.
+    precision: the name of the dtype that it computes in, where that is not the dtype of the case.
     """
 
     name: str  # one of PROVIDERS
@@ -85,6 +90,8 @@ class Provider:
     expected: Expected
     prepare: Callable[[], object] | None = None
     again: Sequence[Callable[[], object]] = ()
+    runtime: str = "torch"
+    precision: str | None = None
 
     @property
     def role(self) -> Role:
@@ -111,6 +118,7 @@ class Settings:
     compile: Literal["none", "network", "all"] = "network"
     autotune: bool = False  # on a GPU: compiled once more, kernels searched for, which takes long
     providers: tuple[str, ...] = ()  # none: all; else only these beside ours
+    engines: tuple[str, ...] = ()  # inference engines that also run the dense networks: engines.installed()
     environment: dict[str, Any] = field(default_factory=dict)  # versions, threads, allocator: copied into every row
 
 
@@ -188,7 +196,8 @@ def check(name: str, result: Result, expected: Expected) -> None:
 class Interleaved:
     """The setup hook: times one call of every peer, each round in another order, then prepares ours.
 
-    Where the clock is not the host's, ours is timed here as well.
+    Where the clock is not the host's, ours is timed here as well. Before threads of another runtime compute, those of
+    the last one come to rest, and a short call, untimed, wakes the others: nobody pays for who was timed before it.
     """
 
     def __init__(self, ours: Provider, peers: Sequence[Provider], clock: Clock) -> None:
@@ -196,21 +205,34 @@ class Interleaved:
         self.ready: dict[str, Timed] = {p.name: clock.ready([p.call, *p.again]) for p in (ours, *peers)}
         self.timed = list(peers) if clock.is_host else [ours, *peers]
         self.times: dict[str, list[float]] = {provider.name: [] for provider in self.timed}
-        self._round = 0
+        self._round, self._runtime = 0, ours.runtime
 
     def __call__(self) -> None:
         shift = self._round % max(len(self.timed), 1)
         for provider in self.timed[shift:] + self.timed[:shift]:
             self.times[provider.name].append(self.seconds(provider))
         self._round += 1
+        self.settle(self.ours)
         if self.ours.prepare:
             self.ours.prepare()
 
     def seconds(self, provider: Provider) -> float:
         """The time of one call, prepared beforehand, the mean over its sets of inputs."""
+        self.settle(provider)
         if provider.prepare:
             provider.prepare()
         return self.clock.seconds(self.ready[provider.name])
+
+    def settle(self, provider: Provider) -> None:
+        """Wait until no thread of another runtime is busy, and wake the provider's own."""
+        if provider.runtime == self._runtime:
+            return
+        self._runtime = provider.runtime
+        time.sleep(REST)
+        if min(self.times.get(provider.name, ()), default=0.0) < REST:  # for a long call, waking is nothing
+            if provider.prepare:
+                provider.prepare()
+            provider.call()
 
     def round_seconds(self) -> float:
         """The time of one whole round, ours included, measured once and not kept."""
@@ -285,7 +307,8 @@ def run(
             if provider.prepare:
                 provider.prepare()
             check(f"{case.id}: {provider.name}", provider.call(), provider.expected)
-        peaks = {p.name: call_peak(p.call, case.device) for p in (ours, *peers) if p.role != "floor"}
+        counted = [p for p in (ours, *peers) if p.role != "floor" and p.runtime == "torch"]
+        peaks = {p.name: call_peak(p.call, case.device) for p in counted}
         if benchmark.disabled:  # everything is right, and compiled
             benchmark(ours.call)
             return
@@ -303,6 +326,9 @@ def run(
         row["providers"][name] |= {"lower_quartile": lower, "upper_quartile": upper, "peak": peaks.get(name)}
         if hook.ready[name].graph:
             row["providers"][name]["graph"] = True
+    for provider in peers:
+        if provider.precision:
+            row["providers"][provider.name]["precision"] = provider.precision
     ceilings = {"matrix_rate": rate, "bandwidth": bandwidth}
     benchmark.extra_info.update(describe(case, settings), rounds=rounds, **ceilings, **row)
 

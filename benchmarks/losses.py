@@ -9,6 +9,7 @@ from .targets import Row
 
 SLACK = 1.02  # ours may take this much of the best alternative's time
 LEAST_SAVING = 1.25  # FLOPs ratio of a fifth saved
+TORCH = ("dense-eager", "dense-folded", "dense-compiled")
 FIXED = 50e-6  # seconds: a difference below this is the cost of a call, not of its work
 
 
@@ -65,6 +66,10 @@ def reason(loss: Loss) -> str:
         return "the convolutions of the levels alone take longer: narrow ones run at a lower rate"
     if bare is not None:
         return f"moving rows and batch norm take {100 * ours['overhead']:.0f} % above the bare convolutions"
+    if loss.best in ("dense-openvino", "dense-onnxruntime"):
+        torch = min((p["median"] for name, p in providers.items() if name in TORCH), default=None)
+        share = "" if torch is None else f", in {other['median'] / torch:.2f} of the time of the fastest in PyTorch"
+        return f"the engine runs the whole dense network in one call{share}"
     if loss.best == "dense-compiled":
         return "torch.compile fuses batch norm, ReLU and addition into the convolutions"
     return f"{1e3 * gap:.3g} ms that the times of this case do not explain"

@@ -137,8 +137,10 @@ def packed_convolution(conv: nn.Conv2d, input_size: Sequence[int], activation: s
 
 
 def can_pack(x: Tensor) -> bool:
-    """True where this torch has oneDNN and its prepacked convolutions, for maps like ``x`` [B, C, H, W]."""
-    return x.is_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    """True where this torch and CPU have oneDNN's prepacked convolutions, for maps like ``x`` [B, C, H, W]."""
+    if not (x.is_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return False
+    return x.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class MaskedBlock:

@@ -33,6 +33,7 @@ def section(title: str, rows: Sequence[Row]) -> str:
         "### Cases": tables.cases_table,
     }
     optional |= {"### Providers": tables.providers_table, "### Peak memory": tables.memory_table}
+    optional["### Beside a busy process"] = tables.contention_table
     for heading, make in optional.items():
         if (text := make(rows)).count("\n") > 1:
             parts += [heading, text]

@@ -18,6 +18,7 @@ KINDS = {  # of a target, by the suite of its case and its measure; a target of 
     ("dag", "throughput"): "DAG, one batch / task after task",
     ("dag", "floor_share"): "DAG of large maps",
     ("dag", "realised"): "DAG",
+    ("contention", "growth"): "WRN-32-4 beside a busy process",
 }
 
 
@@ -43,8 +44,9 @@ def summary_table(rows: Iterable[Row]) -> str:
     lines = []
     for (title, measure), measured in groups.items():
         worst, _ = min(measured, key=lambda each: margin(*each))
-        _, _, bound, shown, _ = tables.target_line(worst, by_case)
+        _, _, against, bound, shown, _ = tables.target_line(worst, by_case)
         met = sum(target.is_met(value) for target, value in measured)
         count = f"{met} of {len(measured)}" if met == len(measured) else f"**{met} of {len(measured)}**"
-        lines.append([title, tables.MEASURES[measure], count, bound, shown, worst.what])
-    return tables.table(["what", "measure", "met", "target", "measured", "in the case"], lines, left=("in the case",))
+        lines.append([title, tables.MEASURES[measure], count, bound, shown, worst.what, against])
+    header = ["what", "measure", "met", "target", "measured", "in the case", "against"]
+    return tables.table(header, lines, left=("in the case", "against"))

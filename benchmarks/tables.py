@@ -18,7 +18,11 @@ MEASURES = {
     "seconds": "time",
     "peak_share": "peak memory / dense",
     "frozen_share": "peak memory / dense, folded",
+    "growth": "time / time alone",
 }
+PEERS = 'pip install "den-kernels[peers]"'
+ENGINES = ("openvino", "onnxruntime")  # what the dense networks of these suites also run on, where it is installed
+NETWORKS = ("network", "latency-network", "contention")
 PERCENT = ("overhead", "dense_share", "peak_share", "frozen_share")
 GREEN, RED, YELLOW, BOLD, PLAIN = (f"\033[{code}m" for code in (32, 31, 33, 1, 0))
 
@@ -55,20 +59,27 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[
     return "\n".join([line(header), rule + "|", *map(line, lines)])
 
 
+def short(provider: str | None) -> str:
+    """A provider's name without its role: ``short("dense-openvino") == "openvino"``; "-" for none."""
+    return "-" if provider is None else provider.removeprefix("dense-")
+
+
 def target_line(target: Target, rows: dict[str, Row]) -> list[str]:
-    """Cells of a target's line: its name, the measure, the bound, the measured value, yes or no."""
-    value = target.value(rows)
+    """Cells of a target's line: its name, the measure, against which provider, the bound, the value, yes or no."""
+    row = target.row(rows)
+    value = None if row is None else target.measured(row)
     sign = "≥" if target.is_lower_bound else "≤"
     verdict = "not measured" if value is None else "yes" if target.is_met(value) else "**no**"
     bound, measured = number(target.bound, target.measure), number(value, target.measure)
-    return [target.what, MEASURES.get(target.measure, target.measure), f"{sign} {bound}", measured, verdict]
+    against = short(None if row is None else target.against(row))
+    return [target.what, MEASURES.get(target.measure, target.measure), against, f"{sign} {bound}", measured, verdict]
 
 
 def targets_table(rows: Iterable[Row], *, only_measured: bool = False, targets: Sequence[Target] = TARGETS) -> str:
     """Table of all targets beside what was measured; only_measured: of those whose cases ran."""
     by_case = {row["case"]: row for row in rows}
     lines = [target_line(target, by_case) for target in targets if target.case in by_case or not only_measured]
-    return table(["case", "measure", "target", "measured", "met"], lines)
+    return table(["case", "measure", "against", "target", "measured", "met"], lines, left=("against",))
 
 
 def case_line(row: Row) -> list[str]:
@@ -76,7 +87,7 @@ def case_line(row: Row) -> list[str]:
     providers = row["providers"]
     ours, dense, ratio = providers["ours"], row["best_dense"], row["flops_ratio"]
     others = [providers[name]["median"] if name in providers else None for name in ("masked", "bucket", row["bare"])]
-    dense_cell = f"{milliseconds(providers[dense]['median'])} ({dense.removeprefix('dense-')})" if dense else "-"
+    dense_cell = f"{milliseconds(providers[dense]['median'])} ({short(dense)})" if dense else "-"
     best = losses.best_alternative(row)
     return [
         row["case"],
@@ -107,7 +118,7 @@ def providers_table(rows: Iterable[Row]) -> str:
     lines = [
         [
             row["case"] if i == 0 else "",
-            name,
+            name if "precision" not in provider else f"{name} in {provider['precision']}",
             provider["role"],
             milliseconds(provider["median"]),
             number(provider.get("dense_share"), "dense_share"),
@@ -133,6 +144,27 @@ def memory_table(rows: Iterable[Row]) -> str:
     return table(["case", "provider", "peak MiB", "kept", "working"], lines)
 
 
+def contention_table(rows: Iterable[Row]) -> str:
+    """Median milliseconds of every provider alone and beside a busy process, and by how much that is longer.
+
+    of all calls: the same of the mean, which also counts the few calls that took very long.
+    """
+    lines = [
+        [
+            row["case"],
+            name,
+            milliseconds(found["alone"]),
+            milliseconds(found["beside"]),
+            number(found["growth"], "growth"),
+            number(found["mean_growth"], "growth"),
+        ]
+        for row in rows
+        for name, found in row.get("contention", {}).items()
+    ]
+    header = ["case", "provider", "alone", "beside a busy process", "growth", "of all calls"]
+    return table(header, lines, left=("provider",))
+
+
 def losses_table(rows: Iterable[Row]) -> str:
     """Table of the cases in which another provider is faster: which, by how much, and why."""
     lines = [
@@ -144,7 +176,7 @@ def losses_table(rows: Iterable[Row]) -> str:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """Line of text: machine, threads, versions, commits, days of the rows."""
+    """Line of text: machine, threads, versions, commits, days of the rows; what was not installed."""
 
     def each(values: Iterable[str]) -> str:
         return ", ".join(sorted(set(values)))
@@ -153,7 +185,19 @@ def provenance(rows: Sequence[Row]) -> str:
     commits = each(row["commit"][:10] + (" with changes" if row["modified"] else "") for row in rows)
     days = each(row["measured"][:10] for row in rows)
     threads = each(str(row["threads"]) for row in rows)
-    return f"{each(row['processor'] for row in rows)}, {threads} threads; {versions}; commit {commits}; {days}."
+    processors = each(row["processor"] for row in rows)
+    return f"{processors}, {threads} threads; {versions}{_absent(rows)}; commit {commits}; {days}."
+
+
+def _absent(rows: Sequence[Row]) -> str:
+    """The inference engines that the networks were not compared with, and in how many cases where not in all."""
+    networks = [row for row in rows if row.get("suite") in NETWORKS and row.get("device", "cpu") == "cpu"]
+    found = []
+    for name in ENGINES:
+        without = sum(name not in row["versions"] for row in networks)
+        some = f" (in {without} of {len(networks)} networks)" if without < len(networks) else ""
+        found += [name + some] if without else []
+    return f"; not installed: {', '.join(found)}" if found else ""
 
 
 def coloured(text: str) -> str:

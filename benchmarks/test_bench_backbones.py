@@ -13,6 +13,7 @@ from torch import Tensor
 from den.nn.plain import PlainNetwork
 from den.nn.reference import reference_estimator
 
+from . import engines
 from .allocations import require
 from .elastic_network import ElasticNetwork
 from .harness import Case, Provider, Settings, expect, provide, run
@@ -30,8 +31,11 @@ REST = [
 ]
 
 
-def providers_of(network: ElasticNetwork) -> list[Provider]:
-    """Ours, the dense network with its batch norms folded, and every channel computed and masked, as authors do it."""
+def providers_of(network: ElasticNetwork, settings: Settings) -> list[Provider]:
+    """Ours, the dense network with its batch norms folded, and every channel computed and masked, as authors do it.
+
+    The dense one also on the inference engines of the settings.
+    """
     images, task = network.images, network.task
 
     def masked(network: ElasticNetwork) -> Tensor:
@@ -51,7 +55,9 @@ def providers_of(network: ElasticNetwork) -> list[Provider]:
         "dense-folded": lambda: plain(images),
         "masked": lambda: masked(network),
     }
-    return provide(calls, expect(chosen, images.dtype, FACTOR), expect(dense, images.dtype, FACTOR))
+    whole = expect(dense, images.dtype, FACTOR)
+    found = provide(calls, expect(chosen, images.dtype, FACTOR), whole)
+    return [*found, *engines.providers(plain, images, whole, settings.engines)]
 
 
 @pytest.mark.network
@@ -60,5 +66,5 @@ def test_backbone(benchmark: Any, case: Case, settings: Settings) -> None:
     require(case.id, case.batch * 256 * 32 * 32)
     with torch.no_grad():
         network = ElasticNetwork.make(case)
-        providers = providers_of(network)
+        providers = providers_of(network, settings)
     run(benchmark, case, providers, network.work(), settings)
