@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "conv_bands.h"
+#include "direct_strips.h"
 #include "direct_words.h"
 
 namespace den_kernels {
@@ -33,7 +34,7 @@ KERNEL void copy_pixel(const T* from, const Channels& inputs, const Channels& wo
   if constexpr (per_word<T> == 1) {
     for (const Range& range : inputs.ranges) {
       for (int64_t k = 0; k < range.width; k += 16) {
-        const __mmask16 lanes = lanes_of(range.width - k);
+        const Lanes lanes = lanes_of(range.width - k);
         store16(to + k, load16(from + range.first + k, lanes), lanes);
       }
       to += range.width;
@@ -41,7 +42,7 @@ KERNEL void copy_pixel(const T* from, const Channels& inputs, const Channels& wo
   } else {
     for (size_t i = 0; i < inputs.blocks.size(); ++i) {
       const Block& block = inputs.blocks[i];
-      const __m512 value = load16(from + block.index * 16, static_cast<__mmask16>(block.lanes));
+      const Vector value = load16(from + block.index * 16, static_cast<Lanes>(block.lanes));
       store_words<T>(to + words.blocks[i].place, value, block.lanes, words.blocks[i].lanes);
     }
   }

@@ -10,6 +10,7 @@
 #include "bind_operands.h"
 #include "direct_chunks.h"
 #include "dynamic_bottleneck.h"
+#include "dynamic_float32.h"
 #include "dynamic_residual.h"
 #include "dynamic_trunk.h"
 
@@ -199,6 +200,9 @@ void pack_turned(py::handle weight, py::handle packed) {
 
 void bind_dynamic_residual(py::module_& m) {
   m.def("has_direct_float32", &has_direct_float32);
+  m.def("float32_isa", &float32_isa, "The instructions that float32 runs with here, or an empty string.");
+  m.def("limit_float32_isa", &limit_float32_isa,
+        "Let the float32 kernels of all threads use at most \"AVX-512\", \"AVX2\" or \"\" (none) from now on.");
   m.def("has_direct_bf16", &has_direct_bf16);
   m.def("bf16_isa", &bf16_isa, "The instructions that bfloat16 runs with here, or an empty string.");
   m.def(

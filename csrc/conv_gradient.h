@@ -31,10 +31,10 @@ void finish(const ConvArguments<T>& p, const std::vector<const float*>& sums, in
   const int64_t tap_count = p.R * p.S, outputs = std::min<int64_t>(16, p.C_out - block * 16);
   for (int64_t i = 0; i < p.C; i += 16) {
     const int64_t from = ((block * tap_count + tap) * sum_inputs(p) + i) * 16;
-    __m512 tile[16];
-    UNROLL for (int k = 0; k < 16; ++k) tile[k] = _mm512_loadu_ps(sums[0] + from + k * 16);
+    Vector tile[16];
+    UNROLL for (int k = 0; k < 16; ++k) tile[k] = load16(sums[0] + from + k * 16);
     for (size_t n = 1; n < sums.size(); ++n) {
-      UNROLL for (int k = 0; k < 16; ++k) tile[k] = _mm512_add_ps(tile[k], _mm512_loadu_ps(sums[n] + from + k * 16));
+      UNROLL for (int k = 0; k < 16; ++k) tile[k] = add(tile[k], load16(sums[n] + from + k * 16));
     }
     transpose16(tile);
     for (int64_t o = 0; o < outputs; ++o)

@@ -65,60 +65,6 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
 // pixels would share few sets of the first-level cache.
 inline int64_t spread(int64_t words) { return words && words % 128 == 0 ? words + 16 : words; }
 
-// The pixels of a row are summed in strips of neighbours: seven where these fill rows that fours do not (of 7 or 14
-// pixels), else four.
-inline int64_t strip_size(int64_t columns) { return columns % 4 && columns % 7 == 0 ? 7 : 4; }
-inline int64_t strips_of_row(int64_t columns) { return (columns + strip_size(columns) - 1) / strip_size(columns); }
-inline int64_t strip_columns(int64_t columns) { return strips_of_row(columns) * strip_size(columns); }
-// With two vectors of channels, 24 or 28 of 32 registers sum.
-constexpr int strips_per_tile(int64_t size) { return size == 7 ? 2 : 3; }
-
-// The strips of maps of so many columns, one after the other: the rows of all instances lie together, so that a tile of
-// the first row or the last leaves out the taps on padding.
-struct Strips {
-  int64_t instances, columns, size, per_row;
-  Strips(int64_t instances, int64_t columns)
-      : instances(instances), columns(columns), size(strip_size(columns)), per_row(strips_of_row(columns)) {}
-  int64_t count(int64_t rows) const { return instances * rows * per_row; }
-  struct At {
-    int64_t instance, row, column, live;  // column: the first; live: the pixels of the strip that lie on the map
-  };
-  // Strip q, and strips q0 and on.
-  KERNEL At at(int64_t q) const {
-    const int64_t line = q / per_row, column = (q - line * per_row) * size, row = line / instances;
-    return {line - row * instances, row, column, std::min(size, columns - column)};
-  }
-  template <int count>
-  KERNEL void at(int64_t q0, At (&found)[count]) const {
-    UNROLL for (int q = 0; q < count; ++q) found[q] = at(q0 + q);
-  }
-};
-
-// The strips of a map, in the order of their rows, cut into tiles of at most `most`. The rows that meet padding above,
-// those that meet none and those that meet padding below are cut apart.
-struct Cut {
-  int64_t strips[3], most;
-  // Output rows first .. first + rows - 1 of a kernel of R rows, `top` rows of padding above H input rows.
-  static Cut of(int64_t first, int64_t rows, int64_t per_row, int64_t R, int64_t top, int64_t H, int64_t stride,
-                int64_t dilation, int64_t most) {
-    const auto before = [&](int64_t limit) {  // rows that begin before input row `limit`, seen from the padding's first
-      const int64_t y = limit <= 0 ? 0 : (limit + stride - 1) / stride;
-      return std::min(std::max<int64_t>(y - first, 0), rows);
-    };
-    const int64_t above = before(top), inside = std::max(above, before(H + top - (R - 1) * dilation));
-    return {{above * per_row, (inside - above) * per_row, (rows - inside) * per_row}, most};
-  }
-  int64_t tiles(int part) const { return (strips[part] + most - 1) / most; }
-  int64_t tiles() const { return tiles(0) + tiles(1) + tiles(2); }
-  // The first strip of tile i, and how many it has.
-  void at(int64_t i, int64_t& first, int64_t& count) const {
-    int part = 0;
-    for (first = 0; i >= tiles(part); first += strips[part++]) i -= tiles(part);
-    count = std::min(most, strips[part] - i * most);
-    first += i * most;
-  }
-};
-
 // The largest piece of the `rest` of the work: half of a thread's share, so that pieces are large while much is left
 // and threads end together.
 inline int64_t fair_share(int64_t rest, int64_t threads) { return std::max<int64_t>(1, rest / (2 * threads)); }

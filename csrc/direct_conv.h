@@ -38,7 +38,7 @@ KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_
 
 // The blocks of output channels block[0 .. vectors - 1] of strips from q0: the sums, and zeros in lanes not selected.
 template <class T>
-struct ConvTile : TwoVectors {
+struct ConvTile : UsualTile {
   template <int vectors, int strips, int size>
   static void run(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
     const ConvArguments<T>& p = m.arguments;
@@ -57,10 +57,10 @@ struct ConvTile : TwoVectors {
         }
       }
     }
-    __m512 acc[strips * size][vectors];
+    Vector acc[strips * size][vectors];
     UNROLL for (int v = 0; v < vectors; ++v) {
-      const __mmask16 live = static_cast<__mmask16>(block[v].lanes);
-      const __m512 bias = p.bias ? load16(p.bias + block[v].index * 16, live) : _mm512_setzero_ps();
+      const Lanes live = static_cast<Lanes>(block[v].lanes);
+      const Vector bias = p.bias ? load16(p.bias + block[v].index * 16, live) : zeros();
       UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
     }
     const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
@@ -73,7 +73,7 @@ struct ConvTile : TwoVectors {
       UNROLL for (int i = 0; i < size; ++i) {
         if (i >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
-          const __m512 sum = _mm512_maskz_mov_ps(static_cast<__mmask16>(block[v].lanes), acc[q * size + i][v]);
+          const Vector sum = keep(acc[q * size + i][v], static_cast<Lanes>(block[v].lanes));
           store16(out[q] + i * p.C_out + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
         }
       }
@@ -94,10 +94,10 @@ void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words
   const Cut cut = Cut::of(band.first_row, band.rows, maps.strips.count(1), p.R, p.padding[0], p.H, p.stride[0],
                           p.dilation[0], strips_per_tile(maps.strips.size));
   const int64_t tiles = cut.tiles();
-  for (int64_t i = 0; i < block_count; i += 2) {
-    const bool two = i + 1 < block_count;
+  for (int64_t i = 0; i < block_count; i += tile_vectors) {
+    const bool two = tile_vectors > 1 && i + 1 < block_count;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Ahead ahead = i + 2 < block_count ? ahead_of(tile, tiles) : Ahead{};
+      const Ahead ahead = i + tile_vectors < block_count ? ahead_of(tile, tiles) : Ahead{};
       int64_t first, count;
       cut.at(tile, first, count);
       tile_of<ConvTile<T>>(maps.strips.size, 1 + two, count)(maps, &blocks[i], first, taps, ahead);

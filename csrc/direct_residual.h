@@ -58,10 +58,11 @@ struct Chunk {
   float* h_of(int64_t j) const { return a_of(j) + a.size(); }
   int64_t bytes(int64_t) const { return count * (a.size() + h.size()) * 4; }
   int64_t hidden_blocks() const {
-    return static_cast<int64_t>(h.planar ? fours.size() : (hidden.channels.blocks.size() + 1) / 2);
+    const size_t blocks = hidden.channels.blocks.size();
+    return static_cast<int64_t>(h.planar ? fours.size() : (blocks + tile_vectors - 1) / tile_vectors);
   }
   int64_t hidden_count() const { return hidden_blocks() * (h.planar ? count * vector_rows() : conv1.tiles()); }
-  int64_t output_count() const { return (block.C_out / 16 + 1) / 2 * conv2.tiles(); }
+  int64_t output_count() const { return (block.C_out / 16 + tile_vectors - 1) / tile_vectors * conv2.tiles(); }
   int64_t vector_rows() const { return (block.Ho * block.Wo / 16 + 3) / 4; }  // tiles of four vectors of 16 pixels
 };
 
@@ -85,7 +86,7 @@ KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, int64_t first, int64
 
 // One tile of conv1, blocks slot and on of the hidden channels: relu(sum + bias) into the hidden map, [pixel][channel].
 template <class T>
-struct HiddenTile : TwoVectors {
+struct HiddenTile : UsualTile {
   template <int vectors, int strips, int size>
   static void run(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* taps, Ahead ahead) {
     const ResidualBlock<T>& b = c.block;
@@ -97,9 +98,9 @@ struct HiddenTile : TwoVectors {
     UNROLL for (int q = 0; q < strips; ++q) {
       input[q] = c.a_of(at[q].instance) + (at[q].row * b.stride * c.a.columns + at[q].column * b.stride) * c.a.pixel();
     }
-    __m512 acc[strips * size][vectors];
+    Vector acc[strips * size][vectors];
     UNROLL for (int v = 0; v < vectors; ++v) {
-      const __m512 bias = _mm512_maskz_loadu_ps(static_cast<__mmask16>(block[v].lanes), b.bias1 + block[v].index * 16);
+      const Vector bias = load16(b.bias1 + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
       UNROLL for (int p = 0; p < strips * size; ++p) acc[p][v] = bias;
     }
     const int64_t weight_vector = weight_words<T>(b.C, tap_count);
@@ -114,7 +115,7 @@ struct HiddenTile : TwoVectors {
       UNROLL for (int p = 0; p < size; ++p) {
         if (p >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
-          const __m512 value = _mm512_max_ps(_mm512_setzero_ps(), acc[q * size + p][v]);
+          const Vector value = relu(acc[q * size + p][v]);
           store_words<T>(h + p * c.h.pixel() + words[v].place, value, block[v].lanes, words[v].lanes);
         }
       }
@@ -122,35 +123,44 @@ struct HiddenTile : TwoVectors {
   }
 };
 
-// One tile of conv1 by pixels: the hidden channels of a piece, four vectors of 16 pixels, into the planar hidden map.
+// One tile of conv1 by pixels: the hidden channels of a piece, up to plane_vectors of 16 pixels from v0, into the planar
+// hidden map.
 template <int outputs>
-void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t v0, int64_t live,
-                   const int64_t* taps) {
+KERNEL void hidden_plane(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t v0, int64_t live,
+                         const int64_t* taps) {
+  constexpr int vectors = plane_vectors(outputs);
   const ResidualBlock<float>& b = c.block;
   const int64_t tap_count = b.R * b.S, per_row = b.Wo / 16;
-  const float* input[4];
-  UNROLL for (int v = 0; v < 4; ++v) {
+  const float* input[vectors];
+  UNROLL for (int v = 0; v < vectors; ++v) {
     const int64_t at = v0 + (v < live ? v : 0);
     input[v] = c.a_of(j) + at / per_row * c.a.columns + at % per_row * 16;
   }
-  __m512 acc[outputs][4];
+  Vector acc[outputs][vectors];
   UNROLL for (int o = 0; o < outputs; ++o) {
-    UNROLL for (int v = 0; v < 4; ++v) acc[o][v] = _mm512_set1_ps(b.bias1[piece.first + o]);
+    UNROLL for (int v = 0; v < vectors; ++v) acc[o][v] = broadcast(b.bias1[piece.first + o]);
   }
   const float* weight = b.conv1 + piece.first / 16 * round_up(b.C, 16) * tap_count * 16 + piece.first % 16;
-  sum_pixels<outputs, 4>(acc, input, c.a.channel(), taps, tap_count, weight, c.stream.pieces);
-  UNROLL for (int v = 0; v < 4; ++v) {
+  sum_pixels<outputs, vectors>(acc, input, c.a.channel(), taps, tap_count, weight, c.stream.pieces);
+  UNROLL for (int v = 0; v < vectors; ++v) {
     if (v >= live) break;
     const int64_t row = (v0 + v) / per_row + b.R / 2, column = (v0 + v) % per_row * 16 + b.S / 2;
     UNROLL for (int o = 0; o < outputs; ++o)
-        _mm512_storeu_ps(c.h_of(j) + (piece.place + o) * c.h.channel() + row * c.h.columns + column,
-                         _mm512_max_ps(_mm512_setzero_ps(), acc[o][v]));
+        store16(c.h_of(j) + (piece.place + o) * c.h.channel() + row * c.h.columns + column, relu(acc[o][v]));
   }
+}
+
+// Four vectors of pixels of conv1, or the `live` ones that there are.
+template <int outputs>
+void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t v0, int64_t live,
+                   const int64_t* taps) {
+  for (int64_t v = 0; v < live; v += plane_vectors(outputs))
+    hidden_plane<outputs>(c, j, piece, v0 + v, live - v, taps);
 }
 
 // One tile of conv2: sums added to the shortcut.
 template <class T, bool planar>
-struct OutputTile : TwoVectors {
+struct OutputTile : UsualTile {
   template <int vectors, int strips, int size>
   static void run(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* taps, Ahead ahead) {
     const ResidualBlock<T>& b = c.block;
@@ -172,9 +182,9 @@ struct OutputTile : TwoVectors {
         }
       }
     }
-    __m512 acc[strips * size][vectors];
+    Vector acc[strips * size][vectors];
     UNROLL for (int v = 0; v < vectors; ++v) {
-      const __m512 bias = b.bias2 ? _mm512_loadu_ps(b.bias2 + channel + v * 16) : _mm512_setzero_ps();
+      const Vector bias = b.bias2 ? load16(b.bias2 + channel + v * 16) : zeros();
       UNROLL for (int p = 0; p < strips * size; ++p) acc[p][v] = bias;
     }
     const int64_t weight_vector = weight_words<T>(b.M, tap_count);
@@ -189,7 +199,7 @@ struct OutputTile : TwoVectors {
         if (p >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const int64_t to = p * b.C_out + v * 16;
-          store16(out[q] + to, _mm512_add_ps(load16(shortcut[q] + to), acc[q * size + p][v]));
+          store16(out[q] + to, add(load16(shortcut[q] + to), acc[q * size + p][v]));
         }
       }
     }
@@ -197,11 +207,11 @@ struct OutputTile : TwoVectors {
 };
 
 template <class T>
-KERNEL __m512 activate(const ResidualBlock<T>& b, const T* x, int64_t channel) {
-  const __m512 value = load16(x + channel);
+KERNEL Vector activate(const ResidualBlock<T>& b, const T* x, int64_t channel) {
+  const Vector value = load16(x + channel);
   if (!b.scale1) return value;
-  const __m512 scale = _mm512_loadu_ps(b.scale1 + channel), shift = _mm512_loadu_ps(b.shift1 + channel);
-  return _mm512_max_ps(_mm512_setzero_ps(), _mm512_fmadd_ps(value, scale, shift));
+  const Vector scale = load16(b.scale1 + channel), shift = load16(b.shift1 + channel);
+  return relu(fma(value, scale, shift));
 }
 
 // One row of the input map, activated, into scratch.
@@ -219,10 +229,10 @@ void activate_row(const Chunk<T>& c, int64_t j, int64_t row) {
   if constexpr (per_word<T> == 1) {
     for (int64_t p = 0; p < b.W; p += 16)
       for (int64_t k = 0; k < b.C; k += 16) {
-        __m512 tile[16];
+        Vector tile[16];
         UNROLL for (int i = 0; i < 16; ++i) tile[i] = activate(b, x + (p + i) * b.C, k);
         transpose16(tile);
-        UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_ps(a + (k + i) * c.a.channel() + p, tile[i]);
+        UNROLL for (int i = 0; i < 16; ++i) store16(a + (k + i) * c.a.channel() + p, tile[i]);
       }
   }
 }
@@ -252,12 +262,12 @@ void clear_maps(const Chunk<T>& c, int64_t begin, int64_t end) {
 using Planes = void (*)(const Chunk<float>&, int64_t j, const Piece&, int64_t v0, int64_t live, const int64_t* taps);
 constexpr Planes hidden_planes_of[4] = {hidden_planes<1>, hidden_planes<2>, hidden_planes<3>, hidden_planes<4>};
 
-// Items begin..end of a convolution to `blocks` blocks of channels: for each two of these, each tile.
+// Items begin..end of a convolution to `blocks` blocks of channels: for each tile_vectors of these, each tile.
 template <class Tile, class T>
 void tile_items(const Chunk<T>& c, const Cut& cut, int64_t blocks, int64_t begin, int64_t end, const int64_t* taps) {
   const int64_t count = cut.tiles();
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t block16 = i / count * 2, vectors = std::min<int64_t>(2, blocks - block16);
+    const int64_t block16 = i / count * tile_vectors, vectors = std::min<int64_t>(tile_vectors, blocks - block16);
     int64_t q0, strips;
     cut.at(i % count, q0, strips);
     tile_of<Tile>(c.strips.size, vectors, strips)(c, block16, q0, taps, ahead_of(i % count, count));

@@ -1,4 +1,4 @@
-// Inner loops of a direct convolution in AVX-512: nothing here is called but from a function compiled for it. Where an
+// Inner loops of a direct convolution, in vectors (vectors.h): nothing here is called but from a function compiled for it. Where an
 // element is narrower than a word (direct_words.h), its channels go by words: a sum takes the products of a whole word.
 //   by output channels   a vector holds 16 output channels of a pixel; input values are broadcast
 //   by pixels            a vector holds 16 pixels of an output channel; weights are broadcast
@@ -11,9 +11,11 @@
 #include <vector>
 
 #include "direct_chunks.h"
+#include "direct_strips.h"
 #include "direct_words.h"
 
 namespace den_kernels {
+namespace {
 
 constexpr int64_t prefetch_floats = 8 * 16;  // weights are asked for eight steps ahead: they stream from further out
 
@@ -24,26 +26,29 @@ constexpr auto tiles_by_strips(std::integer_sequence<int, fewer...>) {
 
 template <class Tile, int vectors>
 auto tile_of_vectors(int64_t size, int64_t strips) {
-  static constexpr auto fours =
-      tiles_by_strips<Tile, vectors, 4>(std::make_integer_sequence<int, Tile::most(vectors, 4)>{});
-  static constexpr auto sevens =
-      tiles_by_strips<Tile, vectors, 7>(std::make_integer_sequence<int, Tile::most(vectors, 7)>{});
-  return size == 7 ? sevens[strips - 1] : fours[strips - 1];
+  static constexpr auto usual = tiles_by_strips<Tile, vectors, usual_strip>(
+      std::make_integer_sequence<int, Tile::most(vectors, usual_strip)>{});
+  static constexpr auto other = tiles_by_strips<Tile, vectors, other_strip>(
+      std::make_integer_sequence<int, Tile::most(vectors, other_strip)>{});
+  return size == other_strip ? other[strips - 1] : usual[strips - 1];
 }
 
 // The function of a tile, Tile::run<vectors, strips, size>: `vectors` of 16 channels, 1 .. Tile::vectors, for `strips`
-// of `size` pixels each, 4 or 7. Tile::most(vectors, size): the strips that its registers hold.
+// of `size` pixels each (strip_size). Tile::most(vectors, size): the strips that its registers hold.
 template <class Tile>
 auto tile_of(int64_t size, int64_t vectors, int64_t strips) {
   if constexpr (Tile::vectors > 2) {
     if (vectors == 3) return tile_of_vectors<Tile, 3>(size, strips);
   }
-  return vectors == 2 ? tile_of_vectors<Tile, 2>(size, strips) : tile_of_vectors<Tile, 1>(size, strips);
+  if constexpr (Tile::vectors > 1) {
+    if (vectors == 2) return tile_of_vectors<Tile, 2>(size, strips);
+  }
+  return tile_of_vectors<Tile, 1>(size, strips);
 }
 
-// A tile of one or two vectors, cut by strips_per_tile.
-struct TwoVectors {
-  static constexpr int vectors = 2;
+// A tile of few vectors, cut by strips_per_tile.
+struct UsualTile {
+  static constexpr int vectors = tile_vectors;
   static constexpr int most(int, int size) { return strips_per_tile(size); }
 };
 
@@ -85,7 +90,7 @@ KERNEL Taps taps_on_map(const int64_t* at, int64_t R, int64_t S, int64_t first, 
 // acc[q * size + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
 // A piece is a cache line of every pixel: it serves all taps before the weights push it out of the first level.
 template <class T, int vectors, int strips, int size, bool planar>
-KERNEL void sum_channels(__m512 (&acc)[strips * size][vectors], const float* const (&input)[strips], int64_t pixel,
+KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* const (&input)[strips], int64_t pixel,
                          int64_t channel, const Taps& taps, const float* weight, int64_t weight_vector,
                          const std::vector<Piece>& pieces, const Ahead& ahead) {
   for (const Piece& piece : pieces) {
@@ -100,14 +105,14 @@ KERNEL void sum_channels(__m512 (&acc)[strips * size][vectors], const float* con
         }
       }
       for (const float* end = w + piece.width * 16; w != end; w += 16) {
-        __m512 wv[vectors];
+        Vector wv[vectors];
         UNROLL for (int v = 0; v < vectors; ++v) {
-          wv[v] = _mm512_loadu_ps(w + v * weight_vector);
+          wv[v] = load16(w + v * weight_vector);
           _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
         }
         UNROLL for (int q = 0; q < strips; ++q) {
           UNROLL for (int p = 0; p < size; ++p) {
-            const __m512 value = _mm512_set1_ps(planar ? in[q][p] : in[q][p * pixel]);
+            const Vector value = broadcast(planar ? in[q][p] : in[q][p * pixel]);
             UNROLL for (int v = 0; v < vectors; ++v) {
               acc[q * size + p][v] = multiply_add<T>(value, wv[v], acc[q * size + p][v]);
             }
@@ -122,7 +127,7 @@ KERNEL void sum_channels(__m512 (&acc)[strips * size][vectors], const float* con
 // acc[o][v] += sum over the channels k of pieces and taps of weight[o][k][tap] * input[v + tap, k], v a vector of 16
 // pixels. The packed weights of neighbouring outputs are neighbours.
 template <int outputs, int vectors>
-KERNEL void sum_pixels(__m512 (&acc)[outputs][vectors], const float* const (&input)[vectors], int64_t channel,
+KERNEL void sum_pixels(Vector (&acc)[outputs][vectors], const float* const (&input)[vectors], int64_t channel,
                        const int64_t* taps, int64_t tap_count, const float* weight, const std::vector<Piece>& pieces) {
   for (const Piece& piece : pieces) {
     const float* of_piece = weights_of(weight, piece, tap_count);
@@ -131,45 +136,21 @@ KERNEL void sum_pixels(__m512 (&acc)[outputs][vectors], const float* const (&inp
       UNROLL for (int v = 0; v < vectors; ++v) in[v] = input[v] + taps[t] + piece.place * channel;
       const float* w = of_piece + t * 256;
       for (const float* end = w + piece.width * 16; w != end; w += 16) {
-        __m512 values[vectors];
+        Vector values[vectors];
         UNROLL for (int v = 0; v < vectors; ++v) {
-          values[v] = _mm512_loadu_ps(in[v]);
+          values[v] = load16(in[v]);
           in[v] += channel;
         }
         UNROLL for (int o = 0; o < outputs; ++o) {
-          const __m512 scalar = _mm512_set1_ps(w[o]);
-          UNROLL for (int v = 0; v < vectors; ++v) acc[o][v] = _mm512_fmadd_ps(scalar, values[v], acc[o][v]);
+          const Vector scalar = broadcast(w[o]);
+          UNROLL for (int v = 0; v < vectors; ++v) acc[o][v] = fma(scalar, values[v], acc[o][v]);
         }
       }
     }
   }
 }
 
-// A 16 x 16 tile, one row a vector, transposed.
-KERNEL void transpose16(__m512 (&r)[16]) {
-  __m512 t[16], u[16];
-  UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  UNROLL for (int i = 0; i < 16; i += 4) {
-    UNROLL for (int k = 0; k < 2; ++k) {
-      const __m512d low = _mm512_castps_pd(t[i + k]), high = _mm512_castps_pd(t[i + k + 2]);
-      u[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      u[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  }
-  UNROLL for (int i = 0; i < 4; ++i) {
-    const __m512 a = _mm512_shuffle_f32x4(u[i], u[4 + i], 0x44), b = _mm512_shuffle_f32x4(u[i], u[4 + i], 0xEE);
-    const __m512 c = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0x44),
-                 d = _mm512_shuffle_f32x4(u[8 + i], u[12 + i], 0xEE);
-    r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
-    r[4 + i] = _mm512_shuffle_f32x4(a, c, 0xDD);
-    r[8 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
-    r[12 + i] = _mm512_shuffle_f32x4(b, d, 0xDD);
-  }
-}
-
 #pragma GCC pop_options
 
+}  // namespace
 }  // namespace den_kernels

@@ -1,25 +1,16 @@
 // The element types of the direct kernels, as they see them: in words of 32 bits, a float or a pair of bfloat16s, and
-// in vectors of 16 channels, which are float32. The bfloat16 half is there for a file that defines
+// in vectors of 16 channels, which are float32 (vectors.h). The bfloat16 half is there for a file that defines
 // DEN_KERNELS_DOT_BF16.
 #pragma once
 
 #include <cstdint>
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: __m512 __Y = __Y
-#include <immintrin.h>
-
 #include "direct_channels.h"
-#include "dispatch.h"
 #include "numbers.h"
-
-#define DEN_KERNELS_PRAGMA(text) _Pragma(#text)
-#ifdef DEN_KERNELS_DOT_BF16
-#define DEN_KERNELS_TARGET DEN_KERNELS_PRAGMA(GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512"))
-#else
-#define DEN_KERNELS_TARGET DEN_KERNELS_PRAGMA(GCC target("arch=x86-64-v4,prefer-vector-width=512"))
-#endif
+#include "vectors.h"
 
 namespace den_kernels {
+namespace {
 
 template <class T>
 constexpr int64_t per_word = 4 / sizeof(T);
@@ -38,29 +29,23 @@ const float* words_of(const T* data) {
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
-KERNEL __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
-KERNEL __m512 load16(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
-KERNEL void store16(float* to, __m512 v) { _mm512_storeu_ps(to, v); }
-KERNEL void store16(float* to, __m512 v, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, v); }
-
 // The lanes of a vector that lie on a map of which `left` channels are left.
-KERNEL __mmask16 lanes_of(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
+KERNEL Lanes lanes_of(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<Lanes>((1u << left) - 1); }
 
 // sum + value * weights, of a word each.
 template <class T>
-__m512 multiply_add(__m512 value, __m512 weights, __m512 sum);
+Vector multiply_add(Vector value, Vector weights, Vector sum);
 template <>
-KERNEL __m512 multiply_add<float>(__m512 value, __m512 weights, __m512 sum) {
-  return _mm512_fmadd_ps(value, weights, sum);
+KERNEL Vector multiply_add<float>(Vector value, Vector weights, Vector sum) {
+  return fma(value, weights, sum);
 }
 
 // The selected ones of 16 channels, without gaps. words: the words that hold any; what else these hold becomes zero.
 template <class T>
-void store_words(float* to, __m512 v, uint32_t lanes, uint32_t words);
+void store_words(float* to, Vector v, uint32_t lanes, uint32_t words);
 template <>
-KERNEL void store_words<float>(float* to, __m512 v, uint32_t lanes, uint32_t) {
-  const __mmask16 chosen = static_cast<__mmask16>(lanes);
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(_pext_u32(lanes, lanes)), _mm512_maskz_compress_ps(chosen, v));
+KERNEL void store_words<float>(float* to, Vector v, uint32_t lanes, uint32_t) {
+  store_selected(to, v, static_cast<Lanes>(lanes));
 }
 
 #ifdef DEN_KERNELS_DOT_BF16
@@ -112,4 +97,5 @@ Channels in_words(const Channels& channels) {
   return made;
 }
 
+}  // namespace
 }  // namespace den_kernels

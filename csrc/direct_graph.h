@@ -2,25 +2,21 @@
 // convolutions read them in place (direct_tiles.h) and add what they make, gated, to the state that they lead to.
 // States that do not fit the core's cache are computed in bands of rows: a band of the first state, then of the second,
 // half a kernel higher up, and so on, so that a row is read while it is in the cache, and nothing is computed twice.
-#include "dynamic_graph.h"
+#pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <numeric>
-#include <stdexcept>
 
 #include <omp.h>
 
 #include "check.h"
 #include "direct_channels.h"
 #include "direct_chunks.h"
-#include "dispatch.h"
-#ifdef DEN_KERNELS_HAS_AVX512
 #include "direct_tiles.h"
-#endif
+#include "dynamic_graph.h"
 
 namespace den_kernels {
-#ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
 // A state in scratch memory: rows and columns of pixels, zeros around the map. Columns are computed in strips, so that
@@ -67,9 +63,8 @@ DEN_KERNELS_TARGET
 
 // The blocks of output channels from `block` of strips from q0: to += gate * relu(conv(from) + bias).
 struct EdgeTile {
-  // 21 to 28 of 32 registers sum.
-  static constexpr int vectors = 3;
-  static constexpr int most(int vectors, int size) { return 28 / (vectors * size); }
+  static constexpr int vectors = tile_vectors == 1 ? 1 : 3;
+  static constexpr int most(int vectors, int size) { return sum_vectors / (vectors * size); }
   template <int vectors, int strips, int size>
   static void run(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
                   int64_t block, int64_t q0) {
@@ -80,25 +75,25 @@ struct EdgeTile {
     UNROLL for (int q = 0; q < strips; ++q) {
       input[q] = from + (strip[q].row * layout.map.columns + strip[q].column) * p.C;
     }
-    __m512 acc[strips * size][vectors];
+    Vector acc[strips * size][vectors];
     UNROLL for (int v = 0; v < vectors; ++v) {
       const int64_t first = (block + v) * 16;
-      const __m512 bias = _mm512_maskz_loadu_ps(lanes_of(p.C - first), p.biases[e] + first);
+      const Vector bias = load16(p.biases[e] + first, lanes_of(p.C - first));
       UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
     }
     sum_channels<float, vectors, strips, size, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
                                                       p.weights[e] + block * weight_vector, weight_vector,
                                                       layout.pieces, {});
-    const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(gate);
+    const Vector factor = broadcast(gate);
     UNROLL for (int q = 0; q < strips; ++q) {
       float* pixel = to + layout.map.origin + (input[q] - from);
       UNROLL for (int i = 0; i < size; ++i) {
         if (i >= strip[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           float* at = pixel + i * p.C + (block + v) * 16;
-          const __mmask16 some = lanes_of(p.C - (block + v) * 16);
-          const __m512 made = _mm512_max_ps(zero, acc[q * size + i][v]);  // NaN passes: max gives its second operand
-          _mm512_mask_storeu_ps(at, some, _mm512_fmadd_ps(factor, made, _mm512_maskz_loadu_ps(some, at)));
+          const Lanes some = lanes_of(p.C - (block + v) * 16);
+          const Vector made = relu(acc[q * size + i][v]);
+          store16(at, fma(factor, made, load16(at, some)), some);
         }
       }
     }
@@ -124,7 +119,7 @@ void add_edge(const GraphArguments& p, const Layout& layout, int64_t e, Rows row
   const int64_t blocks = (p.C + 15) / 16;
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block;
-    const int taken = left == 1 ? 1 : left == 3 ? 3 : 2;
+    const int taken = left == 1 || EdgeTile::vectors == 1 ? 1 : left == 3 ? 3 : 2;
     add_vectors(p, layout, e, rows, gate, from, to, block, taken);
     block += taken;
   }
@@ -183,9 +178,7 @@ std::vector<int64_t> heavy_first(const GraphArguments& p) {
   return order;
 }
 
-}  // namespace
-
-void dynamic_graph(const GraphArguments& p) {
+void run_direct(const GraphArguments& p) {
   check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, "dynamic_graph", "kernel", "odd and of at most 49 taps",
         p.R * p.S);
   const Layout layout(p);
@@ -206,12 +199,5 @@ void dynamic_graph(const GraphArguments& p) {
   failure.rethrow();
 }
 
-#else
-
-void dynamic_graph(const GraphArguments&) {
-  throw std::runtime_error("dynamic_graph: this build has no AVX-512 variant");
-}
-
-#endif
-
+}  // namespace
 }  // namespace den_kernels

@@ -3,23 +3,19 @@
 // time, conv2 writes its pixels side by side and conv3 adds its sums to the output. Nothing but the input is read from
 // main memory, and nothing but the output written. Where there are fewer chunks than threads can share, all threads
 // share the bands of each. The inner loops are those of direct_tiles.h.
-#include "dynamic_bottleneck.h"
+#pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 
 #include <omp.h>
 
 #include "check.h"
 #include "direct_chunks.h"
-#include "dispatch.h"
-#ifdef DEN_KERNELS_HAS_AVX512
 #include "direct_tiles.h"
-#endif
+#include "dynamic_bottleneck.h"
 
 namespace den_kernels {
-#ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
 using Arguments = BottleneckArguments<float>;
@@ -72,12 +68,8 @@ int64_t Chunk::band_size() const {
 // A chunk's hidden maps alone: the bands are the same for any number of instances.
 int64_t times_fitting(const Chunk& c) { return scratch_bytes() / (4 * c.maps_size()); }
 
-constexpr int64_t vectors_at_once = 2;
-
 #pragma GCC push_options
 DEN_KERNELS_TARGET
-
-KERNEL __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // a NaN passes
 
 // A band's pixels, activated, side by side.
 void activate(const Chunk& c, int64_t first, int64_t count, float* to) {
@@ -93,7 +85,7 @@ void activate(const Chunk& c, int64_t first, int64_t count, float* to) {
         std::memcpy(to, x, p.C * sizeof(float));
       } else {
         for (int64_t k = 0; k < p.C; k += 16)
-          _mm512_storeu_ps(to + k, relu(_mm512_fmadd_ps(load16(x + k), load16(p.scale1 + k), load16(p.shift1 + k))));
+          store16(to + k, relu(fma(load16(x + k), load16(p.scale1 + k), load16(p.shift1 + k))));
       }
     }
   }
@@ -102,7 +94,7 @@ void activate(const Chunk& c, int64_t first, int64_t count, float* to) {
 // The blocks of output channels block[0 .. vectors - 1] of some strips, and their inputs: where the strips begin,
 // floats from a pixel to the next, the taps and the channels.
 struct Inputs {
-  const float* at[3];
+  const float* at[most_strips];
   int64_t pixel;
   Taps taps;
   const std::vector<Piece>& pieces;
@@ -113,12 +105,12 @@ struct Inputs {
 // The sums of a tile, each pixel's to finish(strip, pixel, sums of its vectors). It is copied: of memory that a store
 // may change, all would be read anew for every pixel.
 template <class Finish>
-struct SumTile : TwoVectors {
+struct SumTile : UsualTile {
   template <int vectors, int strips, int size>
-  static void run(const Inputs& in, const __m512 (&bias)[2], const Finish& finish) {
+  static void run(const Inputs& in, const Vector (&bias)[2], const Finish& finish) {
     const float* input[strips];
     UNROLL for (int q = 0; q < strips; ++q) input[q] = in.at[q];
-    __m512 acc[strips * size][vectors];
+    Vector acc[strips * size][vectors];
     UNROLL for (int i = 0; i < strips * size; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v]; }
     sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
                                                       in.pieces, {});
@@ -128,19 +120,19 @@ struct SumTile : TwoVectors {
 };
 
 template <class Finish>
-void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in, const __m512 (&bias)[2],
+void sum_strips(int64_t size, int64_t strips, int64_t vectors, const Inputs& in, const Vector (&bias)[2],
                 const Finish& finish) {
   tile_of<SumTile<Finish>>(size, vectors, strips)(in, bias, finish);
 }
 
 // relu(sums) of the channels of one or two blocks into a map of the selected channels alone.
 struct StoreHidden {
-  float* to[3];     // the first pixel of each strip
-  int64_t live[3];  // the number of its pixels that are kept
-  int64_t pixel;    // floats from a pixel to the next
+  float* to[most_strips];     // the first pixel of each strip
+  int64_t live[most_strips];  // the number of its pixels that are kept
+  int64_t pixel;              // floats from a pixel to the next
   Block blocks[2];
   template <int vectors>
-  KERNEL void operator()(int strip, int i, const __m512 (&sums)[vectors]) const {
+  KERNEL void operator()(int strip, int i, const Vector (&sums)[vectors]) const {
     if (i >= live[strip]) return;
     UNROLL for (int v = 0; v < vectors; ++v) {
       float* at = to[strip] + i * pixel + blocks[v].place;
@@ -151,20 +143,20 @@ struct StoreHidden {
 
 // Sums added to the output.
 struct AddOutput {
-  float* to[3];
-  int64_t live[3], pixel;
+  float* to[most_strips];
+  int64_t live[most_strips], pixel;
   template <int vectors>
-  KERNEL void operator()(int strip, int i, const __m512 (&sums)[vectors]) const {
+  KERNEL void operator()(int strip, int i, const Vector (&sums)[vectors]) const {
     if (i >= live[strip]) return;
     float* at = to[strip] + i * pixel;
-    UNROLL for (int v = 0; v < vectors; ++v) store16(at + v * 16, _mm512_add_ps(load16(at + v * 16), sums[v]));
+    UNROLL for (int v = 0; v < vectors; ++v) store16(at + v * 16, add(load16(at + v * 16), sums[v]));
   }
 };
 
 // The bias of one or two blocks.
-KERNEL void load_bias(const float* from, const Block* block, int64_t vectors, __m512 (&bias)[2]) {
+KERNEL void load_bias(const float* from, const Block* block, int64_t vectors, Vector (&bias)[2]) {
   for (int64_t v = 0; v < vectors; ++v)
-    bias[v] = load16(from + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
+    bias[v] = load16(from + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
 }
 
 // conv1 of a band of strips of the input, into the hidden maps.
@@ -175,10 +167,10 @@ void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
                 most = strips_per_tile(c.in.size);
   activate(c, first, count, scratch);
   const int64_t blocks = static_cast<int64_t>(chosen.blocks.size());
-  for (int64_t n = 0; n < blocks; n += vectors_at_once) {
+  for (int64_t n = 0; n < blocks; n += tile_vectors) {
     const Block* block = &chosen.blocks[n];
-    const int64_t vectors = std::min(vectors_at_once, blocks - n);
-    __m512 bias[2];
+    const int64_t vectors = std::min<int64_t>(tile_vectors, blocks - n);
+    Vector bias[2];
     load_bias(p.bias1, block, vectors, bias);
     StoreHidden store{{}, {}, pixel, {block[0], block[vectors - 1]}};
     for (int64_t q = 0; q < count; q += most) {
@@ -213,10 +205,11 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   for (int64_t n = 0; n < blocks;) {
     const Block* block = &chosen.blocks[n];
     const int64_t group = block->index * 16 / unit;
-    const bool two = n + 1 < blocks && block[1].index * 16 / unit == group;
-    __m512 bias[2];
+    const bool two = tile_vectors > 1 && n + 1 < blocks && block[1].index * 16 / unit == group;
+    Vector bias[2];
     load_bias(p.bias2, block, 1 + two, bias);
-    StoreHidden store{{}, {size, size, size}, pixel, {block[0], block[two]}};
+    StoreHidden store{{}, {}, pixel, {block[0], block[two]}};
+    std::fill_n(store.live, most_strips, size);
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
       const int64_t top = c.out.at(first + q).row, bottom = c.out.at(first + q + strips - 1).row;
@@ -242,10 +235,10 @@ void last_band(const Chunk& c, int64_t first, int64_t count, const float* scratc
   const Arguments& p = c.block;
   const int64_t most = strips_per_tile(c.out.size), weight_vector = weight_words<float>(p.M, 1), pixel = c.pixel();
   const int64_t tap = 0;
-  const __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  const Vector bias[2] = {zeros(), zeros()};
   AddOutput store{{}, {}, p.C_out};
-  for (int64_t n = 0; n < p.C_out / 16; n += vectors_at_once) {
-    const int64_t vectors = std::min(vectors_at_once, p.C_out / 16 - n);
+  for (int64_t n = 0; n < p.C_out / 16; n += tile_vectors) {
+    const int64_t vectors = std::min<int64_t>(tile_vectors, p.C_out / 16 - n);
     for (int64_t q = 0; q < count; q += most) {
       const int64_t strips = std::min(most, count - q);
       Inputs in{{}, pixel, {&tap, 1, 0, 1}, c.selected.hidden.pieces, p.conv3 + n * weight_vector, weight_vector};
@@ -305,9 +298,7 @@ std::vector<std::vector<Piece>> inputs_by_group(const Arguments& p, const Channe
   return found;
 }
 
-}  // namespace
-
-void dynamic_bottleneck(const BottleneckArguments<float>& p) {
+void run_direct(const BottleneckArguments<float>& p) {
   constexpr char op[] = "dynamic_bottleneck";
   check(p.C % 16 == 0 && p.C_out % 16 == 0, op, "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
   check(p.M % (16 * p.cardinality) == 0, op, "hidden channels of a cardinality group", "divisible by 16",
@@ -324,12 +315,5 @@ void dynamic_bottleneck(const BottleneckArguments<float>& p) {
   run_chunks(make_chunks(p, hidden, threads, 1, make), threads, 0, [](int64_t) {});
 }
 
-#else
-
-void dynamic_bottleneck(const BottleneckArguments<float>&) {
-  throw std::runtime_error("dynamic_bottleneck: this build has no AVX-512 variant");
-}
-
-#endif
-
+}  // namespace
 }  // namespace den_kernels

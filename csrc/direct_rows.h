@@ -1,20 +1,18 @@
 // The float32 block on weights as the parameters hold them, channels-last: of one convolution or both nothing is
 // packed, so that a network that keeps its parameters needs no second copy of its large ones. Chunks, maps and stages
-// are those of direct_residual.h; the inner loop is another: a vector holds 16 input channels, of weights and pixels
-// alike, and four outputs of six pixels are summed along them. Their lanes are added up at the end, which is what this
-// costs.
-#include "dynamic_residual.h"
+// are those of direct_residual.h; the inner loop is another: a register holds 16 input channels (with AVX2 8), of weights
+// and pixels alike, and four outputs of a few pixels are summed along them. Their lanes are added up at the end, which
+// is what this costs.
+#pragma once
 
-#include "dispatch.h"
-#ifdef DEN_KERNELS_HAS_AVX512
 #include "direct_residual.h"
 
 namespace den_kernels {
 namespace {
 
-constexpr int tile_outputs = 4, tile_pixels = 6;
-constexpr int64_t span = 512;       // input channels at a time: their weights of all taps stay in the inner caches
-constexpr int64_t group_tiles = 8;  // tiles that read these weights one after the other
+constexpr int tile_outputs = 4, tile_pixels = rows_pixels;
+constexpr int64_t span = rows_span;  // input channels at a time: their weights of all taps stay in the inner caches
+constexpr int64_t group_tiles = 48 / tile_pixels;  // tiles that read these weights one after the other
 
 struct RowsChunk : Chunk<float> {
   std::vector<Piece> outputs;  // output channels of the block in fours
@@ -55,17 +53,17 @@ struct RowsTile {
   Pixels at;
   const float* input[tile_pixels];
   Taps taps;
-  __m512 sums[tile_outputs][tile_pixels];
+  Register sums[tile_outputs][tile_pixels];
 };
 
-// sums[o][p] += weight[o][k] * input[p][k], lanes apart, over 16 channels k; `live` of them.
-KERNEL void sum_vector(__m512 (&sums)[tile_outputs][tile_pixels], const float* const (&input)[tile_pixels],
-                       const float* const (&weight)[tile_outputs], __mmask16 live) {
-  __m512 w[tile_outputs];
-  UNROLL for (int o = 0; o < tile_outputs; ++o) w[o] = _mm512_maskz_loadu_ps(live, weight[o]);
+// sums[o][p] += weight[o][k] * input[p][k], lanes apart, over the channels k of a register; `live` of them.
+KERNEL void sum_register(Register (&sums)[tile_outputs][tile_pixels], const float* const (&input)[tile_pixels],
+                       const float* const (&weight)[tile_outputs], int64_t live) {
+  Register w[tile_outputs];
+  UNROLL for (int o = 0; o < tile_outputs; ++o) w[o] = load_first(weight[o], live);
   UNROLL for (int p = 0; p < tile_pixels; ++p) {
-    const __m512 x = _mm512_maskz_loadu_ps(live, input[p]);
-    UNROLL for (int o = 0; o < tile_outputs; ++o) sums[o][p] = _mm512_fmadd_ps(w[o], x, sums[o][p]);
+    const Register x = load_first(input[p], live);
+    UNROLL for (int o = 0; o < tile_outputs; ++o) sums[o][p] = fma_register(w[o], x, sums[o][p]);
   }
 }
 
@@ -73,7 +71,7 @@ KERNEL void sum_vector(__m512 (&sums)[tile_outputs][tile_pixels], const float* c
 // [outputs, taps, inputs] and on the map. Bits of `ahead`: outputs whose weights four outputs on are asked for.
 KERNEL void sum_span(RowsTile& tile, const float* const (&weight)[tile_outputs], int64_t inputs, int64_t place,
                      int64_t width, int ahead) {
-  __m512 sums[tile_outputs][tile_pixels];
+  Register sums[tile_outputs][tile_pixels];
   UNROLL for (int o = 0; o < tile_outputs; ++o) {
     UNROLL for (int p = 0; p < tile_pixels; ++p) sums[o][p] = tile.sums[o][p];
   }
@@ -86,27 +84,16 @@ KERNEL void sum_span(RowsTile& tile, const float* const (&weight)[tile_outputs],
         _mm_prefetch(reinterpret_cast<const char*>(w[o] + k + distance), _MM_HINT_T1);
     }
     UNROLL for (int p = 0; p < tile_pixels; ++p) in[p] = tile.input[p] + tile.taps.at[t] + place;
-    for (const float* end = w[0] + width / 16 * 16; w[0] != end;) {
-      sum_vector(sums, in, w, 0xFFFF);
-      UNROLL for (int o = 0; o < tile_outputs; ++o) w[o] += 16;
-      UNROLL for (int p = 0; p < tile_pixels; ++p) in[p] += 16;
+    for (const float* end = w[0] + width / register_lanes * register_lanes; w[0] != end;) {
+      sum_register(sums, in, w, register_lanes);
+      UNROLL for (int o = 0; o < tile_outputs; ++o) w[o] += register_lanes;
+      UNROLL for (int p = 0; p < tile_pixels; ++p) in[p] += register_lanes;
     }
-    if (width % 16) sum_vector(sums, in, w, static_cast<__mmask16>((1u << width % 16) - 1));
+    if (width % register_lanes) sum_register(sums, in, w, width % register_lanes);
   }
   UNROLL for (int o = 0; o < tile_outputs; ++o) {
     UNROLL for (int p = 0; p < tile_pixels; ++p) tile.sums[o][p] = sums[o][p];
   }
-}
-
-// The sums of the lanes of four vectors.
-KERNEL __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512d low = _mm512_castps_pd(ab), high = _mm512_castps_pd(cd);
-  const __m512 quads =
-      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-  const __m256 pairs = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
 // Items begin..end, each four outputs (a piece) of a group of tiles: sums over the channels of `ranges` go to `store`.
@@ -130,7 +117,7 @@ KERNEL void sum_items(const RowsChunk& c, const std::vector<Piece>& pieces, cons
       UNROLL for (int p = 0; p < tile_pixels; ++p) {
         tile.input[p] =
             input_of(tile.at.instance[p]) + (tile.at.row[p] * map.columns + tile.at.column[p]) * stride * map.pixel();
-        UNROLL for (int o = 0; o < tile_outputs; ++o) tile.sums[o][p] = _mm512_setzero_ps();
+        UNROLL for (int o = 0; o < tile_outputs; ++o) tile.sums[o][p] = zero_register();
       }
     }
     const bool more = i / groups + 1 < static_cast<int64_t>(pieces.size());
@@ -165,12 +152,11 @@ void hidden_items(const RowsChunk& c, int64_t begin, int64_t end) {
   const ResidualBlock<float>& b = c.block;
   if (!b.scale2) return hidden_items<float>(c, begin, end);
   const auto store = [&](const Piece& piece, const Pixels& at, int p, __m128 sum) {
-    const __mmask8 lanes = static_cast<__mmask8>((1u << piece.width) - 1);
-    const __m128 value = _mm_fmadd_ps(_mm_maskz_loadu_ps(lanes, b.scale2 + piece.first), sum,
-                                      _mm_maskz_loadu_ps(lanes, b.bias1 + piece.first));
+    const __m128 value = _mm_fmadd_ps(load_quad(b.scale2 + piece.first, piece.width), sum,
+                                      load_quad(b.bias1 + piece.first, piece.width));
     float* h = c.h_of(at.instance[p]) + ((at.row[p] + b.R / 2) * c.h.columns + at.column[p] + b.S / 2) * c.h.pixel() +
                piece.place;
-    _mm_mask_storeu_ps(h, lanes, _mm_max_ps(_mm_setzero_ps(), value));
+    store_quad(h, _mm_max_ps(_mm_setzero_ps(), value), piece.width);
   };
   sum_items(
       c, c.fours, c.pixels1, b.conv1, b.C, c.stream.ranges, c.a, b.stride, begin, end,
@@ -194,9 +180,7 @@ void output_items(const RowsChunk& c, int64_t begin, int64_t end) {
 
 #pragma GCC pop_options
 
-}  // namespace
-
-void dynamic_residual_rows(const ResidualBlock<float>& b) {
+void run_rows(const ResidualBlock<float>& b) {
   const Channels stream = channels_of({{0, b.C}}, b.C, 16);
   run_block(b, 16, 1, [&](int64_t start, int64_t count, const Channels& hidden) {
     const auto pixels = [&](int64_t H, int64_t stride) {
@@ -207,13 +191,5 @@ void dynamic_residual_rows(const ResidualBlock<float>& b) {
   });
 }
 
+}  // namespace
 }  // namespace den_kernels
-#else
-
-namespace den_kernels {
-void dynamic_residual_rows(const ResidualBlock<float>&) {
-  throw std::runtime_error("dynamic_residual: this build has no AVX-512 variant");
-}
-}  // namespace den_kernels
-
-#endif

@@ -1,20 +1,16 @@
-// The weight gradient in float32. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap, summed over the
-// pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The gradients of a
+// The weight gradient in float32. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap (with AVX2 16 x
+// 6), summed over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The gradients of a
 // tile's pixels are copied side by side first: they serve every input and tap.
-#include "dynamic_conv.h"
+#pragma once
 
 #include <algorithm>
-#include <stdexcept>
+#include <utility>
 #include <vector>
 
-#include "dispatch.h"
-#ifdef DEN_KERNELS_HAS_AVX512
 #include "band_map.h"
 #include "conv_gradient.h"
-#endif
 
 namespace den_kernels {
-#ifdef DEN_KERNELS_HAS_AVX512
 namespace {
 
 using Arguments = ConvArguments<float>;
@@ -56,9 +52,9 @@ template <int vectors>
 void fill(Panel& panel, const Pixels& pixels, const float* grad, const Block* block) {
   for (int64_t i = 0; i < pixels.count; ++i) {
     UNROLL for (int v = 0; v < vectors; ++v) {
-      const __m512 of_block =
-          load16(grad + pixels.grad[i] + block[v].index * 16, static_cast<__mmask16>(block[v].lanes));
-      _mm512_store_ps(panel.values + (i * vectors + v) * 16, of_block);
+      const Vector of_block =
+          load16(grad + pixels.grad[i] + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
+      store16(panel.values + (i * vectors + v) * 16, of_block);
     }
   }
 }
@@ -67,32 +63,34 @@ void fill(Panel& panel, const Pixels& pixels, const float* grad, const Block* bl
 // The pixels are summed up from zero: one long sum over all pixels of a batch would round away ten times as much.
 template <int vectors, int inputs>
 void gradient_tile(const Pixels& pixels, const Panel& panel, const float* x, float* sums, int64_t step) {
-  __m512 acc[inputs][vectors];
-  UNROLL for (int k = 0; k < inputs; ++k) { UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_setzero_ps(); }
+  Vector acc[inputs][vectors];
+  UNROLL for (int k = 0; k < inputs; ++k) { UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = zeros(); }
   const float* g = panel.values;
   for (int64_t i = 0; i < pixels.count; ++i, g += vectors * 16) {
     const float* in = x + pixels.input[i];
-    __m512 gv[vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) gv[v] = _mm512_load_ps(g + v * 16);
+    Vector gv[vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) gv[v] = load16(g + v * 16);
     UNROLL for (int k = 0; k < inputs; ++k) {
-      const __m512 value = _mm512_set1_ps(in[k]);
-      UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = _mm512_fmadd_ps(value, gv[v], acc[k][v]);
+      const Vector value = broadcast(in[k]);
+      UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = fma(value, gv[v], acc[k][v]);
     }
   }
   UNROLL for (int k = 0; k < inputs; ++k) {
     UNROLL for (int v = 0; v < vectors; ++v) {
       float* to = sums + v * step + k * 16;
-      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), acc[k][v]));
+      store16(to, add(load16(to), acc[k][v]));
     }
   }
 }
 
 using Tile = void (*)(const Pixels&, const Panel&, const float*, float*, int64_t);
 
+template <int vectors, int... fewer>
+constexpr std::array<Tile, gradient_inputs> tiles_by_inputs(std::integer_sequence<int, fewer...>) {
+  return {gradient_tile<vectors, fewer + 1>...};
+}
 template <int vectors>
-constexpr Tile tiles_of[8] = {gradient_tile<vectors, 1>, gradient_tile<vectors, 2>, gradient_tile<vectors, 3>,
-                              gradient_tile<vectors, 4>, gradient_tile<vectors, 5>, gradient_tile<vectors, 6>,
-                              gradient_tile<vectors, 7>, gradient_tile<vectors, 8>};
+constexpr auto tiles_of = tiles_by_inputs<vectors>(std::make_integer_sequence<int, gradient_inputs>{});
 
 void add_band(const Arguments& p, const float* grad, const Band& band, float* scratch, float* sums) {
   const Map map(p, band, band.inputs.count);
@@ -100,21 +98,21 @@ void add_band(const Arguments& p, const float* grad, const Band& band, float* sc
   int64_t taps[max_taps];
   map.tap_offsets(p, taps);
   for (int64_t j = 0; j < band.count; ++j) copy_rows(p, band, band.inputs, map, j, scratch + j * map.size());
-  const std::vector<Piece> pieces = cut(band.inputs.ranges, 8);
+  const std::vector<Piece> pieces = cut(band.inputs.ranges, gradient_inputs);
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   Panel panel;
   for (int64_t first = 0; first < band.count * band.rows * p.Wo; first += pixels_at_once) {
     const Pixels pixels = pixels_of(p, band, map, first);
-    for (int64_t n = 0; n < block_count; n += 2) {
-      const bool two = n + 1 < block_count;
+    for (int64_t n = 0; n < block_count; n += tile_vectors) {
+      const bool two = tile_vectors > 1 && n + 1 < block_count;
       const Block* block = &blocks[n];
       const int64_t step = two ? (block[1].index - block[0].index) * tap_count * inputs * 16 : 0;
-      (two ? fill<2> : fill<1>)(panel, pixels, grad, block);
+      (two ? fill<tile_vectors> : fill<1>)(panel, pixels, grad, block);
       for (const Piece& piece : pieces)
         for (int64_t t = 0; t < tap_count; ++t) {
           float* to = sums + ((block->index * tap_count + t) * inputs + piece.first) * 16;
-          const Tile run = two ? tiles_of<2>[piece.width - 1] : tiles_of<1>[piece.width - 1];
+          const Tile run = two ? tiles_of<tile_vectors>[piece.width - 1] : tiles_of<1>[piece.width - 1];
           run(pixels, panel, scratch + taps[t] + piece.place, to, step);
         }
     }
@@ -123,20 +121,11 @@ void add_band(const Arguments& p, const float* grad, const Band& band, float* sc
 
 #pragma GCC pop_options
 
-}  // namespace
-
-void dynamic_conv_weight_gradient(const Arguments& p, const float* grad, float* dweight) {
+void run_weight_gradient(const Arguments& p, const float* grad, float* dweight) {
   const auto bytes_of = [&p](const Band& band) { return band.count * Map(p, band, band.inputs.count).size() * 4; };
   sum_bands(p, 16, dweight, bytes_of,
             [&](const Band& band, float* scratch, float* sums) { add_band(p, grad, band, scratch, sums); });
 }
 
-#else
-
-void dynamic_conv_weight_gradient(const ConvArguments<float>&, const float*, float*) {
-  throw std::runtime_error("dynamic_conv: this build has no AVX-512 variant");
-}
-
-#endif
-
+}  // namespace
 }  // namespace den_kernels

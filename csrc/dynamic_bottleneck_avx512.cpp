@@ -1,0 +1,12 @@
+// float32 with AVX-512 (direct_bottleneck.h).
+#include "dispatch.h"
+#include "dynamic_float32.h"
+#ifdef DEN_KERNELS_HAS_AVX512
+#include "direct_bottleneck.h"
+
+namespace den_kernels {
+
+void dynamic_bottleneck_avx512(const BottleneckArguments<float>& p) { run_direct(p); }
+
+}  // namespace den_kernels
+#endif

@@ -1,0 +1,17 @@
+// float32 with AVX-512 (direct_residual.h).
+#include "dispatch.h"
+#include "dynamic_float32.h"
+#ifdef DEN_KERNELS_HAS_AVX512
+#include "direct_pack.h"
+#include "direct_residual.h"
+
+namespace den_kernels {
+
+void dynamic_residual_avx512(const ResidualBlock<float>& b) { run_direct(b); }
+
+void pack_weights_avx512(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I) {
+  run_pack(weight, scale, packed, O, taps, I);
+}
+
+}  // namespace den_kernels
+#endif
