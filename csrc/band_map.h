@@ -1,5 +1,5 @@
 // The padded input rows that a band (conv_bands.h) reads, in scratch memory that stays in the core's cache, in words
-// (direct_words.h). Nothing here is called but from a function compiled for AVX-512.
+// (direct_words.h). Nothing here is called but from a function compiled for DEN_KERNELS_TARGET.
 #pragma once
 
 #include <cstring>

@@ -1,6 +1,6 @@
 // The weight gradient in float32. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap (with AVX2 16 x
-// 6), summed over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The gradients of a
-// tile's pixels are copied side by side first: they serve every input and tap.
+// 6), summed over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast.
+// The gradients of a tile's pixels are copied side by side first: they serve every input and tap.
 #pragma once
 
 #include <algorithm>
@@ -52,8 +52,7 @@ template <int vectors>
 void fill(Panel& panel, const Pixels& pixels, const float* grad, const Block* block) {
   for (int64_t i = 0; i < pixels.count; ++i) {
     UNROLL for (int v = 0; v < vectors; ++v) {
-      const Vector of_block =
-          load16(grad + pixels.grad[i] + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
+      const Vector of_block = load16(grad + pixels.grad[i] + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
       store16(panel.values + (i * vectors + v) * 16, of_block);
     }
   }

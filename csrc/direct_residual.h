@@ -24,8 +24,8 @@ namespace {
 
 // A zero-padded map in scratch memory, wide enough for whole strips of the convolution that reads it.
 struct PaddedMap {
-  int64_t H, W, rows, columns, channels;
-  bool planar;  // [channel][pixel] instead of [pixel][channel]
+  int64_t H, W, rows, columns, channels;  // channels: with the gap of `spread`
+  bool planar;                            // [channel][pixel] instead of [pixel][channel]
   int64_t pixel() const { return planar ? 1 : channels; }
   int64_t channel() const { return planar ? rows * columns : 1; }
   int64_t size() const { return rows * columns * channels; }
@@ -34,7 +34,8 @@ struct PaddedMap {
 PaddedMap padded_map(int64_t H, int64_t W, int64_t channels, bool planar, int64_t R, int64_t S, int64_t stride) {
   const int64_t Wo = (W + stride - 1) / stride;
   const int64_t read = (strip_columns(Wo) - 1) * stride + S, padded = W + S - 1;
-  return {H, W, H + R - 1, read > padded ? read : padded, channels, planar};
+  const int64_t pitch = spread_maps && !planar ? spread(channels) : channels;
+  return {H, W, H + R - 1, read > padded ? read : padded, pitch, planar};
 }
 
 // The channels of a selection, and the same in words.
@@ -123,8 +124,8 @@ struct HiddenTile : UsualTile {
   }
 };
 
-// One tile of conv1 by pixels: the hidden channels of a piece, up to plane_vectors of 16 pixels from v0, into the planar
-// hidden map.
+// One tile of conv1 by pixels: the hidden channels of a piece, up to plane_vectors of 16 pixels from v0, into the
+// planar hidden map.
 template <int outputs>
 KERNEL void hidden_plane(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t v0, int64_t live,
                          const int64_t* taps) {
@@ -154,8 +155,7 @@ KERNEL void hidden_plane(const Chunk<float>& c, int64_t j, const Piece& piece, i
 template <int outputs>
 void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t v0, int64_t live,
                    const int64_t* taps) {
-  for (int64_t v = 0; v < live; v += plane_vectors(outputs))
-    hidden_plane<outputs>(c, j, piece, v0 + v, live - v, taps);
+  for (int64_t v = 0; v < live; v += plane_vectors(outputs)) hidden_plane<outputs>(c, j, piece, v0 + v, live - v, taps);
 }
 
 // One tile of conv2: sums added to the shortcut.

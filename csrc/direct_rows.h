@@ -1,8 +1,8 @@
 // The float32 block on weights as the parameters hold them, channels-last: of one convolution or both nothing is
 // packed, so that a network that keeps its parameters needs no second copy of its large ones. Chunks, maps and stages
-// are those of direct_residual.h; the inner loop is another: a register holds 16 input channels (with AVX2 8), of weights
-// and pixels alike, and four outputs of a few pixels are summed along them. Their lanes are added up at the end, which
-// is what this costs.
+// are those of direct_residual.h; the inner loop is another: a register holds 16 input channels (with AVX2 8), of
+// weights and pixels alike, and four outputs of a few pixels are summed along them. Their lanes are added up at the
+// end, which is what this costs.
 #pragma once
 
 #include "direct_residual.h"
@@ -58,7 +58,7 @@ struct RowsTile {
 
 // sums[o][p] += weight[o][k] * input[p][k], lanes apart, over the channels k of a register; `live` of them.
 KERNEL void sum_register(Register (&sums)[tile_outputs][tile_pixels], const float* const (&input)[tile_pixels],
-                       const float* const (&weight)[tile_outputs], int64_t live) {
+                         const float* const (&weight)[tile_outputs], int64_t live) {
   Register w[tile_outputs];
   UNROLL for (int o = 0; o < tile_outputs; ++o) w[o] = load_first(weight[o], live);
   UNROLL for (int p = 0; p < tile_pixels; ++p) {

@@ -1,5 +1,6 @@
-// Inner loops of a direct convolution, in vectors (vectors.h): nothing here is called but from a function compiled for it. Where an
-// element is narrower than a word (direct_words.h), its channels go by words: a sum takes the products of a whole word.
+// Inner loops of a direct convolution, in vectors (vectors.h): nothing here is called but from a function compiled for
+// it. Where an element is narrower than a word (direct_words.h), its channels go by words: a sum takes the products of
+// a whole word.
 //   by output channels   a vector holds 16 output channels of a pixel; input values are broadcast
 //   by pixels            a vector holds 16 pixels of an output channel; weights are broadcast
 #pragma once
@@ -26,10 +27,10 @@ constexpr auto tiles_by_strips(std::integer_sequence<int, fewer...>) {
 
 template <class Tile, int vectors>
 auto tile_of_vectors(int64_t size, int64_t strips) {
-  static constexpr auto usual = tiles_by_strips<Tile, vectors, usual_strip>(
-      std::make_integer_sequence<int, Tile::most(vectors, usual_strip)>{});
-  static constexpr auto other = tiles_by_strips<Tile, vectors, other_strip>(
-      std::make_integer_sequence<int, Tile::most(vectors, other_strip)>{});
+  static constexpr auto usual =
+      tiles_by_strips<Tile, vectors, usual_strip>(std::make_integer_sequence<int, Tile::most(vectors, usual_strip)>{});
+  static constexpr auto other =
+      tiles_by_strips<Tile, vectors, other_strip>(std::make_integer_sequence<int, Tile::most(vectors, other_strip)>{});
   return size == other_strip ? other[strips - 1] : usual[strips - 1];
 }
 

@@ -16,7 +16,8 @@
 #else  // the level names came with GCC 12
 #define DEN_KERNELS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #define DEN_KERNELS_HAS_AVX512 __builtin_cpu_supports("avx512f")
-#define DEN_KERNELS_HAS_AVX2 __builtin_cpu_supports("avx2")
+#define DEN_KERNELS_HAS_AVX2 \
+  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
 #endif
 #else
 #define DEN_KERNELS_CLONES

@@ -1,5 +1,5 @@
-// A bottleneck block at inference on a CPU, over the hidden channels that each instance selected: float32 with AVX-512,
-// bfloat16 with AMX.
+// A bottleneck block at inference on a CPU, over the hidden channels that each instance selected: float32 with AVX-512
+// or AVX2, bfloat16 with AMX.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ struct BottleneckArguments {
   const T* conv3;
 };
 
-// Needs AVX-512 (has_direct_float32); C, C_out and M / cardinality divisible by 16; R and S odd, at most 7 x 7; a
-// selection keeps whole cardinality groups.
+// Needs AVX-512 or AVX2 (has_direct_float32); C, C_out and M / cardinality divisible by 16; R and S odd, at most 7 x 7;
+// a selection keeps whole cardinality groups.
 void dynamic_bottleneck(const BottleneckArguments<float>& arguments);
 
 // Needs AMX (has_amx); no cardinality; C divisible by 32, M and C_out by 16; weights packed by pack_weights_bf16, those

@@ -1,5 +1,5 @@
 // Dynamic convolution on a CPU: one direct convolution over the whole batch, each instance with the channels that it
-// selected. float32 with AVX-512, bfloat16 with AMX or AVX-512 BF16.
+// selected. float32 with AVX-512 or AVX2, bfloat16 with AMX or AVX-512 BF16.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct ConvArguments {
   const T* bias;                   // [C_out] or null
 };
 
-// Needs AVX-512 (has_direct_float32) and a kernel of at most 49 taps.
+// Needs AVX-512 or AVX2 (has_direct_float32) and a kernel of at most 49 taps.
 void dynamic_conv(const ConvArguments<float>& arguments);
 
 // dweight [C_out, R, S, C]: sum over the instances b that selected both channels, and over the pixels p, of

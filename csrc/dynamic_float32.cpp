@@ -30,7 +30,8 @@ Isa isa() { return std::min(limit.load(std::memory_order_relaxed), best_isa()); 
 template <class Kernel>
 Kernel kernel_of(const char* op, Kernel with_avx512, Kernel with_avx2) {
   const Isa found = isa();
-  if (found == none) throw std::runtime_error(std::string(op) + ": no float32 kernel runs on this CPU or is allowed to");
+  if (found == none)
+    throw std::runtime_error(std::string(op) + ": this CPU has no AVX2, or float32 kernels are limited to none");
   return found == avx512 ? with_avx512 : with_avx2;
 }
 

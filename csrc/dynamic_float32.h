@@ -13,7 +13,7 @@
 namespace den_kernels {
 
 void dynamic_residual_avx512(const ResidualBlock<float>& block);
-void dynamic_residual_rows_avx512(const ResidualBlock<float>& block);
+void dynamic_residual_rows_avx512(const ResidualBlock<float>& block);  // weights that are not all packed
 void dynamic_conv_avx512(const ConvArguments<float>& arguments);
 void dynamic_conv_weight_gradient_avx512(const ConvArguments<float>& arguments, const float* grad, float* dweight);
 void dynamic_bottleneck_avx512(const BottleneckArguments<float>& arguments);

@@ -1,5 +1,6 @@
 // A directed acyclic graph of convolutions on a CPU, each instance with the edges that it keeps: the whole graph in one
-// call, an instance's states never leaving the core's cache. float32 with AVX-512.
+// call, an instance's states never leaving the core's cache. float32 with AVX-512
+// or AVX2.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,7 @@ struct GraphArguments {
   std::vector<const float*> biases;                // [E] of [C]
 };
 
-// Needs AVX-512 (has_direct_float32) and a kernel of at most 49 taps.
+// Needs AVX-512 or AVX2 (has_direct_float32) and a kernel of at most 49 taps.
 void dynamic_graph(const GraphArguments& arguments);
 
 }  // namespace den_kernels

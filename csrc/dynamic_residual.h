@@ -1,5 +1,5 @@
 // The residual block at inference on a CPU, one pass over an instance, its hidden map in the cache: float32 with
-// AVX-512, bfloat16 with AMX or AVX-512 BF16.
+// AVX-512 or AVX2, bfloat16 with AMX or AVX-512 BF16.
 #pragma once
 
 #include <cstdint>
@@ -39,10 +39,9 @@ struct ResidualBlock {
 
 // C and C_out must be divisible by 16.
 void dynamic_residual(const ResidualBlock<float>& block);
-void dynamic_residual(const ResidualBlock<bf16>& block);        // takes packed weights only
-void dynamic_residual_rows(const ResidualBlock<float>& block);  // for weights of which one or both are not packed
-bool has_direct_float32();                                      // true where this CPU runs the float32 block
-bool has_direct_bf16();                                         // true where it runs the bfloat16 block
+void dynamic_residual(const ResidualBlock<bf16>& block);  // takes packed weights only
+bool has_direct_float32();                                // true where this CPU runs the float32 block
+bool has_direct_bf16();                                   // true where it runs the bfloat16 block
 
 // weight [O, taps, I], times scale [O] unless that is null -> [ceil(O / 16), ceil(I / 16), taps, 16 of I, 16 of O],
 // zeros beyond O and I. A prefix of I is a prefix of each of its blocks of O, so one packing serves all levels.

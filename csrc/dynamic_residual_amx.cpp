@@ -1,4 +1,4 @@
-// The residual block in bfloat16 with AMX. As in float32 (dynamic_residual.cpp) a chunk of instances of one level goes
+// The residual block in bfloat16 with AMX. As in float32 (direct_residual.h) a chunk of instances of one level goes
 // through the whole block in scratch memory; its maps and the loop over tiles are those of amx_maps.h.
 #include "dynamic_bf16.h"
 

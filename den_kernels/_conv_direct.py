@@ -1,6 +1,6 @@
 """Dynamic convolution on a CPU, direct: all instances in one call, with no gather and no scatter.
 
-float32 with AVX-512 (csrc/dynamic_conv.cpp), bfloat16 with AMX or AVX-512 BF16 (csrc/dynamic_bf16.h). Weights are
+float32 with AVX-512 or AVX2 (csrc/direct_conv.h), bfloat16 with AMX or AVX-512 BF16 (csrc/dynamic_bf16.h). Weights are
 packed for it, once where a layer keeps them; one packing serves all levels and masks.
 """
 

@@ -23,7 +23,7 @@ def run_direct(
     shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
-    """shortcut + branch(x) in C++ (csrc/dynamic_residual.cpp)."""
+    """shortcut + branch(x) in C++ (csrc/direct_residual.h)."""
     if inplace or (shortcut is None and weights.stride == 1 and weights.conv2.shape[0] == x.shape[1]):
         shortcut = x
     elif shortcut is None:

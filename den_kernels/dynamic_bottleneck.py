@@ -10,9 +10,9 @@ and to shortcut(x) where s is empty
 2017; batch norm with running statistics). The batch norms are folded once, when the weights are prepared: bn1 into an
 affine map before ReLU, bn2 and bn3 into conv1 and conv2.
 
-On a CPU one call of C++ (csrc/dynamic_bottleneck.cpp) takes an instance through the whole block: float32 with AVX-512,
-bfloat16 with AMX. Elsewhere the three convolutions are dynamic ones, on a CPU over the rows of the instances above
-level 0 (`_bottleneck_composed.py`).
+On a CPU one call of C++ (csrc/direct_bottleneck.h) takes an instance through the whole block: float32 with AVX-512 or
+AVX2, bfloat16 with AMX. Elsewhere the three convolutions are dynamic ones, on a CPU over the rows of the instances
+above level 0 (`_bottleneck_composed.py`).
 """
 
 from typing import NamedTuple

@@ -5,7 +5,7 @@
 
 An instance keeps an edge where its level is 1 in the edge's block of a `RoutingPlan`, which has a block for each edge.
 
-On a CPU with AVX-512, in float32, one C++ call runs the whole graph (csrc/dynamic_graph.cpp): a thread takes an
+On a CPU with AVX-512 or AVX2, in float32, one C++ call runs the whole graph (csrc/direct_graph.h): a thread takes an
 instance from the first state to the last, so that its states stay in the core's cache; nothing is gathered, scattered
 or allocated on the way.  States of large maps go through the cache in bands of rows.  Elsewhere on a CPU, and for fewer
 large maps than threads, each edge runs over the rows of its instances, gathered for it.

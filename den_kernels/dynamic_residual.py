@@ -14,7 +14,7 @@ where x is the output of a ReLU, so that an instance at level 0 keeps what it ha
 
 On a CPU an instance at level 0 is not touched, and the others go one of two ways:
 
-- float32 with AVX-512, bfloat16 with AMX or AVX-512 BF16: a direct convolution in C++ (csrc/dynamic_residual.cpp and
+- float32 with AVX-512 or AVX2, bfloat16 with AMX or AVX-512 BF16: a direct convolution in C++ (csrc/direct_residual.h,
   dynamic_bf16.h) takes an instance through the whole block while its maps stay in one core's cache. One
   packing of the weights serves all levels and masks, and narrow levels (4 or 8 hidden channels) cost what they hold,
   which they do not with oneDNN.

@@ -150,8 +150,8 @@ def _on_cpu() -> dict[str, str]:
         texts: tuple[str, ...] = ("PyTorch", rows, "PyTorch", f"{rows}, in place", rows, rows)
     else:
         rows = f"C++ rows + {convolution}"
-        direct = ["AVX-512 in float32"] if extension.has_direct_float32() else []
-        isa = extension.bf16_isa()
+        float32, isa = extension.float32_isa(), extension.bf16_isa()
+        direct = [f"{float32} in float32"] if float32 else []
         whole = [*direct, f"{isa} in bfloat16"] if isa else direct
         bottleneck = whole if isa == "AMX" else direct
         texts = (
@@ -187,9 +187,9 @@ def _missing(cuda: dict[str, Any]) -> list[str]:
             f"the compiled extension ({_extension.reason}): rows of instances are moved by PyTorch in separate passes, "
             "so less of the saved arithmetic is saved time; install with a C++ compiler"
         )
-    elif not extension.has_direct_float32():
+    elif not extension.float32_isa():
         texts.append(
-            "AVX-512 on this CPU: the direct kernels do not run, and oneDNN with gather and scatter "
+            "AVX2 on this CPU: the direct kernels do not run, and oneDNN with gather and scatter "
             "was seen 1.1 to 1.5 times slower"
         )
     if extension is not None and not extension.with_cuda:

@@ -206,8 +206,8 @@ class ResidualWeights(HasHandle):
 def runs_direct(device: torch.device, dtype: torch.dtype, conv1: Sequence[int], conv2: Sequence[int]) -> bool:
     """True where a direct kernel takes the block with weights of these shapes, [M, C, R, S] and [C_out, M, R, S].
 
-    float32 on a CPU with AVX-512, bfloat16 on one with AMX or AVX-512 BF16; whole vectors of channels, one kernel size
-    up to 7 x 7.
+    float32 on a CPU with AVX-512 or AVX2, bfloat16 on one with AMX or AVX-512 BF16; whole vectors of channels, one
+    kernel size up to 7 x 7.
     """
     if extension is None or device.type != "cpu" or tuple(conv1[2:]) != tuple(conv2[2:]) or conv1[2] * conv1[3] > 49:
         return False

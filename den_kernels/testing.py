@@ -3,7 +3,8 @@
 Nothing here needs a test framework: failures are AssertionErrors that name the worst element.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._conv_arguments import pad, pair
+from ._extension import extension
 
 LEVEL_KINDS = ("uniform", "zero", "top", "ascending", "no middle", "last only")
 
@@ -182,3 +184,18 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     B, C, H, W = x.shape
     wide = torch.full((B + 1, C + 3, H, W), float("nan"), dtype=x.dtype, device=x.device).to(memory_format=format)
     return wide[1:, 2 : 2 + C].copy_(x)
+
+
+@contextmanager
+def float32_limited_to(isa: str) -> Iterator[None]:
+    """Let a CPU's float32 kernels use at most this instruction set: "AVX-512", "AVX2" or "", none of them.
+
+    For all threads of the process, at calls and where weights are prepared; the packed weights are the same for both
+    sets. With "" calls go through oneDNN, and weights that are packed already raise RuntimeError. Needs the extension.
+    """
+    before = extension.float32_isa()
+    extension.limit_float32_isa(isa)
+    try:
+        yield
+    finally:
+        extension.limit_float32_isa(before)

@@ -238,8 +238,8 @@ def test_it_runs_where_its_rule_says(case, able, monkeypatch):
 
 
 def test_each_dtype_needs_its_own_instructions(monkeypatch):
-    only_avx512 = SimpleNamespace(has_direct_float32=lambda: True, has_direct_bf16=lambda: False)
-    monkeypatch.setattr(_conv_direct, "extension", only_avx512)
+    only_float32 = SimpleNamespace(has_direct_float32=lambda: True, has_direct_bf16=lambda: False)
+    monkeypatch.setattr(_conv_direct, "extension", only_float32)
     assert runs(torch.float32, 16, 32)
     assert not runs(torch.bfloat16, 16, 32)
 
@@ -252,7 +252,7 @@ def test_a_layer_packs_its_weight_once_and_again_when_it_changes(dtype, monkeypa
     x, levels = channels_last(torch.randn(3, 16, 8, 8)).to(dtype), torch.tensor([1, 0, 2])
     if not runs(dtype, 16, 32):
         pytest.skip(
-            "this CPU lacks AVX-512 (float32), or AMX and AVX-512 BF16 (bfloat16): the direct convolution does not run"
+            "this CPU lacks AVX2 (float32), or AMX and AVX-512 BF16 (bfloat16): the direct convolution does not run"
         )
     with torch.no_grad():
         first = conv(x, levels)

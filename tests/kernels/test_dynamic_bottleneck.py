@@ -14,9 +14,7 @@ from tests.oracle import unlike_new
 L = 4
 HERE = [torch.float32, *([torch.bfloat16] if extension is not None and extension.bf16_isa() == "AMX" else [])]
 DTYPES = st.sampled_from(HERE)
-pytestmark = pytest.mark.skipif(
-    extension is None or not extension.has_direct_float32(), reason="this CPU has no AVX-512"
-)
+pytestmark = pytest.mark.skipif(extension is None or not extension.has_direct_float32(), reason="this CPU has no AVX2")
 
 
 def make(in_channels, hidden, channels, size, stride=1, cardinality=1, first=False):

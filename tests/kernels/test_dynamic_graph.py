@@ -139,7 +139,7 @@ def test_scratch_memory_of_other_shapes_leaves_no_trace():
 
 
 @pytest.mark.skipif(
-    direct.extension is None or not direct.extension.has_direct_float32(), reason="needs the extension and AVX-512"
+    direct.extension is None or not direct.extension.has_direct_float32(), reason="needs the extension and AVX2"
 )
 def test_one_call_runs_what_fits_the_cache_and_large_maps_of_enough_instances(monkeypatch):
     graph = graph_of(16)

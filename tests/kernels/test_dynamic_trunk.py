@@ -16,7 +16,7 @@ from den_kernels._extension import extension
 from den_kernels.dynamic_trunk import _block_by_block
 
 pytestmark = pytest.mark.skipif(
-    extension is None or not extension.has_direct_float32(), reason="needs the extension on a CPU with AVX-512"
+    extension is None or not extension.has_direct_float32(), reason="needs the extension on a CPU with AVX2"
 )
 DTYPES = (
     torch.float32,

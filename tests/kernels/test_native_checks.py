@@ -15,7 +15,7 @@ from den_kernels._extension import extension
 
 pytestmark = pytest.mark.skipif(
     extension is None or not extension.has_direct_float32(),
-    reason="the direct kernels need the extension and AVX-512",
+    reason="the direct kernels need the extension and AVX2",
 )
 B, C, M, H = 6, 32, 32, 5
 

@@ -14,7 +14,7 @@ from tests.kernels.test_dynamic_residual import CASES, Block, check, image
 def any_width(monkeypatch):
     """Weights of any width stay where they are, where the direct kernel runs."""
     if not Block(16, (16,)).fold().direct:
-        pytest.skip("this CPU lacks AVX-512: no direct kernel reads the weights")
+        pytest.skip("this CPU lacks AVX2: no direct kernel reads the weights")
     monkeypatch.setattr(residual_weights, "_WIDE", (0, 0))
 
 
