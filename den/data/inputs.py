@@ -22,7 +22,7 @@ PAPER = 127  # mean grey above which a drawing is taken for ink on paper
 
 @dataclass(frozen=True)
 class Inputs(Kept):
-    """What a network needs to know of a task's images to be given pictures."""
+    """Facts about a task's images that a network needs to be given pictures."""
 
     ink: bool = False  # True where the set has white ink on black: dark ink on paper is turned
 
