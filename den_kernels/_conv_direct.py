@@ -19,10 +19,10 @@ from .plan import Route
 def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = False) -> bool:
     """True where the direct convolution takes x [B, C_in, H, W] and weight [C_out, C_in, R, S], whatever they hold.
 
-    Channels-last, or where the weight is packed already: then it pays to convert the maps. No cardinality, at most 49
-    taps; in bfloat16 also dilation 1 and channels divisible by 16.
+    On a CPU, channels-last, or where the weight is packed already: then it pays to convert the maps. No cardinality, at
+    most 49 taps; in bfloat16 also dilation 1 and channels divisible by 16.
     """
-    if extension is None or geometry.groups != 1 or weight.shape[2] * weight.shape[3] > 49:
+    if extension is None or not x.is_cpu or geometry.groups != 1 or weight.shape[2] * weight.shape[3] > 49:
         return False
     if not packed and memory_format_of(x, weight) != torch.channels_last:
         return False
