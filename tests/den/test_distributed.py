@@ -152,9 +152,9 @@ def test_a_batch_too_small_for_the_processes_is_refused(tmp_path, of_three):
 
 
 def test_batch_norms_of_other_kinds_are_refused():
-    model = torch.nn.Sequential(FeatureNorm(2), torch.nn.BatchNorm2d(2))
+    model = torch.nn.Sequential(FeatureNorm(2), torch.nn.BatchNorm3d(2))
     with pytest.raises(
-        TypeError, match="share_statistics: 1 must be a DynamicBatchNorm2d or FeatureNorm, got BatchNorm2d"
+        TypeError, match="share_statistics: 1 must be a DynamicBatchNorm2d or FeatureNorm, got BatchNorm3d"
     ):
         share_statistics(model)
     share_statistics(model[:1], apart=[model[0]])
