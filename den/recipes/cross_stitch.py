@@ -103,7 +103,7 @@ class StitchedEstimator(nn.Module):
             list(s) for _, s in itertools.groupby(thinner(config).shapes, lambda shape: (shape.channels, shape.size))
         ]
         self.ends = tuple(itertools.accumulate(map(len, stages)))  # the block after each stage
-        stems = [TaskStems(copy.stems[k] for copy in copies) for k in range(len(copies))]
+        stems = [TaskStems(copy.stem_of(k) for copy in copies) for k in range(len(copies))]
         self.stems: Modules[TaskStems] = Modules(stems)
         self.heads: Modules[nn.Module] = Modules(copy.heads[k] for k, copy in enumerate(copies))
         self.blocks = nn.ModuleList(block for copy in copies for block in copy.blocks)
@@ -114,6 +114,10 @@ class StitchedEstimator(nn.Module):
         self.stitches: Modules[Stitch] = Modules(Stitch(len(copies), stage[0].channels, share) for stage in stages)
         for name in ("level_parameters", "level_flops"):
             self.register_buffer(name, len(copies) * getattr(copies[0], name), persistent=False)
+
+    def stem_of(self, task: int) -> TaskStems:
+        """The stems of the task at a position, one of each copy."""
+        return self.stems[task]
 
     @property
     def norm(self) -> nn.ModuleList:
