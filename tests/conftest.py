@@ -34,13 +34,14 @@ os.environ["PYTHONPATH"] = str(Path(den_kernels.__file__).parents[1])
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-launch", action="store_true", help="machine code of every network in every dtype")
+    parser.addoption("--release", action="store_true", help="also the tests that run before a release only")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--every-launch"):
-        left_out = [item for item in items if item.get_closest_marker("every_launch")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    unasked = [name for name in ("every_launch", "release") if not config.getoption(f"--{name.replace('_', '-')}")]
+    left_out = [item for item in items if any(map(item.get_closest_marker, unasked))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(autouse=True)

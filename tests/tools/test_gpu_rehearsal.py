@@ -20,7 +20,7 @@ def rehearse(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_rehearsal_runs_everything_and_keeps_nothing(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
     tables = ROOT / "den_kernels" / "_triton" / "tables"
