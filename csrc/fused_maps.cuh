@@ -123,6 +123,13 @@ struct Affine {
   }
 };
 
+// For sm_100 and sm_120 ptxas 13.0 spills registers of the fixed chunks below.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kFixedChunks = false;
+#else
+constexpr bool kFixedChunks = true;
+#endif
+
 // Input rows [from, band.r1) of the tile's instances, activated, to shared memory. `fixed`: a thread has the same 16
 // bytes of every pixel, so that it needs one part of bn1 and no division.
 template <class E, bool fixed>
@@ -166,7 +173,7 @@ DEN_KERNELS_DEVICE void load_band(const Arguments& arguments, const Tile& tile, 
   const Band band = band_at(p, y0);
   if (y0 > 0) keep_rows(arguments, act, band);
   const int from = y0 > 0 ? band_at(p, y0 - p.layout.rows).r1 : 0;
-  if (kThreads % (p.C * E::bytes / 16) == 0)
+  if (kFixedChunks && kThreads % (p.C * E::bytes / 16) == 0)
     load_rows<E, true>(arguments, act, tile, band, from);
   else
     load_rows<E, false>(arguments, act, tile, band, from);
