@@ -3,7 +3,6 @@ extract."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
@@ -17,6 +16,7 @@ from den.bench import BenchConfig
 from den.dag.config import DagExtract, DagPredict, DagReportConfig, DagTrainConfig
 from den.report.settings import Predict, Report
 from den.runs.settings import Evaluate
+from den.support import launched
 from den.support.files import check_folder
 from den.support.settings import read_config
 from den.train.config import DemoConfig, MethodConfig, TrainConfig
@@ -199,8 +199,8 @@ def base_settings(default: Settings, arguments: list[str]) -> Settings:
 
 
 def _prepared(settings: Command) -> Callable[[], int]:
-    if not isinstance(settings, Train | DagTrain) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"den: all commands but train must run in one process, got {os.environ['WORLD_SIZE']}")
+    if not isinstance(settings, Train | DagTrain) and launched.processes() > 1:
+        raise ValueError(f"den: all commands but train must run in one process, got {launched.processes()}")
     if isinstance(settings, Train):
         from den.recipes.den import train
 

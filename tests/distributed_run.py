@@ -23,7 +23,7 @@ from den.data import load_set
 from den.recipes.base import Method
 from den.recipes.dag.search import train as search
 from den.recipes.den import train
-from den.support import ranks
+from den.support import launched, ranks
 from den.train.config import (
     DataConfig,
     EstimatorTraining,
@@ -110,7 +110,7 @@ def patches(name: str) -> list:
         found.append(mock.patch("den.recipes.den.initial_structures", by_turns))
     if name == "pieces":  # norms of a piece are not those of the whole; all else is the same
         found.append(mock.patch.object(Method, "enter", lambda self, engine, phase: self.model.eval()))
-    if name == "routing" and ranks.rank() == 1 and not ranks.restarts():
+    if name == "routing" and ranks.rank() == 1 and not launched.restarts():
         found.append(mock.patch.object(Engine, "update", ended_at(3, lambda: os._exit(9))))
     return found
 
@@ -144,7 +144,7 @@ def run_until(folder: Path, name: str, step: int) -> None:
 
 def main(folder: Path) -> None:
     """Train what is to be trained by one of two processes."""
-    for name in ("routing",) if ranks.restarts() else [name for name in RUNS if name != "handed-on"]:
+    for name in ("routing",) if launched.restarts() else [name for name in RUNS if name != "handed-on"]:
         run(folder, name, **({"accumulate": 2} if name == "pieces" else {}))
         if name == "den":
             try:

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from den.support import launched
 from den.support.device import choose_device
 
 T = TypeVar("T")
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun, and others like it, tell a process
 
 
 class FirstRankError(ValueError):
@@ -50,8 +50,7 @@ def join(device_name: str) -> torch.device:
 
     Raises ValueError for a device that is not there or that several processes would share.
     """
-    launched = all(name in os.environ for name in LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
-    if not dist.is_available() or not (launched or dist.is_initialized()):
+    if not dist.is_available() or not (launched.shared() or dist.is_initialized()):
         return choose_device(device_name)
     device = _own_device(choose_device(device_name), device_name)
     if not dist.is_initialized():
@@ -66,7 +65,7 @@ def _own_device(device: torch.device, name: str) -> torch.device:
         return device
     if device.index is not None:
         raise ValueError(f"config: device must be auto, cpu or cuda with several processes, got {name!r}")
-    own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    own, there = launched.rank_here(), torch.cuda.device_count()
     if own >= there:
         raise ValueError(f"config: device must be a GPU for each process, got {there} GPUs and process {own + 1}")
     torch.cuda.set_device(own)
@@ -85,20 +84,15 @@ def is_loss_of_another(error: RuntimeError) -> bool:
 
 def launch() -> str | None:
     """Name of the launch by torchrun that this process belongs to, the same after its restarts; None: not launched."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    name = launched.run_id()
     if name == "none":  # torchrun was given none: its own process stands for it
         return f"{socket.gethostname()}:{os.getppid()}"
     return name
 
 
-def restarts() -> int:
-    """Number of times that torchrun has started the processes anew, after one of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def processes_here() -> int:
     """Processes of the run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
+    return launched.processes_here() if count() > 1 else 1
 
 
 def total(values: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from den.support import launched
+
 TYPE_CHECKING = False  # typing takes a third of the time that importing this takes
 if TYPE_CHECKING:
     from typing import Any
@@ -27,8 +29,8 @@ class Terminated(BaseException):
 
 def complain(text: str) -> None:
     """Write one line to stderr, if anybody takes it; of several processes of a run with the number of this one."""
-    number = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-    who = "den:" if number == "0" else f"den (process {number}):"
+    number = launched.rank()
+    who = f"den (process {number}):" if number else "den:"
     with contextlib.suppress(OSError, ValueError):  # a full disk, a closed file
         print(who, *text.split(), file=sys.stderr, flush=True)
 

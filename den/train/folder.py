@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from den.support import ranks
+from den.support import launched, ranks
 from den.support.files import PARTIAL, write_whole
 from den.support.settings import flattened, read_config, to_dict
 from den.train.checkpoint import load_checkpoint, read_updates
@@ -67,7 +67,7 @@ class RunFolder:
 
     def _is_started_anew(self) -> bool:
         """True where torchrun has started this launch anew, and its run has come to a checkpoint here."""
-        if not ranks.restarts() or not self.last.exists():
+        if not launched.restarts() or not self.last.exists():
             return False
         try:
             return json.loads((self.path / "versions.json").read_bytes())["launch"] == ranks.launch()

@@ -184,7 +184,8 @@ def test_weight_gradients_of_bands_and_groups_of_instances(shape, threads, dtype
         assert torch.equal(gradient(x, weight, grad), got)
     finally:
         torch.set_num_threads(before)
-    near = 1e-4 if dtype == torch.float32 else 2**-8
+    rounded = dtype != torch.float32 and not extension.has_direct_bf16()  # a level's part, before it is added
+    near = 1e-4 if dtype == torch.float32 else 2**-6 if rounded else 2**-8
     torch.testing.assert_close(got.double(), exact, rtol=near, atol=near * exact.abs().max().item())
 
 

@@ -188,7 +188,7 @@ def test_networks_take_it_by_themselves(name, batch, monkeypatch):
     got = estimator(x, "a", levels)
     frozen = copy.deepcopy(model).freeze().estimator(x, "a", levels)
     assert len(calls) == (0 if name == "vgg16" else 2)
-    monkeypatch.setattr("den.nn.estimator.Estimator._folded_trunk", lambda self: None)
+    monkeypatch.setattr("den.nn.estimator.Estimator._folded_trunk", lambda self, on_cpu: None)
     wanted = estimator(x, "a", levels)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(frozen, wanted, rtol=1e-4, atol=1e-5)

@@ -201,7 +201,12 @@ def _format(tensor: Tensor) -> torch.memory_format:
 def optional(name: str, index: int) -> bool:
     """Whether None may stand there: for a bias, a scale, sums that carry no gradient."""
     wanted = {"norm_apply": {3, 4}, "norm_gradient": {4}, "pack_weights": {1}, "dynamic_conv": {6}}
-    wanted |= {"dynamic_conv, masks": {6}, "ResidualBlock": {12}, "ResidualBlock, unpacked": {12}}
+    wanted |= {
+        "dynamic_conv, masks": {6},
+        "ResidualBlock": {12},
+        "ResidualBlock, unpacked": {12},
+        "BottleneckBlock": {13},
+    }
     return index in wanted.get(name, set())
 
 
