@@ -62,7 +62,7 @@ class Slots(NamedTuple):
     tile: int  # of all else that a tile of 128 x 64 takes, its second output included
 
 
-SLOTS = {"boxes": Slots(120, 1100), "pointers": Slots(260, 1300)}
+SLOTS = {"boxes": Slots(120, 1160), "pointers": Slots(260, 1300)}
 
 
 class Fused(NamedTuple):
@@ -95,7 +95,7 @@ def makespan(tiles: Iterable[float], programs: int, multiprocessors: int, snake:
     snake: every other round of tiles goes backward.
 
     >>> makespan([4, 4, 2, 2, 1, 1], 2, 2), makespan([4, 3, 2, 1], 2, 2, snake=True)
-    (7, 5)
+    (7.0, 5.0)
     """
     loads = [0.0] * multiprocessors
     for i, cycles in enumerate(tiles):

@@ -40,7 +40,7 @@ TOOLS = ("compute-sanitizer", "ncu")
 INTERPRETED = ("test_composition", "test_mask_graph", "test_norm[bfloat16-levels-plain]")
 # Of every parameter these values; of those that are not named here all.
 KEPT: dict[str, tuple[object, ...]] = {
-    "way": ("float32", "bfloat16"), "problem": ("out", "mask", "cardinality", "composition 64x32x32"),
+    "way": ("float32", "bfloat16"), "convolution": ("out", "mask", "cardinality"), "problem": ("composition 64x32x32",),
     "batch": (1, 5), "groups": (3, 4), "mode": ("eager",), "tool": ("memcheck",),
 }  # fmt: skip
 METRICS = {

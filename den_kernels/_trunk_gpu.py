@@ -29,7 +29,7 @@ def run(
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; with a norm [B, C_out]: means of its ReLU
     """All blocks, one after the other, where Triton runs."""
     from ._triton.norm import pool
-    from ._triton.residual import Next, add_branch
+    from ._triton.residual import Next, add_branch, hands_on
 
     x = x.contiguous(memory_format=torch.channels_last)
     layout = _fused_layout(x, routes[0], blocks[0])
@@ -42,7 +42,8 @@ def run(
             _cuda.fused_residual(x, out, route, block, layout, holds_shortcut=out is x)
             activated = None
         else:
-            following = Next.of(*behind) if behind is not None and next_layout is None else None
+            asked = behind is not None and next_layout is None and hands_on(route, block)
+            following = Next.of(*behind) if behind is not None and asked else None
             activated = add_branch(x, out, route, block, activated, following, holds_shortcut=out is x)
         x, layout = out, next_layout
     return x if scale is None or shift is None else pool(x, scale, shift)

@@ -221,9 +221,9 @@ def main() -> int:
     text = tables({elastic(): (64, 256), searched(): (8,)}, Machine())
     print(text)
     if write:
-        before, rest = PAGE.read_text().split("<!-- scale:begin -->")
+        before, rest = PAGE.read_text(encoding="utf-8").split("<!-- scale:begin -->")
         after = rest.split("<!-- scale:end -->")[1]
-        PAGE.write_text(f"{before}<!-- scale:begin -->\n{text}\n<!-- scale:end -->{after}")
+        PAGE.write_text(f"{before}<!-- scale:begin -->\n{text}\n<!-- scale:end -->{after}", encoding="utf-8")
     dist.destroy_process_group()
     return 0
 

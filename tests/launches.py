@@ -181,11 +181,14 @@ def run_block(block: nn.Module, shape: BlockShape, dtype: torch.dtype, masked: b
         residual.add_branch(stream, x, route, weights)
         if block.bn1 is not None and weights.scale1 is not None:
             norm.pool(stream, weights.scale1, weights.scale1)
-        if x.shape != stream.shape:  # pools its shortcut itself, beside what the next block reads
+        handed = residual.hands_on(route, weights)
+        if handed and x.shape != stream.shape:  # pools its shortcut itself, beside what the next block reads
             vector = torch.empty(x.shape[1], device=META)
             after = residual.Next(vector, vector, route.levels)
             residual.add_branch(stream, x, route, weights, following=after, holds_shortcut=False)
-        if block.bn1 is not None and x.shape == stream.shape:  # and what it writes where another such block follows
+        if (
+            handed and block.bn1 is not None and x.shape == stream.shape
+        ):  # and what it writes where another such block follows
             residual.add_branch(stream, x, route, weights, following=residual.Next.of(weights, route))
 
 

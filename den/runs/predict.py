@@ -42,9 +42,7 @@ class Prediction:
 class Predictor:
     """A trained run, ready for pictures.
 
-    >>> network = den.load("runs/flowers")  # doctest: +SKIP
-    >>> network.predict("rose.jpg")[0].label  # doctest: +SKIP
-    'rose'
+    `den.load("runs/flowers").predict("rose.jpg")[0].label` is the name of a class.
 
     Attributes:
         run: the run, its network in evaluation mode, frozen, on the device.

@@ -60,6 +60,8 @@ def choose_boxes(p: Arguments, skip_empty: bool, arch: int) -> tuple[Tile, Shape
         return None
     if p.heavy and tile.rows * tile.columns > 128 * 64:
         tile = tile._replace(columns=64)  # registers would spill
+    elif p.heavy and tile.columns > 64:
+        tile = tile._replace(programs=min(tile.programs, 2))  # that registers are left for
     shape = shape_of_levels(p.n, p.k, p.groups, 1, skip_empty, tile, least=64)  # a product has 64 rows, here channels
     return (tile, shape) if all(shape.evens) else None
 

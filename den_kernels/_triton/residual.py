@@ -36,6 +36,14 @@ class Next(NamedTuple):
         return cls(weights.scale1, weights.shift1, route.levels)
 
 
+def hands_on(route: Route, weights: ResidualWeights | BottleneckWeights) -> bool:
+    """True where a block's last convolution has registers left to write what the next block reads, beside its own map.
+
+    With masks it has none at 256 channels and more (Triton 3.6, sm_90).
+    """
+    return route.mask is None or weights.out_channels < 256
+
+
 class _Layer(NamedTuple):
     """A convolution of the branch, and the affine map behind it."""
 

@@ -53,10 +53,10 @@ CONVOLUTIONS = {
 SMALL = ConvCase(batch=3, size=(5, 4), channels=(8, 1), out_sizes=(8, 8))  # in a rehearsal
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
 @pytest.mark.parametrize("way", WAYS)
-def test_convolution(way: str, case: str, context: Context, record: Record) -> None:
-    record(check_convolution(CONVOLUTIONS[case], way, context))
+def test_convolution(way: str, convolution: str, context: Context, record: Record) -> None:
+    record(check_convolution(CONVOLUTIONS[convolution], way, context))
 
 
 @pytest.mark.smoke
