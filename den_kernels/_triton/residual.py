@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._block_op import own_shortcut
 from .._geometry import Geometry
 from ..bottleneck_weights import BottleneckWeights
 from ..plan import Route
@@ -98,13 +99,19 @@ def add_branch(
         epilogue = Epilogue(layer.bias, layer.scale, relu=True)
         convolve(activated, layer.weight, hidden, route, layer.geometry, epilogue=epilogue)
         activated = hidden
+    pooled = None
+    if not holds_shortcut and out.dtype == torch.float32:  # float32 leaves no registers for a shortcut of its own,
+        out.copy_(own_shortcut(x, weights))
+        holds_shortcut = True
+    elif not holds_shortcut:
+        pooled = Pooled(x, weights.stride)
     after = None if following is None else Following(torch.empty_like(out), *following)
-    fused = after if out.dtype != torch.float32 else None  # float32 leaves no registers for a second output
+    fused = after if out.dtype != torch.float32 else None  # or for a second output
     relu = isinstance(weights, ResidualWeights) and weights.relu
     convolve(
         activated, last.weight, out, route, last.geometry, skip_empty=True,
         epilogue=Epilogue(
-            last.bias, last.scale, holds_shortcut, None if holds_shortcut else Pooled(x, weights.stride), relu, fused
+            last.bias, last.scale, holds_shortcut, pooled, relu, fused
         ),
     )  # fmt: skip
     if after is None or fused is not None:
