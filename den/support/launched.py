@@ -1,4 +1,4 @@
-"""What torchrun, and launchers like it, tell a process in its environment: the one place where variables are read."""
+"""The environment that torchrun, and launchers like it, give a process: the one place where variables are read."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def run_id() -> str | None:
 
 
 def restarts() -> int:
-    """How many times torchrun has started the processes anew, after one of them had failed."""
+    """Number of times that torchrun has started the processes anew, after one of them had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
