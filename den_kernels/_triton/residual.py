@@ -18,7 +18,9 @@ from .._geometry import Geometry
 from ..bottleneck_weights import BottleneckWeights
 from ..plan import Route
 from ..residual_weights import ResidualWeights
+from .boxes import tile_by_rule
 from .convolve import Epilogue, Following, Pooled, convolve
+from .launch import architecture
 from .norm import activate
 
 
@@ -70,6 +72,14 @@ def _layers(weights: ResidualWeights | BottleneckWeights) -> tuple[_Layer, ...]:
     )
 
 
+def _pools(out: Tensor, route: Route, last: _Layer) -> bool:  # [B, C_out, H_out, W_out]
+    """True where the last convolution may pool a shortcut itself: on boxes; elsewhere it has no registers left."""
+    arch, _ = architecture(out.device)
+    wide = out.dtype.itemsize == 2 and arch >= 90 and route.mask is None
+    n, k = last.weight.shape[:2]
+    return wide and tile_by_rule(n, k, (out.shape[2], out.shape[3])) is not None
+
+
 def add_branch(
     x: Tensor,  # [B, C, H, W] channels-last
     out: Tensor,  # [B, C_out, H_out, W_out] channels-last; may be x
@@ -100,13 +110,13 @@ def add_branch(
         convolve(activated, layer.weight, hidden, route, layer.geometry, epilogue=epilogue)
         activated = hidden
     pooled = None
-    if not holds_shortcut and out.dtype == torch.float32:  # float32 leaves no registers for a shortcut of its own,
+    if not holds_shortcut and not _pools(out, route, last):
         out.copy_(own_shortcut(x, weights))
         holds_shortcut = True
     elif not holds_shortcut:
         pooled = Pooled(x, weights.stride)
     after = None if following is None else Following(torch.empty_like(out), *following)
-    fused = after if out.dtype != torch.float32 else None  # or for a second output
+    fused = after if out.dtype != torch.float32 else None  # float32 leaves no registers for a second output
     relu = isinstance(weights, ResidualWeights) and weights.relu
     convolve(
         activated, last.weight, out, route, last.geometry, skip_empty=True,
