@@ -126,7 +126,7 @@ class Caught:
             return launch.arguments
 
         self.patches.enter_context(patch.object(Launch, "run", run))
-        for module in (convolve, weight_gradient, norm):
+        for module in (convolve, residual, weight_gradient, norm):
             self.patches.enter_context(patch.object(module, "architecture", lambda device: (self.arch, 132)))
         return self.launches
 
