@@ -13,8 +13,6 @@ the selector's heads: an operating point is an ordinary network and costs nothin
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +24,7 @@ from den.data import ImageSet
 from den.evaluate.accuracy import BATCH, full_flops
 from den.nn.model import DeepElasticNetwork
 from den.nn.tasks import find_task
-from den.support.device import wait_for
+from den.support.call_time import call_seconds, module_seconds
 
 HALVINGS = 100
 CORRECTIONS = 3
@@ -75,57 +73,19 @@ def measured_costs(
     rows = []
     for level in range(model.levels):
         structures = torch.full((len(images), model.num_blocks), level, device=device)
-        rows.append(_block_seconds(model, partial(model.estimator, images, name, structures), device, rounds))
+        run = partial(model.estimator, images, name, structures)
+        rows.append(module_seconds(list(model.estimator.blocks), run, device, rounds))
     blocks = LevelCosts(torch.tensor(rows, dtype=torch.float64).t() * unit)
     whole = milliseconds(model, image_set, batch_size, rounds)
     return LevelCosts(blocks.levels, max(0.0, whole - blocks.of(model.select(images, name)).mean().item()))
-
-
-def _block_seconds(
-    model: DeepElasticNetwork, run: Callable[[], object], device: torch.device, rounds: int
-) -> list[float]:
-    """Median seconds that each block takes in `rounds` calls of `run`, after one that is not counted.
-
-    0 where it is not called: a block that no image uses may cost nothing.
-    """
-    started: list[float] = []
-    seconds: list[list[float]] = [[] for _ in model.estimator.blocks]
-
-    def begin(*_: object) -> None:
-        wait_for(device)
-        started.append(time.perf_counter())
-
-    def end(block: int) -> Callable[..., None]:
-        def stop(*_: object) -> None:
-            wait_for(device)
-            seconds[block].append(time.perf_counter() - started.pop())
-
-        return stop
-
-    hooks = []
-    for i, block in enumerate(model.estimator.blocks):
-        hooks += [block.register_forward_pre_hook(begin), block.register_forward_hook(end(i))]
-    try:
-        for _ in range(rounds + 1):
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [statistics.median(each[1:]) if each else 0.0 for each in seconds]
 
 
 @torch.inference_mode()
 def milliseconds(model: DeepElasticNetwork, image_set: ImageSet, batch_size: int = 256, rounds: int = 9) -> float:
     """Median time per image, selector included, on the first batch of a set."""
     device = next(model.parameters()).device
-    images, seconds = image_set.inputs(slice(0, batch_size)).to(device), []
-    for _ in range(rounds + 1):
-        wait_for(device)
-        start = time.perf_counter()
-        model(images, image_set.name)
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds[1:]) / len(images)
+    images = image_set.inputs(slice(0, batch_size)).to(device)
+    return 1e3 * call_seconds(partial(model, images, image_set.name), device, rounds) / len(images)
 
 
 def chosen_levels(logits: Tensor, costs: LevelCosts, weight: float) -> Tensor:

@@ -15,9 +15,10 @@ from den.inference import pretrained
 from den.inference.graphs import Graphs
 from den.inference.networks import Network, joined, network_of, split
 from den.inference.points import Point, shift_within, structure_within, within_milliseconds
-from den.inference.profile import Profile, block_milliseconds, mean_saved, milliseconds
+from den.inference.profile import Profile, block_milliseconds, mean_saved
 from den.nn.task_batch import Images, TaskBatch, Tasks
 from den.nn.tasks import find_task
+from den.support.call_time import call_seconds
 from den.support.device import choose_device
 
 _OP = "Engine"
@@ -181,7 +182,7 @@ class Engine:
             chosen = batch.arrange(levels)[: len(piece.batch)]
             one_by_one = partial(self.network.run, piece.batch, chosen)
             times = block_milliseconds(self.network.modules(), one_by_one, self.device, ROUNDS)
-            whole = milliseconds(lambda: self._piece(piece.batch, None), self.device, ROUNDS)
+            whole = 1e3 * call_seconds(lambda: self._piece(piece.batch, None), self.device, ROUNDS)
             mean, saved = mean_saved(chosen, self.network.costs.levels)
             share = self.network.costs.of(chosen).mean().item()
             return Profile(self.blocks, tuple(mean), tuple(saved), tuple(times), whole, share, len(piece.batch))
@@ -249,7 +250,7 @@ class Engine:
                 for batch in whole:
                     self._piece(batch, self._levels(batch, point))
 
-            return milliseconds(run, self.device, ROUNDS) / sum(map(len, whole))
+            return 1e3 * call_seconds(run, self.device, ROUNDS) / sum(map(len, whole))
 
         return within_milliseconds(partial(self._fit, batches, costs), clock, costs, budget_ms)
 
@@ -288,5 +289,5 @@ class Engine:
         # A block is no cheaper at a higher level, whatever the noise of a measurement says.
         blocks = LevelCosts(torch.tensor(rows, dtype=torch.float64).t().cummax(1).values)
         top = torch.full((len(batch), len(self.blocks)), self.network.levels - 1).to(self.device)
-        whole = milliseconds(lambda: self._piece(batch, top), self.device, ROUNDS) / len(batch)
+        whole = 1e3 * call_seconds(lambda: self._piece(batch, top), self.device, ROUNDS) / len(batch)
         return LevelCosts(blocks.levels, max(0.0, whole - blocks.most))

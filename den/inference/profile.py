@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from den.support.device import wait_for
+from den.support.call_time import module_seconds
 from den.support.tables import markdown_table
 
 
@@ -41,45 +39,9 @@ class Profile:
 def block_milliseconds(
     modules: Sequence[nn.Module | None], run: Callable[[], object], device: torch.device, rounds: int
 ) -> list[float | None]:
-    """Median milliseconds of each module in `rounds` calls of `run`, after one that is not counted; 0 if not called."""
-    started: list[float] = []
-    times: list[list[float]] = [[] for _ in modules]
-
-    def begin(*_: object) -> None:
-        wait_for(device)
-        started.append(time.perf_counter())
-
-    def end(n: int) -> Callable[..., None]:
-        def stop(*_: object) -> None:
-            wait_for(device)
-            times[n].append(1e3 * (time.perf_counter() - started.pop()))
-
-        return stop
-
-    hooks = []
-    for n, module in enumerate(modules):
-        if module is not None:
-            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end(n))]
-    try:
-        for _ in range(rounds + 1):
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    medians = [statistics.median(own[1:]) if len(own) > 1 else 0.0 for own in times]
-    return [None if module is None else ms for module, ms in zip(modules, medians, strict=True)]
-
-
-def milliseconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Median milliseconds of a call, after one that is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        wait_for(device)
-        start = time.perf_counter()
-        run()
-        wait_for(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+    """Median milliseconds of each module in `rounds` calls of `run`, None for those that are None."""
+    found = iter(module_seconds([module for module in modules if module is not None], run, device, rounds))
+    return [None if module is None else 1e3 * next(found) for module in modules]
 
 
 def mean_saved(levels: Tensor, costs: Tensor) -> tuple[list[float], list[float]]:

@@ -1,0 +1,58 @@
+"""Time of a call on the host's clock, and of modules within it: the device is waited for before and after."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from den.support.device import wait_for
+
+
+def call_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median seconds of `rounds` calls of `run`, after one that is not counted."""
+    seconds = []
+    for _ in range(rounds + 1):
+        wait_for(device)
+        start = time.perf_counter()
+        run()
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def module_seconds(
+    modules: Sequence[nn.Module], run: Callable[[], object], device: torch.device, rounds: int
+) -> list[float]:
+    """Median seconds that each module takes in `rounds` calls of `run`, after one that is not counted.
+
+    0 where it is not called: a block that no image uses may cost nothing. A module that is called more than once in a
+    run counts each time.
+    """
+    started: list[float] = []
+    seconds: list[list[float]] = [[] for _ in modules]
+
+    def begin(*_: object) -> None:
+        wait_for(device)
+        started.append(time.perf_counter())
+
+    def end(n: int) -> Callable[..., None]:
+        def stop(*_: object) -> None:
+            wait_for(device)
+            seconds[n].append(time.perf_counter() - started.pop())
+
+        return stop
+
+    hooks = []
+    for n, module in enumerate(modules):
+        hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end(n))]
+    try:
+        for _ in range(rounds + 1):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [statistics.median(each[1:]) if len(each) > 1 else 0.0 for each in seconds]
