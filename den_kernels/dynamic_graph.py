@@ -15,7 +15,7 @@ leaves instances alone that do not keep the edge; one launch before reads all st
 host waits for nothing.  Where Triton does not run, whole batches go through PyTorch's operations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -201,6 +201,31 @@ def _(x: Tensor, *_: Any) -> Tensor:  # [B, C, H, W] channels-last
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
+def _run_states(
+    x: Tensor,  # [B, C, H, W] channels-last
+    graph: GraphWeights,
+    read_in: Tensor,  # [B, N]
+    read_out: Tensor,  # [B, N]
+    add: Callable[[Tensor, Tensor, int], None],
+) -> Tensor:  # [B, C, H, W] channels-last
+    """The graph state by state; add(v, state, e) adds to v [B, C, H, W] what edge e makes of the state it leaves."""
+    states: list[Tensor] = []
+    out = torch.zeros_like(x)
+    for j in range(graph.states):
+        v = x * _column(read_in, j)
+        for e, (i, head) in enumerate(graph.edges):
+            if head == j:
+                add(v, states[i], e)
+        states.append(v)
+        out.addcmul_(v, _column(read_out, j))
+    return out
+
+
+def _convolved(graph: GraphWeights, e: int, rows: Tensor) -> Tensor:  # [n, C, H, W]
+    """relu(conv(rows) + bias) of edge e."""
+    return F.conv2d(rows, graph.weights[e], graph.biases[e], padding=_padding(graph)).relu_()
+
+
 def _run_edges(
     x: Tensor,  # [B, C, H, W] channels-last
     graph: GraphWeights,
@@ -210,26 +235,19 @@ def _run_edges(
     read_out: Tensor,  # [B, N]
 ) -> Tensor:  # [B, C, H, W] channels-last
     """The graph edge by edge, each over the rows of the instances that keep it."""
-    states: list[Tensor] = []
-    out = torch.zeros_like(x)
     for route in plan:
         read_route(route)
     counts = plan.levels.sum(0).tolist()
-    for j in range(graph.states):
-        v = x * _column(read_in, j)
-        for e, (i, head) in enumerate(graph.edges):
-            if head == j and (count := counts[e]):
-                order = plan.order[e, :count]
-                rows = states[i] if count == len(x) else gather_rows(states[i], order, x.shape[1])
-                y = F.conv2d(rows, graph.weights[e], graph.biases[e], padding=_padding(graph)).relu_()
-                y *= _column(gates if count == len(x) else gates[order.long()], e)
-                if count == len(x):
-                    v += y
-                else:
-                    scatter_rows_(v, y.contiguous(memory_format=torch.channels_last), order, accumulate=True)
-        states.append(v)
-        out.addcmul_(v, _column(read_out, j))
-    return out
+
+    def add(v: Tensor, state: Tensor, e: int) -> None:
+        if counts[e] == len(x):
+            v += _convolved(graph, e, state) * _column(gates, e)
+        elif counts[e]:
+            order = plan.order[e, : counts[e]]
+            y = _convolved(graph, e, gather_rows(state, order, x.shape[1])) * _column(gates[order.long()], e)
+            scatter_rows_(v, y.contiguous(memory_format=torch.channels_last), order, accumulate=True)
+
+    return _run_states(x, graph, read_in, read_out, add)
 
 
 def _run_masked(
@@ -241,17 +259,12 @@ def _run_masked(
     read_out: Tensor,  # [B, N]
 ) -> Tensor:  # [B, C, H, W] channels-last
     """The graph on any device, without waiting for it: each edge over all instances."""
-    states: list[Tensor] = []
-    out = torch.zeros_like(x)
-    for j in range(graph.states):
-        v = x * _column(read_in, j)
-        for e, (i, head) in enumerate(graph.edges):
-            if head == j:
-                y = F.conv2d(states[i], graph.weights[e], graph.biases[e], padding=_padding(graph)).relu_()
-                v += torch.where(_column(plan.levels, e) > 0, y * _column(gates, e), 0)
-        states.append(v)
-        out.addcmul_(v, _column(read_out, j))
-    return out
+
+    def add(v: Tensor, state: Tensor, e: int) -> None:
+        made = _convolved(graph, e, state) * _column(gates, e)
+        v += torch.where(_column(plan.levels, e) > 0, made, 0)
+
+    return _run_states(x, graph, read_in, read_out, add)
 
 
 def _padding(graph: GraphWeights) -> tuple[int, int]:
