@@ -17,6 +17,7 @@ from den.support.device import CPU
 from den.train.checkpoint import load_checkpoint
 from den.train.engine import Engine
 from tests.dag.test_dag_search import three_tasks, tiny  # noqa: F401  a fixture
+from tests.small_runs import train_interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 
@@ -122,18 +123,7 @@ def test_dwa_weighs_by_how_fast_losses_fell():
 )
 def test_runs_continue_to_the_same_weights(tmp_path, monkeypatch, options):
     whole = train(tiny(tmp_path / "whole", options))
-    learn, calls = Engine.update, []
-
-    def failing(engine, *arguments):
-        calls.append(None)
-        if len(calls) > 9:
-            raise KeyboardInterrupt
-        learn(engine, *arguments)
-
-    monkeypatch.setattr(Engine, "update", failing)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny(tmp_path / "broken", options))
-    monkeypatch.setattr(Engine, "update", learn)
+    train_interrupted(tiny(tmp_path / "broken", options), monkeypatch, 9, train)
     for name, tensor in train(tiny(tmp_path / "broken", options), resume=True).state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
     records = [load_checkpoint(tmp_path / name / "last.safetensors")[1]["balance"] for name in ("whole", "broken")]

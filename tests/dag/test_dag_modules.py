@@ -22,6 +22,7 @@ from den.recipes.dag.search import train
 from den.train.engine import Engine
 from den_kernels.plan import RoutingPlan
 from tests.dag.test_dag_search import three_tasks, tiny  # noqa: F401  a fixture
+from tests.small_runs import train_interrupted
 
 TASKS = (Task("a", 3, 8, 1), Task("b", 4, 8, 1))
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
@@ -129,18 +130,7 @@ def test_a_run_gives_up_the_share_of_groups_and_continues_to_the_same_weights(tm
         levels = model.gates.edge_levels[k]
         assert (levels > 0).sum() == 4
         assert levels.sum() == 8 - 2  # a quarter of four edges of two groups
-    learn, calls = Engine.update, []
-
-    def failing(engine, *arguments):
-        calls.append(None)
-        if len(calls) > 9:
-            raise KeyboardInterrupt
-        learn(engine, *arguments)
-
-    monkeypatch.setattr(Engine, "update", failing)
-    with pytest.raises(KeyboardInterrupt):
-        train(config("broken"))
-    monkeypatch.setattr(Engine, "update", learn)
+    train_interrupted(config("broken"), monkeypatch, 9, train)
     for name, tensor in train(config("broken"), resume=True).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     again = load_network(tmp_path / "whole" / "last.safetensors")

@@ -23,7 +23,7 @@ from den.report.dag.measured import measure
 from den.report.dag.report import report
 from den.runs.state import Training, training_of
 from den.train.checkpoint import load_checkpoint, save_checkpoint
-from den.train.engine import Engine
+from tests.small_runs import train_interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 
@@ -59,26 +59,10 @@ def tiny(out, **changes):
     )
 
 
-def train_interrupted(config, monkeypatch, at):
-    """Train until the optimiser's step `at` (from 0), which does not happen."""
-    learn, calls = Engine.update, []
-
-    def failing(engine, *arguments):
-        calls.append(None)
-        if len(calls) > at:
-            raise KeyboardInterrupt
-        learn(engine, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "update", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-
-
 @pytest.mark.parametrize("mode", ["dag", "hard", "single", "adashare", "cross-stitch"])
 def test_every_mode_is_unfinished_until_its_last_update(tmp_path, monkeypatch, mode):
     config = tiny(tmp_path / "run", mode=mode)
-    train_interrupted(config, monkeypatch, 4)
+    train_interrupted(config, monkeypatch, 4, train)
     stopped = training_of(config.out, config)
     assert (stopped.finished, stopped.planned) == (False, 6)
     assert stopped.updates < 6
@@ -87,9 +71,9 @@ def test_every_mode_is_unfinished_until_its_last_update(tmp_path, monkeypatch, m
 
 
 def test_unfinished_runs_are_told_and_hide_no_finished_one(tmp_path, monkeypatch):
-    train_interrupted(tiny(tmp_path / "stopped"), monkeypatch, 3)
+    train_interrupted(tiny(tmp_path / "stopped"), monkeypatch, 3, train)
     train(tiny(tmp_path / "done"))
-    train_interrupted(tiny(tmp_path / "hard", mode="hard"), monkeypatch, 0)
+    train_interrupted(tiny(tmp_path / "hard", mode="hard"), monkeypatch, 0, train)
     runs = tuple(tmp_path / name for name in ("stopped", "done", "hard"))
     text = report(DagReportConfig(runs=runs, time=False))
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines()[2:5]]
@@ -111,7 +95,7 @@ def test_unfinished_runs_are_told_and_hide_no_finished_one(tmp_path, monkeypatch
 
 def test_an_unfinished_network_of_single_tasks_is_no_reference(tmp_path, monkeypatch):
     config = tiny(tmp_path / "single", mode="single")
-    train_interrupted(config, monkeypatch, 3)
+    train_interrupted(config, monkeypatch, 3, train)
     assert single_task_references([measure(config.out, time=False)]) == {}
     train(config, resume=True)
     assert set(single_task_references([measure(config.out, time=False)])) == {("omniglot", "low"), ("omniglot", "high")}
