@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from den.evaluate.comparison import Comparison
 from den.nn.model import DeepElasticNetwork
 from den.report.figures.selection import example_images, level_probabilities, structure_histogram
-from den.report.figures.style import DEN, DENSE, GREY, save_all, styled
+from den.report.figures.style import DEN, DENSE, GREY, save_all, shared_legend, styled
 
 
 def draw_all(found: Sequence[Comparison], model: DeepElasticNetwork, folder: Path) -> list[Path]:
@@ -29,9 +29,10 @@ def draw_all(found: Sequence[Comparison], model: DeepElasticNetwork, folder: Pat
 @styled
 def accuracy_against_flops(found: Sequence[Comparison]) -> Figure:
     """Accuracy against FLOPs: the choosing network, its static structures, the dense baseline."""
-    figure = Figure(figsize=(5.6 * len(found), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 5.6 * len(found)), 4.7), layout="constrained")
     for axes, c in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         _accuracy_panel(axes, c)
+    shared_legend(figure, figure.axes[0])
     return figure
 
 
@@ -68,4 +69,3 @@ def _accuracy_panel(axes: Axes, c: Comparison) -> None:
     difference = chosen[1] - dense[1]
     words = f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'} dense"
     axes.set_title(f"{c.task}: {c.saving:.1f} times fewer FLOPs, {words}")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)

@@ -74,6 +74,12 @@ def level_name(level: int, levels: int, skips: bool) -> str:
     return "none: block skipped" if skips and level == 0 else f"1/{2 ** (levels - 1 - level)}"
 
 
+def shared_legend(figure: Figure, axes: Axes) -> None:
+    """A legend of what one panel holds, for all of them: below the figure, where it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
+
+
 def level_legend(figure: Figure, model: DeepElasticNetwork) -> None:
     """A legend of the levels' colours below a figure."""
     levels, skips = model.levels, not model.estimator.level_parameters[:, 0].any()

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from den.report.evidence import Interval, paired
-from den.report.figures.style import DEN, DENSE, headline, styled
+from den.report.figures.style import DEN, DENSE, headline, shared_legend, styled
 from den.report.groups import Group, Row, Section, Stat
 from den.report.paper import MEAN
 from den.runs.evaluation import Evaluation
@@ -42,8 +42,7 @@ def accuracy_against(section: Section, cost: str, points: Sequence[Evaluation] =
         _panel(axes, section, task, cost, points)
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
+    shared_legend(figure, panels[0])
     headline(figure, _finding(section, cost))
     return figure
 
