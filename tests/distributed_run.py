@@ -65,6 +65,11 @@ RUNS = {
 }
 
 
+def say(*words: object) -> None:
+    """Print a line at once: with `print`, lines of two processes may mix."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
 def sets(name: str, split: str, root: Path | None) -> object:
     """A few digits as the images of either task."""
     return change(load_set("digits", split).subset(torch.arange(60)), name=name)
@@ -129,7 +134,7 @@ def run(folder: Path, name: str, **changes: object) -> None:
         begun = name in ("nestednet", "handed-on") and (config.out / "last.safetensors").exists()
         model = trains(config, resume=begun)
     content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in model.state_dict().values())
-    print(name, hashlib.sha256(content).hexdigest(), flush=True)
+    say(name, hashlib.sha256(content).hexdigest())
 
 
 def run_until(folder: Path, name: str, step: int) -> None:
@@ -150,7 +155,7 @@ def main(folder: Path) -> None:
             try:
                 run(folder, name)
             except ValueError as error:
-                print("refused", type(error).__name__, error, flush=True)
+                say("refused", type(error).__name__, error)
     run_until(folder, "handed-on", 3)
 
 
@@ -167,14 +172,14 @@ def launch(folder: Path, attempt: int) -> bool:
             try:
                 main(folder)
             except ValueError as error:
-                print("failed", error, flush=True)
+                say("failed", error)
                 os._exit(2)
             os._exit(0)
         processes[pid] = rank
     succeeded = True
     while processes:
         pid, status = os.wait()
-        print("ended", processes.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
+        say("ended", processes.pop(pid), os.waitstatus_to_exitcode(status))
         succeeded &= status == 0
         if status and processes:
             signal.sigtimedwait({signal.SIGCHLD}, 20)  # the other one notices by itself

@@ -49,6 +49,18 @@ def numbers(value, name=""):
     return {name: value} if isinstance(value, int | float) else {}
 
 
+def a_choice_turned(before, after):
+    """True if one image of a task, near a tie, got another level in one block; an error if more than one differ."""
+    turned = False
+    for task, each in before.items():
+        counts, others = (torch.tensor(held_out.get("histogram", 0)) for held_out in (each, after[task]))
+        moved = (counts - others).abs().sum().item()
+        assert moved <= 2, (task, counts, others)
+        assert moved == 0 or after[task]["loss"] == pytest.approx(each["loss"], rel=0, abs=2e-2)
+        turned |= moved > 0
+    return turned
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_have_the_losses_of_one(launched, name):
     place, _ = launched
@@ -60,7 +72,7 @@ def test_two_processes_have_the_losses_of_one(launched, name):
         if name.startswith("dag"):  # the norms of its heads, over four images, amplify what their statistics are off
             losses = [{task: each["loss"] for task, each in line["held_out"].items()} for line in (before, after)]
             assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-3)
-        elif name != "bfloat16":
+        elif name != "bfloat16" and not a_choice_turned(before["held_out"], after["held_out"]):
             assert numbers(after["held_out"]) == pytest.approx(numbers(before["held_out"]), rel=0, abs=tolerance)
 
 
