@@ -148,8 +148,8 @@ template <class Chunk, class Rest>
 void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, Rest rest) {
   using Scratch = decltype(Chunk::scratch);
   const int64_t count = static_cast<int64_t>(chunks.size());
+  Failure failure;
   if (count >= 2 * threads || threads == 1) {
-    Failure failure;
     share_out(count + rest_count, threads, [&](int64_t i) {
       if (i >= count) return rest(i - count);
       failure.guard([&] {
@@ -170,12 +170,16 @@ void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, 
     const auto wait = [&] { barrier.wait(team); };
     int64_t begin, end;
     share(rest_count, thread, team, begin, end);
-    for (int64_t i = begin; i < end; ++i) rest(i);
-    for (const Chunk& chunk : chunks) {
-      run_chunk(chunk, thread, team, wait);
-      wait();
-    }
+    failure.guard([&] {
+      for (int64_t i = begin; i < end; ++i) rest(i);
+      for (const Chunk& chunk : chunks) {
+        run_chunk(chunk, thread, team, wait);
+        wait();
+      }
+    });
+    if (failure.any()) barrier.open();
   }
+  failure.rethrow();
 }
 
 template <class Arguments>

@@ -45,6 +45,7 @@ class Barrier {
  public:
   // Called by each of `threads` threads.
   void wait(int64_t threads) {
+    if (open_.load(std::memory_order_acquire)) return;
     const uint32_t turn = turn_.load(std::memory_order_acquire);
     if (come_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       come_.store(0, std::memory_order_relaxed);
@@ -58,18 +59,27 @@ class Barrier {
     const auto start = std::chrono::steady_clock::now();
     do {
       for (int i = 0; i < 64; ++i) {
-        if (turn_.load(std::memory_order_acquire) != turn) return;
+        if (turn_.load(std::memory_order_acquire) != turn || open_.load(std::memory_order_relaxed)) return;
         __builtin_ia32_pause();
       }
     } while (std::chrono::steady_clock::now() - start < busy);
     std::unique_lock<std::mutex> lock(mutex_);
-    next_.wait(lock, [&] { return turn_.load(std::memory_order_relaxed) != turn; });
+    next_.wait(lock, [&] { return turn_.load(std::memory_order_relaxed) != turn || open_; });
+  }
+  // Holds nobody any more: a thread that has failed will not come.
+  void open() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      open_ = true;
+    }
+    next_.notify_all();
   }
 
  private:
   static constexpr std::chrono::microseconds busy{200};  // to be woken takes up to 100
   std::atomic<int64_t> come_{0};
   std::atomic<uint32_t> turn_{0};
+  std::atomic<bool> open_{false};
   std::mutex mutex_;
   std::condition_variable next_;
 };
