@@ -16,8 +16,7 @@ namespace {
 using Arguments = ConvArguments<float>;
 using Map = BandMap<float>;
 
-constexpr int64_t pixels_at_once =
-    128;  // their gradients of 32 outputs and inputs of one piece stay in the first level
+constexpr int64_t pixels_at_once = 64;  // of more, sums would round away more (`gradient_tile`)
 
 // Where some pixels of a band lie: gradients from the batch's first, inputs from the scratch memory's first.
 struct Pixels {

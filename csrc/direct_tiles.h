@@ -88,13 +88,48 @@ KERNEL Taps taps_on_map(const int64_t* at, int64_t R, int64_t S, int64_t first, 
   return {at, R * S, begin * S, end * S};
 }
 
+// A sum of more float32 products than this is added up in parts of about as many: its rounding errors grow with the
+// length of a part, not with that of the whole. More parts would cost time.
+constexpr int64_t part_products = 256;
+
+// The parts of a tile's sums that are finished. They end behind the same pieces whatever the tile and the instruction
+// set.
+template <int rows, int vectors>
+struct Parts {
+  alignas(64) float sums[rows * vectors * 16];
+  int64_t products = 0;  // of the part at hand
+  bool any = false;
+  // The part at hand takes another piece: it is put away first, and begun anew, where it has become long.
+  KERNEL void extend(Vector (&acc)[rows][vectors], int64_t more) {
+    if (products >= part_products) {
+      if (any) add_to(acc);
+      UNROLL for (int i = 0; i < rows; ++i) {
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          store16(sums + (i * vectors + v) * 16, acc[i][v]);
+          acc[i][v] = zeros();
+        }
+      }
+      any = true;
+      products = 0;
+    }
+    products += more;
+  }
+  KERNEL void add_to(Vector (&acc)[rows][vectors]) const {
+    UNROLL for (int i = 0; i < rows; ++i) {
+      UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = add(acc[i][v], load16(sums + (i * vectors + v) * 16));
+    }
+  }
+};
+
 // acc[q * size + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
 // A piece is a cache line of every pixel: it serves all taps before the weights push it out of the first level.
 template <class T, int vectors, int strips, int size, bool planar>
 KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* const (&input)[strips], int64_t pixel,
                          int64_t channel, const Taps& taps, const float* weight, int64_t weight_vector,
                          const std::vector<Piece>& pieces, const Ahead& ahead) {
+  Parts<strips * size, vectors> parts;
   for (const Piece& piece : pieces) {
+    if constexpr (per_word<T> == 1) parts.extend(acc, piece.width * taps.count);
     const float* of_piece = weights_of(weight, piece, taps.count);
     for (int64_t t = taps.begin; t < taps.end; ++t) {
       const float* in[strips];
@@ -123,6 +158,7 @@ KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* con
       }
     }
   }
+  if (parts.any) parts.add_to(acc);
 }
 
 // acc[o][v] += sum over the channels k of pieces and taps of weight[o][k][tap] * input[v + tap, k], v a vector of 16
@@ -130,7 +166,9 @@ KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* con
 template <int outputs, int vectors>
 KERNEL void sum_pixels(Vector (&acc)[outputs][vectors], const float* const (&input)[vectors], int64_t channel,
                        const int64_t* taps, int64_t tap_count, const float* weight, const std::vector<Piece>& pieces) {
+  Parts<outputs, vectors> parts;
   for (const Piece& piece : pieces) {
+    parts.extend(acc, piece.width * tap_count);
     const float* of_piece = weights_of(weight, piece, tap_count);
     for (int64_t t = 0; t < tap_count; ++t) {
       const float* in[vectors];
@@ -149,6 +187,7 @@ KERNEL void sum_pixels(Vector (&acc)[outputs][vectors], const float* const (&inp
       }
     }
   }
+  if (parts.any) parts.add_to(acc);
 }
 
 #pragma GCC pop_options
