@@ -33,11 +33,12 @@ PAGE = ROOT / "docs/results/trust.md"
 PHASES = {  # updates of each, in order
     "estimator, stage 1": 60, "selector, stage 1": 40, "estimator, stage 2": 50, "selector, stage 2": 40, "finish": 50,
 }  # fmt: skip
-SETTINGS = (
-    "--data.tasks digits --data.batch-size 32 --data.validation 0.2 --network.backbone wrn14_2 --network.trunk-size 8 "
-    "--stages 2 --epoch-steps 2 --device cpu --no-progress --estimator.first.steps 60 --estimator.later.steps 50 "
-    "--estimator.finish.steps 50 --selector.phase.steps 40"
-).split()
+SETTINGS = [
+    "--data.tasks", "digits", "--data.batch-size", "32", "--data.validation", "0.2", "--network.backbone", "wrn14_2",
+    "--network.trunk-size", "8", "--stages", "2", "--epoch-steps", "2", "--device", "cpu", "--no-progress",
+    "--estimator.first.steps", "60", "--estimator.later.steps", "50", "--estimator.finish.steps", "50",
+    "--selector.phase.steps", "40",
+]  # fmt: skip
 
 
 @dataclass

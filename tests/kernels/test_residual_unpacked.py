@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from den_kernels import dynamic_residual, residual_weights
 from den_kernels.testing import make_levels, make_mask
+from tests.fuzz import examples
 from tests.kernels.test_dynamic_residual import CASES, Block, check, image
 
 
