@@ -40,16 +40,16 @@ def mistakes_of(source: str) -> list[Mistake]:
 
 def _told(before: str, after: str, around: int = 30) -> str:
     """What differs between two lines, and some characters around it."""
-    first = next(
-        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
-    )
-    same = next(
-        (i for i, (a, b) in enumerate(zip(before[:first:-1], after[:first:-1], strict=False)) if a != b),
-        max(0, min(len(before), len(after)) - first - 1),
-    )
+    first = _alike(before, after)
+    same = _alike(before[:first:-1], after[:first:-1])
     begin = max(0, first - around)
     left, right = (line[begin : len(line) - same + around] for line in (before, after))
     return f"{left} -> {right}"
+
+
+def _alike(a: str, b: str) -> int:
+    """How many characters two strings begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # Fields that hold no code which runs in a test, or whose mistakes are found at import.
