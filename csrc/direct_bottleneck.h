@@ -110,10 +110,11 @@ struct SumTile : UsualTile {
   static void run(const Inputs& in, const Vector (&bias)[2], const Finish& finish) {
     const float* input[strips];
     UNROLL for (int q = 0; q < strips; ++q) input[q] = in.at[q];
-    Vector acc[strips * size][vectors];
-    UNROLL for (int i = 0; i < strips * size; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v]; }
+    Vector acc[strips * size][vectors], own_bias[vectors];
     sum_channels<float, vectors, strips, size, false>(acc, input, in.pixel, 1, in.taps, in.weight, in.weight_vector,
                                                       in.pieces, {});
+    UNROLL for (int v = 0; v < vectors; ++v) own_bias[v] = bias[v];
+    add_bias(acc, own_bias);
     const Finish own = finish;
     UNROLL for (int q = 0; q < strips; ++q) { UNROLL for (int i = 0; i < size; ++i) own(q, i, acc[q * size + i]); }
   }

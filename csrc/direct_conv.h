@@ -58,17 +58,19 @@ struct ConvTile : UsualTile {
       }
     }
     Vector acc[strips * size][vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) {
-      const Lanes live = static_cast<Lanes>(block[v].lanes);
-      const Vector bias = p.bias ? load16(p.bias + block[v].index * 16, live) : zeros();
-      UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
-    }
     const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
     if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
     sum_channels<T, vectors, strips, size, false>(
         acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, at[0].row, at[strips - 1].row),
         words_of(p.weight) + block[0].index * weight_vector,
         (block[vectors - 1].index - block[0].index) * weight_vector, m.words.pieces, ahead);
+    if (p.bias) {
+      Vector bias[vectors];
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        bias[v] = load16(p.bias + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
+      }
+      add_bias(acc, bias);
+    }
     UNROLL for (int q = 0; q < strips; ++q) {
       UNROLL for (int i = 0; i < size; ++i) {
         if (i >= at[q].live) break;

@@ -16,8 +16,11 @@ namespace {
 using Arguments = ConvArguments<float>;
 using Map = BandMap<float>;
 
-constexpr int64_t pixels_at_once =
-    128;  // their gradients of 32 outputs and inputs of one piece stay in the first level
+constexpr int64_t pixels_at_once = 64;
+
+// Pixels whose products are added up before they go to the sums of all: of few pixels fewer, because the parts make
+// most of the rounding errors then; of many, parts that are too short cost time.
+int64_t part_pixels(const Arguments& p) { return p.B * p.Ho * p.Wo <= 256 ? 32 : pixels_at_once; }
 
 // Where some pixels of a band lie: gradients from the batch's first, inputs from the scratch memory's first.
 struct Pixels {
@@ -31,7 +34,7 @@ struct Panel {
 
 Pixels pixels_of(const Arguments& p, const Band& band, const Map& map, int64_t first) {
   const int64_t per_instance = band.rows * p.Wo;
-  Pixels made{std::min(pixels_at_once, band.count * per_instance - first), {}, {}};
+  Pixels made{std::min(part_pixels(p), band.count * per_instance - first), {}, {}};
   int64_t j = first / per_instance, row = first % per_instance / p.Wo, column = first % p.Wo;
   for (int64_t i = 0; i < made.count; ++i) {
     made.grad[i] = ((p.route.order[band.start + j] * p.Ho + band.first_row + row) * p.Wo + column) * p.C_out;
@@ -101,7 +104,7 @@ void add_band(const Arguments& p, const float* grad, const Band& band, float* sc
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   Panel panel;
-  for (int64_t first = 0; first < band.count * band.rows * p.Wo; first += pixels_at_once) {
+  for (int64_t first = 0; first < band.count * band.rows * p.Wo; first += part_pixels(p)) {
     const Pixels pixels = pixels_of(p, band, map, first);
     for (int64_t n = 0; n < block_count; n += tile_vectors) {
       const bool two = tile_vectors > 1 && n + 1 < block_count;

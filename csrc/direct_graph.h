@@ -75,15 +75,15 @@ struct EdgeTile {
     UNROLL for (int q = 0; q < strips; ++q) {
       input[q] = from + (strip[q].row * layout.map.columns + strip[q].column) * p.C;
     }
-    Vector acc[strips * size][vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) {
-      const int64_t first = (block + v) * 16;
-      const Vector bias = load16(p.biases[e] + first, lanes_of(p.C - first));
-      UNROLL for (int i = 0; i < strips * size; ++i) acc[i][v] = bias;
-    }
+    Vector acc[strips * size][vectors], bias[vectors];
     sum_channels<float, vectors, strips, size, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
                                                       p.weights[e] + block * weight_vector, weight_vector,
                                                       layout.pieces, {});
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      const int64_t first = (block + v) * 16;
+      bias[v] = load16(p.biases[e] + first, lanes_of(p.C - first));
+    }
+    add_bias(acc, bias);
     const Vector factor = broadcast(gate);
     UNROLL for (int q = 0; q < strips; ++q) {
       float* pixel = to + layout.map.origin + (input[q] - from);

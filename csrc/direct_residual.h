@@ -99,11 +99,7 @@ struct HiddenTile : UsualTile {
     UNROLL for (int q = 0; q < strips; ++q) {
       input[q] = c.a_of(at[q].instance) + (at[q].row * b.stride * c.a.columns + at[q].column * b.stride) * c.a.pixel();
     }
-    Vector acc[strips * size][vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) {
-      const Vector bias = load16(b.bias1 + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
-      UNROLL for (int p = 0; p < strips * size; ++p) acc[p][v] = bias;
-    }
+    Vector acc[strips * size][vectors], bias[vectors];
     const int64_t weight_vector = weight_words<T>(b.C, tap_count);
     const float* weight = words_of(b.conv1) + block[0].index * weight_vector;
     const bool last = slot + vectors == static_cast<int64_t>(c.hidden.channels.blocks.size());
@@ -111,6 +107,10 @@ struct HiddenTile : UsualTile {
     sum_channels<T, vectors, strips, size, false>(
         acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, at[0].row, at[strips - 1].row, b.stride, b.H), weight,
         (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      bias[v] = load16(b.bias1 + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
+    }
+    add_bias(acc, bias);
     UNROLL for (int q = 0; q < strips; ++q) {
       float* h = c.h_of(at[q].instance) + ((at[q].row + b.R / 2) * c.h.columns + at[q].column + b.S / 2) * c.h.pixel();
       UNROLL for (int p = 0; p < size; ++p) {
@@ -138,16 +138,15 @@ KERNEL void hidden_plane(const Chunk<float>& c, int64_t j, const Piece& piece, i
     input[v] = c.a_of(j) + at / per_row * c.a.columns + at % per_row * 16;
   }
   Vector acc[outputs][vectors];
-  UNROLL for (int o = 0; o < outputs; ++o) {
-    UNROLL for (int v = 0; v < vectors; ++v) acc[o][v] = broadcast(b.bias1[piece.first + o]);
-  }
   const float* weight = b.conv1 + piece.first / 16 * round_up(b.C, 16) * tap_count * 16 + piece.first % 16;
   sum_pixels<outputs, vectors>(acc, input, c.a.channel(), taps, tap_count, weight, c.stream.pieces);
   UNROLL for (int v = 0; v < vectors; ++v) {
     if (v >= live) break;
     const int64_t row = (v0 + v) / per_row + b.R / 2, column = (v0 + v) % per_row * 16 + b.S / 2;
-    UNROLL for (int o = 0; o < outputs; ++o)
-        store16(c.h_of(j) + (piece.place + o) * c.h.channel() + row * c.h.columns + column, relu(acc[o][v]));
+    UNROLL for (int o = 0; o < outputs; ++o) {
+      const Vector sum = add(acc[o][v], broadcast(b.bias1[piece.first + o]));
+      store16(c.h_of(j) + (piece.place + o) * c.h.channel() + row * c.h.columns + column, relu(sum));
+    }
   }
 }
 
@@ -183,10 +182,6 @@ struct OutputTile : UsualTile {
       }
     }
     Vector acc[strips * size][vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) {
-      const Vector bias = b.bias2 ? load16(b.bias2 + channel + v * 16) : zeros();
-      UNROLL for (int p = 0; p < strips * size; ++p) acc[p][v] = bias;
-    }
     const int64_t weight_vector = weight_words<T>(b.M, tap_count);
     const float* weight = words_of(b.conv2) + block16 * weight_vector;
     const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
@@ -194,6 +189,11 @@ struct OutputTile : UsualTile {
     sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
                                                    taps_of(c, taps, at[0].row, at[strips - 1].row, 1, b.Ho), weight,
                                                    weight_vector, c.hidden.words.pieces, ahead);
+    if (b.bias2) {
+      Vector bias[vectors];
+      UNROLL for (int v = 0; v < vectors; ++v) bias[v] = load16(b.bias2 + channel + v * 16);
+      add_bias(acc, bias);
+    }
     const Vector least = broadcast(least_of(b));
     UNROLL for (int q = 0; q < strips; ++q) {
       UNROLL for (int p = 0; p < size; ++p) {

@@ -88,13 +88,60 @@ KERNEL Taps taps_on_map(const int64_t* at, int64_t R, int64_t S, int64_t first, 
   return {at, R * S, begin * S, end * S};
 }
 
-// acc[q * size + p][v] += sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
+// Products that are added up before a sum begins anew: rounding errors grow with the length of these parts, not with
+// that of the whole. The parts of 1 x 1 kernels are as short as oneDNN's are there; shorter ones cost time.
+constexpr int64_t part_products(int64_t taps) { return taps == 1 ? 256 : 576; }
+
+template <int rows, int vectors>
+KERNEL void set_zero(Vector (&acc)[rows][vectors]) {
+  UNROLL for (int i = 0; i < rows; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = zeros(); }
+}
+
+// The finished parts of a tile's sums. A part ends behind the same piece whatever the tile and the instruction set.
+template <int rows, int vectors>
+struct Parts {
+  alignas(64) float sums[rows * vectors * 16];
+  int64_t products = 0;  // of the part at hand
+  bool any = false;
+  // Before the part at hand takes another piece of the channels: it is put away, and begun anew, where it is long.
+  KERNEL void extend(Vector (&acc)[rows][vectors], int64_t width, int64_t taps) {
+    __asm__("" : "+m"(*this));  // stays in memory: the loops over taps and channels need all registers
+    if (products >= part_products(taps)) {
+      if (any) add_to(acc);
+      UNROLL for (int i = 0; i < rows; ++i) {
+        UNROLL for (int v = 0; v < vectors; ++v) store16(sums + (i * vectors + v) * 16, acc[i][v]);
+      }
+      set_zero(acc);
+      any = true;
+      products = 0;
+    }
+    products += width * taps;
+  }
+  KERNEL void add_to(Vector (&acc)[rows][vectors]) const {
+    UNROLL for (int i = 0; i < rows; ++i) {
+      UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = add(acc[i][v], load16(sums + (i * vectors + v) * 16));
+    }
+  }
+};
+
+// The bias is added to the sums of a tile: a sum that began with it would round all its products to the bias's size.
+template <int rows, int vectors>
+KERNEL void add_bias(Vector (&acc)[rows][vectors], const Vector (&bias)[vectors]) {
+  UNROLL for (int i = 0; i < rows; ++i) {
+    UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = add(acc[i][v], bias[v]);
+  }
+}
+
+// acc[q * size + p][v] = sum over the channels k of pieces and taps of weight[v][k][tap] * input[q + tap, p, k]
 // A piece is a cache line of every pixel: it serves all taps before the weights push it out of the first level.
 template <class T, int vectors, int strips, int size, bool planar>
 KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* const (&input)[strips], int64_t pixel,
                          int64_t channel, const Taps& taps, const float* weight, int64_t weight_vector,
                          const std::vector<Piece>& pieces, const Ahead& ahead) {
+  set_zero(acc);
+  Parts<strips * size, vectors> parts;
   for (const Piece& piece : pieces) {
+    if constexpr (per_word<T> == 1) parts.extend(acc, piece.width, taps.count);
     const float* of_piece = weights_of(weight, piece, taps.count);
     for (int64_t t = taps.begin; t < taps.end; ++t) {
       const float* in[strips];
@@ -123,14 +170,18 @@ KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* con
       }
     }
   }
+  if (parts.any) parts.add_to(acc);
 }
 
-// acc[o][v] += sum over the channels k of pieces and taps of weight[o][k][tap] * input[v + tap, k], v a vector of 16
+// acc[o][v] = sum over the channels k of pieces and taps of weight[o][k][tap] * input[v + tap, k], v a vector of 16
 // pixels. The packed weights of neighbouring outputs are neighbours.
 template <int outputs, int vectors>
 KERNEL void sum_pixels(Vector (&acc)[outputs][vectors], const float* const (&input)[vectors], int64_t channel,
                        const int64_t* taps, int64_t tap_count, const float* weight, const std::vector<Piece>& pieces) {
+  set_zero(acc);
+  Parts<outputs, vectors> parts;
   for (const Piece& piece : pieces) {
+    parts.extend(acc, piece.width, tap_count);
     const float* of_piece = weights_of(weight, piece, tap_count);
     for (int64_t t = 0; t < tap_count; ++t) {
       const float* in[vectors];
@@ -149,6 +200,7 @@ KERNEL void sum_pixels(Vector (&acc)[outputs][vectors], const float* const (&inp
       }
     }
   }
+  if (parts.any) parts.add_to(acc);
 }
 
 #pragma GCC pop_options

@@ -65,6 +65,21 @@ ALWAYS_INLINE void in_tiles(int64_t width, Tile tile) {
   if (c < width) tile(std::integral_constant<int, 1>(), c, width - c);
 }
 
+// Rows that are added up before their sums are added to those of the rows before: of a sum of float32 the rounding
+// errors grow with its length.
+constexpr int64_t part_rows = 16;
+
+// Calls row(r, sums) for the rows of a span in parts. sums: [N], 0 at the beginning of each part; added up in total.
+template <int N, class Row>
+ALWAYS_INLINE void in_parts(int64_t rows, Lanes (&total)[N], Row row) {
+  for (int64_t first = 0; first < rows; first += part_rows) {
+    const int64_t last = first + part_rows < rows ? first + part_rows : rows;
+    Lanes sums[N] = {};
+    for (int64_t r = first; r < last; ++r) row(r, sums);
+    UNROLL for (int i = 0; i < N; ++i) total[i] += sums[i];
+  }
+}
+
 // The coefficients of W vectors of lanes, in registers.
 template <int W>
 struct Affine {
@@ -93,20 +108,22 @@ ALWAYS_INLINE void moments(const T* x, const Span& s, float* mean, float* square
   const int64_t samples = s.rows < 4 ? s.rows : 4 + s.rows / 32;
   in_tiles(s.width, [&](auto width, int64_t lane, int64_t n) INLINED {
     constexpr int W = width;
-    Lanes centre[W] = {}, sum[W] = {}, square[W] = {}, v;
+    Lanes centre[W] = {}, total[2 * W] = {}, v;  // total: the sums, then those of squares
     for (int64_t i = 0; i < samples; ++i) UNROLL for (int w = 0; w < W; ++w) {
         load(x + i * s.rows / samples * s.stride + lane + w * lanes, n, v);
         centre[w] += v;
       }
     for (int w = 0; w < W; ++w) centre[w] /= static_cast<float>(samples);
-    for (int64_t r = 0; r < s.rows; ++r) UNROLL for (int w = 0; w < W; ++w) {
+    in_parts(s.rows, total, [&](int64_t r, Lanes(&sums)[2 * W]) INLINED {
+      UNROLL for (int w = 0; w < W; ++w) {
         load(x + r * s.stride + lane + w * lanes, n, v);
         v -= centre[w];
-        sum[w] += v;
-        square[w] += v * v;
+        sums[w] += v;
+        sums[W + w] += v * v;
       }
+    });
     for (int w = 0; w < W; ++w) {
-      const Lanes shift = sum[w] / static_cast<float>(s.rows), rest = square[w] - sum[w] * shift;
+      const Lanes shift = total[w] / static_cast<float>(s.rows), rest = total[W + w] - total[w] * shift;
       store(centre[w] + shift, n, mean + lane + w * lanes);
       store(rest < 0.f ? Lanes{} : rest, n, squares + lane + w * lanes);
     }
@@ -139,18 +156,20 @@ ALWAYS_INLINE void reduce(const T* dy, const T* x, const Span& s, const Coeffici
     constexpr int W = width;
     const Affine<W> affine(k, lane, n);
     const Lanes floor = Lanes{} + k.floor;
-    Lanes sum[W] = {}, product[W] = {};
-    for (int64_t r = 0; r < s.rows; ++r) UNROLL for (int w = 0; w < W; ++w) {
+    Lanes total[2 * W] = {};  // of the gradients, then of their products with x
+    in_parts(s.rows, total, [&](int64_t r, Lanes(&sums)[2 * W]) INLINED {
+      UNROLL for (int w = 0; w < W; ++w) {
         const int64_t at = r * s.stride + lane + w * lanes;
         Lanes in, d;
         load(x + at, n, in);
         affine.behind_relu(w, in, dy + at, n, floor, d);
-        sum[w] += d;
-        product[w] += d * (in - affine.mean[w]);
+        sums[w] += d;
+        sums[W + w] += d * (in - affine.mean[w]);
       }
+    });
     for (int w = 0; w < W; ++w) {
-      store(sum[w], n, g + lane + w * lanes);
-      store(product[w], n, gx + lane + w * lanes);
+      store(total[w], n, g + lane + w * lanes);
+      store(total[W + w], n, gx + lane + w * lanes);
     }
   });
 }

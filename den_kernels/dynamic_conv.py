@@ -291,7 +291,8 @@ def dynamic_conv2d(
     x, weight, bias: one dtype of float16 (computed in float32 on a CPU), bfloat16, float32, float64; any strides. The
     result is channels-last in memory if x or weight is, else contiguous. Autocast and autograd work as for `F.conv2d`,
     except that there is no forward-mode derivative. Gradients of gradients, and all inside torch.func, come from the
-    equation: the whole convolution is computed.
+    equation: the whole convolution is computed. As with `F.conv2d`, the last bits of an instance's result may depend on
+    the rest of the batch: one whose instances are all at the highest level is an ordinary convolution, others are not.
 
     selection: integer levels [B] in 0..G (the first `levels[b]` groups), a bool mask [B, G], or a Route of a plan.
     out_groups, in_groups: the G channel groups of each side, as an int (equal groups) or their sizes; None: that side

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
 import den_kernels
 from den_kernels.float32 import allows_tf32
@@ -21,11 +20,11 @@ from den_kernels.float32 import allows_tf32
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
-settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("suite")
-
 # The helpers of tests/ and benchmarks/; at the end, so that an installed den stays the one tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tests.fuzz import register_profiles
+
+register_profiles()
 
 # A child process must not pick up the source tree from its working directory when the installed package is under test.
 os.environ["PYTHONSAFEPATH"] = "1"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from den_kernels import BottleneckWeights, DynamicConv2d, dynamic_bottleneck, dy
 from den_kernels.dynamic_bottleneck import OPERANDS, dynamic_bottleneck_reference
 from den_kernels.plan import as_route
 from den_kernels.testing import channel_mask, make_levels, make_mask
+from tests.fuzz import examples
 from tests.oracle import unlike_new
 
 LIMITS = {torch.float32: 2**-15, torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 2**-40}
@@ -81,7 +82,7 @@ def _shortcut(x, weights, shortcut):
     return F.pad(pooled, (0, 0, 0, 0, 0, weights.out_channels - x.shape[1]))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     C=st.sampled_from([3, 16, 20, 32]),

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from den_kernels import DynamicConv2d, _conv_direct, layers
@@ -12,6 +12,7 @@ from den_kernels._extension import extension
 from den_kernels._geometry import Geometry
 from den_kernels.dynamic_conv import dynamic_conv2d
 from den_kernels.testing import assert_as_accurate, make_levels, make_mask, masked_conv2d, poison_unread
+from tests.fuzz import examples
 
 FACTOR = 4.0  # of oneDNN's error: in float32 the order of the sums decides, and ours is one after the other
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -61,7 +62,7 @@ GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())
     cut=st.integers(1, 40),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_it_is_as_accurate_as_onednn(case, batch, size, kernel, stride, padding, sides, kind, cut, seed):
     dtype, *channels = case
     W_out = (size[1] + 2 * padding[1] - kernel[1]) // stride[1] + 1
@@ -139,7 +140,7 @@ def test_gradients_are_as_accurate_as_onednn(elastic, kind, stride, dtype):
     cut=st.integers(1, 40),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_weight_gradients_of_any_shape(case, batch, size, kernel, padding, sides, kind, cut, seed):
     dtype, *channels = case
     assume(all(side + 2 * p >= k for side, p, k in zip(size, padding, kernel, strict=True)))

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from den.nn.blocks import BottleneckShape
 from den_kernels import RoutingPlan
 from den_kernels._extension import extension
 from den_kernels.testing import make_levels, make_mask
+from tests.fuzz import examples
 from tests.oracle import unlike_new
 
 L = 4
@@ -71,7 +72,7 @@ def check(block, x, route):
     first=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_it_is_the_composed_block(dtype, in_channels, hidden, grows, size, stride, batch, kind, first, seed):
     if dtype == torch.bfloat16:  # with AMX: no cardinality, inputs in blocks of 32
         in_channels, hidden = -(-in_channels // 32) * 32, (hidden[0], 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from den_kernels import _conv_cpu
@@ -22,6 +22,7 @@ from den_kernels.testing import (
     make_mask,
     masked_conv2d,
 )  # fmt: skip
+from tests.fuzz import examples
 
 
 def reference(case: ConvCase, x, weight, bias, selection):
@@ -78,13 +79,13 @@ def cases(draw) -> ConvCase:
     )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(cases())
 def test_any_problem_in_float32_is_as_accurate_as_pytorch(case):
     check_against_reference(case, torch.float32)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(cases())
 def test_segments_and_masked_composition_agree_with_the_reference_in_float64(case):
     """The two implementations themselves, in float64, where the op runs the reference."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,6 +11,7 @@ from den_kernels._geometry import Geometry, memory_format_of
 from den_kernels.dynamic_conv import dynamic_conv2d
 from den_kernels.plan import Route, RoutingPlan, as_route
 from den_kernels.testing import LAYOUTS, LEVEL_KINDS, ConvCase, assert_as_accurate, channel_mask, masked_conv2d
+from tests.fuzz import examples
 
 CASES = {
     "out": ConvCase(batch=4, size=(4, 5), channels=(3, 1), out_sizes=(1, 2)),
@@ -75,7 +76,7 @@ def test_gradients_are_as_accurate_as_pytorch(name, dtype):
     check_gradients(CASES[name], dtype)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     st.sampled_from([1, 2, 17]), st.sampled_from([*LEVEL_KINDS, "mask"]), st.sampled_from(["out", "in", "both"]),
     st.sampled_from(LAYOUTS), st.booleans(), st.integers(1, 3), st.integers(0, 99),

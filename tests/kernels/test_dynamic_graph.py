@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import den_kernels._conv_direct as direct
 from den_kernels import GraphWeights, RoutingPlan, dynamic_graph
 from den_kernels.dynamic_graph import MOST_BYTES, STATES_BYTES, _run_masked, dynamic_graph_reference
+from tests.fuzz import examples
 
 EDGES = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
 STATES = 4
@@ -57,7 +58,7 @@ def test_equals_the_loops(channels, side):
     check(graph_of(channels), *case(5, channels, side))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     states=st.integers(2, 5),

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from den_kernels.building import fold_norm, norm_affine
+from tests.fuzz import examples
 from tests.oracle import unlike_new
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     dtype=st.sampled_from(DTYPES),
     of_norm=st.sampled_from(DTYPES),

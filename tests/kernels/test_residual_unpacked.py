@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from den_kernels import dynamic_residual, residual_weights
 from den_kernels.testing import make_levels, make_mask
+from tests.fuzz import examples
 from tests.kernels.test_dynamic_residual import CASES, Block, check, image
 
 
@@ -40,7 +41,7 @@ def test_weights_where_they_are_against_the_oracle(case, kind, any_width):
     threads=st.integers(1, 3),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_weights_where_they_are_in_any_shape(batch, channels, groups, size, stride, masks, threads, seed, any_width):
     block, sizes = Block(channels, tuple(groups), stride=stride, seed=seed), (batch, len(groups), seed)
     selection = make_mask(*sizes) if masks else make_levels("uniform", *sizes)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from den_kernels import rows
 from den_kernels.rows import gather_rows, pool_rows, scatter_rows_
+from tests.fuzz import examples
 
 SIZES = st.tuples(st.integers(1, 5), st.sampled_from([1, 3, 4, 16, 63, 64, 129]), st.integers(1, 7), st.integers(1, 7))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -35,7 +36,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(size=SIZES, seed=st.integers(0, 99), part=st.floats(0, 1), affine=st.booleans(), relu=st.booleans())
-@settings(max_examples=40)
+@examples(40)
 def test_gather_is_indexing_affine_and_relu(dtype, size, seed, part, affine, relu):
     B, C, _H, _W = size
     x, order = channels_last(*size, seed=seed, dtype=dtype), some_order(B, seed)

@@ -1,0 +1,22 @@
+"""How many cases hypothesis draws: in the suite each test's own number, in the profile "long" LONG of every test.
+
+scripts/fuzz.sh        or        pytest --hypothesis-profile long tests/kernels/test_plan.py
+"""
+
+from typing import Any
+
+from hypothesis import settings
+
+LONG = 2000
+
+
+def register_profiles() -> None:
+    """Make the profiles "suite", which is used unless another is asked for, and "long"."""
+    settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
+    settings.register_profile("long", deadline=None, database=None, print_blob=True, max_examples=LONG)
+    settings.load_profile("suite")
+
+
+def examples(count: int, **more: Any) -> settings:
+    """Settings of a test that draws so many cases in the suite."""
+    return settings(max_examples=LONG if settings.get_current_profile_name() == "long" else count, **more)
