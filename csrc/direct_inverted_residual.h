@@ -129,10 +129,11 @@ DEN_KERNELS_TARGET
 // Bounded sums into planes that lie `plane` floats apart.
 struct StorePlanes {
   float* to[most_strips];
-  int64_t plane;
+  int64_t live, plane;  // live: the pixels of every strip that are kept
   Bounds bounds;
   template <int vectors>
   KERNEL void operator()(int strip, int i, const Vector (&sums)[vectors]) const {
+    if (i >= live) return;
     UNROLL for (int v = 0; v < vectors; ++v) store16(to[strip] + v * plane + i * 16, bound(bounds, sums[v]));
   }
 };
@@ -185,7 +186,7 @@ void expand(const Chunk& c, int64_t first, int64_t last, float* ring, StripAt* l
   float* copies = reinterpret_cast<float*>(list + c.count * c.ring * row_strips.count);
   const int64_t size = row_strips.size, count = list_strips(c, first, last, list, copies), tap = 0;
   const int64_t most = strips_per_tile(size), weight_vector = weight_words<float>(p.C, 1), plane = c.ring_plane();
-  StorePlanes store{{}, plane, bounds_of(p.activation)};
+  StorePlanes store{{}, std::min(size, p.W), plane, bounds_of(p.activation)};
   for (int64_t n = 0; n < c.planes(); n += tile_vectors) {
     const Block* block = &c.selected.hidden.blocks[n];
     const int64_t vectors = std::min<int64_t>(tile_vectors, c.planes() - n);
