@@ -43,7 +43,7 @@ KERNEL Vector logistic(Vector v) { return add(broadcast(1.f), exponential(multip
 // min(max(v + 3, 0), 6)
 KERNEL Vector six_of(Vector v) { return at_most(broadcast(6.f), at_least(zeros(), add(v, broadcast(3.f)))); }
 
-// The error function, within three units of the last place (the rational function of Eigen).
+// The error function, to 3e-7, and 1 where it rounds to that (the rational function of Eigen).
 KERNEL Vector error_function(Vector v) {
   v = at_most(broadcast(3.832506856900711f), at_least(broadcast(-3.832506856900711f), v));
   const Vector square = multiply(v, v);

@@ -21,7 +21,9 @@ def branch(
     if weights.conv1 is not None:
         h = act(_convolution(h, weights.conv1, weights.bias1, route, groups, ()))
     if weights.conv2 is not None:
-        h = act(_convolution(h, weights.conv2, weights.bias2, route, groups, groups, weights.stride, len(weights.conv2)))
+        h = act(
+            _convolution(h, weights.conv2, weights.bias2, route, groups, groups, weights.stride, len(weights.conv2))
+        )
     if weights.squeeze is not None and weights.excite is not None:
         means = h.mean((2, 3), keepdim=True)
         squeezed = _convolution(means, weights.squeeze, weights.squeeze_bias, route, (), groups)

@@ -191,7 +191,9 @@ def _check_convs(convs: dict[str, nn.Conv2d], skip: bool) -> None:
         if not depthwise and conv.kernel_size != (1, 1):
             raise ValueError(f"{_OP}: {name} must have a kernel of 1 x 1, got {conv.kernel_size}")
     if ("squeeze" in convs) != ("excite" in convs) or ("squeeze" in convs and "conv2" not in convs):
-        raise ValueError(f"{_OP}: squeeze and excite must be both given, with conv2, or both None, got {', '.join(convs)}")
+        raise ValueError(
+            f"{_OP}: squeeze and excite must be both given, with conv2, or both None, got {', '.join(convs)}"
+        )
     order = [convs[name] for name in ("conv1", "conv2", "conv3") if name in convs]
     gates = [convs[name] for name in ("conv2", "squeeze", "excite", "conv3") if name in convs and "squeeze" in convs]
     for before, behind in (*pairwise(order), *pairwise(gates)):
