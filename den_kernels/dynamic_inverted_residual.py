@@ -6,9 +6,9 @@ Equivalent, for an instance whose selected hidden channels are `s`, to
     g = gate(excite[s](act_s(squeeze[:, s](mean(h)))))    with squeeze and excitation, else 1
     x + bn3(conv3[:, s](g * h))                           without x where the block changes the shape of the map
 
-and to x, or 0, where s is empty (Ahn, Kim, Oh, ICCV 2019, section 3.1, on the blocks of Sandler et al., MobileNetV2, CVPR
-2018, and Tan, Le, EfficientNet, ICML 2019; batch norm with running statistics). The batch norms are folded once, when
-the weights are prepared. Without conv2 it is a pair of 1 x 1 convolutions, the MLP of Liu et al., ConvNeXt, CVPR 2022.
+and to x, or 0, where s is empty (Ahn, Kim, Oh, ICCV 2019, section 3.1, on the blocks of Sandler et al., MobileNetV2,
+CVPR 2018, and Tan, Le, EfficientNet, ICML 2019; batch norm with running statistics). The batch norms are folded once,
+when the weights are prepared. Without conv2 it is a pair of 1 x 1 convolutions, as in the MLP of ConvNeXt.
 
 On a CPU one call of C++ takes an instance through the whole block in float32, with AVX-512 or AVX2
 (csrc/direct_inverted_residual.h). Elsewhere the convolutions are dynamic ones (`_inverted_residual_composed.py`).

@@ -185,15 +185,21 @@ def _check_convs(convs: dict[str, nn.Conv2d], skip: bool) -> None:
     conv3 = convs["conv3"]
     for name, conv in convs.items():
         depthwise = name == "conv2"
-        check_convolution(_OP, name, conv, conv3, None if depthwise else 1, conv.in_channels if depthwise else 1)
-        if depthwise and (conv.out_channels != conv.in_channels or conv.kernel_size[0] * conv.kernel_size[1] > 49):
-            raise ValueError(f"{_OP}: conv2 must be depthwise, as many channels in as out, at most 49 taps, got {conv}")
+        if depthwise and not conv.groups == conv.in_channels == conv.out_channels:
+            raise ValueError(f"{_OP}: conv2 must be depthwise, with as many channels in as out, got {conv}")
+        check_convolution(_OP, name, conv, conv3, None if depthwise else 1, conv.groups if depthwise else 1)
+        if depthwise and conv.kernel_size[0] * conv.kernel_size[1] > 49:
+            raise ValueError(f"{_OP}: conv2 must have a kernel of at most 49 taps, got {conv.kernel_size}")
         if not depthwise and conv.kernel_size != (1, 1):
             raise ValueError(f"{_OP}: {name} must have a kernel of 1 x 1, got {conv.kernel_size}")
     if ("squeeze" in convs) != ("excite" in convs) or ("squeeze" in convs and "conv2" not in convs):
-        raise ValueError(
-            f"{_OP}: squeeze and excite must be both given, with conv2, or both None, got {', '.join(convs)}"
-        )
+        given = ", ".join(convs)
+        raise ValueError(f"{_OP}: squeeze and excite must be both given, with conv2, or both None, got {given}")
+    _check_channels(convs, skip)
+
+
+def _check_channels(convs: dict[str, nn.Conv2d], skip: bool) -> None:
+    """Raise ValueError for convolutions whose channels, or the shape of whose result, do not fit."""
     order = [convs[name] for name in ("conv1", "conv2", "conv3") if name in convs]
     gates = [convs[name] for name in ("conv2", "squeeze", "excite", "conv3") if name in convs and "squeeze" in convs]
     for before, behind in (*pairwise(order), *pairwise(gates)):
@@ -203,8 +209,8 @@ def _check_convs(convs: dict[str, nn.Conv2d], skip: bool) -> None:
                 f"{behind.in_channels}"
             )
     strided = "conv2" in convs and convs["conv2"].stride[0] > 1
-    if skip and (order[0].in_channels != conv3.out_channels or strided):
+    if skip and (order[0].in_channels != order[-1].out_channels or strided):
         raise ValueError(
             f"{_OP}: skip must be False of a block whose result has another shape than x, got True with "
-            f"{order[0].in_channels} to {conv3.out_channels} channels" + (" and a stride" if strided else "")
+            f"{order[0].in_channels} to {order[-1].out_channels} channels" + (" and a stride" if strided else "")
         )

@@ -33,7 +33,7 @@ class Block(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         M, self.act, self.groups = sum(groups), act, groups
-        self.skip = stride == 1 and C == C_out
+        self.skip = stride == 1 and C_out == C
         norm = nn.BatchNorm2d if norms else (lambda channels: None)
         self.conv1 = DynamicConv2d(C, M, 1, bias=not norms, out_groups=groups) if expands else None
         self.bn1 = norm(M) if expands else None
@@ -238,7 +238,7 @@ BAD = {
     "another squeeze": (
         {"squeeze": nn.Conv2d(16, 4, 1), "excite": nn.Conv2d(3, 16, 1)}, ValueError, "must take the 4 channels",
     ),
-    "an unknown activation": ({"activation": "tanh"}, ValueError, "activation must be one of none, relu, .* got 'tanh'"),
+    "an unknown activation": ({"activation": "tanh"}, ValueError, "activation must be one of none, .* got 'tanh'"),
     "no skip": ({"conv3": nn.Conv2d(16, 9, 1)}, ValueError, "skip must be False .* got True with 8 to 9 channels"),
     "another dtype": ({"conv1": nn.Conv2d(8, 16, 1).double()}, TypeError, "conv1.weight must be torch.float32"),
     "a norm of others": ({"bn1": nn.BatchNorm2d(8)}, ValueError, r"bn1.weight must be \[16\]"),
