@@ -4,6 +4,8 @@
 // 16 channels, [plane][instance][row][column][16], so that each convolution reads neighbouring lines. A plane holds a
 // block of 16 channels of which any is selected; the others in it are computed and not read.
 //
+// Without conv2 every pixel is by itself: a map is one column of pixels, and a band a few of them side by side.
+//
 // With squeeze and excitation, and where threads share a chunk, conv2 first writes all pixels of the chunk (`maps`), so
 // that gates are known, and no thread has overwritten what another reads, when conv3 begins.
 #pragma once
@@ -25,7 +27,8 @@ namespace {
 
 using Arguments = InvertedResidual;
 
-constexpr int64_t slack = 8 * 16;  // floats behind a plane of pixels, which strips that end early read
+constexpr int64_t tile_pixels = 12;  // divisible by the pixels of a tile
+constexpr int64_t slack = 8 * 16;    // floats behind a plane of pixels, which strips that end early read
 
 // The channels that all chunks of one selection use.
 struct Selected {
@@ -61,11 +64,13 @@ struct Chunk {
         start(start),
         count(count),
         columns(std::max(p.W + p.S - 1, (p.Wo - 1) * p.stride + p.S)) {
-    const auto floats = [&](int64_t r) { return planes() * 16 * (rows_read(r) * columns + r * p.Wo); };
+    const auto floats = [&](int64_t r) { return planes() * 16 * (rows_read(r) * columns + (p.conv2 ? r * p.Wo : 0)); };
     const int64_t fits = scratch_bytes() / 4, line = floats(2) - floats(1);
     const int64_t most = std::clamp<int64_t>((fits - floats(1)) / std::max<int64_t>(line, 1) + 1, 1, p.Ho);
     const int64_t bands = (p.Ho + most - 1) / most;
-    rows = (p.Ho + bands - 1) / bands, ring = rows_read(rows);
+    rows = (p.Ho + bands - 1) / bands;
+    if (!p.conv2 && rows < p.Ho) rows = std::max<int64_t>(most / tile_pixels, 1) * tile_pixels;  // whole tiles
+    ring = rows_read(rows);
   }
   int64_t planes() const { return selected.planes(); }
   int64_t rows_read(int64_t r) const { return (r - 1) * block.stride + block.R; }
@@ -108,19 +113,23 @@ struct StripAt {
   int64_t to;
 };
 
-// The strips of an input row: the last one ends where the row does, and may overlap the one before; a row that is
-// shorter than a strip is copied, `wide` pixels of it.
+// The strips of `columns` pixels that lie side by side: the last one ends where they do, and may overlap the one
+// before; fewer pixels than a strip are copied, with zeros behind them.
 struct RowStrips {
-  int64_t size, count;
-  bool short_rows;
-  explicit RowStrips(int64_t W) : size(strip_size(W)), count(strips_of_row(W)), short_rows(W < size) {}
-  int64_t column(int64_t i, int64_t W) const { return short_rows ? 0 : std::min(i * size, W - size); }
+  int64_t columns, size, count;
+  explicit RowStrips(int64_t columns) : columns(columns), size(strip_size(columns)), count(strips_of_row(columns)) {}
+  bool copied() const { return columns < size; }
+  int64_t column(int64_t i) const { return copied() ? 0 : std::min(i * size, columns - size); }
 };
 
+// The pixels that lie side by side in both the input and the ring: a row, and without conv2 a whole band of `rows`
+// rows.
+RowStrips strips_of(const Chunk& c, int64_t rows) { return RowStrips(c.block.conv2 ? c.block.W : rows * c.block.W); }
+
 int64_t Chunk::strips_size() const {
-  const RowStrips strips(block.W);
-  const int64_t copied = strips.short_rows ? count * ring * strips.size * block.C : 0;
-  return count * ring * strips.count * static_cast<int64_t>(sizeof(StripAt)) / 4 + copied;
+  constexpr int narrow = std::min(usual_strip, other_strip), wide = std::max(usual_strip, other_strip);
+  const int64_t lines = count * (block.conv2 ? ring : 1), most = strips_of(*this, ring).columns / narrow + 1;
+  return lines * (most * static_cast<int64_t>(sizeof(StripAt)) / 4 + wide * block.C);
 }
 
 #pragma GCC push_options
@@ -158,22 +167,18 @@ struct StoreSums {
 // The list of the strips of input rows first .. last - 1 of all instances; their number.
 int64_t list_strips(const Chunk& c, int64_t first, int64_t last, StripAt* list, float* copies) {
   const Arguments& p = c.block;
-  const RowStrips strips(p.W);
+  const RowStrips strips = strips_of(c, last - first);
   int64_t n = 0;
   for (int64_t j = 0; j < c.count; ++j) {
-    for (int64_t row = first; row < last; ++row) {
+    for (int64_t row = first; row < (p.conv2 ? last : first + 1); ++row) {
       const float* x = c.x(j, row);
-      if (strips.short_rows) {
+      if (strips.copied()) {
         std::memset(copies, 0, strips.size * p.C * sizeof(float));
-        std::memcpy(copies, x, p.W * p.C * sizeof(float));
+        std::memcpy(copies, x, strips.columns * p.C * sizeof(float));
         x = copies, copies += strips.size * p.C;
       }
-      const int64_t line = p.conv2 ? row % c.ring : row - first;
-      const int64_t to = ((j * c.ring + line) * c.columns + p.S / 2) * 16;
-      for (int64_t i = 0; i < strips.count; ++i) {
-        const int64_t column = strips.column(i, p.W);
-        list[n++] = {x + column * p.C, to + column * 16};
-      }
+      const int64_t line = p.conv2 ? row % c.ring : 0, to = ((j * c.ring + line) * c.columns + p.S / 2) * 16;
+      for (int64_t i = 0; i < strips.count; ++i) list[n++] = {x + strips.column(i) * p.C, to + strips.column(i) * 16};
     }
   }
   return n;
@@ -182,11 +187,11 @@ int64_t list_strips(const Chunk& c, int64_t first, int64_t last, StripAt* list, 
 // conv1 and its activation of input rows first .. last - 1, into the ring.
 void expand(const Chunk& c, int64_t first, int64_t last, float* ring, StripAt* list) {
   const Arguments& p = c.block;
-  const RowStrips row_strips(p.W);
-  float* copies = reinterpret_cast<float*>(list + c.count * c.ring * row_strips.count);
-  const int64_t size = row_strips.size, count = list_strips(c, first, last, list, copies), tap = 0;
+  const RowStrips line = strips_of(c, last - first);
+  float* copies = reinterpret_cast<float*>(list + c.count * (p.conv2 ? c.ring : 1) * line.count);
+  const int64_t size = line.size, count = list_strips(c, first, last, list, copies), tap = 0;
   const int64_t most = strips_per_tile(size), weight_vector = weight_words<float>(p.C, 1), plane = c.ring_plane();
-  StorePlanes store{{}, std::min(size, p.W), plane, bounds_of(p.activation)};
+  StorePlanes store{{}, std::min(size, line.columns), plane, bounds_of(p.activation)};
   for (int64_t n = 0; n < c.planes(); n += tile_vectors) {
     const Block* block = &c.selected.hidden.blocks[n];
     const int64_t vectors = std::min<int64_t>(tile_vectors, c.planes() - n);
@@ -205,8 +210,8 @@ void expand(const Chunk& c, int64_t first, int64_t last, float* ring, StripAt* l
     }
     if (is_bound(p.activation)) continue;
     for (int64_t v = 0; v < vectors; ++v)
-      for (int64_t q = 0; q < count; q += row_strips.count)
-        activate(p.activation, ring + (n + v) * plane + list[q].to, p.W);
+      for (int64_t q = 0; q < count; q += line.count)
+        activate(p.activation, ring + (n + v) * plane + list[q].to, line.columns);
   }
 }
 
@@ -450,8 +455,9 @@ void rest_of(const Arguments& p, const std::vector<Channels>& hidden, std::vecto
       found.push_back(p.route.order[i]);
 }
 
-void run_direct(const Arguments& p) {
+void run_direct(Arguments p) {
   constexpr char op[] = "dynamic_inverted_residual";
+  if (!p.conv2) p.H = p.Ho = p.H * p.W, p.W = p.Wo = 1;
   check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, op, "kernel", "odd and at most 7 x 7", p.R * p.S);
   const int64_t threads = omp_get_max_threads(), size = p.Ho * p.Wo * p.C_out;
   const std::vector<Channels> hidden = channels_of(p.route, p.sizes, p.M, 16);

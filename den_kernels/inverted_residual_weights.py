@@ -71,8 +71,8 @@ class InvertedResidualWeights(HasHandle):
         Raises TypeError for layers of another kind or of different dtypes, ValueError for convolutions that do not fit
         one another and for norms without running statistics.
         """
-        convs = {"conv1": conv1, "conv2": conv2, "conv3": conv3, "squeeze": squeeze, "excite": excite}
-        convs = {name: conv for name, conv in convs.items() if conv is not None}
+        given = {"conv1": conv1, "conv2": conv2, "conv3": conv3, "squeeze": squeeze, "excite": excite}
+        convs = {name: conv for name, conv in given.items() if conv is not None}
         _check_convs(convs, skip)
         norms = {"conv1": bn1, "conv2": bn2, "conv3": bn3}
         check_layers(_OP, bn1=bn1, bn2=bn2, bn3=bn3)
@@ -83,13 +83,15 @@ class InvertedResidualWeights(HasHandle):
                            ("gate_activation", gate_activation)):  # fmt: skip
             check_activation(_OP, name, each)
         with torch.no_grad():
-            folded: list[Tensor | None] = []
+            folded: dict[str, Any] = {}
             for name in _WEIGHTS:
-                folded += _folded(name, convs.get(name), norms.get(name), name != "conv3")
+                pair = _folded(name, convs.get(name), norms.get(name), name != "conv3")
+                folded[name], folded[_bias_of(name)] = pair
         first = convs.get("conv1") or convs["conv2"]
         stride = 1 if conv2 is None else conv2.stride[0]
         weights = InvertedResidualWeights(
-            *folded, hidden_groups(_OP, first), stride, activation, squeeze_activation, gate_activation, skip,  # type: ignore[arg-type]
+            **folded, groups=hidden_groups(_OP, first), stride=stride, activation=activation,
+            squeeze_activation=squeeze_activation, gate_activation=gate_activation, skip=skip,
         )  # fmt: skip
         return weights._with_direct() if weights._runs_direct() else weights
 
@@ -123,8 +125,7 @@ class InvertedResidualWeights(HasHandle):
         packed = iter(self.direct)
         tensors = []
         for name in _WEIGHTS:
-            bias = getattr(self, f"bias{name[-1]}" if name[-1].isdigit() else f"{name}_bias")
-            tensors += [None if getattr(self, name) is None else next(packed), bias]
+            tensors += [None if getattr(self, name) is None else next(packed), getattr(self, _bias_of(name))]
         Q = 0 if self.squeeze is None else self.squeeze.shape[0]
         shape = self.first.shape[1], sum(self.groups), self.out_channels, *self.kernel, self.stride, Q
         numbers = [number_of(each) for each in (self.activation, self.squeeze_activation, self.gate_activation)]
@@ -138,7 +139,8 @@ class InvertedResidualWeights(HasHandle):
         if self.direct is None:
             return self
         held = {name: getattr(self, name) for name in _WEIGHTS}
-        return replace(self, **{name: None if each is None else stand_in(each) for name, each in held.items()})
+        small: dict[str, Any] = {name: None if each is None else stand_in(each) for name, each in held.items()}
+        return replace(self, **small)
 
     def _with_direct(self) -> "InvertedResidualWeights":
         packed = []
@@ -154,6 +156,11 @@ class InvertedResidualWeights(HasHandle):
         """True where the kernel of the whole block runs: a function of dtype and device."""
         like = self.conv3
         return extension is not None and like.is_cpu and like.dtype == torch.float32 and extension.has_direct_float32()
+
+
+def _bias_of(name: str) -> str:
+    """The field that holds the bias of a convolution."""
+    return f"bias{name[-1]}" if name.startswith("conv") else f"{name}_bias"
 
 
 def _folded(name: str, conv: nn.Conv2d | None, norm: nn.BatchNorm2d | None, filled: bool) -> list[Tensor | None]:

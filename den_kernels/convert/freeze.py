@@ -101,7 +101,7 @@ def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock
 
 def _keeps_shape(block: FrozenBlock) -> bool:
     [weights] = block.weights
-    return weights.stride == 1 and weights.out_channels == weights.conv1.shape[1]
+    return weights.stride == 1 and weights.out_channels == weights.first.shape[1]
 
 
 def _replaced(frozen: nn.Module, blocks: dict[str, FrozenBlock], row: list[str]) -> list[str]:

@@ -126,7 +126,7 @@ class FrozenRow(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.carrier, self.numbers = blocks[0].carrier, [each.block for each in blocks]
-        self.weights = TrunkWeights(tuple(each.weights[0] for each in blocks))
+        self.weights = TrunkWeights(tuple(each.weights[0] for each in blocks))  # type: ignore[misc]
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

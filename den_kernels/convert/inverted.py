@@ -28,7 +28,7 @@ class InvertedBranch:
     named_convs: dict[str, RoutedConv2d]
     named_norms: dict[str, nn.BatchNorm2d]
     """By the convolution in front of them; the last one of a block without a shortcut knows no levels."""
-    activations: dict[str, str]
+    activations: dict[str, Any]
     """"activation", "squeeze_activation", "gate_activation", as the op takes them."""
     skip: bool
     """The block's input is added."""
@@ -69,9 +69,10 @@ class InvertedBranch:
         """
         conv = dict(zip(self.named_convs, convs or self.convs, strict=True))
         norm = dict(zip(self.named_norms, norms or self.norms, strict=True))
-        parts = [part for name in ("conv1", "conv2", "conv3") for part in (conv.get(name), norm.get(name))]
-        gates = conv.get("squeeze"), conv.get("excite")
-        return InvertedResidualWeights.fold(*parts, *gates, **self.activations, skip=self.skip)  # type: ignore[arg-type]
+        return InvertedResidualWeights.fold(
+            conv.get("conv1"), norm.get("conv1"), conv.get("conv2"), norm.get("conv2"), conv["conv3"],
+            norm.get("conv3"), conv.get("squeeze"), conv.get("excite"), **self.activations, skip=self.skip,
+        )  # fmt: skip
 
 
 def inverted_branch(
