@@ -1,12 +1,13 @@
 """Speed of converted models on a CPU: what share of the saved FLOPs is saved time.
 
     python -m benchmarks.convert_speed [MODEL ...] [--batch 1 8 32] [--rounds 9] [--threads 1] [--out FILE.jsonl]
+    python -m benchmarks.convert_speed --show FILE.jsonl
 
 Each model, frozen (`den_kernels.freeze`), is timed in turns with the same model in plain PyTorch, batch norms folded,
 in the faster of both memory formats. Images of a batch are at levels drawn evenly in every block. `realised` is the
 time that the dense model would take for the FLOPs that are left, divided by ours: 1 is all that can be saved, more than
 the share of FLOPs left means faster than dense; `unfrozen` is that of the converted model as it is. Models of
-torchvision and timm are measured where these are installed.
+torchvision and timm are measured where these are installed. `--show` prints a file of `--out` as a Markdown table.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from tqdm import tqdm
 
 import den_kernels
 from den.support.heap import keep_allocations_on_the_heap
+from den_kernels.convert.frozen import FrozenBlock
+from den_kernels.convert.pair import FrozenPair
 
 MODELS = {
     "torchvision/resnet18": 224,
@@ -117,13 +121,29 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
         "model": name,
         "batch": batch,
         "blocks": len(report),
-        "fused": sum(block.kernel != "dynamic convolutions" for block in report),
+        "fused": sum(isinstance(m, (FrozenBlock, FrozenPair)) for m in frozen.modules()),
         "flops": share,
         "milliseconds": {key: 1e3 * value for key, value in seconds.items()},
         "speed": dense / seconds["elastic"],
         "realised unfrozen": dense * share / seconds["converted"],
         "realised": dense * share / seconds["elastic"],
     }
+
+
+def table(lines: Iterable[str]) -> str:
+    """Lines of JSON, as `--out` writes them, as a Markdown table.
+
+    >>> row = {"model": "a/b", "batch": 8, "fused": 2, "blocks": 3, "flops": 0.5, "speed": 1.5, "realised": 0.75}
+    >>> print(table([json.dumps(row | {"realised unfrozen": 0.6})]))
+    | model | B | one op | FLOPs left | speed | realised | unfrozen |
+    |---|--:|--:|--:|--:|--:|--:|
+    | a/b | 8 | 2 of 3 | 0.50 | 1.50 | 0.75 | 0.60 |
+    """
+    made = ["| model | B | one op | FLOPs left | speed | realised | unfrozen |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for row in map(json.loads, lines):
+        numbers = " | ".join(f"{row[key]:.2f}" for key in ("flops", "speed", "realised", "realised unfrozen"))
+        made.append(f"| {row['model']} | {row['batch']} | {row['fused']} of {row['blocks']} | {numbers} |")
+    return "\n".join(made)
 
 
 def main() -> None:
@@ -133,7 +153,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="file that a line of JSON is added to for each case")
+    parser.add_argument("--show", help="file of --out to print as a table; nothing is measured")
     options = parser.parse_args()
+    if options.show:
+        print(table(Path(options.show).read_text(encoding="utf-8").splitlines()))
+        return
     torch.set_num_threads(options.threads)
     keep_allocations_on_the_heap()
     print(

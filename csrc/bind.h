@@ -19,6 +19,8 @@ void bind_dynamic_residual(pybind11::module_& m);
 void bind_dynamic_bottleneck(pybind11::module_& m);
 void bind_dynamic_trunk(pybind11::module_& m);
 
+void bind_dynamic_inverted_residual(pybind11::module_& m);  // bind_inverted_residual.cpp
+
 void bind_watch(pybind11::module_& m);     // bind_watch.cpp
 void bind_cuda_ops(pybind11::module_& m);  // bind_cuda.cpp; nothing in a build without CUDA
 

@@ -69,6 +69,10 @@ void dynamic_bottleneck(const BottleneckArguments<float>& p) {
   DEN_KERNELS_CHOOSE("dynamic_bottleneck", dynamic_bottleneck)(p);
 }
 
+void dynamic_inverted_residual(const InvertedResidual& p) {
+  DEN_KERNELS_CHOOSE("dynamic_inverted_residual", dynamic_inverted_residual)(p);
+}
+
 void dynamic_graph(const GraphArguments& p) { DEN_KERNELS_CHOOSE("dynamic_graph", dynamic_graph)(p); }
 
 void pack_weights(const float* weight, const float* scale, float* packed, int64_t O, int64_t taps, int64_t I) {

@@ -70,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
   den_kernels::bind_dynamic_graph(m);
   den_kernels::bind_dynamic_residual(m);
   den_kernels::bind_dynamic_bottleneck(m);
+  den_kernels::bind_dynamic_inverted_residual(m);
   den_kernels::bind_dynamic_trunk(m);
   den_kernels::bind_watch(m);
   den_kernels::bind_cuda_ops(m);

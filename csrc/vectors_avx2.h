@@ -17,6 +17,7 @@ constexpr int plane_vectors(int outputs) { return outputs == 1 ? 4 : outputs == 
 constexpr bool spread_maps = true;  // the maps of a residual block (`spread`): first-level caches have eight ways
 constexpr int gradient_inputs = 6;  // inputs of a tile of a weight gradient
 constexpr int rows_pixels = 2, rows_span = 128;  // pixels of four outputs and inputs at once, of unpacked weights
+constexpr int depthwise_pixels = 6;  // pixels of a vector of channels that a depthwise convolution sums at once
 
 #pragma GCC push_options
 DEN_KERNELS_TARGET
@@ -69,6 +70,20 @@ KERNEL Vector at_least(const Vector& least, const Vector& v) {  // a NaN passes
 KERNEL Vector relu(const Vector& v) {  // a NaN passes
   return {_mm256_max_ps(_mm256_setzero_ps(), v.low), _mm256_max_ps(_mm256_setzero_ps(), v.high)};
 }
+KERNEL Vector at_most(const Vector& most, const Vector& v) {  // a NaN passes
+  return {_mm256_min_ps(most.low, v.low), _mm256_min_ps(most.high, v.high)};
+}
+KERNEL Vector divide(const Vector& a, const Vector& b) {
+  return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
+KERNEL Vector nearest(const Vector& v) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(v.low, mode), _mm256_round_ps(v.high, mode)};
+}
+KERNEL __m256 power_of_two8(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+KERNEL Vector power_of_two(const Vector& n) { return {power_of_two8(n.low), power_of_two8(n.high)}; }  // -126 .. 127
 KERNEL Vector keep(const Vector& v, Lanes lanes) {
   if (lanes == 0xFFFF) return v;
   return {_mm256_and_ps(v.low, _mm256_castsi256_ps(mask_of(lanes & 0xFF))),

@@ -15,6 +15,7 @@ constexpr int plane_vectors(int) { return 4; }   // vectors of pixels, by output
 constexpr bool spread_maps = false;              // the maps of a residual block (`spread`)
 constexpr int gradient_inputs = 8;               // inputs of a tile of a weight gradient
 constexpr int rows_pixels = 6, rows_span = 512;  // pixels of four outputs and inputs at once, of unpacked weights
+constexpr int depthwise_pixels = 8;  // pixels of a vector of channels that a depthwise convolution sums at once
 
 #pragma GCC push_options
 DEN_KERNELS_TARGET
@@ -34,6 +35,12 @@ KERNEL Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 KERNEL Vector fma(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
 KERNEL Vector at_least(Vector least, Vector v) { return _mm512_max_ps(least, v); }  // a NaN passes
 KERNEL Vector relu(Vector v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }      // a NaN passes
+KERNEL Vector at_most(Vector most, Vector v) { return _mm512_min_ps(most, v); }     // a NaN passes
+KERNEL Vector divide(Vector a, Vector b) { return _mm512_div_ps(a, b); }
+KERNEL Vector nearest(Vector v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+KERNEL Vector power_of_two(Vector n) {  // of whole numbers -126 .. 127
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
 KERNEL Vector keep(Vector v, Lanes lanes) { return _mm512_maskz_mov_ps(lanes, v); }
 
 // The selected lanes, without gaps.

@@ -20,10 +20,12 @@ from .convert import (
 from .dynamic_bottleneck import dynamic_bottleneck, dynamic_bottleneck_
 from .dynamic_conv import dynamic_conv2d
 from .dynamic_graph import GraphWeights, dynamic_graph
+from .dynamic_inverted_residual import dynamic_inverted_residual, dynamic_inverted_residual_
 from .dynamic_norm import DynamicBatchNorm2d, dynamic_batch_norm
 from .dynamic_residual import dynamic_residual, dynamic_residual_
 from .dynamic_trunk import TrunkWeights, dynamic_trunk
 from .fold_cache import invalidate
+from .inverted_residual_weights import InvertedResidualWeights
 from .layers import DynamicConv2d
 from .plan import Route, RoutingPlan
 from .residual_weights import ResidualWeights
@@ -42,6 +44,7 @@ __all__ = [
     "DynamicConv2d",
     "ElasticModel",
     "GraphWeights",
+    "InvertedResidualWeights",
     "ResidualWeights",
     "Route",
     "RoutingPlan",
@@ -54,6 +57,8 @@ __all__ = [
     "dynamic_bottleneck_",
     "dynamic_conv2d",
     "dynamic_graph",
+    "dynamic_inverted_residual",
+    "dynamic_inverted_residual_",
     "dynamic_residual",
     "dynamic_residual_",
     "dynamic_trunk",

@@ -24,8 +24,8 @@ class BlockWeights(Protocol):
         """The sizes of the hidden channel groups."""
 
     @property
-    def conv1(self) -> Tensor:
-        """[M, C, R, S], of the dtype and on the device of the maps."""
+    def first(self) -> Tensor:
+        """A weight [_, C, R, S] that reads the channels of x, of the dtype and on the device of the maps."""
 
     @property
     def out_channels(self) -> int:
@@ -148,7 +148,7 @@ class BlockOp:
         """The route of a selection; raises where it or x [B, C, H, W] does not fit the weights."""
         if not isinstance(x, Tensor):
             refuse_symbols(self.short, x)
-        like, shape = weights.conv1, x.shape
+        like, shape = weights.first, x.shape
         C = like.shape[1]
         if len(shape) != 4 or shape[1] != C or shape[2] == 0 or shape[3] == 0:
             raise ValueError(f"{self.short}: x must be [B, {C}, H, W] with H and W of at least 1, got {list(shape)}")

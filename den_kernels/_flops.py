@@ -18,6 +18,7 @@ from . import dynamic_conv, dynamic_graph, dynamic_norm, plan  # noqa: F401 (the
 from ._conv_cpu import part_of
 from ._operands import Operands
 from .dynamic_bottleneck import OPERANDS as BOTTLENECK
+from .dynamic_inverted_residual import OPERANDS as INVERTED
 from .dynamic_residual import OPERANDS as RESIDUAL
 from .plan import Route
 
@@ -101,6 +102,22 @@ def _bottleneck(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
         _products(weights.conv1, before, *selected, 1, sizes, ())
         + _products(weights.conv2, after, *selected, weights.cardinality, sizes, sizes)
         + _products(weights.conv3, after, *selected, 1, (), sizes)
+    )
+
+
+@register_flop_formula([_ops.dynamic_inverted_residual, _ops.dynamic_inverted_residual_], get_raw=True)
+def _inverted(x: Tensor, *operands: Any, out_val: Tensor | None) -> int:
+    """FLOPs of all convolutions; x: [B, C, H, W], out_val: [B, C_out, H_out, W_out], None in place."""
+    route, weights = _block(INVERTED, operands)
+    before, after, sizes = prod(x.shape[2:]), prod((x if out_val is None else out_val).shape[2:]), weights.groups
+    parts = (
+        (weights.conv1, before, 1, sizes, ()), (weights.conv2, after, sum(sizes), sizes, sizes),
+        (weights.squeeze, 1, 1, (), sizes), (weights.excite, 1, 1, sizes, ()), (weights.conv3, after, 1, (), sizes),
+    )  # fmt: skip
+    return 2 * sum(
+        _products(weight, pixels, route.levels, route.mask, cardinality, outs, ins)
+        for weight, pixels, cardinality, outs, ins in parts
+        if weight is not None
     )
 
 

@@ -8,7 +8,7 @@ from .plan import Route
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]",
-    int: "SymInt", list[int]: "SymInt[]", bool: "bool",
+    int: "SymInt", list[int]: "SymInt[]", bool: "bool", str: "str",
 }  # fmt: skip
 _ROUTE = ("levels", "order", "offsets", "mask")
 

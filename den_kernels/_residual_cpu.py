@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ._block_op import keeps_shape, own_shortcut
 from .bottleneck_weights import BottleneckWeights
+from .inverted_residual_weights import InvertedResidualWeights
 from .plan import Route, read_route
 from .residual_weights import ResidualWeights
 from .rows import gather_rows, scatter_rows_
+
+DirectWeights = ResidualWeights | BottleneckWeights | InvertedResidualWeights
 
 # Bytes of a chunk's maps, chosen so that they stay in the cores' private caches between the two convolutions.
 _CHUNK_BYTES = 6 << 20
@@ -20,7 +23,7 @@ _CHUNK_BYTES = 6 << 20
 def run_direct(
     x: Tensor,  # [B, C, H, W] channels-last
     route: Route,
-    weights: ResidualWeights | BottleneckWeights,
+    weights: DirectWeights,
     shortcut: Tensor | None,  # [B, C_out, H_out, W_out]; None: x, pooled and widened
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; the shortcut itself if inplace

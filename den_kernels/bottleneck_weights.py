@@ -85,6 +85,11 @@ class BottleneckWeights(HasHandle):
             return weights._with_direct() if weights._runs_direct() else weights
 
     @property
+    def first(self) -> Tensor:
+        """The weight that reads x: conv1."""
+        return self.conv1
+
+    @property
     def out_channels(self) -> int:
         """C_out: the channels of the result."""
         return self.conv3.shape[0]

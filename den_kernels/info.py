@@ -12,7 +12,7 @@ from ._triton import rules
 
 _OPS = (
     "routing plan", "dynamic convolution", "dynamic batch norm", "residual block, inference",
-    "bottleneck block, inference", "graph of convolutions, inference",
+    "bottleneck block, inference", "inverted residual, inference", "graph of convolutions, inference",
 )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def _on_cpu() -> dict[str, str]:
     extension = _extension.extension
     if extension is None:
         rows = f"PyTorch rows + {convolution}"
-        texts: tuple[str, ...] = ("PyTorch", rows, "PyTorch", f"{rows}, in place", rows, rows)
+        texts: tuple[str, ...] = ("PyTorch", rows, "PyTorch", f"{rows}, in place", rows, rows, rows)
     else:
         rows = f"C++ rows + {convolution}"
         float32, isa = extension.float32_isa(), extension.bf16_isa()
@@ -160,6 +160,7 @@ def _on_cpu() -> dict[str, str]:
             "C++",
             f"C++ direct ({', '.join(whole)}), else {rows}" if whole else rows,
             f"C++ direct ({', '.join(bottleneck)}), else {rows}" if bottleneck else rows,
+            f"C++ direct ({direct[0]}), else {rows}" if direct else rows,
             f"C++, one call ({direct[0]}), else {rows}" if direct else rows,
         )
     return dict(zip(_OPS, texts, strict=True))
@@ -172,10 +173,10 @@ def _on_cuda(cuda: dict[str, Any]) -> dict[str, str]:
     plan = "CUDA, one launch for all blocks" if in_cuda else "PyTorch, without host synchronisation"
     convolutions, edges = "dynamic convolutions, one by one", "dynamic convolutions, edge by edge"
     if find_spec("triton") is None:
-        return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 4, edges), strict=True))
+        return dict(zip(_OPS, (plan, *["PyTorch, all groups computed and masked"] * 5, edges), strict=True))
     launches = "Triton, two launches and the pass before them"
     block = f"CUDA C++, one launch, where the map fits; else {launches}" if in_cuda else launches
-    texts = (plan, "Triton, one launch", "Triton, active instances only", block, convolutions, edges)
+    texts = (plan, "Triton, one launch", "Triton, active instances only", block, convolutions, convolutions, edges)
     return dict(zip(_OPS, texts, strict=True)) | {"tiles": rules.describe()}
 
 

@@ -136,6 +136,11 @@ class ResidualWeights(HasHandle):
         return _cuda.addresses_of(self)
 
     @property
+    def first(self) -> Tensor:
+        """The weight that reads x: conv1."""
+        return self.conv1
+
+    @property
     def out_channels(self) -> int:
         """C_out: the channels of the result."""
         return self.conv2.shape[0]

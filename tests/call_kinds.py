@@ -9,11 +9,14 @@ from den_kernels import (
     DynamicBatchNorm2d,
     DynamicConv2d,
     GraphWeights,
+    InvertedResidualWeights,
     ResidualWeights,
     RoutingPlan,
     dynamic_bottleneck,
     dynamic_bottleneck_,
     dynamic_graph,
+    dynamic_inverted_residual,
+    dynamic_inverted_residual_,
     dynamic_residual,
     dynamic_residual_,
 )
@@ -96,6 +99,23 @@ class Bottleneck(nn.Module):
         return dynamic_bottleneck(x, levels, self.weights)
 
 
+class Inverted(nn.Module):
+    """A 3 x 3 depthwise convolution of 32 channels with gates."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        conv1, conv3 = DynamicConv2d(16, 32, 1, bias=False, out_groups=GROUPS), nn.Conv2d(32, 16, 1, bias=False)
+        conv2, norms = nn.Conv2d(32, 32, **SAME, groups=32), [nn.BatchNorm2d(C) for C in (32, 32, 16)]
+        gates = nn.Conv2d(32, 4, 1), nn.Conv2d(4, 32, 1)
+        self.weights = InvertedResidualWeights.fold(conv1, norms[0], conv2, norms[1], conv3, norms[2], *gates)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor, levels: Tensor) -> Tensor:
+        if self.inplace:
+            return dynamic_inverted_residual_(x.clone(), levels, self.weights)
+        return dynamic_inverted_residual(x, levels, self.weights)
+
+
 class Graph(nn.Module):
     """Three states; an instance keeps as many edges as its level says."""
 
@@ -133,6 +153,8 @@ MODULES = {
     "bottleneck op": Bottleneck,
     "bottleneck op in place": lambda: Bottleneck(inplace=True),
     "bottleneck op, composed": lambda: Bottleneck(24),
+    "inverted residual": Inverted,
+    "inverted residual in place": lambda: Inverted(inplace=True),
     "graph": Graph,
     "frozen block": lambda: frozen(ElasticBlock(16, 16, GROUPS + 1)),
     "frozen bottleneck": lambda: frozen(BottleneckShape(16, 16, 16, 6, 1).build(GROUPS + 1)),
@@ -142,6 +164,7 @@ MODULES = {
 INFERENCE = {
     *("residual", "residual in place", "graph", "frozen block", "frozen bottleneck"),
     *("bottleneck op", "bottleneck op in place", "bottleneck op, composed"),
+    *("inverted residual", "inverted residual in place"),
 }
 PLANS = {"plan of levels", "plan of masks"}
 

@@ -102,7 +102,7 @@ def _install(
     made = []
     for each, layers, block in zip(chosen, routed, shared.blocks, strict=True):
         kernel = None
-        if each.sum is not None and each.sum.scope == each.name != "":
+        if each.name and (each.sum is None or each.sum.scope == each.name):
             kernel = fuse(model.get_submodule(each.name), each.name, recording, each.region, each.sum, layers)
         made.append(replace(block, kernel=kernel or block.kernel))
     shared.blocks = tuple(made)

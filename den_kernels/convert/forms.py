@@ -7,23 +7,25 @@ from torch import nn
 
 from .carrier import Carrier
 from .fused import Branch, FusedForward
+from .inverted import InvertedBranch, inverted_branch
 from .layers import Routed
 from .record import Node, Recording, Ref, evaluating
 from .region import Region
-from .rules import kind_of
+from .rules import NEUTRAL, kind_of
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the op against the layers
-_NEUTRAL = ("identity", "dropout")  # in evaluation mode
 
 
 def fuse(
-    block: nn.Module, name: str, recording: Recording, region: Region, sum: Node, layers: Mapping[int, Routed]
+    block: nn.Module, name: str, recording: Recording, region: Region, sum: Node | None, layers: Mapping[int, Routed]
 ) -> str | None:
     """Give a converted block the forward of a fused op, if it has the op's form; the name of the op.
 
-    The op is run against the block's own forward first, at every level.
+    The op is run against the block's own forward first, at every level. sum: None of a block without a shortcut.
     """
-    branch = _branch(block, name, recording, region, sum, layers)
+    branch: Branch | InvertedBranch | None = _inverted(name, recording, region, sum, layers)
+    if branch is None and sum is not None:
+        branch = _branch(block, name, recording, region, sum, layers)
     if branch is None or branch.convs[0].weight.dtype not in _TOLERANCE or branch.weights() is None:
         return None
     fused = FusedForward(block, branch)
@@ -40,7 +42,7 @@ def _branch(
     if sum.scope != name or given is None or len(given) != 1 or not isinstance(given[0], Ref) or result is None:
         return None
     x = _source(recording, given[0].node)
-    kinds, modules = _chain([node for node in region.path if kind_of(node) not in _NEUTRAL], layers)
+    kinds, modules = _chain([node for node in region.path if kind_of(node) not in NEUTRAL], layers)
     k = kinds.count("conv")
     post = ["conv", "norm", "relu"] * (k - 1) + ["conv", "norm"]
     is_post = kinds == post
@@ -61,9 +63,27 @@ def _branch(
     return Branch(convs, norms, head, *found, activated=_is_relu(recording, x))  # type: ignore[arg-type]
 
 
+def _inverted(
+    name: str, recording: Recording, region: Region, sum: Node | None, layers: Mapping[int, Routed]
+) -> InvertedBranch | None:
+    """The branch of a block that is an inverted residual: of its input, and alone or added to that."""
+    given, result = recording.arguments.get(name), recording.results.get(name)
+    if given is None or len(given) != 1 or not isinstance(given[0], Ref) or result is None:
+        return None
+    x, end = _source(recording, given[0].node), _source(recording, region.path[-1].index)
+    if _source(recording, region.path[0].inputs[0]) != x:
+        return None
+    if sum is None:
+        return inverted_branch(recording, region, sum, layers) if _source(recording, result.node) == end else None
+    others = [i for i in sum.inputs if _source(recording, i) == x]
+    if _source(recording, result.node) != sum.index or len(others) != 1 or len(sum.args) != 2 or sum.kwargs:
+        return None
+    return inverted_branch(recording, region, sum, layers)
+
+
 def _source(recording: Recording, index: int) -> int:
     """The node itself, or the one whose result a neutral node passes on."""
-    while kind_of(recording.nodes[index]) in _NEUTRAL:
+    while kind_of(recording.nodes[index]) in NEUTRAL:
         [index] = recording.nodes[index].inputs
     return index
 
@@ -90,7 +110,7 @@ def _chain(path: Sequence[Node], layers: Mapping[int, Routed]) -> tuple[list[str
             "conv" if isinstance(layer, nn.Conv2d) else "norm" if isinstance(layer, nn.BatchNorm2d) else "linear"
         )
         behind = [type(child).__name__.lower() for child in layer.children()]
-        kinds += [kind for kind in behind if kind not in _NEUTRAL]
+        kinds += [kind for kind in behind if kind not in NEUTRAL]
     return kinds, modules
 
 
@@ -127,9 +147,10 @@ def _agrees(fused: FusedForward, recording: Recording, given: int) -> bool:
         return False
     G, weight = len(conv.out_groups), conv.weight
     carrier: Carrier = conv.carrier
-    x = torch.randn(G + 1, *shape[1:], device=weight.device, dtype=weight.dtype).relu_()
-    levels = torch.full((G + 1, len(carrier.shared.blocks)), G, device=weight.device)
-    levels[:, conv.block] = torch.arange(G + 1, device=weight.device)
+    own = torch.arange(carrier.shared.blocks[conv.block].lowest, G + 1, device=weight.device)
+    x = torch.randn(len(own), *shape[1:], device=weight.device, dtype=weight.dtype).relu_()
+    levels = torch.full((len(own), len(carrier.shared.blocks)), G, device=weight.device)
+    levels[:, conv.block] = own
     carrier.selections = carrier.plan(levels)
     try:
         with evaluating(fused.block):

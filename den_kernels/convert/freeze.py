@@ -10,6 +10,7 @@ from .carrier import ElasticModel, carrier_of
 from .fold import fold_norms
 from .frozen import FrozenBlock, FrozenRow, fold_branch
 from .fused import FusedForward
+from .pair import join_pairs
 from .record import Recording, Ref, example_of, record
 from .rules import kind_of
 
@@ -21,8 +22,9 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
 
     Batch norms are folded into the convolutions before them. Blocks of which the report says that an op runs them are
     modules of their own that hold the folded weights as the op reads them (of each level, where `recalibrate` measured
-    statistics for each), and several in a row that keep the shape of their map are one call. Weights are channels-last
-    in memory; give it maps that are, too.
+    statistics for each), and several in a row that keep the shape of their map are one call. Two linear layers or 1 x 1
+    convolutions with an activation between them, the MLP of ConvNeXt, are one op, too. Weights are channels-last in
+    memory; give it maps that are, too.
 
     The copy stays in evaluation mode, on its device and in its dtype, and its state_dict is none: save the model.
     torch.compile and torch.export see the ops with the weights as constants.
@@ -54,6 +56,7 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
     for path, block in blocks.items():
         frozen.set_submodule(path, block)
     _join(frozen, recording, blocks)
+    join_pairs(frozen, recording)
     return frozen
 
 
@@ -101,7 +104,7 @@ def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock
 
 def _keeps_shape(block: FrozenBlock) -> bool:
     [weights] = block.weights
-    return weights.stride == 1 and weights.out_channels == weights.conv1.shape[1]
+    return weights.stride == 1 and weights.out_channels == weights.first.shape[1]
 
 
 def _replaced(frozen: nn.Module, blocks: dict[str, FrozenBlock], row: list[str]) -> list[str]:

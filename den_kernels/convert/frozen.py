@@ -9,16 +9,20 @@ from torch import Tensor, nn
 from .._residual_cpu import run_direct
 from ..bottleneck_weights import BottleneckWeights
 from ..dynamic_bottleneck import dynamic_bottleneck
+from ..dynamic_inverted_residual import dynamic_inverted_residual
 from ..dynamic_residual import dynamic_residual
 from ..dynamic_trunk import TrunkWeights, dynamic_trunk
 from ..eager import runs_eagerly
+from ..inverted_residual_weights import InvertedResidualWeights
 from ..plan import Route, RoutingPlan
 from ..residual_weights import ResidualWeights
 from .carrier import Carrier
 from .extract import plain_layer
 from .fused import Branch
+from .inverted import InvertedBranch
+from .layers import Routed
 
-Weights = ResidualWeights | BottleneckWeights
+Weights = ResidualWeights | BottleneckWeights | InvertedResidualWeights
 
 
 class FrozenBlock(nn.Module):
@@ -27,7 +31,9 @@ class FrozenBlock(nn.Module):
     weights: one of all levels, or one of each level 1..G, its channels alone, where norms have statistics for each.
     """
 
-    def __init__(self, branch: Branch, groups: int, weights: Sequence[Weights], may_write: bool) -> None:
+    def __init__(
+        self, branch: Branch | InvertedBranch, groups: int, weights: Sequence[Weights], may_write: bool
+    ) -> None:
         super().__init__()
         conv = branch.convs[0]
         self.carrier: Carrier = conv.carrier
@@ -37,13 +43,14 @@ class FrozenBlock(nn.Module):
         self.reads_head = branch.reads_head
         self.direct = all(each.direct is not None for each in weights)
         self.copies = branch.head is None and not branch.activated  # a level 0 is relu(x), and x no output of a ReLU
-        self.may_write = may_write
+        self.skip, self.may_write = branch.skip, may_write and branch.skip
         self.eval()
 
     @property
     def joins(self) -> bool:
         """True for a block that can be one of several in a call."""
-        return self.shortcut is None and not self.copies and len(self.weights) == 1
+        inverted = isinstance(self.weights[0], InvertedResidualWeights)
+        return self.shortcut is None and not self.copies and len(self.weights) == 1 and not inverted
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C_out, H_out, W_out], at the levels that are set; may write over x."""
@@ -61,7 +68,7 @@ class FrozenBlock(nn.Module):
         if self.direct and own and not self.copies and x.is_cpu and runs_eagerly(x):
             return self._onto(a, route, out)
         if len(self.weights) > 1:
-            return self._by_levels(a, route, out)
+            return self._by_levels(a, route, out if self.skip else None)
         return _op(self.weights[0])(a, route, self.weights[0], None if out is x and not self.copies else out)
 
     def _onto(self, a: Tensor, route: Route, out: Tensor) -> Tensor:
@@ -75,11 +82,11 @@ class FrozenBlock(nn.Module):
                 out[instance].relu_()
         return out
 
-    def _by_levels(self, a: Tensor, route: Route, out: Tensor) -> Tensor:
+    def _by_levels(self, a: Tensor, route: Route, out: Tensor | None) -> Tensor:
         """As `_onto`, in new memory, by the ops: each level's instances keep the result of their own weights."""
-        result = out.relu() if self.weights[0].relu else out.clone()
-        for level, (weights, own) in enumerate(self._parts(route, all=True), 1):
-            made = _op(weights)(a, own, weights, out)
+        parts = self._parts(route, all=True)
+        result, *others = (_op(weights)(a, own, weights, out) for weights, own in parts)  # level 0: the shortcut
+        for level, made in enumerate(others, 2):
             result = torch.where((route.levels == level)[:, None, None, None], made, result)
         return result
 
@@ -104,6 +111,8 @@ class FrozenBlock(nn.Module):
 
 
 def _op(weights: Weights) -> Any:
+    if isinstance(weights, InvertedResidualWeights):
+        return dynamic_inverted_residual
     return dynamic_residual if isinstance(weights, ResidualWeights) else dynamic_bottleneck
 
 
@@ -117,7 +126,7 @@ class FrozenRow(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.carrier, self.numbers = blocks[0].carrier, [each.block for each in blocks]
-        self.weights = TrunkWeights(tuple(each.weights[0] for each in blocks))
+        self.weights = TrunkWeights(tuple(each.weights[0] for each in blocks))  # type: ignore[misc]
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +138,7 @@ class FrozenRow(nn.Module):
         return dynamic_trunk(x, self.carrier.plan_of(self.numbers, x), self.weights)
 
 
-def fold_branch(branch: Branch, groups: int) -> list[Weights]:
+def fold_branch(branch: Branch | InvertedBranch, groups: int) -> list[Weights]:
     """The weights of a block for all levels, or one for each level where its norms have statistics for each.
 
     Raises ValueError or TypeError for shapes that no op takes.
@@ -139,7 +148,7 @@ def fold_branch(branch: Branch, groups: int) -> list[Weights]:
     made = []
     for level in range(1, groups + 1):
         convs = [plain_layer(conv, level, groups) for conv in branch.convs]
-        norms = [plain_layer(norm, level, groups) for norm in branch.norms]
+        norms = [plain_layer(norm, level, groups) if isinstance(norm, Routed) else norm for norm in branch.norms]
         norms = [norm[0] if isinstance(norm, nn.Sequential) else norm for norm in norms]  # an activation behind it
         made.append(branch.fold(convs, norms).released())
     return made

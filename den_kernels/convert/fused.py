@@ -1,4 +1,5 @@
-"""Converted blocks that run as one op at inference: `dynamic_residual` for basic blocks, else `dynamic_bottleneck`."""
+"""Converted blocks that run as one op at inference: `dynamic_residual` for basic blocks, `dynamic_bottleneck`, and
+`dynamic_inverted_residual` (inverted.py)."""
 
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,6 +15,7 @@ from ..eager import runs_eagerly
 from ..fold_cache import FoldCache
 from ..residual_weights import ResidualWeights
 from .carrier import Selection
+from .inverted import InvertedBranch
 from .layers import RoutedBatchNorm2d, RoutedConv2d
 
 BASIC, BOTTLENECK = "dynamic_residual", "dynamic_bottleneck"
@@ -35,6 +37,8 @@ class Branch:
     """The shortcut reads relu(head(x))."""
     activated: bool
     """The block's input is the output of a ReLU."""
+    skip: bool = True
+    """The branch is added to a shortcut."""
     _cache: FoldCache[Any] = field(default_factory=FoldCache)
 
     @property
@@ -84,7 +88,7 @@ class Branch:
 class FusedForward:
     """The forward of a block: one op at inference where levels are set, else the block's own."""
 
-    def __init__(self, block: nn.Module, branch: Branch) -> None:
+    def __init__(self, block: nn.Module, branch: Branch | InvertedBranch) -> None:
         self.block, self.branch = block, branch
         self.inside = tuple(module for module in block.modules() if module is not block)
 

@@ -71,9 +71,8 @@ class RoutedLinear(Routed, nn.Linear):
         selection = self._selection()
         if selection is None:
             return F.linear(x, self.weight, self.bias)
-        rows = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [B, C, P, 1], channels-last
         y = dynamic_conv2d(
-            rows, self.weight[:, :, None, None], self.bias, selection.hidden,
+            as_map(x), self.weight[:, :, None, None], self.bias, selection.hidden,
             out_groups=self.out_groups or None, in_groups=self.in_groups or None,
         )  # fmt: skip
         y = y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
@@ -81,6 +80,11 @@ class RoutedLinear(Routed, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, out_groups={self.out_groups}, in_groups={self.in_groups}"
+
+
+def as_map(x: Tensor) -> Tensor:  # [B, ..., C] -> [B, C, H, W]
+    """x as a channels-last map: its own rows where it has four axes, else one row of all pixels."""
+    return (x if x.ndim == 4 else x.reshape(x.shape[0], 1, -1, x.shape[-1])).permute(0, 3, 1, 2)
 
 
 class RoutedBatchNorm2d(Routed, DynamicBatchNorm2d):

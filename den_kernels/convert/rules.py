@@ -23,6 +23,7 @@ _SPATIAL = {
 }  # fmt: skip
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 PRODUCTS = ("mul", "multiply")
+NEUTRAL = ("identity", "dropout")  # in evaluation mode
 _SCALED = {"mul", "multiply", "div", "truediv", "divide"}
 _SHIFTED = {"add", "sub"}
 

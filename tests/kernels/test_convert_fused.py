@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from den_kernels import convert, levels, recalibrate
 from den_kernels.convert.fused import BASIC, BOTTLENECK, Branch
+from den_kernels.convert.inverted import INVERTED, InvertedBranch
 from tests.foreign_models import FAMILIES, foreign, images, random_levels
 from tests.oracle import unlike_new
 from tests.stand_ins import PlainBasicBlock
@@ -21,19 +22,29 @@ FORMS = {
         ("pytorchcv_resnet_bottleneck", "pytorchcv_preresnet_bottleneck", "pytorchcv_resnext", "pytorchcv_regnetx",
          "torchvision_bottleneck", "torchvision_resnext", "timm", "transformers"), BOTTLENECK,
     ),
+    **dict.fromkeys(
+        ("pytorchcv_mobilenetv2", "pytorchcv_efficientnet", "torchvision_mobilenetv2",
+         "torchvision_mobilenetv2_narrow"), INVERTED,
+    ),
 }  # fmt: skip
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[Branch]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Branch | InvertedBranch]:
     """The branches that an op ran for, in order."""
-    seen, call = [], Branch.__call__
+    seen: list[Branch | InvertedBranch] = []
 
-    def counted(branch: Branch, *arguments: object) -> Tensor:
-        seen.append(branch)
-        return call(branch, *arguments)
+    def count(kind: type[Branch | InvertedBranch]) -> None:
+        call = kind.__call__
 
-    monkeypatch.setattr(Branch, "__call__", counted)
+        def counted(branch: Branch | InvertedBranch, *arguments: object) -> Tensor:
+            seen.append(branch)
+            return call(branch, *arguments)
+
+        monkeypatch.setattr(kind, "__call__", counted)
+
+    count(Branch)
+    count(InvertedBranch)
     return seen
 
 

@@ -28,10 +28,13 @@ BOTTLENECK = {"bottleneck": WIDTHS, "frozen bottleneck": WIDTHS}
 BOTTLENECK |= {kind: [8 * level for level in LEVELS.tolist()] for kind in ("bottleneck op", "bottleneck op in place")}
 BOTTLENECK["bottleneck op, composed"] = [6 * level for level in LEVELS.tolist()]
 WANTED |= {name: sum(2 * 36 * (2 * 16 * m + 9 * m**2) for m in widths) for name, widths in BOTTLENECK.items()}
+INVERTED = ("inverted residual", "inverted residual in place")
+WANTED |= dict.fromkeys(INVERTED, sum(2 * 8 * level * (36 * (16 + 9 + 16) + 4 + 4) for level in LEVELS.tolist()))
 RANGES = {
     "conv": "dynamic_conv2d", "norm": "dynamic_norm", "block": "dynamic_residual", "residual": "dynamic_residual",
     "residual in place": "dynamic_residual_", "graph": "dynamic_graph", "bottleneck": "dynamic_bottleneck",
     "frozen bottleneck": "dynamic_bottleneck", "bottleneck op in place": "dynamic_bottleneck_",
+    "inverted residual": "dynamic_inverted_residual", "inverted residual in place": "dynamic_inverted_residual_",
     "plan of levels": "plan_levels", "plan of masks": "plan_masks",
 }  # fmt: skip
 

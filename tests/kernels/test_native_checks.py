@@ -58,6 +58,11 @@ def bottleneck(x, shortcut, out, order, offsets, mask, *weights):
     block(x, shortcut, out, (2, order, offsets, mask))
 
 
+def inverted(x, shortcut, out, order, offsets, mask, *weights):
+    block = extension.InvertedResidualBlock((C, M, C, 3, 3, 1, 16), (16, 16), weights, (2, 1, 6))
+    block(x, shortcut, out, (2, order, offsets, mask))
+
+
 def trunk(x, levels, wider, features, scale, shift):
     shapes, weights = ((C, M, C, 3, 3, 1), (C, M, 2 * C, 3, 3, 1)), lambda out: (
         vector(), vector(), packed(M, C, 9), vector(), vector(), packed(out, M, 9), None
@@ -159,6 +164,11 @@ CALLS: dict[str, tuple[Callable, Callable[[], list]]] = {
         lambda: [maps(C), maps(C), maps(C), *route_tensors(), vector(), vector(), packed(M, C, 1), vector(),
                  packed(M, M, 9), vector(), packed(C, M, 1), vector()],
     ),
+    "InvertedResidualBlock": (
+        inverted,
+        lambda: [maps(C), maps(C), maps(C), *route_tensors(), packed(M, C, 1), vector(), torch.randn(2, 9, 16),
+                 vector(), packed(C, M, 1), vector(), packed(16, M, 1), vector(16), packed(M, 16, 1), vector()],
+    ),
     "Trunk": (
         trunk,
         lambda: [maps(C), torch.ones(2, B).int(), maps(2 * C), torch.zeros(B, 2 * C), vector(2 * C), vector(2 * C)],
@@ -206,6 +216,7 @@ def optional(name: str, index: int) -> bool:
         "ResidualBlock": {12},
         "ResidualBlock, unpacked": {12},
         "BottleneckBlock": {13},
+        "InvertedResidualBlock": {1, 6, 11},
     }
     return index in wanted.get(name, set())
 
@@ -240,7 +251,9 @@ def test_every_tensor_of_every_binding_is_checked(name, index, damage):
     [(0, 6), (0, -1), (0, 10**6), (0, -(2**31)), (1, 50), (1, -4), (1, 7)],
     ids=str,
 )
-@pytest.mark.parametrize("name", [n for n in CALLS if n.startswith(("dynamic_conv", "Residual", "Bottleneck"))])
+@pytest.mark.parametrize(
+    "name", [n for n in CALLS if n.startswith(("dynamic_conv", "Residual", "Bottleneck", "Inverted"))]
+)
 def test_what_a_route_holds_is_checked(name, index, value):
     call, tensors = CALLS[name]
     arguments = tensors()

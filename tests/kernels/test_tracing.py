@@ -14,6 +14,8 @@ from den_kernels import (
     dynamic_bottleneck_,
     dynamic_conv2d,
     dynamic_graph,
+    dynamic_inverted_residual,
+    dynamic_inverted_residual_,
     dynamic_residual,
     dynamic_residual_,
 )
@@ -26,6 +28,7 @@ from tests.call_kinds import (
     SAME,
     Bottleneck,
     Graph,
+    Inverted,
     Residual,
     images,
     module,
@@ -107,11 +110,11 @@ def test_a_traced_module_is_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["traced", "made_fx"])
-@pytest.mark.parametrize("kind", ["residual", "bottleneck", "graph"])
+@pytest.mark.parametrize("kind", ["residual", "bottleneck", "inverted", "graph"])
 def test_weights_are_packed_before(kind, way):
     if not Residual().weights.direct:
         pytest.skip("without a direct kernel nothing is packed outside of torch's ops")
-    inside = {"residual": Residual, "bottleneck": Bottleneck, "graph": Graph}[kind]
+    inside = {"residual": Residual, "bottleneck": Bottleneck, "inverted": Inverted, "graph": Graph}[kind]
     with torch.no_grad(), pytest.raises(RuntimeError, match="weights must be packed before"):
         WAYS[way](lambda x, levels: inside().requires_grad_(False)(x, levels), images(), LEVELS)
 
@@ -136,7 +139,7 @@ def test_script_is_refused(name):
 
 FUNCTIONS = (
     *(dynamic_conv2d, dynamic_batch_norm, dynamic_residual, dynamic_residual_, dynamic_bottleneck, dynamic_bottleneck_),
-    dynamic_graph,
+    *(dynamic_graph, dynamic_inverted_residual, dynamic_inverted_residual_),
 )
 
 

@@ -58,6 +58,13 @@ def bottleneck(**changes: Any) -> Any:
     return dk.dynamic_bottleneck(**({"x": torch.zeros(2, 16, 5, 5), "selection": plan[0], "weights": folded} | changes))
 
 
+def inverted(**changes: Any) -> Any:
+    conv1, conv3 = dk.DynamicConv2d(16, 16, 1, out_groups=4), nn.Conv2d(16, 16, 1)
+    folded = dk.InvertedResidualWeights.fold(conv1, None, nn.Conv2d(16, 16, 3, padding=1, groups=16), None, conv3, None)
+    given = {"x": torch.zeros(2, 16, 5, 5), "selection": plan[0], "weights": folded} | changes
+    return dk.dynamic_inverted_residual(**given)
+
+
 def graph(edges: Any = ((0, 1),), count: int = 1, shape: tuple[int, ...] = (4, 4, 3, 3)) -> Any:
     return dk.GraphWeights.pack(2, edges, [torch.zeros(shape)] * count, [torch.zeros(shape[0])] * count)
 
@@ -114,6 +121,10 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "block: level": (lambda: residual(selection=levels * 2), V, "levels must be in 0..4, got 6"),
     "bottleneck: channels": (lambda: bottleneck(x=torch.zeros(2, 8, 5, 5)), V, "x must"),
     "bottleneck: level": (lambda: bottleneck(selection=-levels), V, "levels must be in 0..4, got -1"),
+    "inverted: channels": (lambda: inverted(x=torch.zeros(2, 8, 5, 5)), V, "x must be [B, 16, H, W]"),
+    "inverted: level": (lambda: inverted(selection=levels * 2), V, "levels must be in 0..4, got 6"),
+    "inverted: dtype": (lambda: inverted(x=torch.zeros(2, 16, 5, 5).double()), T, "x must be torch.float32"),
+    "inverted: shortcut": (lambda: inverted(shortcut=torch.zeros(2, 16, 4, 5)), V, "shortcut must be [2, 16, 5, 5]"),
     "fold: order": (
         lambda: dk.ResidualWeights.fold(nn.BatchNorm2d(16), *elastic_pair()[1:]), T, "conv1 must be",
     ),
@@ -283,7 +294,8 @@ def test_every_public_name_has_a_row() -> None:
         "ParameterCounts",
         "Prediction",
     }  # take nothing, or are results
-    alike = {"dynamic_residual_", "dynamic_bottleneck_", "Route", "DeepElasticNetwork", "ModelConfig", "Estimator",
-             "Selector", "Backbone", "Predictor", "count_parameters", "parameter_fractions", "resnet"}  # fmt: skip
+    alike = {"dynamic_residual_", "dynamic_bottleneck_", "dynamic_inverted_residual_", "Route", "DeepElasticNetwork",
+             "ModelConfig", "Estimator", "Selector", "Backbone", "Predictor", "count_parameters", "parameter_fractions",
+             "resnet"}  # fmt: skip
     names = {name: f"{short}.{name}" for module, short in ((dk, "dk"), (den, "den")) for name in module.__all__}
     assert [name for name, used in names.items() if name not in right | alike and used not in rows] == []
