@@ -7,6 +7,7 @@ from ._on_import import when_imported
 from .bottleneck_weights import BottleneckWeights
 from .convert import (
     ElasticModel,
+    WithLevels,
     advise,
     convert,
     extract,
@@ -25,6 +26,7 @@ from .dynamic_residual import dynamic_residual, dynamic_residual_
 from .dynamic_trunk import TrunkWeights, dynamic_trunk
 from .fold_cache import invalidate
 from .layers import DynamicConv2d
+from .masked import masked
 from .plan import Route, RoutingPlan
 from .residual_weights import ResidualWeights
 
@@ -46,6 +48,7 @@ __all__ = [
     "Route",
     "RoutingPlan",
     "TrunkWeights",
+    "WithLevels",
     "__version__",
     "advise",
     "convert",
@@ -63,6 +66,7 @@ __all__ = [
     "latency_table",
     "level_flops",
     "levels",
+    "masked",
     "recalibrate",
     "report_of",
 ]

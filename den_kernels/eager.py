@@ -6,7 +6,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 
@@ -56,6 +56,13 @@ def is_jit_traced() -> bool:
     return not is_compiling() and _is_tracing()
 
 
+def is_recorded() -> bool:
+    """True where the call becomes a graph that outlives it: torch.export, torch.jit.trace or make_fx records it."""
+    if is_compiling():
+        return is_exporting()
+    return _is_tracing() or (_modes() > 0 and get_proxy_mode() is not None)
+
+
 def is_transformed() -> bool:
     """True where torch.func transforms the call (grad, vjp, vmap, ...): a custom op takes part in none of them."""
     return _transforms()
@@ -87,7 +94,7 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
 
 def refuse_recording(op: str) -> None:
     """Raises RuntimeError while torch.jit.trace or make_fx records: what is written by no op is not in the graph."""
-    if not is_compiling() and (_is_tracing() or get_proxy_mode() is not None):
+    if not is_compiling() and is_recorded():
         raise RuntimeError(f"{op}: weights must be packed before the call that is traced, got them inside")
 
 

@@ -36,10 +36,15 @@ class TaskBatch:
     @property
     def sizes(self) -> list[int]:
         """Instances of each part."""
-        return [len(part) for part in self.images]
+        return [part.shape[0] for part in self.images]  # of a traced batch symbols, which len() would make numbers
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return sum(self.sizes)
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return self.batch_size
 
     def arrange(self, rows: Tensor) -> Tensor:
         """Rows [B, ...] in the caller's order -> in ours."""
