@@ -4,6 +4,7 @@ Every channel is computed, and what an instance does not use is set to 0. Nothin
 what is computed, so that all of it can be traced. The functions take what the registered ops take.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,10 +22,45 @@ from .dynamic_bottleneck import OPERANDS as BOTTLENECK
 from .dynamic_graph import graph_of, run_masked
 from .dynamic_residual import OPERANDS as RESIDUAL
 from .plan import Route, RoutingPlan, channels_of
-from .plan_sort import plan_levels_torch, plan_masks_torch
 from .residual_weights import ResidualWeights, is_stand_in
 
 _OP = "masked"
+
+
+def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:  # [B, N]
+    """`plan_levels`, of levels that are clamped to 0..groups."""
+    levels = levels.t().long().clamp(0, groups)
+    order = _ranks(groups - levels, _places(levels)).argsort(1)
+    return levels.int(), order.int(), _offsets(groups - levels, groups + 1)
+
+
+def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # bool [B, N, G]
+    """`plan_masks`."""
+    masks = masks.transpose(0, 1)
+    levels = masks.long().sum(2)
+    ranks = _places(levels)
+    for bit in reversed(masks.unbind(2)):
+        ranks = _ranks((~bit).long(), ranks)
+    order = _ranks(-levels, ranks).argsort(1)
+    sorted_masks = masks.gather(1, order[:, :, None].expand_as(masks))
+    changes = (sorted_masks[:, 1:] != sorted_masks[:, :-1]).any(2).long().cumsum(1)
+    segments = F.pad(changes, (1, 0))[:, : levels.shape[1]]
+    return levels.int(), order.int(), _offsets(segments, levels.shape[1])
+
+
+def _places(rows: Tensor) -> Tensor:  # [N, B] -> int64 [N, B]: 0..B-1 in each row
+    return torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+
+
+def _ranks(keys: Tensor, ranks: Tensor) -> Tensor:  # [N, B]
+    """Ranks by keys, and by the given ranks where these are equal: a stable sort, which ONNX does not have."""
+    return (keys * keys.shape[1] + ranks).argsort(1).argsort(1)
+
+
+def _offsets(segments: Tensor, count: int) -> Tensor:  # [N, B] -> int32 [N, count + 1]
+    """How many instances lie before each segment."""
+    bounds = torch.arange(count + 1, device=segments.device)
+    return (segments[:, None] < bounds[:, None]).sum(2).int()
 
 
 def convolution(
@@ -121,9 +157,24 @@ def _added(x: Tensor, shortcut: Tensor | None, branch: Tensor, used: Tensor, wei
     return (out.relu() if weights.relu else out).contiguous(memory_format=torch.channels_last)
 
 
+def in_torch_ops(op: Any, *arguments: Any) -> Any:
+    """What a registered op makes of its arguments, in operations of PyTorch."""
+    warn_of_masks()
+    return DECOMPOSED[op._name](*arguments)
+
+
+def warn_of_masks() -> None:
+    """Warn that levels save no time."""
+    warnings.warn(
+        "masked: the program computes every channel and sets to 0 what an instance did not select, so levels save no "
+        "time in it; extract(model, structure) gives one structure that is fast everywhere",
+        stacklevel=3,
+    )
+
+
 DECOMPOSED: dict[str, Callable[..., Any]] = {
-    "plan_levels": plan_levels_torch,
-    "plan_masks": plan_masks_torch,
+    "plan_levels": plan_levels,
+    "plan_masks": plan_masks,
     "dynamic_conv2d": convolution,
     "dynamic_norm": norm,
     "dynamic_residual": residual,

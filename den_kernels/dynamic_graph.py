@@ -28,7 +28,7 @@ from . import _conv_direct, _triton
 from ._extension import extension
 from ._geometry import Geometry
 from ._handle import HasHandle
-from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
+from .eager import call_op, in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import RoutingPlan, read_route
 from .rows import gather_rows, scatter_rows_
 
@@ -151,7 +151,9 @@ def dynamic_graph(
     refuse_training(_OP, x=x, read_in=read_in, gates=gates, read_out=read_out)
     ends = [end for edge in graph.edges for end in edge]
     tensors = list(graph.weights), list(graph.biases), list(graph.direct)
-    return _op(x, plan.levels, plan.order, plan.offsets, read_in, gates, read_out, *tensors, graph.states, ends)
+    return call_op(
+        _op, x, plan.levels, plan.order, plan.offsets, read_in, gates, read_out, *tensors, graph.states, ends
+    )
 
 
 def _run(

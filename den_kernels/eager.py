@@ -51,11 +51,6 @@ def is_traced() -> bool:
     return is_compiling() or _is_tracing() or _transforms()
 
 
-def is_jit_traced() -> bool:
-    """True where torch.jit.trace records the call (the old ONNX exporter is one)."""
-    return not is_compiling() and _is_tracing()
-
-
 def is_recorded() -> bool:
     """True where the call becomes a graph that outlives it: torch.export, torch.jit.trace or make_fx records it."""
     if is_compiling():
@@ -74,6 +69,20 @@ def in_range(name: str, function: Callable[..., Value], *arguments: Any) -> Valu
         return function(*arguments)
     with torch.autograd.profiler.record_function(name):
         return function(*arguments)
+
+
+def call_op(op: Callable[..., Value], *arguments: Any) -> Value:
+    """`op(*arguments)` of a registered op; while torch.onnx exports, the same in operations that ONNX has.
+
+    Raises RuntimeError in the exporter that records with torch.jit.trace.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return op(*arguments)
+    if _is_tracing():
+        raise RuntimeError(f"den_kernels::{op._name}: torch.onnx.export must be with dynamo=True, got dynamo=False")
+    from ._masked_ops import in_torch_ops
+
+    return in_torch_ops(op, *arguments)
 
 
 def savable(tensor: Tensor | None) -> Tensor | None:

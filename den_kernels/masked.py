@@ -1,7 +1,6 @@
 """Exported programs in operations of PyTorch alone, for runtimes that do not have ours."""
 
 import copy
-import warnings
 
 import torch
 from torch.export import ExportedProgram
@@ -25,16 +24,12 @@ def masked(program: ExportedProgram) -> ExportedProgram:
         raise TypeError(f"{_OP}: program must be what torch.export.export returns, got {type(program).__name__}")
     if not any(_is_ours(node.target) for node in program.graph.nodes):
         raise ValueError(f"{_OP}: program must hold ops of den_kernels, got one without any")
-    from ._masked_ops import DECOMPOSED
+    from ._masked_ops import DECOMPOSED, warn_of_masks
 
     ops = getattr(torch.ops, _LIBRARY)
     table = {getattr(ops, name).default: function for name, function in DECOMPOSED.items()}
     made = _functional(program).run_decompositions(table)
-    warnings.warn(
-        "masked: the program computes every channel and sets to 0 what an instance did not select, so levels save no "
-        "time in it; extract(model, structure) gives one structure that is fast everywhere",
-        stacklevel=2,
-    )
+    warn_of_masks()
     return made
 
 

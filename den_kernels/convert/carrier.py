@@ -268,7 +268,7 @@ class WithLevels(nn.Module):
         super().__init__()
         self.carrier = carrier_of(model, "WithLevels")
         self.model = model.model if isinstance(model, ElasticModel) else model
-        self.train(model.training)
+        self.train(self.model.training)
 
     def forward(self, x: Any, levels: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The result of model(x, *args, **kwargs) at levels [B, N] or masks [B, N, G], as :class:`levels` takes them.

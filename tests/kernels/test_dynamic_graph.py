@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import den_kernels._conv_direct as direct
 from den_kernels import GraphWeights, RoutingPlan, dynamic_graph
-from den_kernels.dynamic_graph import MOST_BYTES, STATES_BYTES, run_masked, dynamic_graph_reference
+from den_kernels.dynamic_graph import MOST_BYTES, STATES_BYTES, dynamic_graph_reference, run_masked
 
 EDGES = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
 STATES = 4
