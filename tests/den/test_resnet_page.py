@@ -32,7 +32,7 @@ def write_pictures(folder: Path) -> None:
 def test_the_program_of_the_page_runs_and_learns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "pictures")
-    models, small = ModuleType("torchvision.models"), partial(PlainResNet18, width=32)
+    models, small = ModuleType("torchvision.models"), partial(PlainResNet18, width=16)
     models.resnet18, models.get_model = small, lambda name, weights, **settings: small(**settings)
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", models)
@@ -40,7 +40,7 @@ def test_the_program_of_the_page_runs_and_learns(tmp_path, monkeypatch, capsys):
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
         exec(code, names)
     assert len(names["report"]) == 8
-    assert names["right"] > 0.6
+    assert names["right"] > 0.5
     assert names["levels"].shape == (COUNTS["test"], 8)
     costs = names["engine"].network.costs
     assert 0.2 < float(costs.of(names["levels"]).mean()) < 0.6
