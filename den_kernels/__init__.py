@@ -7,6 +7,7 @@ from ._on_import import when_imported
 from .bottleneck_weights import BottleneckWeights
 from .convert import (
     ElasticModel,
+    WithLevels,
     advise,
     convert,
     extract,
@@ -27,6 +28,7 @@ from .dynamic_trunk import TrunkWeights, dynamic_trunk
 from .fold_cache import invalidate
 from .inverted_residual_weights import InvertedResidualWeights
 from .layers import DynamicConv2d
+from .masked import masked
 from .plan import Route, RoutingPlan
 from .residual_weights import ResidualWeights
 
@@ -49,6 +51,7 @@ __all__ = [
     "Route",
     "RoutingPlan",
     "TrunkWeights",
+    "WithLevels",
     "__version__",
     "advise",
     "convert",
@@ -68,6 +71,7 @@ __all__ = [
     "latency_table",
     "level_flops",
     "levels",
+    "masked",
     "recalibrate",
     "report_of",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._operands import Operands
-from .eager import in_range, is_jit_traced, refuse_symbols, refuse_training, runs_eagerly
+from .eager import call_op, in_range, refuse_symbols, refuse_training, runs_eagerly
 from .plan import Route, route_for
 from .rows import pool_rows
 
@@ -125,7 +125,7 @@ class BlockOp:
         if runs_eagerly(x, shortcut):
             return in_range(self.name, self.functional, x, route, weights, shortcut)
         refuse_training(self.short, x=x, shortcut=shortcut)
-        return self.functional_op(x, *self.operands.of(route, weights), shortcut)
+        return call_op(self.functional_op, x, *self.operands.of(route, weights), shortcut)
 
     def in_place(self, x: Tensor, selection: Route | Tensor, weights: BlockWeights) -> Tensor:
         """Write the block's result over x [B, C, H, W] and return x; a new map where the block changes the shape.
@@ -139,8 +139,8 @@ class BlockOp:
             in_range(f"{self.name}_", self.over, x, route, weights)
             return x
         refuse_training(self.short, x=x)
-        if is_jit_traced():  # the old ONNX exporter drops ops that return nothing
-            return x.copy_(self.functional_op(x, *self.operands.of(route, weights)))
+        if torch.onnx.is_in_onnx_export():  # has no ops of ours, and drops such as return nothing
+            return x.copy_(call_op(self.functional_op, x, *self.operands.of(route, weights)))
         self.in_place_op(x, *self.operands.of(route, weights))
         return x
 

@@ -4,13 +4,24 @@ FoldCache           keeps a value made from tensors until one of them changes
 norm_affine         batch norm in eval mode as scale and shift
 fold_norm           a convolution's weight and bias with the batch norm after it
 is_ordinary         True for a call that nothing traces, transforms or intercepts
+is_recorded         True for a call that becomes a graph which outlives it: torch.export, torch.jit.trace
+is_traced           True for a call that becomes part of any graph, torch.compile's included
 refuse_transforms   raises inside torch.func
 stand_in            a weight's shape, dtype and device without its memory
 """
 
-from .eager import is_ordinary, refuse_transforms
+from .eager import is_ordinary, is_recorded, is_traced, refuse_transforms
 from .fold_cache import FoldCache
 from .folding import fold_norm, norm_affine
 from .residual_weights import stand_in
 
-__all__ = ["FoldCache", "fold_norm", "is_ordinary", "norm_affine", "refuse_transforms", "stand_in"]
+__all__ = [
+    "FoldCache",
+    "fold_norm",
+    "is_ordinary",
+    "is_recorded",
+    "is_traced",
+    "norm_affine",
+    "refuse_transforms",
+    "stand_in",
+]

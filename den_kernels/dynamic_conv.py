@@ -32,6 +32,7 @@ from ._conv_arguments import autocast, check, check_kinds, pad, pair, sides
 from ._conv_masked import equation, masked_backward, masked_forward
 from ._geometry import Geometry, memory_format_of
 from .eager import (
+    call_op,
     in_range,
     is_ordinary,
     is_transformed,
@@ -348,4 +349,4 @@ def convolve(
     arguments = x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry
     if x.is_cpu and is_ordinary(x, weight, bias):
         return in_range(_NAME, _EagerConv.apply, *arguments)
-    return _dynamic_conv2d(*arguments)
+    return call_op(_dynamic_conv2d, *arguments)

@@ -28,7 +28,7 @@ from . import _conv_direct, _triton
 from ._extension import extension
 from ._geometry import Geometry
 from ._handle import HasHandle
-from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
+from .eager import call_op, in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import RoutingPlan, read_route
 from .rows import gather_rows, scatter_rows_
 
@@ -151,7 +151,9 @@ def dynamic_graph(
     refuse_training(_OP, x=x, read_in=read_in, gates=gates, read_out=read_out)
     ends = [end for edge in graph.edges for end in edge]
     tensors = list(graph.weights), list(graph.biases), list(graph.direct)
-    return _op(x, plan.levels, plan.order, plan.offsets, read_in, gates, read_out, *tensors, graph.states, ends)
+    return call_op(
+        _op, x, plan.levels, plan.order, plan.offsets, read_in, gates, read_out, *tensors, graph.states, ends
+    )
 
 
 def _run(
@@ -168,7 +170,7 @@ def _run(
             from ._triton.graph import run_graph
 
             return run_graph(x, graph.edges, graph.weights, graph.biases, plan, read_in, gates, read_out)
-        return _run_masked(x, graph, plan, read_in, gates, read_out)
+        return run_masked(x, graph, plan, read_in, gates, read_out)
     if not graph.runs_whole(x):
         return _run_edges(x, graph, plan, read_in, gates, read_out)
     out = torch.empty_like(x)
@@ -191,9 +193,16 @@ def _op(
     states: int,  # N
     ends: list[int],  # [2 E]: i, j of each edge
 ) -> Tensor:  # [B, C, H, W] channels-last
-    edges = tuple(zip(ends[::2], ends[1::2], strict=True))
-    graph = GraphWeights(states, edges, tuple(weights), tuple(biases), tuple(direct))
+    graph = graph_of(weights, biases, direct, states, ends)
     return _run(x, graph, RoutingPlan(levels, order, offsets, 1), read_in, gates, read_out)
+
+
+def graph_of(
+    weights: list[Tensor], biases: list[Tensor], direct: list[Tensor], states: int, ends: list[int]
+) -> GraphWeights:
+    """The graph that these operands of the op stand for: weights [C, C, R, S] and biases [C] of each edge."""
+    edges = tuple(zip(ends[::2], ends[1::2], strict=True))
+    return GraphWeights(states, edges, tuple(weights), tuple(biases), tuple(direct))
 
 
 @_op.register_fake
@@ -250,7 +259,7 @@ def _run_edges(
     return _run_states(x, graph, read_in, read_out, add)
 
 
-def _run_masked(
+def run_masked(
     x: Tensor,  # [B, C, H, W] channels-last
     graph: GraphWeights,
     plan: RoutingPlan,
@@ -258,13 +267,18 @@ def _run_masked(
     gates: Tensor,  # [B, E]
     read_out: Tensor,  # [B, N]
 ) -> Tensor:  # [B, C, H, W] channels-last
-    """The graph on any device, without waiting for it: each edge over all instances."""
-
-    def add(v: Tensor, state: Tensor, e: int) -> None:
-        made = _convolved(graph, e, state) * _column(gates, e)
-        v += torch.where(_column(plan.levels, e) > 0, made, 0)
-
-    return _run_states(x, graph, read_in, read_out, add)
+    """The graph on any device, without waiting for it: each edge over all instances. Nothing is written over."""
+    states: list[Tensor] = []
+    out = torch.zeros_like(x)
+    for j in range(graph.states):
+        v = x * _column(read_in, j)
+        for e, (i, head) in enumerate(graph.edges):
+            if head == j:
+                made = F.conv2d(states[i], graph.weights[e], graph.biases[e], padding=_padding(graph)).relu()
+                v = v + torch.where(_column(plan.levels, e) > 0, made * _column(gates, e), 0)
+        states.append(v)
+        out = out + v * _column(read_out, j)
+    return out
 
 
 def _padding(graph: GraphWeights) -> tuple[int, int]:

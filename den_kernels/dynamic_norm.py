@@ -30,6 +30,7 @@ from ._norm_torch import norm_torch, norm_torch_gradients
 from ._sync_norm import kept_by_convert_sync_batchnorm
 from .eager import (
     as_fx_leaf,
+    call_op,
     in_range,
     is_ordinary,
     is_traced,
@@ -324,10 +325,11 @@ def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, eager: bool) 
     On a CPU that is the plain function where no gradient is recorded, and an autograd function where nothing is traced.
     """
     if not x.is_cpu:
-        return _norm_forward
+        return partial(call_op, _norm_forward)
     if eager:
         return partial(in_range, _NAME, _norm_forward_cpu)
-    return partial(in_range, _NAME, _EagerNorm.apply) if is_ordinary(x, weight, bias) else _norm_forward
+    plain = is_ordinary(x, weight, bias)
+    return partial(in_range, _NAME, _EagerNorm.apply) if plain else partial(call_op, _norm_forward)
 
 
 def _group_of(norm: nn.Module) -> dist.ProcessGroup | Literal["world"] | None:

@@ -6,7 +6,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 
@@ -51,9 +51,11 @@ def is_traced() -> bool:
     return is_compiling() or _is_tracing() or _transforms()
 
 
-def is_jit_traced() -> bool:
-    """True where torch.jit.trace records the call (the old ONNX exporter is one)."""
-    return not is_compiling() and _is_tracing()
+def is_recorded() -> bool:
+    """True where the call becomes a graph that outlives it: torch.export, torch.jit.trace or make_fx records it."""
+    if is_compiling():
+        return is_exporting()
+    return _is_tracing() or (_modes() > 0 and get_proxy_mode() is not None)
 
 
 def is_transformed() -> bool:
@@ -67,6 +69,20 @@ def in_range(name: str, function: Callable[..., Value], *arguments: Any) -> Valu
         return function(*arguments)
     with torch.autograd.profiler.record_function(name):
         return function(*arguments)
+
+
+def call_op(op: Callable[..., Value], *arguments: Any) -> Value:
+    """`op(*arguments)` of a registered op; while torch.onnx exports, the same in operations that ONNX has.
+
+    Raises RuntimeError in the exporter that records with torch.jit.trace.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return op(*arguments)
+    if _is_tracing():
+        raise RuntimeError(f"den_kernels::{op._name}: torch.onnx.export must be with dynamo=True, got dynamo=False")
+    from ._masked_ops import in_torch_ops
+
+    return in_torch_ops(op, *arguments)
 
 
 def savable(tensor: Tensor | None) -> Tensor | None:
@@ -87,7 +103,7 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
 
 def refuse_recording(op: str) -> None:
     """Raises RuntimeError while torch.jit.trace or make_fx records: what is written by no op is not in the graph."""
-    if not is_compiling() and (_is_tracing() or get_proxy_mode() is not None):
+    if not is_compiling() and is_recorded():
         raise RuntimeError(f"{op}: weights must be packed before the call that is traced, got them inside")
 
 

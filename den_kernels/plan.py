@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._extension import extension
-from .eager import in_range, is_ordinary, is_traced, runs_eagerly
+from .eager import call_op, in_range, is_ordinary, is_traced, runs_eagerly
 from .plan_sort import (
     PLAN_LEVELS,
     PLAN_MASKS,
@@ -111,7 +111,7 @@ class RoutingPlan:
         rows, order, offsets = (
             in_range(PLAN_LEVELS, plan_levels, levels, groups)
             if runs_eagerly(levels)
-            else plan_levels_op(levels, groups)
+            else call_op(plan_levels_op, levels, groups)
         )
         return cls(rows.t(), order, offsets, groups)
 
@@ -129,7 +129,9 @@ class RoutingPlan:
                 f"RoutingPlan.from_masks: masks must be [B, N, G] with at least one group, got {list(masks.shape)}"
             )
         own = masks.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-        rows, order, offsets = in_range(PLAN_MASKS, plan_masks, own) if runs_eagerly(own) else plan_masks_op(own)
+        rows, order, offsets = (
+            in_range(PLAN_MASKS, plan_masks, own) if runs_eagerly(own) else call_op(plan_masks_op, own)
+        )
         return cls(rows.t(), order, offsets, masks.shape[2], own)
 
     def __len__(self) -> int:

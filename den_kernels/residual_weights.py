@@ -30,6 +30,11 @@ def stand_in(weight: Tensor) -> Tensor:
     return torch.full_like(weight[0, 0, 0, 0], torch.nan).expand(weight.shape)
 
 
+def is_stand_in(weight: Tensor) -> bool:
+    """True for a weight [O, I, R, S] of which a `stand_in` is left."""
+    return not any(weight.stride())
+
+
 class HiddenWeights(NamedTuple):
     """The weights of one selection of hidden channels, channels-last.
 

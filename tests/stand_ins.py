@@ -223,3 +223,25 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.layers(self.stem(x)).mean((2, 3)))
+
+
+class PlainResNet18(nn.Module):
+    """torchvision.models.resnet18, of `width` channels in the first stage (there 64)."""
+
+    def __init__(self, num_classes: int = 1000, width: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        for stage in range(4):
+            planes = width * 2**stage
+            first = PlainBasicBlock(width if stage == 0 else planes // 2, planes, 1 if stage == 0 else 2)
+            setattr(self, f"layer{stage + 1}", nn.Sequential(first, PlainBasicBlock(planes, planes)))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))

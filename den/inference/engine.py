@@ -20,6 +20,7 @@ from den.nn.task_batch import Images, TaskBatch, Tasks
 from den.nn.tasks import find_task
 from den.support.call_time import call_seconds
 from den.support.device import choose_device
+from den_kernels.building import is_recorded
 
 _OP = "Engine"
 ROUNDS = 9  # of a measurement
@@ -119,7 +120,13 @@ class Engine:
 
         Raises:
             ValueError: images, task or levels that do not fit.
+            RuntimeError: torch.export or torch.jit.trace records the call.
         """
+        if is_recorded():
+            raise RuntimeError(
+                f"{_OP}: a call must not be recorded by torch.export or torch.jit.trace, as the engine cuts and pads "
+                "batches by their size; got one that is. Record the model: docs/export.md"
+            )
         with torch.inference_mode():
             batch = self.network.batch(images, task)
             given = None if levels is None else batch.arrange(self._checked(levels, len(batch)))

@@ -167,7 +167,7 @@ class Estimator(nn.Module):
 
         levels: as of `forward`; ValueError where they do not fit the batch.
         """
-        expected, device = (len(batch), self.num_blocks), self.level_flops.device
+        expected, device = (batch.batch_size, self.num_blocks), self.level_flops.device
         if levels is None:
             return self.level_plan(torch.full(expected, self.levels - 1, device=device)) if may_fold(self) else None
         if isinstance(levels, RoutingPlan):

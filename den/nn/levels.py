@@ -11,10 +11,10 @@ Level `l` keeps the first `l + lowest` of the `L - 1 + lowest` groups (`level_pl
 
 import itertools
 
-import torch
 from torch import Tensor
 
 from den_kernels import RoutingPlan
+from den_kernels.building import is_traced
 
 
 def level_fractions(levels: int, lowest: int = 0) -> tuple[float, ...]:
@@ -70,7 +70,7 @@ def level_plan(levels: Tensor, count: int, lowest: int = 0) -> RoutingPlan:
     """
     if not lowest:
         return RoutingPlan.from_levels(levels, groups=count - 1)
-    if levels.is_cpu and not torch.compiler.is_compiling() and levels.numel():
+    if levels.is_cpu and not is_traced() and levels.numel():
         low, high = int(levels.min()), int(levels.max())
         if low < 0 or high >= count:
             raise ValueError(f"level_plan: levels must be in 0..{count - 1}, got {low if low < 0 else high}")

@@ -244,7 +244,7 @@ class Selector(nn.Module):
     def _head(self, index: int, pooled: Tensor) -> Tensor:
         """Logits of pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
         norm = self.norms[index]
-        if len(pooled) < 2 and norm.training and not norm.shares:
+        if norm.training and not norm.shares and pooled.shape[0] < 2:
             pooled = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
         else:
             pooled = norm(pooled)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from den.nn.tasks import Task, find_task
 from den.support.device import sent
+from den_kernels.building import is_recorded
 
 TaskName = str | int | Task
 Images = Tensor | Sequence[Tensor]
@@ -36,10 +37,15 @@ class TaskBatch:
     @property
     def sizes(self) -> list[int]:
         """Instances of each part."""
-        return [len(part) for part in self.images]
+        return [part.shape[0] for part in self.images]  # of a traced batch symbols, which len() would make numbers
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return sum(self.sizes)
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return self.batch_size
 
     def arrange(self, rows: Tensor) -> Tensor:
         """Rows [B, ...] in the caller's order -> in ours."""
@@ -112,6 +118,11 @@ def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Ten
         fitting = [k for k, known in enumerate(tasks) if (known.channels, known.size) == tuple(images.shape[1:3])]
         position = fitting[0] if fitting else 0
         return TaskBatch((position,), (_checked(images, tasks[position], like),), None, "instance")
+    if is_recorded():
+        raise ValueError(
+            "model: task must be one task, or a list with one for each tensor of images, where torch.export or "
+            "torch.jit.trace records the call, or the tasks of the example would be constants; got a tensor of tasks"
+        )
     task = task.cpu().long()
     if int(task.min()) < 0 or int(task.max()) >= len(tasks):
         raise ValueError(

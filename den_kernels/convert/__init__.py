@@ -1,7 +1,7 @@
 """Residual branches with elastic hidden channels in models written by others: see `convert`."""
 
 from .advise import Advice, advise
-from .carrier import ElasticModel, levels, report_of
+from .carrier import ElasticModel, WithLevels, levels, report_of
 from .convert import convert
 from .extract import extract
 from .flops import LevelFlops, level_flops
@@ -18,6 +18,7 @@ __all__ = [
     "LeftAlone",
     "LevelFlops",
     "Report",
+    "WithLevels",
     "advise",
     "convert",
     "extract",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map
 
-from ..eager import is_ordinary
+from ..eager import is_ordinary, is_recorded
 from ..plan import Route, RoutingPlan
 from .report import Block, Report
 
@@ -29,6 +29,8 @@ class Selection:
     """It was seen that every instance uses all of it."""
     used: bool = False
     """It was seen that every instance uses some of it."""
+    recorded: bool = False
+    """It was made inside the call that is recorded, of levels that may be another's."""
 
 
 Selections = tuple[Selection, ...]  # of each block
@@ -69,7 +71,7 @@ class Carrier(threading.local):
 
     def selection(self, block: int) -> Selection | None:
         """What the instances use of a block now; None: all of it."""
-        selections = self.selections
+        selections = self._current()
         if is_compiling():  # a graph for all levels
             return None if selections is None else selections[block]
         if selections is None and (task := torch._C._current_graph_task_id()) >= 0:
@@ -78,8 +80,9 @@ class Carrier(threading.local):
 
     def route(self, block: int, x: Tensor) -> Route:
         """The route of a block for the instances of x [B, ...]; without levels they use all of it."""
-        if self.selections is not None:
-            return self.selections[block].hidden
+        selections = self._current()
+        if selections is not None:
+            return selections[block].hidden
         full = torch.full((x.shape[0], 1), self.shared.groups, dtype=torch.int32, device=x.device)
         return RoutingPlan.from_levels(full, self.shared.groups)[0]
 
@@ -93,6 +96,17 @@ class Carrier(threading.local):
         if routes[0].mask is not None:
             masks = torch.stack([route.selection() for route in routes]).transpose(0, 1)
         return RoutingPlan(levels.t(), order, offsets, self.shared.groups, masks)
+
+    def _current(self) -> Selections | None:
+        """What is set; RuntimeError where it would become a constant of a graph."""
+        selections = self.selections
+        if selections and not selections[0].recorded and is_recorded():
+            raise RuntimeError(
+                f"{_OP}: levels must be set inside the call that torch.export, torch.jit.trace or make_fx records, or "
+                "those of the example would be constants of the graph; got levels that were set around it. Record "
+                "WithLevels(model), whose input they are, or extract(model, structure)"
+            )
+        return selections
 
     def _replayed(self, task: int) -> Selections | None:
         if task not in self.shared.replays:
@@ -116,7 +130,18 @@ class Carrier(threading.local):
             levels = self._raised(levels, looks)
         plan = RoutingPlan.from_masks(levels) if levels.dtype == torch.bool else RoutingPlan.from_levels(levels, groups)
         least = plan.levels.amin(0).tolist() if looks and len(levels) else [0] * len(blocks)
-        return tuple(Selection(r, r.active(), low == groups, low > 0) for r, low in zip(plan, least, strict=True))
+        recorded = is_recorded()
+        return tuple(
+            Selection(r, r.active(), low == groups, low > 0, recorded) for r, low in zip(plan, least, strict=True)
+        )
+
+    def run(self, model: nn.Module, levels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The result of model(*args, **kwargs) at levels [B, N] or masks [B, N, G]."""
+        outer, self.selections = self.selections, self.plan(levels)
+        try:
+            return model(*args, **kwargs)
+        finally:
+            self.selections = outer
 
     def _raised(self, levels: Tensor, looks: bool) -> Tensor:
         """The levels, at least the lowest of each block; ValueError for a lower one where it can be seen."""
@@ -229,10 +254,25 @@ class ElasticModel(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         chosen = self.selector(x)
-        carrier = self.carrier
-        outer = carrier.selections
-        carrier.selections = carrier.plan(torch.maximum(chosen, self._lowest.to(chosen.dtype)))
-        try:
-            return self.model(x, *args, **kwargs)
-        finally:
-            carrier.selections = outer
+        return self.carrier.run(self.model, torch.maximum(chosen, self._lowest.to(chosen.dtype)), x, *args, **kwargs)
+
+
+class WithLevels(nn.Module):
+    """A converted model whose levels are its second argument: `WithLevels(model)(x, levels)`.
+
+    torch.export and torch.onnx record it for any levels. Of an `ElasticModel` it is the model, without the selector.
+    Raises ValueError for a model that was not converted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.carrier = carrier_of(model, "WithLevels")
+        self.model = model.model if isinstance(model, ElasticModel) else model
+        self.train(self.model.training)
+
+    def forward(self, x: Any, levels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The result of model(x, *args, **kwargs) at levels [B, N] or masks [B, N, G], as :class:`levels` takes them.
+
+        Raises ValueError and TypeError as it does.
+        """
+        return self.carrier.run(self.model, levels, x, *args, **kwargs)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import den_kernels._conv_direct as direct
 from den_kernels import GraphWeights, RoutingPlan, dynamic_graph
-from den_kernels.dynamic_graph import MOST_BYTES, STATES_BYTES, _run_masked, dynamic_graph_reference
+from den_kernels.dynamic_graph import MOST_BYTES, STATES_BYTES, dynamic_graph_reference, run_masked
 from tests.fuzz import examples
 
 EDGES = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
@@ -208,7 +208,7 @@ def test_arguments_that_do_not_fit_are_refused(index, value, message):
 def test_on_a_gpu_without_triton_whole_batches_run():
     graph, (x, levels, *rows) = graph_of(8), case(3, 8, (5, 4))
     rows[1][levels == 0] = torch.nan  # gates of edges that are not kept
-    got = _run_masked(x, graph, RoutingPlan.from_levels(levels, 1), *rows)
+    got = run_masked(x, graph, RoutingPlan.from_levels(levels, 1), *rows)
     torch.testing.assert_close(got, dynamic_graph_reference(x, graph, levels, *rows), rtol=1e-5, atol=1e-5)
 
 

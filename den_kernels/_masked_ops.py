@@ -1,0 +1,183 @@
+"""The ops in operations of PyTorch, for whole batches: what `masked` writes into exported programs.
+
+Every channel is computed, and what an instance does not use is set to 0. Nothing is written over, and no value decides
+what is computed, so that all of it can be traced. The functions take what the registered ops take.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._block_op import own_shortcut
+from ._conv_masked import masked_forward
+from ._geometry import Geometry
+from ._norm_torch import norm_torch
+from ._operands import Operands
+from .bottleneck_weights import BottleneckWeights
+from .dynamic_bottleneck import OPERANDS as BOTTLENECK
+from .dynamic_graph import graph_of, run_masked
+from .dynamic_residual import OPERANDS as RESIDUAL
+from .plan import Route, RoutingPlan, channels_of
+from .residual_weights import ResidualWeights, is_stand_in
+
+_OP = "masked"
+
+
+def plan_levels(levels: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:  # [B, N]
+    """`plan_levels`, of levels that are clamped to 0..groups."""
+    levels = levels.t().long().clamp(0, groups)
+    order = _ranks(groups - levels, _places(levels)).argsort(1)
+    return levels.int(), order.int(), _offsets(groups - levels, groups + 1)
+
+
+def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # bool [B, N, G]
+    """`plan_masks`."""
+    masks = masks.transpose(0, 1)
+    levels = masks.long().sum(2)
+    ranks = _places(levels)
+    for bit in reversed(masks.unbind(2)):
+        ranks = _ranks((~bit).long(), ranks)
+    order = _ranks(-levels, ranks).argsort(1)
+    sorted_masks = masks.gather(1, order[:, :, None].expand_as(masks))
+    changes = (sorted_masks[:, 1:] != sorted_masks[:, :-1]).any(2).long().cumsum(1)
+    segments = F.pad(changes, (1, 0))[:, : levels.shape[1]]
+    return levels.int(), order.int(), _offsets(segments, levels.shape[1])
+
+
+def _places(rows: Tensor) -> Tensor:  # [N, B] -> int64 [N, B]: 0..B-1 in each row
+    return torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+
+
+def _ranks(keys: Tensor, ranks: Tensor) -> Tensor:  # [N, B]
+    """Ranks by keys, and by the given ranks where these are equal: a stable sort, which ONNX does not have."""
+    return (keys * keys.shape[1] + ranks).argsort(1).argsort(1)
+
+
+def _offsets(segments: Tensor, count: int) -> Tensor:  # [N, B] -> int32 [N, count + 1]
+    """How many instances lie before each segment."""
+    bounds = torch.arange(count + 1, device=segments.device)
+    return (segments[:, None] < bounds[:, None]).sum(2).int()
+
+
+def convolution(
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    bias: Tensor | None,  # [C_out]
+    levels: Tensor,  # int32 [B]
+    order: Tensor,  # int32 [B]
+    offsets: Tensor,  # int32 [S + 1]
+    mask: Tensor | None,  # bool [B, G]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_sizes: Sequence[int] | None,
+    in_sizes: Sequence[int] | None,
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    """`dynamic_conv2d`."""
+    geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
+    return masked_forward(x, weight, bias, levels, mask, geometry)
+
+
+def norm(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # [B, C, H, W] -> channels-last, [3, C]
+    """`dynamic_batch_norm`."""
+    y, statistics = norm_torch(x, *given)
+    return y.contiguous(memory_format=torch.channels_last), statistics
+
+
+def residual(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, C_out, H_out, W_out] channels-last
+    """`dynamic_residual`."""
+    route, weights, shortcut = _taken(RESIDUAL, given)
+    used, whole = _used(route, weights), weights.all_hidden()
+    R, S = weights.conv1.shape[2:]
+    padding, bias2 = (R // 2, S // 2), None if weights.bias2 is None else weights.bias2.to(whole.conv2.dtype)
+    a = _activated(x, weights).to(whole.conv1.dtype)
+    h = F.conv2d(a, whole.conv1, whole.bias1, weights.stride, padding).relu()
+    R, S = weights.conv2.shape[2:]
+    y = F.conv2d(torch.where(used, h, 0), whole.conv2, bias2, 1, (R // 2, S // 2))
+    return _added(x, shortcut, y, used, weights)
+
+
+def bottleneck(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, C_out, H_out, W_out] channels-last
+    """`dynamic_bottleneck`."""
+    route, weights, shortcut = _taken(BOTTLENECK, given)
+    used, (R, S) = _used(route, weights), weights.conv2.shape[2:]
+    bias1, bias2, bias3 = (
+        None if bias is None else bias.to(x.dtype) for bias in (weights.bias1, weights.bias2, weights.bias3)
+    )
+    h = F.conv2d(_activated(x, weights).to(x.dtype), weights.conv1, bias1).relu()
+    h = F.conv2d(
+        torch.where(used, h, 0), weights.conv2, bias2, weights.stride, (R // 2, S // 2), groups=weights.cardinality
+    )
+    y = F.conv2d(torch.where(used, h.relu(), 0), weights.conv3, bias3)
+    return _added(x, shortcut, y, used, weights)
+
+
+def graph(x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, *given: Any) -> Tensor:  # [B, C, H, W]
+    """`dynamic_graph`."""
+    read_in, gates, read_out, *weights = given
+    return run_masked(x, graph_of(*weights), RoutingPlan(levels, order, offsets, 1), read_in, gates, read_out)
+
+
+Weights = ResidualWeights | BottleneckWeights
+
+
+def _taken(operands: Operands, given: tuple) -> tuple[Route, Any, Tensor | None]:
+    """Route, weights and shortcut of what a block's op takes. Raises ValueError for weights that are gone."""
+    count = len(operands)
+    weights, shortcut = operands.weights(given[:count]), given[count:]
+    if is_stand_in(weights.conv1):
+        raise ValueError(
+            f"{_OP}: program must be of a model that is not frozen, as freeze() keeps weights only as the kernels read "
+            "them, got frozen ones"
+        )
+    return operands.route(given[:count]), weights, shortcut[0] if shortcut else None
+
+
+def _used(route: Route, weights: Weights) -> Tensor:
+    """bool [B, M, 1, 1]: the hidden channels that an instance uses."""
+    return channels_of(route.selection(), weights.groups)[:, :, None, None]
+
+
+def _activated(x: Tensor, weights: Weights) -> Tensor:  # [B, C, H, W]
+    """What the first convolution reads."""
+    if weights.scale1 is None or weights.shift1 is None:
+        return x
+    return (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu()
+
+
+def _added(x: Tensor, shortcut: Tensor | None, branch: Tensor, used: Tensor, weights: Weights) -> Tensor:
+    """The shortcut and, of instances that use any channel, the branch [B, C_out, H_out, W_out]."""
+    out = own_shortcut(x, weights, shortcut)
+    out = out + torch.where(used.any(1, keepdim=True), branch, 0).to(out.dtype)
+    return (out.relu() if weights.relu else out).contiguous(memory_format=torch.channels_last)
+
+
+def in_torch_ops(op: Any, *arguments: Any) -> Any:
+    """What a registered op makes of its arguments, in operations of PyTorch."""
+    warn_of_masks()
+    return DECOMPOSED[op._name](*arguments)
+
+
+def warn_of_masks() -> None:
+    """Warn that levels save no time."""
+    warnings.warn(
+        "masked: the program computes every channel and sets to 0 what an instance did not select, so levels save no "
+        "time in it; extract(model, structure) gives one structure that is fast everywhere",
+        stacklevel=3,
+    )
+
+
+DECOMPOSED: dict[str, Callable[..., Any]] = {
+    "plan_levels": plan_levels,
+    "plan_masks": plan_masks,
+    "dynamic_conv2d": convolution,
+    "dynamic_norm": norm,
+    "dynamic_residual": residual,
+    "dynamic_bottleneck": bottleneck,
+    "dynamic_graph": graph,
+}
