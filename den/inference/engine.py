@@ -144,8 +144,8 @@ class Engine:
         The weights are those that `engine.model` holds now, from which packed ones are made again. architecture: of a
         converted model what builds it: "torchvision/resnet18" (or of timm, pytorchcv), or with settings
         {"name": "timm/resnet18", "num_classes": 10}; None: `from_pretrained` is to be given the model. images: what
-        the card's table is measured on. kept: mean and deviation of the pixels, and names of the classes, of the pictures
-        that it classifies, by task (`den.load(RUN).kept`): what `den serve` needs; None: as the engine was loaded.
+        the card's table is measured on. kept: mean and deviation of the pixels and names of the classes, for each task
+        (`den.load(RUN).kept`), which `den serve` needs to know; None: those of the engine, if it has any.
 
         Raises ValueError for an architecture or a selector that cannot be made again, `kept` of another task.
         """

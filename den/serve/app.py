@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -29,11 +29,12 @@ from den.serve.network import Item, ServedNetwork
 from den.serve.settings import Limits
 
 PAGE = {
-    "Content-Security-Policy": "default-src 'none'; img-src blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; img-src blob:; connect-src 'self'; style-src 'unsafe-inline';"
+    " script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 _log = logging.getLogger("den.serve")
+ENDING = "the service ends"
 Text = Callable[[], Awaitable[str]]
 
 
@@ -44,10 +45,14 @@ class Service:
         network: what answers.
         limits: bounds of what is taken.
         metrics_text: what /metrics answers; None: the metrics of this replica.
+
+    Attributes:
+        held: requests that are read, wait or are computed.
+        ending: True sends new requests away; those that are held are answered.
     """
 
     def __init__(self, network: ServedNetwork, limits: Limits, metrics_text: Text | None = None) -> None:
-        self.network, self.limits, self.held = network, limits, 0
+        self.network, self.limits, self.held, self.ending = network, limits, 0, False
         self.batcher = Batcher(self._computed, limits.batch, limits.wait_ms / 1e3)
         full = network.engine.network.full_flops
         self.metrics = Metrics(full, lambda: len(self.batcher), lambda: self.held)
@@ -56,6 +61,8 @@ class Service:
 
     async def predict(self, request: Request) -> Response:
         """POST /predict and /predict/TASK."""
+        if self.ending:
+            raise Refused(503, ENDING, {"Retry-After": "1", "Connection": "close"})
         if self.held >= self.limits.queue:
             raise Refused(503, f"the queue of {self.limits.queue} requests is full", {"Retry-After": "1"})
         self.held += 1
@@ -123,6 +130,8 @@ class Service:
 
     async def health(self, _: Request) -> Response:
         """GET /health."""
+        if self.ending:
+            raise Refused(503, ENDING)
         return PlainTextResponse("ok")
 
     async def page(self, _: Request) -> Response:
@@ -153,28 +162,40 @@ class Service:
         self._decoders.shutdown()
 
 
-def create_app(network: ServedNetwork, limits: Limits | None = None, metrics_text: Text | None = None) -> Starlette:
+def create_app(
+    network: ServedNetwork,
+    limits: Limits | None = None,
+    *,
+    metrics_text: Text | None = None,
+    beside: Callable[[Service], Coroutine[Any, Any, None]] | None = None,
+) -> Starlette:
     """The service of a network as an ASGI application, for any ASGI server.
 
-    limits: bounds of what is taken; None: the defaults. metrics_text: what /metrics answers; None: its own metrics.
+    Args:
+        limits: bounds of what is taken; None: the defaults.
+        metrics_text: what /metrics answers; None: the metrics of this application.
+        beside: what runs beside the service as long as it does.
     """
     service = Service(network, limits or Limits(), metrics_text)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        task = None if beside is None else asyncio.create_task(beside(service))
         yield
+        if task is not None:
+            task.cancel()
         await service.close()
 
     get = {"/": service.page, "/health": service.health, "/tasks": service.tasks, "/metrics": service.text}
     routes = [Route(path, service.counted(endpoint), methods=["GET"]) for path, endpoint in get.items()]
     predict = service.counted(service.predict)
     routes += [Route(path, predict, methods=["POST"]) for path in ("/predict", "/predict/{task:path}")]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})  # type: ignore[dict-item]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
     app.state.service = service
     return app
 
 
-async def _http_error(_: Request, error: HTTPException) -> Response:
+async def _http_error(_: Request, error: Any) -> Response:
     return _told(error.status_code, error.detail, dict(error.headers or {}))
 
 

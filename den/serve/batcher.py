@@ -1,8 +1,7 @@
 """A queue that makes batches of what is asked for at the same time.
 
 Ours and not Ray Serve's `@serve.batch`, whose queue knows neither bounds nor deadlines: what nobody waits for any more
-would still be computed, and an answer that comes too late could not be told from one that comes. It also needs Ray, where
-this one runs under any ASGI server and in tests.
+would still be computed. It also needs Ray, where this one runs under any ASGI server and in tests.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Asked, Answered = TypeVar("Asked"), TypeVar("Answered")
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,16 @@ class Metrics:
         named = {"registry": own}
         self.requests = Counter("den_requests", "Requests that were answered.", ["status"], **named)
         self.images = Counter("den_images", "Pictures that were classified.", ["task"], **named)
-        self.levels = Counter("den_levels", "Pictures that ran a block at a level.", ["task", "block", "level"], **named)
+        self.levels = Counter(
+            "den_levels", "Pictures that ran a block at a level.", ["task", "block", "level"], **named
+        )
         self.flops = Counter("den_flops", "FLOPs of the structures in use.", ["task"], **named)
         self.full = Counter("den_full_flops", "FLOPs that the full structure would have taken.", ["task"], **named)
         self.batch = Histogram("den_batch_milliseconds", "Time of a batch.", buckets=MILLISECONDS, **named)
         self.size = Histogram("den_batch_images", "Pictures of a batch.", buckets=IMAGES, **named)
-        self.waited = Histogram("den_queue_milliseconds", "Time of a picture in the queue.", buckets=MILLISECONDS, **named)
+        self.waited = Histogram(
+            "den_queue_milliseconds", "Time of a picture in the queue.", buckets=MILLISECONDS, **named
+        )
         saved = Gauge("den_flops_saved_ratio", "Share of the full structure's FLOPs that was saved so far.", **named)
         saved.set_function(self._saved)
         Gauge("den_queue_length", "Pictures that wait.", **named).set_function(queue)

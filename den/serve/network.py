@@ -1,4 +1,4 @@
-"""The network that is served: from a folder, and from bodies of requests to predictions, images of all tasks at once."""
+"""The network that is served, from a folder; pictures to predictions, those of all tasks at once."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class ServedNetwork:
         found: dict[int, Prediction] = {}
         sizes, full = [len(places) for places in own.values()], self.engine.network.full_flops
         parts = zip(own.items(), results, levels.split(sizes), flops.split(sizes), strict=True)
-        for (k, places), *part in parts:
-            top = max(items[n].top for n in places)
-            made = rows([""] * len(places), self.tasks[k].name, self.classes(k), *part, full, top)
+        for (k, places), logits, structures, cost in parts:
+            top, task = max(items[n].top for n in places), self.tasks[k].name
+            made = rows([""] * len(places), task, self.classes(k), logits, structures, cost, full, top)
             found |= {n: replace(each, top=each.top[: items[n].top]) for n, each in zip(places, made, strict=True)}
         return [found[n] for n in range(len(items))]
 
@@ -128,14 +128,19 @@ def _of_engine(folder: Path, device: str, batch: int) -> ServedNetwork:
     engine = Engine.from_pretrained(folder, device=device, max_batch=batch)
     if missing := set(engine.tasks or (IMAGES,)) - set(engine.kept):
         raise ValueError(
-            f"serve: {folder / CONFIG} must say how pictures become images of {', '.join(sorted(missing))}, got nothing:"
-            " give save_pretrained their mean, deviation and classes (kept=...)"
+            f"serve: {folder / CONFIG} must say how pictures become images of {', '.join(sorted(missing))}, got"
+            " nothing: give save_pretrained their mean, deviation and classes (kept=...)"
         )
     tasks = engine.network.tasks or (_converted_task(engine, folder),)
     for task in tasks:
         kept = engine.kept[task.name]
         named = len(kept.class_names)
-        if task.dense or len(kept.mean) != task.channels or task.channels not in (1, 3) or named not in (0, task.classes):
+        if (
+            task.dense
+            or len(kept.mean) != task.channels
+            or task.channels not in (1, 3)
+            or named not in (0, task.classes)
+        ):
             raise ValueError(
                 f"serve: {task.name} of {folder} must classify pictures of 1 or 3 channels with a mean for each, got"
                 f" {task.kind}, {task.channels} channels, {len(kept.mean)} means, {task.classes} classes, {named} names"
@@ -146,7 +151,9 @@ def _of_engine(folder: Path, device: str, batch: int) -> ServedNetwork:
 def _converted_task(engine: Engine, folder: Path) -> Task:
     """The classification that a converted model does, as a try shows; ValueError where it does something else."""
     if engine.example is None:
-        raise ValueError(f"serve: {folder / CONFIG} must say which images the model takes, got none: give Engine an example")
+        raise ValueError(
+            f"serve: {folder / CONFIG} must say which images the model takes, got none: give Engine an example"
+        )
     logits = engine(torch.zeros(engine.example))
     height, width = engine.example[2:]
     if not isinstance(logits, Tensor) or logits.ndim != 2 or height != width:

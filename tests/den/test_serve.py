@@ -84,7 +84,9 @@ def test_a_task_is_named_in_the_address_a_parameter_or_json(client, name, where)
     [picture] = photographs(1)
     body = encoded(picture)
     values = {"image": base64.b64encode(body).decode(), "top": 1} | ({"task": name} if "JSON" in where else {})
-    address = f"/predict/{name}" if "address" in where else f"/predict?task={name}" if where == "parameter" else "/predict"
+    address = (
+        f"/predict/{name}" if "address" in where else f"/predict?task={name}" if where == "parameter" else "/predict"
+    )
     given = {"json": values} if "JSON" in where else {"content": body, "headers": PNG}
     reply = client.post(address, **given)
     assert [each["task"] for each in reply.json()["predictions"]] == [PETS], reply.text
@@ -153,7 +155,7 @@ GOOD = encoded(photographs(1)[0])
 B64 = base64.b64encode(GOOD).decode()
 BAD = {
     "no picture": ("/predict", GOOD[::-1], "image/png", 422, "image must be a picture that can be read"),
-    "half a picture": ("/predict", GOOD[: len(GOOD) // 2], "image/png", 422, "image must be a picture that can be read"),
+    "half a picture": ("/predict", GOOD[: len(GOOD) // 2], "image/png", 422, "image must be a picture that can"),
     "nothing": ("/predict", b"", "image/png", 422, "image must be a picture that can be read"),
     "a program of EPS": ("/predict", b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/eps", 422, "no file of JPEG, PNG"),
     "too many bytes": ("/predict", b"x" * 2_000_001, "image/png", 413, "body must have at most 2,000,000 bytes"),
@@ -227,8 +229,8 @@ async def parts_read(app) -> int:
 
 
 def scope(path: str) -> dict:
-    return {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-            "headers": [(b"content-type", b"image/png")], "http_version": "1.1", "scheme": "http"}  # fmt: skip
+    head = {"type": "http", "http_version": "1.1", "scheme": "http", "method": "POST", "root_path": ""}
+    return head | {"path": path, "query_string": b"", "headers": [(b"content-type", b"image/png")]}
 
 
 def test_a_body_that_does_not_come_is_given_up(network):
@@ -358,7 +360,8 @@ def test_metrics_tell_time_structures_savings_and_queue(client):
     [reply] = [client.post("/predict", content=GOOD, headers=PNG).json()]
     client.post("/predict/cats", content=GOOD, headers=PNG)
     text = client.get("/metrics").text
-    samples = {(s.name, *sorted(s.labels.values())): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    samples = {(sample.name, *sorted(sample.labels.values())): sample.value for sample in found}
     assert samples["den_requests_total", "404"] == samples["den_batch_milliseconds_count",] == 1
     assert samples["den_images_total", PETS] == samples["den_images_total", DIGITS] == 1
     assert samples["den_queue_length",] == samples["den_requests_held",] == 0
@@ -366,8 +369,7 @@ def test_metrics_tell_time_structures_savings_and_queue(client):
     for each in reply["predictions"]:
         assert samples["den_flops_total", each["task"]] == each["flops"]
         for block, level in enumerate(each["levels"]):
-            own = [v for k, v in samples.items() if k == ("den_levels_total", *sorted((each["task"], str(block), str(level))))]
-            assert own == [1]
+            assert samples["den_levels_total", *sorted((each["task"], str(block), str(level)))] == 1
     ratio = sum(each["flops_ratio"] for each in reply["predictions"]) / 2
     assert samples["den_flops_saved_ratio",] == pytest.approx(1 - ratio)
     both = merged({"a": text, "b": text})
@@ -390,7 +392,9 @@ def test_tasks_health_and_a_page_that_asks_nobody_else(client):
 def test_an_engine_folder_is_served_with_its_operating_point(run, offline, tmp_path):
     engine = offline.engine(device="cpu", levels=[1, 2, 1])
     den.Engine(engine.model, device="cpu").save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"config.json must say how pictures become images of digits, folder:pictures/pets"):
+    with pytest.raises(
+        ValueError, match=r"config.json must say how pictures become images of digits, folder:pictures/pets"
+    ):
         open_network(tmp_path / "bare", device="cpu")
     engine.save_pretrained(tmp_path / "engine")
     den.Engine.from_pretrained(tmp_path / "engine", device="cpu").save_pretrained(tmp_path / "again")
@@ -401,12 +405,8 @@ def test_an_engine_folder_is_served_with_its_operating_point(run, offline, tmp_p
 
 @pytest.mark.parametrize("mode", ["dense", "nestednet"])
 def test_runs_of_other_methods_answer_by_their_own_rule(tmp_path, mode):
-    try:
-        folder = store_run(tmp_path / "run", mode=mode)
-        network, offline = open_network(folder, device="cpu"), den.load(folder, device="cpu")
-    except ValueError:
-        assert mode != "dense"
-        pytest.skip("the method keeps more than a network")
+    folder = store_run(tmp_path / "run", mode=mode)
+    network, offline = open_network(folder, device="cpu"), den.load(folder, device="cpu")
     picture = photographs(1)[0]
     found = network.predictions([Item(0, picture.resize((16, 16)).convert("RGB"))])
     assert found[0].levels == offline.predict(picture, PETS)[0].levels

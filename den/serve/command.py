@@ -1,0 +1,81 @@
+"""den serve: a trained network behind HTTP, until it is told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from den.serve.network import open_network
+from den.serve.settings import Serve
+from den.support.device import choose_device
+
+NEEDED = ("ray", "starlette", "prometheus_client")
+
+
+def main(command: Serve) -> None:
+    """Serve until SIGTERM or an interrupt, then answer what was accepted; a second signal ends the process at once.
+
+    Raises ValueError for wrong input, before anything is started.
+    """
+    command.check()
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ValueError(
+            f"den serve: needs the extra `serve`: pip install 'den-kernels[serve]' ({missing[0]} is not there)"
+        )
+    network = open_network(
+        command.network, checkpoint=command.checkpoint, device="cpu"
+    )  # told now what is wrong with it
+    if command.ray_address is None:
+        choose_device(command.device)
+        _check_port(command.host, command.port)
+    from den.serve.on_ray import deploy
+
+    with asked_to_end() as end:
+        deployed = deploy(command)
+        with _handled(end):  # Ray has put a handler of its own there
+            names = ", ".join(task.name for task in network.tasks)
+            print(f"den: {names} at http://{command.host}:{command.port} (Ctrl-C or SIGTERM ends it)", flush=True)
+            end.wait()
+            print("den: taking no more requests; answering those that were accepted", flush=True)
+        deployed.end(command.limits.seconds + 5)
+    print("den: ended", flush=True)
+
+
+@contextlib.contextmanager
+def asked_to_end() -> Iterator[threading.Event]:
+    """An event that SIGTERM and an interrupt set."""
+    end = threading.Event()
+    with _handled(end):
+        yield end
+
+
+@contextlib.contextmanager
+def _handled(end: threading.Event) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, _: object) -> None:
+        end.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise ValueError for an address that cannot be listened on."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
+    except OSError as why:
+        raise ValueError(f"serve: host and port must be an address to listen on, got {host}:{port}: {why}") from why
