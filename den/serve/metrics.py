@@ -30,23 +30,24 @@ class Metrics:
 
     def __init__(self, full: float, queue: Callable[[], int], inside: Callable[[], int]) -> None:
         self.registry = own = CollectorRegistry()
-        named = {"registry": own}
-        self.requests = Counter("den_requests", "Requests that were answered.", ["status"], **named)
-        self.images = Counter("den_images", "Pictures that were classified.", ["task"], **named)
+        self.requests = Counter("den_requests", "Requests that were answered.", ["status"], registry=own)
+        self.images = Counter("den_images", "Pictures that were classified.", ["task"], registry=own)
         self.levels = Counter(
-            "den_levels", "Pictures that ran a block at a level.", ["task", "block", "level"], **named
+            "den_levels", "Pictures that ran a block at a level.", ["task", "block", "level"], registry=own
         )
-        self.flops = Counter("den_flops", "FLOPs of the structures in use.", ["task"], **named)
-        self.full = Counter("den_full_flops", "FLOPs that the full structure would have taken.", ["task"], **named)
-        self.batch = Histogram("den_batch_milliseconds", "Time of a batch.", buckets=MILLISECONDS, **named)
-        self.size = Histogram("den_batch_images", "Pictures of a batch.", buckets=IMAGES, **named)
+        self.flops = Counter("den_flops", "FLOPs of the structures in use.", ["task"], registry=own)
+        self.full = Counter("den_full_flops", "FLOPs that the full structure would have taken.", ["task"], registry=own)
+        self.batch = Histogram("den_batch_milliseconds", "Time of a batch.", buckets=MILLISECONDS, registry=own)
+        self.size = Histogram("den_batch_images", "Pictures of a batch.", buckets=IMAGES, registry=own)
         self.waited = Histogram(
-            "den_queue_milliseconds", "Time of a picture in the queue.", buckets=MILLISECONDS, **named
+            "den_queue_milliseconds", "Time of a picture in the queue.", buckets=MILLISECONDS, registry=own
         )
-        saved = Gauge("den_flops_saved_ratio", "Share of the full structure's FLOPs that was saved so far.", **named)
+        saved = Gauge(
+            "den_flops_saved_ratio", "Share of the full structure's FLOPs that was saved so far.", registry=own
+        )
         saved.set_function(self._saved)
-        Gauge("den_queue_length", "Pictures that wait.", **named).set_function(queue)
-        Gauge("den_requests_held", "Requests that are read, wait or are computed.", **named).set_function(inside)
+        Gauge("den_queue_length", "Pictures that wait.", registry=own).set_function(queue)
+        Gauge("den_requests_held", "Requests that are read, wait or are computed.", registry=own).set_function(inside)
         self._full, self._used, self._whole = full, 0.0, 0.0
 
     def batched(self, seconds: float, predictions: Iterable[Prediction]) -> None:

@@ -2,11 +2,14 @@
 
 import asyncio
 import base64
+import contextlib
+import io
 import re
 import struct
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -433,6 +436,29 @@ def test_a_converted_model_is_the_task_images(converted):
         [found] = client.post("/predict/images", content=GOOD, headers=PNG).json()["predictions"]
     assert (found["levels"], len(found["top"])) == ([1, 2], 5)
     assert 0 < found["flops_ratio"] < 1
+
+
+def test_the_programs_of_the_page_run(run, client, tmp_path, monkeypatch, capsys):
+    """The second one with the service that it asks in this process."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text()
+    save, ask, build = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "flowers").symlink_to(run)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "a.png").write_bytes(GOOD)
+
+    def urlopen(request):
+        reply = client.post(request.selector, content=request.data, headers=dict(request.headers))
+        return contextlib.closing(io.BytesIO(reply.content))
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    exec(save, {})
+    assert open_network(Path("engines/flowers"), device="cpu").engine.point.structure.tolist() == [2, 1, 2]
+    exec(ask, {})
+    assert len(capsys.readouterr().out.splitlines()) == len(TASKS)
+    exec(build, names := {})
+    assert testclient.TestClient(names["app"]).get("/health").text == "ok"
 
 
 @pytest.mark.parametrize(
