@@ -36,7 +36,7 @@ from PIL import Image
 
 import den
 from den.data import load_set
-from den.support.tables import markdown_table
+from den.support.tables import markdown_table, with_section
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # at the end: an installed den stays the one that is measured
@@ -259,10 +259,8 @@ def main() -> None:
 
 def write(text: str) -> None:
     """Put a result between the marks of the page."""
-    begin, end = "<!-- load:begin -->", "<!-- load:end -->"
     page = PAGE.read_text(encoding="utf-8")
-    head, rest = page.split(begin)
-    PAGE.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    PAGE.write_text(with_section(page, "load", text, str(PAGE)), encoding="utf-8")
 
 
 if __name__ == "__main__":

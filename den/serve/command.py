@@ -22,13 +22,13 @@ def main(command: Serve) -> None:
     Raises ValueError for wrong input, before anything is started.
     """
     command.check()
+    network = open_network(
+        command.network, checkpoint=command.checkpoint, device="cpu"
+    )  # told now what is wrong with it
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ValueError(
             f"den serve: needs the extra `serve`: pip install 'den-kernels[serve]' ({missing[0]} is not there)"
         )
-    network = open_network(
-        command.network, checkpoint=command.checkpoint, device="cpu"
-    )  # told now what is wrong with it
     if command.ray_address is None:
         choose_device(command.device)
         _check_port(command.host, command.port)

@@ -22,21 +22,21 @@ from tests.served import TASKS, encoded, photographs, store_run
 PETS, DIGITS = (task.name for task in TASKS)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return store_run(tmp_path_factory.mktemp("ray") / "run")
+
+
 @pytest.mark.parametrize("package", ["ray", "starlette", "prometheus_client"])
-def test_a_missing_package_is_told_with_the_extra(tmp_path, monkeypatch, capsys, package):
+def test_a_missing_package_is_told_with_the_extra(run, monkeypatch, capsys, package):
     from den.serve import command
 
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == package else object())
-    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert cli.main(["serve", str(run)]) == 2
     told = capsys.readouterr().err
     assert told == (
         f"den: error: den serve: needs the extra `serve`: pip install 'den-kernels[serve]' ({package} is not there)\n"
     )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return store_run(tmp_path_factory.mktemp("ray") / "run")
 
 
 @pytest.fixture(scope="module")
