@@ -93,9 +93,21 @@ def pictures(run: Path, count: int) -> list[Sent]:
 
 
 @contextlib.contextmanager
-def server(run: Path, port: int, batch: int) -> Iterator[subprocess.Popen[str]]:
+def server(run: Path, port: int, batch: int, proxy: str = "ray") -> Iterator[subprocess.Popen[str]]:
     """`den serve` in a process of its own, ready."""
-    command = [sys.executable, "-m", "den", "serve", str(run), "--port", str(port), "--batch", str(batch)]
+    command = [
+        sys.executable,
+        "-m",
+        "den",
+        "serve",
+        str(run),
+        "--port",
+        str(port),
+        "--batch",
+        str(batch),
+        "--proxy",
+        proxy,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stdout is not None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 from den.serve.network import open_network
 from den.serve.settings import Serve
@@ -32,9 +35,11 @@ def main(command: Serve) -> None:
     if command.ray_address is None:
         choose_device(command.device)
         _check_port(command.host, command.port)
-    from den.serve.on_ray import deploy
+    with asked_to_end() as end, tempfile.TemporaryDirectory(prefix="den-serve-") as folder:
+        if command.proxy == "haproxy":
+            os.environ.update(haproxy(Path(folder)))  # before Ray is imported, and for the processes that it starts
+        from den.serve.on_ray import deploy
 
-    with asked_to_end() as end:
         deployed = deploy(command)
         with _handled(end):  # Ray has put a handler of its own there
             names = ", ".join(task.name for task in network.tasks)
@@ -43,6 +48,22 @@ def main(command: Serve) -> None:
             print("den: taking no more requests; answering those that were accepted", flush=True)
         deployed.end(command.limits.seconds + 5)
     print("den: ended", flush=True)
+
+
+def haproxy(folder: Path) -> dict[str, str]:
+    """The environment in which Ray Serve uses HAProxy, with files and a port of this service's own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {
+        "CONFIG_FILE_LOC": folder / "haproxy.cfg",
+        "SOCKET_PATH": folder / "admin.sock",
+        "SERVER_STATE_BASE": folder,
+        "SERVER_STATE_FILE": folder / "server-state",
+        "METRICS_PORT": port,
+    }
+    own = {f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in values.items()}
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **own}
 
 
 @contextlib.contextmanager

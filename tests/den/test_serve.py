@@ -381,6 +381,42 @@ def test_metrics_tell_time_structures_savings_and_queue(client):
     assert 'den_images_total{replica="b",task="digits"} 1.0' in both
 
 
+def test_the_board_knows_when_every_replica_has_learnt_that_the_service_ends_and_holds_nothing(monkeypatch):
+    from den.serve import board
+
+    clock = [100.0]
+    monkeypatch.setattr(board.time, "monotonic", lambda: clock[0])
+    found = board.Board()
+    assert not found.report("a", "", 3)
+    assert not found.report("b", "", 0)
+    found.end()
+    assert not found.idle()
+    clock[0] += 0.1
+    assert found.report("b", "", 0)  # it may have taken one before it learnt
+    assert found.report("a", "", 1)
+    clock[0] += 1.0
+    assert found.report("b", "", 0)
+    assert not found.idle()
+    assert found.report("a", "", 2)
+    assert not found.idle()
+    assert found.report("a", "", 0)
+    assert found.idle()
+    found.report("c", "", 5)
+    assert not found.idle()
+    clock[0] += board.LOST
+    assert found.idle()  # it was killed
+
+
+def test_a_service_that_ends_takes_nothing_new(network):
+    app = create_app(network)
+    with testclient.TestClient(app) as client:
+        app.state.service.ending = True
+        away = client.post("/predict", content=GOOD, headers=PNG)
+        assert (away.status_code, away.json()["error"]) == (503, "the service ends")
+        assert client.get("/health").status_code == 503
+        assert client.get("/metrics").status_code == 200
+
+
 def test_tasks_health_and_a_page_that_asks_nobody_else(client):
     known = client.get("/tasks").json()
     assert [task["name"] for task in known["tasks"]] == [PETS, DIGITS]
@@ -468,6 +504,7 @@ def test_the_programs_of_the_page_run(run, client, tmp_path, monkeypatch, capsys
         ({"replicas": 0}, "serve: replicas must be in 1..10000, got 0"),
         ({"limits": Limits(queue=0)}, "serve: queue must be in 1..1000000, got 0"),
         ({"limits": Limits(seconds=0.0)}, "serve: seconds must be above 0"),
+        ({"proxy": "haproxy", "ray_address": "auto"}, "serve: proxy must be ray with a ray_address"),
     ],
 )
 def test_settings_out_of_range_are_told(tmp_path, change, words):
