@@ -1,4 +1,4 @@
-"""The commands: den train, fetch, evaluate, predict, report, demo, bench, info; den dag train, report, predict,
+"""The commands: den train, fetch, evaluate, predict, serve, report, demo, bench, info; den dag train, report, predict,
 extract."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from den.bench import BenchConfig
 from den.dag.config import DagExtract, DagPredict, DagReportConfig, DagTrainConfig
 from den.report.settings import Predict, Report
 from den.runs.settings import Evaluate
+from den.serve.settings import Serve
 from den.support import launched
 from den.support.files import check_folder
 from den.support.settings import read_config
@@ -88,6 +89,7 @@ REPORTERS: dict[type, str] = {
     Evaluate: "den.runs.command",
     Report: "den.report.command",
     Predict: "den.report.predict",
+    Serve: "den.serve.command",
     DemoConfig: "den.demo",
     DagReportConfig: "den.report.dag.report",
     DagPredict: "den.runs.dag_predict",
@@ -95,7 +97,7 @@ REPORTERS: dict[type, str] = {
 }
 """The modules whose `main` measures and prints, imported when they are asked for."""
 OfDag = DagTrain | DagReportConfig | DagPredict | DagExtract
-Command = Train | Fetch | Evaluate | Predict | Report | DemoConfig | BenchConfig | Info | OfDag
+Command = Train | Fetch | Evaluate | Predict | Serve | Report | DemoConfig | BenchConfig | Info | OfDag
 
 
 def command(arguments: list[str]) -> Callable[[], int]:
@@ -148,6 +150,7 @@ def _commands(train: Train, dag_train: DagTrain) -> Any:
         | Annotated[Fetch, tyro.conf.subcommand("fetch")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Serve, tyro.conf.subcommand("serve")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]

@@ -50,10 +50,21 @@ def pictures(
         yield np.stack(part)
 
 
-def opened(file: io.BytesIO | Path, size: tuple[int, int] | None = None, *, least: int | None = None) -> Image.Image:
+class TooManyPixels(ValueError):
+    """Raised for a picture that is larger than the caller takes, before its pixels are decoded."""
+
+
+def opened(
+    file: io.BytesIO | Path,
+    size: tuple[int, int] | None = None,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+) -> Image.Image:
     """The one picture in a file, read to its end; where `size` is given its header must say so.
 
     least: pixels that each side is to have at least, if it has; a JPEG may be decoded to a smaller scale then.
+    most: pixels in all that its header may tell.
 
     Raises anything that Pillow does, see `den.data.checks.blamed`.
     """
@@ -63,6 +74,8 @@ def opened(file: io.BytesIO | Path, size: tuple[int, int] | None = None, *, leas
         raise ValueError(f"no file of {', '.join(FORMATS)}") from None
     if size is not None and picture.size != size:
         raise ValueError(f"{picture.size[0]}x{picture.size[1]} pixels instead of {size[0]}x{size[1]}")
+    if most is not None and picture.size[0] * picture.size[1] > most:
+        raise TooManyPixels(f"{picture.size[0]} x {picture.size[1]} pixels, more than {most:,}")
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # of MPO the first is the photograph
         raise ValueError(f"{getattr(picture, 'n_frames', 'several')} pictures in one file")
     if least is not None:
@@ -93,13 +106,13 @@ def rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def squared(picture: Path | Image.Image, size: int) -> Image.Image:
+def squared(picture: Path | io.BytesIO | Image.Image, size: int, *, most: int | None = None) -> Image.Image:
     """A picture, upright and in RGB: the square about its centre, scaled to size x size pixels.
 
-    Raises anything that Pillow does, where it cannot be read.
+    most: pixels that a file's picture may have. Raises anything that Pillow does, where it cannot be read.
     """
     if not isinstance(picture, Image.Image):
-        picture = opened(picture, least=2 * size)
+        picture = opened(picture, least=2 * size, most=most)
     return ImageOps.fit(rgb(upright(picture)), (size, size), Image.Resampling.BILINEAR)
 
 

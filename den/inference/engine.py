@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from den.data.images import Kept
 from den.evaluate.operating import LevelCosts
 from den.inference import pretrained
 from den.inference.graphs import Graphs
@@ -84,7 +85,7 @@ class Engine:
         self.network: Network = network_of(model, dtype, self.device, example)
         self._lowest = torch.tensor(self.network.lowest).to(self.device)
         self._graphs = Graphs(self._computed, self.device) if self.device.type == "cuda" else None
-        self.point = Point()
+        self.point, self.kept = Point(), dict[str, Kept]()
         with torch.inference_mode():
             self.point = self._point(levels, flops, budget_ms, images)
 
@@ -143,16 +144,19 @@ class Engine:
         *,
         architecture: str | Mapping[str, Any] | None = None,
         images: Tensor | Mapping[str, Tensor] | None = None,
+        kept: Kept | Mapping[str, Kept] | None = None,
     ) -> Path:
         """Write the engine to a folder: model.safetensors, config.json, and a model card. Returns the folder.
 
         The weights are those that `engine.model` holds now, from which packed ones are made again. architecture: of a
         converted model what builds it: "torchvision/resnet18" (or of timm, pytorchcv), or with settings
         {"name": "timm/resnet18", "num_classes": 10}; None: `from_pretrained` is to be given the model. images: what
-        the card's table is measured on.
+        the card's table is measured on. kept: mean and deviation of the pixels and names of the classes, for each task
+        (`den.load(RUN).kept`), which `den serve` needs to know; None: those of the engine, if it has any.
 
-        Raises ValueError for an architecture or a selector that cannot be made again.
+        Raises ValueError for an architecture or a selector that cannot be made again, `kept` of another task.
         """
+        self.kept = self.kept if kept is None else pretrained.checked_kept(kept, self.tasks)
         return pretrained.save(self, folder, architecture, images)
 
     @classmethod
@@ -166,8 +170,9 @@ class Engine:
         Raises ValueError for a folder that holds something else, or only a part.
         """
         place = Path(folder) if Path(folder).is_dir() else pretrained.downloaded(str(folder))
-        made, point, saved = pretrained.load(place, model)
+        made, point, kept, saved = pretrained.load(place, model)
         engine = cls(made, **(saved | options))
+        engine.kept = pretrained.checked_kept(kept, engine.tasks)
         if not {"levels", "flops", "budget_ms"} & set(options):
             engine.point = Point(*(None if t is None else t.to(engine.device) for t in (point.structure, point.shift)))
         return engine

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import den_kernels
+from den.data.images import Kept
 from den.inference.points import Point
 from den.nn.attached import ImageSelector
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
+from den.support.settings import from_dict, to_dict
 
 if TYPE_CHECKING:
     from den.inference.engine import Engine
@@ -28,6 +30,7 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1
 _SETTINGS = ("num_classes", "in_chans", "in_channels", "in_size", "img_size")
 _POINT = ("structure", "shift")
+IMAGES = "images"  # the name of what a converted model does, which has no tasks
 
 
 def _torchvision(name: str, **settings: Any) -> nn.Module:
@@ -83,6 +86,7 @@ def save(engine: Engine, folder: str | Path, architecture: str | Mapping[str, An
         "library": "den",
         "dtype": str(engine.dtype).removeprefix("torch."),
         "max_batch": engine.max_batch,
+        "kept": {name: to_dict(kept) for name, kept in engine.kept.items()},
         **_kind(engine, architecture),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +124,21 @@ def _kind(engine: Engine, architecture: Mapping[str, Any] | None) -> dict[str, A
     return found
 
 
-def load(folder: str | Path, model: nn.Module | None) -> tuple[nn.Module, Point, dict[str, Any]]:
-    """The model, the rule for levels, and the settings of the engine that a folder holds: see `from_pretrained`."""
+def checked_kept(kept: Kept | Mapping[str, Kept], tasks: tuple[str, ...]) -> dict[str, Kept]:
+    """Facts of the pictures of each task, of a converted model under `IMAGES`; ValueError for what is none."""
+    given = {IMAGES: kept} if isinstance(kept, Kept) else dict(kept)
+    known = tasks or (IMAGES,)
+    if unknown := set(given) - set(known):
+        raise ValueError(f"Engine: kept must be of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+    for name, own in given.items():
+        if not isinstance(own, Kept) or len(own.mean) != len(own.std) or 0 in own.std:
+            raise ValueError(f"Engine: kept must hold a den.data.images.Kept of mean and std for {name}, got {own!r}")
+    return given
+
+
+def load(folder: str | Path, model: nn.Module | None) -> tuple[nn.Module, Point, dict[str, Kept], dict[str, Any]]:
+    """The model, the rule for levels, facts of the pictures, and the settings of the engine that a folder holds: see
+    `from_pretrained`."""
     folder = Path(folder)
     try:
         record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -135,10 +152,11 @@ def load(folder: str | Path, model: nn.Module | None) -> tuple[nn.Module, Point,
         state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
         made.load_state_dict(state)
         point = Point(**{name: tensors.get(f"point.{name}") for name in _POINT})
+        kept = {name: from_dict(Kept, own, "kept") for name, own in record.get("kept", {}).items()}
         options = {"dtype": getattr(torch, record["dtype"]), "max_batch": record["max_batch"]}
     except (KeyError, TypeError, RuntimeError, AttributeError) as why:
         raise ValueError(f"from_pretrained: {folder} must hold a whole engine, got: {why}") from why
-    return made.eval(), point, options | {"example": _example(record)}
+    return made.eval(), point, kept, options | {"example": _example(record)}
 
 
 def _made(record: dict[str, Any], model: nn.Module | None) -> nn.Module:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from den.data.decode import is_picture, squared
 from den.report.figures.predictions import prediction_figure
 from den.report.figures.style import save_all
 from den.report.settings import Predict
-from den.runs.predict import BATCH, Prediction, Predictor, load
+from den.runs.bulk import Job, Parts, as_lines, in_this_process, predicted, run
+from den.runs.predict import Prediction, Predictor, load, named_task
 from den.support.files import check_file, check_folder, write_text
 from den.support.progress import Progress
 from den.support.tables import markdown_table
 from den.support.terminal import complain
 
 STDOUT = Path("-")
+EXTRA = "needs the extra `serve`: pip install 'den-kernels[serve]'"
 HEAD = ("picture", "task", "class", "probability", "structure", "MFLOP", "of the full")
 
 
@@ -31,6 +33,9 @@ def main(command: Predict) -> None:
     """
     command.check()
     files = list(found_pictures(command.images))
+    if command.out is not None:
+        in_parts(command, command.out, files)
+        return
     if command.json not in (None, STDOUT):
         check_file(command.json, "predict: json")
     if command.pictures is not None:
@@ -39,19 +44,40 @@ def main(command: Predict) -> None:
     found, broken = predictions(network, files, command.task, command.top)
     if not found:
         raise ValueError(f"predict: images must hold a picture that can be read, got {len(broken)} that cannot")
-    lines = "".join(json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in found)
     if command.json == STDOUT:
-        sys.stdout.write(lines)
+        sys.stdout.write(as_lines(found))
     else:
         print(table(found))
         if command.json is not None:
-            write_text(command.json, lines)
+            write_text(command.json, as_lines(found))
             print(f"den: the predictions are in {command.json}")
     if command.pictures is not None:
         draw(network, found, command.pictures)
         complain(f"the drawings are in {command.pictures}")
     if broken:
         complain(f"left out {len(broken)} of {len(files)} pictures that cannot be read")
+
+
+def in_parts(command: Predict, out: Path, files: Sequence[Path]) -> None:
+    """Write the predictions in parts to a folder, those that are not there yet, in this process or on Ray Data."""
+    needed = {"ray": command.ray, "pyarrow": command.ray or command.format == "parquet"}
+    if missing := [name for name, wanted in needed.items() if wanted and find_spec(name) is None]:
+        raise ValueError(f"den predict: {EXTRA} ({missing[0]} is not there)")
+    device = "cpu" if command.ray else command.device
+    network = load(command.run, checkpoint=command.checkpoint, device=device)  # told now what is wrong with it
+    task = None if command.task is None else named_task(command.task, network.model.tasks).name
+    job = Job(command.run, tuple(files), out, command.checkpoint, task, command.top, command.format, command.device)
+    parts: Parts = partial(in_this_process, network)
+    if command.ray:
+        from den.runs.bulk_ray import on_ray
+
+        parts = partial(on_ray, address=command.ray_address, workers=command.workers)
+    done, broken = run(job, parts)
+    for file, why in broken:
+        complain(f"{file} cannot be read and is left out: {why}")
+    print(f"den: the predictions are in {out}: {done:,} pictures now, {len(files) - done:,} before")
+    if broken:
+        complain(f"left out {len(broken)} of {done} pictures that cannot be read")
 
 
 def found_pictures(places: Sequence[Path]) -> Iterator[Path]:
@@ -78,27 +104,15 @@ def predictions(
 ) -> tuple[list[Prediction], list[Path]]:
     """Predictions for the files that can be read, and those that cannot, each of which is told."""
     found: list[Prediction] = []
-    broken: list[Path] = []
+    left: list[Path] = []
     with Progress(len(files), "predict", unit="picture", leave=False) as bar:
-        for start in range(0, len(files), BATCH):
-            part = files[start : start + BATCH]
-            try:
-                found += network.predict(part, task, top=top)
-            except ValueError:
-                for file in part:  # one by one, to leave out what is broken alone
-                    found += _alone(network, file, task, top, broken)
-            bar.update(len(part))
-    return found, broken
-
-
-def _alone(network: Predictor, file: Path, task: str | None, top: int, broken: list[Path]) -> list[Prediction]:
-    try:
-        squared(file, 8)
-    except Exception as error:  # Pillow raises exceptions of all kinds on damaged files
-        broken.append(file)
-        complain(f"{file} cannot be read and is left out: {error}")
-        return []
-    return network.predict(file, task, top=top)
+        for count, good, broken in predicted(network, files, task, top):
+            found += good
+            for file, why in broken:
+                left.append(file)
+                complain(f"{file} cannot be read and is left out: {why}")
+            bar.update(count)
+    return found, left
 
 
 def table(found: Sequence[Prediction]) -> str:

@@ -47,9 +47,25 @@ class Predict:
     """Which of the run's checkpoints: the last one, or the best on held-out images."""
     device: str = "auto"
     """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
+    out: Path | None = None
+    """Folder for the predictions of many pictures, in parts: the same command, given again, goes on where it ended."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """With --out: JSON lines, or Parquet (extra: serve)."""
+    ray: bool = False
+    """With --out: predict on Ray Data (extra: serve), on all cores or GPUs; every machine must see the folders."""
+    ray_address: str | None = None
+    """With --ray: the cluster, such as auto or ray://HOST:10001; None: Ray is started on this machine alone."""
+    workers: Annotated[int, Range(0)] = 0
+    """With --ray: processes that predict; 0: one for each core, or each GPU."""
 
     def check(self) -> None:
-        """Raise ValueError where there are no images, or a value is out of its range."""
+        """Raise ValueError where there are no images, options do not fit together, or a value is out of its range."""
         if not self.images:
             raise ValueError("predict: images must be at least one picture or folder, got none")
+        if self.out is not None and (self.json is not None or self.pictures is not None):
+            raise ValueError("predict: out must come without json and pictures, got both")
+        if self.out is None and (self.ray or self.format != "jsonl"):
+            raise ValueError("predict: ray and format must come with --out FOLDER, got them alone")
+        if not self.ray and (self.ray_address is not None or self.workers):
+            raise ValueError("predict: ray_address and workers must come with --ray, got them alone")
         check_ranges(self, "predict")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from den.data.decode import squared
 from den.data.images import ImageSet, Kept
 from den.evaluate.accuracy import full_flops
+from den.inference.engine import Engine
 from den.nn.count import count_flops
 from den.nn.tasks import Task
 from den.runs.state import check_kind
@@ -54,10 +55,15 @@ class Predictor:
         self.tasks = tuple(task.name for task in run.model.tasks)
         self._full = full_flops(run.model)
 
+    @property
+    def kept(self) -> dict[str, Kept]:
+        """Facts of each task's images, by its name: what `Engine.save_pretrained` wants to know of them."""
+        return {task.name: self._kept(task) for task in self.model.tasks}
+
     def classes(self, task: str) -> tuple[str, ...]:
         """Names of the classes of a task, by their numbers."""
-        found = self._task(task)
-        return self._kept(found).class_names or tuple(map(str, range(found.classes)))
+        found = named_task(task, self.model.tasks)
+        return names_of(self._kept(found), found.classes)
 
     def predict(
         self, pictures: Picture | Sequence[Picture], task: str | None = None, *, top: int = 5
@@ -72,7 +78,7 @@ class Predictor:
             ValueError: no such task, a picture that cannot be read, which is named.
         """
         given = [pictures] if isinstance(pictures, str | Path | Image.Image) else list(pictures)
-        tasks = [self._task(task)] if task is not None else list(self.model.tasks)
+        tasks = [named_task(task, self.model.tasks)] if task is not None else list(self.model.tasks)
         found: list[Prediction] = []
         for start in range(0, len(given), BATCH):
             part = given[start : start + BATCH]
@@ -81,11 +87,16 @@ class Predictor:
             found += [prediction for of_picture in zip(*of_tasks, strict=True) for prediction in of_picture]
         return found
 
-    def _task(self, name: str) -> Task:
-        for task in self.model.tasks:
-            if name in (task.name, task.name.partition("@")[0], Path(task.name.partition("@")[0]).name):
-                return task
-        raise ValueError(f"predict: task must be one of {', '.join(self.tasks)}, got {name!r}")
+    def engine(self, **options: Any) -> Engine:
+        """The run's network in an engine of its own, to be steered, saved and served: `network.engine(flops=0.6, ...)`.
+
+        options: those of `Engine`. Raises ValueError for them, and for a run whose structures no selector chooses.
+        """
+        if self.run.config.mode != "den":
+            raise ValueError(f"engine: run must be one with a selector (mode den), got {self.run.config.mode}")
+        engine = Engine(open_run(self.run.folder, self.run.name).model, **options)
+        engine.kept = self.kept
+        return engine
 
     def _kept(self, task: Task) -> Kept:
         """Facts of a task's images, from the run; of older runs from the set itself."""
@@ -104,26 +115,57 @@ class Predictor:
         full = torch.full((len(images), self.model.num_blocks), self.model.levels - 1, device=images.device)
         levels = full if given is None else given
         logits = self.model.estimator(images, task.name, levels)
-        chances, order = logits.float().softmax(-1).cpu().topk(min(top, task.classes))
-        flops, classes = count_flops(self.model, levels).cpu().tolist(), self.classes(task.name)
-        rows = zip(names, chances.tolist(), order.tolist(), levels.cpu().tolist(), flops, strict=True)
-        for name, chance, best, structure, cost in rows:
-            likeliest = tuple((classes[k], p) for k, p in zip(best, chance, strict=True))
-            yield Prediction(name, task.name, *likeliest[0], likeliest, tuple(structure), cost, cost / self._full)
+        flops = count_flops(self.model, levels)
+        return rows(names, task.name, self.classes(task.name), logits, levels, flops, self._full, top)
 
     def inputs(self, pictures: Sequence[Picture], names: Sequence[str], task: Task) -> Tensor:
         """Pictures as the network reads them for a task: float32 [B, C, S, S] on its device."""
-        kept, pixels = self._kept(task), []
+        squares = []
         for name, picture in zip(names, pictures, strict=True):
             try:
-                square = squared(picture if isinstance(picture, Image.Image) else Path(picture), task.size)
+                squares.append(squared(picture if isinstance(picture, Image.Image) else Path(picture), task.size))
             except Exception as error:  # Pillow raises exceptions of all kinds on damaged files
                 raise ValueError(f"predict: {name} must be a picture that can be read, got {error}") from error
-            pixels.append(np.asarray(square if task.channels == 3 else square.convert("L")))
-        images = torch.from_numpy(np.stack(pixels)).view(len(pixels), task.size, task.size, -1).permute(0, 3, 1, 2)
-        labels = torch.zeros(len(images), dtype=torch.int64)
-        device = next(self.model.parameters()).device
-        return ImageSet(task.name, images, labels, task.classes, kept.mean, kept.std).inputs().to(device)
+        return network_inputs(squares, task, self._kept(task)).to(next(self.model.parameters()).device)
+
+
+def named_task(name: str, tasks: Sequence[Task]) -> Task:
+    """The task of a name, or of a folder's the last part; ValueError, which lists the tasks, where there is none."""
+    for task in tasks:
+        if name in (task.name, task.name.partition("@")[0], Path(task.name.partition("@")[0]).name):
+            return task
+    raise ValueError(f"predict: task must be one of {', '.join(task.name for task in tasks)}, got {name!r}")
+
+
+def names_of(kept: Kept, classes: int) -> tuple[str, ...]:
+    """Names of classes by their numbers; of those without a name the number."""
+    return kept.class_names or tuple(map(str, range(classes)))
+
+
+def network_inputs(squares: Sequence[Image.Image], task: Task, kept: Kept) -> Tensor:
+    """Pictures in RGB of a task's size as the network reads them: float32 [B, C, S, S]."""
+    pixels = [np.asarray(square if task.channels == 3 else square.convert("L")) for square in squares]
+    images = torch.from_numpy(np.stack(pixels)).view(len(pixels), task.size, task.size, -1).permute(0, 3, 1, 2)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    return ImageSet(task.name, images, labels, task.classes, kept.mean, kept.std).inputs()
+
+
+def rows(
+    names: Sequence[str],
+    task: str,
+    classes: Sequence[str],
+    logits: Tensor,
+    levels: Tensor,
+    flops: Tensor,
+    full: float,
+    top: int,
+) -> Iterator[Prediction]:
+    """Predictions of images by a network's logits [B, classes], at levels [B, N], which cost flops [B] of `full`."""
+    chances, order = logits.float().softmax(-1).cpu().topk(min(top, len(classes)))
+    found = zip(names, chances.tolist(), order.tolist(), levels.cpu().tolist(), flops.cpu().tolist(), strict=True)
+    for name, chance, best, structure, cost in found:
+        likeliest = tuple((classes[k], p) for k, p in zip(best, chance, strict=True))
+        yield Prediction(name, task, *likeliest[0], likeliest, tuple(structure), cost, cost / full)
 
 
 def load(run: str | Path, *, checkpoint: Literal["last", "best"] = "last", device: str = "auto") -> Predictor:

@@ -1,4 +1,4 @@
-"""docs/your-images.md, read-the-figures.md, choose-a-budget.md: their commands exist, their programs run."""
+"""docs/your-images.md, read-the-figures.md, choose-a-budget.md, serve.md: their commands exist, their programs run."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from den.data import load_set
 from den.nn.backbones import named_backbone
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = ("your-images.md", "read-the-figures.md", "choose-a-budget.md")
+PAGES = ("your-images.md", "read-the-figures.md", "choose-a-budget.md", "serve.md")
 
 
 def blocks(page, language):

@@ -1,0 +1,1 @@
+"""Trained networks behind HTTP: pictures come in, classes with their structures and costs go out."""
