@@ -97,7 +97,7 @@ def test_every_backbone_of_the_paper_has_its_rows_once():
     keys = [(e.table, e.backbone, e.method, e.rho, e.task) for e in PAPER]
     assert len(keys) == len(set(keys))
     assert {e.table for e in PAPER} == {"2a", "2b", "3", "4a", "4b", "5"}
-    names = "vgg19", "resnext29_8x64d_narrow", "resnext29_4x64d_narrow"
+    names = "vgg19_elastic_fc", "resnext29_8x64d_narrow", "resnext29_4x64d_narrow"
     assert [len(entries("c1", name)) for name in names] == [8, 16, 14]
 
 
@@ -108,6 +108,9 @@ def test_every_backbone_of_the_paper_has_its_rows_once():
         ("m1", "wrn14_1", "wrn32_4"),
         ("m1", "resnet26", "resnet42"),
         ("c1", "wrn14_1", "resnext29_8x64d_narrow"),
+        ("c1", "vgg16", "vgg19_elastic_fc"),
+        ("c1", "vgg16_elastic_fc", "vgg19_elastic_fc"),
+        ("c1", "/tmp/mine.py:thin", "resnext29_8x64d_narrow"),
         (None, "wrn32_4", None),
     ],
 )
@@ -134,14 +137,20 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_one_group():
 def test_sections_are_by_scenario_and_backbone_and_without_a_scenario_by_tasks():
     runs = [
         made_run(),
-        made_run(backbone="vgg19"),
+        made_run(backbone="vgg19_elastic_fc"),
         made_run(scenario="m3"),
         made_run(scenario=None, tasks=("digits", "fashion")),
         made_run("dense", scenario=None, tasks=("digits",)),
         made_run(scenario=None),
     ]
     titles = [section.title for section in sections(group_runs(runs))]
-    assert titles == ["C1, wrn14_1", "C1, vgg19", "M3, wrn14_1", "digits + fashion, wrn14_1", "cifar100, wrn14_1"]
+    assert titles == [
+        "C1, wrn14_1",
+        "C1, vgg19_elastic_fc",
+        "M3, wrn14_1",
+        "digits + fashion, wrn14_1",
+        "cifar100, wrn14_1",
+    ]
 
 
 def test_separate_baselines_are_one_row_of_several_networks():
