@@ -37,13 +37,25 @@ class LinearPairShape(BlockShape):
         return LinearPair(self, levels)
 
 
+class ElasticLinear(DynamicConv2d):
+    """A fully connected layer as a 1x1 convolution of maps of one pixel: [B, in, 1, 1] -> [B, out, 1, 1]."""
+
+    def forward(self, x: Tensor, selection: Route | Tensor | None = None) -> Tensor:
+        """x: [B, in, 1, 1]; selection: levels [B], mask [B, G], Route, or None for the whole layer.
+
+        The whole layer is a product of matrices: as a convolution it takes oneDNN several times as long.
+        """
+        if selection is None:
+            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+        return super().forward(x, selection)
+
+
 class LinearPair(nn.Module):
     """The block `dropout(relu(fc2(dropout(relu(fc1(flatten(x)))))))`, whose hidden features are elastic.
 
     Input [B, in_channels, in_size, in_size] -> output [B, channels, 1, 1]. As a pair of convolutions it has no shortcut
     to fall back on: the lowest level is one group, and an instance uses its groups of hidden features and all output
-    features. fc1 and fc2 are 1x1 convolutions, with the biases that fully connected layers have; a hidden feature that
-    an instance does not use is exactly 0 and gets no bias.
+    features. A hidden feature that an instance does not use is exactly 0 and gets no bias.
 
     Weights start from He's initialisation (fan-in), biases from zero.
 
@@ -54,15 +66,15 @@ class LinearPair(nn.Module):
     def __init__(self, shape: LinearPairShape, levels: int) -> None:
         super().__init__()
         groups = shape.groups(levels)
-        self.fc1 = DynamicConv2d(shape.features, shape.hidden, 1, out_groups=groups)
-        self.fc2 = DynamicConv2d(shape.hidden, shape.channels, 1, in_groups=groups)
+        self.fc1 = ElasticLinear(shape.features, shape.hidden, 1, out_groups=groups)
+        self.fc2 = ElasticLinear(shape.hidden, shape.channels, 1, in_groups=groups)
         self.dropout = nn.Dropout(shape.dropout)
         for layer, _ in self.layers():
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         lay_out_channels_last(self)
 
-    def layers(self) -> tuple[tuple[DynamicConv2d, None], tuple[DynamicConv2d, None]]:
+    def layers(self) -> tuple[tuple[ElasticLinear, None], tuple[ElasticLinear, None]]:
         """The layers in order, each with the batch norm that follows it: none."""
         return (self.fc1, None), (self.fc2, None)
 
