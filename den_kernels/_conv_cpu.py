@@ -239,9 +239,8 @@ def forward(
     dtype, format = compute_dtype(x), memory_format_of(x, weight)
     if dtype != x.dtype:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if is_plain(segments, weight.shape[0]) and not is_product(
-        x, weight, geometry
-    ):  # whose strides conv2d would not give
+    product = is_product(x, weight, geometry)  # whose result has not the strides of a convolution's
+    if is_plain(segments, weight.shape[0]) and not product:
         return _convolve(x, weight, bias, segments[0], geometry).to(x.dtype).contiguous(memory_format=format)
     written = (segment.part.outputs + segment.part.constant for segment in segments)
     out = allocate(geometry.out_shape(x, weight), x.dtype, format, written)
