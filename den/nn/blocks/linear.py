@@ -1,7 +1,7 @@
 """Two fully connected layers whose shared hidden features are elastic: the last block of a VGG."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class LinearPair(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         for layer, _ in self.layers():
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(cast(Tensor, layer.bias))
         lay_out_channels_last(self)
 
     def layers(self) -> tuple[tuple[ElasticLinear, None], tuple[ElasticLinear, None]]:
