@@ -20,7 +20,11 @@ def small_config(out, mode, **changes) -> Config:
         progress=False,
         data=DataConfig(tasks=("fashion", "digits"), batch_size=10),
         network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
-        estimator=EstimatorTraining(first=PhaseConfig(steps=5, rate=0.05), finish=PhaseConfig(steps=3, rate=0.01)),
+        estimator=EstimatorTraining(
+            first=PhaseConfig(steps=5, rate=0.05),
+            later=PhaseConfig(steps=4, rate=0.02),
+            finish=PhaseConfig(steps=3, rate=0.01),
+        ),
         selector=SelectorTraining(phase=PhaseConfig(steps=6, rate=1e-2)),
         methods=MethodConfig(share_rounds=2),
     )

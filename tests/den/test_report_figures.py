@@ -4,8 +4,6 @@ import csv
 import io
 import json
 
-import matplotlib.image
-import numpy as np
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from den.report.command import slug, sweeps
 from den.report.figures.neighbours import nearest_images, neighbours
 from den.report.figures.tradeoff import accuracy_against, sweep
 from den.runs.evaluation import read_evaluation
+from tests.drawn import assert_drawn
 from tests.made_runs import made_run, only_section
 
 
@@ -80,8 +79,7 @@ def test_the_command_writes_tables_figures_and_words(tmp_path, stored_run, few_i
     figures = {f"{name}-accuracy-flops.png", *(f"{name}-den-rho-0.3-{kind}.png" for kind in kinds)}
     assert found == {"report.md", f"{name}.md", f"{name}.csv", f"{name}.tex", *figures}
     for figure in figures:
-        pixels = matplotlib.image.imread(tmp_path / "out" / figure)
-        assert np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0).shape[0] > 20
+        assert_drawn(tmp_path / "out" / figure)
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"![{name}-accuracy-flops]({name}-accuracy-flops.png)" in report
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / f"{name}.csv").read_text())))

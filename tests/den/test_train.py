@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -117,16 +118,32 @@ def run_interrupted(config, monkeypatch, at):
             train(config)
 
 
+def steered(out, baseline):
+    selector = dataclasses.replace(tiny(out).selector, baseline=baseline, budget=0.5)
+    return tiny(out, selector=selector)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """whole_runs(baseline): settings and network of an uninterrupted run, trained once; needs `small_sets`."""
+
+    @cache
+    def trained(baseline):
+        config = steered(tmp_path_factory.mktemp("whole") / "run", baseline)
+        return config, train(config)
+
+    return trained
+
+
 @pytest.mark.parametrize(
     ("at", "baseline"),
     [(0, "none"), (2, "none"), (6, "leave-one-out"), (8, "running-mean"), (12, "leave-one-out"), (18, "running-mean")],
 )
-def test_continued_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, small_sets, monkeypatch, at, baseline):
+def test_continued_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path, small_sets, monkeypatch, whole_runs, at, baseline
+):
     """Interrupted before update `at`: before any epoch, within one, at the border of one, in each kind of phase."""
-    selector = dataclasses.replace(tiny(tmp_path).selector, baseline=baseline, budget=0.5)
-    whole = tiny(tmp_path / "whole", selector=selector)
-    broken = tiny(tmp_path / "broken", selector=selector)
-    expected = train(whole)
+    (whole, expected), broken = whole_runs(baseline), steered(tmp_path / "broken", baseline)
     run_interrupted(broken, monkeypatch, at)
     found = train(broken, resume=True)
     assert read_metrics(broken.out) == read_metrics(whole.out)
@@ -202,10 +219,10 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, small_sets):
         train(tiny(tmp_path / "run", estimator=estimator))
 
 
-@pytest.mark.parametrize("budget", [0.2, 0.25])
-def test_budget_steers_every_task_to_its_flops(tmp_path, budget):
+def test_budget_steers_every_task_to_its_flops(tmp_path):
     """From a rho that alone would save next to nothing; the estimator is left untrained."""
     torch.set_num_threads(1)
+    budget = 0.25
     config = tiny(
         tmp_path / "run",
         stages=1,
@@ -214,7 +231,8 @@ def test_budget_steers_every_task_to_its_flops(tmp_path, budget):
         estimator=EstimatorTraining(first=PhaseConfig(steps=1, rate=0.0)),
         selector=SelectorTraining(phase=PhaseConfig(steps=150, rate=1e-2), rho=0.01, budget=budget),
     )
-    for report in evaluate(train(config), [load_set(name, "test") for name in config.data.tasks]).values():
+    sets = [load_set(name, "test").subset(torch.arange(300)) for name in config.data.tasks]
+    for report in evaluate(train(config), sets).values():
         assert report.flops_ratio == pytest.approx(budget, rel=0.3)
 
 
