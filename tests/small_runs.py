@@ -1,6 +1,7 @@
 """Runs of a second: two tasks, three blocks, a few images."""
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -31,12 +32,15 @@ def small_config(out, mode, **changes) -> Config:
     return dataclasses.replace(config, **changes)
 
 
+@cache
+def few_images(name, split, count):
+    """The first images of a packaged set."""
+    return load_set(name, split).subset(torch.arange(count))
+
+
 def cut_sets(monkeypatch, images=60):
     """The packaged sets cut to a few images, so that a run costs its steps only."""
-    whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
-    monkeypatch.setattr(
-        "den.recipes.setup.load_set", lambda name, split, root: whole[name, split].subset(torch.arange(images))
-    )
+    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: few_images(name, split, images))
 
 
 def train_interrupted(config, monkeypatch, at, run=train):

@@ -19,6 +19,7 @@ from den.train.engine import Engine
 from den.train.folder import read_metrics, stored_config
 from den.train.objective import STEERING
 from den.train.phases import run_phases, schedule_factor
+from tests.small_runs import cut_sets
 
 
 def tiny(out, **changes):
@@ -40,10 +41,7 @@ def tiny(out, **changes):
 
 @pytest.fixture
 def small_sets(monkeypatch):
-    """The packaged sets cut to a few images, so that a run costs its steps only."""
-    whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
-    few = torch.arange(60)
-    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: whole[name, split].subset(few))
+    cut_sets(monkeypatch)
 
 
 def test_phases_follow_algorithm_1(tmp_path):
