@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from den.nn.backbones import BACKBONES, block_shapes
+from den.nn.backbones import BACKBONES
+from den.nn.block_lists import block_shapes
 from den.nn.blocks import ResidualShape
 from den_kernels._cuda_layout import FusedArguments, fused_layout
 

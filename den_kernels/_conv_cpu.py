@@ -6,6 +6,9 @@ of its groups, once per distinct mask. A segment that is a run of neighbouring i
 view of the batch, and one that holds the whole batch and writes every channel hands its result over without a copy.
 The backward pass walks the same segments in the same order, so it is deterministic.
 
+One tap on maps of one pixel, a fully connected layer, is a product of matrices and goes to BLAS: oneDNN would lay out
+its weights anew in every call.
+
 Many a CPU has a faster way, the direct convolution of `_conv_direct.py`.
 
 float16 is computed in float32. Weight and bias gradients are added up over the segments in float32, or in float64 if
@@ -18,9 +21,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._geometry import Geometry, compute_dtype, memory_format_of
+from ._geometry import Geometry, compute_dtype, is_product, memory_format_of
 from .plan import Route, read_route
 from .rows import gather_rows, scatter_rows_
 
@@ -208,12 +212,13 @@ def _convolve(
     geometry: Geometry,
 ) -> Tensor:  # [n, channels of part.outputs, H_out, W_out] in the dtype of weight
     part = segment.part
+    rows, taken = gather(x, segment, part.inputs, weight.dtype), _weight_of(weight, part, geometry)
+    bias = None if bias is None else _take(bias, 0, part.outputs)
+    if is_product(x, weight, geometry):
+        return F.linear(rows.flatten(1), taken.flatten(1), bias)[:, :, None, None]
     return torch.convolution(
-        gather(x, segment, part.inputs, weight.dtype),
-        _weight_of(weight, part, geometry),
-        None if bias is None else _take(bias, 0, part.outputs),
-        geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), part.groups,
-    )  # fmt: skip
+        rows, taken, bias, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), part.groups
+    )
 
 
 def is_plain(segments: Sequence[Segment], out_channels: int) -> bool:
@@ -234,7 +239,8 @@ def forward(
     dtype, format = compute_dtype(x), memory_format_of(x, weight)
     if dtype != x.dtype:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if is_plain(segments, weight.shape[0]):
+    product = is_product(x, weight, geometry)  # whose result has not the strides of a convolution's
+    if is_plain(segments, weight.shape[0]) and not product:
         return _convolve(x, weight, bias, segments[0], geometry).to(x.dtype).contiguous(memory_format=format)
     written = (segment.part.outputs + segment.part.constant for segment in segments)
     out = allocate(geometry.out_shape(x, weight), x.dtype, format, written)
@@ -328,8 +334,24 @@ def _segment_backward(
     else:  # only its shape is looked at
         shape = segment.order.shape[0], sum(range_.width for range_ in part.inputs), *x.shape[2:]
         rows = torch.empty(shape, dtype=dtype, memory_format=memory_format_of(x))
+    given, taken = gather(grad, segment, part.outputs, dtype), _weight_of(weight, part, geometry)
+    if is_product(x, weight, geometry):
+        return _product_backward(given.flatten(1), rows.flatten(1), taken.flatten(1), output_mask)
     return torch.ops.aten.convolution_backward(
-        gather(grad, segment, part.outputs, dtype), rows, _weight_of(weight, part, geometry),
+        given, rows, taken,
         [sum(range_.width for range_ in part.outputs)], geometry.stride, geometry.padding, geometry.dilation,
         False, (0, 0), part.groups, output_mask,
     )  # fmt: skip
+
+
+def _product_backward(
+    grad: Tensor,  # [n, O]
+    rows: Tensor,  # [n, I]
+    weight: Tensor,  # [O, I]
+    output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
+) -> tuple[Tensor, Tensor, Tensor]:  # [n, I, 1, 1], [O, I, 1, 1], [O]
+    """The gradients of rows, weight and bias of a product `rows @ weight.T + bias`; not wanted: empty."""
+    nothing = grad.new_empty(0)
+    dx = (grad @ weight)[:, :, None, None] if output_mask[0] else nothing
+    dweight = (grad.T @ rows)[:, :, None, None] if output_mask[1] else nothing
+    return dx, dweight, grad.sum(0) if output_mask[2] else nothing

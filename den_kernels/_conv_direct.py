@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._extension import extension
-from ._geometry import Geometry, memory_format_of
+from ._geometry import Geometry, is_product, memory_format_of
 from .eager import refuse_recording
 from .plan import Route
 
@@ -20,9 +20,12 @@ def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = Fa
     """True where the direct convolution takes x [B, C_in, H, W] and weight [C_out, C_in, R, S], whatever they hold.
 
     On a CPU, channels-last, or where the weight is packed already: then it pays to convert the maps. No cardinality, at
-    most 49 taps; in bfloat16 also dilation 1 and channels divisible by 16.
+    most 49 taps; in bfloat16 also dilation 1 and channels divisible by 16. Fully connected layers of many weights
+    (`_faster_as_product`) are left to BLAS.
     """
     if extension is None or not x.is_cpu or geometry.groups != 1 or weight.shape[2] * weight.shape[3] > 49:
+        return False
+    if is_product(x, weight, geometry) and _faster_as_product(x, weight, packed):
         return False
     if not packed and memory_format_of(x, weight) != torch.channels_last:
         return False
@@ -30,6 +33,16 @@ def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = Fa
         fits = tuple(geometry.dilation) == (1, 1) and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
         return fits and extension.has_direct_bf16()
     return x.dtype == torch.float32 and extension.has_direct_float32()
+
+
+def _faster_as_product(x: Tensor, weight: Tensor, packed: bool) -> bool:
+    """True where a product of matrices [B, C_in] and [C_in, C_out] is faster by BLAS than direct.
+
+    Direct reads the weights anew for every instance, which costs time where they fit no cache, and has to pack them
+    first. The bounds are where the two met on an Intel Xeon with AMX (one thread, float32 and bfloat16).
+    """
+    weights = weight.numel()
+    return x.shape[0] * weights >= 1 << 29 if packed else weights >= 1 << 18
 
 
 def _window(kernel: Sequence[int], geometry: Geometry) -> Any:

@@ -42,6 +42,15 @@ def memory_format_of(*tensors: Tensor) -> torch.memory_format:
     return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format
 
 
+def is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """True where the convolution of x [B, C_in, H, W] with weight [C_out, C_in, R, S] is a product of matrices.
+
+    So it is with one tap on maps of one pixel, without padding and cardinality: as a fully connected layer.
+    """
+    one = tuple(x.shape[2:]) == tuple(weight.shape[2:]) == (1, 1)
+    return one and geometry.groups == 1 and not any(geometry.padding)
+
+
 def dense(weight: Tensor) -> Tensor:
     """weight [O, I, R, S] as [O, R, S, I] in memory without a gap, from a 16-byte boundary on; a copy where it is not.
 

@@ -16,27 +16,23 @@ do. On a GPU nothing is read back from the device.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _triton
-from ._conv_arguments import group_sizes
 from ._extension import extension
 from ._geometry import memory_format_of
 from ._norm_torch import norm_torch, norm_torch_gradients
-from ._sync_norm import kept_by_convert_sync_batchnorm
 from .eager import (
-    as_fx_leaf,
     call_op,
     in_range,
     is_ordinary,
     is_traced,
     is_transformed,
     not_scriptable,
-    refuse_script,
     refuse_symbols,
     refuse_tangents,
     runs_eagerly,
@@ -330,100 +326,3 @@ def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, eager: bool) 
         return partial(in_range, _NAME, _norm_forward_cpu)
     plain = is_ordinary(x, weight, bias)
     return partial(in_range, _NAME, _EagerNorm.apply) if plain else partial(call_op, _norm_forward)
-
-
-def _group_of(norm: nn.Module) -> dist.ProcessGroup | Literal["world"] | None:
-    """The processes that a batch norm shares its statistics with, as `DynamicBatchNorm2d` takes them."""
-    group = getattr(norm, "process_group", None)
-    return "world" if group is None and isinstance(norm, nn.SyncBatchNorm) else group
-
-
-@kept_by_convert_sync_batchnorm
-class DynamicBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` of which each instance may use some channel groups only: see `dynamic_batch_norm`.
-
-    `groups`: the sizes of the channel groups, or a number of equal ones; None: one group of all channels. Parameters,
-    buffers and `state_dict` are those of `nn.BatchNorm2d`. With `momentum=None` running statistics are the cumulative
-    average over `num_batches_tracked` steps; a channel that a step does not use keeps its average, and the step counts.
-    `process_group`: the processes whose batches are normalised together while training; "world": all there are then;
-    None: each its own. `nn.SyncBatchNorm.convert_sync_batchnorm` keeps this module and sets its group.
-
-        norm(x)                 # nn.BatchNorm2d
-        norm(x, levels)         # integer [B]: instance b uses the first levels[b] groups
-        norm(x, mask)           # bool [B, G]
-        norm(x, plan[i])        # a route of a RoutingPlan
-        norm(x, plan[i], relu=True)   # with the ReLU that follows, in the same pass
-    """
-
-    __prepare_scriptable__ = refuse_script
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        groups: int | Sequence[int] | None = None,
-        process_group: dist.ProcessGroup | Literal["world"] | None = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.groups = group_sizes(groups, num_features, "groups", op="DynamicBatchNorm2d") or (num_features,)
-        self.process_group = process_group
-
-    @classmethod
-    def from_norm(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm, groups: int | Sequence[int] | None = None) -> Self:
-        """A dynamic batch norm that shares the parameters and buffers of `norm`; hooks stay behind.
-
-        One that shares its statistics between processes does so in the same ones. Raises TypeError for anything else
-        than an `nn.BatchNorm2d` (a subclass may compute something else behind it) or `nn.SyncBatchNorm` with parameters
-        of its own (not lazy, not parametrized).
-        """
-        if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or type(norm).__name__.startswith("Parametrized"):
-            raise TypeError(f"{cls.__name__}.from_norm: norm must be an nn.BatchNorm2d, got {type(norm).__name__}")
-        own = cls(
-            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta",
-            groups=groups, process_group=_group_of(norm),
-        )  # fmt: skip
-        for names, tensors in ((norm._parameters, own._parameters), (norm._buffers, own._buffers)):
-            tensors.update({name: tensor for name, tensor in names.items() if name in tensors})  # type: ignore[misc]
-        return own.train(norm.training)
-
-    def forward(self, x: Tensor, selection: Route | Tensor | None = None, relu: bool = False) -> Tensor:
-        """x [B, C, H, W] -> the same shape. `selection`: Route, integer [B] or bool [B, G]; None: every channel."""
-        if not isinstance(x, Tensor):
-            return as_fx_leaf(self, x, selection, relu)
-        process_group = self._group()
-        if selection is None and process_group is None:
-            y = super().forward(x)
-            return y.relu() if relu else y
-        self._check_input_dim(x)
-        if selection is None:
-            selection = torch.full((x.shape[0],), len(self.groups), dtype=torch.int32, device=x.device)
-        tracked = self.track_running_stats or not self.training
-        return dynamic_batch_norm(
-            x, selection, self.weight, self.bias,
-            self.running_mean if tracked else None, self.running_var if tracked else None,
-            groups=self.groups, training=self.training, momentum=self._advance(), eps=self.eps, relu=relu,
-            process_group=process_group,
-        )  # fmt: skip
-
-    def _group(self) -> dist.ProcessGroup | None:
-        """The processes that share statistics in this call; None: each process has its own."""
-        if self.process_group is None or not self.training or not (dist.is_available() and dist.is_initialized()):
-            return None
-        group = dist.group.WORLD if self.process_group == "world" else self.process_group
-        return group if dist.get_world_size(group) > 1 else None
-
-    def _advance(self) -> float | Tensor:
-        """Count a training step and return the weight of its batch in the running statistics."""
-        if not (self.training and self.track_running_stats) or self.num_batches_tracked is None:
-            return 0.0
-        self.num_batches_tracked.add_(1)
-        return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, groups={self.groups}"

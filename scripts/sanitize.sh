@@ -19,9 +19,9 @@ unset CFLAGS LDFLAGS
 
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-  tests=(tests/kernels/test_{plan,rows,conv_direct,dynamic_norm,dynamic_residual,post_activation}.py
-    tests/kernels/test_{residual_unpacked,dynamic_bottleneck,dynamic_inverted_residual,dynamic_graph}.py
-    tests/kernels/test_{layers,native_checks,stale_weights,threads}.py
+  tests=(tests/kernels/test_{plan,rows,conv_direct,dynamic_norm,dynamic_norm_calls,post_activation}.py
+    tests/kernels/test_{dynamic_residual,dynamic_residual_calls,residual_unpacked,bottleneck_weights}.py
+    tests/kernels/test_{dynamic_bottleneck,dynamic_inverted_residual,dynamic_graph,layers,native_checks,stale_weights,threads}.py
     tests/kernels/test_dynamic_conv*.py)
 fi
 # Leaks: the interpreter keeps what it allocates. alloc_dealloc: torch's operators new and delete are its own.

@@ -1,5 +1,6 @@
-"""A program: trains a tiny run in folder argv[2] with argv[1] ("den" or "dag"), killed (SIGKILL) at random moments and
-continued, until it ends; prints how many times it was killed.  Processes are forked, so that each costs no imports."""
+"""A program: trains a tiny run of each kind, den and dag, in a folder of its name under argv[1], killed (SIGKILL) at
+random moments and continued, until it ends; prints for each how many times it was killed.  Processes are forked: each
+costs no imports."""
 
 import dataclasses
 import os
@@ -28,7 +29,7 @@ def den_config(out: Path) -> TrainConfig:
         out=out, stages=1, epoch_steps=2, progress=False,
         data=DataConfig(tasks=("digits",), batch_size=10, validation=0.2),
         network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
-        estimator=EstimatorTraining(first=PhaseConfig(10, 0.05), finish=PhaseConfig(4, 0.01)),
+        estimator=EstimatorTraining(first=PhaseConfig(6, 0.05), finish=PhaseConfig(4, 0.01)),
         selector=SelectorTraining(phase=PhaseConfig(6, 1e-3)),
     )  # fmt: skip
 
@@ -37,7 +38,7 @@ def dag_config(out: Path) -> DagTrainConfig:
     return DagTrainConfig(
         out=out, epoch_steps=1, progress=False, data=DagDataConfig(batch_size=12),
         network=DagNetworkConfig(states=4, flow=2, channels=8, trunk_size=4),
-        training=DagTraining(steps=20, shares=(0.2, 0.5, 0.3)),
+        training=DagTraining(steps=12, shares=(0.2, 0.5, 0.3)),
     )  # fmt: skip
 
 
@@ -96,4 +97,5 @@ def wait_for_saves(path: Path, count: int, pid: int) -> bool:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # threads would not survive the fork
-    print(run_killed(sys.argv[1], Path(sys.argv[2])))
+    for kind in KINDS:
+        print(run_killed(kind, Path(sys.argv[1]) / kind))

@@ -3,16 +3,20 @@
 import torch
 from torch import nn
 
+from den_kernels import DynamicConv2d
+
 
 @torch.no_grad()
 def unlike_new(module: nn.Module, bias: float = 0.5) -> nn.Module:
-    """The module with a weight, bias and statistics of its own for every batch norm."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.uniform_(-bias, bias)
-            norm.running_mean.uniform_(-bias, bias)
-            norm.running_var.uniform_(0.5, 1.5)
+    """The module with a weight, bias and statistics of its own for every batch norm, and a bias for what has one."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.uniform_(0.5, 1.5)
+            layer.bias.uniform_(-bias, bias)
+            layer.running_mean.uniform_(-bias, bias)
+            layer.running_var.uniform_(0.5, 1.5)
+        elif isinstance(layer, DynamicConv2d) and layer.bias is not None:
+            layer.bias.uniform_(-bias, bias)
     return module
 
 

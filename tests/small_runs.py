@@ -1,6 +1,7 @@
 """Runs of a second: two tasks, three blocks, a few images."""
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -20,19 +21,26 @@ def small_config(out, mode, **changes) -> Config:
         progress=False,
         data=DataConfig(tasks=("fashion", "digits"), batch_size=10),
         network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
-        estimator=EstimatorTraining(first=PhaseConfig(steps=5, rate=0.05), finish=PhaseConfig(steps=3, rate=0.01)),
+        estimator=EstimatorTraining(
+            first=PhaseConfig(steps=5, rate=0.05),
+            later=PhaseConfig(steps=4, rate=0.02),
+            finish=PhaseConfig(steps=3, rate=0.01),
+        ),
         selector=SelectorTraining(phase=PhaseConfig(steps=6, rate=1e-2)),
         methods=MethodConfig(share_rounds=2),
     )
     return dataclasses.replace(config, **changes)
 
 
+@cache
+def few_images(name, split, count):
+    """The first images of a packaged set."""
+    return load_set(name, split).subset(torch.arange(count))
+
+
 def cut_sets(monkeypatch, images=60):
     """The packaged sets cut to a few images, so that a run costs its steps only."""
-    whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
-    monkeypatch.setattr(
-        "den.recipes.setup.load_set", lambda name, split, root: whole[name, split].subset(torch.arange(images))
-    )
+    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: few_images(name, split, images))
 
 
 def train_interrupted(config, monkeypatch, at, run=train):

@@ -40,13 +40,13 @@ class TaskReport:
     accuracy: float  # 0..1
     loss: float  # mean cross-entropy
     penalty: float  # mean of S(z) at rho = 1
-    flops: float  # mean per image, block convolutions
+    flops: float  # mean per image, of the blocks
     flops_ratio: float  # flops / FLOPs of the full structure
     structures: int  # different structures in use
     entropy: float  # of the selector's distribution of one image, mean over images and blocks, nats
     mean_entropy: float  # of the mean of these distributions, mean over blocks, nats
     levels: Tensor  # int64 [images, N]: the structure of every image
-    usage: Tensor  # float32 [N]: mean share of each block's convolution weights that an image uses
+    usage: Tensor  # float32 [N]: mean share of each block's weights that an image uses
     probabilities: Tensor  # float32 [N, L]: mean of the selector's distributions
 
     @property

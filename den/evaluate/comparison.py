@@ -114,7 +114,7 @@ def table(found: Sequence[Comparison]) -> str:
 
 
 NOTES = """\
-FLOPs are twice the multiply-adds of the block convolutions.  Times are medians, batches of 256, taken in turns; dense
+FLOPs are twice the multiply-adds of the blocks.  Times are medians, batches of 256, taken in turns; dense
 is the faster of plain convolutions (channels-last, batch norm folded) and our kernels at the full structure; DEN
 includes its selector.  The realised fraction is the saving in time over the saving in FLOPs of the whole networks
 (stems, heads and the selector counted on both sides of the account).  A structure is one level

@@ -54,7 +54,7 @@ class LevelCosts:
 
 
 def flops_costs(model: DeepElasticNetwork) -> LevelCosts:
-    """FLOPs of the block convolutions, the full structure being 1."""
+    """FLOPs of the blocks, the full structure being 1."""
     return LevelCosts(model.estimator.level_flops.cpu().double() / full_flops(model))
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from den.data.images import Kept
 from den.evaluate.operating import LevelCosts
 from den.inference import pretrained
-from den.inference.graphs import Graphs
 from den.inference.networks import Network, joined, network_of, split
 from den.inference.points import Point, shift_within, structure_within, within_milliseconds
 from den.inference.profile import Profile, block_milliseconds, mean_saved
+from den.nn.graphs import Graphs
 from den.nn.task_batch import Images, TaskBatch, Tasks
 from den.nn.tasks import find_task
 from den.support.call_time import call_seconds

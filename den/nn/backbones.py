@@ -1,71 +1,11 @@
 """Backbones as data: which blocks a network has between its stems and its heads."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from den.nn.blocks import BlockShape, BottleneckShape, PairShape, ResidualShape
+from den.nn.block_lists import Shapes, Stages, block_shapes, bottleneck_shapes, pair_shapes, with_linear_pair
 from den.nn.own_backbones import own_backbone
-
-Stages = tuple[tuple[int, int], ...]  # (channels, blocks) of each stage; of convolution pairs (channels, convolutions)
-
-
-def block_shapes(stages: Stages, stem: int, trunk_size: int) -> tuple[BlockShape, ...]:
-    """Basic residual blocks in order. Every stage but the first halves the map, rounding up, in its first block."""
-    return _residual_shapes(stages, stem, trunk_size, lambda stage, channels: channels, ResidualShape)
-
-
-def bottleneck_shapes(
-    stages: Stages, stem: int, trunk_size: int, cardinality: int, depth: int
-) -> tuple[BlockShape, ...]:
-    """Bottleneck blocks in order, strides as `block_shapes`'; `cardinality * depth * 2**stage` hidden channels.
-
-    So ResNeXt's c x d, and ResNet-50 as 1 x 64 (Xie et al., CVPR 2017, table 1).
-    """
-    block = partial(BottleneckShape, cardinality=cardinality)
-    return _residual_shapes(stages, stem, trunk_size, lambda stage, _: cardinality * depth * 2**stage, block)
-
-
-def _residual_shapes(
-    stages: Stages, stem: int, size: int, hidden: Callable[[int, int], int], block: Callable[..., BlockShape]
-) -> tuple[BlockShape, ...]:
-    widths = [stem, *(channels for channels, _ in stages)]
-    if sorted(widths) != widths:
-        raise ValueError(f"backbone: channels must not shrink from the stem through the stages, got {widths}")
-    shapes: list[BlockShape] = []
-    in_channels = stem
-    for stage, (channels, blocks) in enumerate(stages):
-        for index in range(blocks):
-            stride = 2 if stage and not index else 1
-            shapes.append(block(in_channels, hidden(stage, channels), channels, size, stride=stride))
-            in_channels, size = channels, shapes[-1].size
-    return tuple(shapes)
-
-
-def pair_shapes(stages: Stages, stem: int, trunk_size: int, strided: bool = False) -> tuple[BlockShape, ...]:
-    """Consecutive 3x3 convolutions, two by two; 2x2 max pooling, rounding down, after the last of every stage.
-
-    strided: that last convolution has a stride of 2 instead.
-
-    `pair_shapes(((32, 1), (64, 1)), 3, 32) == (PairShape(3, 32, 64, 32, pools=(True, True)),)`
-
-    Raises:
-        ValueError: an odd number of convolutions; a trunk too small for the pools.
-    """
-    layers = [(channels, index == blocks - 1) for channels, blocks in stages for index in range(blocks)]
-    if len(layers) % 2:
-        raise ValueError(f"backbone: stages must have an even number of convolutions (pairs), got {len(layers)}")
-    if trunk_size < 2 ** len(stages):
-        raise ValueError(
-            f"backbone: trunk_size must be at least {2 ** len(stages)} for {len(stages)} poolings, got {trunk_size}"
-        )
-    shapes: list[PairShape] = []
-    in_channels, size = stem, trunk_size
-    for (hidden, first_pool), (channels, second_pool) in zip(layers[::2], layers[1::2], strict=True):
-        shapes.append(PairShape(in_channels, hidden, channels, size, (first_pool, second_pool), strided))
-        in_channels, size = channels, shapes[-1].size
-    return tuple(shapes)
 
 
 @dataclass(frozen=True)
@@ -78,13 +18,13 @@ class Backbone:
         shapes: the blocks in order, of (stages, channels that the first block reads, side of the map that it reads).
         stem_kernel: side of the stems' convolution.
         fully_connected: widths of the layers before the heads, which all tasks share and which read the flattened
-            map; None: batch norm, ReLU and global average pooling, as residual networks have.
+            map, () being none; None: batch norm, ReLU and global average pooling, as residual networks have.
         dropout: after each of these layers, while training.
     """
 
     stages: Stages
     stem: int
-    shapes: Callable[[Stages, int, int], tuple[BlockShape, ...]] = block_shapes
+    shapes: Shapes = block_shapes
     stem_kernel: int = 7
     fully_connected: tuple[int, ...] | None = None
     dropout: float = 0.0
@@ -169,15 +109,26 @@ def bottleneck_resnet(blocks: tuple[int, ...]) -> Backbone:
     return Backbone(stages, 64, partial(bottleneck_shapes, cardinality=1, depth=64))
 
 
-def vgg(stages: Stages, stem: int) -> Backbone:
+def vgg(stages: Stages, stem: int, elastic_layers: bool = False) -> Backbone:
     """VGG (Simonyan and Zisserman, ICLR 2015) with batch norm: pairs of 3x3 convolutions, two layers of 4096.
 
     An odd number of convolutions leaves the first to the stem: `vgg16` is that convolution, per task, and six pairs;
     `vgg19` is eight pairs that read the images. The 38.9M parameters that the Deep Elastic Networks paper prints for
     its VGG-16 are those of sixteen convolutions, VGG-19's; thirteen, the standard VGG-16, have 33.6M (both with the
     layers of 4096, for maps of 32 x 32).
+
+    elastic_layers: the layers of 4096 are a block, too, whose hidden features a level halves as the others' channels;
+    so the paper's, whose networks of half the channels have half the parameters (19.4M of NestedNet).
     """
-    return Backbone(stages, stem, pair_shapes, stem_kernel=3, fully_connected=(4096, 4096), dropout=0.5)
+    width, dropout = 4096, 0.5
+    if elastic_layers:
+        blocks = with_linear_pair(pair_shapes, width, width, dropout)
+        return Backbone(stages, stem, blocks, stem_kernel=3, fully_connected=())
+    return Backbone(stages, stem, pair_shapes, stem_kernel=3, fully_connected=(width, width), dropout=dropout)
+
+
+VGG16: Stages = ((64, 1), (128, 2), (256, 3), (512, 3), (512, 3))  # behind a stem of 64
+VGG19: Stages = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 
 
 BACKBONES: dict[str, Backbone] = {
@@ -198,9 +149,14 @@ BACKBONES: dict[str, Backbone] = {
     "simpleconvnet_strided": Backbone(
         ((32, 1),) * 4, 0, partial(pair_shapes, strided=True), fully_connected=(128, 128)
     ),
-    "vgg16": vgg(((64, 1), (128, 2), (256, 3), (512, 3), (512, 3)), stem=64),
-    "vgg19": vgg(((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)), stem=0),
+    "vgg16": vgg(VGG16, stem=64),
+    "vgg16_elastic_fc": vgg(VGG16, stem=64, elastic_layers=True),
+    "vgg19": vgg(VGG19, stem=0),
+    "vgg19_elastic_fc": vgg(VGG19, stem=0, elastic_layers=True),
     "simpleconvnet": Backbone(((32, 1),) * 4, 0, pair_shapes, fully_connected=(128, 128)),
+    "simpleconvnet_elastic_fc": Backbone(
+        ((32, 1),) * 4, 0, with_linear_pair(pair_shapes, 128, 128), fully_connected=()
+    ),
 }
 """Backbones that have a name of their own; `named_backbone` knows more."""
 

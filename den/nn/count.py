@@ -18,11 +18,12 @@ class ParameterCounts:
     """Learned numbers of a network, by place.
 
     Attributes:
-        blocks: convolution weights of the estimator's blocks, without batch norm; this is what the paper reports
-            (WRN-32-4: 7,345,152; ResNet-42: 29,786,112).
-        norms: weights and biases of the batch norms of the blocks and after them.
+        blocks: weights of the convolutions and fully connected layers of the estimator's blocks, without batch norms
+            and biases; this is what the paper reports (WRN-32-4: 7,345,152; ResNet-42: 29,786,112).
+        norms: weights and biases of the batch norms of the blocks and after them, and biases of layers in blocks.
         stems: convolutions and batch norms of the estimator's stems, all tasks.
-        heads: weights and biases of the estimator's heads, all tasks, and of the fully connected layers before them.
+        heads: weights and biases of the estimator's heads, all tasks, and of the fully connected layers before them
+            that are no block.
         selector: the whole selector, all tasks.
     """
 
@@ -47,9 +48,9 @@ class ParameterCounts:
 class ImageFlops:
     """FLOPs (twice the multiply-adds) of one image of a task at the full structure, by place.
 
-    `head` counts the fully connected layers before the head, too. The Deep Elastic Networks paper counts in this way
-    for WRN-32-4 (2.13G) and ResNet-42 (2.91G), but multiply-adds once for SimpleConvNet: its 27.4M at 84 x 84 are half
-    of our blocks and head.
+    `head` counts the fully connected layers before the head, too, where they are no block. The Deep Elastic Networks
+    paper counts in this way for WRN-32-4 (2.13G) and ResNet-42 (2.91G), but multiply-adds once for SimpleConvNet: its
+    27.4M at 84 x 84 are half of our blocks and head.
     """
 
     stem: int
@@ -72,7 +73,7 @@ def count_parameters(model: DeepElasticNetwork) -> ParameterCounts:
 
 
 def count_flops(model: DeepElasticNetwork, levels: Tensor) -> Tensor:
-    """FLOPs of each image's structure: twice the multiply-adds of the block convolutions.
+    """FLOPs of each image's structure: twice the multiply-adds of the blocks' convolutions and fully connected layers.
 
     Args:
         levels: integer [B, N] in 0..L-1.
@@ -99,7 +100,7 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
 
 
 def parameter_fractions(model: DeepElasticNetwork) -> Tensor:
-    """`d_i(l)` of the paper's eq. 5: float32 [N, L], the share of block i's convolution weights that level l uses."""
+    """`d_i(l)` of the paper's eq. 5: float32 [N, L], the share of block i's weights that level l uses."""
     table = model.estimator.level_parameters
     return table.float() / table[:, -1:]
 

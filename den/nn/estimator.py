@@ -27,8 +27,8 @@ class Estimator(nn.Module):
 
     Attributes:
         groups: channel groups of every block in a routing plan (see `den.nn.levels`).
-        level_parameters: int64 [N, L], convolution weights that each block uses at each level.
-        level_flops: int64 [N, L], twice the multiply-adds of each block's convolutions at each level, for one image.
+        level_parameters: int64 [N, L], weights that each block uses at each level (batch norms and biases apart).
+        level_flops: int64 [N, L], twice the multiply-adds of each block at each level, for one image.
     """
 
     level_parameters: Tensor

@@ -4,7 +4,8 @@ A level is a number of 0..L-1 everywhere: in a structure, from the selector, in 
 level keeps is a property of the kind of block (paper, section 4.1), called `lowest`, the groups that it keeps:
 
 - 0 for residual blocks, basic and bottleneck: level 0 is the shortcut; L - 1 groups;
-- 1 for the convolution pairs of VGG and SimpleConvNet, which have no shortcut to fall back on; L groups.
+- 1 for the pairs of VGG and SimpleConvNet, of convolutions or fully connected layers, which have no shortcut to fall
+  back on; L groups.
 
 Level `l` keeps the first `l + lowest` of the `L - 1 + lowest` groups (`level_plan`).
 """

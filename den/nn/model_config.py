@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from den.nn.backbones import FAMILIES, Backbone, Stages, named_backbone
+from den.nn.backbones import FAMILIES, Backbone, named_backbone
+from den.nn.block_lists import Stages
 from den.nn.blocks import BlockShape
 from den.nn.levels import level_fractions
 from den.nn.selector import SelectorConfig, default_selector

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock
+from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock, LinearPair
 from den.nn.folding import folded_weight
 from den.nn.model import DeepElasticNetwork
 from den.nn.tail import features
@@ -61,10 +61,17 @@ def plain_pair(block: ConvPair) -> nn.Sequential:
     return plain
 
 
+def plain_linear_pair(block: LinearPair) -> nn.Sequential:
+    """`relu(fc2(relu(fc1(flatten(x)))))`: [B, C, H, W] -> [B, channels]."""
+    layers = [module for layer, _ in block.layers() for module in (_plain_linear(layer), nn.ReLU(inplace=True))]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 PLAIN: dict[type[nn.Module], Callable[..., nn.Module]] = {
     ElasticBlock: PlainResidual,
     BottleneckBlock: PlainResidual,
     ConvPair: plain_pair,
+    LinearPair: plain_linear_pair,
 }
 
 
@@ -79,6 +86,15 @@ def _plain_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> nn.Conv2d:
     else:
         weight, bias = folded_weight(conv, norm)
         plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return plain
+
+
+def _plain_linear(layer: nn.Conv2d) -> nn.Linear:
+    """A 1x1 convolution with a bias as a fully connected layer."""
+    assert layer.bias is not None
+    plain = nn.Linear(layer.in_channels, layer.out_channels, device="meta")
+    plain.weight = nn.Parameter(layer.weight.detach().flatten(1).clone())
+    plain.bias = nn.Parameter(layer.bias.detach().clone())
     return plain
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock
+from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock, LinearPair
 from den.nn.estimator import Estimator
 from den.nn.levels import level_widths
 from den.nn.stem import ImageStem
@@ -94,10 +94,19 @@ def reference_pair(block: ConvPair, x: Tensor, levels: Tensor, num_levels: int) 
     return F.max_pool2d(y, 2) if block.pools[1] else y
 
 
+def reference_linear_pair(block: LinearPair, x: Tensor, levels: Tensor, num_levels: int) -> Tensor:
+    """`dropout(relu(fc2(dropout(mask * relu(fc1(flatten(x)))))))`, [B, channels, 1, 1]."""
+    mask = channel_mask(levels, level_widths(block.fc1.out_channels, num_levels, lowest=1))
+    hidden = F.relu(F.linear(x.flatten(1), block.fc1.weight.flatten(1), block.fc1.bias)) * mask
+    y = F.relu(F.linear(block.dropout(hidden), block.fc2.weight.flatten(1), block.fc2.bias))
+    return block.dropout(y)[:, :, None, None]
+
+
 REFERENCES: dict[type[nn.Module], Callable[..., Tensor]] = {
     ElasticBlock: reference_residual,
     BottleneckBlock: reference_bottleneck,
     ConvPair: reference_pair,
+    LinearPair: reference_linear_pair,
 }
 
 

@@ -145,7 +145,7 @@ def owners(estimator: Estimator, of_level: Tensor, of_task: list[int]) -> dict[s
 
     of_level: int64 [L], the stage that trains each level's group; of_task: of each task's stem and head.
 
-    A convolution's weight belongs to the later of the groups that it reads and writes.
+    A convolution's weight belongs to the later of the groups that it reads and writes, its bias to what it writes.
     """
     device = estimator.level_flops.device
     found = {name: torch.ones((), dtype=torch.int64) for name, _ in estimator.named_parameters()}
@@ -160,6 +160,8 @@ def owners(estimator: Estimator, of_level: Tensor, of_task: list[int]) -> dict[s
             read = _stages(module.in_groups or (module.in_channels,), of_level, alone=not module.in_groups)
             read = read if module.groups == 1 else read[:1]  # a cardinality group reads what it writes
             found[f"{name}.weight"] = torch.maximum(out[:, None], read[None, :])[:, :, None, None]
+            if module.bias is not None:
+                found[f"{name}.bias"] = out.clamp(min=1)
     return {name: stages.to(device) for name, stages in found.items()}
 
 

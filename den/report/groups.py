@@ -199,7 +199,7 @@ def backbone_name(record: Evaluation) -> str:
     large = network["backbone"].startswith("simpleconvnet") and network["trunk_size"] >= 200
     if large and network["backbone"] == "simpleconvnet_strided":
         return "simpleconvnet_224"  # the paper's, by its counts
-    return "simpleconvnet on 224x224" if large else network["backbone"]
+    return f"{network['backbone']} on 224x224" if large else network["backbone"]
 
 
 def _rows(groups: Sequence[Group]) -> list[Row]:

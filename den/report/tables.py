@@ -19,12 +19,12 @@ HEAD = (
 
 NOTES = """\
 Mean ± standard deviation over seeds, on the test images. Δ dense: points above the dense network (the mean of its
-seeds) on the same task. MFLOP: twice the multiply-adds of the block convolutions, mean per image, in millions; times
-fewer: than the full structure. Parameters: convolution weights of the blocks, of VGG and SimpleConvNet with the fully
-connected layers, of all networks that the row needs; in C1 those that an image uses, as in Table 5. The paper's numbers
-stand only beside networks that have learnt the same tasks; its Table 3 counts multiply-adds and is doubled here. ms:
-measured per image, with choosing; ms dense: the full structure, in the faster of plain convolutions and our kernels.
-Entropy: of the structures in use, in nats."""
+seeds) on the same task. MFLOP: twice the multiply-adds of the blocks, mean per image, in millions; times fewer: than
+the full structure. Parameters: weights of the blocks, of VGG and SimpleConvNet with the fully connected layers, of all
+networks that the row needs; in C1 those that an image uses, as in Table 5. The paper's numbers stand only beside
+networks that have learnt the same tasks; its Table 3 counts multiply-adds and is doubled here. ms: measured per image,
+with choosing; ms dense: the full structure, in the faster of plain convolutions and our kernels. Entropy: of the
+structures in use, in nats."""
 
 
 @dataclass(frozen=True)

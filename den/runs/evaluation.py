@@ -66,9 +66,9 @@ class TaskResult:
     images: int
     accuracy: float  # 0..1
     loss: float  # mean cross-entropy
-    flops: float  # mean per image, block convolutions
+    flops: float  # mean per image, of the blocks
     flops_ratio: float  # of the full structure's
-    parameters: float  # mean number of block convolution weights that an image uses
+    parameters: float  # mean number of weights of the blocks that an image uses
     usage: tuple[float, ...]  # [N], mean share of each block's
     structures: int  # different ones in use
     variety: float  # entropy of the structures in use, nats

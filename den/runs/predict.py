@@ -36,7 +36,7 @@ class Prediction:
     confidence: float  # probability of it, 0..1
     top: tuple[tuple[str, float], ...]  # the likeliest classes and their probabilities, the likeliest first
     levels: tuple[int, ...]  # [N], the level of every block
-    flops: float  # of the block convolutions
+    flops: float  # of the blocks
     flops_ratio: float  # of the full structure's
 
 

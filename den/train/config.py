@@ -66,8 +66,8 @@ class NetworkConfig:
     """Settings of the network."""
 
     backbone: str = "wrn14_1"
-    """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50, vgg16, vgg19, simpleconvnet; or
-    FILE.py:NAME, a den.Backbone of your own."""
+    """Name of the backbone: wrn{l}_{r}, resnet{l}, resnext{l}_{c}x{d}d, resnet50, vgg16, vgg19, simpleconvnet; with
+    elastic fully connected layers vgg16_elastic_fc, vgg19_elastic_fc; or FILE.py:NAME, a den.Backbone of your own."""
     stages: Annotated[tuple[tuple[int, int], ...], Range(1)] = ()
     """Channels and blocks of each stage, overriding the name's; empty: the name's."""
     stem: Annotated[int | None, Range(0)] = None

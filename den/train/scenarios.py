@@ -36,15 +36,17 @@ SCENARIOS = {
     "m1": Scenario(("cifar100", "tinyimagenet", "stl10"), ("wrn32_4", "resnet42"), each=True, nested=(2, 1, 3)),
     "m2": Scenario(("imagenet50-0..9@84",), ("simpleconvnet",), batch_size=256),
     "m3": Scenario(("cifar100-coarse", "cifar100"), ("wrn32_4",)),
-    "c1": Scenario(("cifar100",), ("resnext29_8x64d_narrow", "resnext29_4x64d_narrow", "vgg19")),
+    "c1": Scenario(("cifar100",), ("resnext29_8x64d_narrow", "resnext29_4x64d_narrow", "vgg19_elastic_fc")),
 }
 # The networks whose parameters the paper counts: 22.4M and 11.2M for its ResNeXt-29, 38.9M for its "VGG-16".
 LEVELS = {
+    "vgg19_elastic_fc": 3,
     "vgg19": 3,
     "resnext29_8x64d_narrow": 4,
     "resnext29_4x64d_narrow": 3,
     "resnext29_2x64d_narrow": 3,
     "simpleconvnet": 2,
+    "simpleconvnet_elastic_fc": 2,
     "simpleconvnet_strided": 2,
 }
 TRUNK_SIZE = 32  # the stems' strides bring 32, 64 and 96 pixels to it

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..dynamic_conv import dynamic_conv2d
-from ..dynamic_norm import DynamicBatchNorm2d
 from ..eager import as_fx_leaf
-from ..layers import DynamicConv2d
+from ..layers import DynamicBatchNorm2d, DynamicConv2d
 from ..plan import Route
 from .carrier import Carrier, Selection
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import statistics
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -29,6 +28,7 @@ from den.report.dag.report import report
 from den.train.engine import Engine
 from den.train.folder import read_metrics
 from tests.dense_files import write_npy_scenes, write_pascal
+from tests.drawn import assert_drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 
@@ -59,6 +59,13 @@ def tiny(root, out, scenario="nyuv2", training=None, data=None, **changes):
     )
 
 
+@pytest.fixture(scope="module")
+def all_tasks(root, tmp_path_factory):
+    """The folder and the network of a run of all tasks."""
+    folder = tmp_path_factory.mktemp("runs") / "all"
+    return folder, train(tiny(root, folder))
+
+
 @pytest.mark.parametrize(
     ("scenario", "changes"),
     [
@@ -85,8 +92,8 @@ def test_a_scenario_trains_on_its_files_and_is_measured(root, tmp_path, scenario
 
 
 @pytest.mark.parametrize("broken_off_at", [1, 4, 6])
-def test_a_dense_run_broken_off_continues_to_the_same_weights(root, tmp_path, monkeypatch, broken_off_at):
-    whole = train(tiny(root, tmp_path / "whole"))
+def test_a_dense_run_broken_off_continues_to_the_same_weights(root, tmp_path, monkeypatch, all_tasks, broken_off_at):
+    _, whole = all_tasks
     learn, calls = Engine.update, []
 
     def failing(engine, *arguments):
@@ -119,14 +126,13 @@ def gain(name, ours, single):
 
 
 @pytest.mark.parametrize("references", [("depth", "normals"), ("single",)])
-def test_delta_is_against_the_runs_of_single_tasks(root, tmp_path, references):
-    train(tiny(root, tmp_path / "all"))
+def test_delta_is_against_the_runs_of_single_tasks(root, tmp_path, all_tasks, references):
     for name in references:
         only = () if name == "single" else (name,)
         train(tiny(root, tmp_path / name, data={"only": only}, mode="single" if name == "single" else "hard"))
-    runs = [tmp_path / name for name in ("all", *references)]
+    runs = [all_tasks[0], *(tmp_path / name for name in references)]
     text = report(DagReportConfig(runs=tuple(runs), markdown=tmp_path / "dense.md"))
-    assert matplotlib.image.imread(tmp_path / "all" / "graph.png").shape[0] > 200
+    assert_drawn(all_tasks[0] / "graph.png")
     assert "| ms per 4 images |" in text
     assert (tmp_path / "dense.md").read_text().endswith(text)
     every, *alone = (measure(path, time=False) for path in runs)
@@ -140,9 +146,8 @@ def test_delta_is_against_the_runs_of_single_tasks(root, tmp_path, references):
     assert "Published" not in text  # the published values are of 40 classes, and depth has a run of its own
 
 
-def test_without_runs_of_single_tasks_the_published_values_stand(root, tmp_path):
-    train(tiny(root, tmp_path / "all"))
-    run = measure(tmp_path / "all", time=False)
+def test_without_runs_of_single_tasks_the_published_values_stand(all_tasks):
+    run = measure(all_tasks[0], time=False)
     text = delta_tables([run])
     assert "Published single-task values (AdaShare protocol) are of another network" in text
     row = next(line for line in text.splitlines() if "depth: abs_error" in line)

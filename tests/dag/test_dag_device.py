@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def tiny(place, mode="dag", device="cpu", **changes):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """on_cpu(mode): settings of a run that a CPU has trained, once; called outside of a simulated GPU."""
+
+    @cache
+    def trained(mode):
+        train(config := tiny(tmp_path_factory.mktemp("cpu") / mode, mode))
+        return config
+
+    return trained
+
+
 @contextlib.contextmanager
 def no_waiting(monkeypatch, most=2):
     """Drawing a batch and learning from it may wait for the GPU only to read what the tasks keep, when that changed:
@@ -122,8 +135,8 @@ def numbers(out):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_on_a_gpu_waits_for_no_update_and_equals_the_cpus(tmp_path, monkeypatch, mode):
-    train(there := tiny(tmp_path / "cpu", mode))
+def test_a_run_on_a_gpu_waits_for_no_update_and_equals_the_cpus(tmp_path, monkeypatch, on_cpu, mode):
+    there = on_cpu(mode)
     here = dataclasses.replace(there, out=tmp_path / "gpu", device="cuda")
     with simulated(monkeypatch):
         with no_waiting(monkeypatch, most=10 if mode == "adashare" else 2):  # 8 draws, each a topology
@@ -138,8 +151,8 @@ def test_auto_is_the_gpu_where_there_is_one(tmp_path, monkeypatch):
         assert {part.device.type for part in [*batch.images, *batch.labels]} == {"cuda"}
 
 
-def test_images_that_do_not_fit_stay_on_the_host(tmp_path, monkeypatch):
-    train(there := tiny(tmp_path / "cpu"))
+def test_images_that_do_not_fit_stay_on_the_host(tmp_path, monkeypatch, on_cpu):
+    there = on_cpu("dag")
     monkeypatch.setattr("den.data.images.fits", lambda size, free: free is None)
     assert not fits(1, 0)
     with simulated(monkeypatch), no_waiting(monkeypatch):
@@ -168,8 +181,8 @@ def break_off(config, monkeypatch, at):
 
 @pytest.mark.parametrize("mode", ["dag", "adashare", "cross-stitch"])
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
-def test_a_run_goes_on_on_another_device(tmp_path, monkeypatch, mode, first):
-    train(whole := tiny(tmp_path / "whole", mode))
+def test_a_run_goes_on_on_another_device(tmp_path, monkeypatch, on_cpu, mode, first):
+    whole = on_cpu(mode)
     config = tiny(tmp_path / "run", mode, first)
     other = dataclasses.replace(config, device="cpu" if first == "cuda" else "cuda")
     with simulated(monkeypatch) if first == "cuda" else contextlib.nullcontext():
@@ -189,8 +202,8 @@ def test_a_checkpoint_of_a_gpu_loads_on_a_cpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["dag", "single", "cross-stitch", "dense"])
-def test_a_report_of_a_gpu_is_that_of_a_cpu(tmp_path, monkeypatch, mode):
-    train(config := tiny(tmp_path / "run", mode))
+def test_a_report_of_a_gpu_is_that_of_a_cpu(tmp_path, monkeypatch, on_cpu, mode):
+    config = on_cpu(mode)
     expected = report(DagReportConfig((config.out,), time=False, device="cpu"))
     with simulated(monkeypatch):
         got = report(DagReportConfig((config.out,), time=False, device="cuda", markdown=tmp_path / "report.md"))

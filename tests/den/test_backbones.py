@@ -25,6 +25,7 @@ from den_kernels import RoutingPlan
 from tests.oracle import assert_trained_alike, unlike_new
 
 TASKS = (Task("digits", 10, 8), Task("photos", 5, 20))
+
 CONFIGS = {
     "resnext": ModelConfig(
         TASKS, backbone="resnext11_4x4d", stages=((16, 1), (32, 1), (32, 1)), stem=8, levels=3, trunk_size=8
@@ -36,6 +37,9 @@ CONFIGS = {
         TASKS, backbone="simpleconvnet", stages=((8, 1), (16, 2), (24, 3)), stem=8, levels=3, trunk_size=16
     ),
     "pairs on images": ModelConfig(TASKS, backbone="simpleconvnet", levels=2, trunk_size=20),
+    "pairs and layers": ModelConfig(
+        TASKS, backbone="simpleconvnet_elastic_fc", stages=((8, 1), (16, 2), (24, 1)), levels=3, trunk_size=20
+    ),
 }
 NAMES = [task.name for task in TASKS]
 
@@ -48,7 +52,7 @@ def model(request):
 
 
 two_kinds = pytest.mark.parametrize(
-    "model", [CONFIGS["resnext"], CONFIGS["pairs on images"]], indirect=True, ids=["resnext", "pairs"]
+    "model", [CONFIGS["resnext"], CONFIGS["pairs and layers"]], indirect=True, ids=["resnext", "pairs"]
 )
 
 

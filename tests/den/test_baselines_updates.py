@@ -18,7 +18,7 @@ from den.recipes.adashare import gated, gumbel_softmax, keep_logits, sharing_los
 from den.recipes.blockdrop import draw, free_blocks, policy_loss, rewards
 from den.recipes.random_selector import level_chances
 from den.recipes.routing import learn_policy, project_to_simplex
-from den.train.config import DataConfig, EstimatorTraining, MethodConfig, PhaseConfig, TrainConfig
+from den.train.config import DataConfig, EstimatorTraining, MethodConfig, NetworkConfig, PhaseConfig, TrainConfig
 from den.train.engine import Engine
 from tests.small_runs import cut_sets, small_config
 
@@ -195,6 +195,32 @@ def test_packnet_stage_trains_what_its_level_adds_and_nothing_else(tmp_path, mon
             assert torch.equal(rest[0], rest[1]), name
             assert not torch.equal(rest[1], rest[2]), name
             assert part.shape == first[2].shape
+
+
+def test_packnet_leaves_fully_connected_blocks_alone_where_an_earlier_stage_trained_them(tmp_path, monkeypatch):
+    """Bit for bit, of weights and biases: what the first task reads stays, the rest changes."""
+    cut_sets(monkeypatch)
+    config = small_config(
+        tmp_path / "run", "packnet", data=DataConfig(tasks=("fashion", "digits"), batch_size=20),
+        network=NetworkConfig("simpleconvnet_elastic_fc", ((8, 1),) * 2, stem=8, levels=2, trunk_size=8),
+        estimator=EstimatorTraining(first=PhaseConfig(steps=3, rate=0.1), weight_decay=0.01, decay_all=True),
+        methods=MethodConfig(levels=(1, 0)),
+    )  # fmt: skip
+    with Engine(config, prepare) as engine:
+        estimator, images, answers, kept = engine.model.estimator, torch.randn(4, 1, 8, 8), [], []
+        for phase in engine.phases:
+            for batch in engine.phase("estimator", phase.stage):
+                engine.update(engine.recipe.objective(engine, phase, batch))
+            engine.model.eval()
+            with torch.no_grad():
+                answers.append(estimator(images, "digits", torch.zeros(4, 2).long()))
+            kept.append({name: t.clone() for name, t in estimator.blocks[1].state_dict().items()})
+    assert torch.equal(*answers)
+    changed = {name: (kept[0][name] != kept[1][name]).squeeze() for name in kept[0]}
+    for features in (changed["fc1.bias"], changed["fc1.weight"].any(1), changed["fc2.weight"].any(0)):
+        assert not features[:64].any()
+        assert features[64:].any()
+    assert not changed["fc2.bias"].any()
 
 
 def test_packnet_frozen_channels_are_normalised_by_what_they_keep(tmp_path, monkeypatch):

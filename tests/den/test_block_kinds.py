@@ -1,4 +1,4 @@
-"""Bottleneck blocks and convolution pairs against the strict reference, at every level and in every mode."""
+"""Bottleneck blocks and pairs, of convolutions and of fully connected layers, against the strict reference."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from den.nn.blocks import BottleneckShape, PairShape
+from den.nn.blocks import BottleneckShape, LinearPairShape, PairShape
 from den.nn.levels import level_plan
 from den.nn.reference import reference_block
 from den_kernels import RoutingPlan, _bottleneck_composed
@@ -26,6 +26,8 @@ KINDS = {
     "pair, pools between": PairShape(3, 8, 16, 8, (True, False)),
     "pair, pools after both": PairShape(12, 20, 8, 8, (True, True)),
     "pair, strides": PairShape(12, 20, 8, 9, (True, True), strided=True),
+    "fully connected": LinearPairShape(5, 24, 13, 3),
+    "fully connected, of one pixel": LinearPairShape(32, 48, 16, 1),
 }
 LEVELS = {
     "mixed": [3, 0, 1, 2, 2, 0, 3, 1],
@@ -43,6 +45,7 @@ def make(shape, dtype=torch.float32, first=False):
 
 
 def data(shape, levels, dtype=torch.float32, side=8, seed=1):
+    side = shape.in_size if isinstance(shape, LinearPairShape) else side  # which reads no other map
     x = torch.randn(len(levels), shape.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
     levels = torch.tensor(levels, dtype=torch.int32)
     return x.to(dtype, memory_format=torch.channels_last), levels, level_plan(levels[:, None], L, shape.lowest)[0]
@@ -54,7 +57,12 @@ def close(got, expected):
 
 kinds = pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
 residuals = pytest.mark.parametrize(
-    "shape", [shape for shape in KINDS.values() if not shape.lowest], ids=[k for k in KINDS if not k.startswith("pair")]
+    "shape", [s for s in KINDS.values() if not s.lowest], ids=[k for k, s in KINDS.items() if not s.lowest]
+)
+normed = pytest.mark.parametrize(
+    "shape",
+    [s for s in KINDS.values() if not isinstance(s, LinearPairShape)],
+    ids=[k for k, s in KINDS.items() if not isinstance(s, LinearPairShape)],
 )
 
 
@@ -75,10 +83,10 @@ def test_inference_equals_the_reference(shape, levels):
     ("shape", "levels", "first"),
     [
         *((shape, LEVELS["mixed"], False) for shape in KINDS.values()),
-        *((shape, LEVELS["all at level 0"], False) for shape in (KINDS["cardinality"], KINDS["pair"])),
+        *((KINDS[kind], LEVELS["all at level 0"], False) for kind in ("cardinality", "pair", "fully connected")),
         (KINDS["bottleneck grows"], LEVELS["mixed"], True),
     ],
-    ids=[*KINDS, "cardinality, all at level 0", "pair, all at level 0", "first"],
+    ids=[*KINDS, *(f"{kind}, all at level 0" for kind in ("cardinality", "pair", "fully connected")), "first"],
 )
 def test_training_equals_the_reference_with_gradients_and_statistics(shape, levels, first):
     block = make(shape, torch.float64, first).train()
@@ -97,7 +105,7 @@ def test_training_equals_the_reference_with_gradients_and_statistics(shape, leve
 @settings(max_examples=25)
 @given(
     levels=st.lists(st.integers(0, L - 1), min_size=1, max_size=6),
-    kind=st.sampled_from([BottleneckShape, PairShape]),
+    kind=st.sampled_from([BottleneckShape, PairShape, LinearPairShape]),
     units=st.integers(8, 12),
     cardinality=st.booleans(),
     in_channels=st.integers(1, 9),
@@ -108,6 +116,8 @@ def test_training_equals_the_reference_with_gradients_and_statistics(shape, leve
 def test_any_block_equals_the_reference(levels, kind, units, cardinality, in_channels, stride, side, masked):
     if kind is PairShape:
         shape = PairShape(in_channels, units, 5, side, (stride == 2, cardinality))
+    elif kind is LinearPairShape:
+        shape = LinearPairShape(in_channels, units, 5, side)
     else:
         shape = BottleneckShape(in_channels, 3 * units, 10, side, stride, units if cardinality else 1)
     block = make(shape).eval()
@@ -167,6 +177,8 @@ def test_an_unselected_channel_leaves_no_trace(shape):
         *outputs, (last, _) = block.layers()
         for conv, _ in outputs:
             conv.weight[width:] = torch.nan
+            if conv.bias is not None:
+                conv.bias[width:] = torch.nan
         last.weight[:, width:] = torch.nan
         assert torch.equal(block(x, route), before)
 
@@ -191,7 +203,8 @@ def test_full_training_needs_no_route(shape):
     block, other = make(shape).train(), make(shape).train()
     x, _, route = data(shape, [3] * 4)
     close(block(x), other(x, route))
-    close(block.bn2.running_var, other.bn2.running_var)
+    for mine, its in zip(block.buffers(), other.buffers(), strict=True):
+        close(mine, its)
 
 
 @kinds
@@ -205,7 +218,21 @@ def test_input_is_left_alone_unless_lent(shape):
         assert torch.equal(block(x, route, inplace=True), expected)
 
 
-@kinds
+def test_dropout_falls_on_both_fully_connected_layers_while_training():
+    block = make(LinearPairShape(8, 32, 24, 2, dropout=0.5), torch.float64)
+    x, levels, route = data(KINDS["fully connected"], LEVELS["mixed"], torch.float64)
+    x = torch.randn(len(levels), 8, 2, 2, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    results = []
+    for run in (lambda: block.train()(x, route), lambda: reference_block(block.train(), x, levels, L)):
+        torch.manual_seed(4)
+        results.append(run())
+    torch.testing.assert_close(*results)
+    assert (results[0] == 0).double().mean() > 0.6  # ReLU alone: half
+    torch.testing.assert_close(block.eval()(x, route), reference_block(block, x, levels, L))
+    assert not torch.allclose(block(x, route), results[0])
+
+
+@normed
 def test_folded_weights_follow_the_parameters(shape):
     block = make(shape).eval()
     x, levels, route = data(shape, [3, 0, 1, 2])
@@ -236,6 +263,25 @@ def test_half_precision_is_as_near_as_pytorch_itself(shape, dtype):
     assert (got.double() - expected).abs().max() <= 4 * own
 
 
+def test_weights_of_fully_connected_layers_are_read_anew_after_a_change():
+    block = make(KINDS["fully connected, of one pixel"]).eval()
+    x, levels, route = data(KINDS["fully connected, of one pixel"], [3, 0, 1, 2])
+    with torch.no_grad():
+        before = block(x, route)
+        block.fc2.weight.mul_(2)
+        after = block(x, route)
+        close(after, reference_block(block, x, levels, L))
+    assert not torch.allclose(after, before)
+
+
+def test_initial_weights_of_fully_connected_layers_keep_the_size_of_what_they_read():
+    """He's fan-in, as of the layers that are no block; biases from zero."""
+    block = LinearPairShape(8, 128, 64, 4).build(L)
+    for layer, fan_in in ((block.fc1, 128), (block.fc2, 128)):
+        assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+        assert not layer.bias.any()
+
+
 def test_initial_weights_keep_the_size_of_what_flows_back():
     """He's fan-out: the outputs that an input reaches, of its own cardinality group alone, times 9 taps."""
     block = BottleneckShape(64, 256, 64, 8, stride=1, cardinality=8).build(L)
@@ -254,6 +300,11 @@ BAD = {
         "channels must be at least 256 in units of 64 for 4 levels, got 128",
     ),
     "thin pair": (lambda: PairShape(8, 4, 8, 8, (False, False)).build(L), "channels must be at least 8 for 4 levels"),
+    "thin layers": (lambda: LinearPairShape(8, 4, 8, 1).build(L), "channels must be at least 8 for 4 levels, got 4"),
+    "features": (
+        lambda: LinearPairShape(8, 8, 8, 2).build(L)(torch.zeros(2, 8, 3, 3), torch.ones(2).long()),
+        "dynamic_conv2d: x must have 32 channels",
+    ),
     "one level": (lambda: PairShape(8, 8, 8, 8, (False, False)).build(1), "levels must be at least 2 .half and every"),
     "level": (lambda: level_plan(torch.tensor([[L]]), L, lowest=1), r"level_plan: levels must be in 0..3, got 4"),
     "negative": (lambda: level_plan(torch.tensor([[-1]]), L, lowest=1), r"level_plan: levels must be in 0..3, got -1"),

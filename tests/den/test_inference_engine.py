@@ -9,9 +9,9 @@ from torch import nn
 import den
 import den_kernels
 from den.evaluate.operating import LevelCosts
-from den.inference.graphs import bucket
 from den.inference.networks import split
 from den.inference.points import Point, structure_within, within_milliseconds
+from den.nn.graphs import bucket
 from den.nn.task_batch import TaskBatch
 from tests.oracle import unlike_new
 from tests.simulated_gpu import simulated

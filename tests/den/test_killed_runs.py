@@ -17,21 +17,32 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["den", "dag"])
-def test_a_run_killed_at_random_moments_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, kind):
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory):
+    """The folder of a killed run of each kind, and how many times each was killed."""
+    place = tmp_path_factory.mktemp("killed")
+    found = subprocess.run(
+        [sys.executable, killed_run.__file__, str(place)], capture_output=True, text=True, timeout=600
+    )
+    assert found.returncode == 0, found.stderr
+    return {
+        kind: (place / kind, int(count)) for kind, count in zip(killed_run.KINDS, found.stdout.split(), strict=True)
+    }
+
+
+@pytest.mark.parametrize("kind", killed_run.KINDS)
+def test_a_run_killed_at_random_moments_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, killed_runs, kind):
     monkeypatch.setattr("den.recipes.setup.load_set", None)  # replaced by `run`, and put back afterwards
     monkeypatch.setattr("den.recipes.dag.recipe.load_tasks", None)
     torch.set_num_threads(1)
     killed_run.run(kind, tmp_path / "whole")
-    command = [sys.executable, killed_run.__file__, kind, str(tmp_path / "killed")]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert found.returncode == 0, found.stderr
-    assert int(found.stdout) >= 2
-    whole, killed = ({p.name for p in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
-    assert whole == killed
-    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
-    for name in whole & {"last.safetensors", "best.safetensors", "searched.safetensors"}:
-        (expected, record), (tensors, again) = (load_checkpoint(tmp_path / k / name) for k in ("whole", "killed"))
+    whole, (killed, times) = tmp_path / "whole", killed_runs[kind]
+    assert times >= 2
+    files = {path.name for path in whole.iterdir()}
+    assert files == {path.name for path in killed.iterdir()}
+    assert read_metrics(killed) == read_metrics(whole)
+    for name in files & {"last.safetensors", "best.safetensors", "searched.safetensors"}:
+        (expected, record), (tensors, again) = (load_checkpoint(folder / name) for folder in (whole, killed))
         assert record == again
         assert expected.keys() == tensors.keys()
         assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.items())

@@ -41,7 +41,8 @@ def test_a_block_is_two_launches_and_no_pass_activates(backbone, monkeypatch):
 
 @torch.no_grad()
 def test_a_replay_is_the_selector_and_two_launches_a_block(monkeypatch):
-    """At most two a block and six for plan, stem, last norm and head; the selector's convolutions come before."""
+    """At most two a block and six for plan, stem, last norm and head; before them the selector's convolutions, and one
+    that has what fills up the batch at level 0."""
     model = network("wrn14_4")
     images = torch.randn(3, *TASK.shape).bfloat16()
     with counted(monkeypatch) as launches:
@@ -63,7 +64,7 @@ def test_a_replay_is_the_selector_and_two_launches_a_block(monkeypatch):
         monkeypatch.setattr(torch.cuda, "graph", watched)
         model.estimator.heads[0].weight.mul_(1)  # a change: captured anew
         graphed(images)
-    assert 0 < len(inside) <= 2 * model.num_blocks + 6 + selector
+    assert 0 < len(inside) <= 2 * model.num_blocks + 6 + selector + 1
     assert inside.count("plan_levels") == 1
 
 
@@ -75,14 +76,17 @@ def test_graphs_follow_images_batches_and_weights(monkeypatch):
     with simulated(monkeypatch):
         model.to("cuda:0")
         graphed = GraphedNetwork(model, "photos", buckets=(2, 4))
-        there = on_gpu(*batches)
+        there, planned, plan = on_gpu(*batches), [], model.estimator.level_plan
+        monkeypatch.setattr(model.estimator, "level_plan", lambda levels: planned.append(levels) or plan(levels))
         for x, (logits, levels) in zip(there, expected, strict=True):
             got, chosen = graphed(x, return_levels=True)
             torch.testing.assert_close(got.cpu(), logits, rtol=1e-4, atol=1e-4)
             assert torch.equal(chosen.cpu(), levels)
+        assert planned[0].shape == (4, model.num_blocks)
+        assert not planned[0][3:].cpu().any()  # what fills up the first batch costs as little as it can
         model.estimator.heads[0].weight.mul_(2)
         torch.testing.assert_close(graphed(there[0]).cpu(), model(there[0], TASK).cpu(), rtol=1e-4, atol=1e-4)
-        with pytest.raises(ValueError, match=r"images must be .* \[B, 3, 32, 32\]"):
+        with pytest.raises(ValueError, match=r"images .* must be the model's torch.float32, got torch.float64"):
             graphed(there[0].double())
         with pytest.raises(ValueError, match="must be in eval mode"):
             GraphedNetwork(model.train(), TASK)(there[0])

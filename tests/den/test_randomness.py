@@ -10,6 +10,7 @@ import torch
 
 from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining
 from den.nn.backbones import BACKBONES
+from den.nn.block_lists import pair_shapes, with_linear_pair
 from den.recipes import prepare
 from den.recipes.dag.search import train as train_dag
 from den.recipes.den import train
@@ -37,11 +38,11 @@ def stir(seed: int) -> None:
 
 @pytest.fixture
 def vgg(tmp_path, monkeypatch):
-    """vgg_run(name, **changes): settings of a VGG with dropout, its layers of 4096 made small."""
+    """vgg_run(name, **changes): settings of a VGG with dropout, its elastic layers of 4096 made small."""
     cut_sets(monkeypatch)
-    small = dataclasses.replace(BACKBONES["vgg16"], fully_connected=(32, 32))
-    monkeypatch.setitem(BACKBONES, "vgg16", small)
-    network = NetworkConfig("vgg16", stages=((8, 1), (8, 1)), levels=2, trunk_size=8)
+    small = dataclasses.replace(BACKBONES["vgg16_elastic_fc"], shapes=with_linear_pair(pair_shapes, 32, 32, 0.5))
+    monkeypatch.setitem(BACKBONES, "vgg16_elastic_fc", small)
+    network = NetworkConfig("vgg16_elastic_fc", stages=((8, 1), (8, 1)), levels=2, trunk_size=8)
     return lambda name, **changes: small_config(tmp_path / name, changes.pop("mode", "den"), network=network, **changes)
 
 

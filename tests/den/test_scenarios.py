@@ -41,7 +41,14 @@ def test_scenarios_are_those_of_the_paper(name, tasks, batch, levels, backbone, 
 
 
 @pytest.mark.parametrize(
-    ("backbone", "levels"), [("vgg19", 3), ("resnext29_4x64d_narrow", 3), ("resnext29_8x64d_narrow", 4), ("wrn14_1", 4)]
+    ("backbone", "levels"),
+    [
+        ("vgg19", 3),
+        ("vgg19_elastic_fc", 3),
+        ("resnext29_4x64d_narrow", 3),
+        ("resnext29_8x64d_narrow", 4),
+        ("wrn14_1", 4),
+    ],
 )
 def test_levels_follow_the_backbone(backbone, levels):
     assert scenario_config("c1", ScenarioOptions(backbone=backbone)).network.levels == levels

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from den.train.engine import Engine
 from den.train.folder import read_metrics, stored_config
 from den.train.objective import STEERING
 from den.train.phases import run_phases, schedule_factor
+from tests.small_runs import cut_sets
 
 
 def tiny(out, **changes):
@@ -39,10 +41,7 @@ def tiny(out, **changes):
 
 @pytest.fixture
 def small_sets(monkeypatch):
-    """The packaged sets cut to a few images, so that a run costs its steps only."""
-    whole = {(name, split): load_set(name, split) for name in ("digits", "fashion") for split in ("train", "test")}
-    few = torch.arange(60)
-    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: whole[name, split].subset(few))
+    cut_sets(monkeypatch)
 
 
 def test_phases_follow_algorithm_1(tmp_path):
@@ -117,16 +116,32 @@ def run_interrupted(config, monkeypatch, at):
             train(config)
 
 
+def steered(out, baseline):
+    selector = dataclasses.replace(tiny(out).selector, baseline=baseline, budget=0.5)
+    return tiny(out, selector=selector)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """whole_runs(baseline): settings and network of an uninterrupted run, trained once; needs `small_sets`."""
+
+    @cache
+    def trained(baseline):
+        config = steered(tmp_path_factory.mktemp("whole") / "run", baseline)
+        return config, train(config)
+
+    return trained
+
+
 @pytest.mark.parametrize(
     ("at", "baseline"),
     [(0, "none"), (2, "none"), (6, "leave-one-out"), (8, "running-mean"), (12, "leave-one-out"), (18, "running-mean")],
 )
-def test_continued_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, small_sets, monkeypatch, at, baseline):
+def test_continued_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path, small_sets, monkeypatch, whole_runs, at, baseline
+):
     """Interrupted before update `at`: before any epoch, within one, at the border of one, in each kind of phase."""
-    selector = dataclasses.replace(tiny(tmp_path).selector, baseline=baseline, budget=0.5)
-    whole = tiny(tmp_path / "whole", selector=selector)
-    broken = tiny(tmp_path / "broken", selector=selector)
-    expected = train(whole)
+    (whole, expected), broken = whole_runs(baseline), steered(tmp_path / "broken", baseline)
     run_interrupted(broken, monkeypatch, at)
     found = train(broken, resume=True)
     assert read_metrics(broken.out) == read_metrics(whole.out)
@@ -202,10 +217,10 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, small_sets):
         train(tiny(tmp_path / "run", estimator=estimator))
 
 
-@pytest.mark.parametrize("budget", [0.2, 0.25])
-def test_budget_steers_every_task_to_its_flops(tmp_path, budget):
+def test_budget_steers_every_task_to_its_flops(tmp_path):
     """From a rho that alone would save next to nothing; the estimator is left untrained."""
     torch.set_num_threads(1)
+    budget = 0.25
     config = tiny(
         tmp_path / "run",
         stages=1,
@@ -214,7 +229,8 @@ def test_budget_steers_every_task_to_its_flops(tmp_path, budget):
         estimator=EstimatorTraining(first=PhaseConfig(steps=1, rate=0.0)),
         selector=SelectorTraining(phase=PhaseConfig(steps=150, rate=1e-2), rho=0.01, budget=budget),
     )
-    for report in evaluate(train(config), [load_set(name, "test") for name in config.data.tasks]).values():
+    sets = [load_set(name, "test").subset(torch.arange(300)) for name in config.data.tasks]
+    for report in evaluate(train(config), sets).values():
         assert report.flops_ratio == pytest.approx(budget, rel=0.3)
 
 

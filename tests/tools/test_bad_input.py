@@ -210,6 +210,10 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "resnext: depth": (lambda: den.resnext(30, 8, 64), V, "got 30; nearest: 29 and 38"),
     "wide_resnet: width": (lambda: den.wide_resnet(14, 0), V, "width must be at least 1, got 0"),
     "vgg: stage": (lambda: den.vgg(((0, 64),), 64), V, "stages must be (channels, blocks), each at least 1"),
+    "vgg: elastic layers": (
+        lambda: den.DeepElasticNetwork(den.ModelConfig((task,), "vgg19_elastic_fc", levels=14)), V,
+        "channels must be at least 8192 for 14 levels, got 64",
+    ),
     "graphed: on a CPU": (lambda: den.GraphedNetwork(model(), "a"), V, "model must be on a CUDA device, got cpu"),
     "load: no run": (lambda: den.load("absent"), V, "must be"),
     "named_backbone": (lambda: den.named_backbone("wrn"), V, "backbone must be"),

@@ -112,7 +112,8 @@ def test_the_extension_has_no_cuda(installed):
 def test_the_cpu_path_passes_its_tests(installed, tmp_path):
     """All that den_kernels does on a CPU, of the package that was installed, by this repository's tests."""
     site, _ = installed
-    ops = "rows plan dynamic_conv dynamic_conv_grad conv_direct dynamic_norm dynamic_residual dynamic_graph layers"
+    ops = "rows plan dynamic_conv dynamic_conv_grad conv_direct dynamic_norm dynamic_norm_calls"
+    ops += " dynamic_residual dynamic_residual_calls dynamic_graph layers"
     files = [f"tests/kernels/test_{name}.py" for name in ops.split()]
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "base"), *files]
     done = python(*command, "-k", "not (opcheck or compile or export)", "-m", "not slow", cwd=ROOT, path=site)

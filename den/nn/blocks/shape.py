@@ -36,14 +36,17 @@ class BlockShape(ABC):
 
     @abstractmethod
     def convolutions(self, width: int) -> tuple[tuple[int, int], ...]:
-        """Weights of each convolution when `width` hidden channels are in use, and the side of the map it writes."""
+        """Weights of each convolution when `width` hidden channels are in use, and the side of the map it writes.
+
+        A fully connected layer is one that writes a map of side 1.
+        """
 
     @abstractmethod
     def build(self, levels: int, first: bool = False) -> nn.Module:
         """The module, with new weights; `first`: it reads the stem, whose output is activated already."""
 
     def parameters(self, width: int) -> int:
-        """Convolution weights in use when `width` hidden channels are (batch norm is counted apart)."""
+        """Weights in use when `width` hidden channels are (batch norms and biases are counted apart)."""
         return sum(weights for weights, _ in self.convolutions(width))
 
     def flops(self, width: int) -> int:

@@ -1,4 +1,4 @@
-"""CUDA graphs of a network, one for each combination of tasks and batch sizes, which are powers of two."""
+"""CUDA graphs of a network, one for each combination of tasks and batch sizes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ class _Captured:
 
 
 class Graphs:
-    """Runs batches as replays of captured graphs; threads wait for each other."""
+    """Runs batches as replays of captured graphs; threads wait for each other.
 
-    def __init__(self, run: Run, device: torch.device) -> None:
-        self._run, self._device = run, device
+    bucket: the size of the graph that runs so many instances; the others are zeros.
+    """
+
+    def __init__(self, run: Run, device: torch.device, bucket: Callable[[int], int] = bucket) -> None:
+        self._run, self._device, self._bucket = run, device, bucket
         self._kept: OrderedDict[tuple, _Captured] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -48,7 +51,7 @@ class Graphs:
 
     def __call__(self, batch: TaskBatch, levels: Tensor | None) -> tuple[list[Any], Tensor]:
         """Results of the parts and levels [B, N] of a batch, padded to the sizes that there is a graph for."""
-        sizes = [bucket(size) for size in batch.sizes]
+        sizes = [self._bucket(size) for size in batch.sizes]
         shapes = tuple(
             (task, size, part.shape[1:]) for task, size, part in zip(batch.tasks, sizes, batch.images, strict=True)
         )
