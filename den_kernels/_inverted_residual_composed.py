@@ -1,5 +1,8 @@
 """The inverted residual block as dynamic convolutions, where no kernel takes it whole."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,27 +17,28 @@ def branch(
     x: Tensor,  # [B, C, H, W]
     route: Route,
     weights: InvertedResidualWeights,
+    convolve: Callable[..., Tensor] = compute,  # takes what `compute` takes
 ) -> Tensor:  # [B, C_out, H_out, W_out]; 0 of an instance at level 0
     """The branch of the block, over the hidden channels that each instance selected."""
     groups, act = weights.groups, ACTIVATIONS[weights.activation]
+    conv = partial(_convolution, convolve)
     h = x
     if weights.conv1 is not None:
-        h = act(_convolution(h, weights.conv1, weights.bias1, route, groups, ()))
+        h = act(conv(h, weights.conv1, weights.bias1, route, groups, ()))
     if weights.conv2 is not None:
-        h = act(
-            _convolution(h, weights.conv2, weights.bias2, route, groups, groups, weights.stride, len(weights.conv2))
-        )
+        h = act(conv(h, weights.conv2, weights.bias2, route, groups, groups, weights.stride, len(weights.conv2)))
     if weights.squeeze is not None and weights.excite is not None:
         means = h.mean((2, 3), keepdim=True)
-        squeezed = _convolution(means, weights.squeeze, weights.squeeze_bias, route, (), groups)
+        squeezed = conv(means, weights.squeeze, weights.squeeze_bias, route, (), groups)
         squeezed = ACTIVATIONS[weights.squeeze_activation](squeezed)
-        gates = _convolution(squeezed, weights.excite, weights.excite_bias, route, groups, ())
+        gates = conv(squeezed, weights.excite, weights.excite_bias, route, groups, ())
         h = h * ACTIVATIONS[weights.gate_activation](gates)
-    h = _convolution(h, weights.conv3, weights.bias3, route, (), groups)
+    h = conv(h, weights.conv3, weights.bias3, route, (), groups)
     return torch.where((route.levels > 0)[:, None, None, None], h, 0)
 
 
 def _convolution(
+    convolve: Callable[..., Tensor],
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / cardinality, R, S]
     bias: Tensor | None,  # [C_out]
@@ -48,4 +52,4 @@ def _convolution(
     R, S = weight.shape[2:]
     own = None if bias is None else bias.to(weight.dtype)
     geometry = Geometry((stride, stride), (R // 2, S // 2), (1, 1), cardinality, out_sizes, in_sizes)
-    return compute(x, weight, own, route, geometry)
+    return convolve(x, weight, own, route, geometry)

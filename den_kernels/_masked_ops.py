@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _inverted_residual_composed
 from ._block_op import own_shortcut
 from ._conv_masked import masked_forward
 from ._geometry import Geometry
@@ -20,6 +21,7 @@ from ._operands import Operands
 from .bottleneck_weights import BottleneckWeights
 from .dynamic_bottleneck import OPERANDS as BOTTLENECK
 from .dynamic_graph import graph_of, run_masked
+from .dynamic_inverted_residual import OPERANDS as INVERTED_RESIDUAL
 from .dynamic_residual import OPERANDS as RESIDUAL
 from .plan import Route, RoutingPlan, channels_of
 from .residual_weights import ResidualWeights, is_stand_in
@@ -117,6 +119,19 @@ def bottleneck(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, C_out, 
     return _added(x, shortcut, y, used, weights)
 
 
+def inverted_residual(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, C_out, H_out, W_out] channels-last
+    """`dynamic_inverted_residual`."""
+    route, weights, shortcut = _taken(INVERTED_RESIDUAL, given)
+    branch = _inverted_residual_composed.branch(x, route, weights, _in_torch)
+    shortcut = x if shortcut is None and weights.skip else shortcut
+    return (branch if shortcut is None else branch + shortcut).contiguous(memory_format=torch.channels_last)
+
+
+def _in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, route: Route, geometry: Geometry) -> Tensor:
+    """A dynamic convolution of x [B, C_in, H, W]: [B, C_out, H_out, W_out]."""
+    return masked_forward(x, weight, bias, route.levels, route.mask, geometry)
+
+
 def graph(x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, *given: Any) -> Tensor:  # [B, C, H, W]
     """`dynamic_graph`."""
     read_in, gates, read_out, *weights = given
@@ -130,7 +145,7 @@ def _taken(operands: Operands, given: tuple) -> tuple[Route, Any, Tensor | None]
     """Route, weights and shortcut of what a block's op takes. Raises ValueError for weights that are gone."""
     count = len(operands)
     weights, shortcut = operands.weights(given[:count]), given[count:]
-    if is_stand_in(weights.conv1):
+    if is_stand_in(weights.conv2 if isinstance(weights, ResidualWeights) else weights.conv3):
         raise ValueError(
             f"{_OP}: program must be of a model that is not frozen, as freeze() keeps weights only as the kernels read "
             "them, got frozen ones"
@@ -179,5 +194,6 @@ DECOMPOSED: dict[str, Callable[..., Any]] = {
     "dynamic_norm": norm,
     "dynamic_residual": residual,
     "dynamic_bottleneck": bottleneck,
+    "dynamic_inverted_residual": inverted_residual,
     "dynamic_graph": graph,
 }
