@@ -1,7 +1,7 @@
 """The GPU kernels' values, on a machine without a GPU: Triton's interpreter runs them on CPU tensors.
 
-The interpreter is chosen when triton is imported and changes it, so every file of tests/kernels/interpreter runs in a
-process of its own.
+The interpreter is chosen when triton is imported and changes it, so the files of tests/kernels/interpreter run in
+processes of their own, a few in each: to import triton and torch takes as long as most files.
 """
 
 import os
@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-FOLDER = Path(__file__).parent / "interpreter"
+FILES = sorted(str(path) for path in (Path(__file__).parent / "interpreter").glob("test_*.py"))
+PROCESSES = 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_kernels_compute_what_the_reference_does(file: str) -> None:
+@pytest.mark.parametrize("share", range(PROCESSES))
+def test_kernels_compute_what_the_reference_does(share: int, pytestconfig: pytest.Config) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES[share::PROCESSES]]
+    if pytestconfig.getoption("--release"):
+        command.append("--release")
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout), done.stdout

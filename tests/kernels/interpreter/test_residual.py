@@ -34,7 +34,9 @@ def fold(block: tuple, dtype: torch.dtype, post_activation: bool = False) -> Res
     return ResidualWeights.fold(conv1.to(dtype), norm1, conv2.to(dtype), norm2, post_activation=post_activation)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.release)], ids=str
+)
 @pytest.mark.parametrize("selection", ["levels", "mask"])
 @pytest.mark.parametrize(
     ("C", "M", "C_out", "groups", "stride"),
@@ -106,7 +108,7 @@ def test_hidden_channels_that_are_not_selected_are_not_even_written(monkeypatch)
     assert not x.isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.release), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("selection", ["levels", "mask", "odd mask"])
 def test_a_block_writes_what_the_next_one_reads(selection, dtype):
     """The same bits as a pass gives, for all that the next block uses, at level 0 here or not; nothing else."""
