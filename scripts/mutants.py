@@ -44,8 +44,7 @@ TESTS = {  # of each part, the quickest first
         "tests/den/test_block_kinds.py",
     ],
     "den/train/objective.py": ["tests/den/test_objective.py", "tests/den/test_joint.py"],
-    "den/train/phases.py": [f"tests/den/test_train.py::{name}" for name in PHASE_TESTS]
-    + ["tests/den/test_scenarios.py"],
+    "den/train/phases.py": [*PHASE_TESTS, "tests/den/test_scenarios.py"],
     "den/train/checkpoint.py": ["tests/den/test_checkpoint.py"],
     "den/dag/reduction.py": ["tests/dag/test_dag_graph.py"],
 }
