@@ -31,13 +31,13 @@ from den.train.folder import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/results/trust.md"
 PHASES = {  # updates of each, in order
-    "estimator, stage 1": 60, "selector, stage 1": 40, "estimator, stage 2": 50, "selector, stage 2": 40, "finish": 50,
+    "estimator, stage 1": 30, "selector, stage 1": 20, "estimator, stage 2": 25, "selector, stage 2": 20, "finish": 25,
 }  # fmt: skip
 SETTINGS = [
-    "--data.tasks", "digits", "--data.batch-size", "32", "--data.validation", "0.2", "--network.backbone", "wrn14_2",
-    "--network.trunk-size", "8", "--stages", "2", "--epoch-steps", "2", "--device", "cpu", "--no-progress",
-    "--estimator.first.steps", "60", "--estimator.later.steps", "50", "--estimator.finish.steps", "50",
-    "--selector.phase.steps", "40",
+    "--data.tasks", "digits", "--data.batch-size", "32", "--share", "0.2", "--data.validation", "0.1",
+    "--network.backbone", "wrn14_2", "--network.trunk-size", "8", "--stages", "2", "--epoch-steps", "2",
+    "--device", "cpu", "--no-progress", "--estimator.first.steps", "30", "--estimator.later.steps", "25",
+    "--estimator.finish.steps", "25", "--selector.phase.steps", "20",
 ]  # fmt: skip
 
 

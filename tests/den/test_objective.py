@@ -157,12 +157,12 @@ def test_leave_one_out_needs_two_samples():
 
 def test_running_baseline_is_kept_per_task():
     batch = Batch(("a", "b"), [torch.zeros(2, 1), torch.zeros(1, 1)], [torch.zeros(2), torch.zeros(1)])
-    baseline = RunningBaseline(("a", "b"), momentum=0.5)
+    baseline = RunningBaseline(("a", "b"), momentum=0.75)
     first = baseline.advantage(torch.tensor([[1.0], [3.0], [10.0]]), batch)
     assert first.flatten().tolist() == [-1.0, 1.0, 0.0]  # the first batch is its own baseline
     second = baseline.advantage(torch.tensor([[4.0], [4.0], [0.0]]), batch)
     assert second.flatten().tolist() == [2.0, 2.0, -10.0]
-    assert baseline.means == {"a": 3.0, "b": 5.0}
+    assert baseline.means == {"a": 0.75 * 2 + 0.25 * 4, "b": 0.75 * 10 + 0.25 * 0}
 
 
 @pytest.mark.parametrize("baseline", ["leave-one-out", "none"])

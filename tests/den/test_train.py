@@ -6,9 +6,12 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 from den.data import ImageSet, load_set
 from den.evaluate.accuracy import best_static, evaluate, full_flops, static_candidates, time_per_image
+from den.nn.estimator import Estimator
 from den.nn.model import create_model
 from den.recipes import prepare
 from den.recipes.den import derive_structures, sparsity_weights, train
@@ -152,6 +155,21 @@ def test_continued_run_is_the_uninterrupted_one_bit_for_bit(
         again, record_again = load_checkpoint(broken.out / f"{checkpoint}.safetensors")
         assert record["position"] == record_again["position"]
         assert all(torch.equal(again[name], t) for name, t in tensors.items())
+
+
+def test_continued_run_of_a_network_with_dropout_drops_the_same(tmp_path, small_sets, monkeypatch):
+    """What draws from torch's own generator goes on where it was."""
+    plain = Estimator.run
+
+    def run(self, *arguments):
+        logits = plain(self, *arguments)
+        return tree_map(lambda each: F.dropout(each, 0.5, self.training), logits)
+
+    monkeypatch.setattr(Estimator, "run", run)
+    expected = train(tiny(tmp_path / "whole"))
+    run_interrupted(tiny(tmp_path / "broken"), monkeypatch, 11)
+    found = train(tiny(tmp_path / "broken"), resume=True)
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
 
 
 def test_continuing_a_finished_run_changes_nothing(tmp_path, small_sets):

@@ -25,8 +25,8 @@ from tests.oracle import unlike_new
 B, G = 4, 4
 LEVELS = torch.tensor([4, 2, 3, 1])  # of the four instances
 ROUTE = RoutingPlan.from_levels(LEVELS[:, None], G)[0]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("normal", "positive", "cancelling", "denormal", "huge", "negative zero", "not finite")
+LATER = ("normal", "positive", "cancelling", "denormal", "negative zero")  # of 16 bits before a release
 Row = tuple[str, Tensor, Tensor, Tensor, Tensor | None]  # name, result, PyTorch's, float64's, sizes of the terms
 
 
@@ -126,16 +126,27 @@ def norm(name: str, kind: str, dtype: torch.dtype) -> Iterator[Row]:
     got = results(dynamic_batch_norm, x, LEVELS, dy, **settings)
     peer = results(norm_by_torch, x, LEVELS, dy, **settings)
     exact = results(norm_by_torch, x.double(), LEVELS, dy.double(), **settings)
-    scales = {} if kind == "not finite" else term_sizes(x, dy, LEVELS, affine=True, tracked=True, **settings)
+    scales = term_sizes(*(t.nan_to_num(0, 0, 0) for t in (x, dy)), LEVELS, affine=True, tracked=True, **settings)
+    if training:  # the mean is a sum too, of values that may be larger than their distances from it
+        used = [x.nan_to_num(0, 0, 0).double().transpose(0, 1)[c, u] for c, u in enumerate(channel_users(sizes))]
+        means = torch.stack([of_channel.abs().mean() for of_channel in used])
+        scales["dweight"] += scales["dbias"] * means / torch.stack([each.std(correction=0) for each in used])
+        scales["running_mean"] = means + exact["running_mean"].abs()
     for key in got:
         yield key, got[key], peer[key], exact[key], scales.get(key)
 
 
+def channel_users(sizes: tuple[int, ...]) -> list[Tensor]:
+    """Of each channel, which instances use it: bool [B]."""
+    return list(channel_mask(LEVELS, sizes).unbind(1))
+
+
+# Of means over a few values PyTorch's largest error is a matter of luck: test_dynamic_norm.py has these.
 NORMS = {  # groups, map, training, mean
     "training": ((16, 16, 32, 64), (16, 16), True, 0),
     "training, narrow": ((2, 2, 4, 8), (32, 32), True, 0),
-    "training, large maps": ((8, 8, 16, 32), (64, 64), True, 0),
-    "training, few pixels": ((16, 16, 32, 64), (2, 3), True, 0),
+    "training, large maps": ((4, 4, 8, 16), (40, 40), True, 0),
+    "training, small maps": ((16, 16, 32, 64), (8, 8), True, 0),
     "training, far from zero": ((16, 16, 32, 64), (16, 16), True, 100),
     "evaluation": ((16, 16, 32, 64), (16, 16), False, 0),
 }
@@ -211,7 +222,7 @@ def graph(name: str, kind: str, dtype: torch.dtype) -> Iterator[Row]:
 
 
 def graph_by_torch(x: Tensor, weights: GraphWeights, levels: Tensor, *rows: Tensor) -> Tensor:
-    """A graph by PyTorch's convolutions of the whole batch; a gate of 0 for an edge that is not used. x [B, C, H, W]."""
+    """A graph by PyTorch's convolutions of the whole batch, masked where an edge is not used. x [B, C, H, W]."""
     read_in, gates, read_out = (row[:, :, None, None, None] for row in rows)
     states: list[Tensor] = []
     for j in range(weights.states):
@@ -253,7 +264,7 @@ def test_float32(op, name, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["huge", "not finite", *(pytest.param(k, marks=pytest.mark.release) for k in LATER)])
 @pytest.mark.parametrize(("op", "name"), OPS, ids=[f"{op.__name__}-{name}" for op, name in OPS])
 def test_half_precision(op, name, kind, dtype):
     assert_numbers(op(name, kind, dtype))
