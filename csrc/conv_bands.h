@@ -65,9 +65,9 @@ void run_bands(const ConvArguments<T>& p, int64_t block, int64_t multiple, Bytes
   const Sides sides{channels_of(p.route, p.in_sizes, p.C, block), channels_of(p.route, p.out_sizes, p.C_out, block)};
   const std::vector<Band> bands = make_bands(p, sides, threads, multiple, bytes_of);
   Failure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < static_cast<int64_t>(bands.size()); ++i)
+  share_out(static_cast<int64_t>(bands.size()), threads, [&](int64_t i) {
     failure.guard([&] { work(bands[i], scratch_of_thread(std::max<int64_t>(bytes_of(bands[i]), 64))); });
+  });
   failure.rethrow();
 }
 

@@ -148,31 +148,38 @@ template <class Chunk, class Rest>
 void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, Rest rest) {
   using Scratch = decltype(Chunk::scratch);
   const int64_t count = static_cast<int64_t>(chunks.size());
+  Failure failure;
   if (count >= 2 * threads || threads == 1) {
-    Failure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count + rest_count; ++i) {
-      if (i >= count) {
-        rest(i - count);
-        continue;
-      }
+    share_out(count + rest_count, threads, [&](int64_t i) {
+      if (i >= count) return rest(i - count);
       failure.guard([&] {
         chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes(1)));
         run_chunk(chunks[i], 0, 1, [] {});
       });
-    }
+    });
     failure.rethrow();
     return;
   }
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < rest_count; ++i) rest(i);
-  for (Chunk& chunk : chunks) {
-    chunk.scratch = static_cast<Scratch>(scratch_of_thread(chunk.bytes(threads)));
+  int64_t bytes = 0;
+  for (const Chunk& chunk : chunks) bytes = std::max<int64_t>(bytes, chunk.bytes(threads));
+  for (Chunk& chunk : chunks) chunk.scratch = static_cast<Scratch>(scratch_of_thread(bytes));
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
-    run_chunk(chunk, omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const auto wait = [&] { barrier.wait(team); };
+    int64_t begin, end;
+    share(rest_count, thread, team, begin, end);
+    failure.guard([&] {
+      for (int64_t i = begin; i < end; ++i) rest(i);
+      for (const Chunk& chunk : chunks) {
+        run_chunk(chunk, thread, team, wait);
+        wait();
+      }
     });
+    if (failure.any()) barrier.open();
   }
+  failure.rethrow();
 }
 
 template <class Arguments>

@@ -181,6 +181,30 @@ void make_features(const TrunkCall<T>& call, int64_t instance) {
   features_of(call.maps.back() + instance * pixels * C, pixels, C, t.scale, t.shift, t.features + instance * C);
 }
 
+// Where the chunks of the instances, in their order, end: each takes half of a thread's share of the cost that is left
+// at most, so that threads end together, whichever of them loses its core for a while.
+std::vector<int64_t> chunk_ends(const std::vector<double>& costs, const std::vector<int32_t>& order, int64_t threads) {
+  const int64_t B = static_cast<int64_t>(order.size());
+  double left = std::accumulate(costs.begin(), costs.end(), 0.);
+  std::vector<int64_t> ends;
+  for (int64_t i = 0; i < B;) {
+    const int64_t first = i, share = threads == 1 ? 1 : 2 * threads;
+    double taken = 0, most = left / static_cast<double>(share);
+    do taken += costs[order[i++]];
+    while (i < B && i - first < most_instances && taken + costs[order[i]] <= most);
+    left -= taken;
+    ends.push_back(i);
+  }
+  return ends;
+}
+
+// This thread's parallel regions have one thread while it lives.
+struct OneThread {
+  const int threads = omp_get_max_threads();
+  OneThread() { omp_set_num_threads(1); }
+  ~OneThread() { omp_set_num_threads(threads); }
+};
+
 template <class T>
 void run_trunk(const Trunk<T>& t) {
   const TrunkCall<T> call(t);
@@ -193,20 +217,16 @@ void run_trunk(const Trunk<T>& t) {
     return;
   }
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return call.costs[a] > call.costs[b]; });
-  const int64_t fair = threads == 1 ? t.B : t.B / (2 * threads);  // dear ones first, so that threads end together
-  const int64_t each = std::clamp<int64_t>(fair, 1, most_instances), chunks = (t.B + each - 1) / each;
+  const std::vector<int64_t> ends = chunk_ends(call.costs, order, threads);
   Failure failure;
-#pragma omp parallel num_threads(threads)
-  {
-    omp_set_num_threads(1);  // for this thread alone: no other helps it with the blocks of a chunk
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < chunks; ++i)
-      failure.guard([&] {
-        const int64_t first = i * each, count = std::min(each, t.B - first);
-        call.chunk(order.data() + first, count);
-        for (int64_t k = first; k < first + count; ++k) make_features(call, order[k]);
-      });
-  }
+  share_out(static_cast<int64_t>(ends.size()), threads, [&](int64_t i) {
+    const OneThread alone;  // no other helps it with the blocks of a chunk
+    const int64_t first = i ? ends[i - 1] : 0;
+    failure.guard([&] {
+      call.chunk(order.data() + first, ends[i] - first);
+      for (int64_t k = first; k < ends[i]; ++k) make_features(call, order[k]);
+    });
+  });
   failure.rethrow();
 }
 

@@ -1,11 +1,19 @@
-// Exceptions in parallel regions. One that leaves an OpenMP region ends the process: work that may throw (it takes
-// memory) runs through a Failure, which keeps the first exception until the region is over.
+// Work shared out among threads, beside other processes too, and what it throws.
 #pragma once
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
 #include <exception>
+#include <mutex>
+
+#include <omp.h>
 
 namespace den_kernels {
+
+// Exceptions in parallel regions. One that leaves an OpenMP region ends the process: work that may throw (it takes
+// memory) runs through a Failure, which keeps the first exception until the region is over.
 
 class Failure {
  public:
@@ -29,5 +37,67 @@ class Failure {
   std::atomic<bool> failed_{false};
   std::exception_ptr first_;
 };
+
+// Holds the threads of a region until all have come. They wait busily for as long as usual work differs, then asleep:
+// GNU OpenMP's own barriers are busy for milliseconds, on a core that the thread which they wait for may need where
+// another process has taken its own.
+class Barrier {
+ public:
+  // Called by each of `threads` threads.
+  void wait(int64_t threads) {
+    if (open_.load(std::memory_order_acquire)) return;
+    const uint32_t turn = turn_.load(std::memory_order_acquire);
+    if (come_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      come_.store(0, std::memory_order_relaxed);
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        turn_.store(turn + 1, std::memory_order_release);
+      }
+      next_.notify_all();
+      return;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    do {
+      for (int i = 0; i < 64; ++i) {
+        if (turn_.load(std::memory_order_acquire) != turn || open_.load(std::memory_order_relaxed)) return;
+        __builtin_ia32_pause();
+      }
+    } while (std::chrono::steady_clock::now() - start < busy);
+    std::unique_lock<std::mutex> lock(mutex_);
+    next_.wait(lock, [&] { return turn_.load(std::memory_order_relaxed) != turn || open_; });
+  }
+  // Holds nobody any more: a thread that has failed will not come.
+  void open() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      open_ = true;
+    }
+    next_.notify_all();
+  }
+
+ private:
+  static constexpr std::chrono::microseconds busy{200};  // to be woken takes up to 100
+  std::atomic<int64_t> come_{0};
+  std::atomic<uint32_t> turn_{0};
+  std::atomic<bool> open_{false};
+  std::mutex mutex_;
+  std::condition_variable next_;
+};
+
+// Calls work(0), ..., work(count - 1), in this order, each by the next of `threads` threads that is free.
+template <class Work>
+void share_out(int64_t count, int64_t threads, Work work) {
+  if (threads == 1 || count <= 1) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  Barrier end;
+#pragma omp parallel num_threads(threads)
+  {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+    end.wait(omp_get_num_threads());
+  }
+}
 
 }  // namespace den_kernels

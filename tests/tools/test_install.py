@@ -15,16 +15,27 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pybind11", reason="pybind11 is not installed")
-pytestmark = [
-    pytest.mark.slow,
-    # Not imported: it takes the distutils of Python's own library before setuptools can put its own there.
-    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed"),
-]
+# Not imported: it takes the distutils of Python's own library before setuptools can put its own there.
+has_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed")
+
+
+def marked_release(test):
+    """A test that the package is built for, which takes a minute or two."""
+    return pytest.mark.release(has_pip(test))
+
+
 ROOT = Path(__file__).parents[2]
 NO_NVCC = """
 import os
 access = os.access
 os.access = lambda path, *rest, **named: not str(path).endswith("nvcc") and access(path, *rest, **named)
+"""
+COMPILER = """#!/bin/sh
+# Makes what -o names, empty.
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then : > "$2"; fi
+  shift
+done
 """
 CHECK = """
 from den_kernels import _C, info
@@ -33,10 +44,10 @@ assert not info.describe()["extension"]["with_cuda"], info.describe()["extension
 """
 
 
-def python(*command: str, cwd: Path, path: Path) -> str:
+def python(*command: str, cwd: Path, path: Path, **variables: str) -> str:
     """Output of a Python process that finds packages in `path`, and none in its working directory."""
     environment = {name: value for name, value in os.environ.items() if name != "DEN_KERNELS_CUDA"}
-    environment |= {"PYTHONPATH": str(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **variables}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, **streams)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -44,8 +55,8 @@ def python(*command: str, cwd: Path, path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> tuple[Path, str]:
-    """The folder that pip installed the package into, and what it printed."""
+def copied(tmp_path_factory) -> Path:
+    """A folder with a copy of this source tree, and one that hides nvcc from Python processes."""
     folder = tmp_path_factory.mktemp("install")
     (folder / "hidden").mkdir()
     (folder / "hidden/sitecustomize.py").write_text(NO_NVCC)
@@ -53,24 +64,51 @@ def installed(tmp_path_factory) -> tuple[Path, str]:
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder / "source")
+    return folder
+
+
+@pytest.mark.slow
+def test_what_is_compiled_without_nvcc(copied):
+    """All C++ and no CUDA, and one line that says so; by a compiler that compiles nothing."""
+    compiler = copied / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    tools = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(compiler))
+    command = ["setup.py", "build_ext", "--build-temp", "objects", "--build-lib", "library"]
+    printed = python(*command, cwd=copied / "source", path=copied / "hidden", **tools)
+    assert_says_so(printed)
+    compiled = {path.stem for path in (copied / "source/objects").rglob("*.o")}
+    assert compiled == {path.stem for path in (ROOT / "csrc").glob("*.cpp")}
+
+
+def assert_says_so(printed: str) -> None:
+    lines = [line.strip() for line in printed.splitlines() if "den_kernels: " in line]
+    assert len(lines) == 1, printed
+    assert lines[0].startswith("den_kernels: no nvcc found, building without CUDA")
+
+
+@pytest.fixture(scope="module")
+def installed(copied) -> tuple[Path, str]:
+    """The folder that pip installed the package into, and what it printed."""
+    folder = copied
     flags = "-v --no-index --no-deps --no-build-isolation --disable-pip-version-check --target"
     command = ["-m", "pip", "install", *flags.split(), str(folder / "site"), "."]
     return folder / "site", python(*command, cwd=folder / "source", path=folder / "hidden")
 
 
+@marked_release
 def test_one_line_says_that_cuda_is_left_out(installed):
-    lines = [line.strip() for line in installed[1].splitlines() if "den_kernels: " in line]
-    assert len(lines) == 1, installed[1]
-    assert lines[0].startswith("den_kernels: no nvcc found, building without CUDA")
-    assert "dynamic_residual.cu" not in installed[1]
+    assert_says_so(installed[1])
 
 
+@marked_release
 def test_the_extension_has_no_cuda(installed):
     site, _ = installed
     where = python("-c", CHECK, cwd=site.parent, path=site)
     assert Path(where.splitlines()[-1]).is_relative_to(site)
 
 
+@marked_release
 def test_the_cpu_path_passes_its_tests(installed, tmp_path):
     """All that den_kernels does on a CPU, of the package that was installed, by this repository's tests."""
     site, _ = installed
