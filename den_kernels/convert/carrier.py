@@ -23,12 +23,15 @@ class Selection:
 
     hidden: Route
     """Over the channel groups of the hidden channels."""
-    active: Route
-    """Over the branch as a whole: level 1 where anything of it is in use."""
     full: bool
     """It was seen that every instance uses all of it."""
     used: bool = False
     """It was seen that every instance uses some of it."""
+
+    @property
+    def active(self) -> Route:
+        """Over the branch as a whole: level 1 where anything of it is in use. Blocks that run as one op need none."""
+        return self.hidden.active()
 
 
 Selections = tuple[Selection, ...]  # of each block
@@ -116,7 +119,7 @@ class Carrier(threading.local):
             levels = self._raised(levels, looks)
         plan = RoutingPlan.from_masks(levels) if levels.dtype == torch.bool else RoutingPlan.from_levels(levels, groups)
         least = plan.levels.amin(0).tolist() if looks and len(levels) else [0] * len(blocks)
-        return tuple(Selection(r, r.active(), low == groups, low > 0) for r, low in zip(plan, least, strict=True))
+        return tuple(Selection(r, low == groups, low > 0) for r, low in zip(plan, least, strict=True))
 
     def _raised(self, levels: Tensor, looks: bool) -> Tensor:
         """The levels, at least the lowest of each block; ValueError for a lower one where it can be seen."""
