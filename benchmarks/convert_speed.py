@@ -1,6 +1,7 @@
 """Speed of converted models on a CPU: what share of the saved FLOPs is saved time.
 
-    python -m benchmarks.convert_speed [MODEL ...] [--batch 1 8 32] [--rounds 9] [--threads 1] [--out FILE.jsonl]
+    python -m benchmarks.convert_speed [MODEL ...] [--batch 1 8 32] [--rounds 9] [--threads 1] [--cpu-time]
+                                       [--out FILE.jsonl]
     python -m benchmarks.convert_speed --show FILE.jsonl
 
 Each model, frozen (`den_kernels.freeze`), is timed in turns with the same model in plain PyTorch, batch norms folded,
@@ -79,20 +80,20 @@ def dense_ways(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
     return {"contiguous": lambda: folded(x), "channels-last": lambda: last(x_last)}
 
 
-def medians(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of a call of each way, all timed in turns."""
+def medians(ways: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of a call of each way by `clock`, all timed in turns."""
     for call in ways.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, call in ways.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, batch: int, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """The times of one model and batch size, and what follows of them."""
     torch.manual_seed(0)
     model = build(name)
@@ -115,7 +116,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
 
         return call
 
-    seconds = medians({**ways, "converted": at_levels(model), "elastic": at_levels(frozen)}, rounds)
+    seconds = medians({**ways, "converted": at_levels(model), "elastic": at_levels(frozen)}, rounds, clock)
     dense = min(seconds["contiguous"], seconds["channels-last"])
     return {
         "model": name,
@@ -152,9 +153,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that is not quiet")
     parser.add_argument("--out", help="file that a line of JSON is added to for each case")
     parser.add_argument("--show", help="file of --out to print as a table; nothing is measured")
     options = parser.parse_args()
+    run = {"threads": options.threads, "torch": torch.__version__, "clock": "CPU time" if options.cpu_time else "time"}
     if options.show:
         print(table(Path(options.show).read_text(encoding="utf-8").splitlines()))
         return
@@ -168,7 +171,7 @@ def main() -> None:
     with torch.inference_mode():
         for name, batch in tqdm(cases, leave=False, disable=len(cases) == 1):
             try:
-                row = measure(name, batch, options.rounds)
+                row = measure(name, batch, options.rounds, time.process_time if options.cpu_time else time.perf_counter)
             except (ImportError, RuntimeError) as why:  # RuntimeError: a torchvision of another torch
                 tqdm.write(f"{name}: not measured: {why}")
                 continue
@@ -180,7 +183,7 @@ def main() -> None:
             )
             if options.out:
                 with open(options.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({**row, "threads": options.threads, "torch": torch.__version__}) + "\n")
+                    file.write(json.dumps({**row, **run}) + "\n")
 
 
 if __name__ == "__main__":

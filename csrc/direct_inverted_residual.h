@@ -11,7 +11,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 
 #include <omp.h>
@@ -19,118 +18,14 @@
 #include "check.h"
 #include "direct_activation.h"
 #include "direct_chunks.h"
+#include "direct_depthwise.h"
 #include "direct_sums.h"
 #include "dynamic_inverted_residual.h"
+#include "inverted_chunk.h"
+#include "inverted_gates.h"
 
 namespace den_kernels {
 namespace {
-
-using Arguments = InvertedResidual;
-
-constexpr int64_t tile_pixels = 12;  // divisible by the pixels of a tile
-constexpr int64_t slack = 8 * 16;    // floats behind a plane of pixels, which strips that end early read
-
-// The channels that all chunks of one selection use.
-struct Selected {
-  const Channels& hidden;
-  const std::vector<Piece>& stream;  // inputs of conv1
-  int64_t planes() const { return static_cast<int64_t>(hidden.blocks.size()); }
-};
-
-// The selected channels of planes that lie `plane` floats apart, as the inputs of a product.
-std::vector<Piece> pieces_of(const Channels& hidden, int64_t plane) {
-  std::vector<Piece> pieces;
-  size_t i = 0;
-  for (const Piece& piece : hidden.pieces) {
-    while (hidden.blocks[i].index < piece.first / 16) ++i;
-    pieces.push_back({piece.first, piece.width, static_cast<int64_t>(i) * plane + piece.first % 16});
-  }
-  return pieces;
-}
-
-// Instances order[start : start + count] of a route; more than one only where a band is a whole map. In scratch memory:
-// `maps`, row sums and gates of all, then of each thread a ring, a band and a list of strips.
-struct Chunk {
-  const Arguments& block;
-  const Selected& selected;
-  int64_t start, count;
-  int64_t columns;     // of the ring, padding included
-  int64_t rows, ring;  // output rows of a band, rows of the ring
-  float* scratch = nullptr;
-
-  Chunk(const Arguments& p, const Selected& s, int64_t start, int64_t count)
-      : block(p),
-        selected(s),
-        start(start),
-        count(count),
-        columns(std::max(p.W + p.S - 1, (p.Wo - 1) * p.stride + p.S)) {
-    const auto floats = [&](int64_t r) { return planes() * 16 * (rows_read(r) * columns + (p.conv2 ? r * p.Wo : 0)); };
-    const int64_t fits = scratch_bytes() / 4, line = floats(2) - floats(1);
-    const int64_t most = std::clamp<int64_t>((fits - floats(1)) / std::max<int64_t>(line, 1) + 1, 1, p.Ho);
-    const int64_t bands = (p.Ho + most - 1) / most;
-    rows = (p.Ho + bands - 1) / bands;
-    if (!p.conv2 && rows < p.Ho) rows = std::max<int64_t>(most / tile_pixels, 1) * tile_pixels;  // whole tiles
-    ring = rows_read(rows);
-  }
-  int64_t planes() const { return selected.planes(); }
-  int64_t rows_read(int64_t r) const { return (r - 1) * block.stride + block.R; }
-  int64_t ring_plane() const { return count * ring * columns * 16; }
-  int64_t plane_of(int64_t pixels) const { return count * pixels * 16 + slack; }
-  int64_t map_plane() const { return plane_of(block.Ho * block.Wo); }
-  bool in_two(int64_t threads) const { return block.Q || (block.conv2 && threads > 1); }
-
-  int64_t maps_size(int64_t threads) const { return in_two(threads) ? planes() * map_plane() : 0; }
-  int64_t sums_size() const { return block.Q ? count * block.Ho * planes() * 16 : 0; }
-  int64_t gates_size() const { return block.Q ? count * planes() * 16 : 0; }
-  int64_t ring_size() const { return planes() * ring_plane() + (block.conv2 ? 0 : slack); }
-  int64_t band_size(int64_t threads) const {
-    return in_two(threads) || !block.conv2 ? 0 : planes() * plane_of(rows * block.Wo);
-  }
-  int64_t strips_size() const;
-  int64_t own_size(int64_t threads) const { return round_up(ring_size() + band_size(threads) + strips_size(), 16); }
-  int64_t shared_size(int64_t threads) const { return maps_size(threads) + sums_size() + gates_size(); }
-  int64_t bytes(int64_t threads) const { return 4 * (shared_size(threads) + threads * own_size(threads)); }
-
-  float* sums(int64_t threads) const { return scratch + maps_size(threads); }
-  float* gates(int64_t threads) const { return sums(threads) + sums_size(); }
-  float* ring_of(int64_t thread, int64_t threads) const {
-    return scratch + shared_size(threads) + thread * own_size(threads);
-  }
-  const float* x(int64_t instance, int64_t row) const {
-    return block.x + (block.route.order[start + instance] * block.H + row) * block.W * block.C;
-  }
-};
-
-// Chunks of several instances are those whose maps fit scratch memory together.
-int64_t times_fitting(const Chunk& c) {
-  if (c.rows < c.block.Ho) return 1;
-  return std::min(2 * scratch_bytes() / c.bytes(1), chunk_pixels / (c.count * c.block.H * c.block.W));
-}
-
-// Where a strip of input pixels begins, and its place in a plane of the ring.
-struct StripAt {
-  const float* from;
-  int64_t to;
-};
-
-// The strips of `columns` pixels that lie side by side: the last one ends where they do, and may overlap the one
-// before; fewer pixels than a strip are copied, with zeros behind them.
-struct RowStrips {
-  int64_t columns, size, count;
-  explicit RowStrips(int64_t columns) : columns(columns), size(strip_size(columns)), count(strips_of_row(columns)) {}
-  bool copied() const { return columns < size; }
-  int64_t column(int64_t i) const { return copied() ? 0 : std::min(i * size, columns - size); }
-};
-
-// The pixels that lie side by side in both the input and the ring: a row, and without conv2 a whole band of `rows`
-// rows.
-RowStrips strips_of(const Chunk& c, int64_t rows) { return RowStrips(c.block.conv2 ? c.block.W : rows * c.block.W); }
-
-int64_t Chunk::strips_size() const {
-  constexpr int narrow = std::min(usual_strip, other_strip), wide = std::max(usual_strip, other_strip);
-  const int64_t lines = count * (block.conv2 ? ring : 1), most = strips_of(*this, ring).columns / narrow + 1;
-  return lines * (most * static_cast<int64_t>(sizeof(StripAt)) / 4 + wide * block.C);
-}
 
 #pragma GCC push_options
 DEN_KERNELS_TARGET
@@ -163,26 +58,6 @@ struct StoreSums {
     }
   }
 };
-
-// The list of the strips of input rows first .. last - 1 of all instances; their number.
-int64_t list_strips(const Chunk& c, int64_t first, int64_t last, StripAt* list, float* copies) {
-  const Arguments& p = c.block;
-  const RowStrips strips = strips_of(c, last - first);
-  int64_t n = 0;
-  for (int64_t j = 0; j < c.count; ++j) {
-    for (int64_t row = first; row < (p.conv2 ? last : first + 1); ++row) {
-      const float* x = c.x(j, row);
-      if (strips.copied()) {
-        std::memset(copies, 0, strips.size * p.C * sizeof(float));
-        std::memcpy(copies, x, strips.columns * p.C * sizeof(float));
-        x = copies, copies += strips.size * p.C;
-      }
-      const int64_t line = p.conv2 ? row % c.ring : 0, to = ((j * c.ring + line) * c.columns + p.S / 2) * 16;
-      for (int64_t i = 0; i < strips.count; ++i) list[n++] = {x + strips.column(i) * p.C, to + strips.column(i) * 16};
-    }
-  }
-  return n;
-}
 
 // conv1 and its activation of input rows first .. last - 1, into the ring.
 void expand(const Chunk& c, int64_t first, int64_t last, float* ring, StripAt* list) {
@@ -228,53 +103,6 @@ void copy_rows(const Chunk& c, int64_t first, int64_t last, float* ring) {
         for (int64_t column = 0; column < p.W; ++column, from += p.C, to += 16) store16(to, load16(from, lanes));
       }
   }
-}
-
-// One row of a plane through conv2: rows[r] is where tap row r of the first pixel begins, begin .. end those on the
-// map.
-struct DepthwiseRow {
-  const float* rows[max_taps];
-  int64_t begin, end, S, step;  // floats from a pixel to the next
-  const float* weight;          // [R, S, 16]
-  Vector bias;
-  Bounds bounds;
-};
-
-template <int pixels>
-void sum_depthwise(const DepthwiseRow& row, int64_t first, float* to) {
-  Vector acc[pixels];
-  UNROLL for (int i = 0; i < pixels; ++i) acc[i] = row.bias;
-  for (int64_t r = row.begin; r < row.end; ++r) {
-    const float *in = row.rows[r] + first * row.step, *w = row.weight + r * row.S * 16;
-    for (int64_t s = 0; s < row.S; ++s, in += 16, w += 16) {
-      const Vector weights = load16(w);
-      UNROLL for (int i = 0; i < pixels; ++i) acc[i] = fma(load16(in + i * row.step), weights, acc[i]);
-    }
-  }
-  UNROLL for (int i = 0; i < pixels; ++i) store16(to + i * 16, bound(row.bounds, acc[i]));
-}
-
-template <int... fewer>
-constexpr auto depthwise_by_pixels(std::integer_sequence<int, fewer...>) {
-  return std::array{&sum_depthwise<fewer + 1>...};
-}
-
-// The sums of a row of `count` pixels.
-void depthwise_row(const DepthwiseRow& row, int64_t count, float* to) {
-  static constexpr auto parts = depthwise_by_pixels(std::make_integer_sequence<int, depthwise_pixels>{});
-  const int64_t number = (count + depthwise_pixels - 1) / depthwise_pixels;
-  for (int64_t i = 0; i < number; ++i) {
-    int64_t begin, end;
-    share(count, i, number, begin, end);
-    parts[end - begin - 1](row, begin, to + begin * 16);
-  }
-}
-
-// The sum of `count` vectors that lie side by side.
-void sum_row(const float* from, int64_t count, float* to) {
-  Vector sum = zeros();
-  for (int64_t i = 0; i < count; ++i) sum = add(sum, load16(from + i * 16));
-  store16(to, sum);
 }
 
 // conv2 and its activation of output rows first .. last - 1, to the place of row `first` in planes of `plane` floats
@@ -333,60 +161,7 @@ void project(const Chunk& c, int64_t instance, int64_t first, int64_t count, con
   }
 }
 
-// activation(weight * from + bias) of the output block `index`: weight [., I] by pack_weights, inputs as in pieces.
-void product(const float* weight, int64_t index, int64_t I, const float* bias, Lanes lanes, Activation activation,
-             const float* from, const std::vector<Piece>& pieces, float* to) {
-  Vector sum = load16(bias + index * 16, lanes);
-  const float* own = weight + index * weight_words<float>(I, 1);
-  for (const Piece& piece : pieces) {
-    const float* w = weights_of(own, piece, 1);
-    for (int64_t k = 0; k < piece.width; ++k) sum = fma(load16(w + k * 16), broadcast(from[piece.place + k]), sum);
-  }
-  store16(to, sum);
-  activate(activation, to, 1);
-}
-
-// The gates of an instance, from the sums of its rows.
-void gate(const Chunk& c, int64_t instance, const float* sums, float* gates) {
-  const Arguments& p = c.block;
-  const std::vector<Block>& blocks = c.selected.hidden.blocks;
-  const int64_t width = c.planes() * 16;
-  sums += instance * p.Ho * width, gates += instance * width;
-  const Vector share = broadcast(1.f / static_cast<float>(p.Ho * p.Wo));
-  for (int64_t n = 0; n < width; n += 16) {
-    Vector sum = zeros();
-    for (int64_t y = 0; y < p.Ho; ++y) sum = add(sum, load16(sums + y * width + n));
-    store16(gates + n, multiply(sum, share));
-  }
-  std::vector<float> squeezed(round_up(p.Q, 16));
-  const std::vector<Piece> means = pieces_of(c.selected.hidden, 16), all = cut({{0, p.Q}}, 16);
-  for (int64_t n = 0; n * 16 < p.Q; ++n)
-    product(p.squeeze, n, p.M, p.squeeze_bias, lanes_of(p.Q - n * 16), p.squeeze_activation, gates, means,
-            &squeezed[n * 16]);
-  for (int64_t n = 0; n < c.planes(); ++n)
-    product(p.excite, blocks[n].index, p.Q, p.excite_bias, static_cast<Lanes>(blocks[n].lanes), p.gate_activation,
-            squeezed.data(), all, gates + n * 16);
-}
-
-// `count` pixels of each plane times the gates of their instance.
-void apply_gates(const Chunk& c, const float* gates, int64_t plane, int64_t count, float* at) {
-  for (int64_t n = 0; n < c.planes(); ++n) {
-    const Vector factor = load16(gates + n * 16);
-    for (float *to = at + n * plane, *end = to + count * 16; to != end; to += 16)
-      store16(to, multiply(load16(to), factor));
-  }
-}
-
 #pragma GCC pop_options
-
-// Zeros in the columns of padding of a ring.
-void clear_padding(const Chunk& c, float* ring) {
-  const int64_t left = c.block.S / 2, right = left + c.block.W;
-  for (int64_t row = 0; row < c.planes() * c.count * c.ring; ++row, ring += c.columns * 16) {
-    std::memset(ring, 0, left * 16 * sizeof(float));
-    std::memset(ring + right * 16, 0, (c.columns - right) * 16 * sizeof(float));
-  }
-}
 
 // Output rows begin .. end - 1 by one thread, band by band: all of the block, or `in_two` up to conv2.
 void run_rows(const Chunk& c, int64_t begin, int64_t end, int64_t thread, int64_t threads) {
@@ -434,7 +209,8 @@ void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
   if (!c.in_two(threads)) return;
   const Arguments& p = c.block;
   const int64_t pixels = p.Ho * p.Wo, plane = c.map_plane();
-  const int64_t most = std::max<int64_t>(scratch_bytes() / 2 / (c.planes() * 64) / 28, 1) * 28;  // whole tiles
+  const int64_t fits = scratch_bytes() / 2 / (c.planes() * 64),
+                most = std::max<int64_t>(fits / tile_pixels, 1) * tile_pixels;
   const std::vector<Piece> pieces = pieces_of(c.selected.hidden, plane);
   for (int64_t j = 0; j < c.count; ++j) {
     int64_t begin, end;
@@ -448,13 +224,6 @@ void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
   }
 }
 
-// All that an instance without a branch gets: its shortcut, or 0, where that does not lie there already.
-void rest_of(const Arguments& p, const std::vector<Channels>& hidden, std::vector<int64_t>& found) {
-  for (int64_t s = 0; s < p.route.S && p.shortcut != p.out; ++s)
-    for (int64_t i = p.route.offsets[s]; i < p.route.offsets[s + 1] && !hidden[s].count; ++i)
-      found.push_back(p.route.order[i]);
-}
-
 void run_direct(Arguments p) {
   constexpr char op[] = "dynamic_inverted_residual";
   if (!p.conv2) p.H = p.Ho = p.H * p.W, p.W = p.Wo = 1;
@@ -464,8 +233,7 @@ void run_direct(Arguments p) {
   const std::vector<Piece> stream = cut({{0, p.C}}, 16);
   std::vector<Selected> selected;
   for (const Channels& channels : hidden) selected.push_back({channels, stream});
-  std::vector<int64_t> rest;
-  rest_of(p, hidden, rest);
+  const std::vector<int64_t> rest = without_branch(p, hidden);
   const auto make = [&](int64_t start, int64_t count, const Channels& chosen) {
     return Chunk(p, selected[&chosen - hidden.data()], start, count);
   };

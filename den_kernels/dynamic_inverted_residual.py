@@ -30,7 +30,7 @@ from .plan import Route, channels_of
 
 
 def _shortcut(x: Tensor, weights: InvertedResidualWeights, shortcut: Tensor | None) -> Tensor:
-    """What the branch of x [B, C, H, W] is added to, [B, C_out, H_out, W_out] in memory of its own."""
+    """The map [B, C_out, H_out, W_out] that the branch of x [B, C, H, W] is added to, in memory of its own."""
     given = x if shortcut is None and weights.skip else shortcut
     if given is not None:
         return given.clone(memory_format=torch.channels_last)

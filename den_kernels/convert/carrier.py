@@ -23,14 +23,17 @@ class Selection:
 
     hidden: Route
     """Over the channel groups of the hidden channels."""
-    active: Route
-    """Over the branch as a whole: level 1 where anything of it is in use."""
     full: bool
     """It was seen that every instance uses all of it."""
     used: bool = False
     """It was seen that every instance uses some of it."""
     recorded: bool = False
     """It was made inside the call that is recorded, of levels that may be another's."""
+
+    @property
+    def active(self) -> Route:
+        """Over the branch as a whole: level 1 where anything of it is in use. Blocks that run as one op need none."""
+        return self.hidden.active()
 
 
 Selections = tuple[Selection, ...]  # of each block
@@ -132,7 +135,7 @@ class Carrier(threading.local):
         least = plan.levels.amin(0).tolist() if looks and len(levels) else [0] * len(blocks)
         recorded = is_recorded()
         return tuple(
-            Selection(r, r.active(), low == groups, low > 0, recorded) for r, low in zip(plan, least, strict=True)
+            Selection(r, low == groups, low > 0, recorded) for r, low in zip(plan, least, strict=True)
         )
 
     def run(self, model: nn.Module, levels: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -197,8 +197,7 @@ def test_a_nan_stays_in_its_image_and_inside_the_reach_of_the_kernel():
     assert torch.equal(got[[0, 2]], clean[[0, 2]])
 
 
-@pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("squeezed", [0, 4])
+@pytest.mark.parametrize(("squeezed", "masks"), [(0, False), (4, True)])
 def test_opcheck(squeezed, masks):
     weights, x = Block(8, (8, 8), 8, squeezed=squeezed).fold(), image(3, 8, (5, 5))
     route = as_route(choose("mask" if masks else "uniform", 3, 2), 2, 3)
