@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from den.nn.estimator import Estimator
     from den.nn.graphed import GraphedNetwork
     from den.nn.levels import level_fractions, level_groups, level_widths
-    from den.nn.model import DeepElasticNetwork, create_model
+    from den.nn.model import DeepElasticNetwork, create_model, for_export
     from den.nn.model_config import ModelConfig
     from den.nn.selector import Selector, SelectorConfig
     from den.nn.tasks import Task
@@ -37,7 +37,7 @@ _HOMES = {
     "den.nn.estimator": ("Estimator",),
     "den.nn.graphed": ("GraphedNetwork",),
     "den.nn.levels": ("level_fractions", "level_groups", "level_widths"),
-    "den.nn.model": ("DeepElasticNetwork", "create_model"),
+    "den.nn.model": ("DeepElasticNetwork", "create_model", "for_export"),
     "den.nn.model_config": ("ModelConfig",),
     "den.nn.selector": ("Selector", "SelectorConfig"),
     "den.nn.tasks": ("Task",),
@@ -68,6 +68,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "create_model",
+    "for_export",
     "image_flops",
     "level_fractions",
     "level_groups",

@@ -44,9 +44,9 @@ def plan_masks(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # bool [B, N, G
     for bit in reversed(masks.unbind(2)):
         ranks = _ranks((~bit).long(), ranks)
     order = _ranks(-levels, ranks).argsort(1)
-    sorted_masks = masks.gather(1, order[:, :, None].expand_as(masks))
-    changes = (sorted_masks[:, 1:] != sorted_masks[:, :-1]).any(2).long().cumsum(1)
-    segments = F.pad(changes, (1, 0))[:, : levels.shape[1]]
+    before = order.gather(1, (_places(levels) - 1).clamp(min=0))  # who stands before each; the first itself
+    own, other = (masks.gather(1, each[:, :, None].expand_as(masks)) for each in (order, before))
+    segments = (own != other).any(2).long().cumsum(1)
     return levels.int(), order.int(), _offsets(segments, levels.shape[1])
 
 

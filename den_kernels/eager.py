@@ -71,7 +71,7 @@ def in_range(name: str, function: Callable[..., Value], *arguments: Any) -> Valu
         return function(*arguments)
 
 
-def call_op(op: Callable[..., Value], *arguments: Any) -> Value:
+def call_op(op: Any, *arguments: Any) -> Any:
     """`op(*arguments)` of a registered op; while torch.onnx exports, the same in operations that ONNX has.
 
     Raises RuntimeError in the exporter that records with torch.jit.trace.

@@ -244,9 +244,13 @@ CHECKS = ("full", "levels", "order", "extract", "freeze", "export")
 
 
 def row_of(name: str, size: int) -> list[str]:
-    """The cells of a model: name, blocks, blocks that one op runs, what was left alone, then yes or why not."""
+    """The cells of a model: name, blocks, blocks that one op runs, what was left alone, then yes or no."""
     start = time.perf_counter()
-    case = Case(name, size)
+    try:
+        case = Case(name, size)
+    except ValueError as why:  # no block was found
+        print(f"{name}: {why}", file=sys.stderr)
+        return [name, "0", "0", "", *["**no**"] * len(CHECKS)]
     fused = sum(block.kernel != "dynamic convolutions" for block in case.report)
     cells = [name, str(len(case.report)), str(fused), str(len(case.report.left))]
     for check in CHECKS:
@@ -283,8 +287,9 @@ def page(rows: list[list[str]], size: int) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return f"""# Models of other packages
 
-What `scripts/foreign_models.py` checks of each model, in images of {size} x {size} (CIFAR: 32 x 32), a batch of {BATCH},
-{GROUPS} channel groups, random weights, on a CPU; the script says what each column means. {made}.
+What `scripts/foreign_models.py` checks of each model, in images of {size} x {size} (CIFAR: 32 x 32), a batch of
+{BATCH}, {GROUPS} channel groups, random weights, on a CPU; the script says what each column means. "One op": blocks
+that run as one op, the others layer by layer. {made}.
 
 {chr(10).join(lines)}
 """

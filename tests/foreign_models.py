@@ -116,6 +116,9 @@ FAMILIES = {
         lambda: stand_ins.Network(stand_ins.CNBlock, grows=False), ("block.4",), "block", 2, channels=3
     ),
     "timm": Family(lambda: stand_ins.Network(stand_ins.TimmBlock), ("conv1", "conv2"), "conv3", 3),
+    "convnext_reshaped_scale": Family(
+        lambda: stand_ins.Network(stand_ins.TimmConvNeXtBlock, grows=False), ("mlp.act",), "mlp", 2, channels=3
+    ),
     "transformers": Family(
         lambda: stand_ins.Network(stand_ins.HuggingBottleneck), ("layer.0", "layer.1"), "layer", 3
     ),
@@ -127,7 +130,7 @@ def foreign(name: str) -> nn.Module:
     model = unlike_new(FAMILIES[name].build())
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "layer_scale" in key:
+            if key.endswith(("layer_scale", "gamma")):
                 parameter.uniform_(0.5, 1.5)
     return model.eval()
 

@@ -172,6 +172,36 @@ class TimmBlock(nn.Module):
         return self.act3(x)
 
 
+class TimmMlp(nn.Module):
+    """timm.layers.Mlp"""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(channels, hidden), nn.GELU(), nn.Dropout(0.0)
+        self.norm, self.fc2, self.drop2 = nn.Identity(), nn.Linear(hidden, channels), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+class TimmConvNeXtBlock(nn.Module):
+    """timm.models.convnext.ConvNeXtBlock: the layer scale is reshaped in every call"""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm, self.mlp = nn.LayerNorm(channels, eps=1e-6), TimmMlp(channels, 4 * channels)
+        self.gamma = nn.Parameter(1e-6 * torch.ones(channels))
+        self.shortcut, self.drop_path = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.conv_dw(x).permute(0, 2, 3, 1)
+        x = self.mlp(self.norm(x)).permute(0, 3, 1, 2)
+        x = x.mul(self.gamma.reshape(1, -1, 1, 1))
+        return self.drop_path(x) + self.shortcut(shortcut)
+
+
 class HuggingConvLayer(nn.Module):
     """transformers.models.resnet.ResNetConvLayer"""
 

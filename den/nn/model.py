@@ -3,12 +3,15 @@
 Ahn, Kim, Oh: Deep Elastic Networks with Model Selection for Multi-Task Learning, ICCV 2019.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from den.nn.blocks import BottleneckBlock, ElasticBlock
+from den.nn.blocks.constant import ConstantBlock
+from den.nn.blocks.folded import FoldedBlock
 from den.nn.estimator import Estimator
 from den.nn.model_config import ModelConfig
 from den.nn.selector import Selector, SelectorConfig
@@ -103,6 +106,24 @@ class DeepElasticNetwork(nn.Module):
                 if isinstance(block, ElasticBlock | BottleneckBlock):
                     block.freeze()
         return self
+
+
+def for_export(network: DeepElasticNetwork) -> DeepElasticNetwork:
+    """A copy for inference alone whose residual blocks are single ops on folded weights: constants of what records it.
+
+    What `torch.export` and AOTInductor run about as fast as the network itself runs. It shares nothing with the
+    network, has no state_dict worth saving, and is none that `den_kernels.masked` or ONNX can take.
+
+    Raises ValueError for a network that is frozen.
+    """
+    if any(getattr(block, "_frozen", None) is not None for block in network.estimator.blocks):
+        raise ValueError("for_export: network must not be frozen, got one that freeze() changed")
+    own = copy.deepcopy(network).eval().requires_grad_(False)
+    with torch.no_grad():
+        for index, block in enumerate(own.estimator.blocks):
+            if isinstance(block, FoldedBlock):
+                own.estimator.blocks[index] = ConstantBlock(block)
+    return own
 
 
 def create_model(

@@ -65,7 +65,8 @@ class Region:
 
 
 def main_path(recording: Recording, end: int) -> list[Node]:
-    """The nodes from the end of a branch backwards, as far as each reads one result, or a result and a gate of it."""
+    """The nodes from the end of a branch backwards, as far as each reads one result, or a result and a gate of it or
+    what parameters make."""
     path = []
     node = recording.nodes[end]
     while True:
@@ -73,7 +74,10 @@ def main_path(recording: Recording, end: int) -> list[Node]:
         inputs = node.inputs
         if len(inputs) == 2 and node.name in PRODUCTS:
             a, b = inputs
-            inputs = (a,) if a in recording.ancestors(b) else (b,) if b in recording.ancestors(a) else inputs
+            if a in recording.ancestors(b) or recording.is_constant(b):
+                inputs = (a,)
+            elif b in recording.ancestors(a) or recording.is_constant(a):
+                inputs = (b,)
         if len(inputs) != 1 or node.target is None:
             return path
         node = recording.nodes[inputs[0]]
@@ -122,6 +126,8 @@ class _Search:
                 [source] = set(node.inputs) - set(sides)
                 before = {*sides, *self.recording.ancestors(sides[0])}
                 nodes = {i for i in before if source in self.recording.ancestors(i)}
+                if not nodes:
+                    raise Unfit(f"{describe(node)} has a weight for each hidden channel")
                 end = next((n.index for n in main_path(self.recording, sides[0]) if has_weight(n)), -1)
                 gates.append((nodes, {end} & nodes))
         return gates

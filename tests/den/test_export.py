@@ -74,15 +74,34 @@ def test_a_batch_of_two_tasks_is_recorded_for_other_images_and_sizes(record):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", ["wrn14_1", "vgg16", "resnext29_4x8d"])
-def test_an_exported_estimator_takes_other_levels(backbone):
-    model = AtLevels(network(backbone)).eval()
+@pytest.mark.parametrize(
+    ("backbone", "constant"), [("wrn14_1", False), ("vgg16", False), ("wrn14_1", True), ("resnext29_4x8d", True)]
+)
+def test_an_exported_estimator_takes_other_levels(backbone, constant):
+    own = network(backbone)
+    model = AtLevels(den.for_export(own) if constant else own).eval()
     N = model.estimator.num_blocks
     draw = torch.Generator().manual_seed(0)
     levels = [torch.randint(0, 4, (count, N), generator=draw) for count in (2, 3)]
     graph = torch.export.export(model, (images(TASKS[1], 2), levels[0]), dynamic_shapes=(BATCH, BATCH)).module()
     x = images(TASKS[1], 3, seed=1)
-    torch.testing.assert_close(graph(x, levels[1]), model(x, levels[1]), **CLOSE)
+    torch.testing.assert_close(graph(x, levels[1]), own.estimator(x, "photos", levels[1]), **CLOSE)
+    ops = [name for node in graph.graph.nodes if "den_kernels.dynamic" in (name := str(node.target))]
+    assert len(ops) == N or not constant
+
+
+@torch.no_grad()
+def test_a_copy_for_export_is_the_network_and_shares_nothing_with_it():
+    own = network()
+    made, x = den.for_export(own), images(TASKS[1], 3)
+    torch.testing.assert_close(made(x, "photos", return_levels=True), own(x, "photos", return_levels=True), **CLOSE)
+    torch.testing.assert_close(made.estimator(x, "photos"), own.estimator(x, "photos"), **CLOSE)
+    wanted = made(x, "photos")
+    for parameter in own.parameters():
+        parameter.zero_()
+    assert torch.equal(made(x, "photos"), wanted)
+    with pytest.raises(ValueError, match="for_export: network must not be frozen"):
+        den.for_export(own.freeze())
 
 
 @pytest.mark.parametrize("record", [traced, exported])

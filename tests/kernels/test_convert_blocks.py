@@ -269,6 +269,17 @@ class Dense(nn.Module):
         return torch.cat([x + self.second(hidden), hidden], 1)
 
 
+class Scaled(nn.Module):
+    """A weight for each hidden channel that no layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = conv(8, 8), conv(8, 8), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(x)) * self.scale.view(1, -1, 1, 1))
+
+
 LEFT = {
     "shared block": (shared_block, "shared: it runs 2 times"),
     "shared layer": (shared_layer, "shared: it runs 2 times and stands in 2 places"),
@@ -283,6 +294,7 @@ LEFT = {
     "sigmoid": (lambda: Residual(conv(8, 8), nn.Sigmoid(), conv(8, 8)), "reads hidden channels that are not 0"),
     "constant": (lambda: Residual(conv(8, 8), nn.ReLU(), conv(8, 8), nn.Sigmoid()), "level 0 gives more than"),
     "hidden map is read": (Dense, r"hidden channels are also read by cat\(\) in model"),
+    "hidden scale": (Scaled, r"mul\(\) in model has a weight for each hidden channel"),
     "no branch": (lambda: nn.Sequential(conv(8, 8), nn.ReLU(), conv(8, 8)), "0 sums; 2 Conv2d, 1 ReLU"),
     "one layer": (lambda: Residual(conv(8, 8), nn.ReLU()), "no two convolutions or linear layers follow each other"),
 }  # fmt: skip
