@@ -39,14 +39,15 @@ def test_a_missing_package_is_told_with_the_extra(run, monkeypatch, capsys, pack
     )
 
 
-@pytest.fixture(scope="module")
-def started(run):
+@pytest.fixture(scope="module", params=["haproxy", "ray"])
+def started(run, request):
     """The address and the process of a service of two replicas."""
     pytest.importorskip("ray.serve", reason="ray is not installed (pip install '.[serve]')")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "den", "serve", str(run), "--port", str(port), "--replicas", "2", "--threads", "1"]
+    options = ["--port", str(port), "--replicas", "2", "--threads", "1", "--proxy", request.param]
+    command = [sys.executable, "-m", "den", "serve", str(run), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     address = f"http://127.0.0.1:{port}"
     lines = iter(process.stdout.readline, "")
@@ -117,7 +118,7 @@ def test_the_page_shows_a_picture_its_answer_its_structure_and_its_cost(started,
         assert re.match(r"\d+\.\d ms: ", page.inner_text("#time"))
         assert "<b>newt</b>" in page.inner_text("#answers")  # a name is text, whatever it holds
         page.select_option("#task", DIGITS)
-        page.wait_for_function("document.querySelectorAll('article').length == 1")
+        page.locator("article").nth(1).wait_for(state="detached")
         page.screenshot(path=os.environ.get("DEN_SCREENSHOT", tmp_path / "page.png"), full_page=True)
         page.set_input_files("#file", tmp_path / "broken.png")
         page.wait_for_selector("#error:not([hidden])")
