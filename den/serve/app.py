@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import time
@@ -205,11 +204,9 @@ def _told(status: int, reason: str, headers: dict[str, str] | None = None) -> Re
 
 def _reply(answers: list[Answer[Prediction]], seconds: float) -> dict[str, Any]:
     """The answer to a request: its predictions, and milliseconds from its first byte."""
-    found = [dataclasses.asdict(answer.value) for answer in answers]
-    for each in found:
-        del each["image"]  # its body had no name
+    found = [vars(answer.value) for answer in answers]
     return {
-        "predictions": found,
+        "predictions": [{name: each[name] for name in each if name != "image"} for each in found],  # it had no name
         "milliseconds": {
             "all": round(1e3 * seconds, 3),
             "queue": round(1e3 * max(answer.waited for answer in answers), 3),

