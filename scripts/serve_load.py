@@ -58,7 +58,7 @@ class Sent:
 
 @dataclass
 class Seen:
-    """What clients saw."""
+    """Answers that clients saw, and what else came."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)  # seconds, of the answers
@@ -159,7 +159,7 @@ def alike(found: Sequence[dict], wanted: den.Prediction) -> bool:
 
 
 def load(address: str, sent: Sequence[Sent], clients: int, seconds: float) -> Seen:
-    """What so many clients see of a server."""
+    """Send requests from so many clients for so many seconds; returns what they saw."""
 
     async def run() -> Seen:
         seen, began = Seen(), time.perf_counter()
@@ -186,7 +186,7 @@ def saved(address: str) -> float:
 
 
 def ended(run: Path, sent: Sequence[Sent], port: int, clients: int, proxy: str) -> tuple[Seen, int]:
-    """What clients see of a server that is told to end under load, and its exit status."""
+    """Tell a server to end under load; returns what the clients saw, and its exit status."""
     with server(run, port, 64, proxy) as process:
 
         async def both() -> Seen:

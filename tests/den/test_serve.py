@@ -215,7 +215,7 @@ def test_a_body_without_a_length_is_read_no_further_than_its_bound(network):
 
 
 async def parts_read(app) -> int:
-    """How many parts of 100,000 bytes the application takes of an endless body."""
+    """The number of parts of 100,000 bytes that the application takes of an endless body."""
     taken, statuses = 0, []
 
     async def receive():
