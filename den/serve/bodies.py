@@ -34,7 +34,7 @@ class Asked:
 
 
 async def asked(request: Request, most: int) -> Asked:
-    """Read what a request asks for; Refused for a body above `most` bytes, of another type, or that says something else."""
+    """Read what a request asks for; Refused for a body above `most` bytes, of another type, or of something else."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and kind != "application/octet-stream" and not kind.startswith("image/"):
         raise Refused(
