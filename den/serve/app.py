@@ -59,7 +59,7 @@ class Service:
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
 
     async def predict(self, request: Request) -> Response:
-        """POST /predict and /predict/TASK."""
+        """Answer POST /predict and /predict/TASK."""
         if self.ending:
             raise Refused(503, ENDING, {"Retry-After": "1", "Connection": "close"})
         if self.held >= self.limits.queue:
@@ -113,7 +113,7 @@ class Service:
         return found
 
     async def tasks(self, _: Request) -> Response:
-        """GET /tasks."""
+        """Answer GET /tasks."""
         network = self.network
         found = [
             {"name": task.name, "size": task.size, "channels": task.channels, "classes": network.classes(k)}
@@ -123,18 +123,18 @@ class Service:
         return JSONResponse({"tasks": found, "blocks": len(engine.blocks), "levels": engine.levels})
 
     async def text(self, _: Request) -> Response:
-        """GET /metrics."""
+        """Answer GET /metrics."""
         text = self.metrics.text() if self._metrics_text is None else await self._metrics_text()
         return Response(text, media_type=CONTENT_TYPE)
 
     async def health(self, _: Request) -> Response:
-        """GET /health."""
+        """Answer GET /health."""
         if self.ending:
             raise Refused(503, ENDING)
         return PlainTextResponse("ok")
 
     async def page(self, _: Request) -> Response:
-        """GET /."""
+        """Answer GET /."""
         return HTMLResponse(files("den.serve").joinpath("page.html").read_text(encoding="utf-8"), headers=PAGE)
 
     def counted(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
