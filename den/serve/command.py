@@ -36,6 +36,7 @@ def main(command: Serve) -> None:
         choose_device(command.device)
         _check_port(command.host, command.port)
     with tempfile.TemporaryDirectory(prefix="den-serve-") as folder:
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # busy machines need more than five
         if uses_haproxy(command):
             os.environ.update(haproxy(Path(folder)))  # before Ray is imported, and for the processes that it starts
         from den.serve.on_ray import deploy
