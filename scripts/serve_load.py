@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Loads `den serve` on this machine's loopback, and compares its answers with the offline ones.
 
-    scripts/serve_load.py RUN [--clients 64] [--seconds 60] [--rounds 3] [--write]
+    scripts/serve_load.py RUN [--clients 64] [--seconds 60] [--rounds 3] [--proxy haproxy] [--write]
 
 RUN is a run of digits and fashion, such as den demo leaves in runs/demo/den.  Clients send one picture after the
 other, of either task, to a server that batches and to one that computes picture by picture (--batch 1), in turns; every
@@ -58,7 +58,7 @@ class Sent:
 
 @dataclass
 class Seen:
-    """What clients saw."""
+    """Answers that clients saw, and what else came."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)  # seconds, of the answers
@@ -93,7 +93,7 @@ def pictures(run: Path, count: int) -> list[Sent]:
 
 
 @contextlib.contextmanager
-def server(run: Path, port: int, batch: int, proxy: str = "ray") -> Iterator[subprocess.Popen[str]]:
+def server(run: Path, port: int, batch: int, proxy: str) -> Iterator[subprocess.Popen[str]]:
     """`den serve` in a process of its own, ready."""
     command = [
         sys.executable,
@@ -159,7 +159,7 @@ def alike(found: Sequence[dict], wanted: den.Prediction) -> bool:
 
 
 def load(address: str, sent: Sequence[Sent], clients: int, seconds: float) -> Seen:
-    """What so many clients see of a server."""
+    """Send requests from so many clients for so many seconds; returns what they saw."""
 
     async def run() -> Seen:
         seen, began = Seen(), time.perf_counter()
@@ -185,9 +185,9 @@ def saved(address: str) -> float:
     return float(value)
 
 
-def ended(run: Path, sent: Sequence[Sent], port: int, clients: int) -> tuple[Seen, int]:
-    """What clients see of a server that is told to end under load, and its exit status."""
-    with server(run, port, 64) as process:
+def ended(run: Path, sent: Sequence[Sent], port: int, clients: int, proxy: str) -> tuple[Seen, int]:
+    """Tell a server to end under load; returns what the clients saw, and its exit status."""
+    with server(run, port, 64, proxy) as process:
 
         async def both() -> Seen:
             async def tell() -> None:
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--proxy", choices=("haproxy", "ray"), default="haproxy")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     sent, address = pictures(options.run, 200), f"http://127.0.0.1:{options.port}"
@@ -246,12 +247,12 @@ def main() -> None:
     shares = []
     for _ in range(options.rounds):
         for batch, own in results.items():
-            with server(options.run, options.port, batch):
+            with server(options.run, options.port, batch, options.proxy):
                 load(address, sent, options.clients, 3.0)
                 own.append(load(address, sent, options.clients, options.seconds))
                 shares.append(saved(address))
             print(f"at most {batch}: {own[-1].rate:,.0f} answers/s, {dict(own[-1].others)}", flush=True)
-    at_end, status = ended(options.run, sent, options.port, options.clients)
+    at_end, status = ended(options.run, sent, options.port, options.clients, options.proxy)
     ratios = [many.rate / one.rate for many, one in zip(results[64], results[1], strict=True)]
     lines = [
         table(results), "",
@@ -260,8 +261,9 @@ def main() -> None:
         f" FLOPs saved: {statistics.median(shares):.0%}.", "",
         f"SIGTERM under load: {len(at_end.latencies):,} requests were answered, {at_end.lost} lost, {at_end.wrong}"
         f" unlike offline; then {dict(at_end.others)}; exit status {status}.", "",
-        f"{options.clients} clients on the same machine, {processor_name()}, {os.cpu_count()} cores shared with other"
-        f" work; python {platform.python_version()}, torch {version('torch')}, ray {version('ray')}; {date.today()}.",
+        f"{options.clients} clients and {options.proxy} on the same machine, {processor_name()}, {os.cpu_count()} cores"
+        f" shared with other work; python {platform.python_version()}, torch {version('torch')}, ray {version('ray')};"
+        f" {date.today()}.",
     ]  # fmt: skip
     text = "\n".join(lines)
     print(text)

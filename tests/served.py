@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +55,11 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
+
+
+def until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until something holds, at most so long."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.002)

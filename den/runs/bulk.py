@@ -29,7 +29,7 @@ Broken = tuple[Path, str]  # a picture that cannot be read, and why
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be predicted, and where the predictions go."""
+    """Pictures to be predicted, by which run, and where the predictions go."""
 
     run: Path
     files: tuple[Path, ...]
@@ -49,7 +49,7 @@ class Job:
         return self.out / f"part-{number:05d}.{self.form}"
 
     def identity(self) -> dict[str, Any]:
-        """What the parts depend on, as JSON."""
+        """Facts that the parts depend on, as JSON."""
         names = "\0".join(str(file.absolute()) for file in self.files).encode("utf-8", "surrogateescape")
         weights = (self.run / f"{self.checkpoint}.safetensors").read_bytes()
         return {
@@ -89,7 +89,7 @@ def predicted(
 
 
 def _fault(file: Path) -> str:
-    """Why a picture cannot be read; empty for one that can."""
+    """The reason why a picture cannot be read; empty for one that can."""
     try:
         squared(file, 8)
     except Exception as error:  # Pillow raises exceptions of all kinds on damaged files

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import time
@@ -60,7 +59,7 @@ class Service:
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
 
     async def predict(self, request: Request) -> Response:
-        """POST /predict and /predict/TASK."""
+        """Answer POST /predict and /predict/TASK."""
         if self.ending:
             raise Refused(503, ENDING, {"Retry-After": "1", "Connection": "close"})
         if self.held >= self.limits.queue:
@@ -114,7 +113,7 @@ class Service:
         return found
 
     async def tasks(self, _: Request) -> Response:
-        """GET /tasks."""
+        """Answer GET /tasks."""
         network = self.network
         found = [
             {"name": task.name, "size": task.size, "channels": task.channels, "classes": network.classes(k)}
@@ -124,18 +123,18 @@ class Service:
         return JSONResponse({"tasks": found, "blocks": len(engine.blocks), "levels": engine.levels})
 
     async def text(self, _: Request) -> Response:
-        """GET /metrics."""
+        """Answer GET /metrics."""
         text = self.metrics.text() if self._metrics_text is None else await self._metrics_text()
         return Response(text, media_type=CONTENT_TYPE)
 
     async def health(self, _: Request) -> Response:
-        """GET /health."""
+        """Answer GET /health."""
         if self.ending:
             raise Refused(503, ENDING)
         return PlainTextResponse("ok")
 
     async def page(self, _: Request) -> Response:
-        """GET /."""
+        """Answer GET /."""
         return HTMLResponse(files("den.serve").joinpath("page.html").read_text(encoding="utf-8"), headers=PAGE)
 
     def counted(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -205,11 +204,9 @@ def _told(status: int, reason: str, headers: dict[str, str] | None = None) -> Re
 
 def _reply(answers: list[Answer[Prediction]], seconds: float) -> dict[str, Any]:
     """The answer to a request: its predictions, and milliseconds from its first byte."""
-    found = [dataclasses.asdict(answer.value) for answer in answers]
-    for each in found:
-        del each["image"]  # its body had no name
+    found = [vars(answer.value) for answer in answers]
     return {
-        "predictions": found,
+        "predictions": [{name: each[name] for name in each if name != "image"} for each in found],  # it had no name
         "milliseconds": {
             "all": round(1e3 * seconds, 3),
             "queue": round(1e3 * max(answer.waited for answer in answers), 3),
@@ -220,6 +217,6 @@ def _reply(answers: list[Answer[Prediction]], seconds: float) -> dict[str, Any]:
 
 
 def _words(error: Exception) -> str:
-    """What an error says, in one line that names no memory."""
+    """Words of an error, in one line that names no memory."""
     text = " ".join(str(error).split())[:200]
     return "a file of none that is read" if " object at 0x" in text else text or type(error).__name__

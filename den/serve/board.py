@@ -1,4 +1,4 @@
-"""What replicas know of each other: their metrics, and whether the service ends.
+"""A board on which replicas tell each other: their metrics, and whether the service ends.
 
 Prometheus asks one address and is answered by one replica; on the board lie the metrics of all of them.
 """

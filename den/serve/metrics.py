@@ -1,4 +1,4 @@
-"""What a replica counts, for Prometheus."""
+"""Counters of a replica, for Prometheus."""
 
 from __future__ import annotations
 

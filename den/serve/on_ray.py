@@ -69,7 +69,7 @@ def deploy(command: Serve) -> Deployed:
     try:
         serve.start(proxy_location="EveryNode", http_options=address, logging_config=QUIET)
         serve.run(deployment.bind(), name=APPLICATION, route_prefix="/")
-    except RuntimeError as why:
+    except (RuntimeError, RayError) as why:
         ray.shutdown()
         raise OSError(f"serve: the service did not start: {why}") from why
     return Deployed(board)

@@ -43,9 +43,9 @@ class Serve:
     """Processes that compute, over all machines of the cluster."""
     threads: Annotated[int, Range(0, 1_024)] = 0
     """Cores that a replica computes on; 0: the machine's cores, shared by the replicas."""
-    proxy: Literal["ray", "haproxy"] = "ray"
-    """What takes the connections: Ray Serve's own proxy, or the HAProxy that comes with Ray, which spends less on each
-    request.  On a cluster that is there already (--ray-address) the cluster decides."""
+    proxy: Literal["auto", "haproxy", "ray"] = "auto"
+    """What takes the connections: the HAProxy that comes with Ray Serve, or Ray Serve's own proxy, which spends several
+    times as much on a request.  auto: HAProxy where it is installed.  A cluster (--ray-address) has chosen before."""
     ray_address: str | None = None
     """Ray cluster to run on, such as auto or ray://HOST:10001; None: Ray is started on this machine alone."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = Limits()
@@ -61,6 +61,6 @@ class Serve:
         check_ranges(self, "serve")
         if self.proxy == "haproxy" and self.ray_address is not None:
             raise ValueError(
-                "serve: proxy must be ray with a ray_address (start that cluster's Ray with"
+                "serve: proxy must be auto or ray with a ray_address (start that cluster's Ray with"
                 " RAY_SERVE_ENABLE_HA_PROXY=1), got haproxy"
             )

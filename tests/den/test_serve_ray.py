@@ -39,14 +39,15 @@ def test_a_missing_package_is_told_with_the_extra(run, monkeypatch, capsys, pack
     )
 
 
-@pytest.fixture(scope="module")
-def started(run):
+@pytest.fixture(scope="module", params=["haproxy", "ray"])
+def started(run, request):
     """The address and the process of a service of two replicas."""
     pytest.importorskip("ray.serve", reason="ray is not installed (pip install '.[serve]')")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "den", "serve", str(run), "--port", str(port), "--replicas", "2", "--threads", "1"]
+    options = ["--port", str(port), "--replicas", "2", "--threads", "1", "--proxy", request.param]
+    command = [sys.executable, "-m", "den", "serve", str(run), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     address = f"http://127.0.0.1:{port}"
     lines = iter(process.stdout.readline, "")
@@ -54,7 +55,7 @@ def started(run):
     yield address, process
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.wait(120)
 
 
 def ask(address: str, body: bytes | None = None, kind: str = "image/png") -> tuple[int, str]:
@@ -116,9 +117,9 @@ def test_the_page_shows_a_picture_its_answer_its_structure_and_its_cost(started,
         assert [f"{each.flops / 1e6:.2f} MFLOP" in cost for each, cost in zip(wanted, costs, strict=True)] == [True] * 2
         assert re.match(r"\d+\.\d ms: ", page.inner_text("#time"))
         assert "<b>newt</b>" in page.inner_text("#answers")  # a name is text, whatever it holds
-        page.select_option("#task", DIGITS)
-        page.wait_for_function("document.querySelectorAll('article').length == 1")
         page.screenshot(path=os.environ.get("DEN_SCREENSHOT", tmp_path / "page.png"), full_page=True)
+        page.select_option("#task", DIGITS)
+        page.locator("article").nth(1).wait_for(state="detached")
         page.set_input_files("#file", tmp_path / "broken.png")
         page.wait_for_selector("#error:not([hidden])")
         assert "422: image must be a picture that can be read" in page.inner_text("#error")
@@ -127,30 +128,31 @@ def test_the_page_shows_a_picture_its_answer_its_structure_and_its_cost(started,
 
 @pytest.mark.release
 def test_at_its_end_what_was_accepted_is_answered_and_the_rest_is_told(started):
+    """Connections break only after the service has said that it ends."""
     address, process = started
     body, stop = encoded(photographs(1)[0]), threading.Event()
-    seen: list[int] = []
-    refused: list[type] = []
+    seen: list[list[int]] = [[] for _ in range(8)]
 
-    def client() -> None:
+    def client(own: list[int]) -> None:
         while not stop.is_set():
             try:
-                seen.append(ask(f"{address}/predict", body)[0])
-            except urllib.error.URLError as error:
-                refused.append(type(error.reason))
+                own.append(ask(f"{address}/predict", body)[0])
+            except OSError:
+                own.append(0)
                 return
 
-    threads = [threading.Thread(target=client) for _ in range(8)]
+    threads = [threading.Thread(target=client, args=(own,)) for own in seen]
     for thread in threads:
         thread.start()
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
     stop.set()
     for thread in threads:
         thread.join()
-    assert seen.count(200) > 20
-    first = next((k for k, status in enumerate(seen) if status != 200), len(seen))
-    assert set(seen[first:]) <= {200, 404, 503}, seen[first:]
-    assert 503 in seen
-    assert set(refused) <= {ConnectionRefusedError}
+    for own in seen:
+        answered = next((k for k, status in enumerate(own) if status != 200), len(own))
+        assert answered > 0
+        assert set(own[answered:]) <= {0, 404, 503}, own[answered:]
+        assert own[answered:][:1] in ([], [503]), own[answered:]
+    assert any(503 in own for own in seen)

@@ -68,6 +68,7 @@ def test_types_are_right():
         "den/report/dag",
         "den/report/figures",
         "den/runs",
+        "den/serve",
         "den/support",
         "den/train",
         "den_kernels",
