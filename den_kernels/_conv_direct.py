@@ -23,9 +23,10 @@ def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = Fa
     most 49 taps; in bfloat16 also dilation 1 and channels divisible by 16. Fully connected layers of many weights
     (`_faster_as_product`) are left to BLAS.
     """
-    if extension is None or not x.is_cpu or geometry.groups != 1 or weight.shape[2] * weight.shape[3] > 49:
+    taps = weight.shape[2] * weight.shape[3]
+    if extension is None or not x.is_cpu or geometry.groups != 1 or taps > 49:
         return False
-    if is_product(x, weight, geometry) and _faster_as_product(x, weight, packed):
+    if taps == 1 and is_product(x, weight, geometry) and _faster_as_product(x, weight, packed):
         return False
     if not packed and memory_format_of(x, weight) != torch.channels_last:
         return False

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which an optimiser imports at its first step
 import torch.utils.tensorboard
 
 import den.recipes.dag.recipe

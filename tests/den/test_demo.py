@@ -4,26 +4,20 @@ import dataclasses
 import json
 
 import pytest
-import torch
 
 from den import cli, demo
-from den.data import load_set
 from den.nn.levels import level_fractions
 from den.train.config import DemoConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining
 from den.train.folder import read_metrics
 from den.train.phases import run_phases
+from tests.small_runs import cut_sets, few_images
 
 
 @pytest.fixture
 def small_demo(monkeypatch):
     """The demonstration with a network of three blocks, eight updates, 60 images of each set."""
-    sets = {
-        (name, split): load_set(name, split).subset(torch.arange(60))
-        for name in ("digits", "fashion")
-        for split in ("train", "test")
-    }
-    monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: sets[name, split])
-    monkeypatch.setattr("den.demo.load_set", lambda name, split: sets[name, split])
+    cut_sets(monkeypatch)
+    monkeypatch.setattr("den.demo.load_set", lambda name, split: few_images(name, split, 60))
     schedule = demo.schedule
 
     def small(config):

@@ -25,6 +25,7 @@ CASES = {
         dilation=(2, 1),
     ),
     "1x1": ConvCase(batch=3, kernel=(1, 1), padding=0, in_sizes=(32, 32), out_sizes=(64, 64)),
+    "one pixel": ConvCase(batch=5, size=(1, 1), kernel=(1, 1), padding=0, channels=(24, 1), out_sizes=(16, 32)),
     "7x7": ConvCase(batch=2, kernel=(7, 7), padding=3, size=(8, 8), channels=(3, 1), out_sizes=(16, 16), stride=2),
     "dilated stride": ConvCase(batch=2, channels=(16, 1), out_sizes=(16, 16), stride=2, dilation=2, padding=2),
     "mask": ConvCase(batch=4, in_sizes=SIZES, out_sizes=SIZES, selection="mask"),
