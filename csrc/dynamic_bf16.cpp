@@ -41,6 +41,7 @@ void dynamic_residual_dot(const ResidualBlock<bf16>&) {}
 void dynamic_conv_amx(const ConvArguments<bf16>&) {}
 void dynamic_conv_dot(const ConvArguments<bf16>&) {}
 void dynamic_conv_weight_gradient_amx(const ConvArguments<bf16>&, const bf16*, bf16*) {}
+void dynamic_conv_weight_gradient_dot(const ConvArguments<bf16>&, const bf16*, bf16*) {}
 #endif
 
 const char* bf16_isa() { return has_amx() ? "AMX" : has_dot_bf16() ? "AVX-512 BF16" : ""; }
@@ -60,10 +61,12 @@ void dynamic_conv(const ConvArguments<bf16>& p) {
 }
 
 void dynamic_conv_weight_gradient(const ConvArguments<bf16>& p, const bf16* grad, bf16* dweight) {
-  if (!has_amx()) throw std::runtime_error("dynamic_conv: this CPU has no AMX");
+  if (!has_direct_bf16()) throw std::runtime_error("dynamic_conv: this CPU has no bfloat16 instructions");
   check(p.C % 16 == 0 && p.C_out % 16 == 0, "dynamic_conv", "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
-  check(p.stride[0] == 1 && p.stride[1] == 1, "dynamic_conv", "stride", "1", std::max(p.stride[0], p.stride[1]));
   check(p.dilation[0] == 1 && p.dilation[1] == 1, "dynamic_conv", "dilation", "1", p.dilation[0]);
+  if (!has_amx()) return dynamic_conv_weight_gradient_dot(p, grad, dweight);
+  check(p.stride[0] == 1 && p.stride[1] == 1, "dynamic_conv", "stride with AMX", "1",
+        std::max(p.stride[0], p.stride[1]));
   dynamic_conv_weight_gradient_amx(p, grad, dweight);
 }
 

@@ -18,6 +18,7 @@ void dynamic_conv_weight_gradient_amx(const ConvArguments<bf16>& arguments, cons
 bool has_dot_bf16();
 void dynamic_residual_dot(const ResidualBlock<bf16>& block);
 void dynamic_conv_dot(const ConvArguments<bf16>& arguments);
+void dynamic_conv_weight_gradient_dot(const ConvArguments<bf16>& arguments, const bf16* grad, bf16* dweight);
 
 // "AMX", "AVX-512 BF16" or "", by which the functions of dynamic_residual.h and dynamic_conv.h run here.
 const char* bf16_isa();

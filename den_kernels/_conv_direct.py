@@ -96,8 +96,8 @@ def weight_gradient(
     """The gradient of weight over all instances, in one call; None where no direct kernel computes it."""
     if not runs_direct(x, weight, geometry):
         return None
-    half = x.dtype == torch.bfloat16
-    if half and (extension.bf16_isa() != "AMX" or tuple(geometry.stride) != (1, 1)):
+    strided = tuple(geometry.stride) != (1, 1)
+    if x.dtype == torch.bfloat16 and strided and extension.bf16_isa() == "AMX":
         return None
     C_out, C, R, S = weight.shape
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
