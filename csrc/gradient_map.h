@@ -46,6 +46,7 @@ KERNEL void copy_words(const ConvArguments<T>& p, const T* row, int64_t c, int64
     for (int64_t k = 0; k < range.width; k += 16) {
       const Lanes lanes = lanes_of(range.width - k), none = 0;
       const T* from = row + c * p.C + range.first + k;
+      _mm_prefetch(reinterpret_cast<const char*>(from + p.W * p.C), _MM_HINT_T0);  // the next row
       store16(to + k, load_word<T>(from, first ? lanes : none, step * p.C, second ? lanes : none), lanes);
     }
     to += range.width;
