@@ -1,5 +1,5 @@
-// The weight gradient. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap (with AVX2 16 x 6), summed
-// over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The
+// The weight gradient. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap, or 16 x 16 (with AVX2 16 x
+// 6), summed over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The
 // gradients of a tile's pixels are copied side by side first: they serve every input and tap. In bfloat16 a word holds
 // two neighbouring pixels of a row, of gradients and inputs (gradient_map.h) alike, and their products are added at
 // once. Sums are float32, and rounded when all are added up. A full tile takes 10 loads for 16 products of vectors:
@@ -96,11 +96,11 @@ void gradient_tile(const Pixels& pixels, const Panel& panel, const float* x, flo
 using Tile = void (*)(const Pixels&, const Panel&, const float*, float*, int64_t);
 
 template <class T, int vectors, int... fewer>
-constexpr std::array<Tile, gradient_inputs> tiles_by_inputs(std::integer_sequence<int, fewer...>) {
+constexpr std::array<Tile, sizeof...(fewer)> tiles_by_inputs(std::integer_sequence<int, fewer...>) {
   return {gradient_tile<T, vectors, fewer + 1>...};
 }
 template <class T, int vectors>
-constexpr auto tiles_of = tiles_by_inputs<T, vectors>(std::make_integer_sequence<int, gradient_inputs>{});
+constexpr auto tiles_of = tiles_by_inputs<T, vectors>(std::make_integer_sequence<int, gradient_inputs(vectors)>{});
 
 template <class T>
 void add_band(const Arguments<T>& p, const T* grad, const Band& band, float* scratch, float* sums) {
@@ -109,7 +109,8 @@ void add_band(const Arguments<T>& p, const T* grad, const Band& band, float* scr
   int64_t taps[max_taps];
   map.tap_offsets(p, taps);
   for (int64_t j = 0; j < band.count; ++j) copy_inputs(p, band, map, j, scratch + j * map.size());
-  const std::vector<Piece> pieces = cut(band.inputs.ranges, gradient_inputs);
+  const std::vector<Piece> of_one = cut(band.inputs.ranges, gradient_inputs(1)),
+                           of_two = cut(band.inputs.ranges, gradient_inputs(tile_vectors));
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   Panel panel;
@@ -120,7 +121,7 @@ void add_band(const Arguments<T>& p, const T* grad, const Band& band, float* scr
       const Block* block = &blocks[n];
       const int64_t step = two ? (block[1].index - block[0].index) * tap_count * inputs * 16 : 0;
       (two ? fill<T, tile_vectors> : fill<T, 1>)(panel, pixels, grad, p.C_out, block);
-      for (const Piece& piece : pieces)
+      for (const Piece& piece : two ? of_two : of_one)
         for (int64_t t = 0; t < tap_count; ++t) {
           float* to = sums + ((block->index * tap_count + t) * inputs + piece.first) * 16;
           const Tile run = two ? tiles_of<T, tile_vectors>[piece.width - 1] : tiles_of<T, 1>[piece.width - 1];
