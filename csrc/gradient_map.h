@@ -46,7 +46,6 @@ KERNEL void copy_words(const ConvArguments<T>& p, const T* row, int64_t c, int64
     for (int64_t k = 0; k < range.width; k += 16) {
       const Lanes lanes = lanes_of(range.width - k), none = 0;
       const T* from = row + c * p.C + range.first + k;
-      _mm_prefetch(reinterpret_cast<const char*>(from + p.W * p.C), _MM_HINT_T0);  // the next row
       store16(to + k, load_word<T>(from, first ? lanes : none, step * p.C, second ? lanes : none), lanes);
     }
     to += range.width;
@@ -69,6 +68,7 @@ void copy_inputs(const ConvArguments<T>& p, const Band& band, const GradientMap<
     for (int64_t c = 0; c < map.columns; ++c, to += map.pixel) {
       const bool paired = c < map.alone;
       const int64_t column = paired ? c : last + c - map.alone;
+      if (row + 1 < p.H && c < p.W) prefetch_pixel(x + ((row + 1) * p.W + c) * p.C, band.inputs);
       copy_words(p, x + row * p.W * p.C, column - p.padding[1], paired ? p.stride[1] : 0, band.inputs, to);
     }
   }
