@@ -28,6 +28,15 @@ struct BandMap {
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
+// Asks for the selected channels of a pixel that will be copied: a row is often a page, which the processor's own
+// prefetching does not cross.
+template <class T>
+KERNEL void prefetch_pixel(const T* from, const Channels& inputs) {
+  for (const Range& range : inputs.ranges)
+    for (int64_t k = 0; k < range.width; k += 16 * per_word<T>)
+      _mm_prefetch(reinterpret_cast<const char*>(from + range.first + k), _MM_HINT_T0);
+}
+
 // The channels of one pixel: the words that hold selected ones, what else they hold set to zero.
 template <class T>
 KERNEL void copy_pixel(const T* from, const Channels& inputs, const Channels& words, float* to) {
@@ -69,7 +78,10 @@ void copy_rows(const ConvArguments<T>& p, const Band& band, const Channels& word
     if (whole && map.pixel * per_word<T> == p.C)
       std::memcpy(to, from, p.W * p.C * sizeof(T));
     else
-      for (int64_t c = 0; c < p.W; ++c) copy_pixel(from + c * p.C, band.inputs, words, to + c * map.pixel);
+      for (int64_t c = 0; c < p.W; ++c) {
+        if (row + 1 < p.H) prefetch_pixel(from + (p.W + c) * p.C, band.inputs);
+        copy_pixel(from + c * p.C, band.inputs, words, to + c * map.pixel);
+      }
   }
 }
 

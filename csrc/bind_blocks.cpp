@@ -172,14 +172,17 @@ void pack(py::handle weight, py::handle scale, py::handle packed, const Ints& in
   }
 }
 
-// Weights of the transposed convolution. float32: packed; bfloat16: turned, [I, O, R, S] channels-last.
-void pack_turned(py::handle weight, py::handle packed) {
+// Weights of the transposed convolution, whose inputs are O.
+void pack_turned(py::handle weight, py::handle packed, const Ints& out_sizes) {
   const char* op = "pack_turned_weights";
   const Tensor from(weight, op, "weight"), to(packed, op, "packed");
   from.any_maps({any_size, any_size, any_size, any_size});
   const int64_t O = from.size(0), I = from.size(1), R = from.size(2), S = from.size(3);
+  check_groups(out_sizes, static_cast<int64_t>(out_sizes.size()), O, op, "out_groups");
   if (from.is<bf16>()) {
-    turn_weights_bf16(from.maps<const bf16>({O, I, R, S}), to.maps<bf16>({I, O, R, S}), O, R * S, I);
+    const Ints widths = widths_of(out_sizes, O);
+    const bf16* in = from.maps<const bf16>({O, I, R, S});
+    pack_turned_weights_bf16(in, to.dense<bf16>({packed_size_bf16(I, R, S, widths)}), R, S, I, widths);
   } else {
     float* out = to.dense<float>({(I + 15) / 16, (O + 15) / 16, R * S, 16, 16});
     pack_turned_weights(from.maps<const float>({O, I, R, S}), out, O, R * S, I);
@@ -202,7 +205,7 @@ void bind_dynamic_residual(py::module_& m) {
       },
       "Values of a packed bfloat16 weight [O, I, R, S], for the prefixes of I that sizes add up to.");
   m.def("pack_weights", &pack, "weight [O, I, R, S] channels-last, scale [O] or None, packed, sizes of I's groups.");
-  m.def("pack_turned_weights", &pack_turned, "weight [O, I, R, S] channels-last; packed, or of bfloat16 turned.");
+  m.def("pack_turned_weights", &pack_turned, "weight [O, I, R, S] channels-last, packed, sizes of O's groups.");
   py::class_<ResidualHandle>(m, "ResidualBlock",
                              "(C, M, C_out, R, S, stride), sizes of the hidden groups, (scale1, shift1, conv1, scale2, "
                              "bias1, conv2, bias2), relu of the sum")

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bind_operands.h"
+#include "dynamic_bf16.h"
 #include "dynamic_conv.h"
 #include "dynamic_graph.h"
 
@@ -89,7 +90,8 @@ void run_weight_gradient(const Tensor& x, const Tensor& grad, py::handle dweight
   const auto arguments = conv_arguments<T>(x, grad, route, w);
   check_half(arguments);
   if constexpr (!std::is_same_v<T, float>)
-    check(w.stride[0] == 1 && w.stride[1] == 1, "dynamic_conv2d", "stride in bfloat16", "1", w.stride[0]);
+    check(!has_amx() || (w.stride[0] == 1 && w.stride[1] == 1), "dynamic_conv2d", "stride in bfloat16 with AMX", "1",
+          w.stride[0]);
   const T* dy = static_cast<const T*>(grad.any_maps({any_size, any_size, any_size, any_size}));
   T* out =
       Tensor(dweight, "dynamic_conv2d", "dweight").maps<T>({arguments.C_out, arguments.C, w.kernel[0], w.kernel[1]});

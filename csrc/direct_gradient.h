@@ -1,30 +1,42 @@
-// The weight gradient in float32. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap (with AVX2 16 x
-// 6), summed over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast.
-// The gradients of a tile's pixels are copied side by side first: they serve every input and tap.
+// The weight gradient. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap, or 16 x 16 (with AVX2 16 x
+// 6), summed over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The
+// gradients of a tile's pixels are copied side by side first: they serve every input and tap. In bfloat16 a word holds
+// two neighbouring pixels of a row, of gradients and inputs (gradient_map.h) alike, and their products are added at
+// once. Sums are float32, and rounded when all are added up. A full tile takes 10 loads for 16 products of vectors:
+// what bounds it are the products, two a cycle on a Zen 5, in either type.
 #pragma once
 
 #include <algorithm>
 #include <utility>
 #include <vector>
 
-#include "band_map.h"
 #include "conv_gradient.h"
+#include "gradient_map.h"
 
 namespace den_kernels {
 namespace {
 
-using Arguments = ConvArguments<float>;
-using Map = BandMap<float>;
+template <class T>
+using Arguments = ConvArguments<T>;
+template <class T>
+using Map = GradientMap<T>;
 
-constexpr int64_t pixels_at_once = 64;
+// Words of pixels at a time at most: their gradients of 32 outputs and inputs of one piece stay in the first level.
+constexpr int64_t pixels_at_once = 128;
 
-// Pixels whose products are added up before they go to the sums of all: of few pixels fewer, because the parts make
-// most of the rounding errors then; of many, parts that are too short cost time.
-int64_t part_pixels(const Arguments& p) { return p.B * p.Ho * p.Wo <= 256 ? 32 : pixels_at_once; }
+// Words of pixels whose products are added up before they go to the sums of all. Of float32 less than that: of few
+// pixels least, because the parts make most of the rounding errors then; of many, parts that are too short cost time.
+template <class T>
+int64_t part_words(const Arguments<T>& p) {
+  if (per_word<T> > 1) return pixels_at_once;
+  return p.B * p.Ho * p.Wo <= 256 ? pixels_at_once / 4 : pixels_at_once / 2;
+}
 
-// Where some pixels of a band lie: gradients from the batch's first, inputs from the scratch memory's first.
+// Where some pixels of a band lie, in words of one or two: gradients from the batch's first, inputs from the scratch
+// memory's first.
 struct Pixels {
   int64_t count, grad[pixels_at_once], input[pixels_at_once];
+  bool alone[pixels_at_once];  // bfloat16: no second pixel
 };
 
 // The gradients of 16 or 32 outputs at some pixels, zeros where an output is not selected.
@@ -32,15 +44,18 @@ struct Panel {
   alignas(64) float values[pixels_at_once * 32];
 };
 
-Pixels pixels_of(const Arguments& p, const Band& band, const Map& map, int64_t first) {
-  const int64_t per_instance = band.rows * p.Wo;
-  Pixels made{std::min(part_pixels(p), band.count * per_instance - first), {}, {}};
-  int64_t j = first / per_instance, row = first % per_instance / p.Wo, column = first % p.Wo;
+template <class T>
+Pixels pixels_of(const Arguments<T>& p, const Band& band, const Map<T>& map, int64_t first) {
+  const int64_t per_row = words_of_row(p), per_instance = band.rows * per_row;
+  Pixels made{std::min(part_words(p), band.count * per_instance - first), {}, {}, {}};
+  int64_t j = first / per_instance, row = first % per_instance / per_row, word = first % per_row;
   for (int64_t i = 0; i < made.count; ++i) {
+    const int64_t column = word * per_word<T>;
     made.grad[i] = ((p.route.order[band.start + j] * p.Ho + band.first_row + row) * p.Wo + column) * p.C_out;
-    made.input[i] = j * map.size() + (row * p.stride[0] * map.columns + column * p.stride[1]) * map.pixel;
-    if (++column < p.Wo) continue;
-    column = 0;
+    made.input[i] = j * map.size() + (row * p.stride[0] * map.columns + map.column(p, word)) * map.pixel;
+    made.alone[i] = column + per_word<T> > p.Wo;
+    if (++word < per_row) continue;
+    word = 0;
     if (++row < band.rows) continue;
     row = 0;
     ++j;
@@ -51,19 +66,20 @@ Pixels pixels_of(const Arguments& p, const Band& band, const Map& map, int64_t f
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
-template <int vectors>
-void fill(Panel& panel, const Pixels& pixels, const float* grad, const Block* block) {
+template <class T, int vectors>
+void fill(Panel& panel, const Pixels& pixels, const T* grad, int64_t next, const Block* block) {
   for (int64_t i = 0; i < pixels.count; ++i) {
     UNROLL for (int v = 0; v < vectors; ++v) {
-      const Vector of_block = load16(grad + pixels.grad[i] + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
-      store16(panel.values + (i * vectors + v) * 16, of_block);
+      const Lanes lanes = static_cast<Lanes>(block[v].lanes), none = 0;
+      const T* from = grad + pixels.grad[i] + block[v].index * 16;
+      store16(panel.values + (i * vectors + v) * 16, load_word<T>(from, lanes, next, pixels.alone[i] ? none : lanes));
     }
   }
 }
 
 // sums[v][k] += sum over pixels of panel[v] * x[k]; sums[v]: [inputs][16], `step` floats from block 0's to block 1's.
 // The pixels are summed up from zero: one long sum over all pixels of a batch would round away ten times as much.
-template <int vectors, int inputs>
+template <class T, int vectors, int inputs>
 void gradient_tile(const Pixels& pixels, const Panel& panel, const float* x, float* sums, int64_t step) {
   Vector acc[inputs][vectors];
   UNROLL for (int k = 0; k < inputs; ++k) { UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = zeros(); }
@@ -74,7 +90,7 @@ void gradient_tile(const Pixels& pixels, const Panel& panel, const float* x, flo
     UNROLL for (int v = 0; v < vectors; ++v) gv[v] = load16(g + v * 16);
     UNROLL for (int k = 0; k < inputs; ++k) {
       const Vector value = broadcast(in[k]);
-      UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = fma(value, gv[v], acc[k][v]);
+      UNROLL for (int v = 0; v < vectors; ++v) acc[k][v] = multiply_add<T>(value, gv[v], acc[k][v]);
     }
   }
   UNROLL for (int k = 0; k < inputs; ++k) {
@@ -87,34 +103,36 @@ void gradient_tile(const Pixels& pixels, const Panel& panel, const float* x, flo
 
 using Tile = void (*)(const Pixels&, const Panel&, const float*, float*, int64_t);
 
-template <int vectors, int... fewer>
-constexpr std::array<Tile, gradient_inputs> tiles_by_inputs(std::integer_sequence<int, fewer...>) {
-  return {gradient_tile<vectors, fewer + 1>...};
+template <class T, int vectors, int... fewer>
+constexpr std::array<Tile, sizeof...(fewer)> tiles_by_inputs(std::integer_sequence<int, fewer...>) {
+  return {gradient_tile<T, vectors, fewer + 1>...};
 }
-template <int vectors>
-constexpr auto tiles_of = tiles_by_inputs<vectors>(std::make_integer_sequence<int, gradient_inputs>{});
+template <class T, int vectors>
+constexpr auto tiles_of = tiles_by_inputs<T, vectors>(std::make_integer_sequence<int, gradient_inputs(vectors)>{});
 
-void add_band(const Arguments& p, const float* grad, const Band& band, float* scratch, float* sums) {
-  const Map map(p, band, band.inputs.count);
+template <class T>
+void add_band(const Arguments<T>& p, const T* grad, const Band& band, float* scratch, float* sums) {
+  const Map<T> map(p, band);
   const int64_t tap_count = p.R * p.S, inputs = sum_inputs(p);
   int64_t taps[max_taps];
   map.tap_offsets(p, taps);
-  for (int64_t j = 0; j < band.count; ++j) copy_rows(p, band, band.inputs, map, j, scratch + j * map.size());
-  const std::vector<Piece> pieces = cut(band.inputs.ranges, gradient_inputs);
+  for (int64_t j = 0; j < band.count; ++j) copy_inputs(p, band, map, j, scratch + j * map.size());
+  const std::vector<Piece> of_one = cut(band.inputs.ranges, gradient_inputs(1)),
+                           of_two = cut(band.inputs.ranges, gradient_inputs(tile_vectors));
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size());
   Panel panel;
-  for (int64_t first = 0; first < band.count * band.rows * p.Wo; first += part_pixels(p)) {
+  for (int64_t first = 0; first < band.count * band.rows * words_of_row(p); first += part_words(p)) {
     const Pixels pixels = pixels_of(p, band, map, first);
     for (int64_t n = 0; n < block_count; n += tile_vectors) {
       const bool two = tile_vectors > 1 && n + 1 < block_count;
       const Block* block = &blocks[n];
       const int64_t step = two ? (block[1].index - block[0].index) * tap_count * inputs * 16 : 0;
-      (two ? fill<tile_vectors> : fill<1>)(panel, pixels, grad, block);
-      for (const Piece& piece : pieces)
+      (two ? fill<T, tile_vectors> : fill<T, 1>)(panel, pixels, grad, p.C_out, block);
+      for (const Piece& piece : two ? of_two : of_one)
         for (int64_t t = 0; t < tap_count; ++t) {
           float* to = sums + ((block->index * tap_count + t) * inputs + piece.first) * 16;
-          const Tile run = two ? tiles_of<tile_vectors>[piece.width - 1] : tiles_of<1>[piece.width - 1];
+          const Tile run = two ? tiles_of<T, tile_vectors>[piece.width - 1] : tiles_of<T, 1>[piece.width - 1];
           run(pixels, panel, scratch + taps[t] + piece.place, to, step);
         }
     }
@@ -123,8 +141,9 @@ void add_band(const Arguments& p, const float* grad, const Band& band, float* sc
 
 #pragma GCC pop_options
 
-void run_weight_gradient(const Arguments& p, const float* grad, float* dweight) {
-  const auto bytes_of = [&p](const Band& band) { return band.count * Map(p, band, band.inputs.count).size() * 4; };
+template <class T>
+void run_weight_gradient(const Arguments<T>& p, const T* grad, T* dweight) {
+  const auto bytes_of = [&p](const Band& band) { return band.count * Map<T>(p, band).size() * 4; };
   sum_bands(p, 16, dweight, bytes_of,
             [&](const Band& band, float* scratch, float* sums) { add_band(p, grad, band, scratch, sums); });
 }

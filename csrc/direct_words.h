@@ -40,6 +40,29 @@ KERNEL Vector multiply_add<float>(Vector value, Vector weights, Vector sum) {
   return fma(value, weights, sum);
 }
 
+// 16 words of `left` values, zeros beyond these, and the values of words times a scale.
+template <class T>
+Vector load_words(const T* from, int64_t left);
+template <>
+KERNEL Vector load_words<float>(const float* from, int64_t left) {
+  return load16(from, lanes_of(left));
+}
+template <class T>
+Vector scale_words(Vector words, float scale);
+template <>
+KERNEL Vector scale_words<float>(Vector words, float scale) {
+  return multiply(words, broadcast(scale));
+}
+
+// Of each of 16 channels the value at `from`; in bfloat16 a word of it and the value `next` on. Zeros in the lanes that
+// `first` and `second` leave out.
+template <class T>
+Vector load_word(const T* from, Lanes first, int64_t next, Lanes second);
+template <>
+KERNEL Vector load_word<float>(const float* from, Lanes first, int64_t, Lanes) {
+  return load16(from, first);
+}
+
 // The selected ones of 16 channels, without gaps. words: the words that hold any; what else these hold becomes zero.
 template <class T>
 void store_words(float* to, Vector v, uint32_t lanes, uint32_t words);
@@ -59,6 +82,26 @@ KERNEL void store16(bf16* to, __m512 v, __mmask16 lanes) { _mm256_mask_storeu_ep
 template <>
 KERNEL __m512 multiply_add<bf16>(__m512 value, __m512 weights, __m512 sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)value, (__m512bh)weights);
+}
+
+template <>
+KERNEL __m512 load_words<bf16>(const bf16* from, int64_t left) {
+  const __mmask32 live = left >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << left) - 1);
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(live, from));
+}
+template <>
+KERNEL __m512 scale_words<bf16>(__m512 words, float scale) {
+  const __m512i bits = _mm512_castps_si512(words), high = _mm512_and_si512(bits, _mm512_set1_epi32(-65536));
+  const __m512 factor = _mm512_set1_ps(scale);
+  const __m256i low = rounded(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), factor));
+  const __m512 second = widen16(rounded(_mm512_mul_ps(_mm512_castsi512_ps(high), factor)));
+  return _mm512_or_ps(_mm512_castsi512_ps(_mm512_cvtepu16_epi32(low)), second);
+}
+
+template <>
+KERNEL __m512 load_word<bf16>(const bf16* from, __mmask16 first, int64_t next, __mmask16 second) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, from));
+  return _mm512_or_ps(_mm512_castsi512_ps(low), load16(from + next, second));
 }
 
 template <>

@@ -18,6 +18,9 @@ void dynamic_conv_weight_gradient_amx(const ConvArguments<bf16>& arguments, cons
 bool has_dot_bf16();
 void dynamic_residual_dot(const ResidualBlock<bf16>& block);
 void dynamic_conv_dot(const ConvArguments<bf16>& arguments);
+void pack_weights_dot(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t taps, int64_t I);
+void pack_turned_weights_dot(const bf16* weight, bf16* packed, int64_t O, int64_t taps, int64_t I);
+void dynamic_conv_weight_gradient_dot(const ConvArguments<bf16>& arguments, const bf16* grad, bf16* dweight);
 
 // "AMX", "AVX-512 BF16" or "", by which the functions of dynamic_residual.h and dynamic_conv.h run here.
 const char* bf16_isa();
@@ -26,8 +29,10 @@ const char* bf16_isa();
 // of the levels, for convolutions over the prefixes of I that they keep.
 void pack_weights_bf16(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t R, int64_t S,
                        const std::vector<int64_t>& widths);
-// The weights of the transposed convolution: [O, taps, I] -> [I, taps, O], the last tap first.
-void turn_weights_bf16(const bf16* weight, bf16* turned, int64_t O, int64_t taps, int64_t I);
+// pack_weights_bf16 for the transposed convolution, inputs and outputs swapped and the last tap first. widths: of the
+// levels of O.
+void pack_turned_weights_bf16(const bf16* weight, bf16* packed, int64_t R, int64_t S, int64_t I,
+                              const std::vector<int64_t>& widths);
 
 int64_t packed_size_bf16(int64_t O, int64_t R, int64_t S, const std::vector<int64_t>& widths);
 

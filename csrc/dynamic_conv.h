@@ -35,7 +35,7 @@ void dynamic_conv(const ConvArguments<float>& arguments);
 // weight and bias are not looked at. Needs what dynamic_conv needs.
 void dynamic_conv_weight_gradient(const ConvArguments<float>& arguments, const float* grad, float* dweight);
 
-// Takes bfloat16. Needs AMX (has_amx), stride 1, dilation 1, C and C_out divisible by 16.
+// Takes bfloat16. Needs AMX and stride 1, or no AMX but AVX-512 BF16; dilation 1, C and C_out divisible by 16.
 void dynamic_conv_weight_gradient(const ConvArguments<bf16>& arguments, const bf16* grad, bf16* dweight);
 
 // Needs AMX or AVX-512 BF16 (has_direct_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible

@@ -59,26 +59,25 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -
     for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I). RuntimeError in a trace.
     """
     refuse_recording("pack")
-    O, I, R, S = weight.shape
-    if weight.dtype == torch.bfloat16:
-        packed = weight.new_empty(extension.packed_size_bf16(O, I, R, S, in_sizes))
-    else:
-        packed = weight.new_empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
+    packed = _room(weight, *weight.shape[:2], in_sizes)
     extension.pack_weights(weight.contiguous(memory_format=torch.channels_last), scale, packed, in_sizes)
     return packed
 
 
 def pack_turned(weight: Tensor, in_sizes: Sequence[int]) -> Tensor:
     """:func:`pack` of the weights [I, O, R, S] of :func:`transposed`: sides swapped, kernel turned."""
-    O, I, R, S = weight.shape
-    rows = weight.contiguous(memory_format=torch.channels_last)
-    if weight.dtype == torch.bfloat16:
-        turned = weight.new_empty(I, R, S, O).permute(0, 3, 1, 2)
-        extension.pack_turned_weights(rows, turned)
-        return pack(turned, in_sizes)
-    packed = weight.new_empty(-(-I // 16), -(-O // 16), R * S, 16, 16)
-    extension.pack_turned_weights(rows, packed)
+    O, I = weight.shape[:2]
+    packed = _room(weight, I, O, in_sizes)
+    extension.pack_turned_weights(weight.contiguous(memory_format=torch.channels_last), packed, in_sizes)
     return packed
+
+
+def _room(weight: Tensor, O: int, I: int, in_sizes: Sequence[int]) -> Tensor:
+    """Memory for :func:`pack` of weights [O, I, R, S], of which `weight` has the kernel and the dtype."""
+    R, S = weight.shape[2:]
+    if weight.dtype == torch.bfloat16:
+        return weight.new_empty(extension.packed_size_bf16(O, I, R, S, in_sizes))
+    return weight.new_empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
 
 
 def forward(
@@ -110,8 +109,8 @@ def weight_gradient(
     """The gradient of weight over all instances, in one call; None where no direct kernel computes it."""
     if not runs_direct(x, weight, geometry):
         return None
-    half = x.dtype == torch.bfloat16
-    if half and (extension.bf16_isa() != "AMX" or tuple(geometry.stride) != (1, 1)):
+    strided = tuple(geometry.stride) != (1, 1)
+    if x.dtype == torch.bfloat16 and strided and extension.bf16_isa() == "AMX":
         return None
     C_out, C, R, S = weight.shape
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))

@@ -134,9 +134,7 @@ class Carrier(threading.local):
         plan = RoutingPlan.from_masks(levels) if levels.dtype == torch.bool else RoutingPlan.from_levels(levels, groups)
         least = plan.levels.amin(0).tolist() if looks and len(levels) else [0] * len(blocks)
         recorded = is_recorded()
-        return tuple(
-            Selection(r, low == groups, low > 0, recorded) for r, low in zip(plan, least, strict=True)
-        )
+        return tuple(Selection(r, low == groups, low > 0, recorded) for r, low in zip(plan, least, strict=True))
 
     def run(self, model: nn.Module, levels: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The result of model(*args, **kwargs) at levels [B, N] or masks [B, N, G]."""

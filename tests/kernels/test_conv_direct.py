@@ -103,94 +103,6 @@ def test_bands_and_groups_of_instances(shape, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kind", ["levels", "mask"])
-@pytest.mark.parametrize("elastic", [("out_groups",), ("in_groups",), ("out_groups", "in_groups")], ids="-".join)
-def test_gradients_are_as_accurate_as_onednn(elastic, kind, stride, dtype):
-    torch.manual_seed(0)
-    x, weight = channels_last(torch.randn(6, 32, 9, 9)).to(dtype), torch.randn(48, 32, 3, 3).to(dtype)
-    grad = channels_last(torch.randn(6, 48, -(-9 // stride), -(-9 // stride))).to(dtype)
-    sizes = {"out_groups": (5, 12, 31), "in_groups": (20, 7, 5)}
-    keywords = {"padding": 1, "stride": stride} | {side: sizes[side] for side in elastic}
-    selection = select(kind, 6, 3)
-
-    def gradients(convolve, *tensors):
-        x, weight, grad = (tensor.detach().requires_grad_() for tensor in tensors)
-        return torch.autograd.grad(convolve(x, weight, None, selection, **keywords), (x, weight), grad)
-
-    exact, scale = (
-        gradients(masked_conv2d, *(f(t.double()) for t in (x, weight, grad))) for f in (torch.clone, torch.abs)
-    )
-    peers = by_onednn(lambda: gradients(dynamic_conv2d, x, weight, grad))
-    for got, *others in zip(gradients(dynamic_conv2d, x, weight, grad), peers, exact, scale, strict=True):
-        assert_as_accurate(got, *others, FACTOR)
-
-
-@given(
-    case=st.one_of(
-        st.tuples(st.just(torch.float32), st.sampled_from([3, 16, 33, 128]), st.sampled_from([3, 5, 16, 40])),
-        st.tuples(st.just(torch.bfloat16), st.sampled_from([16, 32, 48, 64]), st.sampled_from([16, 32, 48, 96])),
-    ),
-    batch=st.sampled_from([1, 2, 5, 17]),
-    size=st.tuples(st.integers(4, 21), st.integers(4, 35)),
-    kernel=st.sampled_from([(1, 1), (3, 3), (5, 3), (2, 4)]),
-    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    sides=st.sampled_from(["out", "in", "both"]),
-    kind=st.sampled_from(["levels", "mask"]),
-    cut=st.integers(1, 40),
-    seed=st.integers(0, 99),
-)
-@examples(50)
-def test_weight_gradients_of_any_shape(case, batch, size, kernel, padding, sides, kind, cut, seed):
-    dtype, *channels = case
-    assume(all(side + 2 * p >= k for side, p, k in zip(size, padding, kernel, strict=True)))
-    torch.manual_seed(seed)
-    x, weight = torch.randn(batch, channels[0], *size).to(dtype), torch.randn(*channels[::-1], *kernel).to(dtype)
-    keywords = {f"{side}_groups": parts(c, cut) for side, c in zip(("in", "out"), channels, strict=True)}
-    keywords = {name: sizes for name, sizes in keywords.items() if sides in (name.removesuffix("_groups"), "both")}
-    selection, keywords = select(kind, batch, 3, seed), keywords | {"padding": padding}
-    grad = torch.randn(masked_conv2d(x, weight, None, selection, **keywords).shape).to(dtype)
-
-    def gradient(convolve, x, weight, grad):
-        weight = weight.detach().requires_grad_()
-        return torch.autograd.grad(convolve(x, weight, None, selection, **keywords), weight, grad)[0]
-
-    exact, scale = (
-        gradient(masked_conv2d, *(f(t.double()) for t in (x, weight, grad))) for f in (torch.clone, torch.abs)
-    )
-    if "in_groups" in keywords:
-        x = poison_unread(x, selection, keywords["in_groups"])
-    tensors = channels_last(x), weight, channels_last(grad)
-    peer = by_onednn(lambda: gradient(dynamic_conv2d, *tensors))
-    assert_as_accurate(gradient(dynamic_conv2d, *tensors), peer, exact, scale, FACTOR)
-
-
-@DTYPES
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("shape", [(1, 16, 40, 50), (40, 48, 3, 5), (5, 33, 14, 14)], ids=str)
-def test_weight_gradients_of_bands_and_groups_of_instances(shape, threads, dtype):
-    """Maps of more pixels than a tile sums at once, one instance for all threads, many small maps together."""
-    torch.manual_seed(0)
-    x, grad = (channels_last(torch.randn(shape[0], C, *shape[2:])).to(dtype) for C in (shape[1], 32))
-    weight, levels = torch.zeros(32, shape[1], 3, 3, dtype=dtype), torch.arange(shape[0]) % 3 + (shape[0] == 1)
-
-    def gradient(x, weight, grad):
-        y = dynamic_conv2d(x, weight.requires_grad_(), None, levels, padding=1, out_groups=(7, 25))
-        return torch.autograd.grad(y, weight, grad)[0]
-
-    exact, before = gradient(x.double(), weight.double(), grad.double()), torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        got = gradient(x, weight, grad)
-        assert torch.equal(gradient(x, weight, grad), got)
-    finally:
-        torch.set_num_threads(before)
-    rounded = dtype != torch.float32 and not extension.has_direct_bf16()  # a level's part, before it is added
-    near = 1e-4 if dtype == torch.float32 else 2**-6 if rounded else 2**-8
-    torch.testing.assert_close(got.double(), exact, rtol=near, atol=near * exact.abs().max().item())
-
-
-@DTYPES
 @pytest.mark.parametrize("kind", ["levels", "mask"])
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("shape", [(1, 16, 32, 32), (3, 64, 8, 8), (17, 64, 8, 8)], ids=str)
@@ -244,6 +156,20 @@ def test_each_dtype_needs_its_own_instructions(monkeypatch):
     monkeypatch.setattr(_conv_direct, "extension", only_float32)
     assert runs(torch.float32, 16, 32)
     assert not runs(torch.bfloat16, 16, 32)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(16, 32, 3, 3), (48, 17, 1, 1), (5, 70, 2, 3), (40, 144, 3, 3)], ids=str)
+def test_scaled_and_turned_weights_are_packed_as_if_they_lay_so(shape, dtype):
+    if not runs(dtype, 16, 16):
+        pytest.skip("this CPU has no direct kernel for it")
+    torch.manual_seed(0)
+    weight, scale = torch.randn(shape).to(dtype), torch.randn(shape[0])
+    scaled = (weight.float() * scale.view(-1, 1, 1, 1)).to(dtype)
+    assert _conv_direct.pack(weight, (), scale).eq(_conv_direct.pack(scaled, ())).all()
+    for sizes in ((), parts(shape[0], 20)):
+        turned = weight.transpose(0, 1).flip(2, 3)
+        assert torch.equal(_conv_direct.pack_turned(weight, sizes), _conv_direct.pack(turned, sizes))
 
 
 @DTYPES

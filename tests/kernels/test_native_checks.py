@@ -142,7 +142,7 @@ CALLS: dict[str, tuple[Callable, Callable[[], list]]] = {
         lambda: [torch.randn(C, C, 3, 3).to(memory_format=torch.channels_last), vector(), packed(C, C, 9)],
     ),
     "pack_turned_weights": (
-        lambda weight, out: extension.pack_turned_weights(weight, out),
+        lambda weight, out: extension.pack_turned_weights(weight, out, (16, 16)),
         lambda: [torch.randn(C, C, 3, 3).to(memory_format=torch.channels_last), packed(C, C, 9)],
     ),
     "dynamic_conv": (conv, lambda: [maps(C), maps(C), *route_tensors(), packed(C, C, 9), vector()]),
