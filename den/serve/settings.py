@@ -44,8 +44,8 @@ class Serve:
     threads: Annotated[int, Range(0, 1_024)] = 0
     """Cores that a replica computes on; 0: the machine's cores, shared by the replicas."""
     proxy: Literal["auto", "haproxy", "ray"] = "auto"
-    """What takes the connections: the HAProxy that comes with Ray Serve, or Ray Serve's own proxy, which spends several
-    times as much on a request.  auto: HAProxy where it is installed.  A cluster (--ray-address) has chosen before."""
+    """What takes the connections: the HAProxy that comes with Ray Serve, or Ray Serve's own proxy, which spends more on
+    a request.  auto: HAProxy where it is installed.  A cluster (--ray-address) has chosen before."""
     ray_address: str | None = None
     """Ray cluster to run on, such as auto or ray://HOST:10001; None: Ray is started on this machine alone."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = Limits()

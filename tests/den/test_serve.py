@@ -14,7 +14,10 @@ from torch import nn
 
 import den
 import den_kernels
-from den.runs.predict import Predictor
+from den.data.decode import squared
+from den.data.images import Kept
+from den.inference.pretrained import PACKAGES
+from den.runs.predict import Predictor, network_inputs
 from den.serve.network import Item, open_network
 from tests.served import KEPT, TASKS, encoded, photographs, store_run, until
 from tests.stand_ins import PlainBasicBlock
@@ -220,27 +223,48 @@ def test_runs_of_other_methods_answer_by_their_own_rule(tmp_path, mode):
     assert found[0].levels == offline.predict(picture, PETS)[0].levels
 
 
-@pytest.fixture(scope="module")
-def converted():
-    torch.manual_seed(0)
+def plain(name: str = "", **settings: int) -> nn.Module:
+    """A model of somebody else, for images of 12 pixels."""
     blocks = [PlainBasicBlock(16, 16), PlainBasicBlock(16, 16)]
     tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 7)]
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), *blocks, *tail).eval()
-    den_kernels.convert(model, 2, example=torch.zeros(1, 3, 12, 12))
-    return model
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), *blocks, *tail).eval()
 
 
-def test_a_converted_model_is_the_task_images(converted):
-    from den.serve.network import ServedNetwork, _converted_task
+@pytest.fixture
+def converted(monkeypatch):
+    monkeypatch.setitem(PACKAGES, "timm", plain)
+    model, example = plain(), torch.zeros(1, 3, 12, 12)
+    den_kernels.convert(model, 2, example=example)
+    return den.Engine(model, device="cpu", levels=[1, 2], example=example)
 
-    engine = den.Engine(converted, device="cpu", levels=[1, 2], example=torch.zeros(1, 3, 12, 12))
-    task = _converted_task(engine, None)
-    assert (task.name, task.classes, task.size) == ("images", 7, 12)
-    served = ServedNetwork(engine, (task,), (KEPT[PETS].__class__((0.5,) * 3, (0.2,) * 3),))
+
+def test_a_converted_model_is_the_task_images(converted, tmp_path):
+    kept = Kept((0.5,) * 3, (0.2,) * 3)
+    served = open_network(converted.save_pretrained(tmp_path, architecture="timm/own", kept=kept), device="cpu")
+    assert [(task.name, task.classes, task.size) for task in served.tasks] == [("images", 7, 12)]
     with testclient.TestClient(create_app(served)) as client:
         [found] = client.post("/predict/images", content=GOOD, headers=PNG).json()["predictions"]
     assert (found["levels"], len(found["top"])) == ([1, 2], 5)
     assert 0 < found["flops_ratio"] < 1
+    square = network_inputs([squared(io.BytesIO(GOOD), 12)], served.tasks[0], kept)
+    chances = converted(square).softmax(-1).topk(5).values[0].tolist()
+    assert [chance for _, chance in found["top"]] == pytest.approx(chances, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        (Kept((0.5,), (0.2,)), "with a mean for each, got classification, 3 channels, 1 means, 7 classes, 0 names"),
+        (Kept((0.5,) * 3, (0.2,) * 3, ("a", "b")), "3 means, 7 classes, 2 names"),
+        (Kept((0.5,) * 3, (0.0,) * 3), "must hold a den.data.images.Kept of mean and std for images"),
+        ({"images": (0.5, 0.2)}, "must hold a den.data.images.Kept of mean and std for images"),
+        ({"cats": Kept((0.5,), (0.2,))}, "kept must be of images, got 'cats'"),
+        (None, "must say how pictures become images of images, got nothing"),
+    ],
+)
+def test_facts_of_pictures_that_do_not_fit_are_told(converted, tmp_path, kept, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        open_network(converted.save_pretrained(tmp_path, architecture="timm/own", kept=kept), device="cpu")
 
 
 def test_the_programs_of_the_page_run(run, client, tmp_path, monkeypatch, capsys):
