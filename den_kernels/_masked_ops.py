@@ -60,7 +60,7 @@ def _ranks(keys: Tensor, ranks: Tensor) -> Tensor:  # [N, B]
 
 
 def _offsets(segments: Tensor, count: int) -> Tensor:  # [N, B] -> int32 [N, count + 1]
-    """How many instances lie before each segment."""
+    """The number of instances before each segment."""
     bounds = torch.arange(count + 1, device=segments.device)
     return (segments[:, None] < bounds[:, None]).sum(2).int()
 
@@ -159,7 +159,7 @@ def _used(route: Route, weights: Weights) -> Tensor:
 
 
 def _activated(x: Tensor, weights: Weights) -> Tensor:  # [B, C, H, W]
-    """What the first convolution reads."""
+    """The map that the first convolution reads."""
     if weights.scale1 is None or weights.shift1 is None:
         return x
     return (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu()
@@ -173,7 +173,7 @@ def _added(x: Tensor, shortcut: Tensor | None, branch: Tensor, used: Tensor, wei
 
 
 def in_torch_ops(op: Any, *arguments: Any) -> Any:
-    """What a registered op makes of its arguments, in operations of PyTorch."""
+    """Return what a registered op makes of its arguments, in operations of PyTorch."""
     warn_of_masks()
     return DECOMPOSED[op._name](*arguments)
 

@@ -13,7 +13,7 @@ freeze     the frozen copy computes the same at random levels
 export     so does what torch.export makes of the frozen copy, for another batch, and of a batch of another size
 
 The masks are put where the blocks of these packages have their hidden maps (`TAPS`), not where `convert` found any. The
-packages must fit the torch that is installed; none of them is needed by the library or its tests.
+packages must fit the torch that is installed; the library and its tests need none of them.
 """
 
 import argparse
@@ -116,12 +116,11 @@ TAPS: dict[str, Callable[[nn.Module], Taps]] = {
 def _activated(parts: nn.Sequential, name: str) -> tuple[str, ...]:
     """The parts of a sequence that end in an activation: norms of a projection do not."""
     ends = ("ReLU", "ReLU6", "Hardswish", "SiLU")
-    return tuple(f"{name}.{i}" for i, part in enumerate(parts) if _last(part) in ends)
-
-
-def _last(part: nn.Module) -> str:
-    children = list(part.children())
-    return type(children[-1]).__name__ if isinstance(part, nn.Sequential) and children else ""
+    return tuple(
+        f"{name}.{i}"
+        for i, part in enumerate(parts)
+        if isinstance(part, nn.Sequential) and type(part[-1]).__name__ in ends
+    )
 
 
 def taps_of(block: nn.Module) -> Taps:
@@ -244,15 +243,15 @@ CHECKS = ("full", "levels", "order", "extract", "freeze", "export")
 
 
 def row_of(name: str, size: int) -> list[str]:
-    """The cells of a model: name, blocks, blocks that one op runs, what was left alone, then yes or no."""
+    """The cells of a model: name, side of the images, blocks, those that one op runs, left alone, then yes or no."""
     start = time.perf_counter()
     try:
         case = Case(name, size)
     except ValueError as why:  # no block was found
         print(f"{name}: {why}", file=sys.stderr)
-        return [name, "0", "0", "", *["**no**"] * len(CHECKS)]
+        return [name, str(side(name, size)), "0", "0", "", *["**no**"] * len(CHECKS)]
     fused = sum(block.kernel != "dynamic convolutions" for block in case.report)
-    cells = [name, str(len(case.report)), str(fused), str(len(case.report.left))]
+    cells = [name, str(case.x.shape[-1]), str(len(case.report)), str(fused), str(len(case.report.left))]
     for check in CHECKS:
         try:
             with torch.no_grad():
@@ -271,25 +270,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="PACKAGE/MODEL")
     parser.add_argument("--size", type=int, default=224, help="side of the images; of models for CIFAR 32")
-    parser.add_argument("--out", type=Path, help="Markdown file of the table")
+    parser.add_argument("--out", type=Path, help="Markdown file of the table, written after each model")
     options = parser.parse_args()
-    rows = [row_of(name, options.size) for name in options.models]
-    if options.out:
-        options.out.write_text(page(rows, options.size), encoding="utf-8")
+    rows = []
+    for name in options.models:
+        rows.append(row_of(name, options.size))
+        if options.out:  # after each, so that a run that is stopped leaves what it has
+            options.out.write_text(page(rows), encoding="utf-8")
     return int(any("**no**" in row for row in rows))
 
 
-def page(rows: list[list[str]], size: int) -> str:
+def page(rows: list[list[str]]) -> str:
     """The table and what it was made with, in Markdown."""
     packages = ("torch", "torchvision", "timm", "transformers", "pytorchcv")
     made = ", ".join(f"{package} {version(package)}" for package in packages)
-    header = ["model", "blocks", "one op", "left alone", *CHECKS]
+    header = ["model", "images", "blocks", "one op", "left alone", *CHECKS]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return f"""# Models of other packages
 
-What `scripts/foreign_models.py` checks of each model, in images of {size} x {size} (CIFAR: 32 x 32), a batch of
-{BATCH}, {GROUPS} channel groups, random weights, on a CPU; the script says what each column means. "One op": blocks
-that run as one op, the others layer by layer. {made}.
+What `scripts/foreign_models.py` checks of each model, in square images of that side, a batch of {BATCH}, {GROUPS}
+channel groups, random weights, on a CPU; the script says what each column means. "One op": blocks that run as one op,
+the others layer by layer. {made}.
 
 {chr(10).join(lines)}
 """

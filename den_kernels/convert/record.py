@@ -85,7 +85,7 @@ class Recording:
         return found
 
     def is_constant(self, index: int) -> bool:
-        """Whether a node's result follows from parameters alone, as that of `gamma.view(1, -1, 1, 1)` does."""
+        """True for a node whose result follows from parameters alone, as that of `gamma.view(1, -1, 1, 1)` does."""
         return all(self.nodes[i].target is not None for i in (index, *self.ancestors(index)))
 
     def replay(

@@ -176,6 +176,8 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "masked: no program": (lambda: dk.masked(plain), T, "must be what torch.export.export returns, got Sequential"),
     "masked: nothing of ours": (lambda: dk.masked(torch.export.export(plain, (torch.zeros(1, 3, 8, 8),))), V,
                                 "must hold ops of den_kernels, got one without any"),
+    "for_export: frozen": (lambda: den.for_export(den.create_model("wrn8_1", [task]).freeze()), V,
+                           "network must not be frozen"),
     "freeze: not converted": (lambda: dk.freeze(plain), V, "convert has changed"),
     "level_flops: not converted": (lambda: dk.level_flops(plain, x), V, "convert has changed"),
     "report_of: not converted": (lambda: dk.report_of(plain), V, "convert has changed"),
