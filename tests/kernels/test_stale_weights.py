@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from den import Task, create_model
 from den.dag.edge import Edge
-from den.nn.blocks import BottleneckBlock, ElasticBlock
+from den.nn.blocks import BottleneckBlock, ElasticBlock, LinearPair, LinearPairShape
 from den.nn.blocks.bottleneck import BottleneckShape
 from den.nn.blocks.pair import ConvPair, PairShape
 from den.nn.conv_norm import ConvNormReLU
@@ -40,6 +40,7 @@ MODULES = {
     "residual of other channels": lambda: routed(ElasticBlock(12, 12, 3), 12),
     "bottleneck": lambda: routed(BottleneckBlock(BottleneckShape(32, 32, 32, 6, 1), 3), 32),
     "pair": lambda: routed(ConvPair(PairShape(16, 16, 16, 6, (False, False)), 2), 16),
+    "layers, fully connected": lambda: routed(LinearPair(LinearPairShape(4, 16, 16, 6), 2), 4),
     "convolution and norm": lambda: (ConvNormReLU(3, 16, 3, 1, 1), lambda each: each(torch.ones(4, 3, 6, 6))),
     "edge": lambda: routed(Edge(16, 2), 16),
     "network": network,
