@@ -1,9 +1,9 @@
 // The weight gradient. Of a band (conv_bands.h), a tile is 32 outputs x 8 inputs of one tap, or 16 x 16 (with AVX2 16 x
-// 6), summed over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast. The
-// gradients of a tile's pixels are copied side by side first: they serve every input and tap. In bfloat16 a word holds
-// two neighbouring pixels of a row, of gradients and inputs (gradient_map.h) alike, and their products are added at
-// once. Sums are float32, and rounded when all are added up. A full tile takes 10 loads for 16 products of vectors:
-// what bounds it are the products, two a cycle on a Zen 5, in either type.
+// 6), summed over the pixels in registers: a vector holds 16 outputs of a pixel's gradient, input values are broadcast.
+// The gradients of a tile's pixels are copied side by side first: they serve every input and tap. In bfloat16 a word
+// holds two neighbouring pixels of a row, of gradients and inputs (gradient_map.h) alike, and the products of both are
+// added at once; sums are float32, rounded when all are added up. 32 x 8 take 10 loads for 16 products of vectors, 16 x
+// 16 take 17: the products are what bounds them, in either type.
 #pragma once
 
 #include <algorithm>
@@ -66,6 +66,7 @@ Pixels pixels_of(const Arguments<T>& p, const Band& band, const Map<T>& map, int
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
+// next: values from a pixel to its neighbour.
 template <class T, int vectors>
 void fill(Panel& panel, const Pixels& pixels, const T* grad, int64_t next, const Block* block) {
   for (int64_t i = 0; i < pixels.count; ++i) {

@@ -61,8 +61,8 @@ void run_pack_turned(const T* weight, float* packed, int64_t O, int64_t taps, in
   for (int64_t i = 0; i < I_blocks; ++i)
     for (int64_t o = 0; o < O_blocks; ++o)
       for (int64_t t = 0; t < taps; ++t)
-        pack_turned_tile(weight + (o * width * taps + taps - 1 - t) * I + i * 16, taps * I, O - o * width,
-                         I - i * 16, packed + ((i * O_blocks + o) * taps + t) * 256);
+        pack_turned_tile(weight + (o * width * taps + taps - 1 - t) * I + i * 16, taps * I, O - o * width, I - i * 16,
+                         packed + ((i * O_blocks + o) * taps + t) * 256);
 }
 
 }  // namespace

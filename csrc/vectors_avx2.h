@@ -15,7 +15,8 @@ constexpr int sum_vectors = 6;  // the vectors that may sum at once
 // Vectors of pixels, by outputs that are summed at once: at least six registers hide how long a sum takes.
 constexpr int plane_vectors(int outputs) { return outputs == 1 ? 4 : outputs == 2 ? 2 : 1; }
 constexpr bool spread_maps = true;  // the maps of a residual block (`spread`): first-level caches have eight ways
-constexpr int gradient_inputs(int) { return 6; }  // of a tile of a weight gradient
+// Inputs of a tile of a weight gradient.
+constexpr int gradient_inputs(int) { return 6; }
 constexpr int rows_pixels = 2, rows_span = 128;  // pixels of four outputs and inputs at once, of unpacked weights
 constexpr int depthwise_pixels = 6;  // pixels of a vector of channels that a depthwise convolution sums at once
 

@@ -10,9 +10,9 @@ constexpr int tile_vectors = 2;
 constexpr int usual_strip = 4, other_strip = 7;
 constexpr int64_t strip_size(int64_t columns) { return columns % 4 && columns % 7 == 0 ? 7 : 4; }
 constexpr int strips_per_tile(int64_t size) { return size == 7 ? 2 : 3; }
-constexpr int sum_vectors = 28;                  // the vectors that may sum at once
-constexpr int plane_vectors(int) { return 4; }   // vectors of pixels, by outputs that are summed at once
-constexpr bool spread_maps = false;              // the maps of a residual block (`spread`)
+constexpr int sum_vectors = 28;                 // the vectors that may sum at once
+constexpr int plane_vectors(int) { return 4; }  // vectors of pixels, by outputs that are summed at once
+constexpr bool spread_maps = false;             // the maps of a residual block (`spread`)
 constexpr int gradient_inputs(int vectors) { return 16 / vectors; }  // of a tile of a weight gradient
 constexpr int rows_pixels = 6, rows_span = 512;  // pixels of four outputs and inputs at once, of unpacked weights
 constexpr int depthwise_pixels = 8;  // pixels of a vector of channels that a depthwise convolution sums at once

@@ -59,7 +59,8 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -
     for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I). RuntimeError in a trace.
     """
     refuse_recording("pack")
-    packed = _room(weight, *weight.shape[:2], in_sizes)
+    O, I = weight.shape[:2]
+    packed = _room(weight, O, I, in_sizes)
     extension.pack_weights(weight.contiguous(memory_format=torch.channels_last), scale, packed, in_sizes)
     return packed
 
