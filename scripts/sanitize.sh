@@ -19,7 +19,7 @@ unset CFLAGS LDFLAGS
 
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-  tests=(tests/kernels/test_{plan,rows,conv_direct,dynamic_norm,dynamic_residual,post_activation}.py
+  tests=(tests/kernels/test_{plan,rows,conv_direct,conv_direct_gradients,dynamic_norm,dynamic_residual,post_activation}.py
     tests/kernels/test_{residual_unpacked,bottleneck,dynamic_graph,layers,native_checks,stale_weights,threads}.py
     tests/kernels/test_dynamic_conv*.py)
 fi
