@@ -19,10 +19,10 @@ unset CFLAGS LDFLAGS
 
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-  tests=(tests/kernels/test_{plan,rows,conv_direct,dynamic_norm,dynamic_norm_calls,post_activation}.py
-    tests/kernels/test_{dynamic_residual,dynamic_residual_calls,residual_unpacked,bottleneck_weights}.py
-    tests/kernels/test_{dynamic_bottleneck,dynamic_inverted_residual,dynamic_graph,layers,native_checks,stale_weights,threads}.py
-    tests/kernels/test_dynamic_conv*.py)
+  tests=(tests/kernels/test_{plan,rows,layers,conv_direct,conv_direct_gradients,post_activation,bottleneck_weights}.py
+    tests/kernels/test_dynamic_{conv,conv_grad,norm,norm_calls,residual,residual_calls,bottleneck}.py
+    tests/kernels/test_dynamic_{inverted_residual,graph,trunk}.py
+    tests/kernels/test_{residual_unpacked,native_checks,stale_weights,threads}.py)
 fi
 # Leaks: the interpreter keeps what it allocates. alloc_dealloc: torch's operators new and delete are its own.
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
