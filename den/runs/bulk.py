@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +39,11 @@ class Job:
     top: int = 5
     form: Literal["jsonl", "parquet"] = "jsonl"
     device: str = "auto"
+    size: int = field(default_factory=lambda: PART)  # pictures of a part
 
     def part(self, number: int) -> tuple[Path, ...]:
         """The pictures of a part."""
-        return self.files[number * PART : (number + 1) * PART]
+        return self.files[number * self.size : (number + 1) * self.size]
 
     def place(self, number: int) -> Path:
         """The file of a part."""
@@ -56,8 +57,7 @@ class Job:
             "run": str(self.run.resolve()),
             "weights": hashlib.sha256(weights).hexdigest(),
             "pictures": hashlib.sha256(names).hexdigest(),
-            "part": PART,
-            **{name: getattr(self, name) for name in ("checkpoint", "task", "top", "form")},
+            **{name: getattr(self, name) for name in ("checkpoint", "task", "top", "form", "size")},
         }
 
 
@@ -117,7 +117,7 @@ def prepared(job: Job) -> list[int]:
         raise ValueError(
             f"predict: out must be a new folder or one of the same job, got {job.out} of other {', '.join(differ)}"
         )
-    return [k for k in range(-(-len(job.files) // PART)) if not job.place(k).exists()]
+    return [k for k in range(-(-len(job.files) // job.size)) if not job.place(k).exists()]
 
 
 def write_part(network: Predictor, job: Job, number: int) -> Done:

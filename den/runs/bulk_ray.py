@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def on_ray(job: Job, numbers: Sequence[int], address: str | None = None, workers
         count = min(workers or max(1, int(found)), len(numbers))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # ours is shown
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
         done = rows.map(
             PartWriter,

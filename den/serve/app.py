@@ -34,7 +34,7 @@ PAGE = {
 }
 _log = logging.getLogger("den.serve")
 ENDING = "the service ends"
-Text = Callable[[], Awaitable[str]]
+Text = Callable[["Service"], Awaitable[str]]
 
 
 class Service:
@@ -124,7 +124,7 @@ class Service:
 
     async def text(self, _: Request) -> Response:
         """Answer GET /metrics."""
-        text = self.metrics.text() if self._metrics_text is None else await self._metrics_text()
+        text = self.metrics.text() if self._metrics_text is None else await self._metrics_text(self)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def health(self, _: Request) -> Response:

@@ -98,13 +98,16 @@ def _builder(command: Serve, threads: int, board: Any) -> Callable[[], Any]:
         network = open_network(folder, checkpoint=command.checkpoint, device=command.device, batch=command.limits.batch)
         name = serve.get_replica_context().replica_id.unique_id
 
-        async def text() -> str:
-            return await board.text.remote()
+        async def text(service: Service) -> str:
+            try:
+                return await board.text.remote()
+            except RayError:  # the board went with the process that started the service
+                return service.metrics.text()
 
         async def report(service: Service) -> None:
             """Tell the board, now and then, what this replica does."""
             while True:
-                with contextlib.suppress(RayError):  # the process that started the service is gone; the service is not
+                with contextlib.suppress(RayError):
                     service.ending = await board.report.remote(name, service.metrics.text(), service.held)
                 await asyncio.sleep(PERIOD)
 
