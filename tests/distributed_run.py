@@ -15,7 +15,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch._dynamo  # which an optimiser imports at its first step
 import torch.utils.tensorboard
 
 from den.dag.config import DagDataConfig, DagNetworkConfig, DagTrainConfig, DagTraining, ReductionConfig
