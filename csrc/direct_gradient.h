@@ -16,11 +16,14 @@ namespace {
 using Arguments = ConvArguments<float>;
 using Map = BandMap<float>;
 
-constexpr int64_t pixels_at_once = 64;
+constexpr int64_t pixels_at_once = 128;
 
 // Pixels whose products are added up before they go to the sums of all: of few pixels fewer, because the parts make
-// most of the rounding errors then; of many, parts that are too short cost time.
-int64_t part_pixels(const Arguments& p) { return p.B * p.Ho * p.Wo <= 256 ? 32 : pixels_at_once; }
+// most of the rounding errors then; of many, short parts only cost time.
+int64_t part_pixels(const Arguments& p) {
+  const int64_t pixels = p.B * p.Ho * p.Wo;
+  return pixels <= 256 ? 32 : pixels <= 1024 ? 64 : pixels_at_once;
+}
 
 // Where some pixels of a band lie: gradients from the batch's first, inputs from the scratch memory's first.
 struct Pixels {
