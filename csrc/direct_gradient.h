@@ -24,12 +24,12 @@ using Map = GradientMap<T>;
 // Words of pixels at a time at most: their gradients of 32 outputs and inputs of one piece stay in the first level.
 constexpr int64_t pixels_at_once = 128;
 
-// Words of pixels whose products are added up before they go to the sums of all. Of float32 less than that: of few
-// pixels least, because the parts make most of the rounding errors then; of many, parts that are too short cost time.
+// Words of pixels whose products are added up before they go to the sums of all: in float32 of few pixels fewer, because
+// the parts make most of the rounding errors then; of many, short parts only cost time.
 template <class T>
 int64_t part_words(const Arguments<T>& p) {
-  if (per_word<T> > 1) return pixels_at_once;
-  return p.B * p.Ho * p.Wo <= 256 ? pixels_at_once / 4 : pixels_at_once / 2;
+  const int64_t pixels = p.B * p.Ho * p.Wo;
+  return per_word<T> > 1 || pixels > 1024 ? pixels_at_once : pixels <= 256 ? 32 : 64;
 }
 
 // Where some pixels of a band lie, in words of one or two: gradients from the batch's first, inputs from the scratch

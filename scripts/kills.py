@@ -108,7 +108,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 
 def table(kills: list[Kill], differ: list[str], updates: int, seconds: float) -> str:
-    rows = ["| kill | phase | checkpoint seen | killed | unfinished file left | continued from |", "|" + "---|" * 6]
+    rows = ["| kill | phase | after update | killed | unfinished file left | continued from |", "|" + "---|" * 6]
     for i, each in enumerate(kills, 1):
         when = "in a checkpoint" if each.in_checkpoint else f"{each.wait * 1e3:.0f} ms later"
         left = "yes" if each.partial else "no"

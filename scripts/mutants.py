@@ -40,7 +40,7 @@ TESTS = {  # of each part, the quickest first
     "den_kernels/plan.py": [
         "tests/kernels/test_plan.py",
         "tests/kernels/test_dynamic_conv.py::test_errors_say_what_must_hold",
-        "tests/kernels/test_native_checks.py",
+        "tests/kernels/test_dynamic_conv.py::test_ugly_sizes",
     ],
     "den/nn/levels.py": [
         "tests/den/test_levels.py",
