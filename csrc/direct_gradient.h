@@ -24,8 +24,8 @@ using Map = GradientMap<T>;
 // Words of pixels at a time at most: their gradients of 32 outputs and inputs of one piece stay in the first level.
 constexpr int64_t pixels_at_once = 128;
 
-// Words of pixels whose products are added up before they go to the sums of all: in float32 of few pixels fewer, because
-// the parts make most of the rounding errors then; of many, short parts only cost time.
+// Words of pixels whose products are added up before they go to the sums of all: in float32 of few pixels fewer,
+// because the parts make most of the rounding errors then; of many, short parts only cost time.
 template <class T>
 int64_t part_words(const Arguments<T>& p) {
   const int64_t pixels = p.B * p.Ho * p.Wo;
