@@ -42,13 +42,8 @@ def on_ray(job: Job, numbers: Sequence[int], address: str | None = None, workers
         context.enable_progress_bars = False  # ours is shown
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
-        done = rows.map(
-            PartWriter,
-            fn_constructor_args=(job, Path.cwd()),
-            concurrency=count,
-            num_cpus=0 if gpu else 1,
-            num_gpus=int(gpu),
-        )
+        each = {"num_cpus": 0 if gpu else 1, "num_gpus": int(gpu), "compute": ray.data.ActorPoolStrategy(size=count)}
+        done = rows.map(PartWriter, fn_constructor_args=(job, Path.cwd()), **each)
         for row in done.iter_rows():
             broken = tuple((Path(file), why) for file, why in row["broken"])
             yield Done(int(row["number"]), int(row["pictures"]), broken)
