@@ -97,7 +97,7 @@ def wait_until(process: subprocess.Popen[bytes], met: object, pause: float = 0.0
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
-    """What differs between two finished runs."""
+    """List what differs between two finished runs."""
     found = [] if read_metrics(whole) == read_metrics(killed) else ["metrics"]
     for name in ("last", "best"):
         (expected, record), (tensors, again) = (load_checkpoint(k / f"{name}.safetensors") for k in (whole, killed))

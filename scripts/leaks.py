@@ -51,7 +51,7 @@ def network() -> den.DeepElasticNetwork:
 
 @dataclass
 class Found:
-    """What a check found, in words or a row of the table, and whether it is what it must be."""
+    """Finding of a check, in words or a row of the table, and whether it is what it must be."""
 
     text: str
     good: bool
@@ -130,7 +130,7 @@ def layer_calls(count: int) -> Found:
 
 
 def threads_at_once(calls: int, workers: int = 8) -> Found:
-    """Whether threads that call one engine at once get the bits that one alone gets."""
+    """Check that threads that call one engine at once get the bits that one alone gets."""
     engine = den.Engine(network().eval(), max_batch=8)
     batches = [torch.randn(n + 1, 3, 16, 16, generator=torch.Generator().manual_seed(n)) for n in range(workers)]
     wanted, wrong = [engine(images, "b") for images in batches], []
@@ -166,7 +166,7 @@ class Levels(Dataset[Tensor]):
 
 
 def workers(kind: str) -> Found:
-    """Whether the workers of a DataLoader get the bits of this process, which goes on to use its threads."""
+    """Check that workers of a DataLoader get the bits of this process, which goes on to use its threads."""
     engine, shown, data = den.Engine(network().eval()), torch.randn(8, 3, 16, 16), Levels()
     wanted, before = [data[i] for i in range(len(data))], engine(shown, "a")
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=kind)
@@ -186,7 +186,7 @@ def cached_functions() -> Iterator[tuple[str, functools._lru_cache_wrapper]]:  #
 
 
 def caches() -> Found:
-    """Whether every cache of a function has a bound, and how full the fullest is."""
+    """Check that every cache of a function has a bound, and say how full the fullest is."""
     found = dict(cached_functions())
     endless = [name for name, function in found.items() if function.cache_info().maxsize is None]
     sizes = {name: function.cache_info() for name, function in found.items()}

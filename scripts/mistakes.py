@@ -39,7 +39,7 @@ def mistakes_of(source: str) -> list[Mistake]:
 
 
 def _told(before: str, after: str, around: int = 30) -> str:
-    """What differs between two lines, and some characters around it."""
+    """Show the part that differs between two lines, and some characters around it."""
     first = _alike(before, after)
     same = _alike(before[:first:-1], after[:first:-1])
     begin = max(0, first - around)
@@ -48,7 +48,7 @@ def _told(before: str, after: str, around: int = 30) -> str:
 
 
 def _alike(a: str, b: str) -> int:
-    """How many characters two strings begin with alike."""
+    """Count the characters that two strings begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
