@@ -136,17 +136,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         if start(whole).wait():
-            raise SystemExit((whole.parent / "whole.log").read_text())
+            raise SystemExit((whole.parent / "whole.log").read_text(encoding="utf-8"))
         for i, moment in enumerate(kills, 1):
             kill(start(killed), killed, moment)
             print(f"kill {i} of {len(kills)}: {moment}", flush=True)
         if start(killed).wait():
-            raise SystemExit((killed.parent / "killed.log").read_text())
+            raise SystemExit((killed.parent / "killed.log").read_text(encoding="utf-8"))
         differ = differences(whole, killed)
         text = table(kills, differ, read_updates(killed / "last.safetensors"), time.perf_counter() - begun)
     print(text)
     if options.write:
-        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), "kills", text, "kills: docs/results/trust.md"))
+        page = with_section(PAGE.read_text(encoding="utf-8"), "kills", text, "kills: docs/results/trust.md")
+        PAGE.write_text(page, encoding="utf-8")
     return int(bool(differ))
 
 

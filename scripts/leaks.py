@@ -37,7 +37,7 @@ ALLOWED = 0.02  # growth of memory
 def memory() -> int:
     """Bytes of this process that lie in memory."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * 4096
 
 
