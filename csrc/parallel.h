@@ -38,6 +38,15 @@ class Failure {
   std::exception_ptr first_;
 };
 
+// Leaves a core's resources to its other thread for some cycles.
+inline void rest() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
 // Holds the threads of a region until all have come. They wait busily for as long as usual work differs, then asleep:
 // GNU OpenMP's own barriers are busy for milliseconds, on a core that the thread which they wait for may need where
 // another process has taken its own.
@@ -60,7 +69,7 @@ class Barrier {
     do {
       for (int i = 0; i < 64; ++i) {
         if (turn_.load(std::memory_order_acquire) != turn || open_.load(std::memory_order_relaxed)) return;
-        __builtin_ia32_pause();
+        rest();
       }
     } while (std::chrono::steady_clock::now() - start < busy);
     std::unique_lock<std::mutex> lock(mutex_);

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Compiles the C++ sources with other compilers than this machine's own, as far as they are installed: each given one
+# builds every file or names those that it cannot.
+#
+#   scripts/compilers.sh g++-11 aarch64-linux-gnu-g++ clang++
+set -euo pipefail
+[ $# -gt 0 ] || { echo "usage: scripts/compilers.sh COMPILER..." >&2; exit 2; }
+cd "$(dirname "${BASH_SOURCE[0]}")/../csrc"
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+headers=$(python -c 'import pybind11, sysconfig; print("-I" + pybind11.get_include(), "-I" + sysconfig.get_path("include"))')
+export folder headers
+for compiler; do
+  echo "$compiler"
+  export compiler
+  printf '%s\n' *.cpp | xargs -P "$(nproc)" -I{} sh -c \
+    '$compiler -c -O1 -fPIC -std=c++17 -fopenmp $headers {} -o "$folder/{}.o" || { echo "{}: not compiled" >&2; exit 255; }'
+done
