@@ -121,10 +121,11 @@ def assert_slots(launch: Launch, code: Code, most: Slots) -> None:
     """The issue slots of a turn, and of all else for each rung, are at most what is predicted with.
 
     Where a tile is one turn, the loop over tiles holds both. A pooled shortcut, of two blocks in a network, is not in
-    the prediction, which counts what Triton 3.6 makes; other releases are within a twentieth.
+    the prediction, which counts what Triton 3.6 makes of WRN-32-4; other releases, and maps of more channels, are
+    within a twentieth.
     """
     a, loops = launch.arguments, product_loops(code)
-    if not version("triton").startswith("3.6."):
+    if not version("triton").startswith("3.6.") or a["NC"] > 256:
         most = Slots(most.turn * 1.05, most.tile * 1.05)
     area = sum(a["BM"] * bn for bn in a["BNS"]) / (128 * 64)
     if "boxes_0" in a and a["R"] * a["S"] * max(a["K_WIDTHS"]) <= max(a["BKS"]):
