@@ -30,6 +30,7 @@ TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
 ANY_TENSOR_CORE = re.compile(rf"\b({'|'.join(TENSOR_CORES.values())})\b")
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block; the tiles of 8.0 run on 8.6, 8.9 and 12.0 too
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+WIDE_TILE = 1920  # issue slots around the loop of a convolution to more than 256 channels
 NETWORKS = ("wrn32_4", "resnet42", "resnext29_8x64d")
 
 # Network, numbers, architecture, masks; and which of its kinds of blocks are compiled in every run (of TF32 and masks
@@ -81,10 +82,10 @@ def planned_bytes(launch: Launch, arch: int) -> int:
     return min(stages, steps) * widest * a["source"].dtype.itemsize
 
 
-def is_predicted(launch: Launch) -> bool:
-    """True for a convolution of one cardinality group and WRN-32-4's channels that is no gradient, of several steps."""
+def is_forward(launch: Launch) -> bool:
+    """True for a convolution of one cardinality group that is no gradient and takes more than one step."""
     a = launch.arguments
-    return not a.get("TRANSPOSED", True) and a["CARDINALITY"] == 1 and a["NC"] <= 256 and most_steps(launch) > 1
+    return not a.get("TRANSPOSED", True) and a["CARDINALITY"] == 1 and most_steps(launch) > 1
 
 
 def assert_sound(code: Code, arch: int) -> None:
@@ -121,11 +122,14 @@ def assert_slots(launch: Launch, code: Code, most: Slots) -> None:
     """The issue slots of a turn, and of all else for each rung, are at most what is predicted with.
 
     Where a tile is one turn, the loop over tiles holds both. A pooled shortcut, of two blocks in a network, is not in
-    the prediction, which counts what Triton 3.6 makes; other releases are within a twentieth.
+    the prediction, which counts what Triton 3.6 makes; other releases are within a hundredth. Maps of more channels
+    than WRN-32-4 has, which it does not predict, take more around the loop.
     """
     a, loops = launch.arguments, product_loops(code)
     if not version("triton").startswith("3.6."):
-        most = Slots(most.turn * 1.05, most.tile * 1.05)
+        most = Slots(round(most.turn * 1.01), round(most.tile * 1.01))
+    if a["NC"] > 256:
+        most = most._replace(tile=WIDE_TILE)
     area = sum(a["BM"] * bn for bn in a["BNS"]) / (128 * 64)
     if "boxes_0" in a and a["R"] * a["S"] * max(a["K_WIDTHS"]) <= max(a["BKS"]):
         assert max(loop.slots for loop in loops) <= most.turn + most.tile * max(area, 1), loops
@@ -175,7 +179,7 @@ def test_launches(network, numbers, arch, masked, block, monkeypatch):
                 assert_loads_boxes(launch, code, arch)
             elif "PRECISION" in launch.arguments:
                 assert_multiplies(launch, code, arch)
-                if arch == 90 and numbers == "bf16" and not masked and is_predicted(launch):
+                if arch == 90 and numbers == "bf16" and not masked and is_forward(launch):
                     assert_slots(launch, code, SLOTS["pointers"])
             elif launch.kernel.fn.__name__ != "fold_kernel":
                 assert code.instructions["LDG.E.128"], code.names
