@@ -32,6 +32,23 @@ def small_config(out, mode, **changes) -> Config:
     return dataclasses.replace(config, **changes)
 
 
+def alternating_config(out, **changes) -> Config:
+    """Two stages of Algorithm 1: 4 updates of the estimator and 5 of the selector, 3 and 5, and 2 of the finish."""
+    config = Config(
+        out=out,
+        stages=2,
+        epoch_steps=3,
+        progress=False,
+        data=DataConfig(tasks=("fashion", "digits"), batch_size=10),
+        network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
+        estimator=EstimatorTraining(
+            first=PhaseConfig(steps=4, rate=0.05), later=PhaseConfig(steps=3, rate=0.02), finish=PhaseConfig(2, 0.01)
+        ),
+        selector=SelectorTraining(phase=PhaseConfig(steps=5, rate=1e-3), samples=3),
+    )
+    return dataclasses.replace(config, **changes)
+
+
 @cache
 def few_images(name, split, count):
     """The first images of a packaged set."""

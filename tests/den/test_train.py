@@ -1,45 +1,24 @@
-"""Algorithm 1: phases, exact continuation, and one training on real images from end to end."""
+"""Algorithm 1: phases, structures, steering, and one training on real images from end to end."""
 
 import dataclasses
 import json
-from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils._pytree import tree_map
 
 from den.data import ImageSet, load_set
-from den.evaluate.accuracy import best_static, evaluate, full_flops, static_candidates, time_per_image
-from den.nn.estimator import Estimator
+from den.evaluate.accuracy import evaluate
 from den.nn.model import create_model
 from den.recipes import prepare
 from den.recipes.den import derive_structures, sparsity_weights, train
 from den.recipes.setup import estimator_optimiser, hold_out
 from den.train.checkpoint import load_checkpoint, load_model
-from den.train.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
+from den.train.config import DataConfig, EstimatorTraining, PhaseConfig, SelectorTraining
 from den.train.engine import Engine
 from den.train.folder import read_metrics, stored_config
 from den.train.objective import STEERING
 from den.train.phases import run_phases, schedule_factor
-from tests.small_runs import cut_sets
-
-
-def tiny(out, **changes):
-    """Two tasks, three blocks, a second or two of training."""
-    config = TrainConfig(
-        out=out,
-        stages=2,
-        epoch_steps=3,
-        progress=False,
-        data=DataConfig(tasks=("fashion", "digits"), batch_size=10),
-        network=NetworkConfig(backbone="wrn8_1", trunk_size=8),
-        estimator=EstimatorTraining(
-            first=PhaseConfig(steps=4, rate=0.05), later=PhaseConfig(steps=3, rate=0.02), finish=PhaseConfig(2, 0.01)
-        ),
-        selector=SelectorTraining(phase=PhaseConfig(steps=5, rate=1e-3), samples=3),
-    )
-    return dataclasses.replace(config, **changes)
+from tests.small_runs import alternating_config, cut_sets
 
 
 @pytest.fixture
@@ -48,7 +27,9 @@ def small_sets(monkeypatch):
 
 
 def test_phases_follow_algorithm_1(tmp_path):
-    phases = [(p.network, p.stage, p.settings.steps, p.factor) for p in run_phases(tiny(tmp_path, stages=3))]
+    phases = [
+        (p.network, p.stage, p.settings.steps, p.factor) for p in run_phases(alternating_config(tmp_path, stages=3))
+    ]
     assert phases == [
         ("estimator", 1, 4, 1.0), ("selector", 1, 5, 1.0),
         ("estimator", 2, 3, 1.0), ("selector", 2, 5, 0.5),
@@ -58,7 +39,7 @@ def test_phases_follow_algorithm_1(tmp_path):
 
 
 def test_dense_run_is_the_first_phase_only(tmp_path):
-    assert [(p.network, p.stage) for p in run_phases(tiny(tmp_path, mode="dense"))] == [("estimator", 1)]
+    assert [(p.network, p.stage) for p in run_phases(alternating_config(tmp_path, mode="dense"))] == [("estimator", 1)]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +62,7 @@ def test_weight_decay_can_spare_biases_and_norms(decay_all):
 
 
 def test_run_folder_holds_settings_versions_metrics_events_and_checkpoints(tmp_path, small_sets):
-    config = tiny(tmp_path / "run")
+    config = alternating_config(tmp_path / "run")
     train(config)
     assert stored_config(config.out) == config
     assert {"torch", "numpy", "python", "den-kernels"} <= json.loads((config.out / "versions.json").read_text()).keys()
@@ -104,109 +85,16 @@ def test_run_folder_holds_settings_versions_metrics_events_and_checkpoints(tmp_p
     assert load_checkpoint(config.out / "last.safetensors")[1]["position"]["total_steps"] == 19
 
 
-def run_interrupted(config, monkeypatch, at):
-    """Train until update `at` (from 0), which does not happen."""
-    plain = Engine.update
-
-    def update(self, objective):
-        if self.position.total_steps == at:
-            raise KeyboardInterrupt
-        plain(self, objective)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-
-
-def steered(out, baseline):
-    selector = dataclasses.replace(tiny(out).selector, baseline=baseline, budget=0.5)
-    return tiny(out, selector=selector)
-
-
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory):
-    """whole_runs(baseline): settings and network of an uninterrupted run, trained once; needs `small_sets`."""
-
-    @cache
-    def trained(baseline):
-        config = steered(tmp_path_factory.mktemp("whole") / "run", baseline)
-        return config, train(config)
-
-    return trained
-
-
-@pytest.mark.parametrize(
-    ("at", "baseline"),
-    [(0, "none"), (2, "none"), (6, "leave-one-out"), (8, "running-mean"), (12, "leave-one-out"), (18, "running-mean")],
-)
-def test_continued_run_is_the_uninterrupted_one_bit_for_bit(
-    tmp_path, small_sets, monkeypatch, whole_runs, at, baseline
-):
-    """Interrupted before update `at`: before any epoch, within one, at the border of one, in each kind of phase."""
-    (whole, expected), broken = whole_runs(baseline), steered(tmp_path / "broken", baseline)
-    run_interrupted(broken, monkeypatch, at)
-    found = train(broken, resume=True)
-    assert read_metrics(broken.out) == read_metrics(whole.out)
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor), name
-    for checkpoint in ("last", "best"):
-        tensors, record = load_checkpoint(whole.out / f"{checkpoint}.safetensors")
-        again, record_again = load_checkpoint(broken.out / f"{checkpoint}.safetensors")
-        assert record["position"] == record_again["position"]
-        assert all(torch.equal(again[name], t) for name, t in tensors.items())
-
-
-def test_continued_run_of_a_network_with_dropout_drops_the_same(tmp_path, small_sets, monkeypatch):
-    """What draws from torch's own generator goes on where it was."""
-    plain = Estimator.run
-
-    def run(self, *arguments):
-        logits = plain(self, *arguments)
-        return tree_map(lambda each: F.dropout(each, 0.5, self.training), logits)
-
-    monkeypatch.setattr(Estimator, "run", run)
-    expected = train(tiny(tmp_path / "whole"))
-    run_interrupted(tiny(tmp_path / "broken"), monkeypatch, 11)
-    found = train(tiny(tmp_path / "broken"), resume=True)
-    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
-
-
-def test_continuing_a_finished_run_changes_nothing(tmp_path, small_sets):
-    config = tiny(tmp_path / "run")
-    train(config)
-    before = read_metrics(config.out), load_checkpoint(config.out / "last.safetensors")[1]["position"]
-    train(config, resume=True)
-    assert before == (read_metrics(config.out), load_checkpoint(config.out / "last.safetensors")[1]["position"])
-
-
-def test_failed_save_during_training_leaves_a_run_that_continues(tmp_path, small_sets, monkeypatch):
-    config, calls = tiny(tmp_path / "run"), []
-
-    def fails_later(*arguments):
-        calls.append(arguments)
-        if len(calls) > 5:
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("den.support.files.os.fsync", fails_later)
-        with pytest.raises(ValueError, match=r"No space left"):
-            train(config)
-    train(config, resume=True)
-    train(whole := tiny(tmp_path / "whole"))
-    assert read_metrics(config.out) == read_metrics(whole.out)
-
-
 def test_phase_ends_when_the_loss_no_longer_falls(tmp_path, small_sets):
     """With a rate of 0 the loss cannot fall, whatever the most steps are."""
     first = PhaseConfig(steps=1000, rate=0.0, until="converge", patience=2, tolerance=0.5)
-    config = tiny(tmp_path / "run", mode="dense", estimator=EstimatorTraining(first=first))
+    config = alternating_config(tmp_path / "run", mode="dense", estimator=EstimatorTraining(first=first))
     train(config)
     assert [line["step"] for line in read_metrics(config.out)] == [3, 6, 9]
 
 
 def test_dense_run_trains_the_same_estimator_at_full_structure(tmp_path, small_sets):
-    config = tiny(tmp_path / "run", mode="dense")
+    config = alternating_config(tmp_path / "run", mode="dense")
     with Engine(config, prepare) as engine:
         initial = {name: t.clone() for name, t in engine.model.selector.state_dict().items()}
     model = train(dataclasses.replace(config, out=tmp_path / "again"))
@@ -217,7 +105,9 @@ def test_dense_run_trains_the_same_estimator_at_full_structure(tmp_path, small_s
 
 def test_later_structures_mix_those_of_the_selector_with_equation_8(tmp_path, small_sets):
     estimator = EstimatorTraining(structures="argmax", initial_share=0.25, tau=0.0)
-    with Engine(tiny(tmp_path / "run", estimator=estimator, data=DataConfig(batch_size=60)), prepare) as engine:
+    with Engine(
+        alternating_config(tmp_path / "run", estimator=estimator, data=DataConfig(batch_size=60)), prepare
+    ) as engine:
         with torch.no_grad():
             for head in engine.model.selector.heads:
                 head.weight.zero_()
@@ -232,14 +122,14 @@ def test_later_structures_mix_those_of_the_selector_with_equation_8(tmp_path, sm
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, small_sets):
     estimator = EstimatorTraining(first=PhaseConfig(steps=50, rate=1e30, schedule="constant"))
     with pytest.raises(ValueError, match=r"loss must stay finite, got (nan|inf) at step \d+ \(lower the rate\)"):
-        train(tiny(tmp_path / "run", estimator=estimator))
+        train(alternating_config(tmp_path / "run", estimator=estimator))
 
 
 def test_budget_steers_every_task_to_its_flops(tmp_path):
     """From a rho that alone would save next to nothing; the estimator is left untrained."""
     torch.set_num_threads(1)
     budget = 0.25
-    config = tiny(
+    config = alternating_config(
         tmp_path / "run",
         stages=1,
         epoch_steps=150,
@@ -254,7 +144,9 @@ def test_budget_steers_every_task_to_its_flops(tmp_path):
 
 def test_weights_of_the_sparsity_term_are_of_their_task(tmp_path, small_sets):
     """The first task at its full structure, the second at none; measuring them leaves the selector as it was."""
-    with Engine(tiny(tmp_path / "run", selector=SelectorTraining(rho=0.1, budget=0.5)), prepare) as engine:
+    with Engine(
+        alternating_config(tmp_path / "run", selector=SelectorTraining(rho=0.1, budget=0.5)), prepare
+    ) as engine:
         with torch.no_grad():
             for head, level in zip(engine.model.selector.heads, (3, 0), strict=True):
                 head.bias.view(-1, 4)[:, level] = 100.0
@@ -267,113 +159,16 @@ def test_weights_of_the_sparsity_term_are_of_their_task(tmp_path, small_sets):
         )
         assert engine.model.selector.training
         assert all(torch.equal(t, before[name]) for name, t in engine.model.selector.state_dict().items())
-    with Engine(tiny(tmp_path / "steady"), prepare) as engine:
+    with Engine(alternating_config(tmp_path / "steady"), prepare) as engine:
         assert sparsity_weights(engine, batch) == engine.config.selector.rho
-
-
-def test_second_run_in_a_folder_is_refused(tmp_path, small_sets):
-    train(tiny(tmp_path / "run", mode="dense"))
-    with pytest.raises(ValueError, match=r"folder without a run, got .*--resume"):
-        train(tiny(tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"mode must stay dense to continue .*, got den"):
-        train(tiny(tmp_path / "run"), resume=True)
-
-
-@pytest.mark.parametrize("place", ["a file", "under a file"])
-def test_run_folder_that_cannot_be_written_is_refused(tmp_path, small_sets, place):
-    (tmp_path / "taken").write_text("")
-    out = tmp_path / "taken" if place == "a file" else tmp_path / "taken" / "run"
-    with pytest.raises(ValueError, match="out must be a folder that can be written"):
-        train(tiny(out))
-
-
-def test_truncated_checkpoint_cannot_be_continued(tmp_path, small_sets):
-    config = tiny(tmp_path / "run", mode="dense")
-    train(config)
-    last = config.out / "last.safetensors"
-    last.write_bytes(last.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"last\.safetensors must be a complete checkpoint"):
-        train(config, resume=True)
-
-
-def test_nothing_to_continue_is_said(tmp_path, small_sets):
-    with pytest.raises(ValueError, match=r"must hold last\.safetensors to be continued"):
-        train(tiny(tmp_path / "run"), resume=True)
 
 
 def test_held_out_images_are_not_trained_on(tmp_path):
     sets = [load_set("digits", "train")]
-    kept, held = hold_out(sets, tiny(tmp_path, data=DataConfig(tasks=("digits",), validation=0.1)))
+    kept, held = hold_out(sets, alternating_config(tmp_path, data=DataConfig(tasks=("digits",), validation=0.1)))
     assert (len(kept[0]), len(held[0])) == (1437 - 144, 144)
-    whole, test = hold_out(sets, tiny(tmp_path, data=DataConfig(tasks=("digits",), validation=0.0)))
+    whole, test = hold_out(sets, alternating_config(tmp_path, data=DataConfig(tasks=("digits",), validation=0.0)))
     assert (len(whole[0]), len(test[0])) == (1437, 360)
-
-
-def test_evaluation_counts_by_hand():
-    model = create_model("wrn8_1", [load_set("digits", "test").task], trunk_size=8)
-    image_set = load_set("digits", "test").subset(torch.arange(37))
-    training = [module.training for module in model.modules()]
-    report = evaluate(model, [image_set], torch.tensor([1, 0, 3]), batch_size=10)["digits"]
-    assert [module.training for module in model.modules()] == training
-    model.eval()
-    with torch.no_grad():
-        logits = model.estimator(image_set.inputs(), "digits", torch.tensor([[1, 0, 3]]).expand(37, 3))
-    assert report.accuracy == pytest.approx((logits.argmax(1) == image_set.labels).double().mean().item())
-    assert report.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, image_set.labels).item(), rel=1e-4)
-    assert report.flops == model.estimator.level_flops[0, 1] + model.estimator.level_flops[2, 3]
-    assert report.flops_ratio == report.flops / full_flops(model)
-    assert report.penalty == pytest.approx(((0.25 + 0 + 1) / 3) ** 2)
-    assert report.structures == 1
-    assert report.histogram.tolist() == [[0, 37, 0, 0], [37, 0, 0, 0], [0, 0, 0, 37]]
-    assert report.common[0].tolist() == [[1, 0, 3]]
-    assert report.common[1].tolist() == [37]
-    json.dumps(report.summary())
-
-
-def test_selected_structures_are_evaluated_as_the_model_runs_them():
-    model = create_model("wrn14_1", [load_set("digits", "test").task], trunk_size=8)
-    for head in model.selector.heads:
-        torch.nn.init.normal_(head.weight, std=1.0)
-    model.eval()
-    image_set = load_set("digits", "test").subset(torch.arange(50))
-    report = evaluate(model, [image_set])["digits"]
-    with torch.no_grad():
-        logits, levels = model(image_set.inputs(), "digits", return_levels=True)
-    assert torch.equal(report.levels, levels)
-    assert report.structures == len({tuple(row) for row in levels.tolist()}) > 1
-    assert report.accuracy == pytest.approx((logits.argmax(1) == image_set.labels).double().mean().item())
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
-def test_static_candidates_keep_to_the_budget(share):
-    model = create_model("wrn14_1", [load_set("digits", "test").task], trunk_size=8)
-    budget = share * full_flops(model)
-    found = static_candidates(model, budget, 20, 0.03, seed=0)
-    costs = model.estimator.level_flops.gather(1, found.t()).sum(0)
-    assert len(found) == len(found.unique(dim=0)) == (20 if 0 < share < 1 else 1)
-    assert ((costs - budget).abs() <= 0.03 * budget).all()
-
-
-def test_best_static_structure_is_the_best_of_those_tried():
-    model = create_model("wrn8_1", [load_set("digits", "test").task], trunk_size=8).eval()
-    image_set = load_set("digits", "test").subset(torch.arange(80))
-    budget, extra = 0.5 * full_flops(model), torch.tensor([[0, 0, 0], [3, 3, 3]])
-    found = best_static(model, image_set, budget, extra=extra, candidates=8, tolerance=0.2)
-    tried = torch.cat([static_candidates(model, budget, 8, 0.2, seed=0), extra[:1]]).unique(dim=0)
-    accuracies = [evaluate(model, [image_set], structure)["digits"].accuracy for structure in tried]
-    assert found.candidates == len(tried)
-    assert found.report.accuracy == max(accuracies)
-    assert found.report.flops <= 1.2 * budget
-
-
-def test_timing_is_per_image_of_every_way():
-    model = create_model("wrn8_1", [load_set("digits", "test").task], trunk_size=8)
-    timing = time_per_image(model, load_set("digits", "test"), batch_size=16, rounds=3)
-    seconds = (timing.plain, timing.full, timing.selected, timing.selector)
-    assert all(0 < s < 10 for s in seconds)  # speed itself is a matter of benchmarks
-    assert 0 < timing.flops_ratio <= 1
-    assert timing.speedup == min(timing.plain, timing.full) / timing.selected
-    assert timing.realised == timing.speedup * timing.flops_ratio
 
 
 def test_sets_with_one_class_missing_still_train(tmp_path, monkeypatch):
@@ -381,13 +176,13 @@ def test_sets_with_one_class_missing_still_train(tmp_path, monkeypatch):
     part = whole.subset((whole.labels != 4).nonzero().flatten()[:50])
     monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: part)
     assert isinstance(part, ImageSet)
-    train(tiny(tmp_path / "run", mode="dense", data=DataConfig(tasks=("digits",), batch_size=10)))
+    train(alternating_config(tmp_path / "run", mode="dense", data=DataConfig(tasks=("digits",), batch_size=10)))
 
 
 def test_training_on_real_images_learns_both_tasks_and_saves_flops(tmp_path):
     """From end to end, 8x8 digits and 28x28 Fashion-MNIST in one network of three blocks."""
     torch.set_num_threads(1)
-    config = tiny(
+    config = alternating_config(
         tmp_path / "run",
         stages=1,
         epoch_steps=75,
