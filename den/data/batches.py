@@ -96,6 +96,9 @@ class MixedTaskBatches:
     ) -> None:
         self.sets: tuple[Any, ...] = tuple(sets)
         self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))
+        # places in a batch of the images of each set that this process makes
+        starts = [sum(self.counts[:k]) for k in range(len(sets))]
+        self._own = [slice((ranks.rank() - start) % ranks.count(), None, ranks.count()) for start in starts]
         self.epoch_steps = max(-(-len(s) // n) for s, n in zip(self.sets, self.counts, strict=True))
         self.generator = torch.Generator().manual_seed(seed)
         self._orders = [torch.empty(0, dtype=torch.int64) for _ in self.sets]
@@ -132,19 +135,15 @@ class MixedTaskBatches:
         counts, rows = [], []
         for k, image_set in enumerate(self.sets):
             counts += [self.counts[k]] * len(image_set.tasks)
-            rows += [torch.arange(self.counts[k])[self._own(k)]] * len(image_set.tasks)
+            rows += [torch.arange(self.counts[k])[self._own[k]]] * len(image_set.tasks)
         return Share(tuple(counts), tuple(rows), ranks.count(), labels)
-
-    def _own(self, k: int) -> slice:
-        """Places in a batch of the images of set k that this process makes."""
-        return slice((ranks.rank() - sum(self.counts[:k])) % ranks.count(), None, ranks.count())
 
     def _draw_batch(self) -> list[Drawn]:
         """Draw the next batch: of each set the images that this process makes, and how they are augmented."""
         drawn: list[Drawn] = []
         for k, image_set in enumerate(self.sets):
             whole = self._draw(k)
-            drawn.append(tuple(each[self._own(k)] for each in (whole, *image_set.draw(len(whole), self.generator))))
+            drawn.append(tuple(each[self._own[k]] for each in (whole, *image_set.draw(len(whole), self.generator))))
         return drawn
 
     def _draw(self, k: int) -> Tensor:

@@ -7,7 +7,7 @@ these.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -35,6 +35,14 @@ class SharedDraws:
     count: int
     rows: Tensor
 
+    def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the whole batch's numbers, where one's own instances have `shape`."""
+        return shape[0] // len(self.rows) * self.count, *shape[1:]
+
+    def own(self, numbers: Tensor) -> Tensor:
+        """Numbers [B * n, ...] of one's own instances, of those of the whole batch, [count * n, ...]."""
+        return numbers.view(self.count, -1, *numbers.shape[1:])[self.rows].flatten(0, 1)
+
 
 Draws = torch.Generator | SharedDraws
 """What functions draw from that need numbers [B, ...] or [B * n, ...] for the B instances of a batch."""
@@ -42,26 +50,23 @@ Draws = torch.Generator | SharedDraws
 
 def uniform(shape: Sequence[int], draws: Draws, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers of this shape, uniform over [0, 1)."""
-    return _drawn(shape, draws, lambda size, generator: torch.rand(*size, generator=generator, dtype=dtype))
+    if isinstance(draws, torch.Generator):
+        return torch.rand(*shape, generator=draws, dtype=dtype)
+    return draws.own(torch.rand(*draws.whole(shape), generator=draws.generator, dtype=dtype))
 
 
 def integers(high: int, shape: Sequence[int], draws: Draws) -> Tensor:
     """Whole numbers of this shape, int64, uniform over 0..high - 1."""
-    return _drawn(shape, draws, lambda size, generator: torch.randint(high, tuple(size), generator=generator))
+    if isinstance(draws, torch.Generator):
+        return torch.randint(high, tuple(shape), generator=draws)
+    return draws.own(torch.randint(high, draws.whole(shape), generator=draws.generator))
 
 
 def exponential(shape: Sequence[int], draws: Draws) -> Tensor:
     """Numbers of this shape, exponential of rate 1."""
-    return _drawn(shape, draws, lambda size, generator: torch.empty(*size).exponential_(generator=generator))
-
-
-def _drawn(shape: Sequence[int], draws: Draws, fill: Callable[[Sequence[int], torch.Generator], Tensor]) -> Tensor:
-    """Draw a tensor of this shape; of shared draws the rows of one's own, of what is drawn for the whole batch."""
     if isinstance(draws, torch.Generator):
-        return fill(shape, draws)
-    each, rest = shape[0] // len(draws.rows), tuple(shape[1:])
-    whole = fill((draws.count * each, *rest), draws.generator)
-    return whole.view(draws.count, each, *rest)[draws.rows].flatten(0, 1)
+        return torch.empty(*shape).exponential_(generator=draws)
+    return draws.own(torch.empty(*draws.whole(shape)).exponential_(generator=draws.generator))
 
 
 @contextmanager

@@ -70,7 +70,13 @@ class Engine(Generic[R]):
         config: settings of the run.
         prepare: makes the run's recipe of the settings and the device.
         resume: continue the run in the folder.
+
+    Attributes:
+        model, batches, optimisers: the recipe's network, streams of batches and optimisers.
+        epoch_steps: updates between measurements and checkpoints, in the phase at hand.
     """
+
+    epoch_steps: int
 
     def __init__(self, config: RunConfig, prepare: Callable[[Any, torch.device], R], *, resume: bool = False) -> None:
         self.config: Any = config
@@ -78,6 +84,7 @@ class Engine(Generic[R]):
         self.device = ranks.join(config.device)
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self._bar: Progress | None = None
+        self._rates: dict[str, float] = {}  # of the optimisers that step in the phase at hand, where it begins
         self._piece, self._pieces = 0, config.accumulate
         self._cut: dict[str, list[Batch]] = {}
         self._means: dict[tuple[str, ...], GradientMeans] = {}
@@ -86,6 +93,9 @@ class Engine(Generic[R]):
             stack.enter_context(seeded(config.seed, self.device))
             stack.callback(self._close_bar)
             self.recipe = prepare(config, self.device)
+            self.model: Any = self.recipe.model
+            self.batches: Mapping[str, BatchStream] = self.recipe.batches
+            self.optimisers: dict[str, torch.optim.Optimizer] = self.recipe.optimisers
             stack.callback(self._close_batches)
             self.recipe.check_pieces(ranks.count(), self._pieces)
             self.phases = self.recipe.phases()
@@ -111,29 +121,9 @@ class Engine(Generic[R]):
             raise ValueError(f"train: all processes of the run must stay alive, got {reason}") from error
 
     @property
-    def model(self) -> Any:
-        """The recipe's network."""
-        return self.recipe.model
-
-    @property
-    def batches(self) -> Mapping[str, BatchStream]:
-        """The recipe's streams of batches."""
-        return self.recipe.batches
-
-    @property
-    def optimisers(self) -> dict[str, torch.optim.Optimizer]:
-        """The recipe's optimisers."""
-        return self.recipe.optimisers
-
-    @property
     def progress(self) -> float:
         """Share of the phase at hand that is done."""
         return self.position.step / self.phases[self.position.phase].settings.steps
-
-    @property
-    def epoch_steps(self) -> int:
-        """Updates between measurements and checkpoints, in the phase at hand."""
-        return self.config.epoch_steps or self.recipe.epoch_steps(self.phases[self.position.phase])
 
     def autocast(self) -> torch.autocast:
         """The precision that the settings ask for."""
@@ -145,12 +135,18 @@ class Engine(Generic[R]):
         With `accumulate` pieces of batches, each of which draws from the generator what the whole would.  Every epoch
         is measured, logged and saved.
         """
-        here = self.position
-        while here.phase < len(self.phases) and (phase := self.phases[here.phase]).key == key:
-            if phase.settings.steps == 0:
-                self.save(*self._leave(phase))
-                continue
-            self._enter(phase)
+        here, entered = self.position, None
+        while here.phase < len(self.phases):
+            phase = self.phases[here.phase]
+            if phase is not entered:
+                if phase.key != key:
+                    return
+                if phase.settings.steps == 0:
+                    self.save(*self._leave(phase))
+                    continue
+                self._enter(phase)
+                entered = phase
+            self._set_rates(phase)
             state = self.generator.get_state() if self._pieces > 1 else None
             for piece in range(self._pieces):
                 self._piece = piece
@@ -159,9 +155,12 @@ class Engine(Generic[R]):
                 yield self.batch(phase.stream)
             if here.step % self.epoch_steps == 0 or here.step == phase.settings.steps:
                 self._end_epoch(phase)
+                entered = None
 
     def batch(self, stream: str) -> Batch:
         """The next batch of a stream; with `accumulate` the piece of it whose turn it is."""
+        if self._pieces == 1:
+            return self.batches[stream].next()
         if self._piece == 0:
             self._cut[stream] = self.batches[stream].next().pieces(self._pieces)
         return self._cut[stream][self._piece]
@@ -172,10 +171,10 @@ class Engine(Generic[R]):
         An objective without measurements is a part of an update that another objective completes.  Of the pieces of a
         batch all but the last only add to the gradients.
         """
-        here, phase = self.position, self.phases[self.position.phase]
+        here = self.position
         if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
             check_finite(ranks.mean(objective.loss).item(), here.total_steps)
-        names, last = tuple(objective.optimisers or phase.trained), self._piece == self._pieces - 1
+        names, last = tuple(objective.optimisers or self._rates), self._piece == self._pieces - 1
         self._backward(objective, names, last)
         for name in names if last else ():
             self.optimisers[name].step()
@@ -253,13 +252,18 @@ class Engine(Generic[R]):
             self._restore_batches(*upgraded(tensors, record))
 
     def _enter(self, phase: Phase) -> None:
-        here = self.position
+        """Begin a phase, or go on with it after a measurement."""
+        self._rates = phase.trained
+        self.epoch_steps = self.config.epoch_steps or self.recipe.epoch_steps(phase)
         self.recipe.enter(self, phase)
-        for name, rate in phase.trained.items():
-            for group in self.optimisers[name].param_groups:
-                group["lr"] = rate * phase.scale(here.step) * group.get("factor", 1.0)
         if self._bar is None and self.config.progress and ranks.first():
-            self._bar = Progress(phase.settings.steps, phase.title, unit="update", initial=here.step)
+            self._bar = Progress(phase.settings.steps, phase.title, unit="update", initial=self.position.step)
+
+    def _set_rates(self, phase: Phase) -> None:
+        scale = phase.scale(self.position.step)
+        for name, rate in self._rates.items():
+            for group in self.optimisers[name].param_groups:
+                group["lr"] = rate * scale * group.get("factor", 1.0)
 
     def _end_epoch(self, phase: Phase) -> None:
         """Measure, log, decide whether the phase has ended, save."""

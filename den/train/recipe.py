@@ -53,7 +53,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def enter(self, engine: Engine[Any], phase: Any) -> None:
-        """Prepare for the next batch of a phase: called before every one."""
+        """Prepare for the batches of a phase: called before the first one, and again after every measurement."""
 
     @abstractmethod
     def measure(self, engine: Engine[Any], phase: Any) -> Measured:
