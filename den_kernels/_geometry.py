@@ -26,20 +26,21 @@ class Geometry(NamedTuple):
         return B, C_out, H_out, W_out
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """True where torch takes x [B, C, H, W] for channels-last by its strides, slices of wider tensors included."""
-    size, stride = x.shape, x.stride()
-    least = 0
-    for d in (1, 3, 2, 0):
-        if size[d] == 0 or stride[1] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
-            return False
-        least = stride[d] * size[d]
-    return True
-
-
 def memory_format_of(*tensors: Tensor) -> torch.memory_format:
-    """Channels-last if one of the tensors [B, C, H, W] is, else contiguous: the rule of `nn.Conv2d`."""
-    return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format
+    """Channels-last if one of the tensors [B, C, H, W] is, else contiguous: the rule of `nn.Conv2d`.
+
+    As torch does, a tensor is taken for channels-last by its strides, slices of wider ones included.
+    """
+    for x in tensors:
+        size, stride = x.shape, x.stride()
+        least = 0
+        for d in (1, 3, 2, 0):
+            if size[d] == 0 or stride[1] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+                break
+            least = stride[d] * size[d]
+        else:
+            return torch.channels_last
+    return torch.contiguous_format
 
 
 def is_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:

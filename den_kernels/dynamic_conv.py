@@ -343,10 +343,10 @@ def convolve(
         )
     if runs_eagerly(x, weight, bias):
         return in_range(_NAME, compute, x, weight, bias, route, geometry, packed)
-    refuse_tangents("dynamic_conv2d", x, weight, bias)
-    if is_transformed():
-        return equation(x, weight, bias, route.levels, route.mask, geometry)
     arguments = x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry
     if x.is_cpu and is_ordinary(x, weight, bias):
         return in_range(_NAME, _EagerConv.apply, *arguments)
+    refuse_tangents("dynamic_conv2d", x, weight, bias)
+    if is_transformed():
+        return equation(x, weight, bias, route.levels, route.mask, geometry)
     return call_op(_dynamic_conv2d, *arguments)

@@ -14,8 +14,7 @@ Four passes do the work, statistics and apply forward, reduce and gradient backw
 do. On a GPU nothing is read back from the device.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,14 +83,6 @@ def dynamic_batch_norm_reference(
 # The four passes, two in each op: C++ on a CPU, Triton on a GPU. All maps are channels-last in memory.
 
 
-def _float(values: Tensor | None) -> Tensor | None:  # [C] -> float32 [C]
-    return None if values is None else values.to(torch.float32).contiguous()
-
-
-def _channels_last(x: Tensor) -> Tensor:  # [B, C, H, W]
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _empty_channels_last(x: Tensor) -> Tensor:  # [B, C, H, W]
     return torch.empty_like(x, memory_format=torch.channels_last)
 
@@ -106,12 +97,14 @@ def _norm_forward_cpu(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:  # channels-last, float32 [3, C]
-    x, selection, weight, bias = _channels_last(x), selection.contiguous(), _float(weight), _float(bias)
+    x, selection = x.contiguous(memory_format=torch.channels_last), selection.contiguous()
+    weight, bias = (None if vector is None else vector.float().contiguous() for vector in (weight, bias))
     batch = extension.NormBatch(x, selection, groups)
     if statistics is None:
         statistics = torch.empty(3, x.shape[1])
         extension.norm_statistics(batch, x, statistics)
-        _check_counts(statistics[2], x.shape)
+        if x.shape[2:] == (1, 1):
+            _check_counts(statistics[2], x.shape)
     else:
         statistics = statistics.clone(memory_format=torch.contiguous_format)
     y = torch.empty_like(x)
@@ -142,8 +135,9 @@ def _norm_backward_cpu(
     need_dx: bool,
     need_sums: bool,
 ) -> tuple[Tensor, Tensor]:  # dx channels-last, float32 [2, C] dbias and dweight; empty where not needed
-    dy, x, selection = _channels_last(dy), _channels_last(x), selection.contiguous()
-    weight, bias = _float(weight), _float(bias)
+    dy, x = (maps.contiguous(memory_format=torch.channels_last) for maps in (dy, x))
+    weight, bias = (None if vector is None else vector.float().contiguous() for vector in (weight, bias))
+    selection = selection.contiguous()
     batch = extension.NormBatch(x, selection, groups)
     affine = extension.NormAffine(batch, statistics, weight, bias, eps, relu)
     sums, dx = torch.empty(2, x.shape[1]), torch.empty_like(x) if need_dx else x.new_empty(0)
@@ -222,8 +216,8 @@ def _has_kernels(x: Tensor) -> bool:  # x [B, C, H, W]
 
 
 def _check_counts(count: Tensor, shape: torch.Size) -> None:
-    """Raise ValueError where a channel of x, of this shape, has a single value: a 1 in count [C]."""
-    if shape[2] * shape[3] == 1 and bool((single := count == 1).any()):
+    """Raise ValueError where a channel of x, of this shape [B, C, 1, 1], has a single value: a 1 in count [C]."""
+    if bool((single := count == 1).any()):
         raise ValueError(
             "dynamic_batch_norm: a channel in use must have more than one value while training, got one value of "
             f"channel {int(single.nonzero()[0])} in x of shape {list(shape)}"
@@ -294,8 +288,8 @@ def dynamic_batch_norm(
         raise ValueError(f"dynamic_batch_norm: eps must be at least 0, got {eps}")
     route = route_for(x, route, len(groups), "dynamic_batch_norm")
     _check(x, route, groups, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    eager = runs_eagerly(x, weight, bias)
-    if not eager:
+    ordinary = is_ordinary(x, weight, bias)
+    if not ordinary:
         refuse_tangents("dynamic_batch_norm", x, weight, bias)
     statistics = None
     if not training and running_mean is not None and running_var is not None:
@@ -303,26 +297,19 @@ def dynamic_batch_norm(
         statistics = running.to(torch.promote_types(x.dtype, torch.float32))
     selection = route.selection()
     arguments = selection, statistics, weight, bias, list(groups), eps, relu
-    transformed = not eager and is_transformed()
-    if process_group is None and _has_kernels(x) and not transformed:
-        y, batch = _choose(x, weight, bias, eager)(_channels_last(x), *arguments)
+    transformed = not ordinary and is_transformed()
+    if process_group is None and not transformed and _has_kernels(x):
+        maps = x.contiguous(memory_format=torch.channels_last)
+        if x.is_cpu and ordinary:  # of the least overhead: the plain function, or an autograd function
+            function = _norm_forward_cpu if runs_eagerly(x, weight, bias) else _EagerNorm.apply
+            y, batch = in_range(_NAME, function, maps, *arguments)
+        else:
+            y, batch = call_op(_norm_forward, maps, *arguments)
     else:
         y, batch = norm_torch(x, *arguments, process_group)
-        if statistics is None and x.is_cpu and process_group is None and not is_traced():
+        known = statistics is None and x.is_cpu and process_group is None and not is_traced()
+        if known and x.shape[2:] == (1, 1):
             _check_counts(batch[2], x.shape)
     if training and running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, batch, momentum)
     return y if transformed else y.contiguous(memory_format=memory_format_of(x))
-
-
-def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, eager: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function to call for x [B, C, H, W], weight [C] and bias [C]: that of the least overhead.
-
-    On a CPU that is the plain function where no gradient is recorded, and an autograd function where nothing is traced.
-    """
-    if not x.is_cpu:
-        return partial(call_op, _norm_forward)
-    if eager:
-        return partial(in_range, _NAME, _norm_forward_cpu)
-    plain = is_ordinary(x, weight, bias)
-    return partial(in_range, _NAME, _EagerNorm.apply) if plain else partial(call_op, _norm_forward)

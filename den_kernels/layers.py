@@ -189,7 +189,7 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         """x [B, C, H, W] -> the same shape. `selection`: Route, integer [B] or bool [B, G]; None: every channel."""
         if not isinstance(x, Tensor):
             return as_fx_leaf(self, x, selection, relu)
-        process_group = self._group()
+        process_group = self._group() if self.training and self.process_group is not None else None
         if selection is None and process_group is None:
             y = super().forward(x)
             return y.relu() if relu else y
@@ -205,8 +205,8 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         )  # fmt: skip
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The processes that share statistics in this call; None: each process has its own."""
-        if self.process_group is None or not self.training or not (dist.is_available() and dist.is_initialized()):
+        """The processes that share statistics in a training step; None: each process has its own."""
+        if not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD if self.process_group == "world" else self.process_group
         return group if dist.get_world_size(group) > 1 else None

@@ -58,7 +58,7 @@ class Batch:
     @property
     def count(self) -> int:
         """Number of images: each has one structure, however many labels."""
-        return sum(len(images) for _, images, _ in self.parts)
+        return len(self.images[0]) if self.joint else sum(map(len, self.images))
 
     def only(self, k: int) -> Batch:
         """The batch of task k alone."""

@@ -100,8 +100,24 @@ class ImageSet:
         return [(self.name, self.inputs(index), self.labels[index])]
 
     def augmented_examples(self, drawn: Drawn) -> list[Example]:
-        """One entry, as `examples` gives it, of images that are augmented as drawn."""
-        return [(self.name, self._cropped(*drawn), self.labels[sent(drawn[0], self.labels.device)])]
+        """One entry, as `examples` gives it, of images that are padded, cropped and mirrored as drawn.
+
+        One gather for the whole batch: image b reads the rows top_b .. top_b + H - 1 and the columns left_b ..
+        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored. The border is not stored.
+        """
+        index, top, left, *mirrored = drawn
+        height, width = self.images.shape[2:]
+        device = self.images.device
+        rows, columns = top + torch.arange(height), left + torch.arange(width)  # [n, H], [n, W]
+        if mirrored:
+            columns = torch.where(mirrored[0], columns.flip(1), columns)
+        index, rows, columns = (sent(places, device) for places in (index, rows - self.pad, columns - self.pad))
+        pixels = self.images.permute(0, 2, 3, 1)[
+            index[:, None, None], rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+        ]
+        inside_rows, inside_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+        pixels.mul_((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None])
+        return [(self.name, self._normalise(pixels), self.labels[sent(drawn[0], self.labels.device)])]
 
     def to(self, device: torch.device) -> ImageSet:
         """Copy the set to a device: labels and batches lie there, and the images too where they fit (`fits`).
@@ -122,33 +138,11 @@ class ImageSet:
             index = sent(index, self.images.device)
         return self._normalise(self.images[index].permute(0, 2, 3, 1))
 
-    def augmented(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Normalised images, padded, cropped at random, mirrored where `flip`: float32 [n, C, H, W], channels-last."""
-        return self._cropped(index, *self.draw(len(index), generator))
-
     def draw(self, count: int, generator: torch.Generator) -> Drawn:
         """Draw how `count` images are augmented: first row and column of the crop, int64 [n, 1]; where `flip` also
         whether it is mirrored, bool [n, 1]."""
         corners = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
         return (*corners, torch.rand(count, 1, generator=generator) < 0.5) if self.flip else (*corners,)
-
-    def _cropped(self, index: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """Augmented images, float32 [n, C, H, W], at `index` int64 [n], by what `draw` gives for them, [n, 1].
-
-        One gather for the whole batch: image b reads the rows top_b .. top_b + H - 1 and the columns left_b ..
-        left_b + W - 1 of its padded self, the columns in reverse order when it is mirrored. The border is not stored.
-        """
-        height, width = self.images.shape[2:]
-        device = self.images.device
-        rows, columns = top + torch.arange(height), left + torch.arange(width)  # [n, H], [n, W]
-        if mirrored is not None:
-            columns = torch.where(mirrored, columns.flip(1), columns)
-        index, rows, columns = (sent(places, device) for places in (index, rows - self.pad, columns - self.pad))
-        pixels = self.images.permute(0, 2, 3, 1)[
-            index[:, None, None], rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
-        ]
-        inside_rows, inside_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
-        return self._normalise(pixels.mul_((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]))
 
     def _normalise(self, pixels: Tensor) -> Tensor:  # uint8 [n, H, W, C] -> float32 [n, C, H, W]
         pixels = sent(pixels.contiguous(), self.labels.device)  # of images that stay on the host

@@ -84,7 +84,17 @@ def count_flops(model: DeepElasticNetwork, levels: Tensor) -> Tensor:
     Raises:
         ValueError: levels of another shape or dtype, or, on a CPU, out of range.
     """
-    return _chosen(model.estimator.level_flops, levels).sum(1).double()
+    table = model.estimator.level_flops  # [N, L]
+    if levels.dim() != 2 or levels.shape[1] != len(table) or levels.is_floating_point() or levels.dtype == torch.bool:
+        raise ValueError(
+            f"count_flops: levels must be integer [B, N] with N = {len(table)}, got {levels.dtype} {list(levels.shape)}"
+        )
+    if levels.is_cpu and levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < table.shape[1]:
+        raise ValueError(
+            f"count_flops: levels must be in 0..{table.shape[1] - 1}, got {int(levels.min())}..{int(levels.max())}"
+        )
+    costs = table.expand(len(levels), -1, -1).gather(2, levels.to(table.device, torch.int64).unsqueeze(2))
+    return costs.squeeze(2).sum(1).double()
 
 
 def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
@@ -103,19 +113,6 @@ def parameter_fractions(model: DeepElasticNetwork) -> Tensor:
     """`d_i(l)` of the paper's eq. 5: float32 [N, L], the share of block i's weights that level l uses."""
     table = model.estimator.level_parameters
     return table.float() / table[:, -1:]
-
-
-def _chosen(table: Tensor, levels: Tensor) -> Tensor:
-    """`table[n, levels[b, n]]` as [B, N], for a table [N, L]."""
-    if levels.dim() != 2 or levels.shape[1] != len(table) or levels.is_floating_point() or levels.dtype == torch.bool:
-        raise ValueError(
-            f"count_flops: levels must be integer [B, N] with N = {len(table)}, got {levels.dtype} {list(levels.shape)}"
-        )
-    if levels.is_cpu and levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < table.shape[1]:
-        raise ValueError(
-            f"count_flops: levels must be in 0..{table.shape[1] - 1}, got {int(levels.min())}..{int(levels.max())}"
-        )
-    return table.expand(len(levels), -1, -1).gather(2, levels.to(table.device, torch.int64).unsqueeze(2)).squeeze(2)
 
 
 def _numbers(module: nn.Module) -> int:

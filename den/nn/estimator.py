@@ -171,27 +171,23 @@ class Estimator(nn.Module):
         if levels is None:
             return self.level_plan(torch.full(expected, self.levels - 1, device=device)) if may_fold(self) else None
         if isinstance(levels, RoutingPlan):
-            fits = (levels.batch_size, len(levels)) == expected and levels.groups == self.groups
-            self._check(fits, expected, levels)
+            if (levels.batch_size, len(levels)) != expected or levels.groups != self.groups:
+                got = f"a plan of {levels.batch_size} instances, {len(levels)} blocks, {levels.groups} groups"
+                raise self._misfit(expected, got)
             if batch.order is None:
                 return levels
             if levels.masks is not None:
                 return RoutingPlan.from_masks(batch.arrange(levels.masks))
             return RoutingPlan.from_levels(batch.arrange(levels.levels), groups=self.groups)
-        integer = isinstance(levels, Tensor) and not levels.is_floating_point() and levels.dtype != torch.bool
-        self._check(integer and tuple(levels.shape) == expected and levels.device == device, expected, levels)
+        if not isinstance(levels, Tensor):
+            raise self._misfit(expected, type(levels).__name__)
+        integer = not levels.is_floating_point() and levels.dtype != torch.bool
+        if not integer or tuple(levels.shape) != expected or levels.device != device:
+            raise self._misfit(expected, f"{levels.dtype} {list(levels.shape)} on {levels.device}")
         return self.level_plan(batch.arrange(levels))
 
-    def _check(self, fits: bool, expected: tuple[int, int], levels: Tensor | RoutingPlan) -> None:
-        if fits:
-            return
-        if isinstance(levels, RoutingPlan):
-            got = f"a plan of {levels.batch_size} instances, {len(levels)} blocks, {levels.groups} groups"
-        elif isinstance(levels, Tensor):
-            got = f"{levels.dtype} {list(levels.shape)} on {levels.device}"
-        else:
-            got = type(levels).__name__
-        raise ValueError(
+    def _misfit(self, expected: tuple[int, int], got: str) -> ValueError:
+        return ValueError(
             f"estimator: levels must be integer [B, N] = {list(expected)} in 0..{self.levels - 1}"
             f" on the images' device, or a RoutingPlan of them with {self.groups} groups, got {got}"
         )

@@ -18,6 +18,12 @@ from den.data.batches import split_batch
 from den.data.images import apportion, fits, pixel_moments, stratified_split
 
 
+def augmented(image_set, index):
+    """Images augmented with a generator of seed 0."""
+    drawn = index, *image_set.draw(len(index), torch.Generator().manual_seed(0))
+    return image_set.augmented_examples(drawn)[0][1]
+
+
 def small_set(name="small", count=10, classes=2, size=4, channels=1, **kwargs):
     pixels = torch.arange(count * channels * size * size) % 251
     images = pixels.to(torch.uint8).view(count, channels, size, size)
@@ -226,7 +232,7 @@ def test_augmented_images_are_crops_of_padded_images_mirrored_or_not(flip):
     """With mean 0 and std 1/255 the inputs are the pixel values, so every crop can be looked for by hand."""
     image_set = small_set(count=6, size=5, channels=2, pad=2, flip=flip)
     index = torch.arange(60) % 6
-    images = image_set.augmented(index, torch.Generator().manual_seed(0))
+    images = augmented(image_set, index)
     assert images.is_contiguous(memory_format=torch.channels_last)
     seen = set()
     padded = torch.nn.functional.pad(image_set.images, (2, 2, 2, 2)).float()
@@ -248,7 +254,7 @@ def test_augmented_images_are_crops_of_padded_images_mirrored_or_not(flip):
 def test_augmentation_without_padding_or_mirroring_is_the_plain_input():
     image_set = small_set(pad=0, flip=False)
     index = torch.tensor([3, 1])
-    assert torch.equal(image_set.augmented(index, torch.Generator()), image_set.inputs(index))
+    assert torch.equal(augmented(image_set, index), image_set.inputs(index))
 
 
 def test_moments_are_those_of_numpy():
@@ -356,7 +362,7 @@ def test_images_that_do_not_fit_on_a_gpu_give_the_same_batches(monkeypatch):
     assert (there.images.device.type, here.images.device.type) == ("cuda", "cpu")
     for one, other in (
         (there.inputs(index), here.inputs(index)),
-        (there.augmented(index, torch.Generator()), here.augmented(index, torch.Generator())),
+        (augmented(there, index), augmented(here, index)),
     ):
         assert other.device.type == "cuda"
         assert torch.equal(one, other)
