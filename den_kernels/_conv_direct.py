@@ -52,33 +52,32 @@ def _window(kernel: Sequence[int], geometry: Geometry) -> Any:
     return extension.Window(kernel, geometry.stride, geometry.padding, geometry.dilation, in_sizes, out_sizes)
 
 
-def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -> Tensor:
+def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None, turned: bool = False) -> Tensor:
     """[O, I, R, S], times scale (float32 [O]), as the direct kernels read it.
 
     float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/dynamic_bf16.h,
-    for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I). RuntimeError in a trace.
+    for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I).
+    turned: of the weights of :func:`transposed` instead, sides swapped and kernel turned, without a scale.
     """
-    refuse_recording("pack")
-    O, I = weight.shape[:2]
-    packed = _room(weight, O, I, in_sizes)
-    extension.pack_weights(weight.contiguous(memory_format=torch.channels_last), scale, packed, in_sizes)
-    return packed
-
-
-def pack_turned(weight: Tensor, in_sizes: Sequence[int]) -> Tensor:
-    """:func:`pack` of the weights [I, O, R, S] of :func:`transposed`: sides swapped, kernel turned."""
-    O, I = weight.shape[:2]
-    packed = _room(weight, I, O, in_sizes)
-    extension.pack_turned_weights(weight.contiguous(memory_format=torch.channels_last), packed, in_sizes)
-    return packed
-
-
-def _room(weight: Tensor, O: int, I: int, in_sizes: Sequence[int]) -> Tensor:
-    """Memory for :func:`pack` of weights [O, I, R, S], of which `weight` has the kernel and the dtype."""
-    R, S = weight.shape[2:]
+    O, I, R, S = weight.shape
+    if turned:
+        O, I = I, O
     if weight.dtype == torch.bfloat16:
-        return weight.new_empty(extension.packed_size_bf16(O, I, R, S, in_sizes))
-    return weight.new_empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
+        packed = weight.new_empty(extension.packed_size_bf16(O, I, R, S, in_sizes))
+    else:
+        packed = weight.new_empty(-(-O // 16), -(-I // 16), R * S, 16, 16)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    if turned:
+        extension.pack_turned_weights(weight, packed, in_sizes)
+    else:
+        extension.pack_weights(weight, scale, packed, in_sizes)
+    return packed
+
+
+def pack_to_keep(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -> Tensor:
+    """:func:`pack` of weights [O, I, R, S] that outlive the call; RuntimeError where the call is recorded."""
+    refuse_recording("pack")
+    return pack(weight, in_sizes, scale)
 
 
 def forward(

@@ -173,7 +173,7 @@ def _backward_cpu(
     dx = dweight = None
     rest = list(output_mask)  # what the direct convolution does not do
     if output_mask[0] and (turned := _conv_direct.transposed(x, weight, geometry)):
-        packed = _conv_direct.pack_turned(weight, turned.in_sizes)
+        packed = _conv_direct.pack(weight, turned.in_sizes, turned=True)
         dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, route, x.shape, turned)
         dx, rest[0] = dx.contiguous(memory_format=memory_format_of(x)), False
     if output_mask[1]:

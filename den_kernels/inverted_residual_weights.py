@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._conv_direct import pack
+from ._conv_direct import pack_to_keep
 from ._extension import extension
 from ._fold_checks import check_convolution, check_layers, check_norm, hidden_groups
 from ._handle import HasHandle
@@ -147,7 +147,7 @@ class InvertedResidualWeights(HasHandle):
         for name in _WEIGHTS:
             weight = getattr(self, name)
             if weight is not None:
-                packed.append(_pack_depthwise(weight) if name == "conv2" else pack(weight, ()))
+                packed.append(_pack_depthwise(weight) if name == "conv2" else pack_to_keep(weight, ()))
         made = replace(self, direct=tuple(packed))
         _ = made.handle  # checked here, not in the first call
         return made

@@ -112,15 +112,15 @@ class MixedTaskBatches:
 
     def next(self) -> Batch:
         """Draw the next batch, augmented; of a run of several processes the share of this one."""
+        scenes: dict[int, Scenes] = {}
         if self._ahead is None:
             drawn = self._draw_batch()
-            scenes = self._read_scenes(drawn)
         else:
             drawn, self._read_until, scenes = self._ahead.next()
         examples: list[Example] = []
         for k, image_set in enumerate(self.sets):
             if isinstance(image_set, SceneSet):
-                examples += image_set.examples_of(scenes[k])
+                examples += image_set.examples_of(scenes.get(k) or image_set.augmented_scenes(drawn[k]))
             else:
                 examples += image_set.augmented_examples(drawn[k])
         tasks, images, labels = zip(*examples, strict=True)
