@@ -19,8 +19,6 @@ AVX2, bfloat16 with AMX. Elsewhere the three convolutions are dynamic ones, on a
 above level 0 (`_bottleneck_composed.py`).
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,29 +69,7 @@ def _compute(
     return out.relu_() if weights.relu else out
 
 
-class _Operands(NamedTuple):
-    """The operands behind x: fields of `Route` and of `BottleneckWeights`, which document them."""
-
-    levels: Tensor
-    order: Tensor
-    offsets: Tensor
-    mask: Tensor | None
-    scale1: Tensor | None
-    shift1: Tensor | None
-    conv1: Tensor
-    bias1: Tensor
-    conv2: Tensor
-    bias2: Tensor
-    conv3: Tensor
-    bias3: Tensor | None
-    groups: list[int]
-    stride: int
-    cardinality: int
-    relu: bool
-    direct: list[Tensor]
-
-
-OPERANDS = Operands(_Operands, BottleneckWeights)
+OPERANDS = Operands(BottleneckWeights)
 _OP = BlockOp("dynamic_bottleneck", OPERANDS, dynamic_bottleneck_reference, _compute)
 
 

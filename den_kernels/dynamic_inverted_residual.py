@@ -14,8 +14,6 @@ On a CPU one call of C++ takes an instance through the whole block in float32, w
 (csrc/direct_inverted_residual.h). Elsewhere the convolutions are dynamic ones (`_inverted_residual_composed.py`).
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,33 +89,7 @@ def _compute(
     return out
 
 
-class _Operands(NamedTuple):
-    """The operands behind x: fields of `Route` and of `InvertedResidualWeights`, which document them."""
-
-    levels: Tensor
-    order: Tensor
-    offsets: Tensor
-    mask: Tensor | None
-    conv1: Tensor | None
-    bias1: Tensor | None
-    conv2: Tensor | None
-    bias2: Tensor | None
-    conv3: Tensor
-    bias3: Tensor | None
-    squeeze: Tensor | None
-    squeeze_bias: Tensor | None
-    excite: Tensor | None
-    excite_bias: Tensor | None
-    groups: list[int]
-    stride: int
-    activation: str
-    squeeze_activation: str
-    gate_activation: str
-    skip: bool
-    direct: list[Tensor]
-
-
-OPERANDS = Operands(_Operands, InvertedResidualWeights)
+OPERANDS = Operands(InvertedResidualWeights)
 _OP = BlockOp("dynamic_inverted_residual", OPERANDS, dynamic_inverted_residual_reference, _compute)
 
 

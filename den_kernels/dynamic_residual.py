@@ -26,8 +26,6 @@ On a GPU the block is one CUDA kernel (csrc/dynamic_residual.cu) whose hidden ma
 relu(bn1(x)) (`_triton/residual.py`); `_residual_gpu.py` chooses.
 """
 
-from typing import NamedTuple
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,28 +77,7 @@ def _compute(
     return out.relu_() if weights.relu else out
 
 
-class _Operands(NamedTuple):
-    """The operands behind x: fields of `Route` and of `ResidualWeights`, which document them."""
-
-    levels: Tensor
-    order: Tensor
-    offsets: Tensor
-    mask: Tensor | None
-    scale1: Tensor | None
-    shift1: Tensor | None
-    conv1: Tensor
-    scale2: Tensor
-    bias1: Tensor
-    conv2: Tensor
-    bias2: Tensor | None
-    groups: list[int]
-    group_of_channel: Tensor
-    stride: int
-    relu: bool
-    direct: list[Tensor]
-
-
-OPERANDS = Operands(_Operands, ResidualWeights)
+OPERANDS = Operands(ResidualWeights)
 _OP = BlockOp("dynamic_residual", OPERANDS, dynamic_residual_reference, _compute)
 
 

@@ -62,7 +62,7 @@ class ResidualWeights(HasHandle):
     group_of_channel: Tensor  # int64 [M]: the group that a hidden channel belongs to
     stride: int  # of conv1 and of the average-pooled shortcut
     relu: bool = False  # of the sum: a post-activation block
-    direct: tuple[Tensor, Tensor] | None = None  # where a direct kernel runs: conv1 and conv2 packed for it, or as is
+    direct: tuple[Tensor, ...] | None = None  # where a direct kernel runs: conv1 and conv2 packed for it, or as is
     levels: tuple[HiddenWeights, ...] = ()  # of levels 1..G on a CPU, where no direct kernel runs
 
     @staticmethod
