@@ -2,7 +2,7 @@
 
 Per segment of the route: gather the selected input channels of its instances (`rows.py`), slice the weight, convolve,
 scatter the result. A level selects a prefix, so its weight is a view; only a mask with a hole concatenates the slices
-of its groups, once per distinct mask. A segment that is a run of neighbouring instances and reads every channel is a
+of its groups, once per distinct mask. A segment of neighbouring instances in order that reads every channel is a
 view of the batch, and one that holds the whole batch and writes every channel hands its result over without a copy.
 The backward pass walks the same segments in the same order, so it is deterministic.
 
@@ -17,7 +17,6 @@ they are float64.
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._geometry import Geometry, compute_dtype, is_product, memory_format_of
-from .plan import Route, read_route
-from .rows import gather_rows, scatter_rows_
+from .plan import Route
+from .rows import gather_rows, scatter_rows_, segments
 
 
 class ChannelRange(NamedTuple):
@@ -48,7 +47,7 @@ class Part(NamedTuple):
     groups: int
 
 
-class Segment(NamedTuple):
+class SegmentPart(NamedTuple):
     """Instances of one selection, and the part of the convolution that they compute."""
 
     order: Tensor  # int32 [n]: its instances
@@ -105,21 +104,17 @@ def part_of(
     return Part(ranges_of(in_each, both), ranges_of(out_each, both), ranges_of(out_each, bare), sum(both))
 
 
-def segments_of(route: Route, geometry: Geometry, in_channels: int, out_channels: int) -> list[Segment]:
-    """The segments of the route that hold instances, in order."""
-    G = len(geometry.out_sizes) or len(geometry.in_sizes)
+def parts_of(route: Route, geometry: Geometry, in_channels: int, out_channels: int) -> list[SegmentPart]:
+    """The parts of the convolution that the segments of the route compute, in order."""
     sizes = tuple(geometry.out_sizes), tuple(geometry.in_sizes)
-    bounds, indices = read_route(route)
-    segments = []
-    for s, (start, stop) in enumerate(pairwise(bounds)):
-        if start == stop:
-            continue
-        members, first = indices[start:stop], indices[start]
-        selected = (True,) * (G - s) + (False,) * s if route.mask is None else tuple(route.mask[first].tolist())
-        part = part_of(selected, in_channels, out_channels, geometry.groups, *sizes)
-        neighbours = members == list(range(first, first + stop - start))
-        segments.append(Segment(route.order[start:stop], first if neighbours else -1, part))
-    return segments
+    parts = []
+    for start, end, groups in segments(route):
+        order = route.order[start:end]
+        instances = order.tolist()
+        neighbours = instances == list(range(instances[0], instances[0] + end - start))
+        part = part_of(groups, in_channels, out_channels, geometry.groups, *sizes)
+        parts.append(SegmentPart(order, instances[0] if neighbours else -1, part))
+    return parts
 
 
 def _packed(x: Tensor) -> tuple[Tensor, int]:
@@ -136,7 +131,7 @@ def _packed(x: Tensor) -> tuple[Tensor, int]:
 
 def gather(
     x: Tensor,  # [B, C, H, W]
-    segment: Segment,
+    segment: SegmentPart,
     ranges: Sequence[ChannelRange],
     dtype: torch.dtype,
 ) -> Tensor:  # [n, width, H, W] in x's memory format
@@ -155,7 +150,7 @@ def gather(
 def scatter_(
     out: Tensor,  # [B, C, H, W] without gaps in memory
     rows: Tensor,  # [n, width, H, W]
-    segment: Segment,
+    segment: SegmentPart,
     ranges: Sequence[ChannelRange],
 ) -> None:
     """Write the channels of `rows` into `ranges` of a segment's instances in out."""
@@ -183,7 +178,7 @@ def allocate(
     return out
 
 
-def fill_(out: Tensor, segment: Segment, ranges: Sequence[ChannelRange], bias: Tensor | None) -> None:
+def fill_(out: Tensor, segment: SegmentPart, ranges: Sequence[ChannelRange], bias: Tensor | None) -> None:
     """Write the bias (float [C]; None: zero) into channels `ranges` of a segment's instances in out [B, C, H, W]."""
     for start, width in ranges:
         value = out.new_zeros(1) if bias is None else bias.narrow(0, start, width).to(out.dtype)
@@ -208,7 +203,7 @@ def _convolve(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    segment: Segment,
+    segment: SegmentPart,
     geometry: Geometry,
 ) -> Tensor:  # [n, channels of part.outputs, H_out, W_out] in the dtype of weight
     part = segment.part
@@ -221,18 +216,16 @@ def _convolve(
     )
 
 
-def is_plain(segments: Sequence[Segment], out_channels: int) -> bool:
+def is_plain(parts: Sequence[SegmentPart], out_channels: int) -> bool:
     """True where one ordinary convolution does it all: the whole batch, in its order, every output channel."""
-    return (
-        len(segments) == 1 and segments[0].first == 0 and segments[0].part.outputs == (ChannelRange(0, out_channels),)
-    )
+    return len(parts) == 1 and parts[0].first == 0 and parts[0].part.outputs == (ChannelRange(0, out_channels),)
 
 
 def forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    segments: Sequence[Segment],
+    parts: Sequence[SegmentPart],
     geometry: Geometry,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """Convolve the segments one after the other. x is read where it is selected, and nowhere else."""
@@ -240,11 +233,11 @@ def forward(
     if dtype != x.dtype:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     product = is_product(x, weight, geometry)  # whose result has not the strides of a convolution's
-    if is_plain(segments, weight.shape[0]) and not product:
-        return _convolve(x, weight, bias, segments[0], geometry).to(x.dtype).contiguous(memory_format=format)
-    written = (segment.part.outputs + segment.part.constant for segment in segments)
+    if is_plain(parts, weight.shape[0]) and not product:
+        return _convolve(x, weight, bias, parts[0], geometry).to(x.dtype).contiguous(memory_format=format)
+    written = (segment.part.outputs + segment.part.constant for segment in parts)
     out = allocate(geometry.out_shape(x, weight), x.dtype, format, written)
-    for segment in segments:
+    for segment in parts:
         if segment.part.outputs:
             scatter_(out, _convolve(x, weight, bias, segment, geometry), segment, segment.part.outputs)
         fill_(out, segment, segment.part.constant, bias)
@@ -294,7 +287,7 @@ def backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
-    segments: Sequence[Segment],
+    parts: Sequence[SegmentPart],
     geometry: Geometry,
     output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -302,9 +295,9 @@ def backward(
     dtype = compute_dtype(x)
     sums, dx = _Sums(weight, geometry.groups, output_mask), None
     if output_mask[0]:
-        dx = allocate(x.shape, x.dtype, memory_format_of(x), (segment.part.inputs for segment in segments))
+        dx = allocate(x.shape, x.dtype, memory_format_of(x), (segment.part.inputs for segment in parts))
     weight_dtype, weight = weight.dtype, weight.to(dtype)
-    for segment in segments:
+    for segment in parts:
         part = segment.part
         if part.outputs:
             gradients = _segment_backward(grad, x, weight, segment, geometry, output_mask)
@@ -324,7 +317,7 @@ def _segment_backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
-    segment: Segment,
+    segment: SegmentPart,
     geometry: Geometry,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # of what the segment reads of x and weight, and writes of bias

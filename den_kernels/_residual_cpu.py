@@ -1,8 +1,5 @@
 """The residual block on a CPU: in one direct call of C++, which bottlenecks share, or through oneDNN, by segments."""
 
-from itertools import pairwise
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,9 +7,9 @@ from torch import Tensor
 from ._block_op import keeps_shape, own_shortcut
 from .bottleneck_weights import BottleneckWeights
 from .inverted_residual_weights import InvertedResidualWeights
-from .plan import Route, read_route
+from .plan import Route
 from .residual_weights import ResidualWeights
-from .rows import gather_rows, scatter_rows_
+from .rows import gather_rows, scatter_rows_, segments
 
 DirectWeights = ResidualWeights | BottleneckWeights | InvertedResidualWeights
 
@@ -58,6 +55,8 @@ def run_onednn(
     whole = None if levels else weights.all_hidden()
     bias2 = None if weights.bias2 is None else weights.bias2.to(compute)
     for start, end, groups in segments(route):
+        if not any(groups):
+            continue
         hidden = weights.hidden(groups, whole) if whole else levels[sum(groups) - 1]
         map_bytes = compute.itemsize * (P_in * x.shape[1] + P_out * (hidden.bias1.shape[0] + out.shape[1]))
         step = chunk_size(end - start, map_bytes)
@@ -83,27 +82,6 @@ def _convolution(
     y = F.conv2d(x, weight, bias, stride, (R // 2, S // 2))
     y = y.contiguous(memory_format=torch.channels_last)
     return y.relu_() if relu else y
-
-
-class Segment(NamedTuple):
-    """Instances order[start:end], which run together over one selection of hidden channels."""
-
-    start: int
-    end: int
-    groups: tuple[bool, ...]
-
-
-def segments(route: Route) -> list[Segment]:
-    """The segments of a route that have work to do, read on the host (CPU routes only)."""
-    (offsets, order), G = read_route(route), route.groups
-    found = []
-    for s, (start, end) in enumerate(pairwise(offsets)):
-        if start < end:
-            groups = (
-                (True,) * (G - s) + (False,) * s if route.mask is None else tuple(route.mask[order[start]].tolist())
-            )
-            found.append(Segment(start, end, groups))
-    return [segment for segment in found if any(segment.groups)]
 
 
 def chunk_size(instances: int, map_bytes: int) -> int:

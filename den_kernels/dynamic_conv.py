@@ -103,8 +103,8 @@ def compute(
             groups=geometry.groups, out_groups=geometry.out_sizes, in_groups=geometry.in_sizes,
         )  # fmt: skip
     if not uses_direct(x, weight, route, geometry, packed is not None):
-        segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
-        return _conv_cpu.forward(x, weight, bias, segments, geometry)
+        parts = _conv_cpu.parts_of(route, geometry, x.shape[1], weight.shape[0])
+        return _conv_cpu.forward(x, weight, bias, parts, geometry)
     own = packed(x.dtype) if packed else _conv_direct.pack(weight, geometry.in_sizes)
     shape = geometry.out_shape(x, weight)
     out = _conv_direct.forward(x, own, weight.shape[2:], bias, route, shape, geometry)
@@ -182,8 +182,8 @@ def _backward_cpu(
         dweight = None if dweight is None else dweight.contiguous(memory_format=memory_format_of(weight))
     if not any(rest):
         return dx, dweight, None
-    segments = _conv_cpu.segments_of(route, geometry, x.shape[1], weight.shape[0])
-    others = _conv_cpu.backward(grad, x, weight, segments, geometry, rest)
+    parts = _conv_cpu.parts_of(route, geometry, x.shape[1], weight.shape[0])
+    others = _conv_cpu.backward(grad, x, weight, parts, geometry, rest)
     return dx if others[0] is None else others[0], dweight if others[1] is None else others[1], others[2]
 
 

@@ -1,4 +1,4 @@
-"""Rows of instances: gathered from a batch into the packed batch of one segment of a route, and scattered back.
+"""Segments of a route, and rows of instances: gathered into the packed batch of one segment, and scattered back.
 
 A row is one instance's map, channels-last in memory, so a segment of a route is a handful of contiguous runs. The C++
 pass applies an affine map and ReLU on the way and converts float16 to float32 and back (a float16 convolution on a CPU
@@ -6,13 +6,38 @@ is ten times slower than a float32 one). Without the extension the same is done 
 on a flat view: on a channels-last tensor those two run at memory speed only through that view.
 """
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ._extension import extension
 from .eager import is_ordinary
+from .plan import Route, read_route
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Segment(NamedTuple):
+    """Instances order[start:end] of a route, which run together, and the groups that they selected."""
+
+    start: int
+    end: int
+    groups: tuple[bool, ...]
+
+
+def segments(route: Route) -> list[Segment]:
+    """The segments of a route that hold instances, read on the host (CPU routes only)."""
+    (offsets, order), G = read_route(route), route.groups
+    found = []
+    for s, (start, end) in enumerate(pairwise(offsets)):
+        if start < end:
+            levels = (True,) * (G - s) + (False,) * s
+            found.append(
+                Segment(start, end, levels if route.mask is None else tuple(route.mask[order[start]].tolist()))
+            )
+    return found
 
 
 def _in_cpp(*dtypes: torch.dtype) -> bool:

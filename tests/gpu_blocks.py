@@ -52,9 +52,7 @@ def choose(selection: str, batch: int) -> Tensor:
     return chosen
 
 
-def block_problem(
-    way: str, stride: int, selection: str, context: Context
-) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
+def block_case(way: str, stride: int, selection: str, context: Context) -> tuple[tuple[nn.Module, ...], Tensor, Tensor]:
     """A block, x [B, C, H, W] on the CPU, and a selection in which instance 1 chooses nothing."""
     torch.manual_seed(0)
     channels, batch, side = context.size(64, 16), context.size(BATCH, 4), context.size(16, 6)
@@ -63,7 +61,7 @@ def block_problem(
     return block, x, choose(selection, batch)
 
 
-def plain_problem(
+def plain_case(
     context: Context, dtype: torch.dtype = torch.float32, stride: int = 1
 ) -> tuple[ElasticBlock, Tensor, Tensor]:
     """A block with statistics that matter, x, and levels, on the device."""

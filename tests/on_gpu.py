@@ -34,7 +34,7 @@ WAYS = tuple(DTYPES)
 
 @dataclass(frozen=True)
 class Context:
-    """Where a check runs, and how large its problems are."""
+    """Where a check runs, and how large its cases are."""
 
     device: str = "cuda"
     tiny: bool = False  # sizes for a CPU, or for an interpreter of the kernels

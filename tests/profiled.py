@@ -1,4 +1,4 @@
-"""What ncu runs, `python -m tests.profiled PROBLEM DEVICE TINY`: one fused block, or the block as Triton launches.
+"""What ncu runs, `python -m tests.profiled CASE DEVICE TINY`: one fused block, or the block as Triton launches.
 
 Only what lies between the two calls of the CUDA profiler is measured.
 """
@@ -19,7 +19,7 @@ WAYS = {"fused": fused, "composition": composition}
 
 @torch.inference_mode()
 def main(name: str, device: str, tiny: str) -> int:
-    """Run a problem three times, the last time measured: 256 images in bfloat16, all levels alike often."""
+    """Run a case three times, the last time measured: 256 images in bfloat16, all levels alike often."""
     torch.manual_seed(0)
     context = Context(device, tiny == "1")
     way, shape = name.split()

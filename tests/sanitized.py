@@ -1,4 +1,4 @@
-"""What compute-sanitizer runs, `python -m tests.sanitized DEVICE`: small problems for every CUDA kernel.
+"""What compute-sanitizer runs, `python -m tests.sanitized DEVICE`: small cases for every CUDA kernel.
 
 They reach every template instance: plans of levels and masks, fused blocks in three types, bands, strides, all levels.
 """

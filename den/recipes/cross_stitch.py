@@ -1,6 +1,6 @@
 """Cross-stitch networks (Misra et al., CVPR 2016): a thin copy of the network for each task, mixed after each stage.
 
-A stage is a run of blocks that write maps of one shape.
+A stage is consecutive blocks that write maps of one shape.
 """
 
 from __future__ import annotations

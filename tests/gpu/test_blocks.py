@@ -16,7 +16,7 @@ from den_kernels.dynamic_residual import dynamic_residual_reference
 from den_kernels.plan import as_route
 from den_kernels.rows import pool_rows
 from den_kernels.testing import make_levels, make_mask
-from tests.gpu_blocks import block_problem, fold, random_norm
+from tests.gpu_blocks import block_case, fold, random_norm
 from tests.on_gpu import DTYPES, WAYS, Context, close_by_instance, numerics, relative_error
 
 Record = Callable[[dict[str, Any]], None]
@@ -73,7 +73,7 @@ def same_plan(plan: RoutingPlan, right: RoutingPlan) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_residual(way: str, stride: int, selection: str, context: Context, record: Record) -> None:
     """The functional and the in-place form; an instance at level 0 is exactly its shortcut."""
-    block, x, chosen = block_problem(way, stride, selection, context)
+    block, x, chosen = block_case(way, stride, selection, context)
     dtype, tf32 = DTYPES[way]
     exact = dynamic_residual_reference(x.double(), as_route(chosen, 3, len(x)), fold(block, torch.float64, CPU))
     weights, here = fold(block, dtype, context.place), x.to(context.place)
@@ -92,7 +92,7 @@ def test_residual(way: str, stride: int, selection: str, context: Context, recor
 @pytest.mark.parametrize("way", WAYS)
 def test_fused_residual(way: str, stride: int, context: Context, record: Record) -> None:
     """The fused kernel, called itself: onto a map that holds the shortcut, and into one that holds nothing."""
-    block, x, chosen = block_problem(way, stride, "levels", context)
+    block, x, chosen = block_case(way, stride, "levels", context)
     exact = dynamic_residual_reference(x.double(), as_route(chosen, 3, len(x)), fold(block, torch.float64, CPU))
     weights, here = fold(block, DTYPES[way][0], context.place), x.to(context.place)
     route, errors = as_route(chosen.to(context.place), 3, len(x)), []

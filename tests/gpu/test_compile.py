@@ -16,7 +16,7 @@ from den_kernels import RoutingPlan, dynamic_conv2d
 from den_kernels._geometry import Geometry
 from den_kernels.plan import as_route
 from den_kernels.testing import make_mask
-from tests.gpu_blocks import plain_problem
+from tests.gpu_blocks import plain_case
 from tests.on_gpu import Context, relative_error
 
 Record = Callable[[dict[str, Any]], None]
@@ -47,7 +47,7 @@ def compiled(module: nn.Module, mode: str) -> Function:
 @pytest.mark.parametrize("mode", ["eager", "default", "max-autotune"])
 def test_compile(mode: str, training: bool, context: Context, record: Record) -> None:
     """One graph without a break, for two routes, agrees with eager; with gradients when training."""
-    block, x, levels = plain_problem(context)
+    block, x, levels = plain_case(context)
     module = Planned(block).train(training)
     eager = copy.deepcopy(module)
     function, errors = compiled(module, mode), []
@@ -67,7 +67,7 @@ def test_compile(mode: str, training: bool, context: Context, record: Record) ->
 @pytest.mark.traced
 def test_export(context: Context, record: Record) -> None:
     """torch.export of a block in evaluation mode, run with other levels than it was exported with."""
-    block, x, levels = plain_problem(context)
+    block, x, levels = plain_case(context)
     module = Planned(block)
     with torch.no_grad():
         program = torch.export.export(module, (x, levels))
@@ -78,7 +78,7 @@ def test_export(context: Context, record: Record) -> None:
 
 
 def conv_arguments(context: Context) -> tuple:
-    block, x, levels = plain_problem(context)
+    block, x, levels = plain_case(context)
     route = as_route(levels, 3, len(x))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1, block.conv1.out_groups, ())
     weight = block.conv1.weight.detach()
@@ -88,12 +88,12 @@ def conv_arguments(context: Context) -> tuple:
 def residual_arguments(context: Context) -> tuple:
     from den_kernels.dynamic_residual import OPERANDS
 
-    block, x, levels = plain_problem(context)
+    block, x, levels = plain_case(context)
     return x, *OPERANDS.of(as_route(levels, 3, len(x)), block.folded())
 
 
 def norm_arguments(context: Context) -> tuple:
-    block, x, levels = plain_problem(context)
+    block, x, levels = plain_case(context)
     norm = block.bn2
     selection = as_route(levels, 3, len(x)).selection()
     return x, selection, None, norm.weight.detach(), norm.bias.detach(), list(norm.groups), norm.eps, True
@@ -104,7 +104,7 @@ OPERATORS: dict[str, Callable[[Context], tuple]] = {
     "dynamic_residual": residual_arguments,
     "dynamic_residual_": residual_arguments,
     "dynamic_norm": norm_arguments,
-    "plan_levels": lambda context: (plain_problem(context)[2][:, None], 3),
+    "plan_levels": lambda context: (plain_case(context)[2][:, None], 3),
     "plan_masks": lambda context: (make_mask(5, 3)[:, None].to(context.place),),
 }
 
@@ -121,7 +121,7 @@ def test_operator(name: str, context: Context) -> None:
 def test_autocast(name: str, context: Context, record: Record) -> None:
     """float32 parameters under autocast: the dtype that comes out, values, and a gradient that is float32."""
     dtype = getattr(torch, name)
-    block, x, levels = plain_problem(context)
+    block, x, levels = plain_case(context)
     conv = block.conv1
     x = x.requires_grad_()
     with torch.autocast(context.place.type, dtype):

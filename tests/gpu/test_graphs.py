@@ -16,7 +16,7 @@ from den_kernels import RoutingPlan
 from den_kernels._triton.clock import recorded
 from den_kernels.plan import as_route
 from den_kernels.testing import make_levels, make_mask
-from tests.gpu_blocks import plain_problem
+from tests.gpu_blocks import plain_case
 from tests.on_gpu import BATCH, Context, synchronize
 
 
@@ -51,8 +51,8 @@ class Recording:
 
 def test_inference_waits_for_nothing(context: Context) -> None:
     """Plan of levels, plan of masks, convolution, block in place and at stride 2."""
-    block, x, levels = plain_problem(context, torch.bfloat16)
-    half, _, _ = plain_problem(context, torch.bfloat16, stride=2)
+    block, x, levels = plain_case(context, torch.bfloat16)
+    half, _, _ = plain_case(context, torch.bfloat16, stride=2)
     masks = make_mask(len(x), 3).to(context.place)
 
     @torch.inference_mode()
@@ -76,7 +76,7 @@ def training_step(block: ElasticBlock, x: Tensor, route: Any) -> list[Tensor]:
 
 def test_training_waits_for_nothing(context: Context) -> None:
     """Convolutions, batch norms over the instances that use a channel, and their gradients."""
-    block, x, levels = plain_problem(context)
+    block, x, levels = plain_case(context)
     block, x = block.train(), x.requires_grad_()
 
     def run() -> None:
@@ -95,7 +95,7 @@ def other_routes(batch: int, context: Context) -> list[Tensor]:
 
 def test_block_graph(context: Context) -> None:
     """The plan is made anew inside the graph; every replay gives the bits of an eager call."""
-    block, x, levels = plain_problem(context, torch.bfloat16)
+    block, x, levels = plain_case(context, torch.bfloat16)
     chosen = levels[:, None].clone()
     plan = RoutingPlan.from_levels(chosen, 3)
 
@@ -115,7 +115,7 @@ def test_block_graph(context: Context) -> None:
 
 def test_mask_graph(context: Context) -> None:
     """The same with masks, through the public convolution."""
-    block, x, _ = plain_problem(context, torch.bfloat16)
+    block, x, _ = plain_case(context, torch.bfloat16)
     chosen = make_mask(len(x), 3)[:, None].to(context.place)
     plan = RoutingPlan.from_masks(chosen)
 
@@ -135,7 +135,7 @@ def test_mask_graph(context: Context) -> None:
 
 def test_training_graph(context: Context) -> None:
     """Forward and backward in one graph; replays with other levels give the gradients of an eager step."""
-    block, x, levels = plain_problem(context)
+    block, x, levels = plain_case(context)
     block, x = block.train(), x.requires_grad_()
     chosen = levels[:, None].clone()
 

@@ -1,4 +1,4 @@
-"""What bounds the kernels, as Nsight Compute sees it, each problem in a process of its own (tests/profiled.py)."""
+"""What bounds the kernels, as Nsight Compute sees it, each case in a process of its own (tests/profiled.py)."""
 
 import csv
 import subprocess
@@ -22,10 +22,10 @@ STALLS = 4  # the largest ones are kept
 
 
 @pytest.mark.profiler
-@pytest.mark.parametrize("problem", [*(f"fused {shape}" for shape in SHAPES), "composition 64x32x32"])
-def test_profile(problem: str, context: Context, record: Any) -> None:
+@pytest.mark.parametrize("case", [*(f"fused {shape}" for shape in SHAPES), "composition 64x32x32"])
+def test_profile(case: str, context: Context, record: Any) -> None:
     """The fused kernel in three shapes, and the two convolutions of the first."""
-    record(profile(problem, context))
+    record(profile(case, context))
 
 
 def profile(name: str, context: Context) -> dict[str, Any]:

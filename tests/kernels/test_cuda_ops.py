@@ -1,4 +1,4 @@
-"""The CUDA kernels as Python sees them: who takes which problem, errors, and on a GPU the values."""
+"""The CUDA kernels as Python sees them: who takes which arguments, errors, and on a GPU the values."""
 
 import dataclasses
 

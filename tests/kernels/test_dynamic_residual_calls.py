@@ -79,13 +79,18 @@ def test_masked_composition_of_other_devices_agrees():
             torch.testing.assert_close(out, dynamic_residual(x, selection, weights), rtol=1e-5, atol=1e-5)
 
 
-def test_segments_and_chunks_are_pure_functions_of_the_problem():
-    from den_kernels._residual_cpu import chunk_size, segments
+def test_segments_and_chunks_are_pure_functions_of_the_arguments():
+    from den_kernels._residual_cpu import chunk_size
+    from den_kernels.rows import segments
 
     plan = RoutingPlan.from_levels(torch.tensor([[2], [0], [3], [2]]), 3)
-    assert segments(plan[0]) == [(0, 1, (True, True, True)), (1, 3, (True, True, False))]
+    assert segments(plan[0]) == [(0, 1, (True, True, True)), (1, 3, (True, True, False)), (3, 4, (False,) * 3)]
     masks = torch.tensor([[0, 1], [1, 0], [0, 0], [0, 1]]).bool()[:, None]
-    assert segments(RoutingPlan.from_masks(masks)[0]) == [(0, 1, (True, False)), (1, 3, (False, True))]
+    assert segments(RoutingPlan.from_masks(masks)[0]) == [
+        (0, 1, (True, False)),
+        (1, 3, (False, True)),
+        (3, 4, (False, False)),
+    ]
     assert chunk_size(3, 1 << 30) == 3
     assert chunk_size(100, 1 << 30) == 8
     assert chunk_size(100, 1) == 100

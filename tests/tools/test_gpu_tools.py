@@ -1,4 +1,4 @@
-"""compute-sanitizer and ncu as checks of tests/gpu, and that the problems of these checks reach the kernels."""
+"""compute-sanitizer and ncu as checks of tests/gpu, and that the cases of these checks reach the kernels."""
 
 from itertools import accumulate
 
@@ -21,16 +21,16 @@ CPU, TINY = Context("cpu"), Context("cpu", tiny=True)
 @pytest.mark.parametrize("block", sanitized.BLOCKS, ids=str)
 def test_every_block_reaches_the_fused_kernel(block, itemsize, chip):
     widths = tuple(accumulate(block.groups))
-    problem = FusedArguments(
+    arguments = FusedArguments(
         BATCH, *block.size, block.C, block.C_out, widths, block.stride, itemsize, *CHIPS[chip]
     )  # fmt: skip
-    assert fused_layout(problem) is not None
+    assert fused_layout(arguments) is not None
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_checks_of_values_and_graphs_reach_it_too(chip):
-    (conv1, *_), x, _ = gpu_blocks.block_problem("bfloat16", 1, "levels", CPU)
-    block, other, _ = gpu_blocks.plain_problem(CPU)
+    (conv1, *_), x, _ = gpu_blocks.block_case("bfloat16", 1, "levels", CPU)
+    block, other, _ = gpu_blocks.plain_case(CPU)
     for conv, images in ((conv1, x), (block.conv1, other)):
         B, C, H, W = images.shape
         widths = tuple(accumulate(conv.out_groups))
