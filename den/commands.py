@@ -115,6 +115,10 @@ def command(arguments: list[str]) -> Callable[[], int]:
 def parse(arguments: list[str]) -> Command:
     """The command; options of `train` change the settings of --config, of the run to be resumed, or of a scenario.
 
+    A scenario's name is looked for here rather than by tyro: it, its own options, --config, --resume and --start decide
+    what all other options default to, and tyro wants defaults before it parses.  With scenarios as sub-commands the
+    settings of all nine would be made for every command, and their own options be parsed twice all the same.
+
     Raises ValueError for a scenario that is unknown or not that of the stored settings.
     """
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("dag-"):

@@ -81,7 +81,7 @@ def cases(draw) -> ConvCase:
 
 @examples(120)
 @given(cases())
-def test_any_problem_in_float32_is_as_accurate_as_pytorch(case):
+def test_any_case_in_float32_is_as_accurate_as_pytorch(case):
     check_against_reference(case, torch.float32)
 
 

@@ -133,7 +133,7 @@ def test_trying_a_tile_leaves_the_table_as_it_was(folder):
     assert table.tiles(90) == ENTRIES
 
 
-def test_problems_are_the_stages_of_residual_networks():
+def test_cases_are_the_stages_of_residual_networks():
     found = cases(("convolve", "weight"), (64, 512), (HALF,))
     assert [(p.kind, p.channels, p.size) for p in found] == [
         ("convolve", 64, 32), ("convolve", 512, 4), ("weight", 64, 32), ("weight", 512, 4),
