@@ -1,6 +1,6 @@
 """How many cases hypothesis draws: in the suite each test's own number, in the profile "long" LONG of every test.
 
-scripts/fuzz.sh        or        pytest --hypothesis-profile long tests/kernels/test_plan.py
+scripts/fuzz.py        or        pytest --hypothesis-profile long tests/kernels/test_plan.py
 """
 
 from typing import Any
