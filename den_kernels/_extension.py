@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from den_kernels._interface import stale
+
 
 def promote_openmp(torch_folder: Path) -> Path | None:
     """Make the OpenMP runtime that torch brought, if it is loaded, visible to libraries loaded later.
@@ -34,11 +36,14 @@ def promote_openmp(torch_folder: Path) -> Path | None:
 
 def _load() -> tuple[Any, str]:
     try:
-        return import_module("den_kernels._C"), ""
+        built = import_module("den_kernels._C")
     except ModuleNotFoundError:
         return None, "den_kernels._C was not built"
     except ImportError as error:
         return None, f"den_kernels._C cannot be loaded: {error}"
+    if why := stale(getattr(built, "interface", ""), Path(__file__).parents[1] / "csrc"):
+        raise ImportError(why)  # its functions take other arguments: without it, all would be slow and nothing said
+    return built, ""
 
 
 openmp = promote_openmp(Path(torch.__file__).parent)

@@ -1,19 +1,21 @@
 """How many cases hypothesis draws: in the suite each test's own number, in the profile "long" LONG of every test.
 
-scripts/fuzz.sh        or        pytest --hypothesis-profile long tests/kernels/test_plan.py
+scripts/fuzz.py        or        pytest --hypothesis-profile long tests/kernels/test_plan.py
 """
 
 from typing import Any
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 LONG = 2000
 
 
 def register_profiles() -> None:
-    """Make the profiles "suite", which is used unless another is asked for, and "long"."""
+    """Make the profiles: "suite", which is used unless another is asked for, "long", and "mutants", whose failing cases
+    are not made small."""
     settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
     settings.register_profile("long", deadline=None, database=None, print_blob=True, max_examples=LONG)
+    settings.register_profile("mutants", settings.get_profile("suite"), phases=[Phase.explicit, Phase.generate])
     settings.load_profile("suite")
 
 

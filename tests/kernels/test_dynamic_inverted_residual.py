@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -20,6 +20,7 @@ from den_kernels.activations import ACTIVATIONS
 from den_kernels.dynamic_inverted_residual import OPERANDS, dynamic_inverted_residual_reference
 from den_kernels.plan import as_route
 from den_kernels.testing import channel_mask, float32_limited_to, make_levels, make_mask
+from tests.fuzz import examples
 from tests.oracle import unlike_new
 
 LIMITS = {torch.float32: 2**-16, torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 2**-40}
@@ -99,7 +100,7 @@ def check(block, x, selection):
             assert torch.equal(over, got)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     C=st.sampled_from([3, 16, 24]),

@@ -10,6 +10,7 @@ import torch
 
 import den_kernels
 from den_kernels import _extension
+from den_kernels._interface import interface_of, stale
 
 PACKAGE = Path(den_kernels.__file__).parent
 
@@ -25,6 +26,32 @@ def test_the_package_under_test_has_its_extension():
         f"{_extension.reason} in {PACKAGE}: install first, and start `pytest`, not `python -m pytest`, "
         "which puts the source tree before the installed package"
     )
+
+
+def test_an_extension_of_other_bindings_is_refused_in_one_line(tmp_path):
+    """A checkout whose sources have moved on since it was built."""
+    csrc = tmp_path / "csrc"
+    assert stale("0123456789abcdef", csrc) == ""  # an installed package has no sources beside it
+    csrc.mkdir()
+    (csrc / "extension.cpp").write_text("a")
+    (csrc / "bind.h").write_text("b")
+    now = interface_of(csrc)
+    assert stale(now, csrc) == stale("", csrc) == ""
+    (csrc / "plan.cpp").write_text("not of the bindings")
+    assert stale(now, csrc) == ""
+    (csrc / "bind_plan.cpp").write_text("c")
+    assert "build it again, with `pip install -e .`" in stale(now, csrc)
+
+
+def test_the_import_ends_where_the_extension_is_stale():
+    code = (
+        "import den_kernels._interface as i\n"
+        "i.stale = lambda built_from, csrc: 'built from another state'\n"
+        "try:\n    from den_kernels import _extension\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    loaded = "import sys, types; sys.modules['den_kernels'] = p = types.ModuleType('den_kernels')\n"
+    assert run(f"{loaded}p.__path__ = [{str(PACKAGE)!r}]\n{code}") == "built from another state"
 
 
 def test_public_names():
