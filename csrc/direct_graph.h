@@ -70,9 +70,15 @@ struct EdgeWork {
   const float *weight, *bias, *from;
   float *to, gate;
   EdgeWork(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to)
-      : layout(layout), C(p.C), taps{layout.taps, p.R * p.S, 0, p.R * p.S},
-        weight_vector(weight_words<float>(p.C, p.R * p.S)), weight(p.weights[e]), bias(p.biases[e]), from(from),
-        to(to + layout.map.origin), gate(gate) {}
+      : layout(layout),
+        C(p.C),
+        taps{layout.taps, p.R * p.S, 0, p.R * p.S},
+        weight_vector(weight_words<float>(p.C, p.R * p.S)),
+        weight(p.weights[e]),
+        bias(p.biases[e]),
+        from(from),
+        to(to + layout.map.origin),
+        gate(gate) {}
 };
 
 // The blocks of output channels from `block` of strips from q0.
