@@ -134,6 +134,10 @@ def _dag_targets() -> list[Target]:
             else:
                 found.append(Target(f"{what}, one batch / one task after the other", case, "throughput", 3.0))
             found.append(Target(what, case, "realised", 0.85))
+    dense = "dag/64x32x64/B6/3-dense-tasks/float32"
+    found.append(Target("DAG 64x32x64, 3 dense tasks, arithmetic at the machine's rate / one batch", dense,
+                        "floor_share", 0.8))  # fmt: skip
+    found.append(Target("DAG 64x32x64, 3 dense tasks", dense, "realised", 0.85))
     return found
 
 

@@ -1,6 +1,6 @@
-"""A mixed batch of many tasks, each with its own sub-graph, against one task after the other and the whole graph.
+"""A mixed batch of several tasks, each with its own sub-graph, against one task after the other and the whole graph.
 
-A row's ``throughput`` is the time of the tasks one after the other, four images each in their extracted networks, over
+A row's ``throughput`` is the time of the tasks one after the other, the same images in their extracted networks, over
 ours; ``throughput_whole`` that of the tasks one after the other in networks that compute the whole graph, as masking
 does; ``realised`` is (time of the whole graph, dense / ours) / (FLOPs of the whole graph / ours), as everywhere.
 """
@@ -17,9 +17,11 @@ from .dag_network import PER_TASK, HardShared, MixedTasks
 from .harness import Case, Provider, Settings, expect, provide, run
 
 SHAPES = ("16x7", "24x7", "32x8", "48x14")  # channels x side; den dag train dag-omniglot has 24x7
+DENSE_SHAPES = ("64x32x64",)  # channels x height x width; those of dag-cityscapes on images as they are handed on
 CASES = [
-    Case("dag", shape, PER_TASK * tasks, f"{tasks}-tasks", "float32") for shape in SHAPES for tasks in (8, 20)
-]  # fmt: skip
+    *(Case("dag", shape, PER_TASK * tasks, f"{tasks}-tasks", "float32") for shape in SHAPES for tasks in (8, 20)),
+    *(Case("dag", shape, 6, "3-dense-tasks", "float32") for shape in DENSE_SHAPES),
+]
 
 
 def providers_of(mixed: MixedTasks) -> list[Provider]:

@@ -61,66 +61,91 @@ struct Rows {
 #pragma GCC push_options
 DEN_KERNELS_TARGET
 
-// The blocks of output channels from `block` of strips from q0: to += gate * relu(conv(from) + bias).
+// An edge, and where it leads: to += gate * relu(conv(from) + bias).
+struct EdgeWork {
+  const Layout& layout;
+  int64_t C;
+  Taps taps;
+  int64_t weight_vector;
+  const float *weight, *bias, *from;
+  float *to, gate;
+  EdgeWork(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to)
+      : layout(layout),
+        C(p.C),
+        taps{layout.taps, p.R * p.S, 0, p.R * p.S},
+        weight_vector(weight_words<float>(p.C, p.R * p.S)),
+        weight(p.weights[e]),
+        bias(p.biases[e]),
+        from(from),
+        to(to + layout.map.origin),
+        gate(gate) {}
+};
+
+// The blocks of output channels from `block` of strips from q0.
 struct EdgeTile {
   static constexpr int vectors = tile_vectors == 1 ? 1 : 3;
   static constexpr int most(int vectors, int size) { return sum_vectors / (vectors * size); }
   template <int vectors, int strips, int size>
-  static void run(const GraphArguments& p, const Layout& layout, int64_t e, float gate, const float* from, float* to,
-                  int64_t block, int64_t q0) {
-    const int64_t weight_vector = weight_words<float>(p.C, p.R * p.S);
-    Strips::At strip[strips];
-    layout.strips.at(q0, strip);
-    const float* input[strips];
-    UNROLL for (int q = 0; q < strips; ++q) {
-      input[q] = from + (strip[q].row * layout.map.columns + strip[q].column) * p.C;
-    }
+  static void run(const EdgeWork& edge, int64_t block, int64_t q0) {
     Vector acc[strips * size][vectors], bias[vectors];
-    sum_channels<float, vectors, strips, size, false>(acc, input, p.C, 1, {layout.taps, p.R * p.S, 0, p.R * p.S},
-                                                      p.weights[e] + block * weight_vector, weight_vector,
-                                                      layout.pieces, {});
+    sum<vectors, strips, size>(acc, edge, block, q0);
+    // What follows is computed from the stack's copies: values that live through the sums take their registers.
+    __asm__("" : "+m"(block), "+m"(q0));
+    Strips::At strip[strips];
+    edge.layout.strips.at(q0, strip);
+    const int64_t C = edge.C;
     UNROLL for (int v = 0; v < vectors; ++v) {
       const int64_t first = (block + v) * 16;
-      bias[v] = load16(p.biases[e] + first, lanes_of(p.C - first));
+      bias[v] = load16(edge.bias + first, lanes_of(C - first));
     }
     add_bias(acc, bias);
-    const Vector factor = broadcast(gate);
+    const Vector factor = broadcast(edge.gate);
     UNROLL for (int q = 0; q < strips; ++q) {
-      float* pixel = to + layout.map.origin + (input[q] - from);
+      float* pixel = edge.to + (strip[q].row * edge.layout.map.columns + strip[q].column) * C;
       UNROLL for (int i = 0; i < size; ++i) {
         if (i >= strip[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
-          float* at = pixel + i * p.C + (block + v) * 16;
-          const Lanes some = lanes_of(p.C - (block + v) * 16);
+          float* at = pixel + i * C + (block + v) * 16;
+          const Lanes some = lanes_of(C - (block + v) * 16);
           const Vector made = relu(acc[q * size + i][v]);
           store16(at, fma(factor, made, load16(at, some)), some);
         }
       }
     }
   }
+  template <int vectors, int strips, int size>
+  KERNEL static void sum(Vector (&acc)[strips * size][vectors], const EdgeWork& edge, int64_t block, int64_t q0) {
+    Strips::At strip[strips];
+    edge.layout.strips.at(q0, strip);
+    const float* input[strips];
+    UNROLL for (int q = 0; q < strips; ++q) {
+      input[q] = edge.from + (strip[q].row * edge.layout.map.columns + strip[q].column) * edge.C;
+    }
+    sum_channels<float, vectors, strips, size, false>(acc, input, edge.C, 1, edge.taps,
+                                                      edge.weight + block * edge.weight_vector, edge.weight_vector,
+                                                      edge.layout.pieces, {});
+  }
 };
 
 // All strips of rows of some vectors of output channels, in tiles of nearly the same size: few registers sum in a small
 // one.
-void add_vectors(const GraphArguments& p, const Layout& layout, int64_t e, Rows rows, float gate, const float* from,
-                 float* to, int64_t block, int vectors) {
-  const int64_t size = layout.strips.size, start = layout.strips.count(rows.first);
-  const int64_t count = layout.strips.count(rows.last) - start;
+void add_vectors(const EdgeWork& edge, Rows rows, int64_t block, int vectors) {
+  const Strips& strips = edge.layout.strips;
+  const int64_t size = strips.size, start = strips.count(rows.first), count = strips.count(rows.last) - start;
   const int64_t most = EdgeTile::most(vectors, static_cast<int>(size)), tiles = (count + most - 1) / most;
   for (int64_t t = 0; t < tiles; ++t) {
     int64_t begin, end;
     share(count, t, tiles, begin, end);
-    tile_of<EdgeTile>(size, vectors, end - begin)(p, layout, e, gate, from, to, block, start + begin);
+    tile_of<EdgeTile>(size, vectors, end - begin)(edge, block, start + begin);
   }
 }
 
-void add_edge(const GraphArguments& p, const Layout& layout, int64_t e, Rows rows, float gate, const float* from,
-              float* to) {
-  const int64_t blocks = (p.C + 15) / 16;
+void add_edge(const EdgeWork& edge, Rows rows) {
+  const int64_t blocks = (edge.C + 15) / 16;
   for (int64_t block = 0; block < blocks;) {
     const int64_t left = blocks - block;
     const int taken = left == 1 || EdgeTile::vectors == 1 ? 1 : left == 3 ? 3 : 2;
-    add_vectors(p, layout, e, rows, gate, from, to, block, taken);
+    add_vectors(edge, rows, block, taken);
     block += taken;
   }
 }
@@ -147,7 +172,7 @@ void run_rows(const GraphArguments& p, const Layout& layout, int64_t b, int64_t 
   scale_rows<false>(p.read_in[b * p.N + j], p.x + at, width, inner, pitch, count, width);
   for (int64_t e = first_edge; e < E && p.edges[e].second == j; ++e)
     if (p.levels[e * p.B + b] > 0)
-      add_edge(p, layout, e, rows, p.gates[b * E + e], scratch + p.edges[e].first * size, v);
+      add_edge({p, layout, e, p.gates[b * E + e], scratch + p.edges[e].first * size, v}, rows);
   scale_rows<true>(p.read_out[b * p.N + j], inner, pitch, p.out + at, width, count, width);
 }
 
