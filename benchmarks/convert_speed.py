@@ -119,6 +119,7 @@ class Case:
     """The converted model as it is, and frozen."""
 
     @classmethod
+    @torch.no_grad()  # parameters made in inference mode carry no version, and are folded anew in each call
     def of(cls, name: str, batch: int) -> "Case":
         """The model PACKAGE/MODEL with random weights, for a batch. Raises RuntimeError where two ways disagree."""
         torch.manual_seed(0)
@@ -153,7 +154,8 @@ class Case:
 
     def measured(self, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
         """The row of the case: median times, and what follows of them."""
-        seconds = medians({**self.dense, **self.elastic}, rounds, clock)
+        with torch.inference_mode():
+            seconds = medians({**self.dense, **self.elastic}, rounds, clock)
         dense = min(seconds["contiguous"], seconds["channels-last"])
         against = {name: seconds[name] * self.flops / seconds["elastic"] for name in ENGINES if name in seconds}
         return {
@@ -223,14 +225,13 @@ def main() -> None:
     if absent := engines.missing():
         print(f"not installed, and so not compared with: {', '.join(absent)}")
     print(f"{'model':34}{'B':>4}{'fused':>8}{'ours ms':>10}" + "".join(f"{head:>12}" for head in HEADS))
-    with torch.inference_mode():
-        for row in rows(options):
-            fused, own = f"{row['fused']}/{row['blocks']}", row["milliseconds"]["elastic"]
-            cells = "".join(f"{cell:>12}" for cell in numbers_of(row))
-            tqdm.write(f"{row['model']:34}{row['batch']:4}{fused:>8}{own:10.2f}{cells}")
-            if options.out:
-                with open(options.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({**row, **run}) + "\n")
+    for row in rows(options):
+        fused, own = f"{row['fused']}/{row['blocks']}", row["milliseconds"]["elastic"]
+        cells = "".join(f"{cell:>12}" for cell in numbers_of(row))
+        tqdm.write(f"{row['model']:34}{row['batch']:4}{fused:>8}{own:10.2f}{cells}")
+        if options.out:
+            with open(options.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, **run}) + "\n")
 
 
 if __name__ == "__main__":

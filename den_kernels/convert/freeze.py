@@ -94,7 +94,7 @@ def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock
     order = sorted(blocks, key=lambda path: _input(recording, path))
     for path in [*order, None]:
         block = None if path is None else blocks[path]
-        follows = bool(row) and path is not None and recording.results[row[-1]].node == _input(recording, path)
+        follows = bool(row) and block is not None and _follows(recording, blocks, row[-1], path)
         if block is None or path is None or not (block.joins and block.may_write and _keeps_shape(block)):
             row = _replaced(frozen, blocks, row)
         elif follows:
@@ -102,6 +102,12 @@ def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock
         else:
             _replaced(frozen, blocks, row)
             row = [path]
+
+
+def _follows(recording: Recording, blocks: dict[str, FrozenBlock], path: str, next: str | None) -> bool:
+    """Whether the block `next` reads what the block `path` gives, and its levels stand in the next column."""
+    assert next is not None
+    return recording.results[path].node == _input(recording, next) and blocks[next].block == blocks[path].block + 1
 
 
 def _keeps_shape(block: FrozenBlock) -> bool:
