@@ -148,6 +148,14 @@ class RoutingPlan:
         for levels, order, offsets, mask in zip(self.levels.unbind(1), self.order, self.offsets, masks, strict=False):
             yield Route(levels, order, offsets, self.groups, mask)
 
+    def part(self, blocks: range) -> Self:
+        """The plan of consecutive blocks of this one, in the same memory."""
+        if len(blocks) == len(self):
+            return self
+        start, end = blocks.start, blocks.stop
+        masks = None if self.masks is None else self.masks[:, start:end]
+        return type(self)(self.levels[:, start:end], self.order[start:end], self.offsets[start:end], self.groups, masks)
+
     @property
     def batch_size(self) -> int:
         return self.order.shape[1]

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import den_kernels
+from benchmarks import packages
 from den_kernels.convert import Block
 from den_kernels.testing import assert_as_accurate, channel_mask
 from tests.oracle import unlike_new
@@ -48,30 +48,10 @@ MODELS = (
 )  # fmt: skip
 
 
-class Logits(nn.Module):
-    """A model of transformers, whose result is more than a tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).logits
-
-
 def build(name: str) -> nn.Module:
     """The model PACKAGE/MODEL with seeded weights, in evaluation mode; no norm or scale is as at its beginning."""
     torch.manual_seed(0)
-    package, _, model = name.partition("/")
-    if package == "torchvision":
-        made = getattr(import_module("torchvision.models"), model)()
-    elif package == "timm":
-        made = import_module("timm").create_model(model)
-    elif package == "transformers":
-        module = import_module("transformers")
-        made = Logits(module.ResNetForImageClassification(module.ResNetConfig()))
-    else:
-        made = import_module("pytorchcv.model_provider").get_model(model, pretrained=False)
+    made = packages.build(name)
     with torch.no_grad():
         for key, parameter in made.named_parameters():
             if key.endswith(("layer_scale", "gamma")):

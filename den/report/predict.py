@@ -1,4 +1,4 @@
-"""den predict: pictures classified by a trained run, as a table, JSON lines and drawings."""
+"""den predict: pictures classified by a trained network, as a table, JSON lines and drawings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from den.report.figures.predictions import prediction_figure
 from den.report.figures.style import save_all
 from den.report.settings import Predict
 from den.runs.bulk import Job, Parts, as_lines, in_this_process, predicted, run
-from den.runs.predict import Prediction, Predictor, load, named_task
+from den.runs.predict import Classifier, Prediction, load
 from den.support.files import check_file, check_folder, write_text
 from den.support.progress import Progress
 from den.support.tables import markdown_table
@@ -65,7 +65,7 @@ def in_parts(command: Predict, out: Path, files: Sequence[Path]) -> None:
         raise ValueError(f"den predict: {EXTRA} ({missing[0]} is not there)")
     device = "cpu" if command.ray else command.device
     network = load(command.run, checkpoint=command.checkpoint, device=device)  # told now what is wrong with it
-    task = None if command.task is None else named_task(command.task, network.model.tasks).name
+    task = None if command.task is None else network.task(command.task).name
     job = Job(command.run, tuple(files), out, command.checkpoint, task, command.top, command.format, command.device)
     parts: Parts = partial(in_this_process, network)
     if command.ray:
@@ -100,7 +100,7 @@ def found_pictures(places: Sequence[Path]) -> Iterator[Path]:
 
 
 def predictions(
-    network: Predictor, files: Sequence[Path], task: str | None, top: int
+    network: Classifier, files: Sequence[Path], task: str | None, top: int
 ) -> tuple[list[Prediction], list[Path]]:
     """Predictions for the files that can be read, and those that cannot, each of which is told."""
     found: list[Prediction] = []
@@ -127,7 +127,7 @@ def table(found: Sequence[Prediction]) -> str:
     return markdown_table(HEAD, rows)
 
 
-def draw(network: Predictor, found: Sequence[Prediction], folder: Path) -> None:
+def draw(network: Classifier, found: Sequence[Prediction], folder: Path) -> None:
     """Draw each picture with its predictions into a folder, under its name; those of one name are numbered."""
     by_image: dict[str, list[Prediction]] = {}
     for each in found:
@@ -137,7 +137,6 @@ def draw(network: Predictor, found: Sequence[Prediction], folder: Path) -> None:
         for image, own in by_image.items():
             name = Path(image).stem
             used[name] = used.get(name, 0) + 1
-            size = max(task.size for task in network.model.tasks)
-            figure = prediction_figure(squared(Path(image), max(size, 96)), own, network.model)
+            figure = prediction_figure(squared(Path(image), max(network.size, 96)), own, network)
             save_all({name if used[name] == 1 else f"{name}-{used[name]}": figure}, folder)
             bar.update()

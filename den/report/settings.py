@@ -29,14 +29,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Predict:
-    """Classify pictures with a trained run: their classes, structures and costs as a table, JSON lines, or pictures."""
+    """Classify pictures with a trained network: their classes, structures and costs as a table, JSON or drawings."""
 
     run: tyro.conf.Positional[Path]
-    """The run folder."""
+    """Folder of a run (den train), or of an engine (Engine.save_pretrained with kept=...)."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Pictures, and folders of pictures.  Those that cannot be read are named and left out."""
     task: str | None = None
-    """One of the run's tasks (of folder:PATH@64 the last name of the path will do); None: all of them."""
+    """One of the network's tasks (of folder:PATH@64 the last name of the path will do); None: all of them."""
     json: Path | None = None
     """File for the predictions as JSON lines; -: print them in place of the table."""
     pictures: Path | None = None

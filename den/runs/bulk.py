@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from den.data.decode import squared
-from den.runs.predict import BATCH, Prediction, Predictor
+from den.inference.pretrained import CONFIG, WEIGHTS
+from den.runs.engine_folder import holds_engine
+from den.runs.predict import BATCH, Classifier, Prediction
 from den.support.files import check_folder, write_text, write_whole
 from den.support.progress import Progress
 
@@ -31,7 +33,7 @@ Broken = tuple[Path, str]  # a picture that cannot be read, and why
 class Job:
     """Pictures to be predicted, by which run, and where the predictions go."""
 
-    run: Path
+    run: Path  # or the folder of an engine
     files: tuple[Path, ...]
     out: Path
     checkpoint: Literal["last", "best"] = "last"
@@ -52,7 +54,8 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """Facts that the parts depend on, as JSON."""
         names = "\0".join(str(file.absolute()) for file in self.files).encode("utf-8", "surrogateescape")
-        weights = (self.run / f"{self.checkpoint}.safetensors").read_bytes()
+        parts = [WEIGHTS, CONFIG] if holds_engine(self.run) else [f"{self.checkpoint}.safetensors"]
+        weights = b"".join((self.run / name).read_bytes() for name in parts)
         return {
             "run": str(self.run.resolve()),
             "weights": hashlib.sha256(weights).hexdigest(),
@@ -74,7 +77,7 @@ Parts = Callable[[Job, Sequence[int]], Iterator[Done]]
 
 
 def predicted(
-    network: Predictor, files: Sequence[Path], task: str | None, top: int
+    network: Classifier, files: Sequence[Path], task: str | None, top: int
 ) -> Iterator[tuple[int, list[Prediction], list[Broken]]]:
     """Of one batch of pictures after the other: how many, the predictions of those that can be read, and the others."""
     for start in range(0, len(files), BATCH):
@@ -120,7 +123,7 @@ def prepared(job: Job) -> list[int]:
     return [k for k in range(-(-len(job.files) // job.size)) if not job.place(k).exists()]
 
 
-def write_part(network: Predictor, job: Job, number: int) -> Done:
+def write_part(network: Classifier, job: Job, number: int) -> Done:
     """Predict the pictures of a part and write its file."""
     files, found, broken = job.part(number), list[Prediction](), list[Broken]()
     for _, good, bad in predicted(network, files, job.task, job.top):
@@ -158,7 +161,7 @@ def as_parquet(found: Sequence[Prediction]) -> bytes:
     return file.getvalue()
 
 
-def in_this_process(network: Predictor, job: Job, numbers: Sequence[int]) -> Iterator[Done]:
+def in_this_process(network: Classifier, job: Job, numbers: Sequence[int]) -> Iterator[Done]:
     """Write parts, one after the other."""
     for number in numbers:
         yield write_part(network, job, number)

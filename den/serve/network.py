@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,8 +16,8 @@ from den.data.decode import squared
 from den.data.images import Kept
 from den.evaluate.accuracy import Structures
 from den.inference.engine import Engine
-from den.inference.pretrained import CONFIG, IMAGES, WEIGHTS
 from den.nn.tasks import Task
+from den.runs.engine_folder import holds_engine, open_engine
 from den.runs.predict import Prediction, Predictor, names_of, network_inputs, rows
 from den.runs.state import check_kind
 from den.runs.trained import open_run
@@ -105,60 +105,20 @@ def open_network(
     network that does not classify.
     """
     folder = Path(folder)
-    kind = _of_engine if (folder / WEIGHTS).is_file() else _of_run(checkpoint)
-    found = kind(folder, device, batch)
+    if holds_engine(folder):
+        opened = open_engine(folder, "serve", device=device, batch=batch)
+        found = ServedNetwork(opened.engine, opened.tasks, opened.kept)
+    else:
+        found = _of_run(folder, checkpoint, device, batch)
     black = [Item(k, Image.new("RGB", (task.size, task.size))) for k, task in enumerate(found.tasks)]
     found.predictions(black)
     return found
 
 
-def _of_run(checkpoint: Literal["last", "best"]) -> Callable[[Path, str, int], ServedNetwork]:
-    def opened(folder: Path, device: str, batch: int) -> ServedNetwork:
-        check_kind(folder, "model")
-        run = open_run(folder, checkpoint)
-        engine, kept = Engine(run.model, max_batch=batch, device=device), Predictor(run).kept
-        run.model.to(engine.device)
-        rule = None if run.config.mode == "den" else run.structures
-        return ServedNetwork(engine, run.model.tasks, tuple(kept[task.name] for task in run.model.tasks), rule)
-
-    return opened
-
-
-def _of_engine(folder: Path, device: str, batch: int) -> ServedNetwork:
-    engine = Engine.from_pretrained(folder, device=device, max_batch=batch)
-    if missing := set(engine.tasks or (IMAGES,)) - set(engine.kept):
-        raise ValueError(
-            f"serve: {folder / CONFIG} must say how pictures become images of {', '.join(sorted(missing))}, got"
-            " nothing: give save_pretrained their mean, deviation and classes (kept=...)"
-        )
-    tasks = engine.network.tasks or (_converted_task(engine, folder),)
-    for task in tasks:
-        kept = engine.kept[task.name]
-        named = len(kept.class_names)
-        if (
-            task.dense
-            or len(kept.mean) != task.channels
-            or task.channels not in (1, 3)
-            or named not in (0, task.classes)
-        ):
-            raise ValueError(
-                f"serve: {task.name} of {folder} must classify pictures of 1 or 3 channels with a mean for each, got"
-                f" {task.kind}, {task.channels} channels, {len(kept.mean)} means, {task.classes} classes, {named} names"
-            )
-    return ServedNetwork(engine, tasks, tuple(engine.kept[task.name] for task in tasks))
-
-
-def _converted_task(engine: Engine, folder: Path) -> Task:
-    """The classification that a converted model does, as a try shows; ValueError where it does something else."""
-    if engine.example is None:
-        raise ValueError(
-            f"serve: {folder / CONFIG} must say which images the model takes, got none: give Engine an example"
-        )
-    logits = engine(torch.zeros(engine.example))
-    height, width = engine.example[2:]
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or height != width:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"serve: the model of {folder} must give [B, classes] of square images, got {shape} of {height} x {width}"
-        )
-    return Task(IMAGES, logits.shape[1], height, channels=engine.example[1])
+def _of_run(folder: Path, checkpoint: Literal["last", "best"], device: str, batch: int) -> ServedNetwork:
+    check_kind(folder, "model")
+    run = open_run(folder, checkpoint)
+    engine, kept = Engine(run.model, max_batch=batch, device=device), Predictor(run).kept
+    run.model.to(engine.device)
+    rule = None if run.config.mode == "den" else run.structures
+    return ServedNetwork(engine, run.model.tasks, tuple(kept[task.name] for task in run.model.tasks), rule)

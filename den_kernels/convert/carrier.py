@@ -21,14 +21,22 @@ _OP = "levels"
 class Selection:
     """What the instances of a batch use of one block."""
 
-    hidden: Route
-    """Over the channel groups of the hidden channels."""
+    plan: RoutingPlan
+    """Of all blocks."""
+    block: int
     full: bool
     """It was seen that every instance uses all of it."""
+    all_full: bool
+    """It was seen that every instance uses all of every block."""
     used: bool = False
     """It was seen that every instance uses some of it."""
     recorded: bool = False
     """It was made inside the call that is recorded, of levels that may be another's."""
+
+    @property
+    def hidden(self) -> Route:
+        """Over the channel groups of the hidden channels."""
+        return self.plan[self.block]
 
     @property
     def active(self) -> Route:
@@ -72,14 +80,22 @@ class Carrier(threading.local):
     def __deepcopy__(self, memo: dict) -> "Carrier":
         return memo.setdefault(id(self), type(self)(Shared(self.shared.blocks, self.shared.shares)))
 
-    def selection(self, block: int) -> Selection | None:
-        """What the instances use of a block now; None: all of it."""
+    def selection(self, block: int, by_op: bool = False) -> Selection | None:
+        """What the instances use of a block now; None: all of it.
+
+        by_op: of a block that runs as one op None means all of every block, so that the original's layers run: their
+        result has the original's bits. In front of or behind a block that computes less there are no such bits, and
+        the op is faster than the layers.
+        """
         selections = self._current()
         if is_compiling():  # a graph for all levels
             return None if selections is None else selections[block]
         if selections is None and (task := torch._C._current_graph_task_id()) >= 0:
             selections = self._replayed(task)
-        return None if selections is None or selections[block].full else selections[block]
+        if selections is None:
+            return None
+        own = selections[block]
+        return None if (own.all_full if by_op else own.full) else own
 
     def route(self, block: int, x: Tensor) -> Route:
         """The route of a block for the instances of x [B, ...]; without levels they use all of it."""
@@ -89,16 +105,13 @@ class Carrier(threading.local):
         full = torch.full((x.shape[0], 1), self.shared.groups, dtype=torch.int32, device=x.device)
         return RoutingPlan.from_levels(full, self.shared.groups)[0]
 
-    def plan_of(self, blocks: list[int], x: Tensor) -> RoutingPlan:
-        """The plan of some of the blocks, as `route`."""
-        routes = [self.route(block, x) for block in blocks]
-        levels, order, offsets = (
-            torch.stack([getattr(route, name) for route in routes]) for name in ("levels", "order", "offsets")
-        )
-        masks = None
-        if routes[0].mask is not None:
-            masks = torch.stack([route.selection() for route in routes]).transpose(0, 1)
-        return RoutingPlan(levels.t(), order, offsets, self.shared.groups, masks)
+    def plan_of(self, blocks: range, x: Tensor) -> RoutingPlan:
+        """The plan of consecutive blocks, as `route`."""
+        selections = self._current()
+        if selections is not None:
+            return selections[0].plan.part(blocks)
+        full = torch.full((x.shape[0], len(blocks)), self.shared.groups, dtype=torch.int32, device=x.device)
+        return RoutingPlan.from_levels(full, self.shared.groups)
 
     def _current(self) -> Selections | None:
         """What is set; RuntimeError where it would become a constant of a graph."""
@@ -134,7 +147,8 @@ class Carrier(threading.local):
         plan = RoutingPlan.from_masks(levels) if levels.dtype == torch.bool else RoutingPlan.from_levels(levels, groups)
         least = plan.levels.amin(0).tolist() if looks and len(levels) else [0] * len(blocks)
         recorded = is_recorded()
-        return tuple(Selection(r, low == groups, low > 0, recorded) for r, low in zip(plan, least, strict=True))
+        all_full = all(low == groups for low in least)
+        return tuple(Selection(plan, n, low == groups, all_full, low > 0, recorded) for n, low in enumerate(least))
 
     def run(self, model: nn.Module, levels: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The result of model(*args, **kwargs) at levels [B, N] or masks [B, N, G]."""
@@ -148,15 +162,16 @@ class Carrier(threading.local):
         """The levels, at least the lowest of each block; ValueError for a lower one where it can be seen."""
         masks = levels.dtype == torch.bool
         counts = levels.sum(2) if masks else levels
-        lowest = torch.tensor([block.lowest for block in self.shared.blocks], device=levels.device)
         if looks:
-            for n, block in enumerate(self.shared.blocks):
-                if len(counts) and int(counts[:, n].min()) < block.lowest:
+            least = counts.amin(0).tolist() if len(counts) else []
+            for n, (own, block) in enumerate(zip(least, self.shared.blocks, strict=False)):
+                if own < block.lowest:
                     raise ValueError(
                         f"{_OP}: levels of block {n} ({block.name}) must be at least {block.lowest}, as it has no "
-                        f"shortcut, got {int(counts[:, n].min())}"
+                        f"shortcut, got {own}"
                     )
             return levels
+        lowest = torch.tensor([block.lowest for block in self.shared.blocks], device=levels.device)
         if not masks:
             return torch.maximum(levels, lowest.to(levels.dtype))
         first = torch.arange(levels.shape[2], device=levels.device) == 0
@@ -191,10 +206,12 @@ def _remember(shared: Shared, selections: Selections | None) -> None:
 def carrier_of(model: nn.Module, op: str = _OP) -> Carrier:
     """The carrier of a converted model. Raises ValueError for one that is not, or holds several that are."""
     found: dict[int, Carrier] = {}
-    for module in model.modules():
-        carrier = getattr(module, "carrier", None)
-        if isinstance(carrier, Carrier):
-            found[id(carrier)] = carrier
+    waiting: list[nn.Module | None] = [model]  # `model.modules()` takes three times as long, in each call of a model
+    while waiting:
+        if (module := waiting.pop()) is not None:
+            if isinstance(carrier := module.__dict__.get("carrier"), Carrier):
+                found[id(carrier)] = carrier
+            waiting += module._modules.values()
     if len(found) != 1:
         got = "none" if not found else f"{len(found)} converted models in one"
         raise ValueError(f"{op}: model must be one that den_kernels.convert has changed, got {got}: {_kind(model)}")

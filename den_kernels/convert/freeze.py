@@ -9,6 +9,7 @@ from torch import nn
 from .carrier import ElasticModel, carrier_of
 from .fold import fold_norms
 from .frozen import FrozenBlock, FrozenRow, fold_branch
+from .frozen_conv import pack_convolutions
 from .fused import FusedForward
 from .pair import join_pairs
 from .record import Recording, Ref, example_of, record
@@ -23,8 +24,8 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
     Batch norms are folded into the convolutions before them. Blocks of which the report says that an op runs them are
     modules of their own that hold the folded weights as the op reads them (of each level, where `recalibrate` measured
     statistics for each), and several in a row that keep the shape of their map are one call. Two linear layers or 1 x 1
-    convolutions with an activation between them, the MLP of ConvNeXt, are one op, too. Weights are channels-last in
-    memory; give it maps that are, too.
+    convolutions with an activation between them, the MLP of ConvNeXt, are one op, too; other convolutions keep
+    packed weights on a CPU. Weights are channels-last in memory; give it maps that are, too.
 
     The copy stays in evaluation mode, on its device and in its dtype, and its state_dict is none: save the model.
     torch.compile and torch.export see the ops with the weights as constants.
@@ -57,6 +58,7 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
         frozen.set_submodule(path, block)
     _join(frozen, recording, blocks)
     join_pairs(frozen, recording)
+    pack_convolutions(frozen)
     return frozen
 
 
@@ -92,7 +94,7 @@ def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock
     order = sorted(blocks, key=lambda path: _input(recording, path))
     for path in [*order, None]:
         block = None if path is None else blocks[path]
-        follows = bool(row) and path is not None and recording.results[row[-1]].node == _input(recording, path)
+        follows = bool(row) and block is not None and _follows(recording, blocks, row[-1], path)
         if block is None or path is None or not (block.joins and block.may_write and _keeps_shape(block)):
             row = _replaced(frozen, blocks, row)
         elif follows:
@@ -100,6 +102,12 @@ def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock
         else:
             _replaced(frozen, blocks, row)
             row = [path]
+
+
+def _follows(recording: Recording, blocks: dict[str, FrozenBlock], path: str, next: str | None) -> bool:
+    """Whether the block `next` reads what the block `path` gives, and its levels stand in the next column."""
+    assert next is not None
+    return recording.results[path].node == _input(recording, next) and blocks[next].block == blocks[path].block + 1
 
 
 def _keeps_shape(block: FrozenBlock) -> bool:

@@ -125,7 +125,7 @@ class FrozenRow(nn.Module):
     def __init__(self, blocks: Sequence[FrozenBlock]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.carrier, self.numbers = blocks[0].carrier, [each.block for each in blocks]
+        self.carrier, self.numbers = blocks[0].carrier, range(blocks[0].block, blocks[-1].block + 1)
         self.weights = TrunkWeights(tuple(each.weights[0] for each in blocks))  # type: ignore[misc]
         self.eval()
 

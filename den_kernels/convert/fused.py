@@ -108,7 +108,7 @@ class FusedForward:
             return None
         if torch.is_autocast_enabled(x.device.type) or any(_needs_layers(module) for module in self.inside):
             return None
-        return conv.carrier.selection(conv.block)
+        return conv.carrier.selection(conv.block, by_op=True)
 
 
 def _needs_layers(module: nn.Module) -> bool:

@@ -1,12 +1,12 @@
 """Other edges and stems: residual blocks, elastic edges and their levels, layers of published networks."""
 
 import dataclasses
-import importlib
 import sys
 
 import pytest
 import torch
 
+from benchmarks.packages import torchvision_models
 from den.dag import DagConfig, DagNetwork, SubNetwork, reduce
 from den.dag.evaluate import deployed_parameters, task_costs
 from den.dag.losses import batch_losses
@@ -168,16 +168,16 @@ def test_networks_that_search_for_nothing_have_no_levels(tmp_path):
         DagConfig(TASKS, 5, 2, 8, 4, edge="dense")
 
 
-def torchvision_models():
-    """torchvision's models; the test is skipped where that is missing or built for another torch."""
+def torchvision_or_skip():
+    """torchvision's models; the test is skipped where these cannot be imported."""
     try:
-        return importlib.import_module("torchvision.models")
-    except Exception as error:
+        return torchvision_models()
+    except (ImportError, RuntimeError) as error:
         pytest.skip(f"torchvision cannot be imported: {error}")
 
 
 def test_layers_of_a_published_network_are_a_stem(tmp_path):
-    models = torchvision_models()
+    models = torchvision_or_skip()
     name = "torchvision:resnet18:layer1"
     shape = dataclasses.replace(tiny(tmp_path).network, stem=name, pretrained=False)
     config = tiny(tmp_path / "run", {"steps": 2}, network=shape)
@@ -205,6 +205,6 @@ def test_stems_that_cannot_be_had_are_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"network\.stem timm:resnet18:2 needs the package timm"):
         make_body("timm:resnet18:2", 3, False)
-    torchvision_models()
+    torchvision_or_skip()
     with pytest.raises(ValueError, match=r"network\.stem torchvision:resnet9:layer1 must be known to torchvision"):
         make_body("torchvision:resnet9:layer1", 3, False)

@@ -27,6 +27,10 @@ from den.report.figures.style import (
 )
 
 
+def _legend(figure: Figure, model: DeepElasticNetwork) -> None:
+    level_legend(figure, model.levels, not model.estimator.level_parameters[:, 0].any())
+
+
 @styled
 def level_probabilities(found: Sequence[TaskReport], model: DeepElasticNetwork) -> Figure:
     """Mean probability of each level, block by block and task by task."""
@@ -35,7 +39,7 @@ def level_probabilities(found: Sequence[TaskReport], model: DeepElasticNetwork) 
     for axes, c in zip(panels, found, strict=True):
         _level_bars(axes, c, model)
     panels[0].set_ylabel("mean probability of each level")
-    level_legend(figure, model)
+    _legend(figure, model)
     title = "How the selector spends on each block"
     if len(found) > 1:
         block, gap = most_different_block(found[0], found[1])
@@ -70,7 +74,7 @@ def structure_histogram(found: Sequence[TaskReport], model: DeepElasticNetwork) 
     figure = Figure(figsize=(5.6 * len(found), 1.7 + 0.3 * rows), layout="constrained")
     for axes, c in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         _histogram_panel(axes, c, model, rows)
-    level_legend(figure, model)
+    _legend(figure, model)
     return figure
 
 
@@ -178,7 +182,7 @@ def favourites(found: Sequence[TaskReport], sets: Sequence[ImageSet], model: Dee
         right.set_title(_leading_classes(image_set, (c.levels == structure).all(1)), fontsize=10)
         left.set_axis_off()
         right.set_axis_off()
-    level_legend(figure, model)
+    _legend(figure, model)
     different = len({tuple(c.common[0][0].tolist()) for c in found})
     words = (
         f"{len(found)} data sets select {different} different structures most" if len(found) > 1 else "Selected most"

@@ -17,8 +17,6 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.nn.functional import pad
 
-from den.nn.model import DeepElasticNetwork
-
 INK, GREY, DEN, DENSE = "#222222", "#b5b8bd", "#d1495b", "#222222"
 LEVELS = LinearSegmentedColormap.from_list("levels", ["#e9ecef", "#9ecae1", "#4292c6", "#08306b"])
 STYLE: Any = {
@@ -80,9 +78,8 @@ def shared_legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
 
 
-def level_legend(figure: Figure, model: DeepElasticNetwork) -> None:
-    """A legend of the levels' colours below a figure."""
-    levels, skips = model.levels, not model.estimator.level_parameters[:, 0].any()
+def level_legend(figure: Figure, levels: int, skips: bool) -> None:
+    """A legend of the levels' colours below a figure; `skips`: level 0 leaves a block out."""
     handles = [Patch(color=level_colour(k, levels), label=level_name(k, levels, skips)) for k in range(levels)]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=levels, frameon=False, title="hidden channels used"
