@@ -18,6 +18,7 @@ from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.nn.tasks import find_task
+from den.recipes.auxiliary import CostHead
 from den.recipes.setup import estimator_optimiser
 from den.support.device import sent
 from den.support.settings import to_dict
@@ -41,6 +42,9 @@ class Method(Recipe):
 
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         self.model, self.config, self.state = model, config, self.state_kind()
+        if config.mode == "den" and config.selector.auxiliary:
+            width = model.selector.heads[0].in_features
+            self.state.costs = CostHead(width, model.num_blocks, model.levels)
         model.add_module("method", self.state)
         self.full_flops = full_flops(model)
 
