@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from den.data import Batch
 from den.nn.model import DeepElasticNetwork
+from den.train.checkpoint import prefixed
 
 
 class CostHead(nn.Module):
@@ -32,6 +33,20 @@ class CostHead(nn.Module):
         every = self.costs(features).float()
         of_levels = every[:, 1:].view(-1, self.blocks, self.levels)
         return every[:, :1] + of_levels.gather(2, structures.transpose(1, 2)).sum(1)
+
+
+def cost_head(model: DeepElasticNetwork) -> CostHead:
+    """A head for the selector of a network, on its device."""
+    features = model.selector.heads[0].in_features
+    return CostHead(features, model.num_blocks, model.levels).to(model.estimator.level_flops.device)
+
+
+def with_costs_of(state: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint to start from, with the head of costs of `state` if it has one, and no other."""
+    name = "model.method.costs"
+    others = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
+    head = getattr(state, "costs", None)
+    return others | (prefixed(name, head.state_dict()) if isinstance(head, CostHead) else {})
 
 
 def logits_and_features(model: DeepElasticNetwork, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -152,6 +152,16 @@ def test_the_features_are_what_the_heads_read():
     torch.testing.assert_close(torch.cat([head(part) for head, part in parts]), logits.flatten(1))
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
+def test_a_run_starts_from_one_with_another_head_of_costs(tmp_path, monkeypatch, before, after):
+    cut_sets(monkeypatch)
+    first = train(run_config(tmp_path / "first", auxiliary=before)).state_dict()
+    config = run_config(tmp_path / "second", auxiliary=after)
+    second = train(dataclasses.replace(config, start=tmp_path / "first", selector_only=True)).state_dict()
+    assert any(name.startswith("method.costs") for name in second) == (after > 0)
+    assert all(torch.equal(first[name], second[name]) for name in first if name.startswith("estimator"))
+
+
 def test_late_samples_come_in_the_second_half(tmp_path, monkeypatch):
     cut_sets(monkeypatch)
     asked = []
