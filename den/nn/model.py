@@ -15,7 +15,7 @@ from den.nn.blocks.folded import FoldedBlock
 from den.nn.estimator import Estimator
 from den.nn.model_config import ModelConfig
 from den.nn.selector import Selector, SelectorConfig
-from den.nn.task_batch import Images, Tasks, task_batch
+from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
 
 Logits = Tensor | list[Tensor]
@@ -81,12 +81,17 @@ class DeepElasticNetwork(nn.Module):
 
     def choose(self, selector: Selector, images: Images, task: Tasks) -> Tensor:
         """Logits [B, N, L] of a selector of this network's kind, which reads the network's stems if it reads any."""
-        batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
-        stem = None
-        if selector.config.reads == "stem":
-            with torch.no_grad():
-                stem = self.estimator.stem(batch)
+        batch, stem = self.read(selector, images, task)
         return batch.restore(selector.run(batch, stem))
+
+    def read(self, selector: Selector, images: Images, task: Tasks) -> tuple[TaskBatch, Tensor | None]:
+        """What a selector of this network's kind reads: the batch, and the maps of the network's stems if it reads
+        them."""
+        batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
+        if selector.config.reads != "stem":
+            return batch, None
+        with torch.no_grad():
+            return batch, self.estimator.stem(batch)
 
     def select(self, images: Images, task: Tasks) -> Tensor:
         """The most probable structure of each image: int64 [B, N] in 0..L-1."""

@@ -211,6 +211,10 @@ class Selector(nn.Module):
 
     def run(self, batch: TaskBatch, stem: Tensor | None = None) -> Tensor:
         """Logits [B, N, L] of a checked batch, in the batch's own order."""
+        return self.logits(self.features(batch, stem), batch.tasks)
+
+    def features(self, batch: TaskBatch, stem: Tensor | None = None) -> list[Tensor]:
+        """What the heads read of a checked batch: normed features [B_k, C] of each task, with a shared head of all."""
         if self.config.reads == "stem":
             if stem is None:
                 raise ValueError("selector: stem must be the maps of the estimator's stems, got None")
@@ -220,11 +224,14 @@ class Selector(nn.Module):
             x = parts[0] if len(parts) == 1 else torch.cat(parts)
         pooled = self.convs(x).mean((2, 3))
         if self.config.shared_head:
-            logits = self._head(0, pooled)
-        else:
-            of_tasks = zip(batch.tasks, pooled.split(batch.sizes), strict=True)
-            logits = torch.cat([self._head(k, part) for k, part in of_tasks])
-        return logits.view(-1, self.num_blocks, self.levels)
+            return [self._normed(0, pooled)]
+        return [self._normed(k, part) for k, part in zip(batch.tasks, pooled.split(batch.sizes), strict=True)]
+
+    def logits(self, features: Sequence[Tensor], tasks: Sequence[int]) -> Tensor:
+        """Logits [B, N, L] of `features` of the tasks at these positions."""
+        heads = [self.heads[0]] if self.config.shared_head else [self.heads[k] for k in tasks]
+        parts = [head(part) for head, part in zip(heads, features, strict=True)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(-1, self.num_blocks, self.levels)
 
     def stem_of(self, task: int) -> Stem:
         """The stem of the task at a position."""
@@ -241,14 +248,12 @@ class Selector(nn.Module):
             for shared in (self.norms, self.heads):
                 shared.extend(copy.deepcopy(shared[0]) for _ in self.tasks[1:])
 
-    def _head(self, index: int, pooled: Tensor) -> Tensor:
-        """Logits of pooled features [B_k, C]. Fewer than two images have no statistics of their own."""
+    def _normed(self, index: int, pooled: Tensor) -> Tensor:
+        """Pooled features [B_k, C], normed. Fewer than two images have no statistics of their own."""
         norm = self.norms[index]
         if norm.training and not norm.shares and pooled.shape[0] < 2:
-            pooled = F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
-        else:
-            pooled = norm(pooled)
-        return self.heads[index](pooled)
+            return F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
+        return norm(pooled)
 
     def flops(self, task: int) -> int:
         """FLOPs of convolutions and head for one image of the task at position `task`: twice the multiply-adds."""

@@ -18,6 +18,7 @@ from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.nn.tasks import find_task
+from den.recipes.auxiliary import cost_head, with_costs_of
 from den.recipes.setup import estimator_optimiser
 from den.support.device import sent
 from den.support.settings import to_dict
@@ -41,6 +42,8 @@ class Method(Recipe):
 
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         self.model, self.config, self.state = model, config, self.state_kind()
+        if config.mode == "den" and config.selector.auxiliary:
+            self.state.costs = cost_head(model)
         model.add_module("method", self.state)
         self.full_flops = full_flops(model)
 
@@ -105,7 +108,7 @@ class Method(Recipe):
         if self.config.start is not None:
             path = Path(self.config.start) / "last.safetensors"
             tensors, _ = load_checkpoint(path)
-            load_weights(self.model, tensors, path)
+            load_weights(self.model, with_costs_of(self.state, tensors), path)
 
     def enter(self, engine: Engine[Any], phase: NetworkPhase) -> None:
         """Put the network that trains into training mode, the other one into evaluation mode."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.recipes import METHODS, prepare, prepare_compared
+from den.recipes.auxiliary import CostHead, cost_loss, logits_and_features
 from den.recipes.base import Method
+from den.recipes.distillation import distilled_loss
 from den.support.device import sent
 from den.support.randomness import uniform
 from den.train.config import TrainConfig
@@ -46,7 +50,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
             for batch in engine.phase("estimator", stage):  # lines 5, 8 and 9
                 structures = derive_structures(engine, stage, batch)  # line 6, with p of lines 3 and 14
                 with engine.autocast():
-                    objective = engine.recipe.estimator_loss(batch, structures)
+                    objective = estimator_loss(engine, batch, structures)
                 engine.update(objective)  # line 7
             for batch in engine.phase("selector", stage):  # lines 10, 12 and 13
                 with engine.autocast():
@@ -96,13 +100,26 @@ def derive_structures(engine: Engine[Method], stage: int, batch: Batch) -> Tenso
     return torch.where(sent(keeps_initial, engine.device), initial, selected)
 
 
+def estimator_loss(engine: Engine[Method], batch: Batch, structures: Tensor | None) -> Objective:
+    """The loss of equation 4; with `estimator.distill` also what the full structure teaches."""
+    if structures is None or not engine.config.estimator.distill:
+        return engine.recipe.estimator_loss(batch, structures)
+    return distilled_loss(engine.recipe, batch, structures, batch.draws(engine.generator))
+
+
 def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
-    """The REINFORCE estimate of equation 7, less the entropy bonus; the measured loss is the mean cost R."""
+    """The REINFORCE estimate of equation 7, less the entropy bonus, plus the auxiliary loss if there is one.
+
+    The measured loss is the mean cost R.
+    """
     settings, model = engine.config.selector, engine.model
-    log_probabilities = engine.recipe.choose(batch).log_softmax(-1)  # [B, N, L]
+    logits, features = logits_and_features(model, batch)
+    log_probabilities = logits.log_softmax(-1)  # [B, N, L]
     epsilon = settings.exploration ** engine.position.updates.get("selector", 0) if settings.exploration else 0.0
     draws = batch.draws(engine.generator)
-    structures = sample_structures(log_probabilities, settings.samples, epsilon, draws)  # [B, S, N]
+    late = settings.late_samples is not None and selector_progress(engine) >= 0.5
+    samples = settings.late_samples if late else settings.samples
+    structures = sample_structures(log_probabilities, samples, epsilon, draws)  # [B, S, N]
     costs = structure_costs(model, batch, structures, sparsity_weights(engine, batch), settings.penalty)  # [B, S]
     if settings.baseline == "leave-one-out":
         advantage = leave_one_out_advantage(costs)
@@ -110,6 +127,9 @@ def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
         advantage = engine.recipe.baseline.advantage(costs, batch) if settings.baseline == "running-mean" else costs
     bonus = settings.entropy_bonus * (1 - selector_progress(engine))
     loss = reinforce(log_probabilities, structures, advantage, bonus, batch.mean)
+    if settings.auxiliary:
+        predicted = cast(CostHead, engine.recipe.state.costs)(features, structures)
+        loss = loss + settings.auxiliary * batch.mean(cost_loss(predicted, costs))
     variety = batch.mean(entropy(log_probabilities.detach()))
     ratio = engine.recipe.flops_ratio(structures.flatten(0, 1), batch)
     return Objective(loss, {"loss": batch.mean(costs), "flops_ratio": ratio, "entropy": variety})

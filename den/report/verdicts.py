@@ -131,6 +131,23 @@ def _choice(name: str, results: list[TaskResult], able: bool) -> Iterator[Check]
     yield Check(claim, words, check.holds)
     worth = [result.accuracy - null.shuffled for result, null in zip(results, nulls, strict=True)]
     yield judged(f"{name}: better than the same structures given to images by chance", worth, scale=100, trained=able)
+    yield from _gain(name, results, able)
+
+
+def _gain(name: str, results: list[TaskResult], able: bool) -> Iterator[Check]:
+    """Checks against the best single structure that was chosen without the test images, and of where FLOPs are spent.
+
+    None where `den evaluate --static`, `--dense` has not measured them of all seeds.
+    """
+    singles = [result.static for result in results if result.static and result.static.held_out]
+    if len(singles) == len(results):
+        gains = [result.accuracy - single.accuracy for result, single in zip(results, singles, strict=True)]
+        claim = f"{name}: better than the best single structure of that cost, chosen on held-out images"
+        yield judged(claim, gains, scale=100, trained=able)
+    known = [result.cost_correlation for result in results if result.cost_correlation is not None]
+    if len(known) == len(results):
+        claim = f"{name}: images cost more where the dense network's loss is higher (rank correlation)"
+        yield judged(claim, known, digits=3, trained=able)
 
 
 def _task_usage(row: Row) -> Iterator[Check]:

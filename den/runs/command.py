@@ -10,21 +10,23 @@ from typing import Literal
 
 from den.data import ImageSet
 from den.data.images import Kept
-from den.evaluate.accuracy import TaskReport, best_static, equal_structures
+from den.evaluate.accuracy import equal_structures
 from den.runs.evaluation import (
     NAME,
     Budget,
     Evaluation,
     TaskResult,
     evaluate_run,
+    gain_lines,
     is_current,
     read_evaluation,
     result_lines,
     write_evaluation,
 )
+from den.runs.gain import open_dense, with_gain
 from den.runs.settings import Evaluate
 from den.runs.state import check_kind, training_of
-from den.runs.steering import choose_point
+from den.runs.steering import choose_point, unseen_images
 from den.runs.trained import Run, as_trained, kept_of, open_run
 from den.runs.variants import at_level, with_random_selector
 from den.support.device import choose_device
@@ -48,18 +50,19 @@ def main(command: Evaluate) -> None:
         training = training_of(run.folder, run.config, command.checkpoint)
         if training and not training.finished:
             print(f"{run.folder}: {training.words}", flush=True)
+    dense = open_dense(command.dense, runs) if command.dense is not None else None
     limits = {"flops": command.budget_flops, "ms": command.budget_ms}
     for unit, limit in ((unit, limit) for unit, limit in limits.items() if limit is not None):
         run, budget = choose_point(runs, Budget(unit, limit, {}), command.data_root)
         shown = ", ".join(f"{task} {weight:.4g}" for task, weight in budget.weights.items())
         print(f"{run.folder}: lambda of the cost at run time: {shown}", flush=True)
-        _report(run, sets.of(run), command, budget, folders[run.folder])
+        _report(run, sets.of(run), command, budget, folders[run.folder], dense=dense)
         return
     for run in runs:
         if len(runs) > 1:
             print(f"{run.folder}:", flush=True)
         for each, variant in variants(run, command):
-            _report(each, sets.of(run), command, None, folders[run.folder], variant, run.config)
+            _report(each, sets.of(run), command, None, folders[run.folder], variant, run.config, dense)
 
 
 def variants(run: Run, command: Evaluate) -> Iterator[tuple[Run, str]]:
@@ -138,19 +141,21 @@ def _report(
     folder: Path,
     variant: str = "",
     settings: TrainConfig | None = None,
+    dense: Run | None = None,
 ) -> None:
     """Measure, write and print; settings: of the run that a variant is of."""
     timed = command.time or command.budget_ms is not None
     record, reports = evaluate_run(run, sets, time=timed, budget=budget)
+    held_out = unseen_images(run, command.data_root)[1] if command.static else []
+    gained = with_gain(run, sets, held_out, record.tasks, reports, command.static, dense)
+    record = dataclasses.replace(record, tasks=gained)
     if variant:
         record = dataclasses.replace(record, settings=to_dict(settings), variant=variant)
         print(f"{run.folder}, {variant}:", flush=True)
     path = folder / file_name(budget, variant)
     write_evaluation(path, record)
-    for image_set, result in zip(sets, record.tasks, strict=True):
-        lines = result_lines(result)
-        if command.static:
-            lines.insert(1, _static_line(run, image_set, reports[image_set.name], command.static))
+    for result in record.tasks:
+        lines = [*result_lines(result), *gain_lines(result)]
         if budget is not None:
             lines.append(_budget_line(result, budget))
         print("\n".join(lines), flush=True)
@@ -167,15 +172,6 @@ def _budget_line(result: TaskResult, budget: Budget) -> str:
     if budget.unit == "ms" and result.timing:
         cost, unit = 1e3 * result.timing.selected, "ms per image"
     return f"{result.task}: {cost:.4g} {unit} against a budget of {budget.limit:g} ({cost / budget.limit - 1:+.1%})"
-
-
-def _static_line(run: Run, image_set: ImageSet, report: TaskReport, candidates: int) -> str:
-    found = best_static(run.model, image_set, report.flops, extra=report.common[0], candidates=candidates)
-    levels = "".join(map(str, found.structure.tolist()))
-    return (
-        f"{report.task}: best of {found.candidates} single structures of that cost:"
-        f" accuracy {100 * found.report.accuracy:.2f} % at {found.report.flops_ratio:.3f}, levels {levels}"
-    )
 
 
 def file_name(budget: Budget | None, variant: str = "") -> str:

@@ -58,6 +58,17 @@ class Null:
 
 
 @dataclass(frozen=True)
+class Static:
+    """Results of the best single structure for all images, of many that cost about what the chosen ones do."""
+
+    levels: str  # a digit per block
+    candidates: int  # that were tried
+    accuracy: float  # 0..1
+    flops_ratio: float  # of the full structure's
+    held_out: bool  # chosen on held-out images; False: on the test images themselves
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """Results of one task on its test images."""
 
@@ -80,6 +91,8 @@ class TaskResult:
     timing: Timing | None = None  # seconds per image on `Evaluation.machine`; None: not measured
     majority: float | None = None  # share of the most frequent class; None: not known
     null: Null | None = None  # of a network that chooses; None: not measured
+    static: Static | None = None  # None: not measured
+    cost_correlation: float | None = None  # rank correlation of an image's FLOPs with a dense network's loss
 
     @property
     def information(self) -> float:
@@ -262,5 +275,23 @@ def result_lines(result: TaskResult) -> list[str]:
             f"{result.task}: {1e6 * timing.dense:.1f} us per image at the full structure,"
             f" {1e6 * timing.selected:.1f} us selected ({1e6 * timing.selector:.1f} us of it the selector):"
             f" {timing.speedup:.2f} times as fast at {timing.flops_ratio:.3f} of the FLOPs"
+        )
+    return lines
+
+
+def gain_lines(result: TaskResult) -> list[str]:
+    """What choosing per image gains over a single structure, and where it spends, in words; empty if not measured."""
+    lines = []
+    if static := result.static:
+        lines.append(
+            f"{result.task}: best of {static.candidates} single structures of that cost, chosen on"
+            f" {'held-out' if static.held_out else 'the test'} images: accuracy {100 * static.accuracy:.2f} % at"
+            f" {static.flops_ratio:.3f}, levels {static.levels}; choosing per image gains"
+            f" {100 * (result.accuracy - static.accuracy):+.2f} points"
+        )
+    if result.cost_correlation is not None:
+        lines.append(
+            f"{result.task}: rank correlation of an image's FLOPs with the dense network's loss:"
+            f" {result.cost_correlation:+.3f}"
         )
     return lines

@@ -22,7 +22,10 @@ class Evaluate:
     data_root: Path | None = None
     """Folder of the sets that do not come with the install; None: where the run had them."""
     static: Annotated[int, Range(0, 20_000)] = 0
-    """Compare with the best of this many single structures of the same cost, chosen on the test images themselves."""
+    """Compare with the best of this many single structures of the same cost, chosen on held-out images, of a run that
+    held none out on the test images themselves."""
+    dense: Path | None = None
+    """Run folder of a dense network of the same tasks: tell whether images cost more that it finds harder."""
     selector: Literal["own", "random"] = "own"
     """random: draw every block's level by chance in place of the run's selector (the paper's "DEN + rand sel"); written
     to evaluation.random.json, which reports show as a row of its own."""

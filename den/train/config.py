@@ -137,6 +137,13 @@ class EstimatorTraining:
     selector as it then is), so that the other levels stay alive."""
     structures: Literal["sample", "argmax"] = "sample"
     """Structures that the selector gives for training the estimator: drawn from its distribution, or the likeliest."""
+    distill: Annotated[float, Range(0, 1)] = 0.0
+    """Distillation (ours): a share of the images also runs at the full structure, which learns their labels and teaches
+    their smaller structures.  This is the weight of what it teaches, the rest is that of the labels; 0: none."""
+    distill_share: Annotated[float, Range(0, 1, open_low=True)] = 0.25
+    """With distill: that share of the images, drawn anew for every batch."""
+    distill_temperature: Annotated[float, Range(0.1, 100)] = 2.0
+    """With distill: temperature that both answers are softened by."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,11 @@ class SelectorTraining:
     for a task that costs more, smaller for one that costs less.  None: rho stays, and the tasks cost what they cost."""
     samples: Annotated[int, Range(1)] = 4
     """|Z|: structures sampled for every image."""
+    late_samples: Annotated[int | None, Range(1)] = None
+    """|Z| in the second half of the selector's updates; None: as in the first."""
+    auxiliary: Annotated[float, Range(0)] = 0.0
+    """Weight of an auxiliary loss (ours): a head of its own predicts, from the features that choose, what each sampled
+    structure of an image costs.  Used while training only; 0: no such head."""
     baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
     """Baseline of a sample's cost: the mean of the other samples of its image; a running mean of its task; none."""
     entropy_bonus: Annotated[float, Range(0)] = 0.01
@@ -260,8 +272,9 @@ class TrainConfig:
         estimator, selector = self.estimator, self.selector
         if estimator.first.steps < 1:
             raise ValueError(f"config: estimator.first.steps must be at least 1, got {estimator.first.steps}")
-        if selector.baseline == "leave-one-out" and selector.samples < 2:
-            raise ValueError(f"config: selector.samples must be at least 2, got {selector.samples}")
+        for name in ("samples", "late_samples"):
+            if selector.baseline == "leave-one-out" and getattr(selector, name) == 1:
+                raise ValueError(f"config: selector.{name} must be at least 2 with a leave-one-out baseline, got 1")
         shares, tasks = list(self.data.shares), len(self.data.tasks)
         if len(shares) not in (0, tasks):
             raise ValueError(f"config: data.shares must be one for each of {tasks} tasks, got {shares}")

@@ -8,10 +8,14 @@ import torch
 
 from den import cli
 from den.data import load_set
+from den.evaluate.accuracy import evaluate, static_candidates
 from den.nn.count import count_parameters
 from den.runs.command import evaluations, opened
 from den.runs.evaluation import VERSION, Evaluation, evaluate_run, read_evaluation, write_evaluation
+from den.runs.gain import cost_correlation, image_losses
+from den.runs.steering import unseen_images
 from den.runs.trained import open_run
+from den.support.settings import to_dict
 from den.train.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -171,6 +175,9 @@ def test_the_best_run_on_held_out_images_is_chosen(tmp_path, stored_run, few_ima
             ["{tmp}/den", "--static", "1000000000000000000000"],
             "static must be in 0..20000, got 1000000000000000000000",
         ),
+        (["{tmp}/den", "--dense", "{tmp}/none"], "config.json must be a readable JSON file"),
+        (["{tmp}/den", "--dense", "{tmp}/den"], "dense must be a dense run of digits, got mode 'den', tasks digits"),
+        (["{tmp}/others", "--dense", "{tmp}/dense"], "dense must be a dense run of fashion, got mode 'dense', tasks"),
         (["{tmp}/den", "--budget-ms", "-1"], "budget_ms must be above 0, got -1"),
         (["{tmp}/dense", "--budget-flops", "0.5"], "must have a selector to meet a budget, got mode 'dense'"),
         (["{tmp}/den", "{tmp}/none-held-out", "--budget-flops", "0.5"], "must hold images out, got validation 0"),
@@ -211,3 +218,49 @@ def test_a_random_selector_and_single_levels_are_records_of_their_own(tmp_path, 
     assert "levels must be in 0..3, got 4" in capsys.readouterr().err
     assert cli.main(["evaluate", str(folder), "--levels", "1", "--budget-flops", "0.5"]) == 2
     assert "must come one at a time" in capsys.readouterr().err
+
+
+def test_the_gain_over_a_single_structure_is_of_one_chosen_on_held_out_images(tmp_path, stored_run, few_images, capsys):
+    folder, dense = tmp_path / "run", tmp_path / "dense"
+    stored_run(folder)
+    stored_run(dense, "dense", seed=1)
+    assert cli.main(["evaluate", str(folder), "--static", "7", "--dense", str(dense)]) == 0
+    printed = capsys.readouterr().out
+    (result,) = read_evaluation(folder / "evaluation.json").tasks
+    static, model = result.static, open_run(folder).model
+    held_out = unseen_images(open_run(folder), None)[1]
+    assert static.held_out
+    structure = torch.tensor([int(level) for level in static.levels])
+    assert static.accuracy == evaluate(model, [few_images["test"]], structure)["digits"].accuracy
+    tried = static_candidates(model, result.flops, 7, 0.03, 0)
+    assert len(tried) <= static.candidates <= len(tried) + result.structures
+    best = max(evaluate(model, held_out, each)["digits"].accuracy for each in tried)
+    assert evaluate(model, held_out, structure)["digits"].accuracy >= best
+    assert f"choosing per image gains {100 * (result.accuracy - static.accuracy):+.2f} points" in printed
+    assert -1 <= result.cost_correlation <= 1
+    assert f"the dense network's loss: {result.cost_correlation:+.3f}" in printed
+
+
+def test_a_run_that_held_nothing_out_says_that_the_test_images_chose(tmp_path, stored_run, few_images, capsys):
+    config = stored_run(tmp_path / "run")
+    nothing = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=0.0))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(nothing)))
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--static", "3"]) == 0
+    assert "chosen on the test images" in capsys.readouterr().out
+    assert not read_evaluation(tmp_path / "run" / "evaluation.json").tasks[0].static.held_out
+
+
+def test_the_correlation_of_costs_goes_by_ranks(measured):
+    model = measured[0].model
+    levels = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0], [3, 3, 3]])
+    assert cost_correlation(model, levels, torch.tensor([0.1, 0.2, 5.0, 6.0])) == pytest.approx(1)
+    assert cost_correlation(model, levels, torch.tensor([4.0, 3.0, 2.0, 1.0])) == pytest.approx(-1)
+    assert cost_correlation(model, levels[:1].expand(4, 3), torch.rand(4)) is None
+
+
+def test_losses_of_images_average_to_the_loss(measured):
+    run, _, _ = measured
+    images = load_set("digits", "test").subset(torch.arange(80))
+    losses = image_losses(run.model, images)
+    assert losses.shape == (80,)
+    assert losses.mean().item() == pytest.approx(evaluate(run.model, [images], "full")["digits"].loss, rel=1e-5)

@@ -8,7 +8,7 @@ from den.evaluate.accuracy import Timing
 from den.report.paper import CIFAR100, COARSE
 from den.report.tables import build_table
 from den.report.verdicts import verdicts
-from den.runs.evaluation import Budget
+from den.runs.evaluation import Budget, Static
 from tests.made_runs import made_run, only_section, seeds_of
 
 SLOW = Timing(plain=2e-3, full=2e-3, selected=2e-3, selector=1e-4, flops_ratio=0.5)
@@ -73,6 +73,21 @@ def test_seeds_that_disagree_leave_the_claim_open():
     others = [made_run("random", 0.75 + 0.05 * s, seed=s) for s in range(3)]
     checks = verdicts(build_table(only_section(seeds_of(accuracy=0.81) + others)))
     assert [c.holds for c in checks if "than random" in c.claim] == [None]
+
+
+@pytest.mark.parametrize(
+    ("single", "held_out", "correlation", "expected"),
+    [
+        (0.78, True, 0.2, [True, True]),
+        (0.82, True, -0.2, [False, False]),
+        (0.78, False, None, []),
+        (None, True, 0.2, [True]),
+    ],
+)
+def test_choosing_is_held_against_a_single_structure(single, held_out, correlation, expected):
+    static = Static("11", 60, single, 0.5, held_out) if single else None
+    checks = verdicts(build_table(only_section(seeds_of(static=static, cost_correlation=correlation))))
+    assert [c.holds for c in checks if "single structure" in c.claim or "cost more" in c.claim] == expected
 
 
 def test_a_record_without_a_null_leaves_variety_open():
