@@ -25,6 +25,11 @@ struct Maps {
   BandMap<T> map;
   Strips strips;  // strips of the band's output rows
   const float* scratch;
+  // Where the outputs of a strip begin.
+  T* output(const Strips::At& at) const {
+    const int64_t row = arguments.route.order[band.start + at.instance] * arguments.Ho + band.first_row + at.row;
+    return arguments.out + (row * arguments.Wo + at.column) * arguments.C_out;
+  }
 };
 
 // The taps of the band's output rows first .. last.
@@ -38,7 +43,9 @@ KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_
 
 // The blocks of output channels block[0 .. vectors - 1] of strips from q0: the sums, and zeros in lanes not selected.
 template <class T>
-struct ConvTile : UsualTile {
+struct ConvTile {
+  static constexpr int vectors = tile_vectors;
+  static constexpr int most(int vectors, int size) { return sum_vectors / (vectors * size); }
   template <int vectors, int strips, int size>
   static void run(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
     const ConvArguments<T>& p = m.arguments;
@@ -49,8 +56,7 @@ struct ConvTile : UsualTile {
     UNROLL for (int q = 0; q < strips; ++q) {
       input[q] = m.scratch + at[q].instance * m.map.size() +
                  (at[q].row * p.stride[0] * m.map.columns + at[q].column * p.stride[1]) * m.map.pixel;
-      const int64_t row = p.route.order[m.band.start + at[q].instance] * p.Ho + m.band.first_row + at[q].row;
-      out[q] = p.out + (row * p.Wo + at[q].column) * p.C_out;
+      out[q] = m.output(at[q]);
       for (int64_t i = 0; i < at[q].live; ++i) {  // asked for now: it is in the cache when the sums are done
         UNROLL for (int v = 0; v < vectors; ++v) {
           _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.C_out + block[v].index * 16), _MM_HINT_T1);
@@ -92,26 +98,28 @@ void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words
     copy_rows(p, band, words, maps.map, j, scratch + j * maps.map.size());
 
   const std::vector<Block>& blocks = band.outputs.blocks;
-  const int64_t block_count = static_cast<int64_t>(blocks.size());
-  const Cut cut = Cut::of(band.first_row, band.rows, maps.strips.count(1), p.R, p.padding[0], p.H, p.stride[0],
-                          p.dilation[0], strips_per_tile(maps.strips.size));
-  const int64_t tiles = cut.tiles();
+  const int64_t block_count = static_cast<int64_t>(blocks.size()), size = maps.strips.size;
   for (int64_t i = 0; i < block_count; i += tile_vectors) {
-    const bool two = tile_vectors > 1 && i + 1 < block_count;
+    const int vectors = tile_vectors > 1 && i + 1 < block_count ? 2 : 1;
+    const Cut cut = Cut::of(band.first_row, band.rows, maps.strips.count(1), p.R, p.padding[0], p.H, p.stride[0],
+                            p.dilation[0], ConvTile<T>::most(vectors, static_cast<int>(size)));
+    const int64_t tiles = cut.tiles();
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Ahead ahead = i + tile_vectors < block_count ? ahead_of(tile, tiles) : Ahead{};
       int64_t first, count;
       cut.at(tile, first, count);
-      tile_of<ConvTile<T>>(maps.strips.size, 1 + two, count)(maps, &blocks[i], first, taps, ahead);
+      tile_of<ConvTile<T>>(size, vectors, count)(maps, &blocks[i], first, taps, ahead);
     }
   }
-  const auto out_of = [&](int64_t j) {
-    return p.out + (p.route.order[band.start + j] * p.Ho + band.first_row) * p.Wo * p.C_out;
-  };
   for (const Range& gap : band.outputs.gaps)
-    for (int64_t j = 0; j < band.count; ++j)
-      for (int64_t i = 0; i < band.rows * p.Wo; ++i)
-        std::memset(out_of(j) + i * p.C_out + gap.first, 0, gap.width * sizeof(T));
+    for (int64_t j = 0; j < band.count; ++j) {
+      T* out = maps.output({j, 0, 0, 0}) + gap.first;
+      const int64_t pixels = band.rows * p.Wo;
+      if (gap.width == p.C_out)
+        std::memset(out, 0, pixels * p.C_out * sizeof(T));
+      else
+        for (int64_t i = 0; i < pixels; ++i) std::memset(out + i * p.C_out, 0, gap.width * sizeof(T));
+    }
 }
 
 #pragma GCC pop_options
