@@ -60,6 +60,27 @@ def cut_sets(monkeypatch, images=60):
     monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: few_images(name, split, images))
 
 
+def digit_tasks(split, kinds, count):
+    """A task for each name of `kinds`, {name: consecutive digits}: the first `count` of the packaged images of them."""
+    whole, found = load_set("digits", split), []
+    for name, digits in kinds.items():
+        part = whole.subset(torch.isin(whole.labels, torch.tensor(digits)).nonzero().flatten()[:count])
+        found.append(dataclasses.replace(part, name=name, labels=part.labels - digits[0], classes=len(digits)))
+    return found
+
+
+def use_dag_tasks(monkeypatch, load):
+    """Let `den dag train` and its report read tasks with load(data, split, root) instead of those of a scenario."""
+    for module in ("recipes.dag.recipe", "report.dag.measured"):
+        monkeypatch.setattr(f"den.{module}.load_tasks", load)
+
+
+def assert_same_weights(one, other):
+    """Bit for bit."""
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def train_interrupted(config, monkeypatch, at, run=train):
     """Train by `run` until update `at` (from 0), which does not happen."""
     plain, calls = Engine.update, []
