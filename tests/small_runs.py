@@ -8,6 +8,7 @@ import torch
 
 from den.data import load_set
 from den.recipes.den import train
+from den.runs.command import SetsOfRuns, look_up, measured
 from den.train.config import DataConfig, EstimatorTraining, MethodConfig, NetworkConfig, PhaseConfig, SelectorTraining
 from den.train.config import TrainConfig as Config
 from den.train.engine import Engine
@@ -79,6 +80,11 @@ def assert_same_weights(one, other):
     """Bit for bit."""
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def evaluations(folder):
+    """The record of a run, measured where it has none, and those of its operating points."""
+    return measured(look_up(folder), SetsOfRuns(None))
 
 
 def train_interrupted(config, monkeypatch, at, run=train):

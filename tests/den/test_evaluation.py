@@ -9,10 +9,11 @@ import torch
 from den import cli
 from den.data import load_set
 from den.nn.count import count_parameters
-from den.runs.command import evaluations, opened
+from den.runs.command import opened
 from den.runs.evaluation import VERSION, Evaluation, evaluate_run, read_evaluation, write_evaluation
 from den.runs.trained import open_run
 from den.train.checkpoint import load_checkpoint, save_checkpoint
+from tests.small_runs import evaluations
 
 
 @pytest.fixture
