@@ -113,8 +113,11 @@ def autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     return [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
 
 
-def check(x: Tensor, weight: Tensor, groups: int) -> None:
-    """Raise ValueError unless x is [B, C_in, H, W], weight [C_out, C_in / groups, R, S] and groups divides C_out."""
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Raise unless x is [B, C_in, H, W], weight [C_out, C_in / groups, R, S] and bias [C_out], alike in kind.
+
+    ValueError for shapes, cardinality and devices, TypeError for dtypes.
+    """
     if x.ndim != 4 or weight.ndim != 4:
         raise ValueError(
             f"dynamic_conv2d: x and weight must have four axes, got {list(x.shape)} and {list(weight.shape)}"
@@ -123,10 +126,6 @@ def check(x: Tensor, weight: Tensor, groups: int) -> None:
         raise ValueError(f"dynamic_conv2d: groups must divide {weight.shape[0]} output channels, got {groups}")
     if x.shape[1] != weight.shape[1] * groups:
         raise ValueError(f"dynamic_conv2d: x must have {weight.shape[1] * groups} channels, got {x.shape[1]}")
-
-
-def check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError for a bias that is not [C_out] or for different devices, TypeError for different dtypes."""
     if not x.is_floating_point():
         raise TypeError(f"dynamic_conv2d: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:

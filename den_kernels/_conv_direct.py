@@ -53,7 +53,7 @@ def _window(kernel: Sequence[int], geometry: Geometry) -> Any:
 
 
 def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None, turned: bool = False) -> Tensor:
-    """[O, I, R, S], times scale (float32 [O]), as the direct kernels read it.
+    """Weights [O, I, R, S], times scale (float32 [O]), in the layout that the direct kernels read.
 
     float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/dynamic_bf16.h,
     for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I).

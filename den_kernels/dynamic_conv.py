@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _conv_cpu, _conv_direct, _triton
-from ._conv_arguments import autocast, check, check_kinds, pad, pair, sides
+from ._conv_arguments import autocast, check, pad, pair, sides
 from ._conv_masked import equation, masked_backward, masked_forward
 from ._geometry import Geometry, memory_format_of
 from .eager import (
@@ -306,7 +306,8 @@ def dynamic_conv2d(
     if selection is None:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     refuse_symbols("dynamic_conv2d", x)
-    check(x, weight, groups)
+    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    check(x, weight, bias, groups)
     sizes = sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
     return convolve(x, weight, bias, selection, stride, padding, dilation, groups, *sizes)
 
@@ -329,8 +330,7 @@ def convolve(
     packed: gives the weight, packed for the direct convolution of a dtype, when it is needed.
     """
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    check(x, weight, groups)
-    check_kinds(x, weight, bias)
+    check(x, weight, bias, groups)
     if (out_sizes and sum(out_sizes) != weight.shape[0]) or (in_sizes and sum(in_sizes) != x.shape[1]):
         sides(weight.shape[0], x.shape[1], groups, out_sizes or None, in_sizes or None)  # raises
     route = route_for(x, selection, len(out_sizes) or len(in_sizes), "dynamic_conv2d")

@@ -183,7 +183,7 @@ def _pack_depthwise(weight: Tensor) -> Tensor:  # [M, 1, R, S] -> [ceil(M / 16),
 
 
 def _check_convs(convs: dict[str, nn.Conv2d], skip: bool) -> None:
-    """Raise for convolutions that are none of a block's or do not fit one another."""
+    """Raise TypeError or ValueError unless the convolutions are those of a block and fit one another."""
     for name, conv in convs.items():
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"{_OP}: {name} must be an nn.Conv2d, got {type(conv).__name__}")

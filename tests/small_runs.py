@@ -8,6 +8,7 @@ import torch
 
 from den.data import load_set
 from den.recipes.den import train
+from den.runs.command import SetsOfRuns, look_up, measured
 from den.train.config import DataConfig, EstimatorTraining, MethodConfig, NetworkConfig, PhaseConfig, SelectorTraining
 from den.train.config import TrainConfig as Config
 from den.train.engine import Engine
@@ -58,6 +59,32 @@ def few_images(name, split, count):
 def cut_sets(monkeypatch, images=60):
     """The packaged sets cut to a few images, so that a run costs its steps only."""
     monkeypatch.setattr("den.recipes.setup.load_set", lambda name, split, root: few_images(name, split, images))
+
+
+def digit_tasks(split, kinds, count):
+    """A task for each name of `kinds`, {name: consecutive digits}: the first `count` of the packaged images of them."""
+    whole, found = load_set("digits", split), []
+    for name, digits in kinds.items():
+        part = whole.subset(torch.isin(whole.labels, torch.tensor(digits)).nonzero().flatten()[:count])
+        found.append(dataclasses.replace(part, name=name, labels=part.labels - digits[0], classes=len(digits)))
+    return found
+
+
+def use_dag_tasks(monkeypatch, load):
+    """Let `den dag train` and its report read tasks with load(data, split, root) instead of those of a scenario."""
+    for module in ("recipes.dag.recipe", "report.dag.measured"):
+        monkeypatch.setattr(f"den.{module}.load_tasks", load)
+
+
+def assert_same_weights(one, other):
+    """Bit for bit."""
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def evaluations(folder):
+    """The record of a run, measured where it has none, and those of its operating points."""
+    return measured(look_up(folder), SetsOfRuns(None))
 
 
 def train_interrupted(config, monkeypatch, at, run=train):

@@ -178,7 +178,7 @@ class Engine:
         return engine
 
     def push_to_hub(self, name: str, *, architecture: Any = None, images: Any = None, **options: Any) -> str:
-        """Upload what `save_pretrained` writes to a name on the Hugging Face hub; returns its address."""
+        """Upload what `save_pretrained` writes to the Hugging Face hub, under a name; returns its address there."""
         return pretrained.push(self, name, architecture, images, **options)
 
     def profile(self, images: Images, task: Tasks | None = None) -> Profile:

@@ -71,7 +71,7 @@ def shift_within(logits: Sequence[Tensor], costs: LevelCosts, limit: float) -> T
 def within_milliseconds(
     fit: Callable[[float], Point], clock: Callable[[Point], float], costs: LevelCosts, limit: float
 ) -> Point:
-    """The point whose image takes `limit` milliseconds: that of the linear model `costs`, corrected by the clock.
+    """The point at which an image takes `limit` milliseconds: predicted by `costs`, then corrected by timing.
 
     fit: the point at a cost of the model. Raises ValueError where even the cheapest structure takes longer.
     """

@@ -28,7 +28,7 @@ RECALIBRATION = 20  # batches
 
 @dataclass(frozen=True)
 class ElasticTraining:
-    """Settings of `train_elastic`; those of both networks are as in `den train`, where they are explained."""
+    """Settings of `train_elastic`. `den train --help` explains those of the two networks, which are the same."""
 
     rounds: int = 2
     """S of Algorithm 1."""

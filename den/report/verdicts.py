@@ -98,7 +98,7 @@ def operating_points(row: Row, points: Points) -> list[Row]:
 
 
 def _within(variants: list[Row], limit: float, task: str) -> Row:
-    """The dearest variant of at most so many FLOPs; the first where all cost more."""
+    """The most expensive variant within a budget of FLOPs; the first one where all cost more."""
     fitting = [row for row in variants if row.stat("flops", task).mean <= limit]
     return max(fitting, key=lambda row: row.stat("flops", task).mean, default=variants[0])
 

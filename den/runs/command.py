@@ -232,15 +232,3 @@ def measured(run: Measurable, sets: SetsOfRuns, time: bool = False) -> tuple[Eva
         write_evaluation(run.place / NAME, record)
     points = [read_evaluation(other) for other in sorted(run.folder.glob("evaluation.*.json"))]
     return record, [p for p in points if p.updates == record.updates and (p.budget or p.variant)]
-
-
-def evaluations(folder: Path, data_root: Path | None = None, time: bool = False) -> tuple[Evaluation, list[Evaluation]]:
-    """The record of a run and those of its operating points.
-
-    The run is measured where it has no record, one of fewer updates or other settings, or with `time` one without
-    times.
-
-    Raises:
-        ValueError: no run there, a record of another version, a folder that cannot be written to.
-    """
-    return measured(look_up(folder, time=time), SetsOfRuns(data_root), time)

@@ -19,7 +19,7 @@ SPECIAL = {
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, padded to be read as it is."""
+    """A table in Markdown, padded so that its source reads as a table, too."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:

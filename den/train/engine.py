@@ -73,10 +73,7 @@ class Engine(Generic[R]):
 
     Attributes:
         model, batches, optimisers: the recipe's network, streams of batches and optimisers.
-        epoch_steps: updates between measurements and checkpoints, in the phase at hand.
     """
-
-    epoch_steps: int
 
     def __init__(self, config: RunConfig, prepare: Callable[[Any, torch.device], R], *, resume: bool = False) -> None:
         self.config: Any = config
@@ -84,7 +81,6 @@ class Engine(Generic[R]):
         self.device = ranks.join(config.device)
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self._bar: Progress | None = None
-        self._rates: dict[str, float] = {}  # of the optimisers that step in the phase at hand, where it begins
         self._piece, self._pieces = 0, config.accumulate
         self._cut: dict[str, list[Batch]] = {}
         self._means: dict[tuple[str, ...], GradientMeans] = {}
@@ -125,6 +121,11 @@ class Engine(Generic[R]):
         """Share of the phase at hand that is done."""
         return self.position.step / self.phases[self.position.phase].settings.steps
 
+    @property
+    def epoch_steps(self) -> int:
+        """Updates between measurements and checkpoints, in the phase at hand."""
+        return self.config.epoch_steps or self.recipe.epoch_steps(self.phases[self.position.phase])
+
     def autocast(self) -> torch.autocast:
         """The precision that the settings ask for."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
@@ -135,7 +136,7 @@ class Engine(Generic[R]):
         With `accumulate` pieces of batches, each of which draws from the generator what the whole would.  Every epoch
         is measured, logged and saved.
         """
-        here, entered = self.position, None
+        here, entered, epoch = self.position, None, 0
         while here.phase < len(self.phases):
             phase = self.phases[here.phase]
             if phase is not entered:
@@ -145,7 +146,7 @@ class Engine(Generic[R]):
                     self.save(*self._leave(phase))
                     continue
                 self._enter(phase)
-                entered = phase
+                entered, epoch = phase, self.epoch_steps
             self._set_rates(phase)
             state = self.generator.get_state() if self._pieces > 1 else None
             for piece in range(self._pieces):
@@ -153,7 +154,7 @@ class Engine(Generic[R]):
                 if state is not None:
                     self.generator.set_state(state)
                 yield self.batch(phase.stream)
-            if here.step % self.epoch_steps == 0 or here.step == phase.settings.steps:
+            if here.step % epoch == 0 or here.step == phase.settings.steps:
                 self._end_epoch(phase)
                 entered = None
 
@@ -171,10 +172,10 @@ class Engine(Generic[R]):
         An objective without measurements is a part of an update that another objective completes.  Of the pieces of a
         batch all but the last only add to the gradients.
         """
-        here = self.position
+        here, phase = self.position, self.phases[self.position.phase]
         if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
             check_finite(ranks.mean(objective.loss).item(), here.total_steps)
-        names, last = tuple(objective.optimisers or self._rates), self._piece == self._pieces - 1
+        names, last = tuple(objective.optimisers or phase.trained), self._piece == self._pieces - 1
         self._backward(objective, names, last)
         for name in names if last else ():
             self.optimisers[name].step()
@@ -253,15 +254,13 @@ class Engine(Generic[R]):
 
     def _enter(self, phase: Phase) -> None:
         """Begin a phase, or go on with it after a measurement."""
-        self._rates = phase.trained
-        self.epoch_steps = self.config.epoch_steps or self.recipe.epoch_steps(phase)
         self.recipe.enter(self, phase)
         if self._bar is None and self.config.progress and ranks.first():
             self._bar = Progress(phase.settings.steps, phase.title, unit="update", initial=self.position.step)
 
     def _set_rates(self, phase: Phase) -> None:
         scale = phase.scale(self.position.step)
-        for name, rate in self._rates.items():
+        for name, rate in phase.trained.items():
             for group in self.optimisers[name].param_groups:
                 group["lr"] = rate * scale * group.get("factor", 1.0)
 

@@ -26,11 +26,11 @@ PACKAGES = ("den-kernels", "torch", "numpy", "safetensors", "scikit-learn")
 
 
 class RunFolder:
-    """The folder of a new run, or of one to be continued, held against other processes until `close`.
+    """The folder of a new run, or of one to be continued, locked against other processes until `close`.
 
     Nothing in it changes before `begin`.  A context manager.  Of several processes of a run the first one alone reads
     and writes it; all of them must call all methods but `close`.  Where torchrun has started them anew, a run of the
-    same launch is continued without being asked.
+    same launch is continued though `resume` was not given.
 
     Attributes:
         resume: whether the run is continued.

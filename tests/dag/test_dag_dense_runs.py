@@ -6,7 +6,6 @@ import statistics
 
 import numpy as np
 import pytest
-import torch
 
 from den.cli import main
 from den.commands import parse
@@ -25,10 +24,10 @@ from den.recipes.dag.search import train
 from den.report.dag.dense import delta_tables
 from den.report.dag.measured import measure
 from den.report.dag.report import report
-from den.train.engine import Engine
 from den.train.folder import read_metrics
 from tests.dense_files import write_npy_scenes, write_pascal
 from tests.drawn import assert_drawn
+from tests.small_runs import assert_same_weights, train_interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 
@@ -94,22 +93,9 @@ def test_a_scenario_trains_on_its_files_and_is_measured(root, tmp_path, scenario
 @pytest.mark.parametrize("broken_off_at", [1, 4, 6])
 def test_a_dense_run_broken_off_continues_to_the_same_weights(root, tmp_path, monkeypatch, all_tasks, broken_off_at):
     _, whole = all_tasks
-    learn, calls = Engine.update, []
-
-    def failing(engine, *arguments):
-        calls.append(None)
-        if len(calls) > broken_off_at:
-            raise KeyboardInterrupt
-        learn(engine, *arguments)
-
     config = tiny(root, tmp_path / "broken")
-    monkeypatch.setattr(Engine, "update", failing)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr(Engine, "update", learn)
-    resumed = train(config, resume=True)
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    train_interrupted(config, monkeypatch, broken_off_at, train)
+    assert_same_weights(train(config, resume=True), whole)
 
 
 def test_a_network_learns_the_scenes(root, tmp_path):

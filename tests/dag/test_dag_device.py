@@ -18,7 +18,7 @@ from den.dag.config import (
 )
 from den.dag.network import DagNetwork
 from den.dag.scenarios import load_tasks as load_files
-from den.data import MixedTaskBatches, load_set
+from den.data import MixedTaskBatches
 from den.data.images import fits
 from den.recipes.dag import search
 from den.recipes.dag.recipe import SearchRecipe, load_network
@@ -30,6 +30,7 @@ from den.train.engine import Engine
 from den.train.folder import read_metrics
 from tests.dense_files import write_npy_scenes
 from tests.simulated_gpu import Device, simulated
+from tests.small_runs import digit_tasks, train_interrupted, use_dag_tasks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the gates of some tasks differ little"),
@@ -41,20 +42,12 @@ MODES = ("dag", "joint", "frozen", "hard", "single", "adashare", "cross-stitch",
 @pytest.fixture(autouse=True)
 def small_sets(monkeypatch):
     """Two tasks of different classes out of the digits; dense ones come from files."""
-    digits = {split: load_set("digits", split) for split in ("train", "test")}
+    kinds = {"low": (0, 1, 2), "high": (7, 8, 9)}
 
     def tasks(data, split, root=None):
-        if data.scenario == "nyuv2":
-            return load_files(data, split, root)
-        found = []
-        for name, kinds in (("low", (0, 1, 2)), ("high", (7, 8, 9))):
-            whole = digits[split]
-            part = whole.subset(torch.isin(whole.labels, torch.tensor(kinds)).nonzero().flatten()[:30])
-            found.append(dataclasses.replace(part, name=name, labels=part.labels - kinds[0], classes=3))
-        return found
+        return load_files(data, split, root) if data.scenario == "nyuv2" else digit_tasks(split, kinds, 30)
 
-    for module in ("recipes.dag.recipe", "report.dag.measured"):
-        monkeypatch.setattr(f"den.{module}.load_tasks", tasks)
+    use_dag_tasks(monkeypatch, tasks)
 
 
 def tiny(place, mode="dag", device="cpu", **changes):
@@ -160,25 +153,6 @@ def test_images_that_do_not_fit_stay_on_the_host(tmp_path, monkeypatch, on_cpu):
     assert numbers(here.out) == pytest.approx(numbers(there.out), rel=1e-3, abs=1e-4)
 
 
-class Broken(Exception):
-    """What ends a run."""
-
-
-def break_off(config, monkeypatch, at):
-    learn, calls = Engine.update, []
-
-    def failing(engine, *arguments):
-        calls.append(None)
-        if len(calls) > at:
-            raise Broken
-        learn(engine, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "update", failing)
-        with pytest.raises(Broken):
-            train(config)
-
-
 @pytest.mark.parametrize("mode", ["dag", "adashare", "cross-stitch"])
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 def test_a_run_goes_on_on_another_device(tmp_path, monkeypatch, on_cpu, mode, first):
@@ -186,7 +160,7 @@ def test_a_run_goes_on_on_another_device(tmp_path, monkeypatch, on_cpu, mode, fi
     config = tiny(tmp_path / "run", mode, first)
     other = dataclasses.replace(config, device="cpu" if first == "cuda" else "cuda")
     with simulated(monkeypatch) if first == "cuda" else contextlib.nullcontext():
-        break_off(config, monkeypatch, 5)
+        train_interrupted(config, monkeypatch, 5, train)
     with simulated(monkeypatch) if first == "cpu" else contextlib.nullcontext():
         train(other, resume=True)
     assert numbers(config.out) == pytest.approx(numbers(whole.out), rel=1e-3, abs=1e-4)

@@ -20,8 +20,8 @@ from den.data.loaders import LoaderBatches, halves, loader_sets
 from den.nn.tasks import TASK_KINDS, Task
 from den.recipes.dag import fit
 from den.recipes.dag.recipe import load_network
-from den.train.engine import Engine
 from den.train.folder import read_metrics
+from tests.small_runs import assert_same_weights, train_interrupted
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "your-tasks.md"
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
@@ -76,23 +76,13 @@ def test_a_run_on_loaders_continues_to_the_same_weights(tmp_path, monkeypatch, b
     def loader():
         return DataLoader(rows(), batch_size=8, shuffle=True, drop_last=True)
 
-    whole = fit(TASKS, loader(), loader(), tiny(tmp_path / "whole")).model
-    learn, calls = Engine.update, []
+    def run(config, resume=False):
+        return fit(TASKS, loader(), loader(), config, resume=resume).model
 
-    def failing(engine, *arguments):
-        calls.append(None)
-        if len(calls) > broken_off_at:
-            raise KeyboardInterrupt
-        learn(engine, *arguments)
-
-    monkeypatch.setattr(Engine, "update", failing)
-    with pytest.raises(KeyboardInterrupt):
-        fit(TASKS, loader(), loader(), tiny(tmp_path / "broken"))
-    monkeypatch.setattr(Engine, "update", learn)
+    whole, config = run(tiny(tmp_path / "whole")), tiny(tmp_path / "broken")
+    train_interrupted(config, monkeypatch, broken_off_at, run)
     torch.manual_seed(broken_off_at)  # where the process stands does not matter
-    resumed = fit(TASKS, loader(), loader(), tiny(tmp_path / "broken"), resume=True).model
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same_weights(run(config, resume=True), whole)
     first, second = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "broken")
     assert first == second
     assert set(first[-1]["held_out"]) == {"sign", "three"}

@@ -20,6 +20,7 @@ from den.report.dag.report import report
 from den.train.engine import Engine
 from den.train.folder import read_metrics
 from tests.dag.test_dag_search import three_tasks, tiny  # noqa: F401  a fixture
+from tests.small_runs import assert_same_weights, train_interrupted
 
 TASKS = (Task("a", 3, 8, 1), Task("b", 4, 8, 1), Task("c", 3, 8, 1))
 CONFIG = DagConfig(TASKS, states=4, flow=2, channels=8, trunk_size=4)
@@ -34,21 +35,9 @@ def images(count=4, seed=0):
 def test_runs_train_continue_and_are_reported(tmp_path, monkeypatch, mode):
     config = tiny(tmp_path / "whole", {"steps": 6}, mode=mode)
     whole = train(config)
-    learn, calls = Engine.update, []
-
-    def failing(engine, *arguments):
-        calls.append(None)
-        if len(calls) > 4:
-            raise KeyboardInterrupt
-        learn(engine, *arguments)
-
     broken = dataclasses.replace(config, out=tmp_path / "broken")
-    monkeypatch.setattr(Engine, "update", failing)
-    with pytest.raises(KeyboardInterrupt):
-        train(broken)
-    monkeypatch.setattr(Engine, "update", learn)
-    for name, tensor in train(broken, resume=True).state_dict().items():
-        assert torch.equal(tensor, whole.state_dict()[name]), name
+    train_interrupted(broken, monkeypatch, 4, train)
+    assert_same_weights(train(broken, resume=True), whole)
     text = report(DagReportConfig(runs=(tmp_path / "whole",)))
     title = {"single": "single-task networks", "cross-stitch": "Cross-stitch", "adashare": "AdaShare"}[mode]
     assert f"### {title}, 6 updates, seed 0" in text

@@ -4,7 +4,6 @@ import dataclasses
 import stat
 
 import pytest
-import torch
 
 from den.cli import main
 from den.dag.config import (
@@ -15,7 +14,6 @@ from den.dag.config import (
     DagTraining,
     ReductionConfig,
 )
-from den.data import load_set
 from den.recipes.dag.search import train
 from den.report.dag.comparison import comparison, reference, verdicts
 from den.report.dag.dense import single_task_references
@@ -23,7 +21,7 @@ from den.report.dag.measured import measure
 from den.report.dag.report import report
 from den.runs.state import Training, training_of
 from den.train.checkpoint import load_checkpoint, save_checkpoint
-from tests.small_runs import train_interrupted
+from tests.small_runs import digit_tasks, train_interrupted, use_dag_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 
@@ -31,18 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ l
 @pytest.fixture(autouse=True)
 def two_tasks(monkeypatch):
     """Two tasks of different classes out of the digits, 8x8."""
-    digits = {split: load_set("digits", split) for split in ("train", "test")}
-
-    def tasks(data, split, root=None):
-        found = []
-        for name, kinds in (("low", (0, 1, 2)), ("high", (7, 8, 9))):
-            whole = digits[split]
-            part = whole.subset(torch.isin(whole.labels, torch.tensor(kinds)).nonzero().flatten()[:30])
-            found.append(dataclasses.replace(part, name=name, labels=part.labels - kinds[0], classes=3))
-        return found
-
-    for module in ("recipes.dag.recipe", "report.dag.measured"):
-        monkeypatch.setattr(f"den.{module}.load_tasks", tasks)
+    kinds = {"low": (0, 1, 2), "high": (7, 8, 9)}
+    use_dag_tasks(monkeypatch, lambda data, split, root=None: digit_tasks(split, kinds, 30))
 
 
 def tiny(out, **changes):

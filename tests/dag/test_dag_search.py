@@ -19,7 +19,7 @@ from den.dag.config import (
 )
 from den.dag.evaluate import deployed_parameters, evaluate_tasks, task_costs
 from den.dag.scenarios import by_coarse_label
-from den.data import ImageSet, load_set
+from den.data import ImageSet
 from den.recipes.dag.recipe import SearchRecipe, load_network, search_phases
 from den.recipes.dag.search import reduce_tasks, reestimate_norms, search_step, train
 from den.report.dag.comparison import comparison, verdicts
@@ -30,6 +30,7 @@ from den.support.settings import from_dict, to_dict
 from den.train.checkpoint import load_checkpoint
 from den.train.engine import Engine
 from den.train.folder import read_metrics
+from tests.small_runs import assert_same_weights, digit_tasks, train_interrupted, use_dag_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 
@@ -37,18 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ l
 @pytest.fixture(autouse=True)
 def three_tasks(monkeypatch):
     """Three tasks of different classes out of the digits, 8x8."""
-    digits = {split: load_set("digits", split) for split in ("train", "test")}
-
-    def tasks(data, split, root=None):
-        whole, found = digits[split], []
-        for name, kinds in (("low", (0, 1, 2)), ("middle", (3, 4, 5, 6)), ("high", (7, 8, 9))):
-            member = torch.isin(whole.labels, torch.tensor(kinds)).nonzero().flatten()[:90]
-            part = whole.subset(member)
-            found.append(dataclasses.replace(part, name=name, labels=part.labels - kinds[0], classes=len(kinds)))
-        return found
-
-    for module in ("recipes.dag.recipe", "report.dag.measured"):
-        monkeypatch.setattr(f"den.{module}.load_tasks", tasks)
+    kinds = {"low": (0, 1, 2), "middle": (3, 4, 5, 6), "high": (7, 8, 9)}
+    use_dag_tasks(monkeypatch, lambda data, split, root=None: digit_tasks(split, kinds, 90))
 
 
 def tiny(out, training=None, **changes):
@@ -141,22 +132,9 @@ def test_alternating_halves_hold_different_images(tmp_path):
 @pytest.mark.parametrize("broken_off_at", [1, 4, 6, 8, 9])
 def test_a_run_broken_off_anywhere_continues_to_the_same_weights(tmp_path, monkeypatch, broken_off_at):
     whole = train(tiny(tmp_path / "whole"))
-    learn, calls = Engine.update, []
-
-    def failing(engine, *arguments):
-        calls.append(None)
-        if len(calls) > broken_off_at:
-            raise KeyboardInterrupt
-        learn(engine, *arguments)
-
     config = tiny(tmp_path / "broken")
-    monkeypatch.setattr(Engine, "update", failing)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr(Engine, "update", learn)
-    resumed = train(config, resume=True)
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    train_interrupted(config, monkeypatch, broken_off_at, train)
+    assert_same_weights(train(config, resume=True), whole)
     first, second = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "broken")
     assert [line["train"] for line in first] == [line["train"] for line in second]
 

@@ -1,4 +1,4 @@
-"""Bottleneck blocks and pairs, of convolutions and of fully connected layers, against the strict reference."""
+"""Blocks of every kind against the strict reference: masked after the activation, statistics of the users alone."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from den.nn.blocks import BottleneckShape, LinearPairShape, PairShape
+from den.nn.blocks import BottleneckShape, LinearPairShape, PairShape, ResidualShape
 from den.nn.levels import level_plan
 from den.nn.reference import reference_block
 from den_kernels import RoutingPlan, _bottleneck_composed
@@ -17,6 +17,10 @@ from tests.oracle import assert_trained_alike, unlike_new
 
 L = 4
 KINDS = {
+    "residual": ResidualShape(16, 16, 16, 8, stride=1),
+    "residual grows": ResidualShape(8, 20, 20, 8, stride=1),
+    "residual downsamples": ResidualShape(8, 16, 16, 8, stride=2),
+    "residual, same width, half map": ResidualShape(16, 16, 16, 8, stride=2),
     "bottleneck": BottleneckShape(16, 8, 16, 8, stride=1),
     "bottleneck grows": BottleneckShape(8, 24, 16, 8, stride=1),
     "bottleneck downsamples": BottleneckShape(16, 16, 32, 8, stride=2),
@@ -29,6 +33,9 @@ KINDS = {
     "fully connected": LinearPairShape(5, 24, 13, 3),
     "fully connected, of one pixel": LinearPairShape(32, 48, 16, 1),
 }
+BUILDS = {kind: (shape, False) for kind, shape in KINDS.items()} | {
+    f"{kind}, first": (KINDS[kind], True) for kind in ("residual", "residual grows", "bottleneck grows")
+}  # shape, and whether it is the network's first block
 LEVELS = {
     "mixed": [3, 0, 1, 2, 2, 0, 3, 1],
     "all at level 0": [0] * 5,
@@ -55,6 +62,7 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=3e-5)
 
 
+builds = pytest.mark.parametrize(("shape", "first"), BUILDS.values(), ids=BUILDS)
 kinds = pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
 residuals = pytest.mark.parametrize(
     "shape", [s for s in KINDS.values() if not s.lowest], ids=[k for k, s in KINDS.items() if not s.lowest]
@@ -66,11 +74,9 @@ normed = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
-@kinds
-def test_inference_equals_the_reference(shape, levels):
-    block = make(shape).eval()
-    x, levels, route = data(shape, levels, side=7)
+def check_inference(shape, first, levels, side):
+    block = make(shape, first=first).eval()
+    x, levels, route = data(shape, levels, side=side)
     expected = reference_block(block, x, levels, L).detach()
     close(block(x, route).detach(), expected)
     with torch.no_grad():
@@ -79,16 +85,24 @@ def test_inference_equals_the_reference(shape, levels):
     assert fast.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+@builds
+def test_inference_equals_the_reference(shape, first, levels):
+    check_inference(shape, first, levels, side=7)
+
+
+@pytest.mark.parametrize("side", [8, 1])
+@residuals
+def test_maps_of_residual_blocks_may_be_of_any_side(shape, side):
+    check_inference(shape, False, LEVELS["mixed"], side)
+
+
 @pytest.mark.parametrize(
-    ("shape", "levels", "first"),
-    [
-        *((shape, LEVELS["mixed"], False) for shape in KINDS.values()),
-        *((KINDS[kind], LEVELS["all at level 0"], False) for kind in ("cardinality", "pair", "fully connected")),
-        (KINDS["bottleneck grows"], LEVELS["mixed"], True),
-    ],
-    ids=[*KINDS, *(f"{kind}, all at level 0" for kind in ("cardinality", "pair", "fully connected")), "first"],
+    ("shape", "first", "levels"),
+    [(*build, LEVELS[name]) for name in ("mixed", "all at level 0") for build in BUILDS.values()],
+    ids=[f"{kind}, {name}" for name in ("mixed", "all at level 0") for kind in BUILDS],
 )
-def test_training_equals_the_reference_with_gradients_and_statistics(shape, levels, first):
+def test_training_equals_the_reference_with_gradients_and_statistics(shape, first, levels):
     block = make(shape, torch.float64, first).train()
     oracle = copy.deepcopy(block)
     x, levels, route = data(shape, levels, torch.float64)
@@ -105,7 +119,7 @@ def test_training_equals_the_reference_with_gradients_and_statistics(shape, leve
 @settings(max_examples=25)
 @given(
     levels=st.lists(st.integers(0, L - 1), min_size=1, max_size=6),
-    kind=st.sampled_from([BottleneckShape, PairShape, LinearPairShape]),
+    kind=st.sampled_from([ResidualShape, BottleneckShape, PairShape, LinearPairShape]),
     units=st.integers(8, 12),
     cardinality=st.booleans(),
     in_channels=st.integers(1, 9),
@@ -114,7 +128,9 @@ def test_training_equals_the_reference_with_gradients_and_statistics(shape, leve
     masked=st.booleans(),
 )
 def test_any_block_equals_the_reference(levels, kind, units, cardinality, in_channels, stride, side, masked):
-    if kind is PairShape:
+    if kind is ResidualShape:
+        shape = ResidualShape(in_channels, units, units, side, stride) if units >= in_channels else KINDS["residual"]
+    elif kind is PairShape:
         shape = PairShape(in_channels, units, 5, side, (stride == 2, cardinality))
     elif kind is LinearPairShape:
         shape = LinearPairShape(in_channels, units, 5, side)
@@ -131,9 +147,10 @@ def test_any_block_equals_the_reference(levels, kind, units, cardinality, in_cha
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("first", [False, True])
 @residuals
-def test_level_zero_of_a_bottleneck_is_exactly_the_shortcut(shape, training):
-    block = make(shape).train(training)
+def test_level_zero_is_exactly_the_shortcut(shape, first, training):
+    block = make(shape, first=first).train(training)
     x, _, route = data(shape, [0, 2, 0])
     with torch.set_grad_enabled(training):
         y = block(x, route)
@@ -159,7 +176,7 @@ def test_level_zero_of_a_bottleneck_costs_nothing(monkeypatch):
 
 
 @kinds
-def test_the_lowest_level_of_a_pair_keeps_one_group_and_of_a_bottleneck_none(shape):
+def test_the_lowest_level_of_a_pair_keeps_one_group_and_of_the_others_none(shape):
     groups = shape.groups(L)
     assert len(groups) == L - 1 + shape.lowest
     assert sum(groups) == shape.hidden
@@ -183,18 +200,20 @@ def test_an_unselected_channel_leaves_no_trace(shape):
         assert torch.equal(block(x, route), before)
 
 
-def test_statistics_ignore_instances_that_do_not_take_part():
-    shape = KINDS["cardinality"]
+@pytest.mark.parametrize("kind", ["residual", "cardinality"])
+def test_statistics_ignore_instances_that_do_not_take_part(kind):
+    shape = KINDS[kind]
     block, alone = make(shape).train(), make(shape).train()
     x, _, route = data(shape, [2, 0, 2, 0])
     x[1::2] = 1e6
     block(x, route)
     alone(x[::2].contiguous(memory_format=torch.channels_last), data(shape, [2, 2])[2])
     width, untouched = shape.widths(L)[2], make(shape)
-    for name in ("bn1", "bn2", "bn3"):
+    names = ("bn1", "bn2", "bn3") if kind == "cardinality" else ("bn1", "bn2")
+    for name in names:
         close(getattr(block, name).running_mean, getattr(alone, name).running_mean)
         close(getattr(block, name).running_var, getattr(alone, name).running_var)
-    for name in ("bn2", "bn3"):
+    for name in names[1:]:
         assert torch.equal(getattr(block, name).running_var[width:], getattr(untouched, name).running_var[width:])
 
 

@@ -10,13 +10,14 @@ from den import cli
 from den.data import load_set
 from den.evaluate.accuracy import evaluate, static_candidates
 from den.nn.count import count_parameters
-from den.runs.command import evaluations, opened
+from den.runs.command import opened
 from den.runs.evaluation import VERSION, Evaluation, evaluate_run, read_evaluation, write_evaluation
 from den.runs.gain import cost_correlation, image_losses
 from den.runs.steering import unseen_images
 from den.runs.trained import open_run
 from den.support.settings import to_dict
 from den.train.checkpoint import load_checkpoint, save_checkpoint
+from tests.small_runs import evaluations
 
 
 @pytest.fixture

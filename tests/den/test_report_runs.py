@@ -13,12 +13,11 @@ from den import cli
 from den.data import load_set
 from den.recipes import METHODS
 from den.recipes.den import train
-from den.runs.command import evaluations
 from den.runs.evaluation import read_evaluation
 from den.runs.state import Training, phases_of, training_of
 from den.train.checkpoint import load_checkpoint, read_record, save_checkpoint
 from den.train.folder import stored_config
-from tests.small_runs import cut_sets, small_config, train_interrupted
+from tests.small_runs import cut_sets, evaluations, small_config, train_interrupted
 
 
 @pytest.fixture(autouse=True)
