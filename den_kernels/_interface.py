@@ -1,4 +1,4 @@
-"""Which state of the bindings in csrc an extension was built from; setup.py runs this file for the flag that writes it down."""
+"""Which state of the bindings in csrc an extension was built from; setup.py runs this file for the compiler's flag."""
 
 import hashlib
 from pathlib import Path

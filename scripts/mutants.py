@@ -155,7 +155,7 @@ def try_file(path: str, mistakes: list[Mistake]) -> tuple[list[Mistake], list[Mi
         objects.mkdir()
         copy_tree(tree)
         if not path.endswith(".py") and cpp_mistakes.PARTS[path].objects:
-            cpp_mistakes.build_all(tree, objects)
+            cpp_mistakes.build_all(tree, objects, ROOT / "build")
         if not run_tests(tree, tests):
             raise SystemExit(f"mutants: {' '.join(tests)} must pass on the code as it is")
         if path.endswith(".py") and survivors_of(tree, path, [Mistake("an empty file", "")], tests, objects):
