@@ -57,6 +57,9 @@ TESTS = {  # of each part, the quickest first
     "den/train/checkpoint.py": ["tests/den/test_checkpoint.py"],
     "den/dag/reduction.py": ["tests/dag/test_dag_graph.py"],
 }
+EQUIVALENT = cpp_mistakes.EQUIVALENT | {  # survivors that change no result, and why
+    "den/train/phases.py: selector_rate: float = 1.0": "read where a phase trains both networks, which sets it",
+}
 PRELOADED = [
     "numpy",
     "torch",
@@ -185,7 +188,7 @@ def on_line(text: str) -> str:
 
 def table(results: dict[str, tuple[int, list[Mistake]]], seconds: float) -> str:
     rows = ["| part | mistakes | found | share |", "|---|---:|---:|---:|"]
-    left, made, equivalent = [], 0, cpp_mistakes.EQUIVALENT
+    left, made, equivalent = [], 0, EQUIVALENT
     for path, (count, survived) in results.items():
         known = [each for each in survived if f"{path}: {each.words.split(' -> ')[1]}" in equivalent]
         count, made = count - len(known), made + count - len(known)
