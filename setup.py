@@ -5,13 +5,11 @@ DEN_KERNELS_CUDA=0 leaves CUDA out, DEN_KERNELS_CUDA=1 makes its absence an erro
 
 import glob
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
@@ -40,7 +38,7 @@ def toolkit_root(nvcc):
 
 
 class Build(build_ext):
-    """build_ext that compiles C++ in parallel, and the CUDA sources when there is a compiler for them."""
+    """Compiles C++ in parallel, CUDA where there is a compiler; always anew: what lies in build/ may lack CUDA."""
 
     def build_extension(self, ext):
         wanted = os.environ.get("DEN_KERNELS_CUDA")
@@ -76,9 +74,7 @@ class Build(build_ext):
 
 if __name__ == "__main__":
     extension = Pybind11Extension("den_kernels._C", sorted(glob.glob("csrc/*.cpp")), cxx_std=17)
-    extension.extra_compile_args += ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    interface = runpy.run_path("den_kernels/_interface.py")["interface_of"](Path("csrc"))
-    extension.define_macros += [("DEN_KERNELS_INTERFACE", f'"{interface}"')]
+    bindings = subprocess.check_output([sys.executable, "den_kernels/_interface.py"], text=True).strip()
+    extension.extra_compile_args += ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", bindings]
     extension.extra_link_args += ["-fopenmp", "-Wl,--exclude-libs,ALL"]
-    # Always anew: a build without CUDA that lies in build/ must not pass for one with it.
     setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"build_ext": {"force": True}})

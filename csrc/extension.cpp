@@ -5,8 +5,8 @@
 #include "device.h"
 #include "dispatch.h"
 
-#ifndef DEN_KERNELS_INTERFACE
-#define DEN_KERNELS_INTERFACE ""  // setup.py gives a hash of the bindings (den_kernels/_interface.py)
+#ifndef BINDINGS
+#define BINDINGS ""  // setup.py gives a hash of the bindings (den_kernels/_interface.py)
 #endif
 
 namespace py = pybind11;
@@ -46,7 +46,7 @@ void bind_device(py::module_& m) {
   m.def("cpu_isa", &cpu_isa, "Instruction set that the C++ inner functions run with here.");
   m.def("omp_max_threads", &omp_get_max_threads, "Threads that the next OpenMP region would use.");
   m.attr("compiler") = __VERSION__;
-  m.attr("interface") = DEN_KERNELS_INTERFACE;
+  m.attr("interface") = BINDINGS;
 #ifdef DEN_KERNELS_WITH_CUDA
   m.attr("with_cuda") = true;
   m.attr("cuda_version") = py::make_tuple(cuda_version() / 1000, cuda_version() % 1000 / 10);

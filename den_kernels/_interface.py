@@ -1,4 +1,4 @@
-"""Which state of the bindings in csrc an extension was built from; setup.py runs this file, too, without the package."""
+"""Which state of the bindings in csrc an extension was built from; setup.py runs this file for the compiler's flag."""
 
 import hashlib
 from pathlib import Path
@@ -20,3 +20,7 @@ def stale(built_from: str, csrc: Path) -> str:
     if not built_from or not (csrc / "extension.cpp").exists() or built_from == interface_of(csrc):
         return ""
     return "den_kernels._C was built from another state of csrc/: build it again, with `pip install -e .`"
+
+
+if __name__ == "__main__":
+    print(f'-DBINDINGS="{interface_of(Path("csrc"))}"')  # for the compiler

@@ -97,9 +97,12 @@ def float32_isa() -> str:
     return asked.stdout.strip().replace("-", "").lower()
 
 
-def build_all(tree: Path, objects: Path) -> None:
-    """Compile every source of a tree, without optimisation; an error ends the program."""
-    sources = sorted((tree / "csrc").glob("*.cpp"))
+def build_all(tree: Path, objects: Path, ready: Path) -> None:
+    """Compile every source of a tree, but for objects that `setup.py build_ext` has left in `ready`; an error ends the
+    program."""
+    for made in ready.glob("temp*/csrc/*.o"):
+        shutil.copy2(made, objects)
+    sources = [each for each in sorted((tree / "csrc").glob("*.cpp")) if not (objects / f"{each.stem}.o").exists()]
     with ThreadPoolExecutor(2) as pool:
         if not all(pool.map(lambda source: compiled(source, objects), sources)) or not linked(tree, objects, []):
             raise SystemExit("mutants: the extension must build")

@@ -57,12 +57,14 @@ RUNS = {
     "level-0": change(DEN, data=change(DEN.data, batch_size=2)),  # one process: one image of one task, at level 0
     "pieces": change(DEN, data=change(DEN.data, batch_size=9)),
     "bfloat16": change(DEN, mode="dense", precision="bfloat16"),
-    "nestednet": change(LONGER, mode="nestednet"),  # begun by one process, continued by two
+    "nestednet": change(LONGER, mode="nestednet", sharding="zero2"),  # begun by one process, continued by two
     "dag": DAG,
-    "dag-dense": change(DAG, data=SCENES),
+    "dag-dense": change(DAG, data=SCENES, sharding="zero2"),
     "routing": change(LONGER, mode="routing"),  # one process dies
     "handed-on": LONGER,  # begun by two processes, continued by one
+    "sharded": change(LONGER, sharding="zero2"),  # likewise
 }
+HANDED_ON = ("handed-on", "sharded")
 
 
 def say(*words: object) -> None:
@@ -93,18 +95,23 @@ def by_turns(count: int, blocks: int, levels: int, tau: float, draws: object) ->
 
 
 def ended_at(step: int, end: object) -> object:
-    """An update of the engine before which, at a step, `end` is called."""
+    """An update of the engine before which, at a step, `end` is called with the engine."""
     plain = Engine.update
 
     def update(self: Engine, objective: object) -> None:
         if self.position.total_steps == step and self._piece == 0:
-            end()
+            end(self)
         plain(self, objective)
 
     return update
 
 
-def interrupt() -> None:
+def interrupt(engine: Engine) -> None:
+    """Say how many gradients and states of its parameters this process has, and end."""
+    optimiser = engine.optimisers["estimator"]
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    kept = sum(parameter.grad is not None for parameter in parameters)
+    say("kept", engine.config.out.name, ranks.rank(), kept, len(optimiser.state), len(parameters))
     raise KeyboardInterrupt
 
 
@@ -116,7 +123,7 @@ def patches(name: str) -> list:
     if name == "pieces":  # norms of a piece are not those of the whole; all else is the same
         found.append(mock.patch.object(Method, "enter", lambda self, engine, phase: self.model.eval()))
     if name == "routing" and ranks.rank() == 1 and not launched.restarts():
-        found.append(mock.patch.object(Engine, "update", ended_at(3, lambda: os._exit(9))))
+        found.append(mock.patch.object(Engine, "update", ended_at(3, lambda _: os._exit(9))))
     return found
 
 
@@ -131,7 +138,7 @@ def run(folder: Path, name: str, **changes: object) -> None:
         for patch in patches(name):
             stack.enter_context(patch)
         trains = search if isinstance(config, DagTrainConfig) else train
-        begun = name in ("nestednet", "handed-on") and (config.out / "last.safetensors").exists()
+        begun = name in ("nestednet", *HANDED_ON) and (config.out / "last.safetensors").exists()
         model = trains(config, resume=begun)
     content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in model.state_dict().values())
     say(name, hashlib.sha256(content).hexdigest())
@@ -149,14 +156,15 @@ def run_until(folder: Path, name: str, step: int) -> None:
 
 def main(folder: Path) -> None:
     """Train what is to be trained by one of two processes."""
-    for name in ("routing",) if launched.restarts() else [name for name in RUNS if name != "handed-on"]:
+    for name in ("routing",) if launched.restarts() else [name for name in RUNS if name not in HANDED_ON]:
         run(folder, name, **({"accumulate": 2} if name == "pieces" else {}))
         if name == "den":
             try:
                 run(folder, name)
             except ValueError as error:
                 say("refused", type(error).__name__, error)
-    run_until(folder, "handed-on", 3)
+    for name in HANDED_ON:
+        run_until(folder, name, 3)
 
 
 def launch(folder: Path, attempt: int) -> bool:

@@ -210,6 +210,8 @@ class DagTrainConfig:
     accumulate: Annotated[int, Range(1)] = 1
     """Pieces in which a batch is computed, one after the other, before an update: less memory for the same batch.
     Batch norms see a piece at a time."""
+    sharding: Literal["none", "zero2"] = "none"
+    """What several processes share out (torchrun).  zero2: gradients and optimiser states, each kept by one of them."""
     progress: bool = True
     """Show a progress bar per stage."""
 

@@ -32,6 +32,8 @@ class RunConfig(Protocol):
     @property
     def accumulate(self) -> int: ...
     @property
+    def sharding(self) -> Literal["none", "zero2"]: ...
+    @property
     def epoch_steps(self) -> int | None: ...
     @property
     def progress(self) -> bool: ...
@@ -241,6 +243,8 @@ class TrainConfig:
     accumulate: Annotated[int, Range(1)] = 1
     """Pieces in which a batch is computed, one after the other, before an update: less memory for the same batch.
     Batch norms see a piece at a time."""
+    sharding: Literal["none", "zero2"] = "none"
+    """What several processes share out (torchrun).  zero2: gradients and optimiser states, each kept by one of them."""
     stages: Annotated[int, Range(1)] = 2
     """S of Algorithm 1."""
     start: Path | None = None

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from den.data import Batch, BatchStream
 from den.nn.norms import share_statistics
@@ -37,6 +37,7 @@ from den.train.gradients import GradientMeans
 from den.train.objective import Objective
 from den.train.phases import Phase
 from den.train.recipe import Recipe
+from den.train.sharding import Shards
 
 R = TypeVar("R", bound=Recipe)
 
@@ -96,6 +97,7 @@ class Engine(Generic[R]):
             self.recipe.check_pieces(ranks.count(), self._pieces)
             self.phases = self.recipe.phases()
             self._restore() if self.folder.resume else self.recipe.begin(self)
+            self._shards = Shards(self.optimisers) if config.sharding == "zero2" and ranks.count() > 1 else None
             if ranks.count() > 1:
                 share_statistics(self.model, self.recipe.norms_apart())
                 if not ranks.first():  # dropout is each process's own
@@ -180,6 +182,8 @@ class Engine(Generic[R]):
         for name in names if last else ():
             self.optimisers[name].step()
             here.updates[name] = here.updates.get(name, 0) + 1
+        if last and self._shards is not None:
+            self._shards.spread(self._learnt(names))
         if objective.measured is None:
             return
         self.meter.add(objective.measured)
@@ -195,8 +199,7 @@ class Engine(Generic[R]):
     def _backward(self, objective: Objective, names: tuple[str, ...], last: bool) -> None:
         """Add an objective's gradients to those of the optimisers named, or begin them; the last ones are shared."""
         loss = objective.loss / self._pieces if self._pieces > 1 else objective.loss
-        groups = [group for name in names for group in self.optimisers[name].param_groups]
-        learnt = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+        learnt = self._learnt(names)
         if self._piece == 0:
             for parameter in learnt:
                 parameter.grad = None
@@ -209,11 +212,16 @@ class Engine(Generic[R]):
         key = (*names, *(str(id(parameter)) for parameter in learnt))
         if key not in self._means:
             of = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            self._means[key] = GradientMeans([(of.get(id(p), "of the objective"), p) for p in learnt])
+            self._means[key] = GradientMeans([(of.get(id(p), "of the objective"), p) for p in learnt], self._shards)
         with self._means[key].taken():
             loss.backward(inputs=learnt)
         if self.position.step % self.epoch_steps == 0:
             self._means[key].check()
+
+    def _learnt(self, names: tuple[str, ...]) -> list[nn.Parameter]:
+        """The parameters that some optimisers change."""
+        groups = [group for name in names for group in self.optimisers[name].param_groups]
+        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
     def save(self, *paths: Path) -> None:
         """Write the run as it stands to `paths` and to the last checkpoint."""
@@ -221,7 +229,7 @@ class Engine(Generic[R]):
         optimised: dict[str, list[str]] = {}
         cursors: dict[str, list[int]] = {}
         for name, optimiser in self.optimisers.items():
-            kept = optimiser_tensors(optimiser)
+            kept = self._shards.whole_state(optimiser) if self._shards else optimiser_tensors(optimiser)
             optimised[name] = sorted(kept)  # in one order, whether the run was continued or not
             tensors |= prefixed(f"optimiser.{name}", kept)
         for name, batches in self.batches.items():

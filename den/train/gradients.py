@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from den.support import ranks
+from den.train.sharding import Shards
 
 BUCKET = 8 * 2**20  # bytes that are sent at once; the first ones leave while the backward pass computes the others
 
@@ -24,16 +25,20 @@ class GradientMeans:
     `check`.
 
     parameters: by name, all of which require gradients; the same in every process.
+    shards: the owners of the parameters, which alone get the means; None: all processes do.
     """
 
-    def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], bucket: int = BUCKET) -> None:
+    def __init__(
+        self, parameters: Sequence[tuple[str, nn.Parameter]], shards: Shards | None = None, bucket: int = BUCKET
+    ) -> None:
+        self._owner = shards.owner if shards else lambda _: None
         self._names = [name for name, _ in parameters]
         self._parameters = [parameter for _, parameter in parameters]
         self._buckets: list[list[nn.Parameter]] = []
         size = bucket
         for parameter in reversed(self._parameters):
             last = self._buckets[-1][-1] if self._buckets else parameter
-            if size >= bucket or (parameter.dtype, parameter.device) != (last.dtype, last.device):
+            if size >= bucket or self._kind(parameter) != self._kind(last):
                 self._buckets.append([])
                 size = 0
             self._buckets[-1].append(parameter)
@@ -41,6 +46,7 @@ class GradientMeans:
         self._missing: list[int] = []  # gradients that a bucket waits for
         self._sent: list[tuple[Tensor, Any]] = []
         self._watching = False
+        self._there: list[bool] = []  # which parameters have got a gradient
         for place, members in enumerate(self._buckets):
             for parameter in members:
                 parameter.register_post_accumulate_grad_hook(lambda _, place=place: self._arrived(place))
@@ -55,8 +61,13 @@ class GradientMeans:
                 self._send()
         finally:
             self._watching = False
+        self._there = [parameter.grad is not None for parameter in self._parameters]
         for members, (flat, work) in zip(self._buckets, self._sent, strict=True):
             work.wait()  # of a GPU: its later work does
+            if self._owner(members[0]) not in (None, ranks.rank()):
+                for parameter in members:
+                    parameter.grad = None
+                continue
             flat /= ranks.count()
             for parameter, mean in zip(members, flat.split([p.numel() for p in members]), strict=True):
                 if parameter.grad is not None:
@@ -65,7 +76,7 @@ class GradientMeans:
 
     def check(self) -> None:
         """Raise ValueError in all processes unless the same parameters have gradients in all; waits for no device."""
-        there = ranks.gathered([parameter.grad is not None for parameter in self._parameters])
+        there = ranks.gathered(self._there)
         for number, found in enumerate(there):
             if found != there[0]:
                 names = [n for n, one, other in zip(self._names, found, there[0], strict=True) if one != other]
@@ -84,4 +95,10 @@ class GradientMeans:
         """Begin to add up the next bucket over the processes."""
         members = self._buckets[len(self._sent)]
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in members])
-        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
+        owner = self._owner(members[0])
+        work = dist.all_reduce(flat, async_op=True) if owner is None else dist.reduce(flat, owner, async_op=True)
+        self._sent.append((flat, work))
+
+    def _kind(self, parameter: nn.Parameter) -> tuple[object, ...]:
+        """What parameters that are sent together have in common."""
+        return parameter.dtype, parameter.device, self._owner(parameter)

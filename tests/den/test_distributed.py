@@ -17,7 +17,7 @@ from den.train.config import DataConfig, TrainConfig
 from den.train.folder import RunFolder, read_metrics
 from den.train.objective import initial_structures
 from tests.dense_files import write_npy_scenes
-from tests.distributed_run import RUNS, run, run_until
+from tests.distributed_run import HANDED_ON, RUNS, run, run_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:the gates of some tasks differ little")
 
@@ -37,7 +37,8 @@ def launched(tmp_path_factory):
         run(place / "one", name)
     printed = started.communicate(timeout=500)[0]
     assert started.returncode == 0, printed[-5000:]
-    run(place / "two", "handed-on")
+    for name in HANDED_ON:
+        run(place / "two", name)
     return place, printed.splitlines()
 
 
@@ -81,8 +82,20 @@ def test_the_processes_have_the_same_weights_to_the_bit(launched):
     for name, *rest in map(str.split, launched[1]):
         if name in RUNS:
             sums.setdefault(name, []).append(tuple(rest))
-    assert sorted(sums) == sorted(set(RUNS) - {"handed-on"})
+    assert sorted(sums) == sorted({*RUNS} - {*HANDED_ON})
     assert all(len(found) == 2 and len(set(found)) == 1 for found in sums.values())
+
+
+def test_with_zero2_a_process_keeps_a_part_of_gradients_and_states(launched):
+    kept = {(name, rank): list(map(int, rest)) for _, name, rank, *rest in
+            (line.split() for line in launched[1] if line.startswith("kept"))}  # fmt: skip
+    for rank in "01":
+        gradients, states, parameters = kept["handed-on", rank]
+        assert gradients == states == parameters
+    (first, *same), (second, *others) = (kept["sharded", rank] for rank in "01")
+    assert [first, second] == [same[0], others[0]]  # a state for every gradient
+    assert first + second == parameters
+    assert min(first, second) > 0
 
 
 def test_a_folder_with_a_run_is_refused_in_all_processes_and_told_by_the_first(launched):

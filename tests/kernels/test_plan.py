@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from den_kernels import Route, RoutingPlan
-from den_kernels.plan import as_route
+from den_kernels.plan import as_route, route_for
 from den_kernels.plan_sort import (
     plan_levels,
     plan_levels_reference,
@@ -324,6 +324,24 @@ def test_export_with_a_dynamic_batch():
     ).module()
     other = make_levels(11, 3, 4, "random", 1)
     assert torch.equal(exported(other), uses(RoutingPlan.from_levels(other, 4)))
+
+
+@pytest.mark.parametrize(
+    ("masks", "name", "wrong"),
+    [
+        (False, "levels", lambda t: t.long()), (False, "order", lambda t: t.float()),
+        (False, "offsets", lambda t: t[1:]), (False, "offsets", lambda t: t.repeat_interleave(2)[::2]),
+        (True, "mask", lambda t: t.int()), (True, "mask", lambda t: t[:, 1:]), (True, "offsets", lambda t: t[:-1]),
+    ],
+)  # fmt: skip
+def test_a_route_that_is_no_plans_is_refused_where_no_kernel_looks_at_it(monkeypatch, masks, name, wrong):
+    monkeypatch.setattr("den_kernels.plan.extension", None)
+    chosen = make_masks(7, 1, 4, "random", 0) if masks else make_levels(7, 1, 4, "random", 0)
+    route = (RoutingPlan.from_masks(chosen) if masks else RoutingPlan.from_levels(chosen, 4))[0]
+    x = torch.zeros(7, 8, 2, 2)
+    assert route_for(x, route, 4, "op") is route
+    with pytest.raises(ValueError, match=rf"op: route\.{name} must be"):
+        route_for(x, dataclasses.replace(route, **{name: wrong(getattr(route, name))}), 4, "op")
 
 
 @pytest.mark.gpu
