@@ -111,7 +111,7 @@ def against(first: dict[int, float], group: dict[int, float]) -> list[str]:
 
 
 def accuracy_table(runs: dict[str, Values], names: dict[str, str]) -> str:
-    """A row for each kind of run on Omniglot, the first compared with the others."""
+    """A row for each kind of run on Omniglot, the first compared with the others; a sentence where there are none."""
     first, rows = {seed: mean_accuracy(values) for seed, values in by_seed(runs, next(iter(names))).items()}, []
     for name, label in names.items():
         if not (group := by_seed(runs, name)):
@@ -124,6 +124,8 @@ def accuracy_table(runs: dict[str, Values], names: dict[str, str]) -> str:
             f"{mean_of(group, 'parameters'):,.0f}", f"{mean_of(group, 'task parameters'):,.0f}",
             f"{mean_of(group, 'flops') / 1e6:.2f}", f"{statistics.mean(timed):.2f}" if timed else "",
         ])  # fmt: skip
+    if len(rows) < 2:
+        return "No such run has been made so far."
     ours = next(iter(names.values())).strip("*")
     head = ["network", "seeds", "mean accuracy", "deviation, points", f"{ours} better by, points [95 % interval]",
             "better", "parameters, all tasks", "parameters, one task", "MFLOP, one task", "ms, 32 images"]  # fmt: skip
