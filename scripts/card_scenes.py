@@ -64,7 +64,7 @@ def drawn_card(alphabets: list[ImageSet], generator: torch.Generator) -> Card:
 
 
 def rays(side: int) -> Tensor:
-    """What each pixel looks along: float32 [side, side, 3], of depth 1."""
+    """Directions that the pixels look along: float32 [side, side, 3], of depth 1."""
     places = (torch.arange(side) + 0.5) / side - 0.5
     y, x = torch.meshgrid(places, places, indexing="ij")
     return torch.stack([x / FOCAL, y / FOCAL, torch.ones_like(x)], 2)

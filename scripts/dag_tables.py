@@ -103,7 +103,7 @@ def mean_of(group: dict[int, Values], name: str) -> float:
 
 
 def against(first: dict[int, float], group: dict[int, float]) -> list[str]:
-    """What the first kind of run has above another, with its interval, and whether that decides anything."""
+    """Lead of the first kind of run over another, with its interval, and whether that decides anything."""
     if group == first:
         return ["", ""]
     gain = Interval.of(paired(first, group))
@@ -173,7 +173,7 @@ PAGES: dict[str, tuple[Maker, dict[str, dict[str, str]]]] = {
 
 
 def measure_new(runs: dict[str, Values], folder: Path, data_root: Path | None, time: bool) -> dict[str, Values]:
-    """What was measured of these runs, and of finished ones of a folder that are new; of seed 0 anew with `time`."""
+    """Measure the finished runs of a folder that are new, with `time` those of seed 0 again, and add them to `runs`."""
     found = dict(runs)
     for done in sorted(folder.glob("*-s*.done")):
         name = done.name.removesuffix(".done")
