@@ -1,6 +1,6 @@
 """Scenes of cards in a room, each card with a character of Omniglot: segmentation, depth and normals of every pixel.
 
-    python scripts/card_scenes.py DATA OUT [--train 800] [--held-out 200] [--side 64]
+    python scripts/card_scenes.py DATA OUT [--train 800] [--held-out 200] [--side 48]
 
 writes the layout that dense tasks are read from (`den.data.npy_scenes`); `den dag train --data.tasks folder:OUT` learns
 them.  A stand-in of ours for NYU-v2, of which no free copy exists: the drawings are real, the room is computed.
@@ -14,7 +14,6 @@ Of the training drawings of each alphabet four of five make the scenes of `train
 """
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def drawn_card(alphabets: list[ImageSet], generator: torch.Generator) -> Card:
 
 
 def rays(side: int) -> Tensor:
-    """What each pixel looks along: float32 [side, side, 3], of depth 1."""
+    """Directions that the pixels look along: float32 [side, side, 3], of depth 1."""
     places = (torch.arange(side) + 0.5) / side - 0.5
     y, x = torch.meshgrid(places, places, indexing="ij")
     return torch.stack([x / FOCAL, y / FOCAL, torch.ones_like(x)], 2)
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--train", type=int, default=800, help="scenes for training")
     parser.add_argument("--held-out", type=int, default=200, help="scenes of drawings that are held out")
-    parser.add_argument("--side", type=int, default=64, help="of the images, in pixels")
+    parser.add_argument("--side", type=int, default=48, help="of the images, in pixels")
     given = parser.parse_args()
     write_scenes(given.data, given.out, given.train, given.held_out, given.side)
 

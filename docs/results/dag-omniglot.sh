@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# DAG networks on eight alphabets of Omniglot: every run of docs/results/dag-omniglot.md.  An interrupted loop goes on
-# where it stopped.
+# DAG networks on eight alphabets of Omniglot: every run of docs/results/dag-omniglot.md, whose tables
+# scripts/dag_tables.py makes.  An interrupted loop goes on where it stopped.
 #   DATA=data docs/results/dag-omniglot.sh              # all parts; about three minutes a run on one core
 #   SEEDS="0 1" PARTS="main peers" REPORT= ...          # some of them, without the report
 set -euo pipefail
@@ -45,22 +45,22 @@ ablations() {
   train flow7 --network.flow 7  # the unrestricted graph
 }
 
+balances() {
+  train uncertainty --training.balance uncertainty
+  train dwa --training.balance dwa
+  train pcgrad --training.gradients pcgrad
+  train cagrad --training.gradients cagrad
+}
+
 peers() {
   train adashare --mode adashare
   train single --mode single
   train cross-stitch --mode cross-stitch
 }
 
-for part in ${PARTS:-main reductions ablations peers}; do
+for part in ${PARTS:-main reductions ablations balances peers}; do
   for seed in ${SEEDS:-0 1 2 3 4}; do $part; done
 done
 if [[ -n ${REPORT-yes} ]]; then
-  folders=()
-  for name in dag hard narrow random gates rerank ends no-guard bare no-squeeze no-warm-up joint frozen no-read-in \
-    no-read-out no-fine-tuning flow5 flow7 adashare single cross-stitch; do
-    for seed in ${SEEDS:-0 1 2 3 4}; do
-      if [[ -e $out/$name-s$seed.done ]]; then folders+=("$out/$name-s$seed"); fi
-    done
-  done
-  den dag report "${folders[@]}" --data-root "${DATA:-data}" --markdown "$out/dag-omniglot.md"
+  python scripts/dag_tables.py omniglot "$out" --data-root "${DATA:-data}"  # --write: into the page
 fi
