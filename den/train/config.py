@@ -140,10 +140,9 @@ class EstimatorTraining:
     structures: Literal["sample", "argmax"] = "sample"
     """Structures that the selector gives for training the estimator: drawn from its distribution, or the likeliest."""
     distill: Annotated[float, Range(0, 1)] = 0.0
-    """Distillation (ours): a share of the images also runs at the full structure, which learns their labels and teaches
-    their smaller structures.  This is the weight of what it teaches, the rest is that of the labels; 0: none."""
+    """Weight of what the full structure teaches the smaller ones, the rest is that of the labels; 0: nothing (ours)."""
     distill_share: Annotated[float, Range(0, 1, open_low=True)] = 0.25
-    """With distill: that share of the images, drawn anew for every batch."""
+    """With distill: share of the images that also run at the full structure, which learns their labels and teaches."""
     distill_temperature: Annotated[float, Range(0.1, 100)] = 2.0
     """With distill: temperature that both answers are softened by."""
 
@@ -171,8 +170,7 @@ class SelectorTraining:
     late_samples: Annotated[int | None, Range(1)] = None
     """|Z| in the second half of the selector's updates; None: as in the first."""
     auxiliary: Annotated[float, Range(0)] = 0.0
-    """Weight of an auxiliary loss (ours): a head of its own predicts, from the features that choose, what each sampled
-    structure of an image costs.  Used while training only; 0: no such head."""
+    """Weight of an auxiliary loss: a head for training alone predicts what sampled structures cost; 0: none (ours)."""
     baseline: Literal["leave-one-out", "running-mean", "none"] = "leave-one-out"
     """Baseline of a sample's cost: the mean of the other samples of its image; a running mean of its task; none."""
     entropy_bonus: Annotated[float, Range(0)] = 0.01
