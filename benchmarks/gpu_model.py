@@ -145,7 +145,8 @@ def convolution(
     n, k = channels
     stride = 1 if second else p.stride
     problem = boxes.Arguments(n, k, len(p.widths), (size, size), (stride,) * 2, 1, torch.bfloat16, False, True, second)
-    stripped = strips.choose_strips(problem, False, chip.arch)
+    wide = strips.is_wide(n.channels, p.B * size * size, chip.multiprocessors)
+    stripped = strips.choose_strips(problem, False, chip.arch, wide)
     boxed = None if stripped else boxes.choose_boxes(problem, False, chip.arch)
     if stripped or boxed:
         tile, shape = stripped or boxed

@@ -162,7 +162,8 @@ def convolution_launch(
         route.mask is not None, boxes.is_aligned(source, weight), after is not None or pool > 0,
         weight.shape[2], geometry.dilation[0],
     )  # fmt: skip
-    if chosen := strips.choose_strips(fitted, skip_empty, arch):
+    wide = strips.is_wide(NC, B * OH * OW, multiprocessors)
+    if chosen := strips.choose_strips(fitted, skip_empty, arch, wide):
         from .strip_kernel import strip_kernel
 
         arguments |= strips.arguments_of(source, weight, chosen, OW, transposed)

@@ -8,7 +8,7 @@ column of taps and BK channels the rows of a tile and those around it are loaded
 r the block that lies r * DIL_H further down. `wgmma` reads blocks where they lie, as its left operand, which Gluon can
 say and Triton cannot. A level of few channels is then a narrow product.
 
-One warp loads (strip_loads.py) and runs ahead, over tiles too; the others multiply and store. A stage of the ring is one
+One warp loads (strip_loads.py) and runs ahead, over tiles too; the others multiply and store. A stage of the ring is a
 column of taps by BK channels: its blocks, and the weights of R taps. `full` says that a stage has landed, `empty` that
 it may be loaded again. A stage has its place in memory whatever the rung, so that it never falls on another one that is
 still read.

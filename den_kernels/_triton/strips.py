@@ -22,7 +22,8 @@ def is_known() -> bool:
     try:
         from triton.runtime import JITFunction
 
-        from .strip_kernel import find_turn
+        from .strip_kernel import strip_kernel  # noqa: F401
+        from .strip_loads import find_turn
     except (ImportError, AttributeError):
         return False
     known = rules.installed().split(".")[:2] == list(map(str, rules.release_of(rules.installed())))
@@ -34,15 +35,14 @@ def stage_bytes(columns: int, depth: int, taps: int, dilation: int) -> int:
     return 2 * depth * (64 * (ROWS + (taps - 1) * dilation) + taps * columns)
 
 
-def tile_by_rule(n: int, k: int, taps: int, dilation: int) -> Tile | None:
+def tile_by_rule(n: int, k: int, taps: int, dilation: int, wide: bool) -> Tile | None:
     """The tile where n channels are written, of up to k, with `taps` rows of taps; None where two stages do not fit.
 
     Wide ones have a multiprocessor for themselves, and two groups of four warps share their channels.
 
-    >>> tile_by_rule(64, 64, 3, 1), tile_by_rule(256, 256, 5, 1)
+    >>> tile_by_rule(64, 64, 3, 1, False), tile_by_rule(256, 256, 5, 1, True)
     (Tile(rows=256, columns=64, depth=32, warps=4, stages=2, programs=2), None)
     """
-    wide = n > 64
     columns, programs = (128, 1) if wide else (64, 2)
     depth = ceil_power(k, 16, 64 if wide else 32)
     room = SHARED // programs - (2 << 10) - 64 * 4 * columns  # barriers, and sums that change their layout
@@ -50,7 +50,16 @@ def tile_by_rule(n: int, k: int, taps: int, dilation: int) -> Tile | None:
     return Tile(64 * ROWS, columns, depth, 8 if wide else 4, stages, programs) if stages > 1 else None
 
 
-def choose_strips(p: Arguments, skip_empty: bool, arch: int) -> tuple[Tile, Shape] | None:
+def is_wide(n: int, pixels: int, multiprocessors: int) -> bool:
+    """True where wide tiles of n channels are more than the multiprocessors: with fewer, a mix of levels idles half.
+
+    >>> is_wide(128, 256 * 16 * 16, 132), is_wide(256, 256 * 8 * 8, 132), is_wide(64, 256 * 32 * 32, 132)
+    (True, False, False)
+    """
+    return n > 64 and -(-pixels // (64 * ROWS)) * -(-n // 128) > multiprocessors
+
+
+def choose_strips(p: Arguments, skip_empty: bool, arch: int, wide: bool) -> tuple[Tile, Shape] | None:
     """The tile and the segments of a convolution on strips; None where it runs on boxes or pointers.
 
     Strips need compute capability 9.0, 16-bit numbers, stride 1, levels, more than one row of taps, maps whose height
@@ -63,7 +72,7 @@ def choose_strips(p: Arguments, skip_empty: bool, arch: int) -> tuple[Tile, Shap
         return None
     if choice.tuned("convolve", p.n.channels, p.k.channels, p.dtype, arch):
         return None
-    tile = tile_by_rule(p.n.channels, p.k.channels, p.taps, p.dilation)
+    tile = tile_by_rule(p.n.channels, p.k.channels, p.taps, p.dilation, wide)
     if tile is None:
         return None
     shape = shape_of_levels(p.n, p.k, p.groups, 1, skip_empty, tile)
@@ -80,7 +89,7 @@ def take_block(
     """
     sides = Side(out_channels, ()), Side(sum(groups), groups)
     wanted = Arguments(*sides, len(groups), out_size, (1, 1), 1, dtype, False, True, True)
-    return choose_strips(wanted, False, arch) is not None
+    return choose_strips(wanted, False, arch, False) is not None
 
 
 def arguments_of(

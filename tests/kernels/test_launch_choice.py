@@ -90,17 +90,18 @@ def test_which_convolutions_run_on_boxes(change, tile):
 def test_which_convolutions_run_on_strips(change, tile, monkeypatch):
     monkeypatch.setattr(strips, "is_known", lambda: True)
     case = BOXES._replace(**change)
-    chosen = strips.choose_strips(case, False, 90)
+    wide = case.n.channels > 64
+    chosen = strips.choose_strips(case, False, 90, wide)
     assert (chosen and chosen[0]) == tile
-    assert strips.choose_strips(case, False, 80) is strips.choose_strips(case, False, 100) is None
+    assert strips.choose_strips(case, False, 80, wide) is strips.choose_strips(case, False, 100, wide) is None
     monkeypatch.setattr(strips, "is_known", lambda: False)
-    assert strips.choose_strips(case, False, 90) is None
+    assert strips.choose_strips(case, False, 90, wide) is None
 
 
 def test_a_tuned_tile_is_none_of_strips(monkeypatch):
     monkeypatch.setattr(strips, "is_known", lambda: True)
     monkeypatch.setattr(table, "tiles", lambda arch: {table.key("convolve", 64, 64, HALF): (128, 64, 64, 4, 3, 3)})
-    assert strips.choose_strips(BOXES, False, 90) is None
+    assert strips.choose_strips(BOXES, False, 90, False) is None
 
 
 def test_a_tuned_tile_that_is_none_of_boxes_means_pointers(monkeypatch):
