@@ -177,7 +177,10 @@ def assert_on_strips(launch: Launch, code: Code) -> None:
     order = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|BAR\.SYNC|SYNCS\.ARRIVE\S*A1T0", code.listing)
     given_back = [i for i, name in enumerate(order) if name.startswith("SYNCS")]
     assert len(given_back) == len(loops)
-    assert all(order[i - 2 : i] == ["WARPGROUP.DEPBAR", "BAR.SYNC"] for i in given_back), order
+    for i in given_back:
+        last = max(j for j in range(i) if order[j] == "HGMMA")
+        assert order[last + 1] == "WARPGROUP.DEPBAR", order
+        assert set(order[last + 2 : i]) == {"BAR.SYNC"}, order
     programs, threads = -(-launch.programs // 132), 32 * (a["num_warps"] + 4)
     assert programs * threads * -(-code.registers // 8) * 8 <= 1 << 16
     assert programs * (code.shared + 1024) <= 228 << 10
