@@ -19,7 +19,7 @@ import torch
 
 from den.nn.blocks import ResidualShape
 from den_kernels._cuda_layout import FusedArguments, FusedLayout, fused_layout
-from den_kernels._triton import boxes, choice
+from den_kernels._triton import boxes, choice, strips
 from den_kernels._triton.choice import Side
 from den_kernels._triton.rules import Tile
 
@@ -63,6 +63,8 @@ class Slots(NamedTuple):
 
 
 SLOTS = {"boxes": Slots(120, 1160), "pointers": Slots(260, 1300)}
+STRIP = Slots(280, 3000)  # on strips: a stage, a column of taps; all else of a tile of 256 x 64, loads included
+ROUND_TRIP = 800  # cycles from a load of the result's row to its store
 
 
 class Fused(NamedTuple):
@@ -119,6 +121,23 @@ def convolution_tile(tile: Tile, columns: int, depth: int, turns: int, boxed: bo
     return max(issue, product, (loaded + read) / SHARED_BYTES, of_l2) / OVERLAP
 
 
+def strip_tile(tile: Tile, columns: int, depth: int, turns: int, adds: bool, chip: Chip, itemsize: int) -> float:
+    """Cycles of a tile of `columns` channels on strips, in `turns` stages: three rows of taps by `depth` channels.
+
+    What is loaded overlaps with all else. A program that has a multiprocessor for itself does not multiply while it
+    stores; of two, one stores while the other multiplies.
+    """
+    halves = tile.warps // 4
+    loaded = turns * strips.stage_bytes(columns, depth, 3, 1) // 2 * itemsize
+    read = turns * 3 * strips.ROWS * (64 * halves + columns) * depth * itemsize
+    product = turns * 2 * tile.rows * columns * 3 * depth / chip.flops
+    issue = turns * STRIP.turn * halves
+    behind = STRIP.tile * columns / 64 + (strips.ROWS * ROUND_TRIP if adds else 0)
+    works = max(product, (loaded + read) / SHARED_BYTES, issue)
+    of_l2 = loaded / (chip.l2 / chip.multiprocessors / chip.clock)
+    return max(of_l2, works, (works + behind) / tile.programs) / OVERLAP
+
+
 def convolution(
     p: FusedArguments, counts: Sequence[int], second: bool, chip: Chip, channels: tuple[Side, Side], size: int
 ) -> float:
@@ -126,9 +145,11 @@ def convolution(
     n, k = channels
     stride = 1 if second else p.stride
     problem = boxes.Arguments(n, k, len(p.widths), (size, size), (stride,) * 2, 1, torch.bfloat16, False, True, second)
-    boxed = boxes.choose_boxes(problem, False, chip.arch)
-    if boxed:
-        tile, shape = boxed
+    wide = strips.is_wide(n.channels, p.B * size * size, chip.multiprocessors)
+    stripped = strips.choose_strips(problem, False, chip.arch, wide)
+    boxed = None if stripped else boxes.choose_boxes(problem, False, chip.arch)
+    if stripped or boxed:
+        tile, shape = stripped or boxed
     else:
         tile = choice.choose_tile(n.channels, k.channels, torch.bfloat16, chip.arch)
         shape = choice.shape_of_levels(n, k, len(p.widths), 1, True, tile)
@@ -136,10 +157,13 @@ def convolution(
     for segment, instances in enumerate(reversed(counts[1:])):
         bn, bk = (side[shape.rung[segment]] for side in (shape.bns, shape.bks))
         turns = 9 * -(-shape.k_widths[segment] // bk)
-        cycles = convolution_tile(tile, bn, bk, turns, boxed is not None, chip, p.itemsize)
+        if stripped:
+            cycles = strip_tile(tile, bn, bk, turns // 3, second, chip, p.itemsize)
+        else:
+            cycles = convolution_tile(tile, bn, bk, turns, boxed is not None, chip, p.itemsize)
         tiles += [cycles] * (-(-instances * size * size // tile.rows) * shape.columns[segment])
     programs = min(len(tiles), tile.programs * chip.multiprocessors)
-    return makespan(tiles, programs, chip.multiprocessors) / chip.clock if tiles else 0.0
+    return makespan(tiles, programs, chip.multiprocessors, snake=bool(stripped)) / chip.clock if tiles else 0.0
 
 
 def two_launches(p: FusedArguments, counts: Sequence[int], chip: Chip) -> float:

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from den.nn.backbones import BACKBONES
 from den.nn.block_lists import block_shapes
 from den.nn.blocks import ResidualShape
 from den_kernels._cuda_layout import FusedArguments, fused_layout
+from den_kernels._triton import strips
 
 from .gpu_model import CHIPS, CODE, Chip, Fused, fused, problem_of, two_launches
 from .tables import table as markdown
@@ -65,7 +68,9 @@ def predict(block: ResidualShape, mix: str, chip: Chip, B: int = 256, code: Fuse
     maps = map_bytes(p, counts) / chip.bandwidth
     two = two_launches(p, counts, chip)
     one = float("inf") if layout is None else fused(p, layout, counts, chip, code)
-    ours = one if layout is not None and layout.is_worth(p) else two
+    groups = tuple(b - a for a, b in zip((0, *p.widths), p.widths, strict=False))
+    on_strips = strips.take_block(groups, p.C_out, (rows, rows), torch.bfloat16, chip.arch)
+    ours = one if layout is not None and layout.is_worth(p) and not on_strips else two
     return Prediction(
         work[1] / rate, maps, max(work[0] / rate / chip.dense, dense_maps), two, one, ours, work[0] / work[1]
     )

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import _triton
 from ._cuda_layout import FusedArguments, FusedLayout, fused_layout
 from ._cuda_support import runs_on
 from ._extension import extension
+from ._triton import strips
 from .float32 import allows_tf32
 
 if TYPE_CHECKING:
@@ -57,7 +59,13 @@ def plan_masks(masks: Tensor, levels: Tensor, order: Tensor, offsets: Tensor) ->
 def choose_fused(x: Tensor, route: "Route", weights: "ResidualWeights") -> FusedLayout | None:
     """The layout of the fused residual block for x [B, C, H, W]; None where it does not run or should not win."""
     layout = layout_of(x, route, weights)
-    return layout if layout is not None and layout.is_worth(_arguments(x, weights)) else None
+    if layout is None or not layout.is_worth(_arguments(x, weights)):
+        return None
+    device: Any = torch.cuda.get_device_properties(x.device)
+    size = -(-x.shape[2] // weights.stride), -(-x.shape[3] // weights.stride)
+    arch = device.major * 10 + device.minor
+    takes = _triton.HAS_TRITON and strips.take_block(weights.groups, weights.conv2.shape[0], size, x.dtype, arch)
+    return None if takes else layout
 
 
 def layout_of(

@@ -116,9 +116,12 @@ def compile_ahead(candidates: Sequence[Tile], tested: Sequence[Trial], arch: int
 
 
 def score(tile: Tile, tested: Sequence[Trial], arch: int) -> float:
-    """Seconds of all trials with the tile; infinite where a result is wrong or the launch impossible."""
-    device = tested[0].x.device
-    with trying(arch, tested[0].case.key, tile):
+    """Seconds of all trials with the tile; infinite where a result is wrong or the launch impossible.
+
+    That of the rules is tried without a table, where the launch may be one on strips, which no table asks for.
+    """
+    case, device = tested[0].case, tested[0].x.device
+    with trying(arch, case.key, None if tile == rule(case, arch) else tile):
         try:
             if any(trial.error() > 1 for trial in tested):
                 return float("inf")

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from den.nn.backbones import BACKBONES
 from den.nn.blocks import BlockShape
@@ -78,13 +78,14 @@ def product_loops(code: Code) -> list[Loop]:
 def compile_launch(launch: Launch, arch: int) -> Code:
     """Compile what a launch would run on an architecture, and take the result apart."""
     arguments = {"num_stages": 1} | launch.arguments
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = arguments[parameter.name]
-        if isinstance(value, TensorDescriptor):
+        if hasattr(value, "block_shape"):
             kind = POINTERS[value.base.dtype].removeprefix("*")
-            signature[parameter.name] = f"tensordesc<{kind}{list(value.block_shape)}>"
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            signature[parameter.name] = f"tensordesc<{kind}{list(value.block_shape)}{layout}>"
             continue
         if (
             parameter.is_constexpr
@@ -97,7 +98,8 @@ def compile_launch(launch: Launch, arch: int) -> Code:
         known = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         if known and (isinstance(value, Tensor) or value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    made = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = made(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return disassemble(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
 
 
@@ -222,7 +224,7 @@ def identity(launch: Launch) -> tuple:
 def _constants(launch: Launch) -> Iterator[object]:
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
-        if isinstance(value, TensorDescriptor):
+        if hasattr(value, "block_shape"):
             yield value.base.dtype, tuple(value.block_shape)
         elif isinstance(value, Tensor):
             yield value.dtype
@@ -230,7 +232,7 @@ def _constants(launch: Launch) -> Iterator[object]:
             yield value
         elif not parameter.do_not_specialize:
             yield 1 if value == 1 else value % 16 == 0
-    yield from (launch.arguments.get(name, 1) for name in ("num_warps", "num_stages"))
+    yield from (launch.arguments.get(name, 1) for name in ("num_warps", "num_stages", "maxnreg"))
 
 
 def describe(launch: Launch) -> str:

@@ -21,7 +21,7 @@ _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _WRITES_NO_REGISTER = re.compile(
     r"[A-Z]*SETP|FCHK|R2P|BAR|WARPSYNC|NANOSLEEP|B[RS]\w*|CALL|RET|EXIT|YIELD|NOP|WARPGROUP|DEPBAR|LDGSTS|CCTL|MEMBAR"
 )
-_OUT_OF_LINE = ("BRX", "BRXU", "JMX", "JMP")  # where these lead the walk does not see
+_OUT_OF_LINE = ("BRX", "BRXU", "JMX", "JMP")  # where these lead the walk does not see, unless they say so
 
 
 class Instruction(NamedTuple):
@@ -124,6 +124,8 @@ def _next(
     """The instructions that may follow; a subroutine is stepped over."""
     instruction = instructions[i]
     base, always = instruction.name.split(".")[0], not instruction.predicate
+    if base == "BRX" and "BRANCH_TARGETS" in instruction.operands:  # to the part of a warp, of several
+        return [labels[target] for target in re.findall(r"\.L_x_\d+", instruction.operands)]
     if base in _OUT_OF_LINE:
         raise ValueError(f"find: the listing must branch to labels only, got {instruction}")
     if base == "CALL" and any(groups):

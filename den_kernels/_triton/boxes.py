@@ -23,6 +23,8 @@ class Arguments(NamedTuple):
     masked: bool
     aligned: bool  # strides and addresses are multiples of 16 bytes
     heavy: bool  # the step behind the sums reads or writes a second map
+    taps: int = 3  # rows of them
+    dilation: int = 1  # of rows
 
 
 def tile_by_rule(n: int, k: int, out_size: tuple[int, int]) -> Tile | None:

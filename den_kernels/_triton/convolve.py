@@ -9,7 +9,7 @@ from torch import Tensor
 from .._geometry import Geometry, dense
 from ..float32 import allows_tf32
 from ..plan import Route, channels_of
-from . import boxes, choice
+from . import boxes, choice, strips
 from .box_kernel import box_kernel
 from .choice import Shape, Side
 from .conv_kernel import convolve_kernel
@@ -160,7 +160,15 @@ def convolution_launch(
     fitted = boxes.Arguments(
         n, k, route.groups, (OH, OW), (geometry.stride[0], geometry.stride[1]), geometry.groups, source.dtype,
         route.mask is not None, boxes.is_aligned(source, weight), after is not None or pool > 0,
+        weight.shape[2], geometry.dilation[0],
     )  # fmt: skip
+    wide = strips.is_wide(NC, B * OH * OW, multiprocessors)
+    if chosen := strips.choose_strips(fitted, skip_empty, arch, wide):
+        from .strip_kernel import strip_kernel
+
+        arguments |= strips.arguments_of(source, weight, chosen, OW, transposed)
+        most = _tiles_at_most(chosen[1], B, OH * OW, 1, chosen[0].rows, False)
+        return Launch(strip_kernel, min(most, chosen[0].programs * multiprocessors), arguments)
     if chosen := boxes.choose_boxes(fitted, skip_empty, arch):
         arguments |= boxes.arguments_of(source, weight, chosen, OW, transposed)
         most = _tiles_at_most(chosen[1], B, OH * OW, 1, chosen[0].rows, False)

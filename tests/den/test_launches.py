@@ -34,7 +34,7 @@ def test_a_block_is_two_launches_and_no_pass_activates(backbone, monkeypatch):
         model.estimator(x, TASK, levels)  # folds
         names = Counter(launches.of(lambda: model.estimator(x, TASK, levels)))
     assert "activate_kernel" not in names
-    assert names["convolve_kernel"] + names["box_kernel"] == 2 * model.num_blocks
+    assert sum(names[f"{kind}_kernel"] for kind in ("convolve", "box", "strip")) == 2 * model.num_blocks
     assert names["pool_kernel"] == 1
     assert names.total() <= 2 * model.num_blocks + 6
 

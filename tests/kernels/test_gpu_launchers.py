@@ -26,6 +26,7 @@ from den_kernels import (
 )
 from den_kernels._conv_masked import masked_backward
 from den_kernels._geometry import Geometry
+from den_kernels._triton import strips
 from den_kernels.dynamic_conv import compute, dynamic_conv2d_reference
 from den_kernels.plan import Route, RoutingPlan, as_route
 from den_kernels.testing import make_levels
@@ -281,6 +282,7 @@ NOT_TAKEN = {
     "groups of 24 channels": lambda p: replaced(p, groups=(24, 40)),
     "stride 3": lambda p: replaced(p, stride=3),
     "too few pixels for a read of the weights": lambda p: p | {"x": p["x"][:, :, :6, :6].clone()},
+    "one that runs on strips": lambda p: p | {"x": channels_last(66, 64, 12, 16, dtype=torch.bfloat16)},
 }
 
 
@@ -291,9 +293,11 @@ def test_which_blocks_the_fused_kernel_takes(case, monkeypatch):
         arguments = replaced(arguments, scale1=None, shift1=None, relu=True)
     if case in NOT_TAKEN:
         arguments = NOT_TAKEN[case](arguments)
-    properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    chip = {"multi_processor_count": 132, "shared_memory_per_block_optin": 227 << 10, "major": 9, "minor": 0}
     monkeypatch.setattr(_cuda, "runs_on", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(_triton, "HAS_TRITON", True)
+    monkeypatch.setattr(strips, "is_known", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**chip))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert (_cuda.choose_fused(**arguments) is None) == (case in NOT_TAKEN)
 

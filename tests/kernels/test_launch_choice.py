@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from den_kernels._triton import boxes, choice, rules, table
+from den_kernels._triton import boxes, choice, rules, strips, table
 from den_kernels._triton.choice import ALL, BITS, UNITS, Side
 from den_kernels._triton.rules import Tile
 from den_kernels.tune import shared_bytes
@@ -63,6 +63,45 @@ def test_which_convolutions_run_on_boxes(change, tile):
     chosen = boxes.choose_boxes(case, False, 90)
     assert (chosen and chosen[0]) == tile
     assert boxes.choose_boxes(case, False, 80) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "tile"),
+    [
+        ({}, (256, 64, 32, 4, 2, 2)),
+        ({"k": Side(16, ()), "heavy": True}, (256, 64, 16, 4, 4, 2)),
+        ({"n": Side(128, (32, 32, 64)), "k": Side(128, ()), "out_size": (16, 16)}, (256, 128, 64, 8, 2, 1)),
+        ({"n": Side(256, ()), "out_size": (8, 8), "heavy": True}, (256, 128, 64, 8, 2, 1)),
+        ({"dtype": torch.float16, "out_size": (4, 64)}, (256, 64, 32, 4, 2, 2)),
+        ({"dilation": 2}, (256, 64, 32, 4, 2, 2)),
+        ({"dtype": FULL}, None),
+        ({"out_size": (28, 28)}, None),
+        ({"out_size": (4, 4)}, None),
+        ({"out_size": (6, 8)}, None),
+        ({"stride": (2, 2)}, None),
+        ({"masked": True}, None),
+        ({"cardinality": 2}, None),
+        ({"aligned": False}, None),
+        ({"taps": 1}, None),  # no load to share
+        ({"taps": 7}, None),  # two stages do not fit
+        ({"k": Side(64, (24, 24, 16))}, None),
+    ],
+)
+def test_which_convolutions_run_on_strips(change, tile, monkeypatch):
+    monkeypatch.setattr(strips, "is_known", lambda: True)
+    case = BOXES._replace(**change)
+    wide = case.n.channels > 64
+    chosen = strips.choose_strips(case, False, 90, wide)
+    assert (chosen and chosen[0]) == tile
+    assert strips.choose_strips(case, False, 80, wide) is strips.choose_strips(case, False, 100, wide) is None
+    monkeypatch.setattr(strips, "is_known", lambda: False)
+    assert strips.choose_strips(case, False, 90, wide) is None
+
+
+def test_a_tuned_tile_is_none_of_strips(monkeypatch):
+    monkeypatch.setattr(strips, "is_known", lambda: True)
+    monkeypatch.setattr(table, "tiles", lambda arch: {table.key("convolve", 64, 64, HALF): (128, 64, 64, 4, 3, 3)})
+    assert strips.choose_strips(BOXES, False, 90, False) is None
 
 
 def test_a_tuned_tile_that_is_none_of_boxes_means_pointers(monkeypatch):

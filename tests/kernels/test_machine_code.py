@@ -2,8 +2,8 @@
 
 For every launch that a network makes: tensor core instructions of the architecture, asynchronous 128-bit copies, shared
 memory that fits and holds the planned stages, no spilled register and no local memory; on Hopper no register of a
-matrix instruction in flight is touched, none of these takes an operand from registers, and convolutions on boxes are
-loaded by the copy engine in few issue slots.
+matrix instruction in flight is touched, none of these takes an operand from registers, and convolutions on strips and
+boxes are loaded by the copy engine in few issue slots.
 
     pytest tests/kernels/test_machine_code.py                      a choice of launches, in the installed Triton
     pytest tests/kernels/test_machine_code.py -k wrn32_4           the launches of WRN-32-4 (scripts/machine_code.sh)
@@ -20,7 +20,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.gpu_model import SLOTS, Slots
+from benchmarks.gpu_model import SLOTS, STRIP, Slots
 from den_kernels._triton.launch import Launch
 from tests.launches import Code, block_kinds, compile_launch, describe, identity, launches_of, product_loops
 from tests.wgmma_hazards import find, products_with_a_in_registers
@@ -160,6 +160,32 @@ def assert_loads_boxes(launch: Launch, code: Code, arch: int) -> None:
     assert programs * (code.shared + 1024) <= 228 << 10
 
 
+def assert_on_strips(launch: Launch, code: Code) -> None:
+    """What holds for a convolution on strips: the copy engine loads, products of a stage in few slots, and all fit.
+
+    All warps that multiply meet between the end of a stage's products and its return to the loading warp. The launch
+    also holds the four warps among which the loading one is.
+    """
+    a, loops = launch.arguments, product_loops(code)
+    assert "UTMALDG.4D" in code.names, code.names
+    assert not re.search(r"\bLDGSTS", code.names), code.names
+    products = [a["ROWS"] * a["R"] * bk // 16 for bk in a["BKS"]]
+    assert sorted(len(loop.products) for loop in loops) == sorted(products), loops
+    assert max(loop.slots for loop in loops) <= STRIP.turn, loops
+    around = code.instructions.total() - sum(loop.slots for loop in loops)
+    assert a["POOL"] or around <= STRIP.tile * max(sum(set(a["BNS"])) / 64, 1), around
+    order = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|BAR\.SYNC|SYNCS\.ARRIVE\S*A1T0", code.listing)
+    given_back = [i for i, name in enumerate(order) if name.startswith("SYNCS")]
+    assert len(given_back) == len(loops)
+    for i in given_back:
+        last = max(j for j in range(i) if order[j] == "HGMMA")
+        assert order[last + 1] == "WARPGROUP.DEPBAR", order
+        assert set(order[last + 2 : i]) == {"BAR.SYNC"}, order
+    programs, threads = -(-launch.programs // 132), 32 * (a["num_warps"] + 4)
+    assert programs * threads * -(-code.registers // 8) * 8 <= 1 << 16
+    assert programs * (code.shared + 1024) <= 228 << 10
+
+
 _seen: set[tuple] = set()
 
 
@@ -175,7 +201,9 @@ def test_launches(network, numbers, arch, masked, block, monkeypatch):
         try:
             code = compile_launch(launch, arch)
             assert_sound(code, arch)
-            if "boxes_0" in launch.arguments:
+            if launch.kernel.fn.__name__ == "strip_kernel":
+                assert_on_strips(launch, code)
+            elif "boxes_0" in launch.arguments:
                 assert_loads_boxes(launch, code, arch)
             elif "PRECISION" in launch.arguments:
                 assert_multiplies(launch, code, arch)
