@@ -101,6 +101,17 @@ void run_weight_gradient(const Tensor& x, const Tensor& grad, py::handle dweight
   dynamic_conv_weight_gradient(arguments, dy, out);
 }
 
+// True where torch takes maps [B, C, H, W] for channels-last by their strides, which axes of one element leave open.
+bool is_channels_last(const dlpack::View& maps) {
+  int64_t least = 0;
+  for (const int axis : {1, 3, 2, 0}) {
+    const int64_t size = maps.sizes[axis], stride = maps.strides[axis];
+    if (size == 0 || maps.strides[1] == 0 || stride < least || (axis == 0 && least == maps.strides[1])) return false;
+    least = stride * size;
+  }
+  return true;
+}
+
 // A layer's convolution with its packed weight, for calls that find it ready.
 class Convolution {
  public:
@@ -139,7 +150,8 @@ class Convolution {
  private:
   // Maps of its type and channels, and a selection of them that does not hold every instance at the highest level.
   bool takes(const Tensor& x, const py::tuple& route) const {
-    if (x.dim() != 4 || x.size(1) != C_ || !(bf16_ ? x.is<bf16>() : x.is<float>()) || !x.lies(true)) return false;
+    if (x.dim() != 4 || x.size(1) != C_ || !(bf16_ ? x.is<bf16>() : x.is<float>())) return false;
+    if (!x.lies(true) || !is_channels_last(x.view())) return false;
     const bool one_tap = window_.kernel[0] * window_.kernel[1] == 1;
     if (one_tap && x.size(2) * x.size(3) == 1) return false;
     const Tensor order(route[1], "dynamic_conv2d", "route.order"), ends(route[2], "dynamic_conv2d", "route.offsets");
