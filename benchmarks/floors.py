@@ -9,7 +9,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -96,26 +96,52 @@ def floor_seconds(flops: float, traffic: float, rate: float, bandwidth: float) -
     return max(flops / rate, traffic / bandwidth)
 
 
+CPUINFO = Path("/proc/cpuinfo")
+# The instructions that decide which kernels a CPU runs, ours and oneDNN's, the most first; flags of /proc/cpuinfo.
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+
+
+def _cpu_information() -> dict[str, str]:
+    """The fields of the first CPU in /proc/cpuinfo; none where the system has no such file."""
+    return read_cpuinfo(CPUINFO.read_text(encoding="utf-8")) if CPUINFO.exists() else {}
+
+
+def read_cpuinfo(text: str) -> dict[str, str]:
+    """The fields of the first CPU in the text of /proc/cpuinfo.
+
+    >>> read_cpuinfo("cpu family\t: 26\\nmodel\t\t: 2\\n\\nmodel\t\t: 3\\n")
+    {'cpu family': '26', 'model': '2'}
+    """
+    fields = (line.partition(":") for line in text.strip().split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
 def processor_name() -> str:
     """The processor's name as the system gives it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
+    return _cpu_information().get("model name") or platform.processor() or platform.machine()
 
 
-def machine_name(processor: str, cores: int) -> str:
+def generation(information: Mapping[str, str]) -> str:
+    """Family, model and instructions out of /proc/cpuinfo, which tell apart processors of one name.
+
+    >>> generation({"cpu family": "26", "model": "2", "flags": "fpu avx2 avx512f avx512_bf16"})
+    '26 2 avx512_bf16'
+    """
+    flags = information.get("flags", "").split()
+    widest = next((name for name in INSTRUCTIONS if name in flags), "")
+    return " ".join(filter(None, (information.get("cpu family"), information.get("model"), widest)))
+
+
+def machine_name(processor: str, generation: str, cores: int) -> str:
     """The name a results file is kept under.
 
-    >>> machine_name("Intel(R) Xeon(R) Processor @ 2.60GHz", 2)
-    'intel-xeon-processor-2.60ghz-2-cores'
+    >>> machine_name("Intel(R) Xeon(R) Processor @ 2.60GHz", "6 143 amx_bf16", 2)
+    'intel-xeon-processor-2.60ghz-6-143-amx-bf16-2-cores'
     """
-    words = re.sub(r"\((r|tm)\)", " ", processor.lower())
+    words = re.sub(r"\((r|tm)\)", " ", f"{processor} {generation}".lower())
     return "-".join(re.findall(r"[a-z0-9.]+", words)) + f"-{cores}-cores"
 
 
 def this_machine() -> str:
     """``machine_name`` of the machine this runs on."""
-    return machine_name(processor_name(), os.cpu_count() or 1)
+    return machine_name(processor_name(), generation(_cpu_information()), os.cpu_count() or 1)

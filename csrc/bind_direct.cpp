@@ -4,12 +4,14 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
 #include "bind_operands.h"
 #include "dynamic_bf16.h"
 #include "dynamic_conv.h"
+#include "dynamic_float32.h"
 #include "dynamic_graph.h"
 
 namespace py = pybind11;
@@ -99,11 +101,79 @@ void run_weight_gradient(const Tensor& x, const Tensor& grad, py::handle dweight
   dynamic_conv_weight_gradient(arguments, dy, out);
 }
 
+// True where torch takes maps [B, C, H, W] for channels-last by their strides, which axes of one element leave open.
+bool is_channels_last(const dlpack::View& maps) {
+  int64_t least = 0;
+  for (const int axis : {1, 3, 2, 0}) {
+    const int64_t size = maps.sizes[axis], stride = maps.strides[axis];
+    if (size == 0 || maps.strides[1] == 0 || stride < least || (axis == 0 && least == maps.strides[1])) return false;
+    least = stride * size;
+  }
+  return true;
+}
+
+// A layer's convolution with its packed weight, for calls that find it ready.
+class Convolution {
+ public:
+  Convolution(const Window& window, py::object weight, int64_t C_out, int64_t C)
+      : window_(window), weight_(std::move(weight)), C_out_(C_out), C_(C) {
+    const char* op = "dynamic_conv2d";
+    const Tensor packed(weight_, op, "weight");
+    bf16_ = packed.is<bf16>();
+    const Pair& kernel = window_.kernel;
+    check(kernel[0] >= 1 && kernel[1] >= 1, op, "kernel", "at least 1", kernel[0]);
+    if (bf16_)
+      packed_weight<bf16>(weight_, op, "weight", C_out_, C_, kernel[0], kernel[1], window_.in_sizes);
+    else
+      packed_weight<float>(weight_, op, "weight", C_out_, C_, kernel[0], kernel[1], window_.in_sizes);
+  }
+
+  // The result in memory of its own; None where this is not how `dynamic_conv2d` computes it, or the operands do not
+  // fit each other.
+  py::object operator()(py::handle x, const py::tuple& route, py::handle bias) const {
+    const char* op = "dynamic_conv2d";
+    const Tensor in(x, op, "x");
+    if (!takes(in, route) || !(bf16_ ? has_direct_bf16() : has_direct_float32())) return py::none();
+    if (!bias.is_none() && !Tensor(bias, op, "bias").lies(false)) return py::none();
+    int64_t size[2];
+    for (int i = 0; i < 2; ++i) {
+      const int64_t reach = window_.dilation[i] * (window_.kernel[i] - 1) + 1;
+      if (in.size(2 + i) + 2 * window_.padding[i] < reach) return py::none();
+      size[i] = (in.size(2 + i) + 2 * window_.padding[i] - reach) / window_.stride[i] + 1;
+    }
+    const py::object out = x.attr("new_empty")(in.size(0), size[0], size[1], C_out_).attr("permute")(0, 3, 1, 2);
+    const Tensor made(out, op, "out");
+    (bf16_ ? run_conv<bf16> : run_conv<float>)(in, made, route, window_, weight_, bias);
+    return out;
+  }
+
+ private:
+  // Maps of its type and channels, and a selection of them that does not hold every instance at the highest level.
+  bool takes(const Tensor& x, const py::tuple& route) const {
+    if (x.dim() != 4 || x.size(1) != C_ || !(bf16_ ? x.is<bf16>() : x.is<float>())) return false;
+    if (!x.lies(true) || !is_channels_last(x.view())) return false;
+    const bool one_tap = window_.kernel[0] * window_.kernel[1] == 1;
+    if (one_tap && x.size(2) * x.size(3) == 1) return false;
+    const Tensor order(route[1], "dynamic_conv2d", "route.order"), ends(route[2], "dynamic_conv2d", "route.offsets");
+    const size_t groups = std::max(window_.in_sizes.size(), window_.out_sizes.size());
+    if (route[0].cast<size_t>() != groups || order.dim() != 1 || order.size(0) != x.size(0)) return false;
+    return !route[3].is_none() || (ends.count() > 1 && ends.dense<const int32_t>({any_size})[1] != x.size(0));
+  }
+
+  Window window_;
+  py::object weight_;
+  int64_t C_out_, C_;
+  bool bf16_;
+};
+
 }  // namespace
 
 void bind_dynamic_conv(py::module_& m) {
   py::class_<Window>(m, "Window", "Kernel, stride, padding and dilation [2], and the sizes of both sides' groups.")
       .def(py::init<Pair, Pair, Pair, Pair, Ints, Ints>());
+  py::class_<Convolution>(m, "Convolution", "A window, a packed weight, C_out and C.")
+      .def(py::init<const Window&, py::object, int64_t, int64_t>())
+      .def("__call__", &Convolution::operator(), "x [B, C, H, W], a route, a bias or None: the result, or None.");
   m.def("dynamic_conv",
         [](py::handle x, py::handle out, const py::tuple& route, const Window& w, py::handle weight, py::handle bias) {
           const Tensor in(x, "dynamic_conv2d", "x"), made(out, "dynamic_conv2d", "out");

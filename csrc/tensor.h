@@ -72,7 +72,8 @@ class Tensor {
 
   int64_t dim() const { return view_.ndim; }
   int64_t size(int axis) const { return view_.sizes[axis]; }
-  int64_t count() const;  // elements
+  int64_t count() const;                // elements
+  bool lies(bool channels_last) const;  // as dense() or, of four axes, maps() takes it
   template <class T>
   bool is() const {
     return view_.code == TypeOf<std::remove_const_t<T>>::code && view_.bits == TypeOf<std::remove_const_t<T>>::bits;
@@ -104,7 +105,6 @@ class Tensor {
  private:
   [[noreturn]] void fail(const std::string& must_be) const;
   void* checked(uint8_t code, uint8_t bits, Sizes sizes, bool channels_last) const;
-  bool lies(bool channels_last) const;
 
   dlpack::View view_;
   const char* op_;

@@ -99,6 +99,25 @@ def forward(
     return out
 
 
+class Packed:
+    """A layer's weight [C_out, C_in, R, S], packed, and the call that finds it ready.
+
+    geometry: of the layer; None, as cardinality and padding beyond the kernel's reach, leaves it without such a call.
+
+    `run(x, (groups, order, offsets, mask), bias)` gives the layer's result in inference for x [B, C_in, H, W] on a CPU
+    and a route, or None where `dynamic_conv2d` has to look at them.
+    """
+
+    def __init__(self, weight: Tensor, packed: Tensor, geometry: Geometry | None) -> None:
+        self.weight, self.run = packed, None
+        if geometry is None or not runs_direct(weight.new_empty(1, weight.shape[1], 2, 2), weight, geometry, True):
+            return
+        reach = [step * (side - 1) for step, side in zip(geometry.dilation, weight.shape[2:], strict=True)]
+        if all(0 <= above <= most for above, most in zip(geometry.padding, reach, strict=True)):
+            window = _window(weight.shape[2:], geometry)
+            self.run = extension.Convolution(window, packed, weight.shape[0], weight.shape[1])
+
+
 def weight_gradient(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,  # [B, C_in, H, W]

@@ -63,6 +63,11 @@ def is_transformed() -> bool:
     return _transforms()
 
 
+def is_profiled() -> bool:
+    """True while a profiler runs, which ops show themselves to (`in_range`)."""
+    return _profiler()
+
+
 def in_range(name: str, function: Callable[..., Value], *arguments: Any) -> Value:
     """`function(*arguments)`, in a range `name` of a running profiler, which would not see a plain function."""
     if not _profiler():

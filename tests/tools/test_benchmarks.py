@@ -11,7 +11,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # at the end: an installed den_kernels stays the one that is tested
 
-from benchmarks import allocations, clocks, harness, mixes, peers, slicing  # noqa: E402
+from benchmarks import allocations, clocks, floors, harness, mixes, peers, slicing  # noqa: E402
 from benchmarks.harness import Case, Expected, Provider, Settings, Work  # noqa: E402
 
 TIMES = {"ours": 0.5, "dense-eager": 1.2, "dense-folded": 1.0, "masked": 1.3, "bare": 0.4}
@@ -270,3 +270,16 @@ def test_the_rounding_of_the_largest_value_is_always_allowed():
         lambda dtype: [torch.full((1,), p, dtype=dtype) * (1 + noise[dtype] * (p != 2)) for p in parts], torch.float32
     )
     assert listed.allowed.tolist() == pytest.approx([2e-3, 4e-3, 8e-3], rel=1e-3)
+
+
+@pytest.mark.parametrize("field", ["cpu family", "model", "flags"])
+def test_generations_of_one_processor_name_have_results_of_their_own(field):
+    older = {"cpu family": "25", "model": "1", "flags": "fpu avx2 avx512f"}
+    newer = older | {field: {"cpu family": "26", "model": "2", "flags": "fpu avx2 avx512f avx512_bf16"}[field]}
+    names = {floors.machine_name("AMD EPYC", floors.generation(cpu), 2) for cpu in (older, newer)}
+    assert len(names) == 2
+
+
+def test_a_machine_that_says_nothing_of_its_processor_has_a_name():
+    assert floors.generation({}) == ""
+    assert floors.machine_name("aarch64", "", 4) == "aarch64-4-cores"
