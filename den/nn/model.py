@@ -15,7 +15,7 @@ from den.nn.blocks.folded import FoldedBlock
 from den.nn.estimator import Estimator
 from den.nn.model_config import ModelConfig
 from den.nn.selector import Selector, SelectorConfig
-from den.nn.task_batch import Images, Tasks, task_batch
+from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
 
 Logits = Tensor | list[Tensor]
@@ -71,8 +71,8 @@ class DeepElasticNetwork(nn.Module):
         batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
         stem = self.estimator.stem(batch) if self.selector.config.reads == "stem" else None
         with torch.no_grad():
-            levels = self.selector.run(batch, stem).argmax(-1)
-        logits = self.estimator.run(batch, self.estimator.level_plan(levels), stem)
+            levels = self.selector.choose(batch, stem)
+        logits = self.estimator.run(batch, levels, stem)
         return (logits, batch.restore(levels)) if return_levels else logits
 
     def selector_logits(self, images: Images, task: Tasks) -> Tensor:
@@ -82,16 +82,20 @@ class DeepElasticNetwork(nn.Module):
     def choose(self, selector: Selector, images: Images, task: Tasks) -> Tensor:
         """Logits [B, N, L] of a selector of this network's kind, which reads the network's stems if it reads any."""
         batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
-        stem = None
-        if selector.config.reads == "stem":
-            with torch.no_grad():
-                stem = self.estimator.stem(batch)
-        return batch.restore(selector.run(batch, stem))
+        return batch.restore(selector.run(batch, self._stem_for(selector, batch)))
 
     def select(self, images: Images, task: Tasks) -> Tensor:
         """The most probable structure of each image: int64 [B, N] in 0..L-1."""
+        batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
         with torch.no_grad():
-            return self.selector_logits(images, task).argmax(-1)
+            return batch.restore(self.selector.choose(batch, self._stem_for(self.selector, batch)))
+
+    def _stem_for(self, selector: Selector, batch: TaskBatch) -> Tensor | None:
+        """The maps of the stems [B, C, H, W] for a selector that reads them."""
+        if selector.config.reads != "stem":
+            return None
+        with torch.no_grad():
+            return self.estimator.stem(batch)
 
     def freeze(self) -> "DeepElasticNetwork":
         """Give up training, in place and for good: each block's weights are kept only as its kernel reads them.
