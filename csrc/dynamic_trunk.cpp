@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include <omp.h>
+
 #include "features.h"
 #include "instance_queue.h"
 #include "numbers.h"
@@ -117,25 +119,34 @@ struct TrunkCall {
     const Shape& s = shapes[n];
     const T* x = maps[n];
     T* out = maps[n + 1];
-    if (!s.kept()) {
+    Team* team = Team::current();
+    if (!s.kept() && Team::place() == 0) {
       const int64_t from = s.H * s.W * s.C, to = s.Ho() * s.Wo() * s.C_out;
       for (int64_t i = 0; i < count; ++i)
         pool_rows(x + instances[i] * from, out + instances[i] * to, 1, s.H, s.W, s.C, s.C_out, s.stride, dtype_of<T>);
     }
+    if (!s.kept() && team) team->wait();
     const Sorted sorted(trunk.levels + n * trunk.B, instances, count, trunk.G);
     if (sorted.idle()) return;
     std::visit([&](const auto& b) { run_one(b, s, trunk.B, x, out, sorted.route(trunk.G)); }, (*trunk.blocks)[n]);
   }
 
-  // Some instances through all blocks: stage by stage, few of them at a time where their maps are large, unless threads
-  // share them.
-  void chunk(const int32_t* instances, int64_t count, bool shared) const {
+  // Some instances through all blocks, which all threads share.
+  void shared(const int32_t* instances, int64_t count) const {
+    if (trunk.before) trunk.before(instances, count);
+    Team::run(omp_get_max_threads(), [&] {
+      for (int64_t n = 0; n < this->count(); ++n) block(n, instances, count);
+    });
+  }
+
+  // Some instances through all blocks: stage by stage, few of them at a time where their maps are large.
+  void chunk(const int32_t* instances, int64_t count) const {
     for (int64_t n = 0; n < this->count();) {
       const int64_t pixels = shapes[n].Ho() * shapes[n].Wo();
       int64_t end = n + 1;
       while (end < this->count() && shapes[end].Ho() * shapes[end].Wo() == pixels) ++end;
       const int64_t most = weight_bytes(end - 1) > large_weights ? stage_pixels_of_large : stage_pixels;
-      const int64_t together = shared ? count : std::max<int64_t>(1, most / pixels);
+      const int64_t together = std::max<int64_t>(1, most / pixels);
       for (int64_t i = 0; i < count; i += together) {
         const int64_t next = std::min(together, count - i);
         if (n == 0 && trunk.before) trunk.before(instances + i, next);
@@ -159,7 +170,7 @@ template <class T>
 void run_trunk(const Trunk<T>& t) {
   const TrunkCall<T> call(t);
   for_chunks(call.costs, call.count(), [&](const int32_t* instances, int64_t count, bool shared) {
-    call.chunk(instances, count, shared);
+    shared ? call.shared(instances, count) : call.chunk(instances, count);
     for (int64_t i = 0; i < count; ++i) make_features(call, instances[i]);
   });
 }

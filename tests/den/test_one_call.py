@@ -190,7 +190,7 @@ def test_a_hook_sees_its_layer():
     model(part, "large")
     seen = []
     for layer in (
-        model.estimator.stems[1], model.estimator.heads[1], model.estimator.blocks[0], model.selector.convs[0]
+        model.estimator.stems[1], model.estimator.heads[1], model.estimator.blocks[2], model.selector.convs[0]
     ):  # fmt: skip
         layer.register_forward_hook(lambda layer, *_: seen.append(layer))
     model(part, "large")

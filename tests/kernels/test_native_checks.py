@@ -225,6 +225,8 @@ FITS = {  # other sizes, but ones that fit the other tensors
     ("gather_rows", 0, "one row fewer"),  # a batch that still holds the instances in order
     ("scatter_rows", 1, "one row fewer"),
     ("norm_statistics", 0, "one column fewer"),  # a smaller map
+    *((f"TaskNetwork, {kind}", 0, "one column fewer") for kind in ("a selector", "an estimator", "int64 levels")),
+    ("TaskNetwork, a selector", 10, "one column fewer"),  # fewer blocks, of more levels
     ("pack_turned_weights", 0, "one row fewer"),  # outputs that fill as many blocks of 16
 }
 
