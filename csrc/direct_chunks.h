@@ -141,7 +141,8 @@ void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
   output_stage(c, thread, threads);
 }
 
-// All chunks one after the other by all threads of a team together, in the team's memory; and `rest_count` times `rest`.
+// All chunks one after the other by all threads of a team together, in the team's memory; and `rest_count` times
+// `rest`.
 template <class Chunk, class Rest>
 void run_together(Team& team, std::vector<Chunk>& chunks, int64_t rest_count, Rest rest) {
   const int64_t thread = Team::place(), threads = Team::size();

@@ -82,8 +82,6 @@ DEN_KERNELS_CLONES void features_of(const bf16* x, int64_t pixels, int64_t C, co
 void run_head(const Head<float>& head, const float* features, int64_t B, float* logits) {
   run(head, features, B, logits);
 }
-void run_head(const Head<bf16>& head, const bf16* features, int64_t B, bf16* logits) {
-  run(head, features, B, logits);
-}
+void run_head(const Head<bf16>& head, const bf16* features, int64_t B, bf16* logits) { run(head, features, B, logits); }
 
 }  // namespace den_kernels

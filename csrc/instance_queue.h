@@ -15,8 +15,8 @@ namespace den_kernels {
 // Most instances of a chunk. A larger chunk reads its weights for more instances at once, but the other threads wait
 // longer for the last one.
 constexpr int64_t most_instances = 32;
-// Multiply-adds of a layer below which threads that share it wait for each other about as long as they save: a core does
-// a million in nine microseconds.
+// Multiply-adds of a layer below which threads that share it wait for each other about as long as they save: a core
+// does a million in nine microseconds.
 constexpr double shared_work = 1 << 20;
 
 // This thread's parallel regions have one thread while it lives; with a number of multiply-adds only where these are
@@ -49,9 +49,10 @@ inline std::vector<int64_t> chunk_ends(const std::vector<double>& costs, const s
   return ends;
 }
 
-// Calls work(instances, count, shared) until all instances had it. costs: [B], multiply-adds of each. Chunks of like cost
-// come from one queue, dearest first, each the work of one thread, with no other to help it. Fewer than two instances a
-// thread, and their `layers` no small ones: all instances at once, `shared`, and the threads share each layer.
+// Calls work(instances, count, shared) until all instances had it. costs: [B], multiply-adds of each. Chunks of like
+// cost come from one queue, dearest first, each the work of one thread, with no other to help it. Fewer than two
+// instances a thread, and their `layers` no small ones: all instances at once, `shared`, and the threads share each
+// layer.
 template <class Work>
 void for_chunks(const std::vector<double>& costs, int64_t layers, Work work) {
   const int64_t B = static_cast<int64_t>(costs.size()), threads = omp_get_max_threads();

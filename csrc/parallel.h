@@ -94,9 +94,9 @@ class Barrier {
   std::condition_variable next_;
 };
 
-// Threads that go through the same layers side by side and share each of them: between two layers no region ends and none
-// begins, which takes as long as a small layer. All of them call every layer; what a layer has prepared is each thread's
-// own, and the same in all of them.
+// Threads that go through the same layers side by side and share each of them: between two layers no region ends and
+// none begins, which takes as long as a small layer. All of them call every layer; what a layer has prepared is each
+// thread's own, and the same in all of them.
 class Team {
  public:
   // The team that this thread is of, or null.

@@ -3,9 +3,9 @@
     logits = head_k(features(layers(stem_k(images))))        for the instances of each task k
 
 A stem is a convolution with bias and ReLU. The shared layers are a trunk of elastic blocks (`dynamic_trunk`), or plain
-convolutions with bias and ReLU and the mean of their map: an estimator and a selector (Ahn, Kim, Oh, ICCV 2019). For one
-image the calls between small layers take longer than the layers; here they are one call of C++ (csrc/task_network.cpp),
-in which a chunk of instances is one thread's work from the images to the features.
+convolutions with bias and ReLU and the mean of their map: an estimator and a selector (Ahn, Kim, Oh, ICCV 2019). For
+one image the calls between small layers take longer than the layers; here they are one call of C++
+(csrc/task_network.cpp), in which a chunk of instances is one thread's work from the images to the features.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,10 @@ def runs_here(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class DenseHead(HasHandle):
-    """A fully connected layer `weight (x * scale + shift) + bias`, weight [O, C]; scale and shift float32 [C] or None."""
+    """A fully connected layer `weight (x * scale + shift) + bias`.
+
+    weight: [O, C]. bias: [O]. scale, shift: float32 [C], or both None.
+    """
 
     weight: Tensor
     bias: Tensor

@@ -12,7 +12,7 @@ from den.nn.folding import may_fold
 from den.nn.levels import level_plan
 from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
-from den.nn.one_call import OneCall, fits, is_watched, trunk_network
+from den.nn.one_call import OneCall, are_watched, fits, trunk_network
 from den.nn.stem import ImageStem, Stem
 from den.nn.tail import features, last_norm, shared_layers
 from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
@@ -104,14 +104,13 @@ class Estimator(nn.Module):
 
     def _network(self, batch: TaskBatch) -> TaskNetwork | None:
         """The estimator in one call; None where stems, trunk and heads have to be called one by one."""
-        if self.norm is None or self.lowest or self.shared:
+        blocks = [block for block in self.blocks._modules.values() if block is not None]
+        if self.norm is None or self.lowest or len(self.shared) or are_watched(blocks):
             return None
-        layers = [module for each in (self.stems, self.heads) for module in each._modules.values()]
-        kept, settings = _kept(self.blocks._modules.values())
-        modules = cast(tuple[nn.Module, ...], (*layers, *kept, self.norm))
-        if any(map(is_watched, self.blocks._modules.values())):  # type: ignore[arg-type]
-            return None
-        return self._one_call.network(self, batch, modules, self._fold, *settings)
+        ends = (self.stems, self.heads)
+        layers = [module for each in ends for module in each._modules.values() if module is not None]
+        kept, settings = _kept(blocks)
+        return self._one_call.network(self, batch, (*layers, *kept, self.norm), self._fold, *settings)
 
     def _fold(self) -> TaskNetwork | None:
         trunk = self._folded_trunk(True) if fits(self.stems, self.heads) else None
@@ -179,7 +178,7 @@ class Estimator(nn.Module):
     def _folded_trunk(self, on_cpu: bool) -> TrunkWeights | None:
         """The folded weights of all blocks and of the norm behind them; None where one call does not run them."""
         norm, blocks = self.norm, [block for block in self.blocks if isinstance(block, FoldedBlock)]
-        if norm is None or len(blocks) < len(self.blocks) or any(map(is_watched, (*blocks, norm))):
+        if norm is None or len(blocks) < len(self.blocks) or are_watched((*blocks, norm)):
             return None
 
         def fold() -> TrunkWeights | None:
@@ -234,7 +233,7 @@ class Estimator(nn.Module):
         )
 
 
-def _kept(blocks: Iterable[nn.Module | None]) -> tuple[list[nn.Module], list[object]]:
+def _kept(blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], list[object]]:
     """The blocks whose own weights are read, and what else the folded weights of all blocks depend on.
 
     A frozen block has its folded weights for good.
@@ -246,6 +245,6 @@ def _kept(blocks: Iterable[nn.Module | None]) -> tuple[list[nn.Module], list[obj
         if frozen is not None:
             settings.append(id(frozen))
         else:
-            kept.append(cast(nn.Module, block))
+            kept.append(block)
             settings += block.settings() if isinstance(block, FoldedBlock) else ()
     return kept, settings

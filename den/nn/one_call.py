@@ -36,7 +36,7 @@ class OneCall:
 
         modules: the layers that `build` folds, none of which runs by itself then; settings: what else it depends on.
         """
-        if not may_fold(owner) or any(map(is_watched, modules)):
+        if not may_fold(owner) or are_watched(modules):
             return None
         found = self._cache.of(modules, build, *settings)
         if found is None:
@@ -48,10 +48,13 @@ class OneCall:
         return found
 
 
-def is_watched(module: nn.Module) -> bool:
-    """True where hooks or a forward of its own have to see the module being called, or it is being trained."""
-    own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own)
+def are_watched(modules: Iterable[nn.Module]) -> bool:
+    """True where hooks or a forward of its own have to see one of the modules being called, or one is being trained."""
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
+            return True
+    return False
 
 
 def folded(layer: ConvNormReLU) -> DenseConv:
@@ -59,15 +62,17 @@ def folded(layer: ConvNormReLU) -> DenseConv:
     return DenseConv.of(layer.conv, *folded_weight(layer.conv, layer.norm))
 
 
-def fits(stems: Iterable[nn.Module], heads: Iterable[nn.Linear], convs: Iterable[nn.Module] = ()) -> bool:
+def fits(stems: Iterable[nn.Module], heads: Iterable[nn.Module], convs: Iterable[nn.Module] = ()) -> bool:
     """True where the kernel takes layers of these kinds, dtypes and sizes on this machine."""
-    stems, heads = list(stems), list(heads)
+    stems, layers = list(stems), list(convs)
+    layers += [stem.conv for stem in stems if isinstance(stem, Stem)]
+    weights = [head.weight for head in heads if type(head) is nn.Linear]
+    for layer in layers:
+        if not isinstance(layer, ConvNormReLU) or not takes_conv(layer.conv):
+            return False
+        weights.append(layer.conv.weight)
     if not stems or any(type(stem) is not Stem for stem in stems) or any(type(head) is not nn.Linear for head in heads):
         return False
-    layers = [stem.conv for stem in stems] + list(convs)  # type: ignore[union-attr]
-    if not all(isinstance(layer, ConvNormReLU) and takes_conv(layer.conv) for layer in layers):
-        return False
-    weights = [head.weight for head in heads] + [layer.conv.weight for layer in layers]  # type: ignore[union-attr]
     dtypes = {weight.dtype for weight in weights}
     return all(weight.is_cpu for weight in weights) and len(dtypes) == 1 and runs_task_network(dtypes.pop())
 

@@ -244,10 +244,9 @@ class Selector(nn.Module):
 
     def _network(self, batch: TaskBatch) -> TaskNetwork | None:
         """The selector in one call; None where its layers have to be called one by one."""
-        modules = tuple(
-            module for each in (self.stems, self.convs, self.norms, self.heads) for module in each._modules.values()
-        )
-        return self._one_call.network(self, batch, cast(tuple[nn.Module, ...], modules), self._fold)
+        layers = (self.stems, self.convs, self.norms, self.heads)
+        modules = tuple([module for each in layers for module in each._modules.values() if module is not None])
+        return self._one_call.network(self, batch, modules, self._fold)
 
     def _fold(self) -> TaskNetwork | None:
         tasks = range(len(self.tasks))

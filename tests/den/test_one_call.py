@@ -1,4 +1,4 @@
-"""Estimator and selector as one call of the kernels' library: the values of their layers one by one, whatever the batch."""
+"""Estimator and selector as one call of the library of kernels: the values of their layers, whatever the batch."""
 
 import copy
 
