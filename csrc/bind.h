@@ -17,7 +17,9 @@ void bind_dynamic_graph(pybind11::module_& m);
 // bind_blocks.cpp
 void bind_dynamic_residual(pybind11::module_& m);
 void bind_dynamic_bottleneck(pybind11::module_& m);
-void bind_dynamic_trunk(pybind11::module_& m);
+
+void bind_dynamic_trunk(pybind11::module_& m);  // bind_trunk.cpp
+void bind_task_network(pybind11::module_& m);   // bind_task_network.cpp
 
 void bind_dynamic_inverted_residual(pybind11::module_& m);  // bind_inverted_residual.cpp
 

@@ -8,11 +8,11 @@
 #include <utility>
 
 #include "bind_operands.h"
+#include "bind_trunk.h"
 #include "direct_chunks.h"
 #include "dynamic_bottleneck.h"
 #include "dynamic_float32.h"
 #include "dynamic_residual.h"
-#include "dynamic_trunk.h"
 
 namespace py = pybind11;
 
@@ -223,100 +223,36 @@ void bind_dynamic_bottleneck(py::module_& m) {
       .def("__call__", &BottleneckHandle::call, of_call);
 }
 
-namespace {
-
-// Blocks one after the other, and the last batch norm and mean behind them.
-struct TrunkHandle {
-  static constexpr char op[] = "dynamic_trunk";
-  py::list handles;  // ResidualHandle, BottleneckHandle: they hold the weights
-  py::object scale, shift;
-  int64_t G = 0;
-  bool half = false;
-  std::vector<TrunkBlock<float>> floats;
-  std::vector<TrunkBlock<bf16>> halves;
-  const float *scales = nullptr, *shifts = nullptr;
-
-  TrunkHandle(py::list blocks, py::object norm_scale, py::object norm_shift)
-      : handles(std::move(blocks)), scale(std::move(norm_scale)), shift(std::move(norm_shift)) {
-    check(!handles.empty(), op, "blocks", "at least one", 0);
-    for (const py::handle& each : handles) {
-      if (py::isinstance<ResidualHandle>(each)) {
-        add(each.cast<const ResidualHandle&>());
-      } else {
-        check(py::isinstance<BottleneckHandle>(each), op, "blocks", "residual blocks or bottlenecks",
-              py::str(py::type::of(each)).cast<std::string>());
-        add(each.cast<const BottleneckHandle&>());
-      }
+TrunkHandle::TrunkHandle(py::list blocks, py::object norm_scale, py::object norm_shift)
+    : handles(std::move(blocks)), scale(std::move(norm_scale)), shift(std::move(norm_shift)) {
+  check(!handles.empty(), op, "blocks", "at least one", 0);
+  for (const py::handle& each : handles) {
+    if (py::isinstance<ResidualHandle>(each)) {
+      add(each.cast<const ResidualHandle&>());
+    } else {
+      check(py::isinstance<BottleneckHandle>(each), op, "blocks", "residual blocks or bottlenecks",
+            py::str(py::type::of(each)).cast<std::string>());
+      add(each.cast<const BottleneckHandle&>());
     }
-    scales = dense_or_null<const float>(scale, op, "scale", {channels});
-    shifts = dense_or_null<const float>(shift, op, "shift", {channels});
-    check(!scales == !shifts, op, "scale and shift", "both tensors or both None", "one of them");
   }
+  scales = dense_or_null<const float>(scale, op, "scale", {channels});
+  shifts = dense_or_null<const float>(shift, op, "shift", {channels});
+  check(!scales == !shifts, op, "scale and shift", "both tensors or both None", "one of them");
+}
 
-  void run(py::handle x, py::handle levels, const py::list& maps, py::handle features) const {
-    half ? run_as(halves, x, levels, maps, features) : run_as(floats, x, levels, maps, features);
-  }
-
- private:
-  int64_t channels = any_size;  // behind the blocks that were added
-
-  template <class Handle>
-  void add(const Handle& block) {
-    const bool first = channels == any_size;
-    check(first || block.C == channels, op, "a block's input channels", "the output channels of the one before",
-          block.C);
-    check(first || block.half == half, op, "blocks", "of one dtype", block.half ? "bfloat16 and float32" : "float32");
-    check(first || static_cast<int64_t>(block.sizes.size()) == G, op, "blocks", "of as many groups",
-          block.sizes.size());
-    check(block.C_out >= block.C, op, "output channels", "at least the input channels", block.C_out);
-    channels = block.C_out, half = block.half, G = static_cast<int64_t>(block.sizes.size());
-    if (half)
-      halves.emplace_back(block.halves);
-    else
-      floats.emplace_back(block.floats);
-  }
-
-  template <class T>
-  void run_as(const std::vector<TrunkBlock<T>>& blocks, py::handle x, py::handle levels, const py::list& maps,
-              py::handle features) const {
-    const Tensor input(x, op, "x");
-    Trunk<T> t{};
-    t.blocks = &blocks, t.G = G, t.scale = scales, t.shift = shifts;
-    const auto channels_of_block = [](const auto& b) { return b.C; };
-    t.x = input.maps<T>({any_size, std::visit(channels_of_block, blocks[0]), any_size, any_size});
-    t.B = input.size(0), t.H = input.size(2), t.W = input.size(3);
-    check(t.H > 0 && t.W > 0, op, "x", "of at least one pixel", 0);
-    int64_t H = t.H, W = t.W;
-    size_t made = 0;
-    for (const TrunkBlock<T>& block : blocks)
-      std::visit(
-          [&](const auto& b) {
-            H = (H + b.stride - 1) / b.stride, W = (W + b.stride - 1) / b.stride;
-            if (b.stride == 1 && b.C == b.C_out) return;
-            check(made < maps.size(), op, "maps", "one for each block that changes the shape", maps.size());
-            t.maps.push_back(Tensor(maps[made++], op, "maps").maps<T>({t.B, b.C_out, H, W}));
-          },
-          block);
-    check(made == maps.size(), op, "maps", "one for each block that changes the shape", maps.size());
-    const int64_t N = static_cast<int64_t>(blocks.size());
-    t.levels = Tensor(levels, op, "levels").dense<const int32_t>({N, t.B});
-    for (int64_t i = 0; i < N * t.B; ++i)
-      check(t.levels[i] >= 0 && t.levels[i] <= G, op, "levels", "at most the groups", t.levels[i]);
-    t.features = dense_or_null<T>(features, op, "features", {t.B, channels});
-    check(!t.features == !t.scale || !t.B, op, "features", "a tensor where there are scale and shift", "another");
-    py::gil_scoped_release unlocked;
-    dynamic_trunk(t);
-  }
-};
-
-}  // namespace
-
-void bind_dynamic_trunk(py::module_& m) {
-  py::class_<TrunkHandle>(m, "Trunk", "Handles of N blocks; scale and shift [C] of the last batch norm, or None.")
-      .def(py::init<py::list, py::object, py::object>())
-      .def("__call__", &TrunkHandle::run,
-           "x [B, C, H, W] channels-last, written over; levels [N, B]; the maps [B, C_out, Ho, Wo] of the blocks that "
-           "change the shape; features [B, C] or None.");
+template <class Handle>
+void TrunkHandle::add(const Handle& block) {
+  const bool first = channels == any_size;
+  check(first || block.C == channels, op, "a block's input channels", "the output channels of the one before", block.C);
+  check(first || block.half == half, op, "blocks", "of one dtype", block.half ? "bfloat16 and float32" : "float32");
+  check(first || static_cast<int64_t>(block.sizes.size()) == G, op, "blocks", "of as many groups", block.sizes.size());
+  check(block.C_out >= block.C, op, "output channels", "at least the input channels", block.C_out);
+  if (first) in_channels = block.C;
+  channels = block.C_out, half = block.half, G = static_cast<int64_t>(block.sizes.size());
+  if (half)
+    halves.emplace_back(block.halves);
+  else
+    floats.emplace_back(block.floats);
 }
 
 }  // namespace den_kernels

@@ -141,44 +141,46 @@ void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
   output_stage(c, thread, threads);
 }
 
-// All chunks: shared out among the threads where there are enough of them, else one after the other by all together, in
-// one thread's scratch memory of bytes(threads); and `rest_count` times `rest`, small work that lets threads end
-// together.
+// All chunks one after the other by all threads of a team together, in the team's memory; and `rest_count` times
+// `rest`.
+template <class Chunk, class Rest>
+void run_together(Team& team, std::vector<Chunk>& chunks, int64_t rest_count, Rest rest) {
+  const int64_t thread = Team::place(), threads = Team::size();
+  int64_t bytes = 0, begin, end;
+  for (const Chunk& chunk : chunks) bytes = std::max<int64_t>(bytes, chunk.bytes(threads));
+  void* memory = team.memory(bytes, scratch_of_thread);
+  share(rest_count, thread, threads, begin, end);
+  for (int64_t i = begin; i < end; ++i) rest(i);
+  for (Chunk& chunk : chunks) {
+    chunk.scratch = static_cast<decltype(Chunk::scratch)>(memory);
+    run_chunk(chunk, thread, threads, [&] { team.wait(); });
+    team.wait();
+  }
+  if (chunks.empty()) team.wait();
+}
+
+// All chunks: shared out among the threads where there are enough of them, else one after the other by all together;
+// and `rest_count` times `rest`, small work that lets threads end together.
 template <class Chunk, class Rest>
 void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, Rest rest) {
   using Scratch = decltype(Chunk::scratch);
+  if (Team* team = Team::current()) return run_together(*team, chunks, rest_count, rest);
   const int64_t count = static_cast<int64_t>(chunks.size());
-  Failure failure;
-  if (count >= 2 * threads || threads == 1) {
-    share_out(count + rest_count, threads, [&](int64_t i) {
-      if (i >= count) return rest(i - count);
-      failure.guard([&] {
-        chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes(1)));
-        run_chunk(chunks[i], 0, 1, [] {});
-      });
+  if (count < 2 * threads && threads > 1) {
+    Team::run(threads, [&] {
+      std::vector<Chunk> own = chunks;
+      run_together(*Team::current(), own, rest_count, rest);
     });
-    failure.rethrow();
     return;
   }
-  int64_t bytes = 0;
-  for (const Chunk& chunk : chunks) bytes = std::max<int64_t>(bytes, chunk.bytes(threads));
-  for (Chunk& chunk : chunks) chunk.scratch = static_cast<Scratch>(scratch_of_thread(bytes));
-  Barrier barrier;
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const auto wait = [&] { barrier.wait(team); };
-    int64_t begin, end;
-    share(rest_count, thread, team, begin, end);
+  Failure failure;
+  share_out(count + rest_count, threads, [&](int64_t i) {
+    if (i >= count) return rest(i - count);
     failure.guard([&] {
-      for (int64_t i = begin; i < end; ++i) rest(i);
-      for (const Chunk& chunk : chunks) {
-        run_chunk(chunk, thread, team, wait);
-        wait();
-      }
+      chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes(1)));
+      run_chunk(chunks[i], 0, 1, [] {});
     });
-    if (failure.any()) barrier.open();
-  }
+  });
   failure.rethrow();
 }
 

@@ -77,11 +77,12 @@ struct ConvTile {
       }
       add_bias(acc, bias);
     }
+    const Vector least = broadcast(least_of(p));
     UNROLL for (int q = 0; q < strips; ++q) {
       UNROLL for (int i = 0; i < size; ++i) {
         if (i >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
-          const Vector sum = keep(acc[q * size + i][v], static_cast<Lanes>(block[v].lanes));
+          const Vector sum = keep(at_least(least, acc[q * size + i][v]), static_cast<Lanes>(block[v].lanes));
           store16(out[q] + i * p.C_out + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
         }
       }

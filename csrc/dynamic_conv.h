@@ -11,7 +11,7 @@
 namespace den_kernels {
 
 // out[b, :, :, O] = conv(x[b, :, :, I], weight[O, I]) + bias[O] over the channels I and O that instance b selected, and
-// 0 in the others; an empty I leaves the bias. Maps are channels-last; zero padding.
+// 0 in the others; an empty I leaves the bias; with `relu` the ReLU of that. Maps are channels-last; zero padding.
 template <class T>
 struct ConvArguments {
   int64_t B, H, W, C;     // input map
@@ -25,6 +25,7 @@ struct ConvArguments {
   T* out;                          // [B, Ho, Wo, C_out]
   const T* weight;                 // packed; float32: by pack_weights, [ceil(C_out / 16), ceil(C / 16), R * S, 16, 16]
   const T* bias;                   // [C_out] or null
+  bool relu = false;
 };
 
 // Needs AVX-512 or AVX2 (has_direct_float32) and a kernel of at most 49 taps.

@@ -66,6 +66,7 @@ struct WriteOutput {
     const int64_t step = p.C_out, sums_step = together * outputs * 16;
     const int64_t channel = band.outputs.blocks[slot].index * 32;
     const __mmask32 live = band.outputs.blocks[slot].lanes, written = lanes_of(p.C_out - channel);
+    const __m512 least = _mm512_set1_ps(least_of(p));
     const Pair bias = p.bias ? widen(_mm512_maskz_loadu_epi16(live, p.bias + channel)) : Pair{};
     for (int64_t f = 0; f < together; ++f) {
       const int64_t instance = p.route.order[band.start + at.group * together + f];
@@ -73,7 +74,7 @@ struct WriteOutput {
       const float *s = sums + f * outputs * 16, *end = s + at.live * sums_step;
       for (; s != end; out += step, s += sums_step) {
         const Pair sum = {_mm512_load_ps(s), outputs == 2 ? _mm512_load_ps(s + 16) : _mm512_setzero_ps()};
-        _mm512_mask_storeu_epi16(out, written, _mm512_maskz_mov_epi16(live, rounded(add(sum, bias))));
+        _mm512_mask_storeu_epi16(out, written, _mm512_maskz_mov_epi16(live, rounded(at_least(least, add(sum, bias)))));
       }
     }
   }

@@ -5,17 +5,14 @@
 
 #include <omp.h>
 
-#include "dispatch.h"
+#include "features.h"
+#include "instance_queue.h"
 #include "numbers.h"
-#include "parallel.h"
 #include "rows.h"
 
 namespace den_kernels {
 namespace {
 
-// Most instances of a chunk. A larger chunk reads its weights for more instances at once, but the other threads wait
-// longer for the last one.
-constexpr int64_t most_instances = 32;
 // Pixels of the maps that go through a stage's blocks together: enough to hide how weights come in from the
 // second-level cache, few enough that the residual stream stays there; more where the weights do not fit in it.
 constexpr int64_t stage_pixels = 1024, stage_pixels_of_large = 2048, large_weights = 1 << 20;
@@ -122,14 +119,24 @@ struct TrunkCall {
     const Shape& s = shapes[n];
     const T* x = maps[n];
     T* out = maps[n + 1];
-    if (!s.kept()) {
+    Team* team = Team::current();
+    if (!s.kept() && Team::place() == 0) {
       const int64_t from = s.H * s.W * s.C, to = s.Ho() * s.Wo() * s.C_out;
       for (int64_t i = 0; i < count; ++i)
         pool_rows(x + instances[i] * from, out + instances[i] * to, 1, s.H, s.W, s.C, s.C_out, s.stride, dtype_of<T>);
     }
+    if (!s.kept() && team) team->wait();
     const Sorted sorted(trunk.levels + n * trunk.B, instances, count, trunk.G);
     if (sorted.idle()) return;
     std::visit([&](const auto& b) { run_one(b, s, trunk.B, x, out, sorted.route(trunk.G)); }, (*trunk.blocks)[n]);
+  }
+
+  // Some instances through all blocks, which all threads share.
+  void shared(const int32_t* instances, int64_t count) const {
+    if (trunk.before) trunk.before(instances, count);
+    Team::run(omp_get_max_threads(), [&] {
+      for (int64_t n = 0; n < this->count(); ++n) block(n, instances, count);
+    });
   }
 
   // Some instances through all blocks: stage by stage, few of them at a time where their maps are large.
@@ -140,37 +147,15 @@ struct TrunkCall {
       while (end < this->count() && shapes[end].Ho() * shapes[end].Wo() == pixels) ++end;
       const int64_t most = weight_bytes(end - 1) > large_weights ? stage_pixels_of_large : stage_pixels;
       const int64_t together = std::max<int64_t>(1, most / pixels);
-      for (int64_t i = 0; i < count; i += together)
-        for (int64_t k = n; k < end; ++k) block(k, instances + i, std::min(together, count - i));
+      for (int64_t i = 0; i < count; i += together) {
+        const int64_t next = std::min(together, count - i);
+        if (n == 0 && trunk.before) trunk.before(instances + i, next);
+        for (int64_t k = n; k < end; ++k) block(k, instances + i, next);
+      }
       n = end;
     }
   }
 };
-
-// features[c] = mean over the pixels of relu(x[:, c] * scale[c] + shift[c]), NaN kept.
-template <class T>
-ALWAYS_INLINE void pool_features(const T* __restrict x, int64_t pixels, int64_t C, const float* __restrict scale,
-                                 const float* __restrict shift, T* __restrict features) {
-  constexpr int64_t block = 64;
-  for (int64_t first = 0; first < C; first += block) {
-    const int64_t width = std::min(block, C - first);
-    float sums[block] = {};
-    for (int64_t p = 0; p < pixels; ++p)
-      for (int64_t c = 0; c < width; ++c) {
-        const float v = widen(x[p * C + first + c]) * scale[first + c] + shift[first + c];
-        sums[c] += v < 0.f ? 0.f : v;
-      }
-    for (int64_t c = 0; c < width; ++c) narrow(sums[c] / static_cast<float>(pixels), features[first + c]);
-  }
-}
-DEN_KERNELS_CLONES void features_of(const float* x, int64_t pixels, int64_t C, const float* scale, const float* shift,
-                                    float* features) {
-  pool_features(x, pixels, C, scale, shift, features);
-}
-DEN_KERNELS_CLONES void features_of(const bf16* x, int64_t pixels, int64_t C, const float* scale, const float* shift,
-                                    bf16* features) {
-  pool_features(x, pixels, C, scale, shift, features);
-}
 
 template <class T>
 void make_features(const TrunkCall<T>& call, int64_t instance) {
@@ -181,53 +166,13 @@ void make_features(const TrunkCall<T>& call, int64_t instance) {
   features_of(call.maps.back() + instance * pixels * C, pixels, C, t.scale, t.shift, t.features + instance * C);
 }
 
-// Where the chunks of the instances, in their order, end: each takes half of a thread's share of the cost that is left
-// at most, so that threads end together, whichever of them loses its core for a while.
-std::vector<int64_t> chunk_ends(const std::vector<double>& costs, const std::vector<int32_t>& order, int64_t threads) {
-  const int64_t B = static_cast<int64_t>(order.size());
-  double left = std::accumulate(costs.begin(), costs.end(), 0.);
-  std::vector<int64_t> ends;
-  for (int64_t i = 0; i < B;) {
-    const int64_t first = i, share = threads == 1 ? 1 : 2 * threads;
-    double taken = 0, most = left / static_cast<double>(share);
-    do taken += costs[order[i++]];
-    while (i < B && i - first < most_instances && taken + costs[order[i]] <= most);
-    left -= taken;
-    ends.push_back(i);
-  }
-  return ends;
-}
-
-// This thread's parallel regions have one thread while it lives.
-struct OneThread {
-  const int threads = omp_get_max_threads();
-  OneThread() { omp_set_num_threads(1); }
-  ~OneThread() { omp_set_num_threads(threads); }
-};
-
 template <class T>
 void run_trunk(const Trunk<T>& t) {
   const TrunkCall<T> call(t);
-  const int64_t threads = omp_get_max_threads();
-  std::vector<int32_t> order(t.B);
-  std::iota(order.begin(), order.end(), 0);
-  if (t.B < 2 * threads && threads > 1) {
-    for (int64_t n = 0; n < call.count(); ++n) call.block(n, order.data(), t.B);
-    for (int64_t i = 0; i < t.B; ++i) make_features(call, i);
-    return;
-  }
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return call.costs[a] > call.costs[b]; });
-  const std::vector<int64_t> ends = chunk_ends(call.costs, order, threads);
-  Failure failure;
-  share_out(static_cast<int64_t>(ends.size()), threads, [&](int64_t i) {
-    const OneThread alone;  // no other helps it with the blocks of a chunk
-    const int64_t first = i ? ends[i - 1] : 0;
-    failure.guard([&] {
-      call.chunk(order.data() + first, ends[i] - first);
-      for (int64_t k = first; k < ends[i]; ++k) make_features(call, order[k]);
-    });
+  for_chunks(call.costs, call.count(), [&](const int32_t* instances, int64_t count, bool shared) {
+    shared ? call.shared(instances, count) : call.chunk(instances, count);
+    for (int64_t i = 0; i < count; ++i) make_features(call, instances[i]);
   });
-  failure.rethrow();
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <variant>
 #include <vector>
 
@@ -27,6 +28,8 @@ struct Trunk {
   const float* scale;                        // [C of the last block], or null: no features
   const float* shift;                        // [C of the last block]
   T* features;                               // [B, C of the last block]
+  std::function<void(const int32_t* instances, int64_t count)>
+      before;  // makes x of them, on their thread; may be empty
 };
 
 // Instances do not depend on each other: a chunk of them is one thread's work through all blocks, its maps in that

@@ -77,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
   den_kernels::bind_dynamic_bottleneck(m);
   den_kernels::bind_dynamic_inverted_residual(m);
   den_kernels::bind_dynamic_trunk(m);
+  den_kernels::bind_task_network(m);
   den_kernels::bind_watch(m);
   den_kernels::bind_cuda_ops(m);
 }

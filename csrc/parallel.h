@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <vector>
 
 #include <omp.h>
 
@@ -91,6 +92,72 @@ class Barrier {
   std::atomic<bool> open_{false};
   std::mutex mutex_;
   std::condition_variable next_;
+};
+
+// Threads that go through the same layers side by side and share each of them: between two layers no region ends and
+// none begins, which takes as long as a small layer. All of them call every layer; what a layer has prepared is each
+// thread's own, and the same in all of them.
+class Team {
+ public:
+  // The team that this thread is of, or null.
+  static Team* current() { return member().team; }
+  // This thread's number in it, and how many they are.
+  static int64_t place() { return member().place; }
+  static int64_t size() { return member().size; }
+
+  // Holds each thread until all have come.
+  void wait() {
+    barrier_.wait(size());
+    if (failure_.any()) throw Failed();
+  }
+  // One memory for all, of at least so many bytes, which `make(bytes)` gives the first thread. Whoever asks has been
+  // behind a wait() since it was last used.
+  template <class Make>
+  void* memory(int64_t bytes, Make make) {
+    if (bytes > held_[place()]) {
+      held_[place()] = bytes;
+      if (place() == 0) memory_ = make(bytes);
+      wait();
+    }
+    return memory_;
+  }
+
+  // Calls work() in each of `threads` threads, which are a team meanwhile.
+  template <class Work>
+  static void run(int64_t threads, Work work) {
+    Team team(threads);
+#pragma omp parallel num_threads(threads)
+    {
+      member() = {&team, omp_get_thread_num(), omp_get_num_threads()};
+      team.failure_.guard([&] {
+        try {
+          work();
+        } catch (const Failed&) {  // another thread has
+        }
+      });
+      if (team.failure_.any()) team.barrier_.open();
+      team.end_.wait(size());
+      member() = {};
+    }
+    team.failure_.rethrow();
+  }
+
+ private:
+  struct Failed {};
+  struct Member {
+    Team* team = nullptr;
+    int64_t place = 0, size = 1;
+  };
+  static Member& member() {
+    thread_local Member own;
+    return own;
+  }
+  explicit Team(int64_t threads) : held_(static_cast<size_t>(threads), 0) {}
+
+  Barrier barrier_, end_;
+  Failure failure_;
+  void* memory_ = nullptr;
+  std::vector<int64_t> held_;  // what each thread has seen of the memory
 };
 
 // Calls work(0), ..., work(count - 1), in this order, each by the next of `threads` threads that is free.

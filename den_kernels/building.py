@@ -8,20 +8,32 @@ is_recorded         True for a call that becomes a graph which outlives it: torc
 is_traced           True for a call that becomes part of any graph, torch.compile's included
 refuse_transforms   raises inside torch.func
 stand_in            a weight's shape, dtype and device without its memory
+
+TaskNetwork         stems and heads of tasks around layers that they share, in one call at inference on a CPU; of
+DenseConv           a convolution with bias and ReLU (`takes_conv`: which ones) and
+DenseHead           a fully connected layer, in the dtypes that
+runs_task_network   tells of
 """
 
 from .eager import is_ordinary, is_recorded, is_traced, refuse_transforms
 from .fold_cache import FoldCache
 from .folding import fold_norm, norm_affine
 from .residual_weights import stand_in
+from .task_network import DenseConv, DenseHead, TaskNetwork, takes_conv
+from .task_network import runs_here as runs_task_network
 
 __all__ = [
+    "DenseConv",
+    "DenseHead",
     "FoldCache",
+    "TaskNetwork",
     "fold_norm",
     "is_ordinary",
     "is_recorded",
     "is_traced",
     "norm_affine",
     "refuse_transforms",
+    "runs_task_network",
     "stand_in",
+    "takes_conv",
 ]

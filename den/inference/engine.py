@@ -215,6 +215,8 @@ class Engine:
         """Levels int64 [B, N] by a rule, in the batch's own order."""
         if point.structure is not None:
             return point.structure.expand(len(batch), -1)
+        if point.shift is None:
+            return self.network.choose(batch)
         logits = self.network.logits(batch)
         parts = zip(logits.split(batch.sizes), batch.tasks, strict=True)
         return torch.cat([point.choose(part, task) for part, task in parts])

@@ -50,6 +50,10 @@ class Network(ABC):
     def logits(self, batch: TaskBatch) -> Tensor:
         """The selector's logits [B, N, L], in the batch's own order."""
 
+    def choose(self, batch: TaskBatch) -> Tensor:
+        """The selector's most probable levels int64 [B, N], in the batch's own order."""
+        return self.logits(batch).argmax(-1)
+
     @abstractmethod
     def run(self, batch: TaskBatch, levels: Tensor) -> list[Any]:
         """The result of each part of a batch at levels [B, N], in the batch's own order."""
@@ -89,10 +93,11 @@ class ElasticNetwork(Network):
     def logits(self, batch: TaskBatch) -> Tensor:
         return self.model.selector.run(batch)
 
+    def choose(self, batch: TaskBatch) -> Tensor:
+        return self.model.selector.choose(batch)
+
     def run(self, batch: TaskBatch, levels: Tensor) -> list[Any]:
-        estimator = self.model.estimator
-        pooled = estimator.trunk(estimator.stem(batch), estimator.level_plan(levels))
-        return list(estimator.classify(batch.tasks, batch.sizes, pooled))
+        return list(self.model.estimator.part_logits(batch, levels))
 
     def modules(self) -> list[nn.Module | None]:
         return list(self.model.estimator.blocks)

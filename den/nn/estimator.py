@@ -1,6 +1,6 @@
 """The estimator f(x; z, t): the backbone whose blocks run at the levels of a structure (paper, eq. 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -12,11 +12,12 @@ from den.nn.folding import may_fold
 from den.nn.levels import level_plan
 from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
+from den.nn.one_call import OneCall, are_watched, fits, trunk_network
 from den.nn.stem import ImageStem, Stem
 from den.nn.tail import features, last_norm, shared_layers
 from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
 from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
-from den_kernels.building import FoldCache, norm_affine
+from den_kernels.building import FoldCache, TaskNetwork, norm_affine
 
 
 class Estimator(nn.Module):
@@ -48,6 +49,7 @@ class Estimator(nn.Module):
         self.blocks = nn.ModuleList(shape.build(levels, first=index == 0) for index, shape in enumerate(shapes))
         self.norm = last_norm(backbone, shapes[-1])
         self._trunk: FoldCache[TrunkWeights | None] = FoldCache()
+        self._one_call = OneCall()
         self.shared, width = shared_layers(backbone, shapes[-1])
         self.heads: Modules[nn.Linear] = Modules(nn.Linear(width, task.classes) for task in config.tasks)
         for head in self.heads:
@@ -76,17 +78,51 @@ class Estimator(nn.Module):
         batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
         return self.run(batch, self.plan(batch, levels))
 
-    def run(self, batch: TaskBatch, plan: RoutingPlan | None, stem: Tensor | None = None) -> Tensor | list[Tensor]:
-        """Logits of a checked batch, as `forward` returns them.
+    def run(
+        self, batch: TaskBatch, plan: RoutingPlan | Tensor | None, stem: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
+        """Logits of a checked batch, as `forward` returns them; arguments as of `part_logits`."""
+        return batch.restore_logits(self.part_logits(batch, plan, stem), max(task.classes for task in self.tasks))
 
-        `plan` is in the batch's own order; None runs every block at its full width. `stem`: what `self.stem` has made
-        of the batch, which may be written over; None: not yet made.
+    def part_logits(
+        self, batch: TaskBatch, plan: RoutingPlan | Tensor | None, stem: Tensor | None = None
+    ) -> list[Tensor]:
+        """Logits [B_k, classes] of each part of a checked batch.
+
+        `plan`, or levels int64 [B, N] in 0..L-1, is in the batch's own order; None runs every block at its full width.
+        `stem`: what `self.stem` has made of the batch, which may be written over; None: not yet made.
         """
+        if plan is not None and stem is None and (isinstance(plan, Tensor) or plan.masks is None):
+            network = self._network(batch)
+            if network is not None:
+                levels = plan.contiguous() if isinstance(plan, Tensor) else plan.levels.t()
+                return network(batch.tasks, self._enlarged(batch), levels)
+        if isinstance(plan, Tensor):
+            plan = self.level_plan(plan)
         x = self.stem(batch) if stem is None else stem
-        return batch.restore_logits(
-            self.classify(batch.tasks, batch.sizes, self.trunk(x, plan)),
-            max(task.classes for task in self.tasks),
-        )
+        return self.classify(batch.tasks, batch.sizes, self.trunk(x, plan))
+
+    def _network(self, batch: TaskBatch) -> TaskNetwork | None:
+        """The estimator in one call; None where stems, trunk and heads have to be called one by one."""
+        blocks = [block for block in self.blocks._modules.values() if block is not None]
+        if self.norm is None or self.lowest or len(self.shared) or are_watched(blocks):
+            return None
+        ends = (self.stems, self.heads)
+        layers = [module for each in ends for module in each._modules.values() if module is not None]
+        kept, settings = _kept(blocks)
+        return self._one_call.network(self, batch, (*layers, *kept, self.norm), self._fold, *settings)
+
+    def _fold(self) -> TaskNetwork | None:
+        trunk = self._folded_trunk(True) if fits(self.stems, self.heads) else None
+        if trunk is None or trunk.dtype != self.heads[0].weight.dtype:
+            return None
+        stems = [cast(Stem, self.stem_of(k)) for k in range(len(self.tasks))]
+        return trunk_network(stems, trunk, self.heads)
+
+    def _enlarged(self, batch: TaskBatch) -> list[Tensor]:
+        """The images of each part as its stem's convolution reads them."""
+        stems = (cast(Stem, self.stem_of(k)) for k in batch.tasks)
+        return [stem.enlarged(images) for stem, images in zip(stems, batch.images, strict=True)]
 
     def sampled(self, images: Sequence[Tensor], tasks: Sequence[TaskName], structures: Tensor) -> list[Tensor]:
         """Logits [B_k * S, classes] of each part under S structures of every image; stems run once per image.
@@ -142,7 +178,7 @@ class Estimator(nn.Module):
     def _folded_trunk(self, on_cpu: bool) -> TrunkWeights | None:
         """The folded weights of all blocks and of the norm behind them; None where one call does not run them."""
         norm, blocks = self.norm, [block for block in self.blocks if isinstance(block, FoldedBlock)]
-        if norm is None or len(blocks) < len(self.blocks) or any(map(_is_watched, (*blocks, norm))):
+        if norm is None or len(blocks) < len(self.blocks) or are_watched((*blocks, norm)):
             return None
 
         def fold() -> TrunkWeights | None:
@@ -151,8 +187,8 @@ class Estimator(nn.Module):
             gpu = not on_cpu and weights.dtype != torch.float64  # whose last norm is not one of float32
             return weights if weights.whole or gpu else None
 
-        settings = [setting for block in blocks for setting in block.settings()]
-        return self._trunk.of((*blocks, norm), fold, *settings)
+        kept, settings = _kept(blocks)
+        return self._trunk.of((*kept, norm), fold, *settings)
 
     def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
         """Logits [B_k, classes] of each part by its task's head, from `pooled` [B, features]."""
@@ -193,6 +229,18 @@ class Estimator(nn.Module):
         )
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """True where hooks or a forward of its own have to see the module being called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+def _kept(blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], list[object]]:
+    """The blocks whose own weights are read, and what else the folded weights of all blocks depend on.
+
+    A frozen block has its folded weights for good.
+    """
+    kept: list[nn.Module] = []
+    settings: list[object] = []
+    for block in blocks:
+        frozen = getattr(block, "_frozen", None)
+        if frozen is not None:
+            settings.append(id(frozen))
+        else:
+            kept.append(block)
+            settings += block.settings() if isinstance(block, FoldedBlock) else ()
+    return kept, settings

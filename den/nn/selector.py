@@ -15,10 +15,12 @@ from den.nn.blocks import BlockShape
 from den.nn.conv_norm import ConvNormReLU
 from den.nn.modules import Modules
 from den.nn.norms import FeatureNorm
+from den.nn.one_call import OneCall, conv_network, fits
 from den.nn.stem import KERNEL, Stem
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
 from den_kernels import DynamicBatchNorm2d
+from den_kernels.building import TaskNetwork
 
 BUDGET = 0.04  # of the estimator's block FLOPs, for the default
 
@@ -194,6 +196,7 @@ class Selector(nn.Module):
             else:
                 nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
+        self._one_call = OneCall()
 
     def forward(self, images: Images, task: Tasks, stem: Tensor | None = None) -> Tensor:
         """Logits [B, N, L] of the levels of every block, in the order of the images.
@@ -211,7 +214,10 @@ class Selector(nn.Module):
 
     def run(self, batch: TaskBatch, stem: Tensor | None = None) -> Tensor:
         """Logits [B, N, L] of a checked batch, in the batch's own order."""
-        return self.logits(self.features(batch, stem), batch.tasks)
+        network = self._network(batch)
+        if network is None:
+            return self.logits(self.features(batch, stem), batch.tasks)
+        return self._of_blocks(network(batch.tasks, self._enlarged(batch)))
 
     def features(self, batch: TaskBatch, stem: Tensor | None = None) -> list[Tensor]:
         """What the heads read of a checked batch: normed features [B_k, C] of each task, with a shared head of all."""
@@ -230,8 +236,38 @@ class Selector(nn.Module):
     def logits(self, features: Sequence[Tensor], tasks: Sequence[int]) -> Tensor:
         """Logits [B, N, L] of `features` of the tasks at these positions."""
         heads = [self.heads[0]] if self.config.shared_head else [self.heads[k] for k in tasks]
-        parts = [head(part) for head, part in zip(heads, features, strict=True)]
+        return self._of_blocks([head(part) for head, part in zip(heads, features, strict=True)])
+
+    def _of_blocks(self, parts: Sequence[Tensor]) -> Tensor:
+        """Logits [B_k, N * L] of parts of a batch as [B, N, L]."""
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(-1, self.num_blocks, self.levels)
+
+    def choose(self, batch: TaskBatch, stem: Tensor | None = None) -> Tensor:
+        """The most probable levels int64 [B, N] of a checked batch, in the batch's own order."""
+        network = self._network(batch)
+        if network is None:
+            return self.run(batch, stem).argmax(-1)
+        chosen = torch.empty(batch.batch_size, self.num_blocks, dtype=torch.int64)
+        network(batch.tasks, self._enlarged(batch), chosen=chosen)
+        return chosen
+
+    def _network(self, batch: TaskBatch) -> TaskNetwork | None:
+        """The selector in one call; None where its layers have to be called one by one."""
+        layers = (self.stems, self.convs, self.norms, self.heads)
+        modules = tuple([module for each in layers for module in each._modules.values() if module is not None])
+        return self._one_call.network(self, batch, modules, self._fold)
+
+    def _fold(self) -> TaskNetwork | None:
+        tasks = range(len(self.tasks))
+        if self.config.residual or not fits(self.stems, self.heads, self.convs):
+            return None
+        stems, heads = [self.stem_of(k) for k in tasks], [self.head(k) for k in tasks]
+        norms = [self.norms[0 if self.config.shared_head else k] for k in tasks]
+        return conv_network(stems, cast(Iterable[PlainStep], self.convs), norms, heads)
+
+    def _enlarged(self, batch: TaskBatch) -> list[Tensor]:
+        """The images of each part as its stem's convolution reads them."""
+        return [self.stem_of(k).enlarged(images) for k, images in zip(batch.tasks, batch.images, strict=True)]
 
     def stem_of(self, task: int) -> Stem:
         """The stem of the task at a position."""

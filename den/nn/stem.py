@@ -40,9 +40,11 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, channels, out_size, out_size]
         """Bring the images to the trunk's size."""
-        if images.shape[-1] < self.in_size:
-            images = enlarge(images, self.in_size)
-        return self.conv(images)
+        return self.conv(self.enlarged(images))
+
+    def enlarged(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, C_k, in_size, in_size]
+        """The images as the convolution reads them."""
+        return enlarge(images, self.in_size) if images.shape[-1] < self.in_size else images
 
     def flops(self) -> int:
         """FLOPs of the convolution for one image: twice the multiply-adds."""

@@ -71,6 +71,27 @@ def trunk(x, levels, wider, features, scale, shift):
     extension.Trunk(blocks, scale, shift)(x, levels, [wider], features)
 
 
+STEM, CONV = (3, C, 3, 3, 1, 1), (C, 16, 3, 3, 2, 1)  # C, C_out, R, S, stride, padding
+
+
+def selector(images, stem, stem_bias, weight, bias, scale, shift, head, head_bias, logits, chosen):
+    first, second = extension.DenseConv(STEM, stem, stem_bias), extension.DenseConv(CONV, weight, bias)
+    made = extension.TaskNetwork([first], [second], [extension.Head((head, head_bias, scale, shift))])
+    made([(0, images)], None, [logits], chosen)
+
+
+def estimator(images, stem, stem_bias, head, head_bias, levels, logits):
+    weights = vector(), vector(), packed(M, C, 9), vector(), vector(), packed(C, M, 9), None
+    shared = extension.Trunk([extension.ResidualBlock((C, M, C, 3, 3, 1), (16, 16), weights)], vector(), vector())
+    conv = extension.DenseConv(STEM, stem, stem_bias)
+    made = extension.TaskNetwork([conv], shared, [extension.Head((head, head_bias, None, None))])
+    made([(0, images)], levels, [logits], None)
+
+
+def dense_packed(sizes: tuple[int, ...]) -> Tensor:
+    return torch.randn(extension.dense_packed_size(sizes, False))
+
+
 def graph(x, out, levels, read_in, gates, read_out, weight, bias):
     made = extension.Graph(2, [(0, 1)], C, (3, 3), [weight], [bias])
     made(x, out, levels, read_in, gates, read_out)
@@ -173,6 +194,25 @@ CALLS: dict[str, tuple[Callable, Callable[[], list]]] = {
         trunk,
         lambda: [maps(C), torch.ones(2, B).int(), maps(2 * C), torch.zeros(B, 2 * C), vector(2 * C), vector(2 * C)],
     ),
+    "pack_dense": (
+        lambda weight, packed: extension.pack_dense(CONV, weight, packed),
+        lambda: [torch.randn(16, C, 3, 3).to(memory_format=torch.channels_last), dense_packed(CONV)],
+    ),
+    "TaskNetwork, a selector": (
+        selector,
+        lambda: [maps(3), dense_packed(STEM), vector(), dense_packed(CONV), vector(16), vector(16), vector(16),
+                 torch.randn(8, 16), vector(8), torch.zeros(B, 8), torch.zeros(B, 2).long()],
+    ),
+    "TaskNetwork, an estimator": (
+        estimator,
+        lambda: [maps(3), dense_packed(STEM), vector(), torch.randn(8, C), vector(8), torch.ones(1, B).int(),
+                 torch.zeros(B, 8)],
+    ),
+    "TaskNetwork, int64 levels": (
+        estimator,
+        lambda: [maps(3), dense_packed(STEM), vector(), torch.randn(8, C), vector(8), torch.ones(B, 1).long(),
+                 torch.zeros(B, 8)],
+    ),
     "Graph": (
         graph,
         lambda: [maps(C), maps(C), torch.ones(1, B).int(), vector(2 * B).view(B, 2), vector(B).view(B, 1),
@@ -185,6 +225,8 @@ FITS = {  # other sizes, but ones that fit the other tensors
     ("gather_rows", 0, "one row fewer"),  # a batch that still holds the instances in order
     ("scatter_rows", 1, "one row fewer"),
     ("norm_statistics", 0, "one column fewer"),  # a smaller map
+    *((f"TaskNetwork, {kind}", 0, "one column fewer") for kind in ("a selector", "an estimator", "int64 levels")),
+    ("TaskNetwork, a selector", 10, "one column fewer"),  # fewer blocks, of more levels
     ("pack_turned_weights", 0, "one row fewer"),  # outputs that fill as many blocks of 16
 }
 
@@ -216,6 +258,7 @@ def optional(name: str, index: int) -> bool:
         "ResidualBlock": {12},
         "ResidualBlock, unpacked": {12},
         "BottleneckBlock": {13},
+        "TaskNetwork, a selector": {10},
         "InvertedResidualBlock": {1, 6, 11},
     }
     return index in wanted.get(name, set())

@@ -1,0 +1,289 @@
+// Networks of several tasks in Python: handles that hold the weights.
+#include "bind.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <utility>
+
+#include "bind_operands.h"
+#include "bind_trunk.h"
+#include "direct_chunks.h"
+#include "task_network.h"
+
+namespace py = pybind11;
+
+namespace den_kernels {
+namespace {
+
+constexpr char op[] = "task_network";
+
+template <class T>
+struct Of {  // one of the two dtypes of a handle
+  template <class Handle>
+  static auto& of(Handle& handle) {
+    if constexpr (std::is_same_v<T, float>)
+      return handle.floats;
+    else
+      return handle.halves;
+  }
+};
+
+template <class Conv>
+Conv conv_of(const std::array<int64_t, 6>& shape) {
+  Conv conv{};
+  conv.C = shape[0], conv.C_out = shape[1], conv.R = shape[2], conv.S = shape[3];
+  conv.stride = shape[4], conv.padding = shape[5];
+  for (int i = 0; i < 5; ++i) check(shape[i] >= 1, op, "a convolution's sizes", "at least 1", shape[i]);
+  check(conv.padding >= 0, op, "padding", "at least 0", conv.padding);
+  check(conv.R * conv.S <= max_taps, op, "kernel", "of at most 49 taps", conv.R * conv.S);
+  return conv;
+}
+
+// weight [O, I, R, S] channels-last, shape and memory for it packed.
+void pack(const std::array<int64_t, 6>& shape, py::handle weight, py::handle packed) {
+  const Tensor from(weight, op, "weight"), to(packed, op, "packed");
+  const auto run = [&](auto conv, auto zero) {
+    using T = decltype(zero);
+    const T* values = from.maps<const T>({conv.C_out, conv.C, conv.R, conv.S});
+    pack_dense(conv, values, to.dense<T>({dense_packed_size(conv)}));
+  };
+  from.is<bf16>() ? run(conv_of<DenseConv<bf16>>(shape), bf16{}) : run(conv_of<DenseConv<float>>(shape), 0.f);
+}
+
+// A convolution's packed weight and its bias [C_out].
+struct DenseConvHandle {
+  py::object weight, bias;
+  bool half;
+  DenseConv<float> floats{};
+  DenseConv<bf16> halves{};
+
+  // shape: C, C_out, R, S, stride, padding.
+  DenseConvHandle(const std::array<int64_t, 6>& shape, py::object packed, py::object offset)
+      : weight(std::move(packed)), bias(std::move(offset)), half(Tensor(weight, op, "weight").is<bf16>()) {
+    half ? fill(halves, shape) : fill(floats, shape);
+  }
+  template <class T>
+  void fill(DenseConv<T>& conv, const std::array<int64_t, 6>& shape) {
+    conv = conv_of<DenseConv<T>>(shape);
+    conv.weight = Tensor(weight, op, "weight").dense<const T>({dense_packed_size(conv)});
+    conv.bias = Tensor(bias, op, "bias").dense<const T>({conv.C_out});
+  }
+};
+
+// weight [O, C], bias [O] of a fully connected layer, and scale and shift [C] of a norm before it, or None.
+struct HeadHandle {
+  std::array<py::object, 4> tensors;
+  bool half;
+  int64_t C, O;
+  Head<float> floats{};
+  Head<bf16> halves{};
+
+  explicit HeadHandle(std::array<py::object, 4> weights)
+      : tensors(std::move(weights)), half(Tensor(tensors[0], op, "weight").is<bf16>()) {
+    const Tensor weight(tensors[0], op, "weight");
+    weight.require(weight.dim() == 2, "[O, C]");
+    O = weight.size(0), C = weight.size(1);
+    half ? fill(halves) : fill(floats);
+  }
+  template <class T>
+  void fill(Head<T>& head) {
+    head.C = C, head.O = O;
+    head.weight = Tensor(tensors[0], op, "weight").dense<const T>({O, C});
+    head.bias = Tensor(tensors[1], op, "bias").dense<const T>({O});
+    head.scale = dense_or_null<const float>(tensors[2], op, "scale", {C});
+    head.shift = dense_or_null<const float>(tensors[3], op, "shift", {C});
+    check(!head.scale == !head.shift, op, "scale and shift", "both tensors or both None", "one of them");
+  }
+};
+
+// For each row of logits [B, N, L] the first of its largest values, or of its NaNs, as torch.argmax has it.
+template <class T>
+void choose(const T* logits, int64_t rows, int64_t L, int64_t* chosen) {
+  for (int64_t i = 0; i < rows; ++i, logits += L) {
+    int64_t best = 0;
+    for (int64_t l = 1; l < L; ++l) {
+      const float v = widen(logits[l]), most = widen(logits[best]);
+      if (v > most || (v != v && most == most)) best = l;
+    }
+    chosen[i] = best;
+  }
+}
+
+// A stem and a head for each task around a trunk, or around plain convolutions.
+struct TaskNetworkHandle {
+  py::list stems, convs, heads;  // DenseConvHandle, DenseConvHandle, HeadHandle: they hold the weights
+  py::object trunk;              // TrunkHandle, or None
+  bool half = false;
+  const TrunkHandle* blocks = nullptr;
+
+  TaskNetworkHandle(py::list each_stem, py::object body, py::list each_head)
+      : stems(std::move(each_stem)), heads(std::move(each_head)), trunk(py::none()) {
+    check(!stems.empty() && stems.size() == heads.size(), op, "stems and heads", "one of each for every task",
+          heads.size());
+    if (py::isinstance<TrunkHandle>(body)) {
+      trunk = std::move(body);
+      blocks = &trunk.cast<const TrunkHandle&>();
+      check(blocks->scales, op, "trunk", "of blocks with a norm behind the last one", "one without");
+    } else {
+      convs = body.cast<py::list>();
+    }
+    half = stems[0].cast<const DenseConvHandle&>().half;
+    half ? check_layers<bf16>() : check_layers<float>();
+  }
+
+  // parts: (task, images [B_k, C, H, W] channels-last) for each; levels: int32 [N, B] or int64 [B, N] of a trunk, or
+  // None; logits: [B_k, O] for each part; chosen: int64 [B, N] for the levels with the largest logits, or None.
+  void run(const py::list& parts, py::handle levels, const py::list& logits, py::handle chosen) const {
+    half ? run_as<bf16>(parts, levels, logits, chosen) : run_as<float>(parts, levels, logits, chosen);
+  }
+
+ private:
+  template <class T, class Handle>
+  static const auto& layer(const py::list& list, size_t i) {
+    return Of<T>::of(list[i].cast<const Handle&>());
+  }
+
+  template <class T>
+  void check_layers() const {
+    for (size_t k = 0; k < stems.size(); ++k) {
+      const auto& stem = stems[k].cast<const DenseConvHandle&>();
+      const auto& head = heads[k].cast<const HeadHandle&>();
+      check(stem.half == half && head.half == half, op, "layers", "of one dtype", "two");
+      int64_t channels = layer<T, DenseConvHandle>(stems, k).C_out;
+      for (size_t i = 0; i < convs.size(); ++i) {
+        const DenseConv<T>& conv = layer<T, DenseConvHandle>(convs, i);
+        check(convs[i].cast<const DenseConvHandle&>().half == half, op, "layers", "of one dtype", "two");
+        check(conv.C == channels, op, "input channels", "those of the layer before", conv.C);
+        channels = conv.C_out;
+      }
+      if (blocks) {
+        check(blocks->half == half, op, "layers", "of one dtype", "two");
+        check(blocks->in_channels == channels, op, "the trunk's input channels", "those of each stem",
+              blocks->in_channels);
+        channels = blocks->channels;
+      }
+      check(head.C == channels, op, "a head's input channels", "those of the layer before", head.C);
+    }
+  }
+
+  template <class T>
+  TaskPart<T> part_of(const py::tuple& given, py::handle logits) const {
+    const int64_t task = given[0].cast<int64_t>();
+    check(task >= 0 && task < static_cast<int64_t>(stems.size()), op, "task", "one of the tasks", task);
+    TaskPart<T> part{};
+    part.stem = &layer<T, DenseConvHandle>(stems, static_cast<size_t>(task));
+    part.head = &layer<T, HeadHandle>(heads, static_cast<size_t>(task));
+    const Tensor images(given[1], op, "images");
+    part.images = images.maps<const T>({any_size, part.stem->C, any_size, any_size});
+    part.count = images.size(0), part.H = images.size(2), part.W = images.size(3);
+    check(part.stem->out(part.H, part.stem->R) >= 1 && part.stem->out(part.W, part.stem->S) >= 1, op, "images",
+          "at least as large as the stem's kernel", images.text());
+    part.logits = Tensor(logits, op, "logits").dense<T>({part.count, part.head->O});
+    return part;
+  }
+
+  template <class T>
+  void run_as(const py::list& given, py::handle levels, const py::list& logits, py::handle chosen) const {
+    TaskNetwork<T> network{};
+    int64_t B = 0;
+    check(!given.empty() && given.size() == logits.size(), op, "parts and logits", "as many, at least one",
+          logits.size());
+    for (size_t k = 0; k < given.size(); ++k) {
+      network.parts.push_back(part_of<T>(given[k].cast<py::tuple>(), logits[k]));
+      const TaskPart<T>&first = network.parts.front(), &part = network.parts.back();
+      check(part.stem->C_out == first.stem->C_out && side(part, 0) == side(first, 0) && side(part, 1) == side(first, 1),
+            op, "images", "of sizes whose stems make maps of one size", side(part, 0));
+      B += part.count;
+    }
+    int64_t H = side(network.parts[0], 0), W = side(network.parts[0], 1);
+    for (size_t i = 0; i < convs.size(); ++i) {
+      const DenseConv<T>& conv = layer<T, DenseConvHandle>(convs, i);
+      H = conv.out(H, conv.R), W = conv.out(W, conv.S);
+      check(H >= 1 && W >= 1, op, "images", "large enough for all convolutions", H);
+      network.convs.push_back(&conv);
+    }
+    Trunk<T> shared{};
+    std::vector<int32_t> own;
+    if (blocks) {
+      shared.blocks = &blocks->blocks<T>(), shared.G = blocks->G;
+      shared.scale = blocks->scales, shared.shift = blocks->shifts;
+      shared.levels = levels_of(levels, B, own);
+      network.trunk = &shared;
+    } else {
+      check(levels.is_none(), op, "levels", "None without a trunk", "a tensor");
+    }
+    const Choice choice = choice_of(network.parts, chosen, B);
+    py::gil_scoped_release unlocked;
+    run_task_network(network);
+    int64_t* next = choice.chosen;
+    for (const TaskPart<T>& part : network.parts) {
+      if (!next) break;
+      choose(part.logits, part.count * choice.N, part.head->O / choice.N, next);
+      next += part.count * choice.N;
+    }
+  }
+
+  template <class T>
+  static int64_t side(const TaskPart<T>& part, int axis) {
+    return axis ? part.stem->out(part.W, part.stem->S) : part.stem->out(part.H, part.stem->R);
+  }
+
+  // Levels [N, B], of int64 [B, N] copied into `own`.
+  const int32_t* levels_of(py::handle levels, int64_t B, std::vector<int32_t>& own) const {
+    const Tensor tensor(levels, op, "levels");
+    const int64_t N = static_cast<int64_t>(blocks->handles.size());
+    if (!tensor.is<int64_t>()) {
+      const int32_t* found = tensor.dense<const int32_t>({N, B});
+      blocks->check_levels(found, N * B);
+      return found;
+    }
+    const int64_t* rows = tensor.dense<const int64_t>({B, N});
+    own.resize(static_cast<size_t>(N * B));
+    for (int64_t i = 0; i < B * N; ++i) {
+      check(rows[i] >= 0 && rows[i] <= blocks->G, op, "levels", "at most the groups", rows[i]);
+      own[i % N * B + i / N] = static_cast<int32_t>(rows[i]);
+    }
+    return own.data();
+  }
+
+  struct Choice {
+    int64_t* chosen;
+    int64_t N;
+  };
+  template <class T>
+  static Choice choice_of(const std::vector<TaskPart<T>>& parts, py::handle chosen, int64_t B) {
+    if (chosen.is_none()) return {nullptr, 1};
+    const Tensor tensor(chosen, op, "chosen");
+    int64_t* to = tensor.dense<int64_t>({B, any_size});
+    const int64_t N = tensor.size(1);
+    for (const TaskPart<T>& part : parts)
+      check(N >= 1 && part.head->O % N == 0, op, "chosen", "of blocks that share a head's outputs", N);
+    return {to, N};
+  }
+};
+
+}  // namespace
+
+void bind_task_network(py::module_& m) {
+  m.def(
+      "dense_packed_size",
+      [](const std::array<int64_t, 6>& shape, bool half) {
+        return half ? dense_packed_size(conv_of<DenseConv<bf16>>(shape))
+                    : dense_packed_size(conv_of<DenseConv<float>>(shape));
+      },
+      "Values of the packed weight of a convolution (C, C_out, R, S, stride, padding), of bfloat16 or float32.");
+  m.def("pack_dense", &pack, "(C, C_out, R, S, stride, padding), weight [C_out, C, R, S] channels-last, packed.");
+  py::class_<DenseConvHandle>(m, "DenseConv", "(C, C_out, R, S, stride, padding), packed weight, bias [C_out].")
+      .def(py::init<std::array<int64_t, 6>, py::object, py::object>());
+  py::class_<HeadHandle>(m, "Head", "(weight [O, C], bias [O], scale and shift [C] of the inputs or None)")
+      .def(py::init<std::array<py::object, 4>>());
+  py::class_<TaskNetworkHandle>(m, "TaskNetwork",
+                                "DenseConv of each task; a Trunk, or a list of DenseConv; Head of each task.")
+      .def(py::init<py::list, py::object, py::list>())
+      .def("__call__", &TaskNetworkHandle::run,
+           "(task, images [B_k, C, H, W] channels-last) of each part; levels int32 [N, B] or int64 [B, N], or None; "
+           "logits [B_k, O] of each part; int64 [B, N] for the largest of L = O / N logits, or None.");
+}
+
+}  // namespace den_kernels

@@ -1,0 +1,45 @@
+// The blocks of a trunk in Python: a handle that holds their weights.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "dynamic_trunk.h"
+#include "tensor.h"
+
+namespace den_kernels {
+
+// Blocks one after the other, and the last batch norm and mean behind them.
+struct TrunkHandle {
+  static constexpr char op[] = "dynamic_trunk";
+  pybind11::list handles;  // ResidualHandle, BottleneckHandle: they hold the weights
+  pybind11::object scale, shift;
+  int64_t G = 0, in_channels = any_size, channels = any_size;  // channels: behind the blocks that were added
+  bool half = false;
+  std::vector<TrunkBlock<float>> floats;
+  std::vector<TrunkBlock<bf16>> halves;
+  const float *scales = nullptr, *shifts = nullptr;
+
+  TrunkHandle(pybind11::list blocks, pybind11::object norm_scale, pybind11::object norm_shift);  // bind_blocks.cpp
+  void run(pybind11::handle x, pybind11::handle levels, const pybind11::list& maps, pybind11::handle features) const;
+
+  template <class T>
+  const std::vector<TrunkBlock<T>>& blocks() const {
+    if constexpr (std::is_same_v<T, float>)
+      return floats;
+    else
+      return halves;
+  }
+  // ValueError unless each of the levels [count] is one of 0..G.
+  void check_levels(const int32_t* levels, int64_t count) const;
+
+ private:
+  template <class Handle>
+  void add(const Handle& block);
+  template <class T>
+  void run_as(pybind11::handle x, pybind11::handle levels, const pybind11::list& maps, pybind11::handle features) const;
+};
+
+}  // namespace den_kernels

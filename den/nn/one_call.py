@@ -1,0 +1,103 @@
+"""An estimator or a selector at inference on a CPU as one call of the kernels' library (`den_kernels.task_network`)."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from den.nn.conv_norm import ConvNormReLU
+from den.nn.folding import folded_weight, may_fold
+from den.nn.stem import Stem
+from den.nn.task_batch import TaskBatch
+from den_kernels import TrunkWeights
+from den_kernels.building import (
+    DenseConv,
+    DenseHead,
+    FoldCache,
+    TaskNetwork,
+    norm_affine,
+    runs_task_network,
+    takes_conv,
+)
+
+Build = Callable[[], TaskNetwork | None]
+
+
+class OneCall:
+    """Keeps the folded weights of stems, shared layers and heads while nothing that they were made of changes."""
+
+    def __init__(self) -> None:
+        self._cache: FoldCache[TaskNetwork | None] = FoldCache()
+
+    def network(
+        self, owner: nn.Module, batch: TaskBatch, modules: tuple[nn.Module, ...], build: Build, *settings: object
+    ) -> TaskNetwork | None:
+        """The network of `owner` that runs a batch in one call; None where layers have to be called one by one.
+
+        modules: the layers that `build` folds, none of which runs by itself then; settings: what else it depends on.
+        """
+        if not may_fold(owner) or are_watched(modules):
+            return None
+        found = self._cache.of(modules, build, *settings)
+        if found is None:
+            return None
+        dtype = found.heads[0].weight.dtype
+        for images in batch.images:
+            if images.dtype != dtype or not images.is_cpu or type(images) is not Tensor:
+                return None
+        return found
+
+
+def are_watched(modules: Iterable[nn.Module]) -> bool:
+    """True where hooks or a forward of its own have to see one of the modules being called, or one is being trained."""
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
+            return True
+    return False
+
+
+def folded(layer: ConvNormReLU) -> DenseConv:
+    """A convolution, its norm and ReLU, as the kernel reads them."""
+    return DenseConv.of(layer.conv, *folded_weight(layer.conv, layer.norm))
+
+
+def fits(stems: Iterable[nn.Module], heads: Iterable[nn.Module], convs: Iterable[nn.Module] = ()) -> bool:
+    """True where the kernel takes layers of these kinds, dtypes and sizes on this machine."""
+    stems, layers = list(stems), list(convs)
+    layers += [stem.conv for stem in stems if isinstance(stem, Stem)]
+    weights = [head.weight for head in heads if type(head) is nn.Linear]
+    for layer in layers:
+        if not isinstance(layer, ConvNormReLU) or not takes_conv(layer.conv):
+            return False
+        weights.append(layer.conv.weight)
+    if not stems or any(type(stem) is not Stem for stem in stems) or any(type(head) is not nn.Linear for head in heads):
+        return False
+    dtypes = {weight.dtype for weight in weights}
+    return all(weight.is_cpu for weight in weights) and len(dtypes) == 1 and runs_task_network(dtypes.pop())
+
+
+def trunk_network(stems: Iterable[Stem], trunk: TrunkWeights, heads: Iterable[nn.Linear]) -> TaskNetwork:
+    """The network of an estimator."""
+    return TaskNetwork(
+        tuple(folded(stem.conv) for stem in stems),
+        trunk,
+        tuple(DenseHead(head.weight.detach().contiguous(), head.bias.detach()) for head in heads),
+    )
+
+
+def conv_network(
+    stems: Iterable[Stem],
+    convs: Iterable[ConvNormReLU],
+    norms: Iterable[nn.BatchNorm1d],
+    heads: Iterable[nn.Linear],
+) -> TaskNetwork:
+    """The network of a selector, a norm before each head."""
+    return TaskNetwork(
+        tuple(folded(stem.conv) for stem in stems),
+        tuple(map(folded, convs)),
+        tuple(
+            DenseHead(head.weight.detach().contiguous(), head.bias.detach(), *norm_affine(norm, torch.float32))
+            for head, norm in zip(heads, norms, strict=True)
+        ),
+    )
