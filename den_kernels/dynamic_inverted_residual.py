@@ -11,7 +11,8 @@ CVPR 2018, and Tan, Le, EfficientNet, ICML 2019; batch norm with running statist
 when the weights are prepared. Without conv2 it is a pair of 1 x 1 convolutions, as in the MLP of ConvNeXt.
 
 On a CPU one call of C++ takes an instance through the whole block in float32, with AVX-512 or AVX2
-(csrc/direct_inverted_residual.h). Elsewhere the convolutions are dynamic ones (`_inverted_residual_composed.py`).
+(csrc/direct_inverted_residual.h); 16-bit maps of blocks with a conv2 are widened around it. Elsewhere the convolutions
+are dynamic ones (`_inverted_residual_composed.py`).
 """
 
 import torch
@@ -122,6 +123,6 @@ def dynamic_inverted_residual(
 def dynamic_inverted_residual_(x: Tensor, selection: Route | Tensor, weights: InvertedResidualWeights) -> Tensor:
     """:func:`dynamic_inverted_residual`, in place where the block keeps the shape of `x` [B, C, H, W], else a new map.
 
-    In place, on a CPU, an instance at level 0 of a block that adds x costs nothing: none of its bytes is touched.
+    In place, on a CPU, in float32, an instance at level 0 of a block that adds x costs nothing: it is not touched.
     """
     return _OP.in_place(x, selection, weights)

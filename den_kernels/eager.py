@@ -90,6 +90,15 @@ def call_op(op: Any, *arguments: Any) -> Any:
     return in_torch_ops(op, *arguments)
 
 
+def in_onnx_export() -> bool:
+    """True while torch.onnx.export records a model, by whichever of its ways."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# As torch.compiler.assume_constant_result, whose import takes seconds: else Dynamo, one of these ways, says False.
+in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def savable(tensor: Tensor | None) -> Tensor | None:
     """The tensor [...] as autograd can save it for the backward pass: of one made in inference mode a copy."""
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor

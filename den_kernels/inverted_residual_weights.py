@@ -18,6 +18,7 @@ from .folding import fold_norm
 from .residual_weights import stand_in
 
 _OP = "dynamic_inverted_residual"
+_WIDENED = (torch.bfloat16, torch.float16)
 _WEIGHTS = ("conv1", "conv2", "conv3", "squeeze", "excite")
 
 
@@ -41,7 +42,9 @@ class InvertedResidualWeights(HasHandle):
     squeeze_activation: str
     gate_activation: str
     skip: bool  # x is added
-    direct: tuple[Tensor, ...] | None = None  # the weights that there are, packed for the kernel of the whole block
+    direct: tuple[Tensor, ...] | None = (
+        None  # the weights that there are, in float32, packed for the whole block's kernel
+    )
 
     @staticmethod
     def fold(
@@ -129,7 +132,8 @@ class InvertedResidualWeights(HasHandle):
         Q = 0 if self.squeeze is None else self.squeeze.shape[0]
         shape = self.first.shape[1], sum(self.groups), self.out_channels, *self.kernel, self.stride, Q
         numbers = [number_of(each) for each in (self.activation, self.squeeze_activation, self.gate_activation)]
-        return extension.InvertedResidualBlock(shape, self.groups, tuple(tensors), numbers)
+        block = extension.InvertedResidualBlock(shape, self.groups, tuple(tensors), numbers)
+        return block if self.first.dtype == torch.float32 else _InFloat32(block)
 
     def released(self) -> "InvertedResidualWeights":
         """A copy without the weights themselves where a direct kernel runs, which reads packed ones; else self.
@@ -145,17 +149,34 @@ class InvertedResidualWeights(HasHandle):
     def _with_direct(self) -> "InvertedResidualWeights":
         packed = []
         for name in _WEIGHTS:
-            weight = getattr(self, name)
-            if weight is not None:
-                packed.append(_pack_depthwise(weight) if name == "conv2" else pack_to_keep(weight, ()))
+            if (weight := getattr(self, name)) is not None:
+                packed.append(_pack_depthwise(weight.float()) if name == "conv2" else pack_to_keep(weight.float(), ()))
         made = replace(self, direct=tuple(packed))
         _ = made.handle  # checked here, not in the first call
         return made
 
     def _runs_direct(self) -> bool:
-        """True where the kernel of the whole block runs: a function of dtype and device."""
+        """True where the kernel of the whole block runs: a function of dtype and device, and of whether there is conv2.
+
+        16-bit maps are widened around it. 1 x 1 convolutions alone are faster in bfloat16.
+        """
         like = self.conv3
-        return extension is not None and like.is_cpu and like.dtype == torch.float32 and extension.has_direct_float32()
+        takes = like.dtype == torch.float32 or (like.dtype in _WIDENED and self.conv2 is not None)
+        return extension is not None and like.is_cpu and takes and extension.has_direct_float32()
+
+
+class _InFloat32:
+    """A block of the extension on maps of 16 bits: hidden maps and sums are float32."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def __call__(self, x: Tensor, shortcut: Tensor | None, out: Tensor, route: tuple) -> None:
+        """out = shortcut + branch(x), as `extension.InvertedResidualBlock` has it."""
+        wide = None if shortcut is None else shortcut.float()
+        result = torch.empty_like(out, dtype=torch.float32) if wide is None else wide
+        self.block(x.float(), wide, result, route)
+        out.copy_(result)
 
 
 def _bias_of(name: str) -> str:

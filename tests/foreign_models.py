@@ -39,6 +39,14 @@ class Family:
     size: int = 16
     channels: int = 1
     """The axis of the channels in the hidden maps."""
+    separable: tuple[str, str] | None = None
+    """The module of the hidden map, and that of the branch, in a separable convolution among the blocks."""
+
+    def taps(self, block: nn.Module) -> tuple[tuple[str, ...], str]:
+        """`hidden` and `tail` of a block."""
+        if self.separable is not None and hasattr(block, self.separable[0]):
+            return (self.separable[0],), self.separable[1]
+        return self.hidden, self.tail
 
 
 def _pooled(model: nn.Module) -> nn.Module:
@@ -100,7 +108,9 @@ FAMILIES = {
         ("conv1", "conv2"), "conv3", 5,
     ),
     "pytorchcv_mobilenetv3": Family(_mobilenetv3, ("exp_conv", "conv1"), "conv2", 5, 32),
-    "pytorchcv_efficientnet": Family(_efficientnet, ("conv1", "conv2"), "conv3", 4),
+    "pytorchcv_efficientnet": Family(
+        _efficientnet, ("conv1", "conv2"), "conv3", 5, separable=("dw_conv", "pw_conv")
+    ),
     "torchvision_basic": Family(lambda: stand_ins.Network(stand_ins.PlainBasicBlock), ("relu",), "bn2", 3),
     "torchvision_bottleneck": Family(lambda: stand_ins.Network(stand_ins.PlainBottleneck), ("relu",), "bn3", 3),
     "torchvision_resnext": Family(
@@ -158,11 +168,12 @@ def masked(model: nn.Module, name: str, blocks: list[str], levels: Tensor, share
     with ExitStack() as stack:
         for n, path in enumerate(blocks):
             block = model.get_submodule(path)
-            for tap in family.hidden:
+            hidden, tail = family.taps(block)
+            for tap in hidden:
                 hook = _Mask(levels[:, n], shares, family, block if tap == "relu" else None)
                 stack.callback(block.get_submodule(tap).register_forward_hook(hook).remove)
             close = _Close(levels[:, n])
-            stack.callback(block.get_submodule(family.tail).register_forward_hook(close).remove)
+            stack.callback(block.get_submodule(tail).register_forward_hook(close).remove)
         yield
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,3 +64,10 @@ def until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.002)
+
+
+def free_port() -> int:
+    """A port of the loopback that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

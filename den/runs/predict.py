@@ -46,7 +46,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network says of B images of one task."""
+    """Result of a network for B images of one task."""
 
     logits: Tensor  # [B, classes]
     levels: Tensor  # integer [B, N]

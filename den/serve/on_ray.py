@@ -15,6 +15,7 @@ import ray
 import torch
 from ray import serve
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from den.serve.app import Service, create_app
 from den.serve.board import PERIOD, Board
@@ -35,10 +36,11 @@ class Deployed:
     def end(self, seconds: float) -> None:
         """Take no more requests, wait until all are answered (at most so long), and end the replicas."""
         stop = time.monotonic() + seconds
-        with contextlib.suppress(RayError):  # Ray is gone, and with it the service
+        with contextlib.suppress(RayError):  # the board is gone: replicas end without being told before
             ray.get(self.board.end.remote())
             while not ray.get(self.board.idle.remote()) and time.monotonic() < stop:
                 time.sleep(PERIOD / 5)
+        with contextlib.suppress(RayError):  # Ray is gone, and with it the service
             serve.delete(APPLICATION)
             ray.kill(self.board)
         ray.shutdown()  # of a Ray of its own this ends everything, of a cluster the connection
@@ -52,7 +54,8 @@ def deploy(command: Serve) -> Deployed:
     cores = os.cpu_count() or 1
     threads = command.threads or max(1, cores // command.replicas)
     _start_ray(command.ray_address, max(cores, threads * command.replicas))
-    board = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board).remote()
     limits = command.limits
     deployment = serve.deployment(
         serve.ingress(_builder(command, threads, board))(),

@@ -15,7 +15,7 @@ from .kinds import kind_of_block
 from .order import sort_by_l1
 from .prove import prove
 from .record import Node, Recording, example_of, record
-from .region import Region, branch_of, find_region, sums
+from .region import Region, branch_of, find_region, is_depthwise, separable, sums
 from .report import Block, LeftAlone, Report
 from .rules import Unfit, describe
 
@@ -139,7 +139,8 @@ def _blocks(model: nn.Module, recording: Recording, shares: Sequence[float]) -> 
 def _candidates(
     model: nn.Module, recording: Recording, found: list[_Found]
 ) -> Iterator[tuple[str, Node | None, Callable[[], Region]]]:
-    """Every sum; then the modules of the same classes as the blocks `found` meanwhile, but without a sum."""
+    """Every sum; then modules without a sum, of the same classes as the blocks `found` meanwhile; then, beside inverted
+    residuals, separable convolutions: the first block of MobileNets and EfficientNets."""
     for node in sums(recording):
         yield node.scope, node, lambda node=node: branch_of(recording, node)  # type: ignore[misc]
     classes = {type(model.get_submodule(each.name)) for each in found if each.name and each.sum is not None}
@@ -147,8 +148,22 @@ def _candidates(
     with_sum = {node.scope for node in sums(recording)}
     for name, module in model.named_modules():
         if type(module) in classes and name not in with_sum and (result := recording.results.get(name)) is not None:
-            within = {n.index for n in recording.nodes if f"{n.scope}.".startswith(f"{name}.")}
+            within = _within(recording, name)
             yield name, None, lambda end=result.node, w=within: find_region(recording, end, w, False)  # type: ignore[misc]
+    if not any(is_depthwise(node) for each in found for node in each.region.weights):
+        return
+    taken = {layer.node.index for each in found for layer in each.region.layers}
+    for name, module in model.named_modules():
+        if type(module) not in (type(model), nn.Sequential) and (result := recording.results.get(name)) is not None:
+            region = separable(recording, result.node, _within(recording, name))
+            if region and taken.isdisjoint(layer.node.index for layer in region.layers):
+                taken |= {layer.node.index for layer in region.layers}
+                yield name, None, lambda region=region: region  # type: ignore[misc]
+
+
+def _within(recording: Recording, name: str) -> set[int]:
+    """The nodes that the forward of a module makes."""
+    return {n.index for n in recording.nodes if f"{n.scope}.".startswith(f"{name}.")}
 
 
 def _common(region: Region) -> str:

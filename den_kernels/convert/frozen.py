@@ -12,7 +12,7 @@ from ..dynamic_bottleneck import dynamic_bottleneck
 from ..dynamic_inverted_residual import dynamic_inverted_residual
 from ..dynamic_residual import dynamic_residual
 from ..dynamic_trunk import TrunkWeights, dynamic_trunk
-from ..eager import runs_eagerly
+from ..eager import in_onnx_export, runs_eagerly
 from ..inverted_residual_weights import InvertedResidualWeights
 from ..plan import Route, RoutingPlan
 from ..residual_weights import ResidualWeights
@@ -55,6 +55,7 @@ class FrozenBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C_out, H_out, W_out], at the levels that are set; may write over x."""
         a = x if self.head is None else torch.relu(self.head(x))
+        refuse_onnx(x)
         route = self.carrier.route(self.block, x)
         if len(self.weights) > 1 and route.mask is not None:
             raise ValueError(
@@ -135,7 +136,17 @@ class FrozenRow(nn.Module):
             for block in self.blocks:
                 x = block(x)
             return x
+        refuse_onnx(x)
         return dynamic_trunk(x, self.carrier.plan_of(self.numbers, x), self.weights)
+
+
+def refuse_onnx(x: Tensor) -> None:
+    """Raise RuntimeError while torch.onnx.export records: ONNX has no such ops, and the plain weights are gone."""
+    if not runs_eagerly(x) and in_onnx_export():
+        raise RuntimeError(
+            "freeze: torch.onnx.export must be given a model that is not frozen, WithLevels(model), or "
+            "extract(model, structure), got one whose weights are kept only as our kernels read them"
+        )
 
 
 def fold_branch(branch: Branch | InvertedBranch, groups: int) -> list[Weights]:

@@ -42,7 +42,7 @@ class FrozenConv2d(nn.Conv2d):
 
     def _takes(self, x: Tensor) -> bool:
         """True where the direct convolution computes x, and x fits: what does not, torch explains."""
-        fits = x.ndim == 4 and x.shape[1] == self.in_channels and x.dtype == self.weight.dtype and x.numel() > 0
+        fits = x.ndim == 4 and x.shape[1] == self.in_channels and x.numel() > 0 and x.dtype == self.packed.dtype
         if not fits or torch.is_autocast_enabled(x.device.type):
             return False
         whole = min(self.geometry.out_shape(x, self.weight)) > 0

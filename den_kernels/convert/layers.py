@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..dynamic_conv import dynamic_conv2d
+from .._conv_direct import pack
+from ..dynamic_conv import convolve
 from ..eager import as_fx_leaf
+from ..fold_cache import FoldCache
 from ..layers import DynamicBatchNorm2d, DynamicConv2d
 from ..plan import Route
 from .carrier import Carrier, Selection
@@ -56,6 +58,10 @@ class RoutedLinear(Routed, nn.Linear):
     out_groups: tuple[int, ...] = ()
     in_groups: tuple[int, ...] = ()
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._packed: FoldCache[Tensor] = FoldCache()
+
     @classmethod
     def from_linear(cls, linear: nn.Linear, out_groups: Sequence[int], in_groups: Sequence[int]) -> Self:
         """One that shares the parameters of `linear`."""
@@ -70,12 +76,22 @@ class RoutedLinear(Routed, nn.Linear):
         selection = self._selection()
         if selection is None:
             return F.linear(x, self.weight, self.bias)
-        y = dynamic_conv2d(
-            as_map(x), self.weight[:, :, None, None], self.bias, selection.hidden,
-            out_groups=self.out_groups or None, in_groups=self.in_groups or None,
+        y = convolve(
+            as_map(x), self.weight[:, :, None, None], self.bias, selection.hidden, 1, 0, 1, 1,
+            self.out_groups, self.in_groups, self._packed_weight,
         )  # fmt: skip
         y = y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
         return self._closed(y, selection)
+
+    def _packed_weight(self, dtype: torch.dtype) -> Tensor:
+        def packed() -> Tensor:
+            return pack(self.weight.detach().to(dtype)[:, :, None, None], self.in_groups)
+
+        return self._packed.get((self.weight,), packed, self.in_groups, dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        self._packed.clear()
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, out_groups={self.out_groups}, in_groups={self.in_groups}"

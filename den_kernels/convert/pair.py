@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..dynamic_inverted_residual import dynamic_inverted_residual
 from ..inverted_residual_weights import InvertedResidualWeights
 from .carrier import Carrier
+from .frozen import refuse_onnx
 from .layers import Routed, RoutedConv2d, RoutedLinear, as_map
 from .record import Node, Recording
 from .rules import NEUTRAL, kind_of
@@ -28,6 +29,7 @@ class FrozenPair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., C] of linear layers, else [B, C, H, W] -> the same, of the second layer's channels."""
+        refuse_onnx(x)
         route = self.carrier.route(self.block, x)
         if not self.linear:
             return dynamic_inverted_residual(x, route, self.weights)

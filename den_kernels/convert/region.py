@@ -260,3 +260,24 @@ def branch_of(recording: Recording, node: Node) -> Region:
     if not regions:
         raise reason
     return max(regions, key=lambda region: len(region.weights))
+
+
+def is_depthwise(node: Node) -> bool:
+    """Whether a node is a convolution of each channel by itself."""
+    module = node.target
+    return isinstance(module, torch.nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def separable(recording: Recording, end: int, within: Collection[int]) -> Region | None:
+    """The region of a module that is a depthwise convolution and a 1 x 1 convolution behind it, without a shortcut.
+
+    end, within: as `find_region` takes them. None for other modules.
+    """
+    try:
+        region = find_region(recording, end, within, False)
+    except Unfit:
+        return None
+    weights = [node for node in main_path(recording, end) if node.index in within and has_weight(node)]
+    if len(weights) != 2 or len(region.weights) != 2 or not is_depthwise(weights[1]):
+        return None
+    return region if getattr(weights[0].target, "kernel_size", None) == (1, 1) else None

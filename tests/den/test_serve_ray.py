@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ import pytest
 
 import den
 from den import cli
-from tests.served import TASKS, encoded, photographs, store_run
+from tests.served import TASKS, encoded, free_port, photographs, store_run
 
 PETS, DIGITS = (task.name for task in TASKS)
 
@@ -45,9 +44,7 @@ def test_a_missing_package_is_told_with_the_extra(run, monkeypatch, capsys, pack
 def started(run, request):
     """The address and the process of a service of two replicas."""
     pytest.importorskip("ray.serve", reason="ray is not installed (pip install '.[serve]')")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--port", str(port), "--replicas", "2", "--threads", "1", "--proxy", request.param]
     command = [sys.executable, "-m", "den", "serve", str(run), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

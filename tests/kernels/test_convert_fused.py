@@ -65,6 +65,14 @@ def test_blocks_of_a_known_form_run_as_one_op(name, runs):
     assert len(runs) == (len(report) if wanted != LAYERS else 0)
 
 
+def test_a_full_block_beside_others_is_an_op_and_all_full_blocks_are_the_originals_layers(elastic, runs):
+    for own, ops in (((2, 1, 2), 3), ((2, 0, 2), 3), ((2, 2, 2), 0)):
+        runs.clear()
+        y = at(elastic, X[:1], torch.tensor([own]))
+        assert len(runs) == ops
+    assert torch.equal(y, elastic(X[:1]))
+
+
 @pytest.fixture
 def elastic() -> nn.Module:
     model = foreign("torchvision_basic")

@@ -100,6 +100,20 @@ def check(block, x, selection):
             assert torch.equal(over, got)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_blocks_are_the_float32_ones_of_their_weights_rounded_once(dtype):
+    """Hidden maps are not rounded to 16 bits in between; a pair of 1 x 1 convolutions has kernels of its own."""
+    half = Block(24, (16, 5, 30), 24, squeezed=6).to(dtype).fold()
+    convs = ("conv1", "conv2", "conv3", "squeeze", "excite")
+    wide = replace(half, direct=None, **{name: getattr(half, name).float() for name in convs})
+    assert (half.direct is not None) == HAS_DIRECT
+    assert Block(24, (16, 5, 30), 24, kernel=None).to(dtype).fold().direct is None
+    if HAS_DIRECT:
+        x, selection = image(5, 24, (9, 7), dtype), choose("uniform", 5, 3)
+        wanted = dynamic_inverted_residual(x.float(), selection, wide._with_direct()).to(dtype)
+        assert torch.equal(dynamic_inverted_residual(x, selection, half), wanted)
+
+
 @examples(60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]),
