@@ -40,7 +40,7 @@ TOOLS = ("compute-sanitizer", "ncu")
 INTERPRETED = ("test_composition", "test_mask_graph", "test_norm[bfloat16-levels-plain]")
 # Of every parameter these values; of those that are not named here all.
 KEPT: dict[str, tuple[object, ...]] = {
-    "way": ("float32", "bfloat16"), "convolution": ("out", "mask", "cardinality"), "case": ("composition 64x32x32",),
+    "way": ("float32", "bfloat16"), "convolution": ("out", "mask", "cardinality"), "problem": ("composition 64x32x32",),
     "batch": (1, 5), "groups": (3, 4), "mode": ("eager",), "tool": ("memcheck",),
 }  # fmt: skip
 METRICS = {
@@ -146,14 +146,14 @@ def layout_of(x: Tensor, route: Any, weights: Any) -> Any:
     """`_cuda.layout_of` for blocks of any size (x [B, C, H, W]), also where the extension has no CUDA kernels."""
     if x.device.type != "cuda" or route.mask is not None or (x.dtype == torch.float32 and not allows_tf32()):
         return None
-    return _cuda._layout(_cuda._arguments(x, weights)) or StandIn()
+    return _cuda._layout(_cuda._problem(x, weights)) or StandIn()
 
 
 class StandIn:
     """The layout of a block that is too small for the fused kernel: it is called where a check asks for it only."""
 
     @staticmethod
-    def is_worth(arguments: Any) -> bool:
+    def is_worth(problem: Any) -> bool:
         """False: no operator chooses the stand-in."""
         return False
 

@@ -52,7 +52,7 @@ def _window(kernel: Sequence[int], geometry: Geometry) -> Any:
     return extension.Window(kernel, geometry.stride, geometry.padding, geometry.dilation, in_sizes, out_sizes)
 
 
-def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None, turned: bool = False) -> Tensor:
+def pack_anew(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None, turned: bool = False) -> Tensor:
     """Weights [O, I, R, S], times scale (float32 [O]), in the layout that the direct kernels read.
 
     float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/dynamic_bf16.h,
@@ -74,10 +74,10 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None, t
     return packed
 
 
-def pack_to_keep(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -> Tensor:
-    """:func:`pack` of weights [O, I, R, S] that outlive the call; RuntimeError where the call is recorded."""
+def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -> Tensor:
+    """:func:`pack_anew` for weights [O, I, R, S] that are kept packed; RuntimeError where the call is recorded."""
     refuse_recording("pack")
-    return pack(weight, in_sizes, scale)
+    return pack_anew(weight, in_sizes, scale)
 
 
 def forward(

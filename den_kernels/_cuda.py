@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of the extension: tests of the arguments that they take, and their launchers."""
+"""The CUDA C++ kernels of the extension: tests of the problems that they take, and their launchers."""
 
 from functools import lru_cache
 from itertools import accumulate
@@ -59,7 +59,7 @@ def plan_masks(masks: Tensor, levels: Tensor, order: Tensor, offsets: Tensor) ->
 def choose_fused(x: Tensor, route: "Route", weights: "ResidualWeights") -> FusedLayout | None:
     """The layout of the fused residual block for x [B, C, H, W]; None where it does not run or should not win."""
     layout = layout_of(x, route, weights)
-    if layout is None or not layout.is_worth(_arguments(x, weights)):
+    if layout is None or not layout.is_worth(_problem(x, weights)):
         return None
     device: Any = torch.cuda.get_device_properties(x.device)
     size = -(-x.shape[2] // weights.stride), -(-x.shape[3] // weights.stride)
@@ -73,7 +73,7 @@ def layout_of(
     route: "Route",
     weights: "ResidualWeights",
 ) -> FusedLayout | None:
-    """The layout of the fused residual block, None where it does not take the arguments.
+    """The layout of the fused residual block, None where it does not take the problem.
 
     It takes routes of levels, 3 x 3 kernels, channels-last maps and weights; float32 where TF32 is allowed.
     """
@@ -88,10 +88,10 @@ def layout_of(
         return None
     if any(t.data_ptr() % 16 for t in (x, *convolutions)):
         return None
-    return _layout(_arguments(x, weights))
+    return _layout(_problem(x, weights))
 
 
-def _arguments(x: Tensor, weights: "ResidualWeights") -> FusedArguments:  # x [B, C, H, W]
+def _problem(x: Tensor, weights: "ResidualWeights") -> FusedArguments:  # x [B, C, H, W]
     device: Any = torch.cuda.get_device_properties(x.device)
     widths = tuple(accumulate(weights.groups))
     B, C, H, W = x.shape

@@ -1,4 +1,4 @@
-"""The layout of the fused residual block (csrc/dynamic_residual.cu) on a GPU: a pure function of its arguments.
+"""The layout of the fused residual block (csrc/dynamic_residual.cu) on a GPU: a pure function of the problem.
 
 A thread block has 8 warps. In conv2 `columns` of them share the output channels (64 each at most) and the others the
 pixels (64 each); in conv1 `hidden_columns` share a slice of hidden channels (16 each) and the others its pixels (64
@@ -99,7 +99,7 @@ def _step(rows: int, whole: int, room: int) -> tuple[int, int] | None:
 
 
 def fused_layout(p: FusedArguments) -> FusedLayout | None:
-    """The layout for these arguments, None where the fused kernel does not take them or should not.
+    """The layout of a problem, None where the fused kernel does not take it or should not.
 
     >>> fused_layout(FusedArguments(512, 16, 16, 128, 128, (32, 64, 128), 1, 2, 132, 227 << 10))
     FusedLayout(instances=1, rows=16, columns=2, hidden_columns=2, taps1=1, bytes1=256, taps2=1, bytes2=64, blocks=132)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._conv_direct import pack_to_keep
+from ._conv_direct import pack
 from ._extension import extension
 from ._fold_checks import check_convolution, check_layers, check_norm, hidden_groups
 from ._geometry import Geometry, dense
@@ -131,7 +131,7 @@ class BottleneckWeights(HasHandle):
         """
         if index not in self._alone:
             weight, _, geometry = self.convolutions[index]
-            self._alone[index] = pack_to_keep(weight.to(dtype), geometry.in_sizes)
+            self._alone[index] = pack(weight.to(dtype), geometry.in_sizes)
         return self._alone[index]
 
     def released(self) -> "BottleneckWeights":
@@ -145,10 +145,7 @@ class BottleneckWeights(HasHandle):
 
     def _with_direct(self) -> "BottleneckWeights":
         sizes = self.groups if self.cardinality == 1 else ()
-        packed = replace(
-            self,
-            direct=(pack_to_keep(self.conv1, ()), pack_to_keep(self.conv2, sizes), pack_to_keep(self.conv3, sizes)),
-        )
+        packed = replace(self, direct=(pack(self.conv1, ()), pack(self.conv2, sizes), pack(self.conv3, sizes)))
         _ = packed.handle  # checked here, not in the first call
         return packed
 

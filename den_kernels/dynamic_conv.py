@@ -105,7 +105,7 @@ def compute(
     if not uses_direct(x, weight, route, geometry, packed is not None):
         parts = _conv_cpu.parts_of(route, geometry, x.shape[1], weight.shape[0])
         return _conv_cpu.forward(x, weight, bias, parts, geometry)
-    own = packed(x.dtype) if packed else _conv_direct.pack(weight, geometry.in_sizes)
+    own = packed(x.dtype) if packed else _conv_direct.pack_anew(weight, geometry.in_sizes)
     shape = geometry.out_shape(x, weight)
     out = _conv_direct.forward(x, own, weight.shape[2:], bias, route, shape, geometry)
     if memory_format_of(x, weight) == torch.channels_last:
@@ -173,7 +173,7 @@ def _backward_cpu(
     dx = dweight = None
     rest = list(output_mask)  # what the direct convolution does not do
     if output_mask[0] and (turned := _conv_direct.transposed(x, weight, geometry)):
-        packed = _conv_direct.pack(weight, turned.in_sizes, turned=True)
+        packed = _conv_direct.pack_anew(weight, turned.in_sizes, turned=True)
         dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, route, x.shape, turned)
         dx, rest[0] = dx.contiguous(memory_format=memory_format_of(x)), False
     if output_mask[1]:

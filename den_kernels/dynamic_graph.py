@@ -85,7 +85,7 @@ class GraphWeights(HasHandle):
             like, weights[0], Geometry((1, 1), (shape[2] // 2, shape[3] // 2), (1, 1), 1, (), ())
         )
         return GraphWeights(
-            states, edges, weights, biases, tuple(_conv_direct.pack_to_keep(w, ()) for w in weights) if runs else ()
+            states, edges, weights, biases, tuple(_conv_direct.pack(w, ()) for w in weights) if runs else ()
         )
 
     @cached_property

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._conv_direct import pack_to_keep
+from ._conv_direct import pack
 from ._extension import extension
 from ._fold_checks import check_convolution, check_layers, check_norm, hidden_groups
 from ._handle import HasHandle
@@ -150,7 +150,7 @@ class InvertedResidualWeights(HasHandle):
         packed = []
         for name in _WEIGHTS:
             if (weight := getattr(self, name)) is not None:
-                packed.append(_pack_depthwise(weight.float()) if name == "conv2" else pack_to_keep(weight.float(), ()))
+                packed.append(_pack_depthwise(weight.float()) if name == "conv2" else pack(weight.float(), ()))
         made = replace(self, direct=tuple(packed))
         _ = made.handle  # checked here, not in the first call
         return made
@@ -204,7 +204,7 @@ def _pack_depthwise(weight: Tensor) -> Tensor:  # [M, 1, R, S] -> [ceil(M / 16),
 
 
 def _check_convs(convs: dict[str, nn.Conv2d], skip: bool) -> None:
-    """Raise TypeError or ValueError unless the convolutions are those of a block and fit one another."""
+    """Raise for convolutions that are none of a block's or do not fit one another."""
     for name, conv in convs.items():
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"{_OP}: {name} must be an nn.Conv2d, got {type(conv).__name__}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _cuda
-from ._conv_direct import pack_to_keep
+from ._conv_direct import pack
 from ._extension import extension
 from ._fold_checks import check_convolution, check_layers, check_norm, hidden_groups
 from ._geometry import compute_dtype, dense
@@ -190,9 +190,9 @@ class ResidualWeights(HasHandle):
         """Pack for the direct kernel what is not packed yet; without `copy` only what it cannot read where it is."""
         conv1, conv2 = self.direct or (self.conv1, self.conv2)
         if conv1.ndim == 4 and (copy or not _may_stay(conv1, _WIDE[0])):
-            conv1 = pack_to_keep(conv1, (), self.scale2)
+            conv1 = pack(conv1, (), self.scale2)
         if conv2.ndim == 4 and (copy or not _may_stay(conv2, _WIDE[1])):
-            conv2 = pack_to_keep(conv2, self.groups)
+            conv2 = pack(conv2, self.groups)
         return replace(self, direct=(conv1, conv2))
 
     def _prepacked(self, copy: bool) -> "ResidualWeights":

@@ -33,10 +33,8 @@ def segments(route: Route) -> list[Segment]:
     found = []
     for s, (start, end) in enumerate(pairwise(offsets)):
         if start < end:
-            levels = (True,) * (G - s) + (False,) * s
-            found.append(
-                Segment(start, end, levels if route.mask is None else tuple(route.mask[order[start]].tolist()))
-            )
+            groups = [True] * (G - s) + [False] * s if route.mask is None else route.mask[order[start]].tolist()
+            found.append(Segment(start, end, tuple(groups)))
     return found
 
 

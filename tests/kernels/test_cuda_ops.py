@@ -1,4 +1,4 @@
-"""The CUDA kernels as Python sees them: who takes which arguments, errors, and on a GPU the values."""
+"""The CUDA kernels as Python sees them: who takes which problem, errors, and on a GPU the values."""
 
 import dataclasses
 
@@ -98,7 +98,7 @@ def test_arguments_are_checked():
         (("layout", 5), 24, "bytes must be 32 times n, got 24"),
     ],
 )
-def test_arguments_that_the_kernel_does_not_take(place, value, message):
+def test_a_problem_that_the_kernel_does_not_take(place, value, message):
     arguments = {"sizes": list(SIZES), "widths": [0, 16, 32], "layout": list(LAYOUT)}
     if message == "hidden pixels":  # 3 rows and their halo of 60 pixels, 8 warps side by side
         arguments["sizes"][2] = arguments["sizes"][5] = 20

@@ -177,13 +177,13 @@ def test_the_new_settings_for_float32_are_followed(launches, settings_of_float32
     x, weight = torch.empty(2, 64, 4, 4, device=META), torch.empty(64, 64, 3, 3, device=META)
     kernels.forward(x, weight, None, meta_route("levels", 2), Geometry((1, 1), (1, 1), (1, 1), 1, GROUPS, ()))
     assert launches[0].arguments["PRECISION"] == precision
-    arguments = good_arguments()
-    wide = {name: getattr(arguments["weights"], name).float() for name in ("conv1", "conv2")}
-    arguments = replaced(arguments | {"x": arguments["x"].float()}, **wide)
+    problem = good_problem()
+    wide = {name: getattr(problem["weights"], name).float() for name in ("conv1", "conv2")}
+    problem = replaced(problem | {"x": problem["x"].float()}, **wide)
     properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
     monkeypatch.setattr(_cuda, "runs_on", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert (_cuda.layout_of(**arguments) is not None) == (precision == "tf32")
+    assert (_cuda.layout_of(**problem) is not None) == (precision == "tf32")
 
 
 @pytest.mark.parametrize("kind", ["aligned", "misaligned", "contiguous"])
@@ -251,7 +251,7 @@ def test_an_old_gpu_or_no_triton_give_right_values_and_one_warning(monkeypatch, 
     assert capability >= (8, 0) or not _cuda.plans_levels(there.device, 3)
 
 
-def good_arguments() -> dict:
+def good_problem() -> dict:
     weights = folded(64, 64, 1)
     weights = dataclasses.replace(
         weights,
@@ -262,8 +262,8 @@ def good_arguments() -> dict:
     return {"x": channels_last(66, 64, 12, 12, dtype=torch.bfloat16), "route": route, "weights": weights}
 
 
-def replaced(arguments: dict, **changes) -> dict:
-    return arguments | {"weights": dataclasses.replace(arguments["weights"], **changes)}
+def replaced(problem: dict, **changes) -> dict:
+    return problem | {"weights": dataclasses.replace(problem["weights"], **changes)}
 
 
 NOT_TAKEN = {
@@ -288,18 +288,18 @@ NOT_TAKEN = {
 
 @pytest.mark.parametrize("case", ["taken", "post-activation", "more instances than multiprocessors", *NOT_TAKEN])
 def test_which_blocks_the_fused_kernel_takes(case, monkeypatch):
-    arguments = good_arguments()
+    problem = good_problem()
     if case == "post-activation":
-        arguments = replaced(arguments, scale1=None, shift1=None, relu=True)
+        problem = replaced(problem, scale1=None, shift1=None, relu=True)
     if case in NOT_TAKEN:
-        arguments = NOT_TAKEN[case](arguments)
+        problem = NOT_TAKEN[case](problem)
     chip = {"multi_processor_count": 132, "shared_memory_per_block_optin": 227 << 10, "major": 9, "minor": 0}
     monkeypatch.setattr(_cuda, "runs_on", lambda device: True)
     monkeypatch.setattr(_triton, "HAS_TRITON", True)
     monkeypatch.setattr(strips, "is_known", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**chip))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert (_cuda.choose_fused(**arguments) is None) == (case in NOT_TAKEN)
+    assert (_cuda.choose_fused(**problem) is None) == (case in NOT_TAKEN)
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre-activation", "post-activation"])
