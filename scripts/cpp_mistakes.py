@@ -75,7 +75,6 @@ CPP = [  # file, what stands there, the mistake
     ("csrc/parallel.h", "acq_rel) + 1 == threads", "acq_rel) == threads"),
     ("csrc/parallel.h", "come_.store(0, std::memory_order_relaxed);", ""),
     ("csrc/parallel.h", "turn + 1, std::memory_order_release", "turn + 1, std::memory_order_relaxed"),
-    ("csrc/parallel.h", "while (std::chrono::steady_clock::now() - start < busy)", "while (false)"),
     ("csrc/parallel.h", "      open_ = true;", "      open_ = false;"),
     ("csrc/parallel.h", "if (!failed_.exchange(true)) first_", "failed_ = true, first_"),
     ("csrc/parallel.h", "    if (any()) return;\n", ""),
@@ -84,7 +83,6 @@ CPP = [  # file, what stands there, the mistake
 EQUIVALENT = {  # survivors that change no result, and why
     "csrc/direct_strips.h: (limit + stride - 1) / stride + 1": "only which rows share a tile: each tile finds its taps",
     "csrc/dynamic_trunk.cpp: taken + costs[order[i]] > most": "only how instances are cut into chunks",
-    "csrc/parallel.h: while (false)": "only how long a thread waits busily before it sleeps",
 }
 
 

@@ -42,4 +42,4 @@ if [ $# -gt 0 ]; then tests=("$@"); fi
 fixed=() # addresses that are not random: the thread sanitizer of older GCC needs them on newer kernels
 if setarch -R true 2>/dev/null; then fixed=(setarch -R); fi
 "${fixed[@]}" env LD_PRELOAD="$libraries" PYTHONPATH="$folder" \
-  python -m pytest -q -x -n0 -p no:cacheprovider "${tests[@]}"
+  python -m pytest -q -x -n0 --capture=sys -p no:cacheprovider "${tests[@]}" # what a sanitizer says comes through

@@ -214,6 +214,16 @@ def test_ties_go_by_span_then_by_head():
     assert [(item.tail, item.head) for item in order] == [(0, 2), (1, 2), (0, 1)]
 
 
+def test_by_gates_items_go_in_the_order_of_their_own_gates():
+    graph = Graph(5, 2)
+    gates = random_gates(graph, random.Random(3))
+    own = {"edge": gates.edges, "read-in": gates.read_in, "read-out": gates.read_out}
+    order = ranked(graph, gates, "gates")
+    values = [own[item.kind][item.index] for item in order]
+    assert len(set(values)) == len(graph.edges) + 2 * graph.states
+    assert values == sorted(values)
+
+
 def test_random_reduction_is_its_seeds():
     graph = Graph(8, 3)
     once, again, other = (reduce(graph, halves(graph), 0.5, ranking="random", seed=seed).kept for seed in (3, 3, 4))

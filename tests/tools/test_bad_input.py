@@ -5,7 +5,7 @@ A row is (call, error, words). Words are what a user needs: the argument, what w
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 import den
 import den_kernels as dk
 from den.cli import main
+from den.commands import Command
 
 x, weight, bias = torch.zeros(2, 8, 5, 5), torch.zeros(12, 8, 3, 3), torch.zeros(12)
 levels, sizes = torch.tensor([1, 3]), (3, 5, 4)
@@ -272,6 +273,10 @@ COMMANDS: dict[str, str] = {
     "dag train --out file/run": "out must be a folder that can be written",
     "dag train dag-nyuv2 --out new": "root",
     "dag report absent": "config.json must be a readable JSON file",
+    "train --out new --accumulate 0": "accumulate must be at least 1, got 0",
+    "dag train --out new --accumulate 0": "accumulate must be at least 1, got 0",
+    "bench": "current folder must be a checkout of the project",
+    "bench --case-seconds -1": "case_seconds must be at least 0, got -1",
 }
 
 
@@ -310,6 +315,11 @@ def test_a_command_says_in_one_line_what_is_wrong_and_changes_nothing(
     assert told.count("\n") == 1
     assert COMMANDS[line] in told
     assert contents(place) == before
+
+
+def test_every_command_has_a_row() -> None:
+    begun = {" ".join(line.split()[: 1 + line.startswith("dag ")]) for line in COMMANDS}
+    assert len(begun) == len(get_args(Command)) - 1, begun  # `den info` takes nothing
 
 
 def test_every_public_name_has_a_row() -> None:
