@@ -70,6 +70,7 @@ CARDS = {
     "states12": "N = 12",
     "hard": "hard sharing, the whole graph",
 }
+NONE = "No such run has been made so far."
 Values = dict[str, Any]  # what was measured of a run
 
 
@@ -125,7 +126,7 @@ def accuracy_table(runs: dict[str, Values], names: dict[str, str]) -> str:
             f"{mean_of(group, 'flops') / 1e6:.2f}", f"{statistics.mean(timed):.2f}" if timed else "",
         ])  # fmt: skip
     if len(rows) < 2:
-        return "No such run has been made so far."
+        return NONE
     ours = next(iter(names.values())).strip("*")
     head = ["network", "seeds", "mean accuracy", "deviation, points", f"{ours} better by, points [95 % interval]",
             "better", "parameters, all tasks", "parameters, one task", "MFLOP, one task", "ms, 32 images"]  # fmt: skip
@@ -143,8 +144,11 @@ def delta(values: Values, single: list[Values]) -> dict[str, float]:
 
 
 def dense_table(runs: dict[str, Values], names: dict[str, str]) -> str:
-    """A row for each kind of run on cards: Delta over the single-task networks, the first compared with the others."""
+    """A row for each kind of run on cards: Delta over the single-task networks, the first compared with the others; a
+    sentence where there are none."""
     single, rows = [*by_seed(runs, "single").values()], []
+    if not single or not any(by_seed(runs, name) for name in names):
+        return NONE
     deltas = {name: {seed: delta(values, single) for seed, values in by_seed(runs, name).items()} for name in names}
     means = {
         name: {seed: statistics.mean(each.values()) for seed, each in group.items()} for name, group in deltas.items()

@@ -28,8 +28,8 @@ LOSS_WEIGHTS = {  # of the public protocols, by scenario and task
 _SHORT = DagTraining(steps=1200)
 _DENSE = DagTrainConfig(
     network=DagNetworkConfig(channels=64),
-    # 10,000 updates of the gates: at a tenth of the rate they have as far to go as on Omniglot at 0.1.  Neither the
-    # rate nor the graph was chosen on these sets, which nobody has run this library on yet.
+    # 10,000 updates of the gates: at a tenth of the rate they go further than on Omniglot at 0.1.  Neither the rate nor
+    # the graph was chosen on these sets, which nobody has run this library on yet (docs/results/dag-dense-settings.md).
     training=DagTraining(steps=20_000, shares=(0.2, 0.5, 0.3), rate=0.01, fine_rate=0.01, gate_rate=0.01),
     reduction=ReductionConfig(norm_batches=100),
 )

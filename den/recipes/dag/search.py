@@ -100,7 +100,8 @@ def reduce_tasks(engine: Engine[SearchRecipe]) -> None:
     if settings.ranking == "flow" and min(spread) < SPREAD_WARNING:
         warnings.warn(
             f"the gates of some tasks differ little (standard deviation {min(spread):.3f} to {max(spread):.3f}, below"
-            f" {SPREAD_WARNING}): their flow follows the position in the graph; search longer",
+            f" {SPREAD_WARNING}): their flow follows the position in the graph; search longer or raise"
+            " training.gate_rate",
             stacklevel=2,
         )
 
