@@ -144,7 +144,10 @@ def convolution(
     """Seconds of one launch: conv1 or (`second`) conv2 of a block, with counts[l] instances at level l."""
     n, k = channels
     stride = 1 if second else p.stride
-    problem = boxes.Arguments(n, k, len(p.widths), (size, size), (stride,) * 2, 1, torch.bfloat16, False, True, second)
+    problem = boxes.Arguments(
+        n, k, len(p.widths), (size, size), (stride,) * 2, 1, torch.bfloat16, False, True, second,
+        pools=second and p.stride > 1,
+    )  # fmt: skip
     wide = strips.is_wide(n.channels, p.B * size * size, chip.multiprocessors)
     stripped = strips.choose_strips(problem, False, chip.arch, wide)
     boxed = None if stripped else boxes.choose_boxes(problem, False, chip.arch)

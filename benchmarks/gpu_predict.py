@@ -69,7 +69,7 @@ def predict(block: ResidualShape, mix: str, chip: Chip, B: int = 256, code: Fuse
     two = two_launches(p, counts, chip)
     one = float("inf") if layout is None else fused(p, layout, counts, chip, code)
     groups = tuple(b - a for a, b in zip((0, *p.widths), p.widths, strict=False))
-    on_strips = strips.take_block(groups, p.C_out, (rows, rows), torch.bfloat16, chip.arch)
+    on_strips = strips.take_block(groups, p.C_out, (rows, rows), p.stride, torch.bfloat16, chip.arch)
     ours = one if layout is not None and layout.is_worth(p) and not on_strips else two
     return Prediction(
         work[1] / rate, maps, max(work[0] / rate / chip.dense, dense_maps), two, one, ours, work[0] / work[1]

@@ -64,8 +64,8 @@ def choose_fused(x: Tensor, route: "Route", weights: "ResidualWeights") -> Fused
     device: Any = torch.cuda.get_device_properties(x.device)
     size = -(-x.shape[2] // weights.stride), -(-x.shape[3] // weights.stride)
     arch = device.major * 10 + device.minor
-    takes = _triton.HAS_TRITON and strips.take_block(weights.groups, weights.conv2.shape[0], size, x.dtype, arch)
-    return None if takes else layout
+    problem = tuple(weights.groups), weights.conv2.shape[0], size, weights.stride, x.dtype, arch
+    return None if _triton.HAS_TRITON and strips.take_block(*problem) else layout
 
 
 def layout_of(

@@ -25,6 +25,7 @@ class Arguments(NamedTuple):
     heavy: bool  # the step behind the sums reads or writes a second map
     taps: int = 3  # rows of them
     dilation: int = 1  # of rows
+    pools: bool = False  # a shortcut is pooled behind the sums
 
 
 def tile_by_rule(n: int, k: int, out_size: tuple[int, int]) -> Tile | None:

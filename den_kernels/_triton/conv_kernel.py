@@ -155,6 +155,54 @@ def _multiply(
     return acc
 
 
+@triton.jit
+def _find_pixels(
+    tile, order, offsets, pixels, MASKED: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr, BM: tl.constexpr
+):
+    """A tile's segment, its instance (with masks), instance and pixel of each row and whether it is one, class, column.
+
+    With masks a tile lies within one instance, `place`, which levels leave at 0.
+    """
+    if MASKED:
+        n_tile = tile % COLUMNS[0]
+        pair = tile // COLUMNS[0]
+        cls = pair % CLASSES
+        m_tile = pair // CLASSES % tl.cdiv(pixels, BM)
+        place = tl.load(order + pair // CLASSES // tl.cdiv(pixels, BM))
+        pixel = m_tile * BM + tl.arange(0, BM)
+        live = pixel < pixels
+        instance = tl.zeros((BM,), tl.int32) + place
+        segment = 0
+    else:
+        segment, start, stop, m_tile, cls, n_tile = find_tile(tile, offsets, pixels, COLUMNS, CLASSES, BM)
+        m = m_tile * BM + tl.arange(0, BM)
+        live = m < (stop - start) * pixels
+        pixel = m % pixels
+        place = 0
+        instance = tl.load(order + start + m // pixels, mask=live, other=0)
+    return segment, place, instance, pixel, live, cls, n_tile
+
+
+@triton.jit
+def _find_channels(
+    place, n_tile, n_width, k_width, levels, units_n, counts_n, counts_k,
+    MASKED: tl.constexpr, N_MASK: tl.constexpr, K_MASK: tl.constexpr, SKIP_EMPTY: tl.constexpr,
+    COLUMNS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """True where a tile has channels to write; the first of these; and the steps of a tap."""
+    k_steps = tl.cdiv(k_width, BK)
+    n_first = n_tile * BN
+    wanted = n_first < n_width
+    if MASKED and SKIP_EMPTY:
+        wanted = wanted & (tl.load(levels + place) > 0)
+    if K_MASK == 2:
+        k_steps = tl.load(counts_k + place)
+    if N_MASK == 2:
+        wanted = wanted & (n_tile < tl.load(counts_n + place))
+        n_first = tl.load(units_n + place * COLUMNS[0] + n_tile, mask=wanted, other=0) * BN
+    return wanted, n_first, k_steps
+
+
 # What depends on the batch and on where the rows of its plan lie is not compiled in.
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["levels", "order", "offsets", "levels_next"])
 def convolve_kernel(
@@ -190,23 +238,9 @@ def convolve_kernel(
     else:
         total = count_tiles(offsets, pixels, COLUMNS, CLASSES, BM)
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        if MASKED:
-            n_tile = tile % COLUMNS[0]
-            pair = tile // COLUMNS[0]
-            cls = pair % CLASSES
-            m_tile = pair // CLASSES % tl.cdiv(pixels, BM)
-            place = tl.load(order + pair // CLASSES // tl.cdiv(pixels, BM))
-            pixel = m_tile * BM + tl.arange(0, BM)
-            live = pixel < pixels
-            instance = tl.zeros((BM,), tl.int32) + place
-            segment = 0
-        else:
-            segment, start, stop, m_tile, cls, n_tile = find_tile(tile, offsets, pixels, COLUMNS, CLASSES, BM)
-            m = m_tile * BM + tl.arange(0, BM)
-            live = m < (stop - start) * pixels
-            pixel = m % pixels
-            place = 0
-            instance = tl.load(order + start + m // pixels, mask=live, other=0)
+        segment, place, instance, pixel, live, cls, n_tile = _find_pixels(
+            tile, order, offsets, pixels, MASKED, COLUMNS, CLASSES, BM
+        )
         i = pixel // columns
         j = pixel % columns
         tap_h, taps_h, off_h = tap_range(cls // GRID_W, PAD_H, DIL_H, STRIDE_H, SKIP_H, R, TRANSPOSED)
@@ -227,16 +261,10 @@ def convolve_kernel(
             if rung == r:
                 BN: tl.constexpr = BNS[r]
                 BK: tl.constexpr = BKS[r]
-                k_steps = tl.cdiv(k_width, BK)
-                n_first = n_tile * BN
-                wanted = n_first < n_width
-                if MASKED and SKIP_EMPTY:
-                    wanted = wanted & (tl.load(levels + place) > 0)
-                if K_MASK == 2:
-                    k_steps = tl.load(counts_k + place)
-                if N_MASK == 2:
-                    wanted = wanted & (n_tile < tl.load(counts_n + place))
-                    n_first = tl.load(units_n + place * COLUMNS[0] + n_tile, mask=wanted, other=0) * BN
+                wanted, n_first, k_steps = _find_channels(
+                    place, n_tile, n_width, k_width, levels, units_n, counts_n, counts_k,
+                    MASKED, N_MASK, K_MASK, SKIP_EMPTY, COLUMNS, BN, BK,
+                )  # fmt: skip
                 if wanted:
                     n = n_first + tl.arange(0, BN)
                     n_ok = n < n_width

@@ -160,7 +160,7 @@ def convolution_launch(
     fitted = boxes.Arguments(
         n, k, route.groups, (OH, OW), (geometry.stride[0], geometry.stride[1]), geometry.groups, source.dtype,
         route.mask is not None, boxes.is_aligned(source, weight), after is not None or pool > 0,
-        weight.shape[2], geometry.dilation[0],
+        weight.shape[2], geometry.dilation[0], pool > 1,
     )  # fmt: skip
     wide = strips.is_wide(NC, B * OH * OW, multiprocessors)
     if chosen := strips.choose_strips(fitted, skip_empty, arch, wide):

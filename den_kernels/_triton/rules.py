@@ -2,7 +2,8 @@
 
 A tile is here because it compiles well: no register spilled, copies on their way while the tensor cores work
 (tests/kernels/test_machine_code.py looks at the machine code of each). Four warps everywhere: convolutions of 8 and
-more were miscompiled on Hopper (pytorch issues 173068, 177823, 183989), and no GPU has shown that ours are not.
+more were miscompiled on Hopper (pytorch issues 173068, 177823, 183989), and no GPU has shown that ours are not. Only
+wide tiles of strips (strips.py), which Triton does not pipeline itself, have 8.
 
 A release of Triton that is not here gets the newest rules, and `describe` says so.
 """

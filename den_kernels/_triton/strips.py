@@ -63,12 +63,13 @@ def choose_strips(p: Arguments, skip_empty: bool, arch: int, wide: bool) -> tupl
     """The tile and the segments of a convolution on strips; None where it runs on boxes or pointers.
 
     Strips need compute capability 9.0, 16-bit numbers, stride 1, levels, more than one row of taps, maps whose height
-    strips divide and whose width is 8, 16, 32 or 64. A tuned tile is one of boxes or pointers.
+    strips divide and whose width is 8, 16, 32 or 64; a shortcut that is pooled behind the sums leaves no registers. A
+    tuned tile is one of boxes or pointers.
     """
     OH, OW = p.out_size
     if arch != 90 or p.dtype.itemsize != 2 or p.masked or p.cardinality > 1 or p.stride != (1, 1) or not p.aligned:
         return None
-    if p.taps == 1 or OW not in (8, 16, 32, 64) or OH % ROWS or not is_known():
+    if p.pools or p.taps == 1 or OW not in (8, 16, 32, 64) or OH % ROWS or not is_known():
         return None
     if choice.tuned("convolve", p.n.channels, p.k.channels, p.dtype, arch):
         return None
@@ -81,14 +82,14 @@ def choose_strips(p: Arguments, skip_empty: bool, arch: int, wide: bool) -> tupl
 
 @lru_cache(maxsize=1024)
 def take_block(
-    groups: tuple[int, ...], out_channels: int, out_size: tuple[int, int], dtype: torch.dtype, arch: int
+    groups: tuple[int, ...], out_channels: int, out_size: tuple[int, int], stride: int, dtype: torch.dtype, arch: int
 ) -> bool:
     """True where the second convolution, 3 x 3, of a residual block over levels runs on strips.
 
     Two launches are then predicted faster than the fused kernel (benchmarks/gpu_model.py).
     """
     sides = Side(out_channels, ()), Side(sum(groups), groups)
-    wanted = Arguments(*sides, len(groups), out_size, (1, 1), 1, dtype, False, True, True)
+    wanted = Arguments(*sides, len(groups), out_size, (1, 1), 1, dtype, False, True, True, pools=stride > 1)
     return choose_strips(wanted, False, arch, False) is not None
 
 

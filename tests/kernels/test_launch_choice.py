@@ -82,6 +82,7 @@ def test_which_convolutions_run_on_boxes(change, tile):
         ({"masked": True}, None),
         ({"cardinality": 2}, None),
         ({"aligned": False}, None),
+        ({"pools": True}, None),
         ({"taps": 1}, None),  # no load to share
         ({"taps": 7}, None),  # two stages do not fit
         ({"k": Side(64, (24, 24, 16))}, None),

@@ -173,7 +173,8 @@ def assert_on_strips(launch: Launch, code: Code) -> None:
     assert sorted(len(loop.products) for loop in loops) == sorted(products), loops
     assert max(loop.slots for loop in loops) <= STRIP.turn, loops
     around = code.instructions.total() - sum(loop.slots for loop in loops)
-    assert a["POOL"] or around <= STRIP.tile * max(sum(set(a["BNS"])) / 64, 1), around
+    most = STRIP.tile * max(sum(set(a["BNS"])) / 64, 1)
+    assert around <= most * (1 if version("triton").startswith("3.6.") else 1.05), around
     order = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|BAR\.SYNC|SYNCS\.ARRIVE\S*A1T0", code.listing)
     given_back = [i for i, name in enumerate(order) if name.startswith("SYNCS")]
     assert len(given_back) == len(loops)
