@@ -34,7 +34,7 @@ TF32 = "tf32"  # the dtype of a case whose products of float32 may be rounded to
 PROVIDERS: dict[str, Role] = {
     name: role
     for role, names in {
-        "ours": "ours ours-inplace ours-plan ours-kernel ours-fused ours-composed",
+        "ours": "ours ours-inplace ours-plan ours-layer ours-kernel ours-fused ours-composed",
         "dense": "dense-eager dense-folded dense-compiled dense-whole dense-openvino dense-onnxruntime",
         "tuned": "dense-packed ours-whole",
         "alternative": "masked bucket per-instance grouped one-by-one one-by-one-whole",

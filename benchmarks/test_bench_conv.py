@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,14 @@ def our_provider(operands: Operands) -> Any:
     )
 
 
+def layer_provider(operands: Operands) -> Any:
+    """The drop-in layer with the same route, as a callable of x: it packs its weight once."""
+    sides = (operands.sizes if elastic else None for elastic in (operands.out_elastic, operands.in_elastic))
+    return functools.partial(
+        den_kernels.DynamicConv2d.from_conv(operands.conv, *sides).eval(), selection=route_of(operands)
+    )
+
+
 def kernel_provider(operands: Operands) -> Any:
     """The Triton kernel alone, which clears nothing, as a callable; None where it does not run."""
     if not _triton.runs_on(operands.x.device):
@@ -176,7 +185,12 @@ def peer_providers(operands: Operands, coarse: bool = False) -> list[Provider]:
         products = conv(x * mask if operands.in_elastic else x)
         return products.mul_(mask) if operands.out_elastic else products
 
-    calls = {"ours": our_provider(operands), "ours-kernel": kernel_provider(operands), "dense-eager": conv}
+    calls = {
+        "ours": our_provider(operands),
+        "ours-layer": layer_provider(operands),
+        "ours-kernel": kernel_provider(operands),
+        "dense-eager": conv,
+    }
     calls |= {"masked": masked, "bucket": peers.BucketConv(elastic)}
     if len(x) <= SLICED and dtype == torch.float32:
         calls |= {"per-instance": slicing.PerInstanceConv(elastic), "grouped": slicing.GroupedConv(elastic, len(x))}

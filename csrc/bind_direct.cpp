@@ -24,44 +24,43 @@ struct Window {  // settings of a convolution: all but its tensors
   Ints in_sizes, out_sizes;
 };
 
-// The arguments of x [B, C, H, W] and y [B, C_out, Ho, Wo]; none of its addresses but x is set.
+// The arguments of x [B, C, H, W] and an output [B, C_out, size]; of its addresses x is set.
+template <class T>
+ConvArguments<T> map_arguments(const Tensor& x, int64_t C_out, const Pair& size, const py::tuple& route,
+                               const Window& w) {
+  const char* op = "dynamic_conv2d";
+  for (int i = 0; i < 2; ++i)
+    check(w.kernel[i] >= 1 && w.stride[i] >= 1 && w.padding[i] >= 0 && w.dilation[i] >= 1, op, "kernel and stride",
+          "at least 1", w.kernel[i]);
+  ConvArguments<T> made{};
+  made.x = x.maps<const T>({any_size, any_size, any_size, any_size});
+  made.B = x.size(0), made.C = x.size(1), made.H = x.size(2), made.W = x.size(3);
+  made.Ho = size[0], made.Wo = size[1], made.C_out = C_out;
+  made.R = w.kernel[0], made.S = w.kernel[1];
+  for (int i = 0; i < 2; ++i)
+    made.stride[i] = w.stride[i], made.padding[i] = w.padding[i], made.dilation[i] = w.dilation[i];
+  made.route = selections_of(route, op, made.B);
+  check_groups(w.in_sizes, made.route.G, made.C, op, "in_groups");
+  check_groups(w.out_sizes, made.route.G, C_out, op, "out_groups");
+  made.in_sizes = w.in_sizes, made.out_sizes = w.out_sizes;
+  made.write_whole_map();
+  return made;
+}
+
+// The arguments of x [B, C, H, W] and the whole output y [B, C_out, Ho, Wo]; of their addresses x is set.
 template <class T>
 ConvArguments<T> conv_arguments(const Tensor& x, const Tensor& y, const py::tuple& route, const Window& w) {
   const char* op = "dynamic_conv2d";
-  const T* maps = x.maps<const T>({any_size, any_size, any_size, any_size});
-  const int64_t B = x.size(0), C = x.size(1);
-  int64_t size[2];
+  x.maps<const T>({any_size, any_size, any_size, any_size});
+  Pair size;
   for (int i = 0; i < 2; ++i) {
-    check(w.kernel[i] >= 1 && w.stride[i] >= 1 && w.padding[i] >= 0 && w.dilation[i] >= 1, op, "kernel and stride",
-          "at least 1", w.kernel[i]);
     const int64_t reach = x.size(2 + i) + 2 * w.padding[i] - w.dilation[i] * (w.kernel[i] - 1) - 1;
+    check(w.stride[i] >= 1, op, "stride", "at least 1", w.stride[i]);
     check(reach >= 0, op, "kernel", "no larger than the padded map", w.kernel[i]);
     size[i] = reach / w.stride[i] + 1;
   }
-  y.maps<T>({B, any_size, size[0], size[1]});
-  const int64_t C_out = y.size(1);
-  const Selections selected = selections_of(route, op, B);
-  check_groups(w.in_sizes, selected.G, C, op, "in_groups");
-  check_groups(w.out_sizes, selected.G, C_out, op, "out_groups");
-  return {B,
-          x.size(2),
-          x.size(3),
-          C,
-          size[0],
-          size[1],
-          C_out,
-          w.kernel[0],
-          w.kernel[1],
-          {w.stride[0], w.stride[1]},
-          {w.padding[0], w.padding[1]},
-          {w.dilation[0], w.dilation[1]},
-          selected,
-          w.in_sizes,
-          w.out_sizes,
-          maps,
-          nullptr,
-          nullptr,
-          nullptr};
+  y.maps<T>({x.size(0), any_size, size[0], size[1]});
+  return map_arguments<T>(x, y.size(1), size, route, w);
 }
 
 // Checks of what the bfloat16 kernels need beyond what the float32 ones do.
@@ -81,6 +80,30 @@ void run_conv(const Tensor& x, const Tensor& out, const py::tuple& route, const 
   arguments.out = static_cast<T*>(out.any_maps({any_size, any_size, any_size, any_size}));
   arguments.weight = packed_weight<T>(weight, op, "weight", C_out, C, w.kernel[0], w.kernel[1], w.in_sizes);
   arguments.bias = dense_or_null<const T>(bias, op, "bias", {C_out});
+  check_half(arguments);
+  py::gil_scoped_release unlocked;
+  dynamic_conv(arguments);
+}
+
+// The pixels first + step * n of dx [B, C_out, H, W] alone, over as many rows and columns of x and zeros around it as
+// that takes.
+template <class T>
+void run_conv_phase(const Tensor& x, const Tensor& dx, const py::tuple& route, const Window& w, py::handle weight,
+                    const Pair& first, const Pair& step) {
+  const char* op = "dynamic_conv2d";
+  x.maps<const T>({any_size, any_size, any_size, any_size});
+  T* out = dx.maps<T>({x.size(0), any_size, any_size, any_size});
+  check(!has_amx() || std::is_same_v<T, float>, op, "phases in bfloat16", "on a CPU without AMX", 1);
+  Pair size;
+  for (int i = 0; i < 2; ++i) {
+    check(step[i] >= 1 && first[i] >= 0 && first[i] < dx.size(2 + i), op, "phase", "a pixel of dx", first[i]);
+    size[i] = (dx.size(2 + i) - first[i] + step[i] - 1) / step[i];
+  }
+  auto arguments = map_arguments<T>(x, dx.size(1), size, route, w);
+  const int64_t C = arguments.C, C_out = arguments.C_out, W = dx.size(3);
+  arguments.out = out + (first[0] * W + first[1]) * C_out;
+  arguments.pixel = step[1] * C_out, arguments.row = step[0] * W * C_out, arguments.instance = dx.size(2) * W * C_out;
+  arguments.weight = packed_weight<T>(weight, op, "weight", C_out, C, w.kernel[0], w.kernel[1], w.in_sizes);
   check_half(arguments);
   py::gil_scoped_release unlocked;
   dynamic_conv(arguments);
@@ -179,6 +202,11 @@ void bind_dynamic_conv(py::module_& m) {
           const Tensor in(x, "dynamic_conv2d", "x"), made(out, "dynamic_conv2d", "out");
           (in.is<bf16>() ? run_conv<bf16> : run_conv<float>)(in, made, route, w, weight, bias);
         });
+  m.def("dynamic_conv_phase", [](py::handle x, py::handle dx, const py::tuple& route, const Window& w,
+                                 py::handle weight, const Pair& first, const Pair& step) {
+    const Tensor in(x, "dynamic_conv2d", "x"), made(dx, "dynamic_conv2d", "dx");
+    (in.is<bf16>() ? run_conv_phase<bf16> : run_conv_phase<float>)(in, made, route, w, weight, first, step);
+  });
   m.def("dynamic_conv_weight_gradient",
         [](py::handle x, py::handle grad, py::handle dweight, const py::tuple& route, const Window& w) {
           const Tensor in(x, "dynamic_conv2d", "x"), dy(grad, "dynamic_conv2d", "grad");

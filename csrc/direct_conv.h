@@ -27,8 +27,9 @@ struct Maps {
   const float* scratch;
   // Where the outputs of a strip begin.
   T* output(const Strips::At& at) const {
-    const int64_t row = arguments.route.order[band.start + at.instance] * arguments.Ho + band.first_row + at.row;
-    return arguments.out + (row * arguments.Wo + at.column) * arguments.C_out;
+    const ConvArguments<T>& p = arguments;
+    const int64_t instance = p.route.order[band.start + at.instance];
+    return p.out + instance * p.instance + (band.first_row + at.row) * p.row + at.column * p.pixel;
   }
 };
 
@@ -59,7 +60,7 @@ struct ConvTile {
       out[q] = m.output(at[q]);
       for (int64_t i = 0; i < at[q].live; ++i) {  // asked for now: it is in the cache when the sums are done
         UNROLL for (int v = 0; v < vectors; ++v) {
-          _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.C_out + block[v].index * 16), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.pixel + block[v].index * 16), _MM_HINT_T1);
         }
       }
     }
@@ -83,7 +84,7 @@ struct ConvTile {
         if (i >= at[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const Vector sum = keep(at_least(least, acc[q * size + i][v]), static_cast<Lanes>(block[v].lanes));
-          store16(out[q] + i * p.C_out + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
+          store16(out[q] + i * p.pixel + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
         }
       }
     }
@@ -113,14 +114,13 @@ void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words
     }
   }
   for (const Range& gap : band.outputs.gaps)
-    for (int64_t j = 0; j < band.count; ++j) {
-      T* out = maps.output({j, 0, 0, 0}) + gap.first;
-      const int64_t pixels = band.rows * p.Wo;
-      if (gap.width == p.C_out)
-        std::memset(out, 0, pixels * p.C_out * sizeof(T));
-      else
-        for (int64_t i = 0; i < pixels; ++i) std::memset(out + i * p.C_out, 0, gap.width * sizeof(T));
-    }
+    for (int64_t j = 0; j < band.count; ++j)
+      for (int64_t row = 0; row < band.rows; ++row) {
+        T* out = maps.output({j, row, 0, 0}) + gap.first;
+        const bool whole = gap.width == p.pixel;  // no other values lie between
+        if (whole) std::memset(out, 0, p.Wo * p.pixel * sizeof(T));
+        for (int64_t i = 0; i < p.Wo && !whole; ++i) std::memset(out + i * p.pixel, 0, gap.width * sizeof(T));
+      }
 }
 
 #pragma GCC pop_options

@@ -25,7 +25,10 @@ struct ConvArguments {
   T* out;                          // [B, Ho, Wo, C_out]
   const T* weight;                 // packed; float32: by pack_weights, [ceil(C_out / 16), ceil(C / 16), R * S, 16, 16]
   const T* bias;                   // [C_out] or null
+  int64_t pixel, row, instance;    // values of `out` from one to the next: it may be some pixels of a larger map
   bool relu = false;
+  // `out` is the whole output map.
+  void write_whole_map() { pixel = C_out, row = Wo * pixel, instance = Ho * row; }
 };
 
 // Needs AVX-512 or AVX2 (has_direct_float32) and a kernel of at most 49 taps.
@@ -40,7 +43,7 @@ void dynamic_conv_weight_gradient(const ConvArguments<float>& arguments, const f
 void dynamic_conv_weight_gradient(const ConvArguments<bf16>& arguments, const bf16* grad, bf16* dweight);
 
 // Needs AMX or AVX-512 BF16 (has_direct_bf16), a kernel of at most 49 taps, dilation 1, C and C_out divisible
-// by 16, and weights packed by pack_weights_bf16 for the prefixes of in_sizes.
+// by 16, and weights packed by pack_weights_bf16 for the prefixes of in_sizes. With AMX `out` has to be a whole map.
 void dynamic_conv(const ConvArguments<bf16>& arguments);
 
 }  // namespace den_kernels

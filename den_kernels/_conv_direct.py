@@ -5,7 +5,8 @@ packed for it, once where a layer keeps them; one packing serves all levels and 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,8 +129,7 @@ def weight_gradient(
     """The gradient of weight over all instances, in one call; None where no direct kernel computes it."""
     if not runs_direct(x, weight, geometry):
         return None
-    strided = tuple(geometry.stride) != (1, 1)
-    if x.dtype == torch.bfloat16 and strided and extension.bf16_isa() == "AMX":
+    if tuple(geometry.stride) != (1, 1) and _bf16_by_amx(x):
         return None
     C_out, C, R, S = weight.shape
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
@@ -149,3 +149,66 @@ def transposed(x: Tensor, weight: Tensor, geometry: Geometry) -> Geometry | None
     if tuple(geometry.stride) != (1, 1) or min(padding) < 0 or not runs_direct(x, weight, geometry):
         return None
     return Geometry((1, 1), padding, geometry.dilation, 1, geometry.in_sizes, geometry.out_sizes)
+
+
+class Phase(NamedTuple):
+    """On one axis, the pixels first, first + stride, ... of dx: the taps that reach them, and the padding before."""
+
+    first: int
+    taps: slice
+    padding: int
+
+
+def phases(size: int, side: int, stride: int, padding: int) -> list[Phase] | None:
+    """The phases of an axis of dx of `size` pixels, of a kernel of `side` taps; None where one begins inside the map.
+
+    A tap r of output pixel o reads pixel stride * o + r - padding: each pixel is read by every `stride`-th tap, and the
+    pixels of a phase by the same ones, so that a convolution of stride 1 gathers what these carry back.
+
+    >>> phases(6, 3, 2, 1)
+    [Phase(first=0, taps=slice(1, 3, 2), padding=0), Phase(first=1, taps=slice(0, 3, 2), padding=0)]
+    """
+    found = []
+    for first in range(min(stride, size)):
+        tap = (first + padding) % stride
+        count = len(range(tap, side, stride))
+        above = count - 1 - (first + padding - tap) // stride
+        if count and above < 0:
+            return None
+        if count:
+            found.append(Phase(first, slice(tap, side, stride), above))
+    return found
+
+
+def strided_input_gradient(
+    grad: Tensor,  # [B, C_out, H_out, W_out]
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in, R, S]
+    route: Route,
+    geometry: Geometry,
+) -> Tensor | None:  # [B, C_in, H, W] channels-last
+    """The gradient of x of a convolution with a stride, phase by phase; None where no direct kernel computes it."""
+    strided = tuple(geometry.stride) != (1, 1) and tuple(geometry.dilation) == (1, 1)
+    if not strided or not runs_direct(x, weight, geometry) or _bf16_by_amx(x):
+        return None
+    (B, C, H, W), (R, S) = x.shape, weight.shape[2:]
+    rows, columns = (phases(*axis) for axis in zip((H, W), (R, S), geometry.stride, geometry.padding, strict=True))
+    if rows is None or columns is None:
+        return None
+    dx = x.new_empty(B, H, W, C).permute(0, 3, 1, 2)
+    if (len(rows), len(columns)) != (min(geometry.stride[0], H), min(geometry.stride[1], W)):
+        dx.zero_()  # pixels that no tap reaches
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    selections = route.groups, route.order, route.offsets, route.mask
+    for row, column in product(rows, columns):
+        taps = weight[:, :, row.taps, column.taps]
+        turned = Geometry((1, 1), (row.padding, column.padding), (1, 1), 1, geometry.in_sizes, geometry.out_sizes)
+        window, packed = _window(taps.shape[2:], turned), pack_turned(taps, turned.in_sizes)
+        extension.dynamic_conv_phase(
+            grad, dx, selections, window, packed, (row.first, column.first), tuple(geometry.stride)
+        )
+    return dx
+
+
+def _bf16_by_amx(x: Tensor) -> bool:  # x [...]
+    return x.dtype == torch.bfloat16 and bool(extension.bf16_isa() == "AMX")

@@ -175,6 +175,9 @@ def _backward_cpu(
     if output_mask[0] and (turned := _conv_direct.transposed(x, weight, geometry)):
         packed = _conv_direct.pack_anew(weight, turned.in_sizes, turned=True)
         dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, route, x.shape, turned)
+    elif output_mask[0]:
+        dx = _conv_direct.strided_input_gradient(grad, x, weight, route, geometry)
+    if dx is not None:
         dx, rest[0] = dx.contiguous(memory_format=memory_format_of(x)), False
     if output_mask[1]:
         dweight = _conv_direct.weight_gradient(grad, x, weight, route, geometry)

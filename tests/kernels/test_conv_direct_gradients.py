@@ -145,3 +145,62 @@ def test_only_amx_leaves_strided_weight_gradients_in_bfloat16_to_onednn(monkeypa
         monkeypatch.setattr(_conv_direct, "extension", fake)
         _conv_direct.weight_gradient(torch.zeros(2, 32, 4, 8).bfloat16(), x, weight, route[0], geometry)
     assert called == ["AVX-512 BF16"]
+
+
+@given(
+    case=st.one_of(
+        st.tuples(st.just(torch.float32), st.sampled_from([3, 16, 33]), st.sampled_from([5, 16, 40])),
+        st.tuples(st.just(torch.bfloat16), st.sampled_from([16, 48]), st.sampled_from([16, 32])),
+    ),
+    batch=st.sampled_from([1, 2, 5]),
+    size=st.tuples(st.integers(1, 13), st.integers(1, 21)),
+    kernel=st.sampled_from([(1, 1), (3, 3), (5, 3), (2, 4), (7, 7)]),
+    stride=st.sampled_from([(2, 2), (1, 2), (3, 1), (2, 3), (4, 4)]),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    sides=st.sampled_from(["out", "in", "both"]),
+    kind=st.sampled_from(["levels", "mask"]),
+    cut=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+@examples(50)
+def test_input_gradients_of_any_stride(case, batch, size, kernel, stride, padding, sides, kind, cut, seed):
+    dtype, *channels = case
+    assume(all(side + 2 * p >= k for side, p, k in zip(size, padding, kernel, strict=True)))
+    torch.manual_seed(seed)
+    x, weight = torch.randn(batch, channels[0], *size).to(dtype), torch.randn(*channels[::-1], *kernel).to(dtype)
+    keywords = {f"{side}_groups": parts(c, cut) for side, c in zip(("in", "out"), channels, strict=True)}
+    keywords = {name: sizes for name, sizes in keywords.items() if sides in (name.removesuffix("_groups"), "both")}
+    selection, keywords = select(kind, batch, 3, seed), keywords | {"stride": stride, "padding": padding}
+    grad = torch.randn(masked_conv2d(x, weight, None, selection, **keywords).shape).to(dtype)
+
+    def gradient(convolve, x, weight, grad):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(convolve(x, weight, None, selection, **keywords), x, grad)[0]
+
+    exact, scale = (
+        gradient(masked_conv2d, *(f(t.double()) for t in (x, weight, grad))) for f in (torch.clone, torch.abs)
+    )
+    if "out_groups" in keywords:
+        grad = poison_unread(grad, selection, keywords["out_groups"])
+    tensors = channels_last(x), weight, channels_last(grad)
+    peer = by_onednn(lambda: gradient(dynamic_conv2d, *tensors))
+    assert_as_accurate(gradient(dynamic_conv2d, *tensors), peer, exact, scale, FACTOR)
+
+
+@DTYPES
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_the_usual_strided_convolutions_take_the_direct_input_gradient(kernel, dtype):
+    if not runs(dtype, 16, 32) or (dtype == torch.bfloat16 and extension.bf16_isa() == "AMX"):
+        pytest.skip("this CPU has no direct kernel for it")
+    torch.manual_seed(0)
+    x, weight = channels_last(torch.randn(3, 16, 8, 7)).to(dtype), torch.randn(32, 16, kernel, kernel).to(dtype)
+    geometry = GEOMETRY._replace(stride=(2, 2), padding=(kernel // 2, kernel // 2), out_sizes=(16, 16))
+    route = RoutingPlan.from_levels(torch.tensor([[1], [0], [2]]), 2)[0]
+    grad = channels_last(torch.randn(3, 32, 4, 4)).to(dtype)
+    dx = _conv_direct.strided_input_gradient(grad, x, weight, route, geometry)
+    assert dx.shape == x.shape
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+    assert not dx[1].any()
+    if kernel == 1:
+        assert not dx[:, :, 1::2].any()
+        assert dx[0, :, ::2, ::2].all()

@@ -43,6 +43,11 @@ def conv(x, out, order, offsets, mask, weight, bias):
     extension.dynamic_conv(x, out, (2, order, offsets, mask), window, weight, bias)
 
 
+def phase(x, dx, order, offsets, mask, weight):
+    window = extension.Window(*WINDOW, (), (16, 16))
+    extension.dynamic_conv_phase(x, dx, (2, order, offsets, mask), window, weight, (1, 0), (2, 2))
+
+
 def gradient(x, grad, dweight, order, offsets, mask):
     window = extension.Window(*WINDOW, (), (16, 16))
     extension.dynamic_conv_weight_gradient(x, grad, dweight, (2, order, offsets, mask), window)
@@ -168,6 +173,7 @@ CALLS: dict[str, tuple[Callable, Callable[[], list]]] = {
     ),
     "dynamic_conv": (conv, lambda: [maps(C), maps(C), *route_tensors(), packed(C, C, 9), vector()]),
     "dynamic_conv, masks": (conv, lambda: [maps(C), maps(C), *route_tensors(True), packed(C, C, 9), vector()]),
+    "dynamic_conv_phase": (phase, lambda: [maps(C), maps(C), *route_tensors(), packed(C, C, 9)]),
     "dynamic_conv_weight_gradient": (
         gradient,
         lambda: [maps(C), maps(C), torch.zeros(C, C, 3, 3).to(memory_format=torch.channels_last), *route_tensors()],
@@ -227,6 +233,8 @@ FITS = {  # other sizes, but ones that fit the other tensors
     ("norm_statistics", 0, "one column fewer"),  # a smaller map
     *((f"TaskNetwork, {kind}", 0, "one column fewer") for kind in ("a selector", "an estimator", "int64 levels")),
     ("TaskNetwork, a selector", 10, "one column fewer"),  # fewer blocks, of more levels
+    ("dynamic_conv_phase", 0, "one column fewer"),  # what lies beside it counts as zeros
+    ("dynamic_conv_phase", 1, "one column fewer"),  # a smaller map
     ("pack_turned_weights", 0, "one row fewer"),  # outputs that fill as many blocks of 16
 }
 
@@ -357,3 +365,17 @@ def test_groups_make_up_the_channels(groups):
     weights = (None, None, packed(M, C, 9), vector(), vector(), packed(C, M, 9), None)
     with pytest.raises(ValueError, match="groups must be"):
         extension.ResidualBlock((C, M, C, 3, 3, 1), groups, weights)
+
+
+@pytest.mark.parametrize(("first", "step"), [((H, 0), (2, 2)), ((-1, 0), (2, 2)), ((0, 0), (0, 1))], ids=str)
+def test_a_phase_begins_on_the_map(first, step):
+    window, (order, offsets, mask) = extension.Window(*WINDOW, (), (16, 16)), route_tensors()
+    with pytest.raises(ValueError, match="dynamic_conv2d: phase must be a pixel of dx"):
+        extension.dynamic_conv_phase(maps(C), maps(C), (2, order, offsets, mask), window, packed(C, C, 9), first, step)
+
+
+@pytest.mark.parametrize("damage", ["another type", "another size", "no tensor"])
+def test_a_ready_convolution_needs_its_packed_weight(damage):
+    weight = {"another type": packed(C, C, 9).double(), "another size": packed(C, C, 1), "no tensor": 7}[damage]
+    with pytest.raises((ValueError, TypeError), match="dynamic_conv2d: weight must be"):
+        extension.Convolution(extension.Window(*WINDOW, (), (16, 16)), weight, C, C)
