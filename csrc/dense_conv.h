@@ -13,7 +13,10 @@ struct DenseConv {
   const T* weight;  // packed by pack_dense, dense_packed_size values
   const T* bias;    // [C_out]
 
-  int64_t out(int64_t size, int64_t kernel) const { return (size + 2 * padding - kernel) / stride + 1; }
+  // Side of the output; 0 where the padded input is smaller than the kernel.
+  int64_t out(int64_t size, int64_t kernel) const {
+    return size + 2 * padding < kernel ? 0 : (size + 2 * padding - kernel) / stride + 1;
+  }
   // Multiply-adds of an instance whose output has so many pixels.
   double cost(int64_t pixels) const { return static_cast<double>(pixels * R * S * C) * static_cast<double>(C_out); }
 };

@@ -36,16 +36,14 @@ class OneCall:
 
         modules: the layers that `build` folds, none of which runs by itself then; settings: what else it depends on.
         """
-        if not may_fold(owner) or are_watched(modules):
+        dtype = batch.images[0].dtype
+        for images in batch.images:
+            if not images.is_cpu or images.dtype != dtype or type(images) is not Tensor:
+                return None
+        if not may_fold(owner) or not runs_task_network(dtype) or are_watched(modules):
             return None
         found = self._cache.of(modules, build, *settings)
-        if found is None:
-            return None
-        dtype = found.heads[0].weight.dtype
-        for images in batch.images:
-            if images.dtype != dtype or not images.is_cpu or type(images) is not Tensor:
-                return None
-        return found
+        return found if found is not None and found.heads[0].weight.dtype == dtype else None
 
 
 def are_watched(modules: Iterable[nn.Module]) -> bool:
@@ -64,14 +62,14 @@ def folded(layer: ConvNormReLU) -> DenseConv:
 
 def fits(stems: Iterable[nn.Module], heads: Iterable[nn.Module], convs: Iterable[nn.Module] = ()) -> bool:
     """True where the kernel takes layers of these kinds, dtypes and sizes on this machine."""
-    stems, layers = list(stems), list(convs)
+    stems, layers, heads = list(stems), list(convs), list(heads)
     layers += [stem.conv for stem in stems if isinstance(stem, Stem)]
-    weights = [head.weight for head in heads if type(head) is nn.Linear]
+    weights = [head.weight for head in heads if type(head) is nn.Linear and head.bias is not None]
     for layer in layers:
         if not isinstance(layer, ConvNormReLU) or not takes_conv(layer.conv):
             return False
         weights.append(layer.conv.weight)
-    if not stems or any(type(stem) is not Stem for stem in stems) or any(type(head) is not nn.Linear for head in heads):
+    if not stems or any(type(stem) is not Stem for stem in stems) or len(weights) < len(heads) + len(layers):
         return False
     dtypes = {weight.dtype for weight in weights}
     return all(weight.is_cpu for weight in weights) and len(dtypes) == 1 and runs_task_network(dtypes.pop())

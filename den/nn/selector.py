@@ -253,13 +253,15 @@ class Selector(nn.Module):
 
     def _network(self, batch: TaskBatch) -> TaskNetwork | None:
         """The selector in one call; None where its layers have to be called one by one."""
+        if self.config.residual or self.config.reads == "stem":
+            return None
         layers = (self.stems, self.convs, self.norms, self.heads)
         modules = tuple([module for each in layers for module in each._modules.values() if module is not None])
         return self._one_call.network(self, batch, modules, self._fold)
 
     def _fold(self) -> TaskNetwork | None:
         tasks = range(len(self.tasks))
-        if self.config.residual or not fits(self.stems, self.heads, self.convs):
+        if not fits(self.stems, self.heads, self.convs):
             return None
         stems, heads = [self.stem_of(k) for k in tasks], [self.head(k) for k in tasks]
         norms = [self.norms[0 if self.config.shared_head else k] for k in tasks]

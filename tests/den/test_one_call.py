@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from den import SelectorConfig, Task, create_model
 from den.nn.task_batch import task_batch
 from den_kernels._extension import extension
+from den_kernels.testing import float32_limited_to
 
 pytestmark = pytest.mark.skipif(
     extension is None or not extension.has_direct_float32(), reason="needs the extension on a CPU with AVX2"
@@ -195,3 +196,13 @@ def test_a_hook_sees_its_layer():
         layer.register_forward_hook(lambda layer, *_: seen.append(layer))
     model(part, "large")
     assert len(seen) == 4
+
+
+@torch.no_grad()
+def test_the_same_bits_with_avx2():
+    model, [part] = network(), images(5)[1:2]
+    wanted, levels = model(part, "large", return_levels=True)
+    with float32_limited_to("AVX2"):
+        got, again = copy.deepcopy(model)(part, "large", return_levels=True)
+    assert torch.equal(levels, again)
+    assert torch.equal(got, wanted)

@@ -379,3 +379,35 @@ def test_a_ready_convolution_needs_its_packed_weight(damage):
     weight = {"another type": packed(C, C, 9).double(), "another size": packed(C, C, 1), "no tensor": 7}[damage]
     with pytest.raises((ValueError, TypeError), match="dynamic_conv2d: weight must be"):
         extension.Convolution(extension.Window(*WINDOW, (), (16, 16)), weight, C, C)
+
+
+@pytest.mark.parametrize("side", [1, 6])
+def test_images_smaller_than_a_kernel_are_refused(side):
+    sizes = (3, C, 7, 7, 2, 0)  # no padding
+    conv = extension.DenseConv(sizes, dense_packed(sizes), vector())
+    made = extension.TaskNetwork([conv], [], [extension.Head((torch.randn(8, C), vector(8), None, None))])
+    images = torch.randn(B, 3, side, side).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="images must be at least as large as the stem's kernel"):
+        made([(0, images)], None, [torch.zeros(B, 8)], None)
+
+
+@pytest.mark.parametrize(
+    ("stems", "shared", "heads", "words"),
+    [
+        ([], [], [C], "one of each"),
+        ([C], [], [], "one of each"),
+        ([C], [16], [16], "input channels must be those of the layer before"),
+        ([C], [C], [C], "a head's input channels must be"),
+    ],
+)
+def test_layers_that_do_not_follow_one_another_are_refused(stems, shared, heads, words):
+    def conv(reads: int, gives: int):
+        sizes = (reads, gives, 3, 3, 1, 1)
+        return extension.DenseConv(sizes, dense_packed(sizes), vector(gives))
+
+    with pytest.raises(ValueError, match=words):
+        extension.TaskNetwork(
+            [conv(3, gives) for gives in stems],
+            [conv(reads, 16) for reads in shared],
+            [extension.Head((torch.randn(8, reads), vector(8), None, None)) for reads in heads],
+        )
