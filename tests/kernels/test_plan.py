@@ -360,3 +360,20 @@ def test_a_plan_on_a_gpu_never_waits_for_it():
         assert torch.equal(plan.offsets.cpu(), expected.offsets)
     with pytest.raises(ValueError, match="got 9 for instance 0, block 0"):
         RoutingPlan.from_levels(on_gpu[0] * 0 + 9, 4, check=True)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_part_of_a_plan_has_the_routes_of_its_blocks_in_the_same_memory(masks):
+    generator = torch.Generator().manual_seed(0)
+    if masks:
+        plan = RoutingPlan.from_masks(torch.rand(7, 5, 3, generator=generator) < 0.5)
+    else:
+        plan = RoutingPlan.from_levels(torch.randint(0, 4, (7, 5), generator=generator), 3)
+    part = plan.part(range(1, 4))
+    assert (len(part), part.batch_size, part.groups) == (3, 7, 3)
+    for own, wanted in zip(part, list(plan)[1:4], strict=True):
+        for name in ("levels", "order", "offsets", "mask"):
+            mine, theirs = getattr(own, name), getattr(wanted, name)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or (torch.equal(mine, theirs) and mine.data_ptr() == theirs.data_ptr())
+    assert plan.part(range(5)) is plan
