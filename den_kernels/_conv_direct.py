@@ -203,7 +203,7 @@ def strided_input_gradient(
     for row, column in product(rows, columns):
         taps = weight[:, :, row.taps, column.taps]
         turned = Geometry((1, 1), (row.padding, column.padding), (1, 1), 1, geometry.in_sizes, geometry.out_sizes)
-        window, packed = _window(taps.shape[2:], turned), pack_turned(taps, turned.in_sizes)
+        window, packed = _window(taps.shape[2:], turned), pack_anew(taps, turned.in_sizes, turned=True)
         extension.dynamic_conv_phase(
             grad, dx, selections, window, packed, (row.first, column.first), tuple(geometry.stride)
         )
