@@ -33,8 +33,9 @@ def segments(route: Route) -> list[Segment]:
     found = []
     for s, (start, end) in enumerate(pairwise(offsets)):
         if start < end:
-            groups = [True] * (G - s) + [False] * s if route.mask is None else route.mask[order[start]].tolist()
-            found.append(Segment(start, end, tuple(groups)))
+            mask = route.mask
+            groups = (True,) * (G - s) + (False,) * s if mask is None else tuple(mask[order[start]].tolist())
+            found.append(Segment(start, end, groups))
     return found
 
 

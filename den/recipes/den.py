@@ -62,7 +62,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> DeepElasticNetwork:
 def train_method(config: TrainConfig, resume: bool) -> DeepElasticNetwork:
     """The loop of every compared method: its phases, its objective."""
     with Engine(config, prepare_compared, resume=resume) as engine:
-        for phase in engine.phases:
+        for phase in engine.recipe.phases():
             for batch in engine.phase(*phase.key):
                 with engine.autocast():
                     objective = engine.recipe.objective(engine, phase, batch)
@@ -137,7 +137,7 @@ def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
 
 def selector_progress(engine: Engine[Method]) -> float:
     """Share of the selector's updates that are done, over all its phases."""
-    planned = sum(phase.settings.steps for phase in engine.phases if phase.network == "selector")
+    planned = sum(phase.settings.steps for phase in engine.phases if "selector" in phase.trained)
     return min(1.0, engine.position.updates.get("selector", 0) / planned)
 
 
