@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # M3 and C1 on a thin network: every run of docs/results/cifar100.md.  An interrupted loop goes on where it stopped.
 #   DATA=data docs/results/cifar100.sh c1              # or m3; one to two hours on one core
-#   DATA=data docs/results/cifar100.sh c1 converged    # PASSES over the images for every network; ten hours on one core
+#   DATA=data docs/results/cifar100.sh c1 converged    # PASSES over the images for every network; some four hours on one core
 #   SEEDS="1 2" ONLY="dense den" REPORT= ...           # some of the seeds and of the runs, without the report
 set -euo pipefail
 scenario=$1 length=${2:-short} out=${OUT:-runs}
@@ -73,6 +73,8 @@ esac
 $length
 if [[ -z ${REPORT-1} ]]; then exit; fi
 for folder in "$out/$prefix"-den-*; do
+  den evaluate "$folder" --data-root "${DATA:-data}" --time --static 60 --dense "$out/$prefix-dense-${folder##*-}"
+  if [[ $length == converged ]]; then den evaluate "$folder" --data-root "${DATA:-data}" --selector random; fi
   for share in 0.25 0.5 0.58; do
     den evaluate "$folder" --data-root "${DATA:-data}" --budget-flops $share
   done
