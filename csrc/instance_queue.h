@@ -15,9 +15,9 @@ namespace den_kernels {
 // Most instances of a chunk. A larger chunk reads its weights for more instances at once, but the other threads wait
 // longer for the last one.
 constexpr int64_t most_instances = 32;
-// Multiply-adds of a layer below which threads that share it wait for each other about as long as they save: a core
-// does a million in nine microseconds.
-constexpr double shared_work = 1 << 20;
+// Multiply-adds of a layer that one thread takes alone, a core's work of 18 microseconds: sharing it would save less
+// than half of that, and costs a multiple where the other thread has to wait for its core.
+constexpr double shared_work = 1 << 21;
 
 // This thread's parallel regions have one thread while it lives; with a number of multiply-adds only where these are
 // few.

@@ -86,7 +86,7 @@ class Barrier {
   }
 
  private:
-  static constexpr std::chrono::microseconds busy{200};  // to be woken takes up to 100
+  static constexpr std::chrono::microseconds busy{50};  // about as long as it takes to be woken
   std::atomic<int64_t> come_{0};
   std::atomic<uint32_t> turn_{0};
   std::atomic<bool> open_{false};
