@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Part:
-    """What is built and run for the mistakes in one file; {isa} is the instruction set that float32 runs with here."""
+    """Sources to build and tests to run for the mistakes in one file; {isa} is what float32 runs with here."""
 
     objects: tuple[str, ...]  # sources that hold the mistake: others that include the file stay as they are
     tests: tuple[str, ...]
