@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Part:
-    """What is built and run for the mistakes in one file; {isa} is the instruction set that float32 runs with here."""
+    """Sources to build and tests to run for the mistakes in one file; {isa} is what float32 runs with here."""
 
     objects: tuple[str, ...]  # sources that hold the mistake: others that include the file stay as they are
     tests: tuple[str, ...]
@@ -25,7 +25,7 @@ PARTS = {
     "csrc/direct_channels.h": _CONV,
     "csrc/direct_strips.h": _CONV,
     "csrc/conv_bands.h": _CONV,
-    "csrc/direct_chunks.h": _INVERTED,
+    "csrc/direct_chunks.h": Part(("dynamic_residual_{isa}",), ("tests/kernels/test_dynamic_residual.py",)),
     "csrc/dynamic_trunk.cpp": Part(("dynamic_trunk",), ("tests/kernels/test_dynamic_trunk.py",)),
     "csrc/direct_inverted_residual.h": _INVERTED,
     "csrc/inverted_chunk.h": _INVERTED,

@@ -32,7 +32,7 @@ COUNTED = re.compile(r"- (\d+) passing, (\d+) failing, and (\d+) invalid test ca
 
 @dataclass
 class Result:
-    """What came of one test: its valid cases, and the seconds that they took."""
+    """The result of one test: its valid cases, and the seconds that they took."""
 
     passed: bool
     cases: int

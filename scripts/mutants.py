@@ -139,7 +139,7 @@ def kept() -> dict[str, list[str]]:
 def keep(path: str, found: list[str]) -> None:
     """Write down which mistakes in a file were found; processes of other files do so, too."""
     KEPT.parent.mkdir(exist_ok=True)
-    with (KEPT.parent / "mutants.lock").open("w") as lock:
+    with (KEPT.parent / "mutants.lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         KEPT.write_text(json.dumps({**kept(), state_of(path): found}, indent=1), encoding="utf-8")
 

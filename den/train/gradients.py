@@ -100,5 +100,5 @@ class GradientMeans:
         self._sent.append((flat, work))
 
     def _kind(self, parameter: nn.Parameter) -> tuple[object, ...]:
-        """What parameters that are sent together have in common."""
+        """Properties that parameters which are sent together have in common."""
         return parameter.dtype, parameter.device, self._owner(parameter)

@@ -55,7 +55,7 @@ class Shards:
                     parameter.copy_(values.view(parameter.shape))
 
     def whole_state(self, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """The tensors of an unshared optimiser, as `optimiser_tensors` gives them; none but in the first process."""
+        """The `optimiser_tensors` of an unshared optimiser, in the first process; in the others none."""
         own = {name: tensor.cpu() for name, tensor in optimiser_tensors(optimiser).items()}
         found: list[dict[str, Tensor]] | None = [{}] * ranks.count() if ranks.first() else None
         dist.gather_object(own, found)
