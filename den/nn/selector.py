@@ -238,7 +238,7 @@ class Selector(nn.Module):
         heads = [self.heads[0]] if self.config.shared_head else [self.heads[k] for k in tasks]
         return self._of_blocks([head(part) for head, part in zip(heads, features, strict=True)])
 
-    def _of_blocks(self, parts: Sequence[Tensor]) -> Tensor:
+    def _of_blocks(self, parts: list[Tensor]) -> Tensor:
         """Logits [B_k, N * L] of parts of a batch as [B, N, L]."""
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(-1, self.num_blocks, self.levels)
 
