@@ -5,7 +5,7 @@
 
 #include <omp.h>
 
-#include "features.h"
+#include "pooled_head.h"
 #include "instance_queue.h"
 #include "numbers.h"
 #include "rows.h"

@@ -6,7 +6,7 @@
 
 #include "dense_conv.h"
 #include "dynamic_trunk.h"
-#include "features.h"
+#include "pooled_head.h"
 
 namespace den_kernels {
 

@@ -126,7 +126,7 @@ class DynamicConv2d(nn.Conv2d):
         weight, bias = self.weight, self.bias
         if x.dtype not in self._packed or weight.dtype != x.dtype or not (x.is_cpu and weight.is_cpu and x.ndim == 4):
             return None
-        if torch.is_autocast_enabled("cpu") or is_profiled() or not runs_eagerly(x, weight, bias):
+        if not runs_eagerly(x, weight, bias) or torch.is_autocast_enabled("cpu") or is_profiled():
             return None
         if (run := self._packed_for(x.dtype).run) is None:
             return None

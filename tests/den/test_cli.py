@@ -68,7 +68,7 @@ def test_left_out_settings_keep_their_defaults():
         ({"data": {"validation": 1.0}}, r"data\.validation must be in 0\.\.0\.9, got 1"),
         ({"data": {"tasks": ["digits", "digits"]}}, r"data\.tasks must be different image sets"),
         ({"data": {"tasks": []}}, r"data\.tasks must be different image sets, got \[\]"),
-        ({"selector": {"samples": 1}}, r"selector\.samples must be at least 2, got 1"),
+        ({"selector": {"samples": 1}}, r"selector\.samples must be at least 2 with a leave-one-out baseline, got 1"),
         ({"estimator": {"tau": 1.5}}, r"estimator\.tau must be in 0\.\.1, got 1\.5"),
     ],
 )

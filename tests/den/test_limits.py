@@ -126,5 +126,5 @@ def test_a_huge_budget_still_has_a_number_of_steps():
 def test_one_sample_is_enough_where_none_is_left_out():
     one = SelectorTraining(phase=PhaseConfig(1, 0.1), samples=1, baseline="none")
     assert TrainConfig(selector=one).selector.samples == 1
-    with pytest.raises(ValueError, match=r"selector\.samples must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"selector\.samples must be at least 2 with a leave-one-out baseline, got 1"):
         TrainConfig(selector=dataclasses.replace(one, baseline="leave-one-out"))

@@ -1,4 +1,4 @@
-#include "features.h"
+#include "pooled_head.h"
 
 #include <algorithm>
 #include <vector>
