@@ -40,7 +40,7 @@ the images; correlation: rank correlation of an image's FLOPs with the dense net
 
 @dataclass(frozen=True)
 class Choices:
-    """What was measured of a task of a run; accuracies 0..1."""
+    """Results of a task of a run; accuracies 0..1."""
 
     full: float
     chosen: float

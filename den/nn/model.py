@@ -85,8 +85,7 @@ class DeepElasticNetwork(nn.Module):
         return batch.restore(selector.run(batch, stem))
 
     def read(self, selector: Selector, images: Images, task: Tasks) -> tuple[TaskBatch, Tensor | None]:
-        """What a selector of this network's kind reads: the batch, and the maps of the network's stems if it reads
-        them."""
+        """The checked batch, and the maps of the network's stems where the selector reads them."""
         batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
         if selector.config.reads != "stem":
             return batch, None

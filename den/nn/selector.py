@@ -220,7 +220,7 @@ class Selector(nn.Module):
         return self._of_blocks(network(batch.tasks, self._enlarged(batch)))
 
     def features(self, batch: TaskBatch, stem: Tensor | None = None) -> list[Tensor]:
-        """What the heads read of a checked batch: normed features [B_k, C] of each task, with a shared head of all."""
+        """Normed features [B_k, C] that the heads read, of each task of a checked batch; with a shared head of all."""
         if self.config.reads == "stem":
             if stem is None:
                 raise ValueError("selector: stem must be the maps of the estimator's stems, got None")

@@ -280,7 +280,7 @@ def result_lines(result: TaskResult) -> list[str]:
 
 
 def gain_lines(result: TaskResult) -> list[str]:
-    """What choosing per image gains over a single structure, and where it spends, in words; empty if not measured."""
+    """Lines on the gain over a single structure, and on where FLOPs are spent, in words; none if not measured."""
     lines = []
     if static := result.static:
         lines.append(
