@@ -5,9 +5,9 @@
 
 #include <omp.h>
 
-#include "pooled_head.h"
 #include "instance_queue.h"
 #include "numbers.h"
+#include "pooled_head.h"
 #include "rows.h"
 
 namespace den_kernels {
