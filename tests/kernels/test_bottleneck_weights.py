@@ -68,8 +68,12 @@ def check(x, selection, weights, shortcut=None):
         assert got.is_contiguous(memory_format=torch.channels_last)
         assert not got.numel() or (got.double() - exact).abs().max() <= bound
         idle = route.levels == 0
-        assert torch.equal(got[idle], _shortcut(x, weights, shortcut)[idle])
-        if shortcut is None and got.shape == x.shape:
+        wanted = _shortcut(x, weights, shortcut)[idle]
+        if shortcut is None and weights.stride == 3 and wanted.numel():  # a third is rounded: not the same bits
+            assert (got[idle].double() - wanted.double()).abs().max() <= 8 * torch.finfo(x.dtype).eps * x.abs().max()
+        else:
+            assert torch.equal(got[idle], wanted)
+        if shortcut is None and weights.stride == 1 and got.shape == x.shape:
             over = x.clone(memory_format=torch.channels_last)
             assert dynamic_bottleneck_(over, selection, each) is over
             assert torch.equal(over, got)

@@ -97,7 +97,9 @@ def check(block, x, selection):
         if got.shape == x.shape and weights.stride == 1:
             over = x.clone(memory_format=torch.channels_last)
             assert dynamic_inverted_residual_(over, selection, each) is over
-            assert torch.equal(over, got)
+            assert not over.numel() or (over.double() - exact).abs().max() <= bound
+            # torch takes one channel for either memory format, and another kernel with another sum
+            assert torch.equal(over, got) or (each.direct is None and 1 in (x.shape[1], sum(weights.groups)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
