@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def name_of(item: pytest.Item) -> str:
     """A timed case by its own name, any other check as pytest calls it."""
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-    return case.id if case else item.nodeid.removeprefix("tests/gpu/")
+    return getattr(case, "id", None) or item.nodeid.removeprefix("tests/gpu/")
 
 
 def append(config: pytest.Config, entry: Mapping[str, Any]) -> None:
