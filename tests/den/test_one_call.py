@@ -206,3 +206,16 @@ def test_the_same_bits_with_avx2():
         got, again = copy.deepcopy(model)(part, "large", return_levels=True)
     assert torch.equal(levels, again)
     assert torch.equal(got, wanted)
+
+
+def test_a_frozen_network_holds_its_weights_once():
+    model = create_model("wrn14_1", [Task("a", 10, 32)]).eval()
+    images, levels = torch.randn(3, 3, 32, 32), torch.full((3, 6), 2)
+    with torch.no_grad():
+        model.freeze()
+        model(images, "a")
+        model.estimator(images, "a", model.estimator.level_plan(levels))
+        model.estimator(images, "a", levels)
+    for block in model.estimator.blocks:
+        assert block.folded() is block._frozen
+        assert block._folded._entry is None  # nothing was folded beside it, from weights that are gone

@@ -64,6 +64,8 @@ class FoldedBlock(nn.Module):
 
     def folded(self) -> Any:
         """Weights with the batch norms folded (eval mode), from the cache while nothing they depend on changed."""
+        if self._frozen is not None:
+            return self._frozen
         modules = tuple([module for module in self._modules.values() if module is not None])
         made = self._folded.of(modules, self._fold, *self.settings())
         return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
