@@ -59,7 +59,7 @@ class ElasticNetwork:
     def forward(self) -> Tensor:
         """The whole way to logits [B, classes]. The selector runs; the drawn structures replace its choice."""
         self.model.select(self.images, self.task)
-        return self.model.estimator(self.images, self.task, self.model.estimator.level_plan(self.levels))
+        return self.model.estimator(self.images, self.task, self.levels)
 
     def dense(self, dtype: torch.dtype) -> peers.DenseNetwork:
         """The full structure as a plain network in ``dtype``, weights copied."""
