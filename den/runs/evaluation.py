@@ -22,7 +22,7 @@ from den.support.progress import progress
 from den.support.settings import from_dict, to_dict
 from den.train.checkpoint import read_updates
 from den.train.config import TrainConfig
-from den.train.folder import versions
+from den.train.folder import stored_config, versions
 
 VERSION = 1
 NAME = "evaluation.json"
@@ -176,7 +176,7 @@ def evaluate_run(
     device = next(model.parameters()).device
     where = machine_name(device)
     updates, checkpoint = read_updates(run.checkpoint), run.name
-    training = training_of(run.folder, run.config, checkpoint)
+    training = training_of(run.folder, stored_config(run.folder), checkpoint)  # a variant's config is another
     record = Evaluation(
         to_dict(run.config),
         checkpoint,

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import den.runs.evaluation
 from den import cli
 from den.data import load_set
 from den.evaluate.accuracy import evaluate, static_candidates
@@ -213,12 +214,22 @@ def test_a_random_selector_and_single_levels_are_records_of_their_own(tmp_path, 
     assert found["random"].tasks[0].flops_ratio == pytest.approx(0.5, abs=0.05)
     assert (found["level-1"].tasks[0].flops_ratio, found["level-3"].tasks[0].flops_ratio) == (0.25, 1)
     assert [found[name].method for name in ("random", "level-1")] == ["random", "level"]
-    assert all(record.settings == own.settings for record in others)
+    assert all((record.settings, record.training) == (own.settings, own.training) for record in others)
     capsys.readouterr()
     assert cli.main(["evaluate", str(folder), "--levels", "4"]) == 2
     assert "levels must be in 0..3, got 4" in capsys.readouterr().err
     assert cli.main(["evaluate", str(folder), "--levels", "1", "--budget-flops", "0.5"]) == 2
     assert "must come one at a time" in capsys.readouterr().err
+
+
+def test_a_variant_is_as_far_trained_as_its_run(tmp_path, stored_run, few_images, monkeypatch):
+    stored_run(tmp_path / "run")
+    modes = []
+    monkeypatch.setattr(
+        den.runs.evaluation, "training_of", lambda folder, config, checkpoint: modes.append(config.mode)
+    )
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--selector", "random"]) == 0
+    assert set(modes) == {"den"}  # a random selector's run has other phases than the checkpoint
 
 
 def test_the_gain_over_a_single_structure_is_of_one_chosen_on_held_out_images(tmp_path, stored_run, few_images, capsys):
