@@ -77,6 +77,13 @@ def is_aligned(source: Tensor, weight: Tensor) -> bool:
     return all(s * bytes_ % 16 == 0 for s in strides) and not (source.data_ptr() % 16 or weight.data_ptr() % 16)
 
 
+def map_strides(source: Tensor) -> list[int]:
+    """Strides of source [B, KC, H, W], channels-last, as a descriptor of [B, H, W, KC] has them."""
+    whole = source.shape[1:].numel()  # for sides of 1, whose strides mean nothing
+    strides = [stride if side > 1 else whole for stride, side in zip(source.stride(), source.shape, strict=True)]
+    return [strides[0], strides[2], strides[3], 1]
+
+
 def arguments_of(
     source: Tensor,  # [B, KC, H, W] channels-last
     weight: Tensor,  # [out, in, R, S] channels-last
@@ -90,8 +97,7 @@ def arguments_of(
     tile, shape = chosen
     B, KC, H, W = source.shape
     outs, ins, R, S = weight.shape
-    strides = [s if size > 1 else KC * W * H for s, size in zip(source.stride(), source.shape, strict=True)]
-    strides = [strides[0], strides[2], strides[3], 1]
+    strides = map_strides(source)
     made: dict[str, Any] = {f"{name}_{r}": None for name in ("boxes", "weights") for r in range(3)}
     for r, (bn, bk) in enumerate(zip(shape.bns, shape.bks, strict=True)):
         made[f"boxes_{r}"] = TensorDescriptor(source, [B, H, W, KC], strides, [1, tile.rows // columns, columns, bk])

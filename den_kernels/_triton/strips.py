@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import choice, rules
-from .boxes import Arguments
+from .boxes import Arguments, map_strides
 from .choice import Shape, Side, ceil_power, shape_of_levels
 from .rules import Tile
 
@@ -110,8 +110,7 @@ def arguments_of(
     tile, shape = chosen
     B, KC, H, W = source.shape
     outs, ins, R, S = weight.shape
-    strides = [s if size > 1 else KC * W * H for s, size in zip(source.stride(), source.shape, strict=True)]
-    strides = [strides[0], strides[2], strides[3], 1]
+    strides = map_strides(source)
     made: dict[str, Any] = {f"{name}_{r}": None for name in ("boxes", "weights") for r in range(3)}
     for r, (bn, bk) in enumerate(zip(shape.bns, shape.bks, strict=True)):
         made[f"boxes_{r}"] = TensorDescriptor(source, [B, H, W, KC], strides, [1, 1, columns, bk], layout(bk, 4))
