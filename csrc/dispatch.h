@@ -23,5 +23,10 @@
 #define DEN_KERNELS_CLONES
 #endif
 
+#ifdef __SANITIZE_THREAD__  // the function that chooses would run before the sanitizer's own are bound
+#undef DEN_KERNELS_CLONES
+#define DEN_KERNELS_CLONES
+#endif
+
 #define KERNEL __attribute__((always_inline)) inline  // a helper that becomes part of the function that calls it
 #define UNROLL _Pragma("GCC unroll 16")

@@ -36,7 +36,9 @@ else
   tests=(tests/kernels/test_{plan,rows,conv_direct,conv_direct_gradients,metamorphic}.py
     "$ops"_{trunk,inverted_residual,bottleneck,norm,graph}.py)
 fi
-CFLAGS="-O1 -g1 $flags" LDFLAGS="$link" DEN_KERNELS_CUDA=0 python setup.py -q build_ext --inplace
+# CFLAGS and CXXFLAGS: which of them reaches C++ depends on the setuptools.
+CFLAGS="-g1 $flags" CXXFLAGS="-g1 $flags" LDFLAGS="$link" DEN_KERNELS_CUDA=0 python setup.py -q build_ext --inplace
+grep -q "__${kind:0:1}san_" den_kernels/_C*.so || { echo "sanitize.sh: the extension was built without the sanitizer" >&2; exit 1; }
 
 if [ $# -gt 0 ]; then tests=("$@"); fi
 fixed=() # addresses that are not random: the thread sanitizer of older GCC needs them on newer kernels
