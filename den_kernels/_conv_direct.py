@@ -58,7 +58,7 @@ def pack_anew(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = No
 
     float32: [ceil(O / 16), ceil(I / 16), R * S, 16, 16], every prefix of I contiguous. bfloat16: csrc/dynamic_bf16.h,
     for convolutions over the prefixes of I that `in_sizes` add up to (() is all of I).
-    turned: of the weights of :func:`transposed` instead, sides swapped and kernel turned, without a scale.
+    turned: the weights that :func:`input_gradient` convolves with, sides swapped and kernel turned; without a scale.
     """
     O, I, R, S = weight.shape
     if turned:
@@ -103,7 +103,7 @@ def forward(
 class Packed:
     """A layer's weight [C_out, C_in, R, S], packed, and the call that finds it ready.
 
-    geometry: of the layer; None, as cardinality and padding beyond the kernel's reach, leaves it without such a call.
+    geometry: of the layer; None, as cardinality, leaves it without such a call.
 
     `run(x, (groups, order, offsets, mask), bias)` gives the layer's result in inference for x [B, C_in, H, W] on a CPU
     and a route, or None where `dynamic_conv2d` has to look at them.
@@ -113,42 +113,53 @@ class Packed:
         self.weight, self.run = packed, None
         if geometry is None or not runs_direct(weight.new_empty(1, weight.shape[1], 2, 2), weight, geometry, True):
             return
-        reach = [step * (side - 1) for step, side in zip(geometry.dilation, weight.shape[2:], strict=True)]
-        if all(0 <= above <= most for above, most in zip(geometry.padding, reach, strict=True)):
-            window = _window(weight.shape[2:], geometry)
-            self.run = extension.Convolution(window, packed, weight.shape[0], weight.shape[1])
+        window = _window(weight.shape[2:], geometry)
+        self.run = extension.Convolution(window, packed, weight.shape[0], weight.shape[1])
 
 
-def weight_gradient(
+def gradients(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in, R, S]
     route: Route,
     geometry: Geometry,
-) -> Tensor | None:  # [C_out, C_in, R, S] channels-last
-    """The gradient of weight over all instances, in one call; None where no direct kernel computes it."""
-    if not runs_direct(x, weight, geometry):
-        return None
-    if tuple(geometry.stride) != (1, 1) and _bf16_by_amx(x):
-        return None
-    C_out, C, R, S = weight.shape
-    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
-    dweight = weight.new_empty(C_out, R, S, C).permute(0, 3, 1, 2)
-    selections = route.groups, route.order, route.offsets, route.mask
-    extension.dynamic_conv_weight_gradient(x, grad, dweight, selections, _window((R, S), geometry))
-    return dweight
+    wanted: Sequence[bool],  # of x, of weight
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight, channels-last; None for what is not wanted, or what no direct kernel computes."""
+    strided = tuple(geometry.stride) != (1, 1)
+    by_amx = strided and x.dtype == torch.bfloat16 and extension is not None and extension.bf16_isa() == "AMX"
+    if by_amx or not runs_direct(x, weight, geometry):
+        return None, None
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    dx = dweight = None
+    if wanted[0]:
+        dx = (strided_input_gradient if strided else input_gradient)(grad, x, weight, route, geometry)
+    if wanted[1]:
+        x, (C_out, C, R, S) = x.contiguous(memory_format=torch.channels_last), weight.shape
+        dweight = weight.new_empty(C_out, R, S, C).permute(0, 3, 1, 2)
+        selections = route.groups, route.order, route.offsets, route.mask
+        extension.dynamic_conv_weight_gradient(x, grad, dweight, selections, _window((R, S), geometry))
+    return dx, dweight
 
 
-def transposed(x: Tensor, weight: Tensor, geometry: Geometry) -> Geometry | None:
-    """The geometry of the direct convolution that makes dx of the output's gradient; None where none does.
+def input_gradient(
+    grad: Tensor,  # [B, C_out, H_out, W_out] channels-last
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in, R, S]
+    route: Route,
+    geometry: Geometry,
+) -> Tensor | None:  # [B, C_in, H, W] channels-last
+    """The gradient of x of a convolution of stride 1; None where the padding is beyond the kernel's reach.
 
-    x: [B, C_in, H, W]; weight: [C_out, C_in, R, S]. In it the channel sides are swapped and the kernel is turned by
-    180 degrees.
+    A direct convolution of grad, in which the channel sides are swapped and the kernel is turned by 180 degrees.
     """
-    padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, weight.shape[2:], geometry.padding, strict=True)]
-    if tuple(geometry.stride) != (1, 1) or min(padding) < 0 or not runs_direct(x, weight, geometry):
+    kernel = weight.shape[2:]
+    padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, kernel, geometry.padding, strict=True)]
+    if min(padding) < 0:
         return None
-    return Geometry((1, 1), padding, geometry.dilation, 1, geometry.in_sizes, geometry.out_sizes)
+    turned = Geometry((1, 1), padding, geometry.dilation, 1, geometry.in_sizes, geometry.out_sizes)
+    packed = pack_anew(weight, turned.in_sizes, turned=True)
+    return forward(grad, packed, kernel, None, route, x.shape, turned)
 
 
 class Phase(NamedTuple):
@@ -181,15 +192,14 @@ def phases(size: int, side: int, stride: int, padding: int) -> list[Phase] | Non
 
 
 def strided_input_gradient(
-    grad: Tensor,  # [B, C_out, H_out, W_out]
+    grad: Tensor,  # [B, C_out, H_out, W_out] channels-last
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in, R, S]
     route: Route,
     geometry: Geometry,
 ) -> Tensor | None:  # [B, C_in, H, W] channels-last
-    """The gradient of x of a convolution with a stride, phase by phase; None where no direct kernel computes it."""
-    strided = tuple(geometry.stride) != (1, 1) and tuple(geometry.dilation) == (1, 1)
-    if not strided or not runs_direct(x, weight, geometry) or _bf16_by_amx(x):
+    """The gradient of x of a convolution with a stride, phase by phase; None where it is dilated, or no phase fits."""
+    if tuple(geometry.dilation) != (1, 1):
         return None
     (B, C, H, W), (R, S) = x.shape, weight.shape[2:]
     rows, columns = (phases(*axis) for axis in zip((H, W), (R, S), geometry.stride, geometry.padding, strict=True))
@@ -198,7 +208,6 @@ def strided_input_gradient(
     dx = x.new_empty(B, H, W, C).permute(0, 3, 1, 2)
     if (len(rows), len(columns)) != (min(geometry.stride[0], H), min(geometry.stride[1], W)):
         dx.zero_()  # pixels that no tap reaches
-    grad = grad.contiguous(memory_format=torch.channels_last)
     selections = route.groups, route.order, route.offsets, route.mask
     for row, column in product(rows, columns):
         taps = weight[:, :, row.taps, column.taps]
@@ -208,7 +217,3 @@ def strided_input_gradient(
             grad, dx, selections, window, packed, (row.first, column.first), tuple(geometry.stride)
         )
     return dx
-
-
-def _bf16_by_amx(x: Tensor) -> bool:  # x [...]
-    return x.dtype == torch.bfloat16 and bool(extension.bf16_isa() == "AMX")

@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _conv_cpu, _conv_direct, _triton
-from ._conv_arguments import autocast, check, pad, pair, sides
 from ._conv_masked import equation, masked_backward, masked_forward
-from ._geometry import Geometry, memory_format_of
+from ._geometry import Geometry, memory_format_of, operands, settle, sides
 from .eager import (
     call_op,
     in_range,
@@ -170,19 +169,12 @@ def _backward_cpu(
     output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x, weight and bias
     """The gradients by the direct kernels where these run, else segment by segment (`_conv_cpu.py`)."""
-    dx = dweight = None
-    rest = list(output_mask)  # what the direct convolution does not do
-    if output_mask[0] and (turned := _conv_direct.transposed(x, weight, geometry)):
-        packed = _conv_direct.pack_anew(weight, turned.in_sizes, turned=True)
-        dx = _conv_direct.forward(grad, packed, weight.shape[2:], None, route, x.shape, turned)
-    elif output_mask[0]:
-        dx = _conv_direct.strided_input_gradient(grad, x, weight, route, geometry)
+    dx, dweight = _conv_direct.gradients(grad, x, weight, route, geometry, output_mask)
+    rest = [output_mask[0] and dx is None, output_mask[1] and dweight is None, output_mask[2]]
     if dx is not None:
-        dx, rest[0] = dx.contiguous(memory_format=memory_format_of(x)), False
-    if output_mask[1]:
-        dweight = _conv_direct.weight_gradient(grad, x, weight, route, geometry)
-        rest[1] = dweight is None
-        dweight = None if dweight is None else dweight.contiguous(memory_format=memory_format_of(weight))
+        dx = dx.contiguous(memory_format=memory_format_of(x))
+    if dweight is not None:
+        dweight = dweight.contiguous(memory_format=memory_format_of(weight))
     if not any(rest):
         return dx, dweight, None
     parts = _conv_cpu.parts_of(route, geometry, x.shape[1], weight.shape[0])
@@ -242,13 +234,13 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # output [B, C_out, H_out, W_out]
     x, weight, _, *routing = inputs[:7]
-    ctx.geometry = inputs[7:]
+    ctx.geometry, ctx.inputs = Geometry(*inputs[7:]), len(inputs)
     ctx.save_for_backward(x, weight, *map(savable, routing))  # with versions: a plan's update_ is noticed
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [B, C_out, H_out, W_out]
     x, weight, levels, order, offsets, mask = ctx.saved_tensors
-    geometry, wanted = Geometry(*ctx.geometry), list(ctx.needs_input_grad[:3])
+    geometry, wanted = ctx.geometry, list(ctx.needs_input_grad[:3])
     gradients: Sequence[Tensor | None]
     if torch.is_grad_enabled():  # create_graph: the gradients may have to have gradients
         gradients = masked_backward(grad, x, weight, levels, mask, geometry, wanted)
@@ -258,7 +250,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [B,
     else:
         gradients = _dynamic_conv2d_backward(grad, x, weight, levels, order, offsets, mask, *geometry, wanted)
     kept = [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
-    return *kept, *(None,) * (4 + len(geometry))
+    return *kept, *(None,) * (ctx.inputs - len(kept))
 
 
 _dynamic_conv2d.register_autograd(_gradients, setup_context=_save)
@@ -268,10 +260,12 @@ class _EagerConv(torch.autograd.Function):
     """The op on a CPU for ordinary tensors, without the price of calls through torch.library."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # with a setup_context each call would look at the signature
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
+    def forward(  # with a setup_context each call would look at the signature
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, route: Route, geometry: Geometry
+    ) -> Tensor:
+        ctx.geometry, ctx.inputs = geometry, 5
+        ctx.save_for_backward(x, weight, *map(savable, (route.levels, route.order, route.offsets, route.mask)))
+        return compute(x, weight, bias, route, geometry)
 
     backward = staticmethod(_gradients)
 
@@ -309,10 +303,9 @@ def dynamic_conv2d(
     if selection is None:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     refuse_symbols("dynamic_conv2d", x)
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    check(x, weight, bias, groups)
+    x, weight, bias = operands(x, weight, bias, groups)
     sizes = sides(weight.shape[0], x.shape[1], groups, out_groups, in_groups)
-    return convolve(x, weight, bias, selection, stride, padding, dilation, groups, *sizes)
+    return convolve(x, weight, bias, selection, *settle(weight.shape, stride, padding, dilation, groups, *sizes))
 
 
 def convolve(
@@ -320,36 +313,26 @@ def convolve(
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
     selection: Route | Tensor,  # levels [B], mask [B, G] or route
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
-    out_sizes: tuple[int, ...],  # [G], or () where that side is not elastic
-    in_sizes: tuple[int, ...],  # as out_sizes
+    geometry: Geometry,
+    border: tuple[int, ...],
     packed: Callable[[torch.dtype], Tensor] | None = None,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """`dynamic_conv2d` of group sizes that were checked: what layers call.
+    """`dynamic_conv2d` of `operands` and settings (`settle`) that were checked: what layers call.
 
     packed: gives the weight, packed for the direct convolution of a dtype, when it is needed.
     """
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    check(x, weight, bias, groups)
-    if (out_sizes and sum(out_sizes) != weight.shape[0]) or (in_sizes and sum(in_sizes) != x.shape[1]):
-        sides(weight.shape[0], x.shape[1], groups, out_sizes or None, in_sizes or None)  # raises
-    route = route_for(x, selection, len(out_sizes) or len(in_sizes), "dynamic_conv2d")
-    strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    x, paddings = pad(x, weight, padding, strides, dilations)
-    geometry = Geometry(strides, paddings, dilations, groups, out_sizes, in_sizes)
+    route = route_for(x, selection, len(geometry.out_sizes) or len(geometry.in_sizes), "dynamic_conv2d")
+    if border:
+        x = F.pad(x, border)
     if min(geometry.out_shape(x, weight)[2:]) < 1:
         raise ValueError(
             f"dynamic_conv2d: the dilated kernel {list(weight.shape[2:])} must fit the padded map, got {list(x.shape)}"
         )
     if runs_eagerly(x, weight, bias):
         return in_range(_NAME, compute, x, weight, bias, route, geometry, packed)
-    arguments = x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry
     if x.is_cpu and is_ordinary(x, weight, bias):
-        return in_range(_NAME, _EagerConv.apply, *arguments)
+        return in_range(_NAME, _EagerConv.apply, x, weight, bias, route, geometry)
     refuse_tangents("dynamic_conv2d", x, weight, bias)
     if is_transformed():
         return equation(x, weight, bias, route.levels, route.mask, geometry)
-    return call_op(_dynamic_conv2d, *arguments)
+    return call_op(_dynamic_conv2d, x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)

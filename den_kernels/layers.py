@@ -8,9 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._conv_arguments import group_sizes
 from ._conv_direct import Packed, pack
-from ._geometry import Geometry
+from ._geometry import Geometry, group_sizes, operands, settle
 from ._sync_norm import kept_by_convert_sync_batchnorm
 from .dynamic_conv import convolve
 from .dynamic_norm import dynamic_batch_norm
@@ -64,6 +63,9 @@ class DynamicConv2d(nn.Conv2d):
                 f"DynamicConv2d: in_groups must have {len(self.out_groups)} groups as out_groups, "
                 f"got {len(self.in_groups)}"
             )
+        self._settled: tuple[tuple[Any, ...], tuple[Geometry, tuple[int, ...]]] | None = None
+        if self.out_groups or self.in_groups:
+            self._convolution(self.weight.shape)
         # The weight as the direct convolution reads it, by dtype: autocast computes in another than the weight's.
         self._packed: dict[torch.dtype, FoldCache[Packed]] = {}
 
@@ -106,13 +108,18 @@ class DynamicConv2d(nn.Conv2d):
             return y
         if not self.out_groups and not self.in_groups:
             raise ValueError("DynamicConv2d: out_groups or in_groups must be set to use a selection, got None for both")
-        padding: str | tuple[int, ...] = self.padding
+        x, weight, bias = operands(x, self.weight, self.bias, self.groups)
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
-        return convolve(
-            x, self.weight, self.bias, selection, self.stride, padding, self.dilation, self.groups,
-            self.out_groups, self.in_groups, self._packed_weight,
-        )  # fmt: skip
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return convolve(x, weight, bias, selection, *self._convolution(weight.shape), self._packed_weight)
+
+    def _convolution(self, shape: torch.Size) -> tuple[Geometry, tuple[int, ...]]:
+        """The layer's settings as `settle` gives them for a weight of this shape: checked when they have changed."""
+        padding = self.padding if self.padding_mode == "zeros" else (0, 0)
+        settings = shape, self.stride, padding, self.dilation, self.groups, self.out_groups, self.in_groups
+        if self._settled is None or self._settled[0] != settings:
+            self._settled = settings, settle(*settings)
+        return self._settled[1]
 
     def _ready(
         self,
@@ -143,11 +150,10 @@ class DynamicConv2d(nn.Conv2d):
         return cache.get((self.weight,), lambda: self._pack(dtype), *settings, self.padding_mode)
 
     def _pack(self, dtype: torch.dtype) -> Packed:
-        weight, geometry = self.weight.detach().to(dtype), None
-        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            sides = self.out_groups, self.in_groups
-            geometry = Geometry(self.stride, self.padding, self.dilation, self.groups, *sides)
-        return Packed(weight, pack(weight, self.in_groups), geometry)
+        weight = self.weight.detach().to(dtype)
+        geometry, border = self._convolution(weight.shape)
+        whole = self.padding_mode == "zeros" and not border
+        return Packed(weight, pack(weight, self.in_groups), geometry if whole else None)
 
     def _packed_weight(self, dtype: torch.dtype) -> Tensor:
         return self._packed_for(dtype).weight

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._conv_arguments import pad, pair
 from ._extension import extension
+from ._geometry import settle
 
 LEVEL_KINDS = ("uniform", "zero", "top", "ascending", "no middle", "last only")
 
@@ -111,9 +111,9 @@ def masked_conv2d(
     """A dynamic convolution by PyTorch: the whole one, masked on both sides. Its error sets the tolerance."""
     if in_groups:
         x = x.where(channel_mask(selection, in_groups)[:, :, None, None], 0)
-    stride, dilation = (pair(keywords.pop(name, 1), name, 1) for name in ("stride", "dilation"))
-    x, padding = pad(x, weight, keywords.pop("padding", 0), stride, dilation)
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, **keywords)
+    settings = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | keywords
+    geometry, border = settle(weight.shape, **settings, out_sizes=(), in_sizes=())
+    y = F.conv2d(F.pad(x, border) if border else x, weight, bias, *geometry[:4])
     return y.where(channel_mask(selection, out_groups)[:, :, None, None], 0) if out_groups else y
 
 

@@ -8,8 +8,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from .._conv_arguments import group_sizes
 from .._conv_direct import runs_direct
+from .._geometry import group_sizes
 from ..layers import DynamicConv2d
 from ..plan import RoutingPlan
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .._conv_direct import pack
+from .._geometry import operands, settle
 from ..dynamic_conv import convolve
 from ..eager import as_fx_leaf
 from ..fold_cache import FoldCache
@@ -76,10 +77,9 @@ class RoutedLinear(Routed, nn.Linear):
         selection = self._selection()
         if selection is None:
             return F.linear(x, self.weight, self.bias)
-        y = convolve(
-            as_map(x), self.weight[:, :, None, None], self.bias, selection.hidden, 1, 0, 1, 1,
-            self.out_groups, self.in_groups, self._packed_weight,
-        )  # fmt: skip
+        maps, weight, bias = operands(as_map(x), self.weight[:, :, None, None], self.bias, 1)
+        convolution = settle(weight.shape, 1, 0, 1, 1, self.out_groups, self.in_groups)
+        y = convolve(maps, weight, bias, selection.hidden, *convolution, self._packed_weight)
         y = y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
         return self._closed(y, selection)
 

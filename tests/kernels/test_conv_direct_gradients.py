@@ -149,7 +149,8 @@ def test_only_amx_leaves_strided_weight_gradients_in_bfloat16_to_onednn(monkeypa
             dynamic_conv_weight_gradient=lambda *_, isa=isa: called.append(isa),
         )
         monkeypatch.setattr(_conv_direct, "extension", fake)
-        _conv_direct.weight_gradient(torch.zeros(2, 32, 4, 8).bfloat16(), x, weight, route[0], geometry)
+        grad = torch.zeros(2, 32, 4, 8).bfloat16()
+        _conv_direct.gradients(grad, x, weight, route[0], geometry, (False, True))
     assert called == ["AVX-512 BF16"]
 
 

@@ -7,10 +7,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from den_kernels import _conv_cpu
-from den_kernels._conv_arguments import group_sizes
 from den_kernels._conv_cpu import ChannelRange, Part, part_of, ranges_of
 from den_kernels._conv_masked import masked_forward
-from den_kernels._geometry import Geometry, memory_format_of
+from den_kernels._geometry import Geometry, group_sizes, memory_format_of
 from den_kernels.dynamic_conv import dynamic_conv2d, dynamic_conv2d_reference
 from den_kernels.plan import RoutingPlan, as_route
 from den_kernels.testing import (
