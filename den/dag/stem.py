@@ -36,7 +36,7 @@ class DagStem(nn.Module):
         self.conv = ConvNormReLU(task.channels, channels, *stem_geometry(self.in_size, trunk_size))
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, C, S, S]
-        return self.conv(enlarge(images, self.in_size) if images.shape[-1] < self.in_size else images)
+        return self.conv(enlarge(images, self.in_size))
 
     def flops(self) -> int:
         """Twice the multiply-adds of the convolution for one image."""

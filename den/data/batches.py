@@ -2,60 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from den.data.batch import Batch, Share
-from den.data.images import Drawn, Example, ImageSet, apportion
+from den.data.images import Drawn, Example, ImageSet, Labels, apportion
 from den.data.reading import ReadAhead
 from den.data.scenes import Scenes, SceneSet
-from den.nn.tasks import Task
 from den.support import ranks
-from den.support.device import sent
+from den.support.randomness import Draws, SharedDraws
 
 
-class Labels:
-    """Training images that several tasks label, drawn once with all their labels.
+@dataclass(frozen=True)
+class Share:
+    """Part of a whole batch that a `Batch` holds, where processes share it or it is computed in pieces.
 
-    joint: False makes the tasks' images parts of their own in a batch, for methods that treat the tasks apart.
-
-    Raises:
-        ValueError: sets that are not of the same images, or not of one size.
+    Attributes:
+        counts: instances of each task in the whole batch.
+        rows: int64 [B_k] on the CPU: which of them are here.
+        parts: processes times pieces: how many such shares make up the whole.
+        labels: of each task, those of all pieces of this process.
     """
 
-    def __init__(self, sets: Sequence[ImageSet], joint: bool = True) -> None:
-        first, *others = sets
-        for other in others:
-            same = other.source == first.source and torch.equal(other.places, first.places)
-            if not same or other.images.shape != first.images.shape:
-                raise ValueError(
-                    f"data.joint: tasks must be labels of the same images, got {first.name} and {other.name}"
-                    f" ({len(first)} and {len(other)} images)"
-                )
-        self.sets, self.name, self.joint = tuple(sets), first.name, joint
+    counts: tuple[int, ...]
+    rows: tuple[Tensor, ...]
+    parts: int
+    labels: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of every task, one entry per task; those of one `SceneSet` share a tensor of images.
+
+    Of a task there may be no image where the batch is a share of a whole one.
+    """
+
+    tasks: tuple[str, ...]
+    images: list[Tensor]  # task k: float32 [B_k, C_k, H_k, W_k], channels-last
+    labels: list[Tensor]  # task k: int64 [B_k]; of a dense task a target for every pixel, [B_k, ...]
+    share: Share | None = None  # None: the whole
 
     def __len__(self) -> int:
-        return len(self.sets[0])
+        return sum(map(len, self.labels))
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
-        """A task for each kind of labels."""
-        return tuple(each.task for each in self.sets)
+    def joint(self) -> bool:
+        """True where all tasks label the same images."""
+        return len(self.images) > 1 and all(images is self.images[0] for images in self.images)
 
-    def draw(self, count: int, generator: torch.Generator) -> Drawn:
-        """Draw how `count` images are augmented, as their set does."""
-        return self.sets[0].draw(count, generator)
+    @property
+    def parts(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Task, images and labels of each part; of joint tasks one, with the labels of the first task."""
+        whole = list(zip(self.tasks, self.images, self.labels, strict=True))
+        return whole[:1] if self.joint else whole
 
-    def augmented_examples(self, drawn: Drawn) -> list[Example]:
-        """An entry for each task: images augmented as drawn, the same for all, and its labels."""
-        index, (_, images, _), *_ = drawn[0], *self.sets[0].augmented_examples(drawn)
-        return [
-            (s.name, images if self.joint else images.view_as(images), s.labels[sent(index, s.labels.device)])
-            for s in self.sets
-        ]
+    @property
+    def count(self) -> int:
+        """Number of images: each has one structure, however many labels."""
+        return len(self.images[0]) if self.joint else sum(map(len, self.images))
+
+    def only(self, k: int) -> Batch:
+        """The batch of task k alone."""
+        share = self.share and Share(
+            (self.share.counts[k],), (self.share.rows[k],), self.share.parts, (self.share.labels[k],)
+        )
+        return Batch((self.tasks[k],), [self.images[k]], [self.labels[k]], share)
+
+    def whole(self, k: int) -> int:
+        """Instances of task k in the whole batch."""
+        return len(self.labels[k]) if self.share is None else self.share.counts[k]
+
+    def mean(self, values: Tensor, *tasks: int) -> Tensor:
+        """The mean of values [B, ...] or [B * n, ...] of the instances, or of those of some tasks: [].
+
+        Of a share it is the sum over what is here, divided by what a share of equal size would hold: the mean of that
+        over all shares is the mean over the whole batch, and so is that of gradients.
+        """
+        if self.share is None:
+            return values.mean()
+        chosen = tasks or range(len(self.tasks))
+        here, whole = (sum(numbers[k] for k in chosen) for numbers in ([*map(len, self.labels)], self.share.counts))
+        return values.mean() * (here * self.share.parts / whole) if here else values.sum()
+
+    def known(self, k: int, is_known: Callable[[Tensor], Tensor]) -> Tensor:
+        """Number of targets of task k that `is_known` is true of: [], in the mean over the shares of the whole batch.
+
+        is_known: of targets, a boolean for each.  Where processes share the batch, all of them must call this.
+        """
+        if self.share is None:
+            return is_known(self.labels[k]).sum()
+        return ranks.total(is_known(self.share.labels[k]).sum()) / self.share.parts
+
+    def draws(self, generator: torch.Generator) -> Draws:
+        """Source of random numbers for the instances."""
+        if self.share is None:
+            return generator
+        number = len(self.parts)
+        offsets = torch.tensor((0, *self.share.counts[:number])).cumsum(0).tolist()
+        rows = torch.cat([rows + offset for rows, offset in zip(self.share.rows[:number], offsets[:-1], strict=True)])
+        return SharedDraws(generator, offsets[-1], rows)
+
+    def pieces(self, number: int) -> list[Batch]:
+        """The batch in so many pieces, of as many images as possible alike; each holds one at least."""
+        if number == 1:
+            return [self]
+        own = tuple(torch.arange(len(labels)) for labels in self.labels)
+        share = self.share or Share(tuple(map(len, own)), own, 1, tuple(self.labels))
+        return [self._piece(share, piece, number) for piece in range(number)]
+
+    def _piece(self, share: Share, piece: int, number: int) -> Batch:
+        offset, cuts = 0, {}  # tasks of the same images share them in a piece, too
+        for images in self.images:
+            if id(images) not in cuts:
+                cut = slice((piece - offset) % number, None, number)
+                cuts[id(images)] = cut, images[cut]
+                offset += len(images)
+        parts = [cuts[id(images)] for images in self.images]
+        labels = [each[cut] for each, (cut, _) in zip(self.labels, parts, strict=True)]
+        rows = tuple(each[cut] for each, (cut, _) in zip(share.rows, parts, strict=True))
+        own = Share(share.counts, rows, share.parts * number, share.labels)
+        return Batch(self.tasks, [images for _, images in parts], labels, own)
 
 
 class BatchStream(Protocol):
@@ -98,7 +167,8 @@ class MixedTaskBatches:
         self.counts = split_batch(batch_size, [1.0] * len(sets) if shares is None else shares, len(sets))
         # places in a batch of the images of each set that this process makes
         starts = [sum(self.counts[:k]) for k in range(len(sets))]
-        self._own = [slice((ranks.rank() - start) % ranks.count(), None, ranks.count()) for start in starts]
+        self._processes = ranks.count()
+        self._own = [slice((ranks.rank() - start) % self._processes, None, self._processes) for start in starts]
         self.epoch_steps = max(-(-len(s) // n) for s, n in zip(self.sets, self.counts, strict=True))
         self.generator = torch.Generator().manual_seed(seed)
         self._orders = [torch.empty(0, dtype=torch.int64) for _ in self.sets]
@@ -124,7 +194,7 @@ class MixedTaskBatches:
             else:
                 examples += image_set.augmented_examples(drawn[k])
         tasks, images, labels = zip(*examples, strict=True)
-        return Batch(tasks, list(images), list(labels), self._share(labels) if ranks.count() > 1 else None)
+        return Batch(tasks, list(images), list(labels), self._share(labels) if self._processes > 1 else None)
 
     def close(self) -> None:
         """End the processes that read ahead; the next batch is the one that it would have been."""
@@ -136,7 +206,7 @@ class MixedTaskBatches:
         for k, image_set in enumerate(self.sets):
             counts += [self.counts[k]] * len(image_set.tasks)
             rows += [torch.arange(self.counts[k])[self._own[k]]] * len(image_set.tasks)
-        return Share(tuple(counts), tuple(rows), ranks.count(), labels)
+        return Share(tuple(counts), tuple(rows), self._processes, labels)
 
     def _draw_batch(self) -> list[Drawn]:
         """Draw the next batch: of each set the images that this process makes, and how they are augmented."""

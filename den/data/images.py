@@ -1,4 +1,4 @@
-"""A labelled image set in memory, which makes normalised (and augmented) network inputs of its images."""
+"""Labelled image sets in memory, which make normalised (and augmented) network inputs of their images."""
 
 from __future__ import annotations
 
@@ -149,6 +149,47 @@ class ImageSet:
         mean, std = (sent(torch.tensor(values), pixels.device) for values in (self.mean, self.std))
         values = pixels.contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
         return values.permute(0, 3, 1, 2)
+
+
+class Labels:
+    """Training images that several tasks label, drawn once with all their labels.
+
+    joint: False makes the tasks' images parts of their own in a batch, for methods that treat the tasks apart.
+
+    Raises:
+        ValueError: sets that are not of the same images, or not of one size.
+    """
+
+    def __init__(self, sets: Sequence[ImageSet], joint: bool = True) -> None:
+        first, *others = sets
+        for other in others:
+            same = other.source == first.source and torch.equal(other.places, first.places)
+            if not same or other.images.shape != first.images.shape:
+                raise ValueError(
+                    f"data.joint: tasks must be labels of the same images, got {first.name} and {other.name}"
+                    f" ({len(first)} and {len(other)} images)"
+                )
+        self.sets, self.name, self.joint = tuple(sets), first.name, joint
+
+    def __len__(self) -> int:
+        return len(self.sets[0])
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """A task for each kind of labels."""
+        return tuple(each.task for each in self.sets)
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Draw how `count` images are augmented, as their set does."""
+        return self.sets[0].draw(count, generator)
+
+    def augmented_examples(self, drawn: Drawn) -> list[Example]:
+        """An entry for each task: images augmented as drawn, the same for all, and its labels."""
+        index, (_, images, _), *_ = drawn[0], *self.sets[0].augmented_examples(drawn)
+        return [
+            (s.name, images if self.joint else images.view_as(images), s.labels[sent(index, s.labels.device)])
+            for s in self.sets
+        ]
 
 
 def fits(size: int, free: int | None) -> bool:

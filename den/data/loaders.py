@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from den.data.batch import Batch
+from den.data.batches import Batch
 from den.data.images import Example
 from den.nn.tasks import Task
 from den.support.device import CPU, sent

@@ -6,18 +6,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from den.nn.blocks.folded import FoldedBlock
-from den.nn.blocks.shortcut import Shortcut
+from den.nn.blocks.folded import FoldedBlock, Shortcut
 from den.nn.folding import may_fold
-from den.nn.levels import level_plan
 from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
 from den.nn.one_call import OneCall, are_watched, fits, trunk_network
-from den.nn.stem import ImageStem, Stem
+from den.nn.stem import ImageStem, Stem, enlarge
 from den.nn.tail import features, last_norm, shared_layers
 from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
 from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
-from den_kernels.building import FoldCache, TaskNetwork, norm_affine
+from den_kernels.building import FoldCache, TaskNetwork, is_traced, norm_affine
 
 
 class Estimator(nn.Module):
@@ -92,7 +90,7 @@ class Estimator(nn.Module):
         `plan`, or levels int64 [B, N] in 0..L-1, is in the batch's own order; None runs every block at its full width.
         `stem`: what `self.stem` has made of the batch, which may be written over; None: not yet made.
         """
-        if plan is not None and stem is None and (isinstance(plan, Tensor) or plan.masks is None):
+        if plan is not None and stem is None and may_fold(self) and (isinstance(plan, Tensor) or plan.masks is None):
             network = self._network(batch)
             if network is not None:
                 levels = plan.contiguous() if isinstance(plan, Tensor) else plan.levels.t()
@@ -122,7 +120,7 @@ class Estimator(nn.Module):
     def _enlarged(self, batch: TaskBatch) -> list[Tensor]:
         """The images of each part as its stem's convolution reads them."""
         stems = (cast(Stem, self.stem_of(k)) for k in batch.tasks)
-        return [stem.enlarged(images) for stem, images in zip(stems, batch.images, strict=True)]
+        return [enlarge(images, stem.in_size) for stem, images in zip(stems, batch.images, strict=True)]
 
     def sampled(self, images: Sequence[Tensor], tasks: Sequence[TaskName], structures: Tensor) -> list[Tensor]:
         """Logits [B_k * S, classes] of each part under S structures of every image; stems run once per image.
@@ -195,8 +193,18 @@ class Estimator(nn.Module):
         return [self.heads[k](part) for k, part in zip(tasks, pooled.split(sizes), strict=True)]
 
     def level_plan(self, levels: Tensor) -> RoutingPlan:
-        """The routing plan of integer levels [B, N] in 0..L-1."""
-        return level_plan(levels, self.levels, self.lowest)
+        """The routing plan of integer levels [B, N] in 0..L-1.
+
+        Raises ValueError for a level out of range, on a CPU; elsewhere it is clamped.
+        """
+        if self.lowest:
+            if levels.is_cpu and not is_traced() and levels.numel():
+                low, high = int(levels.min()), int(levels.max())
+                if low < 0 or high >= self.levels:
+                    got = low if low < 0 else high
+                    raise ValueError(f"estimator: levels must be in 0..{self.levels - 1}, got {got}")
+            levels = levels.clamp(min=0) + self.lowest
+        return RoutingPlan.from_levels(levels, groups=self.groups)
 
     def plan(self, batch: TaskBatch, levels: Tensor | RoutingPlan | None) -> RoutingPlan | None:
         """The routing plan of all blocks, in the batch's order; None for the full structure while training.

@@ -7,15 +7,10 @@ level keeps is a property of the kind of block (paper, section 4.1), called `low
 - 1 for the pairs of VGG and SimpleConvNet, of convolutions or fully connected layers, which have no shortcut to fall
   back on; L groups.
 
-Level `l` keeps the first `l + lowest` of the `L - 1 + lowest` groups (`level_plan`).
+Level `l` keeps the first `l + lowest` of the `L - 1 + lowest` groups (`Estimator.level_plan`).
 """
 
 import itertools
-
-from torch import Tensor
-
-from den_kernels import RoutingPlan
-from den_kernels.building import is_traced
 
 
 def level_fractions(levels: int, lowest: int = 0) -> tuple[float, ...]:
@@ -61,18 +56,3 @@ def level_groups(channels: int, levels: int, lowest: int = 0, unit: int = 1) -> 
     """
     widths = level_widths(channels, levels, lowest, unit)
     return tuple(upper - lower for lower, upper in itertools.pairwise((0, *widths) if lowest else widths))
-
-
-def level_plan(levels: Tensor, count: int, lowest: int = 0) -> RoutingPlan:
-    """The plan of all blocks for integer levels [B, N] in 0..count-1, `count` being L.
-
-    Raises:
-        ValueError: a level out of range, on a CPU; elsewhere it is clamped.
-    """
-    if not lowest:
-        return RoutingPlan.from_levels(levels, groups=count - 1)
-    if levels.is_cpu and not is_traced() and levels.numel():
-        low, high = int(levels.min()), int(levels.max())
-        if low < 0 or high >= count:
-            raise ValueError(f"level_plan: levels must be in 0..{count - 1}, got {low if low < 0 else high}")
-    return RoutingPlan.from_levels(levels.clamp(min=0) + lowest, groups=count - 1 + lowest)

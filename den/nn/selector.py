@@ -16,7 +16,7 @@ from den.nn.conv_norm import ConvNormReLU
 from den.nn.modules import Modules
 from den.nn.norms import FeatureNorm
 from den.nn.one_call import OneCall, conv_network, fits
-from den.nn.stem import KERNEL, Stem
+from den.nn.stem import KERNEL, Stem, enlarge
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
 from den_kernels import DynamicBatchNorm2d
@@ -269,7 +269,7 @@ class Selector(nn.Module):
 
     def _enlarged(self, batch: TaskBatch) -> list[Tensor]:
         """The images of each part as its stem's convolution reads them."""
-        return [self.stem_of(k).enlarged(images) for k, images in zip(batch.tasks, batch.images, strict=True)]
+        return [enlarge(images, self.stem_of(k).in_size) for k, images in zip(batch.tasks, batch.images, strict=True)]
 
     def stem_of(self, task: int) -> Stem:
         """The stem of the task at a position."""

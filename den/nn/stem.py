@@ -40,11 +40,7 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, channels, out_size, out_size]
         """Bring the images to the trunk's size."""
-        return self.conv(self.enlarged(images))
-
-    def enlarged(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, C_k, in_size, in_size]
-        """The images as the convolution reads them."""
-        return enlarge(images, self.in_size) if images.shape[-1] < self.in_size else images
+        return self.conv(enlarge(images, self.in_size))
 
     def flops(self) -> int:
         """FLOPs of the convolution for one image: twice the multiply-adds."""
@@ -69,9 +65,7 @@ class ImageStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, C_k, size, size]
         """Enlarge the images where they are smaller."""
-        if images.shape[-1] < self.in_size:
-            images = enlarge(images, self.in_size)
-        return images.contiguous(memory_format=torch.channels_last)
+        return enlarge(images, self.in_size).contiguous(memory_format=torch.channels_last)
 
     def flops(self) -> int:
         """Return 0: nothing is multiplied."""
@@ -79,7 +73,9 @@ class ImageStem(nn.Module):
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
-    """Interpolate [B, C, S, S] to [B, C, size, size], bilinear; an empty batch stays empty."""
+    """Interpolate [B, C, S, S] to [B, C, size, size], bilinear, where they are smaller; an empty batch stays empty."""
+    if images.shape[-1] >= size:
+        return images
     if not images.shape[0]:
         return images.new_empty(0, images.shape[1], size, size)
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

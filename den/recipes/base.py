@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from den.data import Batch, ImageSet, MixedTaskBatches
-from den.data.batches import Labels
+from den.data.images import Labels
 from den.evaluate.accuracy import Choice, equal_structures, evaluate, full_flops
 from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork

@@ -3,57 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from den.data import Batch, BatchStream
 from den.nn.norms import share_statistics
 from den.support import ranks
 from den.support.progress import Progress
-from den.support.randomness import random_state, seeded, set_random_state
-from den.support.settings import from_dict
-from den.train.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    optimiser_tensors,
-    prefixed,
-    reading,
-    restore_optimiser,
-    save_checkpoint,
-    unprefixed,
-)
+from den.support.randomness import seeded
+from den.train.checkpoint import save_checkpoint
 from den.train.config import RunConfig
 from den.train.folder import RunFolder
-from den.train.formats import LAYOUT, upgraded
 from den.train.gradients import GradientMeans
-from den.train.objective import Objective
+from den.train.objective import Meter, Objective
 from den.train.phases import Phase
 from den.train.recipe import Recipe
 from den.train.sharding import Shards
+from den.train.state import Position, restore, state_of
 
 R = TypeVar("R", bound=Recipe)
-
-
-@dataclass
-class Position:
-    """Position of a run in its schedule; a checkpoint holds all of it."""
-
-    phase: int = 0  # phases done
-    step: int = 0  # updates done in the phase at hand
-    total_steps: int = 0
-    epoch: int = 0
-    lowest_loss: float = math.inf  # of an epoch of the phase at hand
-    stale_epochs: int = 0  # since then
-    best_score: float = math.inf  # of the checkpoint "best"
-    updates: dict[str, int] = field(default_factory=dict)  # of each optimiser
 
 
 class Engine(Generic[R]):
@@ -80,11 +54,14 @@ class Engine(Generic[R]):
         self.config: Any = config
         self.position, self.meter = Position(), Meter()
         self.device = ranks.join(config.device)
+        self._processes = ranks.count()
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self._bar: Progress | None = None
         self._piece, self._pieces = 0, config.accumulate
         self._cut: dict[str, list[Batch]] = {}
         self._means: dict[tuple[str, ...], GradientMeans] = {}
+        self._trained: Mapping[str, float] = {}  # in the phase at hand, optimisers and their rates
+        self._rates: list[tuple[dict[str, Any], float, float]] = []  # groups of parameters, rates and factors of them
         with contextlib.ExitStack() as stack:
             self.folder = stack.enter_context(RunFolder(config, resume=resume))
             stack.enter_context(seeded(config.seed, self.device))
@@ -94,11 +71,11 @@ class Engine(Generic[R]):
             self.batches: Mapping[str, BatchStream] = self.recipe.batches
             self.optimisers: dict[str, torch.optim.Optimizer] = self.recipe.optimisers
             stack.callback(self._close_batches)
-            self.recipe.check_pieces(ranks.count(), self._pieces)
+            self.recipe.check_pieces(self._processes, self._pieces)
             self.phases = self.recipe.phases()
-            self._restore() if self.folder.resume else self.recipe.begin(self)
-            self._shards = Shards(self.optimisers) if config.sharding == "zero2" and ranks.count() > 1 else None
-            if ranks.count() > 1:
+            restore(self) if self.folder.resume else self.recipe.begin(self)
+            self.shards = Shards(self.optimisers) if config.sharding == "zero2" and self._processes > 1 else None
+            if self._processes > 1:
                 share_statistics(self.model, self.recipe.norms_apart())
                 if not ranks.first():  # dropout is each process's own
                     torch.manual_seed(config.seed + ranks.rank() + 65537 * self.position.total_steps)
@@ -149,7 +126,9 @@ class Engine(Generic[R]):
                     continue
                 self._enter(phase)
                 entered, epoch = phase, self.epoch_steps
-            self._set_rates(phase)
+            scale = phase.scale(here.step)
+            for group, rate, factor in self._rates:
+                group["lr"] = rate * scale * factor
             state = self.generator.get_state() if self._pieces > 1 else None
             for piece in range(self._pieces):
                 self._piece = piece
@@ -174,16 +153,17 @@ class Engine(Generic[R]):
         An objective without measurements is a part of an update that another objective completes.  Of the pieces of a
         batch all but the last only add to the gradients.
         """
-        here, phase = self.position, self.phases[self.position.phase]
+        here, last = self.position, self._piece == self._pieces - 1
         if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
-            check_finite(ranks.mean(objective.loss).item(), here.total_steps)
-        names, last = tuple(objective.optimisers or phase.trained), self._piece == self._pieces - 1
-        self._backward(objective, names, last)
+            loss = ranks.mean(objective.loss) if self._processes > 1 else objective.loss
+            check_finite(loss.item(), here.total_steps)
+        names = tuple(objective.optimisers or self._trained)
+        learnt = self._backward(objective, names, last)
         for name in names if last else ():
             self.optimisers[name].step()
             here.updates[name] = here.updates.get(name, 0) + 1
-        if last and self._shards is not None:
-            self._shards.spread(self._learnt(names))
+        if last and self.shards is not None:
+            self.shards.spread(learnt)
         if objective.measured is None:
             return
         self.meter.add(objective.measured)
@@ -196,56 +176,36 @@ class Engine(Generic[R]):
             if self.device.type == "cpu" or here.step % 50 == 0:
                 self._bar.note(told(self.meter.means()), refresh=False)
 
-    def _backward(self, objective: Objective, names: tuple[str, ...], last: bool) -> None:
-        """Add an objective's gradients to those of the optimisers named, or begin them; the last ones are shared."""
-        loss = objective.loss / self._pieces if self._pieces > 1 else objective.loss
-        learnt = self._learnt(names)
+    def _backward(self, objective: Objective, names: tuple[str, ...], last: bool) -> list[nn.Parameter]:
+        """Add an objective's gradients to those of the optimisers named, or begin them; the last ones are shared.
+
+        Returns the parameters that the optimisers change.
+        """
+        groups = [group for name in names for group in self.optimisers[name].param_groups]
+        learnt = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
         if self._piece == 0:
             for parameter in learnt:
                 parameter.grad = None
         if objective.backward is not None:  # of the whole batch in one process: see `Recipe.check_pieces`
             objective.backward()
-            return
-        if not last or ranks.count() == 1:
+            return learnt
+        loss = objective.loss / self._pieces if self._pieces > 1 else objective.loss
+        if not last or self._processes == 1:
             loss.backward(inputs=learnt)
-            return
+            return learnt
         key = (*names, *(str(id(parameter)) for parameter in learnt))
         if key not in self._means:
             of = {id(parameter): name for name, parameter in self.model.named_parameters()}
-            self._means[key] = GradientMeans([(of.get(id(p), "of the objective"), p) for p in learnt], self._shards)
+            self._means[key] = GradientMeans([(of.get(id(p), "of the objective"), p) for p in learnt], self.shards)
         with self._means[key].taken():
             loss.backward(inputs=learnt)
         if self.position.step % self.epoch_steps == 0:
             self._means[key].check()
-
-    def _learnt(self, names: tuple[str, ...]) -> list[nn.Parameter]:
-        """The parameters that some optimisers change."""
-        groups = [group for name in names for group in self.optimisers[name].param_groups]
-        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+        return learnt
 
     def save(self, *paths: Path) -> None:
         """Write the run as it stands to `paths` and to the last checkpoint."""
-        tensors = prefixed("model", self.model.state_dict())
-        optimised: dict[str, list[str]] = {}
-        cursors: dict[str, list[int]] = {}
-        for name, optimiser in self.optimisers.items():
-            kept = self._shards.whole_state(optimiser) if self._shards else optimiser_tensors(optimiser)
-            optimised[name] = sorted(kept)  # in one order, whether the run was continued or not
-            tensors |= prefixed(f"optimiser.{name}", kept)
-        for name, batches in self.batches.items():
-            state = batches.state_dict()
-            cursors[name] = state.pop("cursors")
-            tensors |= prefixed(f"batches.{name}", state)
-        states, generators = random_state(self.device)
-        tensors |= {"generator": self.generator.get_state(), **states}
-        record = {
-            "layout": LAYOUT,
-            **self.recipe.record(),
-            "position": dataclasses.asdict(self.position),
-            "cursors": cursors,
-            "optimisers": optimised,
-            **generators,
-        }
+        tensors, record = state_of(self)
 
         def write() -> None:
             for path in (*paths, self.folder.last):  # last: all that was written before it is known to it
@@ -253,24 +213,17 @@ class Engine(Generic[R]):
 
         ranks.from_first(write)
 
-    def take_over(self, path: Path) -> None:
-        """Go on with the weights of another run's checkpoint, and with its batches from where they stood."""
-        tensors, record = ranks.from_first(lambda: load_checkpoint(path))
-        load_weights(self.model, tensors, path)
-        with reading(path):
-            self._restore_batches(*upgraded(tensors, record))
-
     def _enter(self, phase: Phase) -> None:
         """Begin a phase, or go on with it after a measurement."""
         self.recipe.enter(self, phase)
+        self._trained = phase.trained
+        self._rates = [
+            (group, rate, group.get("factor", 1.0))
+            for name, rate in phase.trained.items()
+            for group in self.optimisers[name].param_groups
+        ]
         if self._bar is None and self.config.progress and ranks.first():
             self._bar = Progress(phase.settings.steps, phase.title, unit="update", initial=self.position.step)
-
-    def _set_rates(self, phase: Phase) -> None:
-        scale = phase.scale(self.position.step)
-        for name, rate in phase.trained.items():
-            for group in self.optimisers[name].param_groups:
-                group["lr"] = rate * scale * group.get("factor", 1.0)
 
     def _end_epoch(self, phase: Phase) -> None:
         """Measure, log, decide whether the phase has ended, save."""
@@ -330,31 +283,6 @@ class Engine(Generic[R]):
         self.position.best_score = self.position.best_score if score is None else score
         return True
 
-    def _restore(self) -> None:
-        path = self.folder.last
-        tensors, record = self.folder.load()
-        load_weights(self.model, tensors, path)
-        with reading(path):
-            tensors, record = upgraded(tensors, record)
-            for name, optimiser in self.optimisers.items():
-                stored = unprefixed(f"optimiser.{name}", tensors)
-                restore_optimiser(optimiser, stored, record["optimisers"].get(name, stored))
-            self._restore_batches(tensors, record)
-            self.position = restored_position(record["position"])
-            self.recipe.restore(record)
-            self.generator.set_state(tensors["generator"])
-            set_random_state(tensors, record, self.device)
-        self.folder.rewind(self.position.epoch)
-
-    def _restore_batches(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:  # of any shapes
-        for name, batches in self.batches.items():
-            batches.load_state_dict({**unprefixed(f"batches.{name}", tensors), "cursors": record["cursors"][name]})
-
-
-def restored_position(values: dict[str, Any]) -> Position:
-    """The position of a checkpoint's record; KeyError or ValueError for one that is not whole."""
-    return from_dict(Position, {each.name: values[each.name] for each in dataclasses.fields(Position)}, "position")
-
 
 def check_finite(loss: float, step: int) -> None:
     """Raise ValueError for a loss, after so many updates, that is not finite."""
@@ -365,25 +293,3 @@ def check_finite(loss: float, step: int) -> None:
 def told(means: Mapping[str, float]) -> str:
     """Means in words, for a progress bar."""
     return ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-
-
-class Meter:
-    """Means of what the updates of an epoch measured."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._count = 0
-
-    def add(self, measured: Mapping[str, Tensor | float]) -> None:
-        """Take in an update's numbers by name; a tensor [] on a GPU is not waited for."""
-        self._count += 1
-        for name, value in measured.items():
-            waits = isinstance(value, Tensor) and value.device.type != "cpu"
-            number = cast(Tensor, value).double() if waits else float(value)
-            self._sums[name] = self._sums.get(name, 0.0) + number
-
-    def means(self) -> dict[str, float]:
-        return {name: float(total) / self._count for name, total in self._sums.items()}
-
-    def clear(self) -> None:
-        self._sums, self._count = {}, 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +184,28 @@ class Objective:
     measured: Mapping[str, Tensor | float] | None
     optimisers: tuple[str, ...] = ()
     backward: Callable[[], None] | None = None
+
+
+class Meter:
+    """Means of what the updates of an epoch measured."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._count = 0
+
+    def add(self, measured: Mapping[str, Tensor | float]) -> None:
+        """Take in an update's numbers by name; a tensor [] on a GPU is not waited for."""
+        self._count += 1
+        for name, value in measured.items():
+            waits = isinstance(value, Tensor) and value.device.type != "cpu"
+            number = cast(Tensor, value).double() if waits else float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + number
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / self._count for name, total in self._sums.items()}
+
+    def clear(self) -> None:
+        self._sums, self._count = {}, 0
 
 
 def reinforce(

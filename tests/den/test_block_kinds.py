@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from den import Task, create_model
 from den.nn.blocks import BottleneckShape, LinearPairShape, PairShape, ResidualShape
-from den.nn.levels import level_plan
 from den.nn.reference import reference_block
 from den_kernels import RoutingPlan, _bottleneck_composed
 from den_kernels.dynamic_conv import compute
@@ -55,7 +55,17 @@ def data(shape, levels, dtype=torch.float32, side=8, seed=1):
     side = shape.in_size if isinstance(shape, LinearPairShape) else side  # which reads no other map
     x = torch.randn(len(levels), shape.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
     levels = torch.tensor(levels, dtype=torch.int32)
-    return x.to(dtype, memory_format=torch.channels_last), levels, level_plan(levels[:, None], L, shape.lowest)[0]
+    return x.to(dtype, memory_format=torch.channels_last), levels, route_of(levels, shape.lowest)
+
+
+def route_of(levels, lowest):
+    return RoutingPlan.from_levels(levels[:, None] + lowest, L - 1 + lowest)[0]
+
+
+def plan_of_pairs(*levels):
+    """The plan of a network whose lowest level keeps a group, for one image at this level of every block."""
+    estimator = create_model("simpleconvnet", [Task("a", 2, 32)], L).estimator
+    return estimator.level_plan(torch.tensor([levels]).expand(1, estimator.num_blocks))
 
 
 def close(got, expected):
@@ -325,8 +335,8 @@ BAD = {
         "dynamic_conv2d: x must have 32 channels",
     ),
     "one level": (lambda: PairShape(8, 8, 8, 8, (False, False)).build(1), "levels must be at least 2 .half and every"),
-    "level": (lambda: level_plan(torch.tensor([[L]]), L, lowest=1), r"level_plan: levels must be in 0..3, got 4"),
-    "negative": (lambda: level_plan(torch.tensor([[-1]]), L, lowest=1), r"level_plan: levels must be in 0..3, got -1"),
+    "level": (lambda: plan_of_pairs(L), r"estimator: levels must be in 0..3, got 4"),
+    "negative": (lambda: plan_of_pairs(-1), "estimator: levels must be in 0..3, got -1"),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from den.data.batch import Batch
+from den.data.batches import Batch
 from den.nn.norms import FeatureNorm, share_statistics
 from den.support import ranks
 from den.support.randomness import SharedDraws, exponential, integers, uniform

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from den import cli
 from den.data import ImageSet, MixedTaskBatches, load_set
 from den.data import sets as sets_module
-from den.data.batches import Batch, Labels
-from den.data.images import split_by_image, stratified_split
+from den.data.batches import Batch
+from den.data.images import Labels, split_by_image, stratified_split
 from den.recipes.den import train
 from den.recipes.setup import load_sets, new_model
 from den.runs.trained import open_run

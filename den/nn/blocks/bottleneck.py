@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from den.nn.blocks.folded import FoldedBlock
+from den.nn.blocks.folded import FoldedBlock, Shortcut
 from den.nn.blocks.shape import BlockShape
-from den.nn.blocks.shortcut import Shortcut
 from den.nn.initial import initialise
 from den.nn.modules import lay_out_channels_last
 from den_kernels import (

@@ -39,6 +39,7 @@ from den.train.engine import Engine
 from den.train.objective import Objective
 from den.train.phases import Phase, schedule_factor
 from den.train.recipe import Measured, Recipe
+from den.train.state import take_over
 
 TaskSet = ImageSet | SceneSet | LoaderSet
 Network = DagNetwork | PeerNetwork
@@ -193,7 +194,7 @@ class SearchRecipe(Recipe):
     def begin(self, engine: Engine[Any]) -> None:
         """Take over the searched network of `start`, ready to be reduced."""
         if self.config.start is not None:
-            engine.take_over(Path(self.config.start) / SEARCHED)
+            take_over(engine, Path(self.config.start) / SEARCHED)
             engine.position.phase = 2
             engine.position.total_steps = sum(phase.settings.steps for phase in engine.phases[:2])
 
