@@ -245,7 +245,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [B,
     if torch.is_grad_enabled():  # create_graph: the gradients may have to have gradients
         gradients = masked_backward(grad, x, weight, levels, mask, geometry, wanted)
     elif x.is_cpu and is_ordinary(grad, x, weight):
-        route = _route(levels, order, offsets, mask, geometry)
+        route = Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
         gradients = in_range(f"{_NAME}_backward", _backward_cpu, grad, x, weight, route, geometry, wanted)
     else:
         gradients = _dynamic_conv2d_backward(grad, x, weight, levels, order, offsets, mask, *geometry, wanted)

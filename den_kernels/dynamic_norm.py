@@ -209,12 +209,6 @@ class _EagerNorm(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def _has_kernels(x: Tensor) -> bool:  # x [B, C, H, W]
-    if x.is_cpu:
-        return extension is not None and x.dtype in _NATIVE_DTYPES
-    return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
-
-
 def _check_counts(count: Tensor, shape: torch.Size) -> None:
     """Raise ValueError where a channel of x, of this shape [B, C, 1, 1], has a single value: a 1 in count [C]."""
     if bool((single := count == 1).any()):
@@ -224,8 +218,12 @@ def _check_counts(count: Tensor, shape: torch.Size) -> None:
         )
 
 
-def _check(x: Tensor, route: Route, groups: Sequence[int], **vectors: Tensor | None) -> None:
-    """Raise unless x [B, C, H, W] is floating point, groups add up to C and the vectors are [C] on its device."""
+def _check(x: Tensor, groups: Sequence[int], eps: float, **vectors: Tensor | None) -> None:
+    """Raise unless x is [B, C, H, W], floating point, groups add up to C and the vectors are [C] on its device."""
+    if x.dim() != 4:
+        raise ValueError(f"dynamic_batch_norm: x must be [B, C, H, W], got shape {list(x.shape)}")
+    if eps < 0:
+        raise ValueError(f"dynamic_batch_norm: eps must be at least 0, got {eps}")
     if not x.is_floating_point():
         raise TypeError(f"dynamic_batch_norm: x must be a floating point tensor, got {x.dtype}")
     C = x.shape[1]
@@ -238,6 +236,34 @@ def _check(x: Tensor, route: Route, groups: Sequence[int], **vectors: Tensor | N
             raise ValueError(f"dynamic_batch_norm: {name} must be on {x.device} like x, got {vector.device}")
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         raise ValueError("dynamic_batch_norm: running_mean and running_var must be both tensors or both None")
+
+
+def _has_kernels(x: Tensor) -> bool:  # x [B, C, H, W]
+    if x.is_cpu:
+        return extension is not None and x.dtype in _NATIVE_DTYPES
+    return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
+
+
+def _normed(
+    x: Tensor,  # [B, C, H, W]
+    arguments: tuple[Any, ...],  # selection, statistics, weight, bias, groups, eps, relu: as of `_norm_forward_cpu`
+    ordinary: bool,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:  # [B, C, H, W], float32 (of float64 float64) [3, C]
+    """Result and statistics, by the kernels of x's device where these run, else by operations of PyTorch."""
+    selection, statistics, weight, bias, groups, eps, relu = arguments
+    if not _has_kernels(x) or process_group is not None or (not ordinary and is_transformed()):
+        y, batch = norm_torch(x, selection, statistics, weight, bias, groups, eps, relu, process_group)
+        known = statistics is None and x.is_cpu and process_group is None and not is_traced()
+        if known and x.shape[2:] == (1, 1):
+            _check_counts(batch[2], x.shape)
+        return y, batch
+    maps = x.contiguous(memory_format=torch.channels_last)
+    if not (x.is_cpu and ordinary):
+        return call_op(_norm_forward, maps, *arguments)
+    # of the least overhead: the plain function, or an autograd function
+    function = _norm_forward_cpu if runs_eagerly(x, weight, bias) else _EagerNorm.apply
+    return in_range(_NAME, function, maps, *arguments)
 
 
 @torch.no_grad()
@@ -282,12 +308,8 @@ def dynamic_batch_norm(
     """
     if not isinstance(x, Tensor):
         refuse_symbols("dynamic_batch_norm", x)
-    if x.dim() != 4:
-        raise ValueError(f"dynamic_batch_norm: x must be [B, C, H, W], got shape {list(x.shape)}")
-    if eps < 0:
-        raise ValueError(f"dynamic_batch_norm: eps must be at least 0, got {eps}")
+    _check(x, groups, eps, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     route = route_for(x, route, len(groups), "dynamic_batch_norm")
-    _check(x, route, groups, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     ordinary = is_ordinary(x, weight, bias)
     if not ordinary:
         refuse_tangents("dynamic_batch_norm", x, weight, bias)
@@ -295,21 +317,8 @@ def dynamic_batch_norm(
     if not training and running_mean is not None and running_var is not None:
         running = torch.stack([running_mean, running_var, torch.ones_like(running_mean)])
         statistics = running.to(torch.promote_types(x.dtype, torch.float32))
-    selection = route.selection()
-    arguments = selection, statistics, weight, bias, list(groups), eps, relu
-    transformed = not ordinary and is_transformed()
-    if process_group is None and not transformed and _has_kernels(x):
-        maps = x.contiguous(memory_format=torch.channels_last)
-        if x.is_cpu and ordinary:  # of the least overhead: the plain function, or an autograd function
-            function = _norm_forward_cpu if runs_eagerly(x, weight, bias) else _EagerNorm.apply
-            y, batch = in_range(_NAME, function, maps, *arguments)
-        else:
-            y, batch = call_op(_norm_forward, maps, *arguments)
-    else:
-        y, batch = norm_torch(x, *arguments, process_group)
-        known = statistics is None and x.is_cpu and process_group is None and not is_traced()
-        if known and x.shape[2:] == (1, 1):
-            _check_counts(batch[2], x.shape)
+    arguments = route.selection(), statistics, weight, bias, list(groups), eps, relu
+    y, batch = _normed(x, arguments, ordinary, process_group)
     if training and running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, batch, momentum)
-    return y if transformed else y.contiguous(memory_format=memory_format_of(x))
+    return y.contiguous(memory_format=memory_format_of(x)) if ordinary or not is_transformed() else y

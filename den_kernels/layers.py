@@ -239,11 +239,15 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(x)
         if selection is None:
             selection = torch.full((x.shape[0],), len(self.groups), dtype=torch.int32, device=x.device)
+        momentum: float | Tensor = 0.0  # the weight of this batch in the running statistics
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
         tracked = self.track_running_stats or not self.training
         return dynamic_batch_norm(
             x, selection, self.weight, self.bias,
             self.running_mean if tracked else None, self.running_var if tracked else None,
-            groups=self.groups, training=self.training, momentum=self._advance(), eps=self.eps, relu=relu,
+            groups=self.groups, training=self.training, momentum=momentum, eps=self.eps, relu=relu,
             process_group=process_group,
         )  # fmt: skip
 
@@ -253,13 +257,6 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
             return None
         group = dist.group.WORLD if self.process_group == "world" else self.process_group
         return group if dist.get_world_size(group) > 1 else None
-
-    def _advance(self) -> float | Tensor:
-        """Count a training step and return the weight of its batch in the running statistics."""
-        if not (self.training and self.track_running_stats) or self.num_batches_tracked is None:
-            return 0.0
-        self.num_batches_tracked.add_(1)
-        return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

@@ -14,7 +14,7 @@ from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.stages import edge_flops, edge_geometry, edge_width, enlarged, pooled, stage_end_flops
 from den.dag.stem import make_stem
 from den.nn.blocks.folded import Shortcut
-from den.nn.conv_norm import ConvNormReLU
+from den.nn.ends import ConvNormReLU
 from den.nn.tasks import find_task
 
 

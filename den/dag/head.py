@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from den.dag.kinds import KINDS
 from den.dag.model_config import DagConfig
-from den.nn.conv_norm import ConvNormReLU
+from den.nn.ends import ConvNormReLU
 from den.nn.modules import Modules
 from den.nn.norms import FeatureNorm
 from den.nn.tasks import Task

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from den.dag.model_config import DagConfig
-from den.nn.conv_norm import ConvNormReLU
+from den.nn.ends import ConvNormReLU
 from den.nn.tasks import Task
 
 

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from den.dag.model_config import DagConfig
 from den.dag.pretrained import PretrainedStem
-from den.nn.conv_norm import ConvNormReLU
-from den.nn.stem import enlarge
+from den.nn.ends import ConvNormReLU, enlarge
 from den.nn.tasks import Task
 
 

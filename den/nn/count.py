@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from den.nn.ends import linear_flops
 from den.nn.model import DeepElasticNetwork
-from den.nn.tail import linear_flops
 from den.nn.task_batch import TaskName
 from den.nn.tasks import find_task
 

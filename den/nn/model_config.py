@@ -7,9 +7,9 @@ from typing import Any
 from den.nn.backbones import FAMILIES, Backbone, named_backbone
 from den.nn.block_lists import Stages
 from den.nn.blocks import BlockShape
+from den.nn.ends import KERNEL
 from den.nn.levels import level_fractions
 from den.nn.selector import SelectorConfig, default_selector
-from den.nn.stem import KERNEL
 from den.nn.tasks import Task
 from den.support.settings import from_dict, to_dict
 

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from den.nn.conv_norm import ConvNormReLU
+from den.nn.ends import ConvNormReLU, Stem
 from den.nn.folding import folded_weight, may_fold
-from den.nn.stem import Stem
 from den.nn.task_batch import TaskBatch
 from den_kernels import TrunkWeights
 from den_kernels.building import (

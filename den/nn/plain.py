@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock, LinearPair
+from den.nn.ends import features
 from den.nn.folding import folded_weight
 from den.nn.model import DeepElasticNetwork
-from den.nn.tail import features
 from den.nn.tasks import find_task
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock, LinearPair
+from den.nn.ends import ImageStem
 from den.nn.estimator import Estimator
 from den.nn.levels import level_widths
-from den.nn.stem import ImageStem
 
 
 def masked_batch_norm(x: Tensor, mask: Tensor, norm: nn.BatchNorm2d) -> Tensor:

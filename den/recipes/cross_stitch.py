@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from den.data import Batch
 from den.evaluate.accuracy import full_flops
+from den.nn.ends import Stem
 from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
-from den.nn.stem import Stem
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.recipes.base import ComparedMethod
 from den.support.randomness import seeded

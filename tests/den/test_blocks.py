@@ -8,10 +8,9 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from den.nn.blocks import ElasticBlock, ResidualShape
-from den.nn.conv_norm import ConvNormReLU
+from den.nn.ends import ConvNormReLU, Stem, stem_geometry
 from den.nn.model import create_model
 from den.nn.reference import reference_block
-from den.nn.stem import Stem, stem_geometry
 from den.nn.tasks import Task
 from den_kernels import RoutingPlan
 from den_kernels.fold_cache import FoldCache

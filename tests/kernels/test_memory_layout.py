@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from den.nn.blocks import BottleneckShape
-from den.nn.conv_norm import ConvNormReLU
+from den.nn.ends import ConvNormReLU
 from den_kernels import (
     DynamicConv2d,
     GraphWeights,

@@ -12,7 +12,7 @@ from den.dag.edge import Edge
 from den.nn.blocks import BottleneckBlock, ElasticBlock, LinearPair, LinearPairShape
 from den.nn.blocks.bottleneck import BottleneckShape
 from den.nn.blocks.pair import ConvPair, PairShape
-from den.nn.conv_norm import ConvNormReLU
+from den.nn.ends import ConvNormReLU
 from den_kernels import DynamicConv2d, RoutingPlan, fold_cache, invalidate
 from den_kernels.fold_cache import FoldCache
 
