@@ -16,6 +16,7 @@ from den.dag.stem import DagStem, stem_geometry
 from den.nn.task_batch import task_batch
 from den.nn.tasks import Task
 from den_kernels import RoutingPlan
+from tests.oracle import unlike_new
 
 TASKS = (Task("a", 5, 12, 1), Task("b", 3, 8, 1), Task("c", 7, 20, 3))
 
@@ -32,12 +33,7 @@ def make(seed=0, **changes):
     model = DagNetwork(config(**changes))
     for logits in (model.gates.alpha, model.gates.beta, model.gates.gamma):
         nn.init.normal_(logits)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.3, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
+    unlike_new(model, 0.3)
     return model
 
 

@@ -15,6 +15,7 @@ from den.dag.evaluate import deployed_parameters, task_costs
 from den.nn.task_batch import task_batch
 from den.nn.tasks import Task
 from den.report.dag.drawing import graph_figure
+from tests.oracle import unlike_new
 
 TASKS = (Task("a", 5, 13, 1), Task("b", 3, 9, 1), Task("c", 7, 13, 3))
 
@@ -29,11 +30,7 @@ def make(seed=0, ratio=0.0, **changes):
     model = DagNetwork(config(**changes))
     for logits in (model.gates.alpha, model.gates.beta, model.gates.gamma):
         nn.init.normal_(logits)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.3, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
+    unlike_new(model, 0.3)
     for k in range(len(TASKS) if ratio else 0):
         model.keep(k, reduce(model.graph, model.gates.of_task(k), ratio, ranking="random", seed=seed + k).kept)
     return model

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -254,19 +255,27 @@ def test_a_file_system_without_locks_still_decodes_and_clears_nothing(tmp_path, 
     assert len(entries(tmp_path)) == 2
 
 
+@contextmanager
+def small_disk():
+    """A limit of a megabyte on the size of files stands for the disk: the kernel refuses in the same places."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_full_disk_is_told_before_the_decoding_and_leaves_nothing(tmp_path, source):
-    """A limit on the size of files stands for the disk: the kernel refuses in the same places."""
     large = store.Found(
         (source,),
         lambda: store.Pixels((1000, 64, 64, 3), {"y": np.zeros(1000)}, iter(lambda: pytest.fail("decoded"), None)),
     )
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        with pytest.raises(ValueError, match=r"den-cache must take the decoded images of set, got .*12 MB are needed"):
-            store.stored(large, tmp_path, "set")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        small_disk(),
+        pytest.raises(ValueError, match=r"den-cache must take the decoded images of set, got .*12 MB are needed"),
+    ):
+        store.stored(large, tmp_path, "set")
     assert entries(tmp_path) == []
 
 
@@ -279,13 +288,8 @@ def test_a_disk_that_fills_up_meanwhile_is_told_too(tmp_path, source, monkeypatc
     monkeypatch.setattr("os.posix_fallocate", cannot)
     parts = (painted(1, 100, size=64) for _ in range(10))
     large = store.Found((source,), lambda: store.Pixels((1000, 64, 64, 3), {"y": np.zeros(1000)}, parts))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        with pytest.raises(ValueError, match=r"must take the decoded images of set, got .*File too large"):
-            store.stored(large, tmp_path, "set")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with small_disk(), pytest.raises(ValueError, match=r"must take the decoded images of set, got .*File too large"):
+        store.stored(large, tmp_path, "set")
     assert entries(tmp_path) == []
     images, _ = store.stored(found(source), tmp_path, "set")
     assert images.unique().tolist() == [7]

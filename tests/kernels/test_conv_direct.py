@@ -44,6 +44,12 @@ def runs(dtype, C_in, C_out):
     return _conv_direct.runs_direct(channels_last(x), weight, GEOMETRY)
 
 
+SELECTIONS = {
+    "sides": st.sampled_from(["out", "in", "both"]),
+    "kind": st.sampled_from(["levels", "mask"]),
+    "cut": st.integers(1, 40),
+    "seed": st.integers(0, 99),
+}  # which sides of a convolution are elastic, and what instances select
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())
 
 
@@ -57,10 +63,7 @@ GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 1, (16, 16), ())
     kernel=st.sampled_from([(1, 1), (3, 3), (5, 3), (2, 4), (7, 7)]),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    sides=st.sampled_from(["out", "in", "both"]),
-    kind=st.sampled_from(["levels", "mask"]),
-    cut=st.integers(1, 40),
-    seed=st.integers(0, 99),
+    **SELECTIONS,
 )
 @examples(80)
 def test_it_is_as_accurate_as_onednn(case, batch, size, kernel, stride, padding, sides, kind, cut, seed):

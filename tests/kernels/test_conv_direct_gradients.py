@@ -12,7 +12,17 @@ from den_kernels._extension import extension
 from den_kernels.dynamic_conv import dynamic_conv2d
 from den_kernels.testing import assert_as_accurate, masked_conv2d, poison_unread
 from tests.fuzz import examples
-from tests.kernels.test_conv_direct import DTYPES, FACTOR, GEOMETRY, by_onednn, channels_last, parts, runs, select
+from tests.kernels.test_conv_direct import (
+    DTYPES,
+    FACTOR,
+    GEOMETRY,
+    SELECTIONS,
+    by_onednn,
+    channels_last,
+    parts,
+    runs,
+    select,
+)
 
 
 @DTYPES
@@ -49,10 +59,7 @@ def test_gradients_are_as_accurate_as_onednn(elastic, kind, stride, dtype):
     kernel=st.sampled_from([(1, 1), (3, 3), (5, 3), (2, 4)]),
     stride=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    sides=st.sampled_from(["out", "in", "both"]),
-    kind=st.sampled_from(["levels", "mask"]),
-    cut=st.integers(1, 40),
-    seed=st.integers(0, 99),
+    **SELECTIONS,
 )
 @examples(50)
 def test_weight_gradients_of_any_shape(case, batch, size, kernel, stride, padding, sides, kind, cut, seed):
@@ -164,10 +171,7 @@ def test_only_amx_leaves_strided_weight_gradients_in_bfloat16_to_onednn(monkeypa
     kernel=st.sampled_from([(1, 1), (3, 3), (5, 3), (2, 4), (7, 7)]),
     stride=st.sampled_from([(2, 2), (1, 2), (3, 1), (2, 3), (4, 4)]),
     padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
-    sides=st.sampled_from(["out", "in", "both"]),
-    kind=st.sampled_from(["levels", "mask"]),
-    cut=st.integers(1, 40),
-    seed=st.integers(0, 99),
+    **SELECTIONS,
 )
 @examples(50)
 def test_input_gradients_of_any_stride(case, batch, size, kernel, stride, padding, sides, kind, cut, seed):
