@@ -1,11 +1,7 @@
-"""Accuracy, FLOPs and variety of structures of each task, static structures, and measured time."""
+"""Accuracy, FLOPs and variety of structures of each task, and static structures."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,13 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.data import ImageSet
-from den.nn.count import count_flops, image_flops, parameter_fractions
-from den.nn.estimator import Estimator
+from den.nn.count import count_flops, parameter_fractions
 from den.nn.model import DeepElasticNetwork
-from den.nn.plain import PlainNetwork
 from den.nn.task_batch import Images, Tasks
 from den.support import ranks
-from den.support.device import wait_for
 from den.train.objective import entropy, sparsity_penalty
 
 Structures = Callable[[Images, Tasks], Tensor | None]
@@ -108,8 +101,8 @@ def _evaluate_task(
     model: DeepElasticNetwork, image_set: ImageSet, choice: Choice, batch_size: int, shared: bool
 ) -> TaskReport:
     own = []
-    for images, labels in _input_batches(image_set, batch_size, _device(model), shared):
-        structures, chance = _decide(model, images, image_set.name, choice)
+    for images, labels in input_batches(image_set, batch_size, device_of(model), shared):
+        structures, chance = decide(model, images, image_set.name, choice)
         logits = model.estimator(images, image_set.name, structures)
         loss, right = F.cross_entropy(logits, labels, reduction="sum").item(), logits.argmax(1) == labels
         own.append((loss, int(right.sum()), structures.cpu(), chance.cpu()))
@@ -148,11 +141,12 @@ def task_report(
     )
 
 
-def _device(model: DeepElasticNetwork) -> torch.device:
+def device_of(model: DeepElasticNetwork) -> torch.device:
+    """The device of a network's parameters."""
     return next(model.parameters()).device
 
 
-def _input_batches(
+def input_batches(
     image_set: ImageSet, batch_size: int, device: torch.device, shared: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images [B, C, S, S] and labels int64 [B] of a set, in order, on the device.
@@ -165,7 +159,7 @@ def _input_batches(
         yield image_set.inputs(part).to(device), image_set.labels[part].to(device)
 
 
-def _decide(model: DeepElasticNetwork, images: Tensor, task: str, choice: Choice) -> tuple[Tensor, Tensor]:
+def decide(model: DeepElasticNetwork, images: Tensor, task: str, choice: Choice) -> tuple[Tensor, Tensor]:
     """Structures int64 [B, N], and log-probabilities [B, N, L]: the selector's, or those of a rule."""
     full = torch.full((len(images), model.num_blocks), model.levels - 1, device=images.device)
     if callable(choice) and not isinstance(choice, Tensor):
@@ -237,82 +231,3 @@ def static_candidates(model: DeepElasticNetwork, budget: float, count: int, tole
         near = distance.argmin().view(1)
     unique = drawn[near].unique(dim=0)
     return unique[torch.randperm(len(unique), generator=generator)[:count]]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Measured seconds per image, medians, and the FLOPs of the images that were timed."""
-
-    plain: float  # the full structure in ordinary convolutions (`PlainNetwork`), no selector
-    full: float  # the estimator at its full structure, no selector
-    selected: float  # selector and estimator
-    selector: float  # the selector alone
-    flops_ratio: float  # FLOPs with choosing / FLOPs without: stem, blocks and head, and the selector where it runs
-
-    @property
-    def dense(self) -> float:
-        """The faster way of running the full structure."""
-        return min(self.plain, self.full)
-
-    @property
-    def speedup(self) -> float:
-        """Time of the full structure over time with choosing: above 1 where choosing is faster."""
-        return self.dense / self.selected
-
-    @property
-    def realised(self) -> float:
-        """Share of the saving in FLOPs that is a saving in time: 1 where twice fewer FLOPs take half the time."""
-        return self.speedup * self.flops_ratio
-
-
-@torch.inference_mode()
-def time_per_image(
-    model: DeepElasticNetwork,
-    image_set: ImageSet,
-    batch_size: int = 256,
-    rounds: int = 15,
-    batches: int = 4,
-    structures: Structures | None = None,
-) -> Timing:
-    """Time of inference with and without choosing, on the first batches of a set; the model in evaluation mode.
-
-    structures: the rule that chooses, the time of which counts as the selector's; None: the model's selector. An
-    estimator of another kind than `Estimator` has no plain form and is timed against its full structure alone.
-
-    The four ways take turns, so that a change in the machine's speed meets them all. In its turn each runs all the
-    batches one after the other, as in use, after an untimed one that brings its weights back into the caches. Per way:
-    the median over the rounds of every batch, added up. Batches are full where the set has that many.
-    """
-    model.eval()
-    device = _device(model)
-    name, full = image_set.name, functools.partial(model.estimator, task=image_set.name)
-    choose = structures or model.select
-
-    def selected(images: Tensor) -> Tensor:
-        return model(images, name) if structures is None else model.estimator(images, name, structures(images, name))
-
-    parts = [images for images, _ in itertools.islice(_input_batches(image_set, batch_size, device), batches)]
-    parts = [images for images in parts if len(images) == batch_size] or parts
-    runs: dict[str, Callable[[Tensor], object]] = {
-        "plain": PlainNetwork(model, name) if isinstance(model.estimator, Estimator) else full,
-        "full": full,
-        "selected": selected,
-        "selector": lambda images: choose(images, name),
-    }
-    seconds: dict[str, list[list[float]]] = {kind: [[] for _ in parts] for kind in runs}
-    for _ in range(rounds):
-        for kind, run in runs.items():
-            run(parts[-1])
-            for i, images in enumerate(parts):
-                wait_for(device)
-                start = time.perf_counter()
-                run(images)
-                wait_for(device)
-                seconds[kind][i].append(time.perf_counter() - start)
-    count = sum(map(len, parts))
-    medians = {k: sum(map(statistics.median, each)) / count for k, each in seconds.items()}
-    levels = torch.cat([_decide(model, images, name, structures or "selected")[0] for images in parts])
-    image = image_flops(model, name)
-    ends = image.stem + image.head
-    chosen = count_flops(model, levels).mean().item() + (image.selector if structures is None else 0)
-    return Timing(**medians, flops_ratio=(ends + chosen) / (ends + image.blocks))

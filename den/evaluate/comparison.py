@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from den.data import ImageSet
-from den.evaluate.accuracy import TaskReport, Timing, evaluate, full_flops, static_candidates, time_per_image
+from den.evaluate.accuracy import TaskReport, evaluate, full_flops, static_candidates
+from den.evaluate.timing import Timing, time_per_image
 from den.nn.model import DeepElasticNetwork
 from den.support.files import write_text
 

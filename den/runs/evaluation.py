@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from den.data import ImageSet
-from den.evaluate.accuracy import TaskReport, Timing, evaluate, time_per_image
+from den.evaluate.accuracy import TaskReport, evaluate
 from den.evaluate.null import shuffled_accuracy, untrained_report
+from den.evaluate.timing import Timing, time_per_image
 from den.nn.count import ParameterCounts, count_parameters
 from den.nn.model import DeepElasticNetwork
 from den.runs.state import Training, training_of

@@ -14,7 +14,7 @@ from den.dag.config import DagTrainConfig
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
 from den.recipes import METHODS, method_of
-from den.recipes.dag.recipe import search_phases
+from den.recipes.dag.phases import search_phases
 from den.train.checkpoint import read_record
 from den.train.config import TrainConfig
 from den.train.phases import Phase, run_phases

@@ -20,7 +20,8 @@ from den.dag.config import (
 from den.dag.evaluate import deployed_parameters, evaluate_tasks, task_costs
 from den.dag.scenarios import by_coarse_label
 from den.data import ImageSet
-from den.recipes.dag.recipe import SearchRecipe, load_network, search_phases
+from den.recipes.dag.phases import search_phases
+from den.recipes.dag.recipe import SearchRecipe, load_network
 from den.recipes.dag.search import reduce_tasks, reestimate_norms, search_step, train
 from den.report.dag.comparison import comparison, verdicts
 from den.report.dag.drawing import graph_figure, task_colour

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from den.data import load_set
-from den.evaluate.accuracy import best_static, evaluate, full_flops, static_candidates, time_per_image
+from den.evaluate.accuracy import best_static, evaluate, full_flops, static_candidates
+from den.evaluate.timing import time_per_image
 from den.nn.model import create_model
 
 

@@ -5,7 +5,8 @@ import torch
 
 from den import create_model
 from den.data import load_set
-from den.evaluate.accuracy import full_flops, time_per_image
+from den.evaluate.accuracy import full_flops
+from den.evaluate.timing import time_per_image
 from den.nn.count import count_parameters, image_flops
 from den.nn.estimator import Estimator
 from den.nn.model import DeepElasticNetwork

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from den.dag.config import SEARCHING, DagTrainConfig
+from den.dag.config import DagTrainConfig
 from den.dag.evaluate import evaluate_tasks
 from den.dag.graph import SubGraph
 from den.dag.losses import batch_losses
@@ -31,13 +29,13 @@ from den.nn.tasks import Task
 from den.recipes.dag.balance import Balance
 from den.recipes.dag.gradients import Combine, cagrad, combined_backward, pcgrad
 from den.recipes.dag.levels import random_levels
+from den.recipes.dag.phases import SearchPhase, search_phases
 from den.support.randomness import seeded
 from den.support.settings import to_dict
 from den.train.checkpoint import load_checkpoint, load_weights, reading
-from den.train.config import PhaseConfig
 from den.train.engine import Engine
 from den.train.objective import Objective
-from den.train.phases import Phase, schedule_factor
+from den.train.phases import Phase
 from den.train.recipe import Measured, Recipe
 from den.train.state import take_over
 
@@ -49,59 +47,6 @@ NETWORKS: dict[str, type[Network]] = {
     "cross-stitch": CrossStitchNetwork,
 }
 SEARCHED = "searched.safetensors"
-
-
-@dataclass(frozen=True)
-class SearchPhase(Phase):
-    """A stage of the search: warm-up, search or fine-tuning.  The weights' rate falls to 0 by a cosine."""
-
-    name: str
-    settings: PhaseConfig
-    before: int  # updates that the cosine has behind it where the phase begins
-    over: int  # updates within which it falls
-    stream: str = "all"
-
-    @property
-    def key(self) -> tuple[str | int, ...]:
-        return (self.name,)
-
-    @property
-    def title(self) -> str:
-        return self.name
-
-    @property
-    def labels(self) -> dict[str, str | int]:
-        return {"stage": self.name}
-
-    @property
-    def trained(self) -> dict[str, float]:
-        return {"weights": self.settings.rate}
-
-    def scale(self, step: int) -> float:
-        return schedule_factor("cosine", (self.before + step) / self.over)
-
-
-def search_phases(config: DagTrainConfig) -> tuple[SearchPhase, ...]:
-    """Warm-up, search, fine-tuning; what searches nothing has no updates but those of fine-tuning.
-
-    Warns where the squeeze loss can never act, because the gates begin below kappa.
-    """
-    training, halves = config.training, config.mode == "adashare" or config.training.search == "alternating"
-    first, second = (round(share * training.steps) for share in training.shares[:2])
-    if config.mode not in SEARCHING:
-        first, second = 0, 0
-    elif training.squeeze and training.kappa > 0.5:
-        warnings.warn(
-            f"training.kappa is {training.kappa} of the edges, but all gates begin at 1/2: the squeeze loss acts only"
-            " where they grow; set it below 0.5",
-            stacklevel=2,
-        )
-    both, last = first + second, training.steps - first - second
-    return (
-        SearchPhase("warm-up", PhaseConfig(first, training.rate), 0, both),
-        SearchPhase("search", PhaseConfig(second, training.rate), first, both, "weights" if halves else "all"),
-        SearchPhase("fine-tuning", PhaseConfig(last, training.fine_rate), 0, last),
-    )
 
 
 class TaskData(NamedTuple):
