@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from den.nn.tasks import IGNORE
-from den.support.limits import SEED, Range, check_ranges
+from den.support.limits import Range, check_ranges
+from den.support.run_config import RunConfig
 
 Mode = Literal["dag", "hard", "single", "adashare", "cross-stitch"]
 SEARCHING = ("dag", "adashare")  # modes in which a task's topology is learned
@@ -183,7 +184,7 @@ class PeerConfig:
 
 
 @dataclass(frozen=True)
-class DagTrainConfig:
+class DagTrainConfig(RunConfig):
     """Everything a training run depends on; written to config.json of its folder."""
 
     out: Path = Path("runs/dag")
@@ -194,26 +195,11 @@ class DagTrainConfig:
     task, mixed after every state."""
     start: Path | None = None
     """Run folder whose searched network is taken over: warm-up and search are not repeated."""
-    seed: Annotated[int, SEED] = 0
-    """Seed of initial weights, shuffling, augmentation and random rankings."""
-    epoch_steps: Annotated[int | None, Range(1)] = None
-    """Updates between measurements and checkpoints; None: one pass over the training images."""
     data: DagDataConfig = field(default_factory=DagDataConfig)
     network: DagNetworkConfig = field(default_factory=DagNetworkConfig)
     training: DagTraining = field(default_factory=DagTraining)
     reduction: ReductionConfig = field(default_factory=ReductionConfig)
     peers: PeerConfig = field(default_factory=PeerConfig)
-    device: str = "auto"
-    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: training computes in it where autocast does; weights stay float32."""
-    accumulate: Annotated[int, Range(1)] = 1
-    """Pieces in which a batch is computed, one after the other, before an update: less memory for the same batch.
-    Batch norms see a piece at a time."""
-    sharding: Literal["none", "zero2"] = "none"
-    """What several processes share out (torchrun).  zero2: gradients and optimiser states, each kept by one of them."""
-    progress: bool = True
-    """Show a progress bar per stage."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

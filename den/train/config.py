@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import tyro
 
 from den.support.limits import SEED, Range, check_ranges
+from den.support.run_config import RunConfig
 from den.support.settings import from_dict as from_dict  # old names of these three; they go with version 0.3
 from den.support.settings import read_config as read_config
 from den.support.settings import to_dict as to_dict
@@ -16,27 +17,6 @@ from den.support.settings import to_dict as to_dict
 Mode = Literal[
     "den", "dense", "random", "nestednet", "packnet", "routing", "cross-stitch", "blockdrop", "adashare"
 ]  # fmt: skip
-
-
-class RunConfig(Protocol):
-    """The settings that every run has, whatever its recipe."""
-
-    @property
-    def out(self) -> Path: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def accumulate(self) -> int: ...
-    @property
-    def sharding(self) -> Literal["none", "zero2"]: ...
-    @property
-    def epoch_steps(self) -> int | None: ...
-    @property
-    def progress(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -224,25 +204,12 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Everything a training run depends on; written to config.json of its folder."""
 
-    out: Path = Path("runs/den")
-    """Run folder: settings, versions, metrics, TensorBoard events, checkpoints."""
     mode: Mode = "den"
     """den: Algorithm 1.  dense: the same estimator at its full structure only, for estimator.first.  The others are the
     methods that it is compared with (`den.recipes`), on the same network, data and seed."""
-    seed: Annotated[int, SEED] = 0
-    """Seed of initial weights, shuffling, augmentation and sampling."""
-    device: str = "auto"
-    """auto: the GPU if there is one, else the CPU.  Or cpu, cuda, cuda:N."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: training computes in it where autocast does; weights stay float32."""
-    accumulate: Annotated[int, Range(1)] = 1
-    """Pieces in which a batch is computed, one after the other, before an update: less memory for the same batch.
-    Batch norms see a piece at a time."""
-    sharding: Literal["none", "zero2"] = "none"
-    """What several processes share out (torchrun).  zero2: gradients and optimiser states, each kept by one of them."""
     stages: Annotated[int, Range(1)] = 2
     """S of Algorithm 1."""
     start: Path | None = None
@@ -252,15 +219,11 @@ class TrainConfig:
     estimator_only: bool = False
     """Train the estimator alone, in its phases after the first, on the structures that the network of --start
     chooses."""
-    epoch_steps: Annotated[int | None, Range(1)] = None
-    """Updates between measurements and checkpoints; None: one pass over the largest task."""
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     estimator: EstimatorTraining = field(default_factory=EstimatorTraining)
     selector: SelectorTraining = field(default_factory=SelectorTraining)
     methods: MethodConfig = field(default_factory=MethodConfig)
-    progress: bool = True
-    """Show a progress bar per phase."""
     scenario: Annotated[str | None, tyro.conf.Suppress] = None
     """Name of the paper's experiment that these settings come from; reports group runs by it."""
 

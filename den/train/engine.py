@@ -17,8 +17,8 @@ from den.nn.norms import share_statistics
 from den.support import ranks
 from den.support.progress import Progress
 from den.support.randomness import seeded
+from den.support.run_config import RunConfig
 from den.train.checkpoint import save_checkpoint
-from den.train.config import RunConfig
 from den.train.folder import RunFolder
 from den.train.gradients import GradientMeans
 from den.train.objective import Meter, Objective

@@ -14,9 +14,10 @@ from typing import Any
 
 from den.support import launched, ranks
 from den.support.files import PARTIAL, write_whole
+from den.support.run_config import RunConfig
 from den.support.settings import flattened, read_config, to_dict
 from den.train.checkpoint import load_checkpoint, read_updates
-from den.train.config import RunConfig, TrainConfig
+from den.train.config import TrainConfig
 from den.train.lock import RunLock
 
 MAY_DIFFER = ("out", "progress", "device", "data.root", "data.workers", "start")  # in a continued run
