@@ -64,7 +64,7 @@ def _scenes(path: Path, data: DagDataConfig, split: str, several: bool) -> Scene
 
 
 def _highest(path: Path) -> int:
-    """The highest label of a file but for those that mark pixels without one."""
+    """The highest label in a file, not counting the marks of pixels without a label."""
     with blamed("load_own_sets", path, "be a complete .npy file"):
         values = np.load(path, allow_pickle=False)
         known = values[(values >= 0) & (values != 255)]

@@ -30,7 +30,7 @@ class TaskGates:
         return {"edge": self.edges, "read-in": self.read_in, "read-out": self.read_out}[item.kind][item.index]
 
     def of_what_is(self, kept: SubGraph) -> TaskGates:
-        """The same gates, 0 where an item is not kept."""
+        """The gates with 0 for each item that is not kept."""
         pairs = (self.read_in, kept.read_in), (self.read_out, kept.read_out), (self.edges, kept.edges)
         return TaskGates(*([g * flag for g, flag in zip(*pair, strict=True)] for pair in pairs))
 

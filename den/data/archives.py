@@ -92,7 +92,7 @@ def _zip_members(place: Path, folder: str, names: Sequence[str]) -> Iterator[byt
 
 
 def _tar_members(place: Path, folder: str, names: Sequence[str]) -> Iterator[bytes]:
-    """One pass over the file: compressed tar archives can only be read from their beginning."""
+    """The members in one pass over the file: compressed tar archives can only be read from their beginning."""
     wanted, contents = {f"{folder}/{name}" for name in names}, {}
     with tarfile.open(place) as archive:
         for member in archive:

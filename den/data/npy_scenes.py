@@ -101,7 +101,7 @@ def _sample(folder: Path, most: int = 64) -> list[Path]:
 
 
 def _highest(path: Path, limit: int) -> int:
-    """The highest label below `limit` in a file; -1 without any."""
+    """The highest label below `limit` in a file; -1 where there is none."""
     try:
         values = np.load(path, allow_pickle=False)
         labels = values[(values >= 0) & (values < limit)]

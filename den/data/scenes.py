@@ -160,7 +160,7 @@ def nearest(size: int, out_size: int) -> Tensor:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """float32 [N, 3, H, W] in 0..1 -> less ImageNet's means, over its deviations, channels-last."""
+    """Images float32 [N, 3, H, W] in 0..1, less ImageNet's means and divided by its deviations; channels-last."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 

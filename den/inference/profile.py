@@ -45,7 +45,7 @@ def block_milliseconds(
 
 
 def mean_saved(levels: Tensor, costs: Tensor) -> tuple[list[float], list[float]]:
-    """Of levels [B, N] and costs [N, L]: the mean level of each block, and the share of its cost that is saved."""
+    """The mean level of each block, and the saved share of its cost, for levels [B, N] and costs [N, L]."""
     levels = levels.cpu()
     used = costs.gather(1, levels.t()).mean(1) / costs[:, -1]
     return levels.double().mean(0).tolist(), (1 - used).tolist()

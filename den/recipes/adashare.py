@@ -89,7 +89,7 @@ class AdaShare(ComparedMethod):
             self._start_anew(engine)
 
     def choice(self, phase: NetworkPhase) -> Choice:
-        """While gates are searched for: the likelier of keeping and skipping."""
+        """The likelier of keeping and skipping each block while gates are searched for, afterwards what they chose."""
         return self._likeliest if phase.stage <= self.config.methods.share_rounds else self.structures
 
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:
@@ -159,7 +159,7 @@ def sparsity_loss(keep: Tensor) -> Tensor:
     """Mean over tasks and blocks of -log P(skip), of the log odds of keeping [K, N].
 
     As in the code that the authors released. The paper's equation 4 adds up log P(keep) instead, which falls without
-    end and pulls at a gate the more, the nearer it is to skipping: no block survives it.
+    end and pulls harder at a gate the nearer it is to skipping, so that no block survives.
     """
     return F.softplus(keep).mean()
 

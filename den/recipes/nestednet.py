@@ -39,7 +39,7 @@ class NestedNet(ComparedMethod):
         return task_rows(levels, self.model, images, task)
 
     def update_cost(self) -> float:
-        """Of one task all its levels, of several the mean of theirs."""
+        """Return what all levels cost together for one task, and for several tasks the mean of a level of each."""
         costs = self.model.estimator.level_flops.cpu().double().sum(0) / self.full_flops
         own = costs[list(self.learnt)]
         return (own.sum() if len(self.task_levels) == 1 else own.mean()).item()

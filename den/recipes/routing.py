@@ -50,7 +50,7 @@ class Routing(ComparedMethod):
         return task_rows(self.state.policy.argmax(-1), self.model, images, task)
 
     def update_cost(self) -> float:
-        """Of uniform levels, with which it begins."""
+        """Return what uniform levels cost, with which training begins."""
         return (self.model.estimator.level_flops.double().mean(1).sum() / self.full_flops).item()
 
     def objective(self, engine: Engine[Any], phase: NetworkPhase, batch: Batch) -> Objective:

@@ -108,7 +108,7 @@ class Row:
         return float(sum(group.first.parameters.blocks + counted(group.first) for group in self.groups))
 
     def used_parameters(self, task: str) -> float:
-        """Weights that an image of a task uses, the mean over images and seeds, counted in the same way."""
+        """Weights that an image of a task uses, counted as `parameters` are: the mean over images and seeds."""
         return self.stat("parameters", task).mean + counted(self.groups[0].first)
 
 

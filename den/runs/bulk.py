@@ -79,7 +79,7 @@ Parts = Callable[[Job, Sequence[int]], Iterator[Done]]
 def predicted(
     network: Classifier, files: Sequence[Path], task: str | None, top: int
 ) -> Iterator[tuple[int, list[Prediction], list[Broken]]]:
-    """Of one batch of pictures after the other: how many, the predictions of those that can be read, and the others."""
+    """Yield, batch by batch, the number of pictures, predictions of those that can be read, and those that cannot."""
     for start in range(0, len(files), BATCH):
         part, broken = files[start : start + BATCH], []
         try:

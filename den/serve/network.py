@@ -99,7 +99,7 @@ class ServedNetwork:
 def open_network(
     folder: Path, *, checkpoint: Literal["last", "best"] = "last", device: str = "auto", batch: int = 64
 ) -> ServedNetwork:
-    """The network of a folder that `den train` or `Engine.save_pretrained` wrote, tried with a black picture.
+    """The network of a folder that `den train` or `Engine.save_pretrained` wrote, tried on a black picture.
 
     Raises ValueError for a folder that holds neither, an engine that does not say how pictures become its images, a
     network that does not classify.

@@ -86,7 +86,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _first_fit(hints: list[Any], value: Any, where: str) -> Any:
-    """`value` as the first of the types that takes it; the last one says what is wrong."""
+    """Convert `value` to the first of the types that takes it; where none does, raise the error of the last one."""
     for hint in hints[:-1]:
         try:
             return _convert(hint, value, where)

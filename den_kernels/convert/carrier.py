@@ -81,7 +81,7 @@ class Carrier(threading.local):
         return memo.setdefault(id(self), type(self)(Shared(self.shared.blocks, self.shared.shares)))
 
     def selection(self, block: int, by_op: bool = False) -> Selection | None:
-        """What the instances use of a block now; None: all of it.
+        """The channel groups of a block that the instances use now; None: all of it.
 
         by_op: of a block that runs as one op None means all of every block, so that the original's layers run: their
         result has the original's bits. In front of or behind a block that computes less there are no such bits, and

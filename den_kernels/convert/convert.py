@@ -202,7 +202,7 @@ def _check(model: nn.Module, recording: Recording, region: Region, taken: set[in
 
 
 def _holders(model: nn.Module) -> dict[int, int]:
-    """How many modules hold each parameter, by its id."""
+    """The number of modules that hold each parameter, by its id."""
     counts: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -28,11 +28,11 @@ class LevelFlops:
 
     @property
     def full(self) -> int:
-        """With all channel groups."""
+        """FLOPs with all channel groups."""
         return int(self.blocks[:, -1].sum()) + self.rest
 
     def of(self, levels: Tensor) -> Tensor:
-        """Of structures [..., N] -> int64 [...]."""
+        """FLOPs of structures [..., N]: int64 [...]."""
         return self.blocks[torch.arange(len(self.blocks)), levels.cpu().long()].sum(-1) + self.rest
 
 
@@ -59,7 +59,7 @@ def level_flops(model: nn.Module, example: Tensor | tuple | Mapping[str, Any] | 
 
 
 def _flops(node: Node, level: int | None) -> int:
-    """Of one image, at a level of a layer that knows it."""
+    """FLOPs of a layer for one image; level: of an elastic layer."""
     module: Any = node.target
     outs, per_out = module.weight.shape[:2]
     cardinality, shape = getattr(module, "groups", 1), node.shape

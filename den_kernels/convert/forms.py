@@ -89,7 +89,7 @@ def _source(recording: Recording, index: int) -> int:
 
 
 def _is_relu(recording: Recording, index: int) -> bool:
-    """Whether a result is that of a ReLU, or of a maximum over those."""
+    """True for the result of a ReLU, or of a maximum over such results."""
     node = recording.nodes[_source(recording, index)]
     if kind_of(node) == "maxpool2d":
         return _is_relu(recording, node.inputs[0])
@@ -141,7 +141,7 @@ def _shortcut(
 
 @torch.no_grad()
 def _agrees(fused: FusedForward, recording: Recording, given: int) -> bool:
-    """Whether the op computes what the block's own forward does, at every level."""
+    """True where the op computes what the block's own forward does, at every level."""
     shape, conv = recording.nodes[given].shape, fused.branch.convs[0]
     if shape is None or len(shape) != 4:
         return False

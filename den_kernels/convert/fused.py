@@ -112,7 +112,7 @@ class FusedForward:
 
 
 def _needs_layers(module: nn.Module) -> bool:
-    """Whether a module of a block does what the op does not: tells others of its results, trains, knows levels."""
+    """True where a module of a block does what the op does not: hooks see its results, it trains or knows levels."""
     if module._forward_hooks or module._forward_pre_hooks:
         return True
     return isinstance(module, nn.BatchNorm2d) and (module.training or getattr(module, "level_mean", None) is not None)

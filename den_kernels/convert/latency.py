@@ -129,7 +129,7 @@ def _block_calls(model: nn.Module, shared: Shared, example: Tensor) -> list[Call
 
 
 def _holds(paths: dict[str, nn.Module], path: str, block: Block) -> bool:
-    """Whether the module at a path is the block: its layers stand below it. The model may be wrapped."""
+    """True where the module at a path is the block, whose layers stand below it. The model may be wrapped."""
     prefix = path.removesuffix(block.name)
     return path != "" and all(
         f"{prefix}{layer}".startswith(f"{path}.") and f"{prefix}{layer}" in paths for layer in block.layers

@@ -23,7 +23,7 @@ def sort_by_l1(region: Region) -> None:
 
 
 def _is_bound(layer: Layer, space: Space) -> bool:
-    """Whether a layer's outputs follow inputs that keep their order: of a depthwise convolution that stands first."""
+    """True where outputs follow inputs that keep their order: of a depthwise convolution that stands first."""
     return layer.writes is space and layer.reads is not space and getattr(layer.node.target, "groups", 1) > 1
 
 

@@ -111,7 +111,7 @@ class Recording:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one operation of a recording: those of torch that compute by themselves.
+    """True where a module is one operation of a recording: the modules of torch that compute by themselves.
 
     A batch norm of another package may hold its activation (timm's `BatchNormAct2d`): a leaf, too.
     """

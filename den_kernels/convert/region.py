@@ -263,7 +263,7 @@ def branch_of(recording: Recording, node: Node) -> Region:
 
 
 def is_depthwise(node: Node) -> bool:
-    """Whether a node is a convolution of each channel by itself."""
+    """True where a node is a convolution of each channel by itself."""
     module = node.target
     return isinstance(module, torch.nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
 

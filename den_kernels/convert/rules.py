@@ -38,7 +38,7 @@ def kind_of(node: Node) -> str:
 
 
 def has_weight(node: Node) -> bool:
-    """Whether a node is a convolution or a linear layer."""
+    """True where a node is a convolution or a linear layer."""
     return type(node.target) in (nn.Conv2d, nn.Linear)
 
 
@@ -47,7 +47,7 @@ def is_norm(node: Node) -> bool:
 
 
 def keeps_zero(node: Node, was_zero: bool) -> bool:
-    """Whether channels that hold 0 hold 0 behind a node that treats each channel by itself. Raises Unfit for others."""
+    """True where channels of 0 stay 0 behind a node that treats each channel by itself. Raises Unfit for others."""
     kind = kind_of(node)
     if kind == "prelu" and getattr(node.target, "num_parameters", 2) > 1:
         raise Unfit(f"{describe(node)} has a weight for each hidden channel")
@@ -99,7 +99,7 @@ def _reduces(node: Node, axis: int, rank: int) -> bool:
 
 
 def reorders_axes(node: Node) -> bool:
-    """Whether a node reorders axes only."""
+    """True where a node only reorders axes."""
     return kind_of(node) in ("permute", "transpose")
 
 

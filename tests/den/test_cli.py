@@ -56,7 +56,7 @@ def test_left_out_settings_keep_their_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sede": 1}, r"key must be one of out, mode, seed, .*, got 'sede'"),
+        ({"sede": 1}, r"key must be one of out, seed, device, .*, got 'sede'"),
         ({"selector": {"row": 1}}, r"config\.selector: key must be one of phase, decay, .*, got 'row'"),
         ({"seed": "one"}, r"config\.seed: value must be int, got 'one'"),
         ({"seed": True}, r"config\.seed: value must be int, got True"),

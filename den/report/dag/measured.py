@@ -106,7 +106,7 @@ class RunReport:
 
     @property
     def mean_seconds(self) -> float:
-        """Of a batch of a task, a mean over tasks."""
+        """Seconds for a batch of one task, the mean over the tasks."""
         return statistics.mean(self.seconds.values())
 
     @property
