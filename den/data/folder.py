@@ -155,7 +155,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 def read(found: Listed, home: Path, size: int) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 3, S, S] and labels int64 [N] of the pictures that can be read, decoded once.
 
-    Those that cannot are named in a warning whenever the set is opened.
+    Those that cannot are named on stderr whenever the set is opened.
     """
     reasons: dict[int, str] = {}
     part = found.folder.relative_to(home).as_posix()

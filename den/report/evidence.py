@@ -75,7 +75,8 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float
 def above_chance(accuracy: float, chance: float, images: int) -> bool:
     """Return True where an accuracy on so many images is more than guessing by a margin.
 
-    The margin is a twentieth of the way from chance to always right, and three standard deviations of a guesser's accuracy.
+    The margin is the larger of a twentieth of the way from chance to always right and three standard deviations of a
+    guesser's accuracy.
 
     Args:
         accuracy: 0..1.

@@ -33,7 +33,7 @@ class Next(NamedTuple):
 
     @classmethod
     def of(cls, weights: ResidualWeights | BottleneckWeights, route: Route) -> "Next | None":
-        """The activation of a block's weights and route; None where the block has no bn1 and reads the result itself."""
+        """The activation of a block's weights and route; None where a block without bn1 reads the result itself."""
         if weights.scale1 is None or weights.shift1 is None:
             return None
         return cls(weights.scale1, weights.shift1, route.levels)
