@@ -89,8 +89,8 @@ class Estimator(nn.Module):
         `plan`, or levels int64 [B, N] in 0..L-1, is in the batch's own order; None runs every block at its full width.
         `stem`: what `self.stem` has made of the batch, which may be written over; None: not yet made.
         """
-        if plan is not None and stem is None and may_fold(self) and (isinstance(plan, Tensor) or plan.masks is None):
-            network = self._network(batch)
+        if plan is not None and stem is None and (isinstance(plan, Tensor) or plan.masks is None):
+            network = None if torch.is_grad_enabled() else self._network(batch)
             if network is not None:
                 levels = plan.contiguous() if isinstance(plan, Tensor) else plan.levels.t()
                 return network(batch.tasks, self._enlarged(batch), levels)

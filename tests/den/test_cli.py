@@ -114,7 +114,7 @@ def test_options_come_before_the_settings_file(tmp_path, small_sets):
         (["train", "--out", "{tmp}/run", "--config", "{tmp}/absent.json"], "must be a readable JSON file"),
         (
             ["train", "--out", "{tmp}/run", "--config", "{tmp}/unknown.json"],
-            "unknown.json: key must be one of out, mode",
+            "unknown.json: key must be one of out, seed",
         ),
         (["train", "--out", "{tmp}/run", "--resume"], "config.json must be a readable JSON file"),
         (["train", "--out", "{tmp}/run", "--network.backbone", "vgg11"], "vgg11"),
