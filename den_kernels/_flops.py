@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dynamic_conv, dynamic_graph, dynamic_norm, plan  # noqa: F401 (the ops)
-from ._conv_cpu import part_of
+from ._conv_parts import part_of
 from ._operands import Operands
 from .dynamic_bottleneck import OPERANDS as BOTTLENECK
 from .dynamic_inverted_residual import OPERANDS as INVERTED

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import _conv_cpu, _conv_direct, _triton
 from ._conv_masked import equation, masked_backward, masked_forward
+from ._conv_parts import parts_of
 from ._geometry import Geometry, memory_format_of, operands, settle, sides
 from .eager import (
     call_op,
@@ -102,7 +103,7 @@ def compute(
             groups=geometry.groups, out_groups=geometry.out_sizes, in_groups=geometry.in_sizes,
         )  # fmt: skip
     if not uses_direct(x, weight, route, geometry, packed is not None):
-        parts = _conv_cpu.parts_of(route, geometry, x.shape[1], weight.shape[0])
+        parts = parts_of(route, geometry, x.shape[1], weight.shape[0])
         return _conv_cpu.forward(x, weight, bias, parts, geometry)
     own = packed(x.dtype) if packed else _conv_direct.pack_anew(weight, geometry.in_sizes)
     shape = geometry.out_shape(x, weight)
@@ -177,7 +178,7 @@ def _backward_cpu(
         dweight = dweight.contiguous(memory_format=memory_format_of(weight))
     if not any(rest):
         return dx, dweight, None
-    parts = _conv_cpu.parts_of(route, geometry, x.shape[1], weight.shape[0])
+    parts = parts_of(route, geometry, x.shape[1], weight.shape[0])
     others = _conv_cpu.backward(grad, x, weight, parts, geometry, rest)
     return dx if others[0] is None else others[0], dweight if others[1] is None else others[1], others[2]
 

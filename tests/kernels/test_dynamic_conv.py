@@ -7,8 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from den_kernels import _conv_cpu
-from den_kernels._conv_cpu import ChannelRange, Part, part_of, ranges_of
 from den_kernels._conv_masked import masked_forward
+from den_kernels._conv_parts import ChannelRange, Part, part_of, parts_of, ranges_of
 from den_kernels._geometry import Geometry, group_sizes, memory_format_of
 from den_kernels.dynamic_conv import dynamic_conv2d, dynamic_conv2d_reference
 from den_kernels.plan import RoutingPlan, as_route
@@ -98,7 +98,7 @@ def test_segments_and_masked_composition_agree_with_the_reference_in_float64(cas
     )  # fmt: skip
     route = as_route(selection, len(case.out_sizes) or len(case.in_sizes), case.batch)
     exact = dynamic_conv2d(x, weight, bias, route, **case.keywords)
-    parts = _conv_cpu.parts_of(route, geometry, x.shape[1], weight.shape[0])
+    parts = parts_of(route, geometry, x.shape[1], weight.shape[0])
     by_segments = _conv_cpu.forward(x, weight, bias, parts, geometry)
     torch.testing.assert_close(by_segments, exact, rtol=1e-12, atol=1e-12)
     masked = masked_forward(x, weight, bias, route.levels, route.mask, geometry)
