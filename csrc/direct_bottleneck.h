@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include "check.h"
+#include "direct_cardinality.h"
 #include "direct_chunks.h"
 #include "direct_sums.h"
 #include "dynamic_bottleneck.h"
@@ -24,7 +25,8 @@ using Arguments = BottleneckArguments<float>;
 struct Selected {
   const Channels& hidden;
   std::vector<Piece> stream;               // inputs of conv1
-  std::vector<std::vector<Piece>> inputs;  // inputs of conv2, by cardinality group, counted from its first channel
+  // Inputs of conv2, by cardinality group, counted from its first channel; of narrow groups none.
+  std::vector<std::vector<Piece>> inputs;
 };
 
 // Instances order[start : start + count] of a route. In scratch memory: their hidden maps, and behind these a band of
@@ -165,10 +167,11 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   int64_t taps[max_taps];
   for (int64_t t = 0; t < tap_count; ++t) taps[t] = (t / p.S * c.columns + t % p.S) * pixel;
   const int64_t weight_vector = weight_words<float>(unit, tap_count);
+  const bool narrow = narrow_groups(unit);
   for (int64_t n = 0; n < blocks;) {
     const Block* block = &chosen.blocks[n];
-    const int64_t group = block->index * 16 / unit;
-    const bool two = tile_vectors > 1 && n + 1 < blocks && block[1].index * 16 / unit == group;
+    const int64_t group = narrow ? 0 : block->index * 16 / unit;
+    const bool two = tile_vectors > 1 && !narrow && n + 1 < blocks && block[1].index * 16 / unit == group;
     Vector bias[2];
     load_bias(p.bias2, block, 1 + two, bias);
     StoreHidden store{{}, {}, pixel, {block[0], block[two]}};
@@ -185,9 +188,13 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
       for (int64_t i = 0; i < strips; ++i) {
         const Strips::At at = c.out.at(first + q + i);
         in.at[i] = c.scratch + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * pixel;
+        if (narrow) in.at[i] += block->place;
         store.to[i] = scratch + (q + i) * size * pixel;
       }
-      sum_strips(size, strips, 1 + two, in, bias, store);
+      if (narrow)
+        sum_groups(size, strips, unit, in, bias[0], store);
+      else
+        sum_strips(size, strips, 1 + two, in, bias, store);
     }
     n += 1 + two;
   }
@@ -255,6 +262,7 @@ void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
 std::vector<std::vector<Piece>> inputs_by_group(const Arguments& p, const Channels& hidden) {
   std::vector<std::vector<Piece>> found(p.cardinality);
   const int64_t unit = p.M / p.cardinality;
+  if (narrow_groups(unit)) return found;
   for (const Piece& piece : hidden.pieces) {
     const int64_t group = piece.first / unit;
     found[group].push_back({piece.first - group * unit, piece.width, piece.place});
@@ -265,8 +273,11 @@ std::vector<std::vector<Piece>> inputs_by_group(const Arguments& p, const Channe
 void run_direct(const BottleneckArguments<float>& p) {
   constexpr char op[] = "dynamic_bottleneck";
   check(p.C % 16 == 0 && p.C_out % 16 == 0, op, "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
-  check(p.M % (16 * p.cardinality) == 0, op, "hidden channels of a cardinality group", "divisible by 16",
-        p.M / p.cardinality);
+  const int64_t unit = p.M / p.cardinality;
+  check(p.M % 16 == 0 && (unit % 16 == 0 || narrow_groups(unit)), op, "hidden channels of a cardinality group",
+        "divisible by 16, or 1, 2, 4 or 8", unit);
+  for (const int64_t size : p.sizes)
+    check(unit % 16 == 0 || size % 16 == 0, op, "sizes over narrow cardinality groups", "divisible by 16", size);
   check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, op, "kernel", "odd and at most 7 x 7", p.R * p.S);
   const std::vector<Channels> hidden = channels_of(p.route, p.sizes, p.M, 16);
   std::vector<Selected> selected;

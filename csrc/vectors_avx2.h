@@ -91,6 +91,18 @@ KERNEL Vector keep(const Vector& v, Lanes lanes) {
           _mm256_and_ps(v.high, _mm256_castsi256_ps(mask_of(lanes >> 8)))};
 }
 
+// Lane `k` of the lane's own group of `unit` lanes, a divisor of 8, and the 16 values at `from` in such an order.
+using Order = __m256i;  // of either half
+KERNEL Order lane_of_group(int64_t unit, int64_t k) {
+  const __m256i own = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_add_epi32(_mm256_and_si256(own, _mm256_set1_epi32(static_cast<int>(-unit))),
+                          _mm256_set1_epi32(static_cast<int>(k)));
+}
+KERNEL Vector load_ordered(const float* from, Order order) {
+  return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), order),
+          _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + 8), order)};
+}
+
 // The selected lanes, without gaps.
 KERNEL void store_selected(float* to, const Vector& v, Lanes lanes) {
   if (lanes == 0xFFFF) return store16(to, v);

@@ -43,6 +43,15 @@ KERNEL Vector power_of_two(Vector n) {  // of whole numbers -126 .. 127
 }
 KERNEL Vector keep(Vector v, Lanes lanes) { return _mm512_maskz_mov_ps(lanes, v); }
 
+// Lane `k` of the lane's own group of `unit` lanes, a divisor of 8, and the 16 values at `from` in such an order.
+using Order = __m512i;
+KERNEL Order lane_of_group(int64_t unit, int64_t k) {
+  const __m512i own = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(_mm512_and_si512(own, _mm512_set1_epi32(static_cast<int>(-unit))),
+                          _mm512_set1_epi32(static_cast<int>(k)));
+}
+KERNEL Vector load_ordered(const float* from, Order order) { return _mm512_permutexvar_ps(order, load16(from)); }
+
 // The selected lanes, without gaps.
 KERNEL void store_selected(float* to, Vector v, Lanes lanes) {
   _mm512_mask_storeu_ps(to, static_cast<Lanes>(_pext_u32(lanes, lanes)), _mm512_maskz_compress_ps(lanes, v));
