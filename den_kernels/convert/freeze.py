@@ -56,9 +56,9 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
     frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for path, block in blocks.items():
         frozen.set_submodule(path, block)
+    pack_convolutions(frozen)
     _join(frozen, recording, blocks)
     join_pairs(frozen, recording)
-    pack_convolutions(frozen)
     return frozen
 
 
@@ -95,7 +95,7 @@ def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock
     for path in [*order, None]:
         block = None if path is None else blocks[path]
         follows = bool(row) and block is not None and _follows(recording, blocks, row[-1], path)
-        if block is None or path is None or not (block.joins and block.may_write and _keeps_shape(block)):
+        if block is None or path is None or not (block.joins and block.may_write):
             row = _replaced(frozen, blocks, row)
         elif follows:
             row.append(path)
@@ -108,11 +108,6 @@ def _follows(recording: Recording, blocks: dict[str, FrozenBlock], path: str, ne
     """Whether the block `next` reads what the block `path` gives, and its levels stand in the next column."""
     assert next is not None
     return recording.results[path].node == _input(recording, next) and blocks[next].block == blocks[path].block + 1
-
-
-def _keeps_shape(block: FrozenBlock) -> bool:
-    [weights] = block.weights
-    return weights.stride == 1 and weights.out_channels == weights.first.shape[1]
 
 
 def _replaced(frozen: nn.Module, blocks: dict[str, FrozenBlock], row: list[str]) -> list[str]:
