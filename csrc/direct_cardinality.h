@@ -20,7 +20,7 @@ DEN_KERNELS_TARGET
 template <class Finish>
 struct GroupTile {
   static constexpr int vectors = 1;
-  static constexpr int most(int, int size) { return strips_per_tile(size); }
+  static constexpr int most(int, int size) { return strips_per_tile(size, 1); }
   template <int, int strips, int size>
   static void run(const Inputs& in, int64_t unit, const Vector& bias, const Finish& finish) {
     Vector acc[strips * size][1];

@@ -10,7 +10,6 @@ namespace {
 constexpr int tile_vectors = 1;
 constexpr int usual_strip = 2, other_strip = 1;
 constexpr int64_t strip_size(int64_t columns) { return columns % 2 ? 1 : 2; }
-constexpr int strips_per_tile(int64_t size) { return size == 1 ? 6 : 3; }
 constexpr int sum_vectors = 6;  // the vectors that may sum at once
 // Vectors of pixels, by outputs that are summed at once: at least six registers hide how long a sum takes.
 constexpr int plane_vectors(int outputs) { return outputs == 1 ? 4 : outputs == 2 ? 2 : 1; }
