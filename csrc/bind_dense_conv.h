@@ -34,8 +34,7 @@ struct DenseConvHandle {
   DenseConv<bf16> halves{};
 
   // shape: C, C_out, R, S, stride, padding.
-  DenseConvHandle(const std::array<int64_t, 6>& shape, pybind11::object packed, pybind11::object offset,
-                  bool with_relu)
+  DenseConvHandle(const std::array<int64_t, 6>& shape, pybind11::object packed, pybind11::object offset, bool with_relu)
       : weight(std::move(packed)), bias(std::move(offset)), half(Tensor(weight, op, "weight").is<bf16>()) {
     half ? fill(halves, shape, with_relu) : fill(floats, shape, with_relu);
   }

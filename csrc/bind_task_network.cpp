@@ -243,7 +243,8 @@ void bind_task_network(py::module_& m) {
       },
       "Values of the packed weight of a convolution (C, C_out, R, S, stride, padding), of bfloat16 or float32.");
   m.def("pack_dense", &pack, "(C, C_out, R, S, stride, padding), weight [C_out, C, R, S] channels-last, packed.");
-  py::class_<DenseConvHandle>(m, "DenseConv", "(C, C_out, R, S, stride, padding), packed weight, bias [C_out], its ReLU.")
+  py::class_<DenseConvHandle>(m, "DenseConv",
+                              "(C, C_out, R, S, stride, padding), packed weight, bias [C_out], its ReLU.")
       .def(py::init<std::array<int64_t, 6>, py::object, py::object, bool>(), py::arg("shape"), py::arg("weight"),
            py::arg("bias"), py::arg("relu") = true);
   py::class_<HeadHandle>(m, "Head", "(weight [O, C], bias [O], scale and shift [C] of the inputs or None)")

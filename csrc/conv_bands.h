@@ -66,8 +66,8 @@ void run_bands_together(Team& team, const std::vector<Band>& bands, Bytes bytes_
   team.wait();
 }
 
-// All bands shared out among the threads, or in a team's turn among its: work(band, scratch memory). block: the channels
-// that the kernel takes at once.
+// All bands shared out among the threads, or those of a team: work(band, scratch memory). block: the channels that the
+// kernel takes at once.
 template <class T, class Bytes, class Work>
 void run_bands(const ConvArguments<T>& p, int64_t block, int64_t multiple, Bytes bytes_of, Work work) {
   check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);

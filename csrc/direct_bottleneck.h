@@ -24,7 +24,7 @@ using Arguments = BottleneckArguments<float>;
 // The channels that all chunks of one selection use.
 struct Selected {
   const Channels& hidden;
-  std::vector<Piece> stream;               // inputs of conv1
+  std::vector<Piece> stream;  // inputs of conv1
   // Inputs of conv2, by cardinality group, counted from its first channel; of narrow groups none.
   std::vector<std::vector<Piece>> inputs;
 };

@@ -326,7 +326,9 @@ Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Sel
                       static_cast<int64_t>(fours.size()) < 4 * hidden_blocks;
   const Strips strips(count, b.Wo);
   const int64_t line = strips.count(1);
-  const auto most = [&](int64_t blocks) { return strips_per_tile(strips.size, std::min<int64_t>(blocks, tile_vectors)); };
+  const auto most = [&](int64_t blocks) {
+    return strips_per_tile(strips.size, std::min<int64_t>(blocks, tile_vectors));
+  };
   return {b,
           start,
           count,

@@ -81,17 +81,18 @@ class TrunkWeights(HasHandle):
 
     @cached_property
     def _plain(self) -> bool:
-        """True where no block has a ReLU behind it, a bias of its third convolution or a convolution as its shortcut, of
-        which Triton knows nothing."""
-        biases = (getattr(block, "bias3", None) for block in self.blocks)
-        return not (any(block.relu for block in self.blocks) or any(b is not None for b in biases) or any(self.shortcuts))
+        """True where no block has what Triton knows nothing of: a ReLU behind it, a bias of its third convolution, or a
+        convolution as its shortcut."""
+        if any(conv is not None for conv in self.shortcuts):
+            return False
+        return not any(block.relu or getattr(block, "bias3", None) is not None for block in self.blocks)
 
     def runs_on_gpu(self, x: Tensor) -> bool:
         """True where one call runs all blocks on x [B, C, H, W], which is not on a CPU."""
         return self._alike and self._plain and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
     def shapes(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
-        """[C_out, H_out, W_out] of each block that changes the shape of its map or has a convolution as its shortcut."""
+        """[C_out, H_out, W_out] of each block that changes its map's shape or has a convolution as its shortcut."""
         for block, conv in self._with_shortcuts():
             out_channels, channels = _channels(block)
             height, width = -(-height // block.stride), -(-width // block.stride)

@@ -1,4 +1,4 @@
-"""Trunks whose blocks have a convolution as their shortcut: the blocks one after the other, however the batch is cut."""
+"""Trunks with convolutions as shortcuts: the blocks one after the other, however the batch is cut."""
 
 import pytest
 import torch
