@@ -8,13 +8,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include <omp.h>
-
 #include "check.h"
 #include "direct_cardinality.h"
 #include "direct_chunks.h"
 #include "direct_sums.h"
 #include "dynamic_bottleneck.h"
+#include "openmp.h"
 
 namespace den_kernels {
 namespace {
