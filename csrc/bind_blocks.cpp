@@ -223,8 +223,11 @@ void bind_dynamic_bottleneck(py::module_& m) {
       .def("__call__", &BottleneckHandle::call, of_call);
 }
 
-TrunkHandle::TrunkHandle(py::list blocks, py::object norm_scale, py::object norm_shift)
-    : handles(std::move(blocks)), scale(std::move(norm_scale)), shift(std::move(norm_shift)) {
+TrunkHandle::TrunkHandle(py::list blocks, py::object norm_scale, py::object norm_shift, py::list convs)
+    : handles(std::move(blocks)),
+      shortcuts(std::move(convs)),
+      scale(std::move(norm_scale)),
+      shift(std::move(norm_shift)) {
   check(!handles.empty(), op, "blocks", "at least one", 0);
   for (const py::handle& each : handles) {
     if (py::isinstance<ResidualHandle>(each)) {
@@ -238,6 +241,7 @@ TrunkHandle::TrunkHandle(py::list blocks, py::object norm_scale, py::object norm
   scales = dense_or_null<const float>(scale, op, "scale", {channels});
   shifts = dense_or_null<const float>(shift, op, "shift", {channels});
   check(!scales == !shifts, op, "scale and shift", "both tensors or both None", "one of them");
+  check_shortcuts();
 }
 
 template <class Handle>

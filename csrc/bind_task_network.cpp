@@ -6,9 +6,9 @@
 #include <array>
 #include <utility>
 
+#include "bind_dense_conv.h"
 #include "bind_operands.h"
 #include "bind_trunk.h"
-#include "direct_chunks.h"
 #include "task_network.h"
 
 namespace py = pybind11;
@@ -29,17 +29,6 @@ struct Of {  // one of the two dtypes of a handle
   }
 };
 
-template <class Conv>
-Conv conv_of(const std::array<int64_t, 6>& shape) {
-  Conv conv{};
-  conv.C = shape[0], conv.C_out = shape[1], conv.R = shape[2], conv.S = shape[3];
-  conv.stride = shape[4], conv.padding = shape[5];
-  for (int i = 0; i < 5; ++i) check(shape[i] >= 1, op, "a convolution's sizes", "at least 1", shape[i]);
-  check(conv.padding >= 0, op, "padding", "at least 0", conv.padding);
-  check(conv.R * conv.S <= max_taps, op, "kernel", "of at most 49 taps", conv.R * conv.S);
-  return conv;
-}
-
 // weight [O, I, R, S] channels-last, shape and memory for it packed.
 void pack(const std::array<int64_t, 6>& shape, py::handle weight, py::handle packed) {
   const Tensor from(weight, op, "weight"), to(packed, op, "packed");
@@ -50,26 +39,6 @@ void pack(const std::array<int64_t, 6>& shape, py::handle weight, py::handle pac
   };
   from.is<bf16>() ? run(conv_of<DenseConv<bf16>>(shape), bf16{}) : run(conv_of<DenseConv<float>>(shape), 0.f);
 }
-
-// A convolution's packed weight and its bias [C_out].
-struct DenseConvHandle {
-  py::object weight, bias;
-  bool half;
-  DenseConv<float> floats{};
-  DenseConv<bf16> halves{};
-
-  // shape: C, C_out, R, S, stride, padding.
-  DenseConvHandle(const std::array<int64_t, 6>& shape, py::object packed, py::object offset)
-      : weight(std::move(packed)), bias(std::move(offset)), half(Tensor(weight, op, "weight").is<bf16>()) {
-    half ? fill(halves, shape) : fill(floats, shape);
-  }
-  template <class T>
-  void fill(DenseConv<T>& conv, const std::array<int64_t, 6>& shape) {
-    conv = conv_of<DenseConv<T>>(shape);
-    conv.weight = Tensor(weight, op, "weight").dense<const T>({dense_packed_size(conv)});
-    conv.bias = Tensor(bias, op, "bias").dense<const T>({conv.C_out});
-  }
-};
 
 // weight [O, C], bias [O] of a fully connected layer, and scale and shift [C] of a norm before it, or None.
 struct HeadHandle {
@@ -207,7 +176,7 @@ struct TaskNetworkHandle {
     std::vector<int32_t> own;
     if (blocks) {
       shared.blocks = &blocks->blocks<T>(), shared.G = blocks->G;
-      shared.scale = blocks->scales, shared.shift = blocks->shifts;
+      shared.scale = blocks->scales, shared.shift = blocks->shifts, shared.shortcuts = blocks->convs<T>();
       shared.levels = levels_of(levels, B, own);
       network.trunk = &shared;
     } else {
@@ -274,8 +243,10 @@ void bind_task_network(py::module_& m) {
       },
       "Values of the packed weight of a convolution (C, C_out, R, S, stride, padding), of bfloat16 or float32.");
   m.def("pack_dense", &pack, "(C, C_out, R, S, stride, padding), weight [C_out, C, R, S] channels-last, packed.");
-  py::class_<DenseConvHandle>(m, "DenseConv", "(C, C_out, R, S, stride, padding), packed weight, bias [C_out].")
-      .def(py::init<std::array<int64_t, 6>, py::object, py::object>());
+  py::class_<DenseConvHandle>(m, "DenseConv",
+                              "(C, C_out, R, S, stride, padding), packed weight, bias [C_out], its ReLU.")
+      .def(py::init<std::array<int64_t, 6>, py::object, py::object, bool>(), py::arg("shape"), py::arg("weight"),
+           py::arg("bias"), py::arg("relu") = true);
   py::class_<HeadHandle>(m, "Head", "(weight [O, C], bias [O], scale and shift [C] of the inputs or None)")
       .def(py::init<std::array<py::object, 4>>());
   py::class_<TaskNetworkHandle>(m, "TaskNetwork",

@@ -14,7 +14,8 @@ namespace den_kernels {
 // Blocks one after the other, and the last batch norm and mean behind them.
 struct TrunkHandle {
   static constexpr char op[] = "dynamic_trunk";
-  pybind11::list handles;  // ResidualHandle, BottleneckHandle: they hold the weights
+  pybind11::list handles;    // ResidualHandle, BottleneckHandle: they hold the weights
+  pybind11::list shortcuts;  // DenseConvHandle of each block, or None
   pybind11::object scale, shift;
   int64_t G = 0, in_channels = any_size, channels = any_size;  // channels: behind the blocks that were added
   bool half = false;
@@ -22,7 +23,8 @@ struct TrunkHandle {
   std::vector<TrunkBlock<bf16>> halves;
   const float *scales = nullptr, *shifts = nullptr;
 
-  TrunkHandle(pybind11::list blocks, pybind11::object norm_scale, pybind11::object norm_shift);  // bind_blocks.cpp
+  // bind_blocks.cpp. convs: of each block's shortcut, or None
+  TrunkHandle(pybind11::list blocks, pybind11::object norm_scale, pybind11::object norm_shift, pybind11::list convs);
   void run(pybind11::handle x, pybind11::handle levels, const pybind11::list& maps, pybind11::handle features) const;
 
   template <class T>
@@ -32,12 +34,16 @@ struct TrunkHandle {
     else
       return halves;
   }
+  // The shortcuts as a trunk has them.
+  template <class T>
+  std::vector<const DenseConv<T>*> convs() const;
   // ValueError unless each of the levels [count] is one of 0..G.
   void check_levels(const int32_t* levels, int64_t count) const;
 
  private:
   template <class Handle>
   void add(const Handle& block);
+  void check_shortcuts() const;
   template <class T>
   void run_as(pybind11::handle x, pybind11::handle levels, const pybind11::list& maps, pybind11::handle features) const;
 };

@@ -25,7 +25,7 @@ void run(const DenseConv<T>& c, const T* x, T* out, const int32_t* order, int64_
   p.R = c.R, p.S = c.S;
   for (int i = 0; i < 2; ++i) p.stride[i] = c.stride, p.padding[i] = c.padding, p.dilation[i] = 1;
   p.route = {1, 0, order, offsets, nullptr};
-  p.x = x, p.out = out, p.weight = c.weight, p.bias = c.bias, p.relu = true;
+  p.x = x, p.out = out, p.weight = c.weight, p.bias = c.bias, p.relu = c.relu;
   p.write_whole_map();
   const FewThreads few(c.cost(p.Ho * p.Wo) * static_cast<double>(count));
   convolve(c, p);

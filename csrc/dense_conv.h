@@ -1,4 +1,4 @@
-// Convolutions that all instances run in full, with bias and ReLU: the layers around elastic blocks.
+// Convolutions that all instances run in full, with bias: the layers around elastic blocks.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@ struct DenseConv {
   int64_t C, C_out, R, S, stride, padding;
   const T* weight;  // packed by pack_dense, dense_packed_size values
   const T* bias;    // [C_out]
+  bool relu;        // behind it
 
   // Side of the output; 0 where the padded input is smaller than the kernel.
   int64_t out(int64_t size, int64_t kernel) const {
@@ -21,8 +22,8 @@ struct DenseConv {
   double cost(int64_t pixels) const { return static_cast<double>(pixels * R * S * C) * static_cast<double>(C_out); }
 };
 
-// out[i] = relu(conv(x[i], weight) + bias) for the instances i of order [count]. x: [., H, W, C], out: [., Ho, Wo,
-// C_out], zero padding. Needs a direct kernel of T (has_direct_float32, has_direct_bf16) and at most 49 taps.
+// out[i] = conv(x[i], weight) + bias, or its ReLU, for the instances i of order [count]. x: [., H, W, C], out: [., Ho,
+// Wo, C_out], zero padding. Needs a direct kernel of T (has_direct_float32, has_direct_bf16) and at most 49 taps.
 void dense_conv(const DenseConv<float>& conv, const float* x, float* out, const int32_t* order, int64_t count,
                 int64_t H, int64_t W);
 void dense_conv(const DenseConv<bf16>& conv, const bf16* x, bf16* out, const int32_t* order, int64_t count, int64_t H,

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "direct_cardinality.h"
 #include "direct_chunks.h"
 #include "direct_sums.h"
 #include "dynamic_bottleneck.h"
@@ -22,8 +23,9 @@ using Arguments = BottleneckArguments<float>;
 // The channels that all chunks of one selection use.
 struct Selected {
   const Channels& hidden;
-  std::vector<Piece> stream;               // inputs of conv1
-  std::vector<std::vector<Piece>> inputs;  // inputs of conv2, by cardinality group, counted from its first channel
+  std::vector<Piece> stream;  // inputs of conv1
+  // Inputs of conv2, by cardinality group, counted from its first channel; of narrow groups none.
+  std::vector<std::vector<Piece>> inputs;
 };
 
 // Instances order[start : start + count] of a route. In scratch memory: their hidden maps, and behind these a band of
@@ -74,8 +76,8 @@ DEN_KERNELS_TARGET
 void activate(const Chunk& c, int64_t first, int64_t count, float* to) {
   const Arguments& p = c.block;
   const int64_t pixel = spread(p.C);
-  for (int64_t q = first; q < first + count; ++q) {
-    const Strips::At at = c.in.at(q);
+  Strips::At at = c.in.at(first);
+  for (int64_t q = 0; q < count; ++q, at = c.in.after(at)) {
     const float* x = p.x + ((p.route.order[c.start + at.instance] * p.H + at.row) * p.W + at.column) * p.C;
     for (int64_t i = 0; i < c.in.size; ++i, to += pixel, x += p.C) {
       if (i >= at.live) {
@@ -125,26 +127,25 @@ struct StoreOutput {
 void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   const Arguments& p = c.block;
   const Channels& chosen = c.selected.hidden;
-  const int64_t tap = 0, from_pixel = spread(p.C), pixel = c.pixel(), weight_vector = weight_words<float>(p.C, 1),
-                most = strips_per_tile(c.in.size);
+  const int64_t tap = 0, from_pixel = spread(p.C), pixel = c.pixel(), weight_vector = weight_words<float>(p.C, 1);
   activate(c, first, count, scratch);
   const int64_t blocks = static_cast<int64_t>(chosen.blocks.size());
   for (int64_t n = 0; n < blocks; n += tile_vectors) {
     const Block* block = &chosen.blocks[n];
-    const int64_t vectors = std::min<int64_t>(tile_vectors, blocks - n);
+    const int64_t vectors = std::min<int64_t>(tile_vectors, blocks - n), most = strips_per_tile(c.in.size, vectors);
     Vector bias[2];
     load_bias(p.bias1, block, vectors, bias);
     StoreHidden store{{}, {}, pixel, {block[0], block[vectors - 1]}};
-    for (int64_t q = 0; q < count; q += most) {
-      const int64_t strips = std::min(most, count - q);
+    for (int64_t q = 0, tile = 1, strips; q < count; q += strips) {
+      strips = tile_begin(count, most, tile++) - q;
       Inputs in{{},
                 from_pixel,
                 {&tap, 1, 0, 1},
                 c.selected.stream,
                 p.conv1 + block[0].index * weight_vector,
                 (block[vectors - 1].index - block[0].index) * weight_vector};
-      for (int64_t i = 0; i < strips; ++i) {
-        const Strips::At at = c.in.at(first + q + i);
+      Strips::At at = c.in.at(first + q);
+      for (int64_t i = 0; i < strips; ++i, at = c.in.after(at)) {
         in.at[i] = scratch + (q + i) * c.in.size * from_pixel;
         store.to[i] =
             c.scratch + at.instance * c.map_size() + ((at.row + p.R / 2) * c.columns + at.column + p.S / 2) * pixel;
@@ -159,21 +160,23 @@ void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
 void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   const Arguments& p = c.block;
   const Channels& chosen = c.selected.hidden;
-  const int64_t most = strips_per_tile(c.out.size), tap_count = p.R * p.S, unit = p.M / p.cardinality;
+  const int64_t tap_count = p.R * p.S, unit = p.M / p.cardinality;
   const int64_t pixel = c.pixel(), size = c.out.size, blocks = static_cast<int64_t>(chosen.blocks.size());
   int64_t taps[max_taps];
   for (int64_t t = 0; t < tap_count; ++t) taps[t] = (t / p.S * c.columns + t % p.S) * pixel;
   const int64_t weight_vector = weight_words<float>(unit, tap_count);
+  const bool narrow = narrow_groups(unit);
   for (int64_t n = 0; n < blocks;) {
     const Block* block = &chosen.blocks[n];
-    const int64_t group = block->index * 16 / unit;
-    const bool two = tile_vectors > 1 && n + 1 < blocks && block[1].index * 16 / unit == group;
+    const int64_t group = narrow ? 0 : block->index * 16 / unit;
+    const bool two = tile_vectors > 1 && !narrow && n + 1 < blocks && block[1].index * 16 / unit == group;
+    const int64_t most = strips_per_tile(size, 1 + two);
     Vector bias[2];
     load_bias(p.bias2, block, 1 + two, bias);
     StoreHidden store{{}, {}, pixel, {block[0], block[two]}};
     std::fill_n(store.live, most_strips, size);
-    for (int64_t q = 0; q < count; q += most) {
-      const int64_t strips = std::min(most, count - q);
+    for (int64_t q = 0, tile = 1, strips; q < count; q += strips) {
+      strips = tile_begin(count, most, tile++) - q;
       const int64_t top = c.out.at(first + q).row, bottom = c.out.at(first + q + strips - 1).row;
       Inputs in{{},
                 pixel * p.stride,
@@ -181,12 +184,16 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
                 c.selected.inputs[group],
                 p.conv2 + block[0].index * weight_vector,
                 (block[two].index - block[0].index) * weight_vector};
-      for (int64_t i = 0; i < strips; ++i) {
-        const Strips::At at = c.out.at(first + q + i);
+      Strips::At at = c.out.at(first + q);
+      for (int64_t i = 0; i < strips; ++i, at = c.out.after(at)) {
         in.at[i] = c.scratch + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * pixel;
+        if (narrow) in.at[i] += block->place;
         store.to[i] = scratch + (q + i) * size * pixel;
       }
-      sum_strips(size, strips, 1 + two, in, bias, store);
+      if (narrow)
+        sum_groups(size, strips, unit, in, bias[0], store);
+      else
+        sum_strips(size, strips, 1 + two, in, bias, store);
     }
     n += 1 + two;
   }
@@ -195,18 +202,19 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
 // conv3 of that band, added to the shortcut.
 void last_band(const Chunk& c, int64_t first, int64_t count, const float* scratch) {
   const Arguments& p = c.block;
-  const int64_t most = strips_per_tile(c.out.size), weight_vector = weight_words<float>(p.M, 1), pixel = c.pixel();
+  const int64_t weight_vector = weight_words<float>(p.M, 1), pixel = c.pixel();
   const int64_t tap = 0;
   StoreOutput store{{}, {}, p.C_out, p.shortcut - p.out, broadcast(least_of(p))};
   for (int64_t n = 0; n < p.C_out / 16; n += tile_vectors) {
     const int64_t vectors = std::min<int64_t>(tile_vectors, p.C_out / 16 - n);
+    const int64_t most = strips_per_tile(c.out.size, vectors);
     Vector bias[2] = {zeros(), zeros()};
     for (int64_t v = 0; p.bias3 && v < vectors; ++v) bias[v] = load16(p.bias3 + (n + v) * 16);
-    for (int64_t q = 0; q < count; q += most) {
-      const int64_t strips = std::min(most, count - q);
+    for (int64_t q = 0, tile = 1, strips; q < count; q += strips) {
+      strips = tile_begin(count, most, tile++) - q;
       Inputs in{{}, pixel, {&tap, 1, 0, 1}, c.selected.hidden.pieces, p.conv3 + n * weight_vector, weight_vector};
-      for (int64_t i = 0; i < strips; ++i) {
-        const Strips::At at = c.out.at(first + q + i);
+      Strips::At at = c.out.at(first + q);
+      for (int64_t i = 0; i < strips; ++i, at = c.out.after(at)) {
         in.at[i] = scratch + (q + i) * c.out.size * pixel;
         const int64_t row = p.route.order[c.start + at.instance] * p.Ho + at.row;
         store.to[i] = p.out + (row * p.Wo + at.column) * p.C_out + n * 16;
@@ -254,6 +262,7 @@ void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
 std::vector<std::vector<Piece>> inputs_by_group(const Arguments& p, const Channels& hidden) {
   std::vector<std::vector<Piece>> found(p.cardinality);
   const int64_t unit = p.M / p.cardinality;
+  if (narrow_groups(unit)) return found;
   for (const Piece& piece : hidden.pieces) {
     const int64_t group = piece.first / unit;
     found[group].push_back({piece.first - group * unit, piece.width, piece.place});
@@ -264,8 +273,11 @@ std::vector<std::vector<Piece>> inputs_by_group(const Arguments& p, const Channe
 void run_direct(const BottleneckArguments<float>& p) {
   constexpr char op[] = "dynamic_bottleneck";
   check(p.C % 16 == 0 && p.C_out % 16 == 0, op, "channels", "divisible by 16", p.C % 16 ? p.C : p.C_out);
-  check(p.M % (16 * p.cardinality) == 0, op, "hidden channels of a cardinality group", "divisible by 16",
-        p.M / p.cardinality);
+  const int64_t unit = p.M / p.cardinality;
+  check(p.M % 16 == 0 && (unit % 16 == 0 || narrow_groups(unit)), op, "hidden channels of a cardinality group",
+        "divisible by 16, or 1, 2, 4 or 8", unit);
+  for (const int64_t size : p.sizes)
+    check(unit % 16 == 0 || size % 16 == 0, op, "sizes over narrow cardinality groups", "divisible by 16", size);
   check(p.R % 2 && p.S % 2 && p.R * p.S <= max_taps, op, "kernel", "odd and at most 7 x 7", p.R * p.S);
   const std::vector<Channels> hidden = channels_of(p.route, p.sizes, p.M, 16);
   std::vector<Selected> selected;

@@ -44,9 +44,7 @@ KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_
 
 // The blocks of output channels block[0 .. vectors - 1] of strips from q0: the sums, and zeros in lanes not selected.
 template <class T>
-struct ConvTile {
-  static constexpr int vectors = tile_vectors;
-  static constexpr int most(int vectors, int size) { return sum_vectors / (vectors * size); }
+struct ConvTile : UsualTile {
   template <int vectors, int strips, int size>
   static void run(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
     const ConvArguments<T>& p = m.arguments;
@@ -104,7 +102,7 @@ void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words
   for (int64_t i = 0; i < block_count; i += tile_vectors) {
     const int vectors = tile_vectors > 1 && i + 1 < block_count ? 2 : 1;
     const Cut cut = Cut::of(band.first_row, band.rows, maps.strips.count(1), p.R, p.padding[0], p.H, p.stride[0],
-                            p.dilation[0], ConvTile<T>::most(vectors, static_cast<int>(size)));
+                            p.dilation[0], strips_per_tile(size, vectors));
     const int64_t tiles = cut.tiles();
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Ahead ahead = i + tile_vectors < block_count ? ahead_of(tile, tiles) : Ahead{};

@@ -177,7 +177,8 @@ struct OutputTile : UsualTile {
       for (int64_t p = 0; p < at[q].live; ++p) {  // asked for now: they are in the cache when the sums are done
         UNROLL for (int v = 0; v < vectors; ++v) {
           _mm_prefetch(reinterpret_cast<const char*>(shortcut[q] + p * b.C_out + v * 16), _MM_HINT_T1);
-          _mm_prefetch(reinterpret_cast<const char*>(out[q] + p * b.C_out + v * 16), _MM_HINT_T1);
+          if (b.out != b.shortcut)
+            _mm_prefetch(reinterpret_cast<const char*>(out[q] + p * b.C_out + v * 16), _MM_HINT_T1);
         }
       }
     }
@@ -238,17 +239,19 @@ void activate_row(const Chunk<T>& c, int64_t j, int64_t row) {
   }
 }
 
-// Zeros around a map.
+KERNEL void clear(float* to, int64_t count) {
+  for (; count >= 16; count -= 16, to += 16) store16(to, zeros());
+  if (count) store16(to, zeros(), lanes_of(count));
+}
+
+// Zeros around a map: behind each of its rows, up to the next one.
 void clear_border(const PaddedMap& m, float* data, int64_t top, int64_t left) {
-  const int64_t planes = m.planar ? m.channels : 1, run = m.pixel();
-  for (int64_t plane = 0; plane < planes; ++plane) {
-    float* map = data + plane * m.rows * m.columns;
-    for (int64_t r = 0; r < m.rows; ++r) {
-      float* row = map + r * m.columns * run;
-      const bool inside = r >= top && r < top + m.H;
-      for (int64_t i = 0; i < (inside ? left : m.columns) * run; ++i) row[i] = 0.f;
-      for (int64_t i = (left + m.W) * run; inside && i < m.columns * run; ++i) row[i] = 0.f;
-    }
+  const int64_t planes = m.planar ? m.channels : 1, pixel = m.pixel(), row = m.columns * pixel, live = m.W * pixel;
+  for (int64_t plane = 0; plane < planes; ++plane, data += m.rows * row) {
+    float* at = data + top * row + left * pixel;
+    clear(data, at - data);
+    for (int64_t r = 1; r < m.H; ++r, at += row) clear(at + live, row - live);
+    clear(at + live, data + m.rows * row - (at + live));
   }
 }
 
@@ -318,10 +321,14 @@ Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Sel
                     int64_t count, bool may_be_planar = true) {
   std::vector<Piece> fours = cut(hidden.channels.ranges, 4);
   // By pixels where pieces of 4 hidden channels waste less than blocks of 16.
+  const int64_t hidden_blocks = static_cast<int64_t>(hidden.channels.blocks.size());
   const bool planar = may_be_planar && per_word<T> == 1 && b.stride == 1 && b.W % 16 == 0 &&
-                      fours.size() < 4 * hidden.channels.blocks.size();
+                      static_cast<int64_t>(fours.size()) < 4 * hidden_blocks;
   const Strips strips(count, b.Wo);
-  const int64_t line = strips.count(1), most = strips_per_tile(strips.size);
+  const int64_t line = strips.count(1);
+  const auto most = [&](int64_t blocks) {
+    return strips_per_tile(strips.size, std::min<int64_t>(blocks, tile_vectors));
+  };
   return {b,
           start,
           count,
@@ -331,8 +338,8 @@ Chunk<T> make_chunk(const ResidualBlock<T>& b, const Channels& stream, const Sel
           padded_map(b.H, b.W, b.C / per_word<T>, planar, b.R, b.S, b.stride),
           padded_map(b.Ho, b.Wo, hidden.words.count, planar, b.R, b.S, 1),
           strips,
-          Cut::of(0, b.Ho, line, b.R, b.R / 2, b.H, b.stride, 1, most),
-          Cut::of(0, b.Ho, line, b.R, b.R / 2, b.Ho, 1, 1, most),
+          Cut::of(0, b.Ho, line, b.R, b.R / 2, b.H, b.stride, 1, most(hidden_blocks)),
+          Cut::of(0, b.Ho, line, b.R, b.R / 2, b.Ho, 1, 1, most(b.C_out / 16)),
           nullptr};
 }
 

@@ -9,7 +9,11 @@
 namespace den_kernels {
 namespace {
 
-constexpr int most_strips = std::max(strips_per_tile(usual_strip), strips_per_tile(other_strip));
+// Strips that a tile of so many vectors of output channels sums at once.
+constexpr int strips_per_tile(int64_t size, int64_t vectors = tile_vectors) {
+  return static_cast<int>(sum_vectors / (vectors * size));
+}
+constexpr int most_strips = std::max(strips_per_tile(usual_strip, 1), strips_per_tile(other_strip, 1));
 inline int64_t strips_of_row(int64_t columns) { return (columns + strip_size(columns) - 1) / strip_size(columns); }
 inline int64_t strip_columns(int64_t columns) { return strips_of_row(columns) * strip_size(columns); }
 
@@ -23,16 +27,32 @@ struct Strips {
   struct At {
     int64_t instance, row, column, live;  // column: the first; live: the pixels of the strip that lie on the map
   };
-  // Strip q, and strips q0 and on.
+  // Strip q, the one behind a strip, and strips q0 and on: divisions take as long as a small tile's sums.
   KERNEL At at(int64_t q) const {
     const int64_t line = q / per_row, column = (q - line * per_row) * size, row = line / instances;
     return {line - row * instances, row, column, std::min(size, columns - column)};
   }
+  KERNEL At after(At strip) const {
+    strip.column += size;
+    if (strip.column >= columns) {
+      strip.column = 0;
+      if (++strip.instance == instances) strip.instance = 0, ++strip.row;
+    }
+    strip.live = std::min(size, columns - strip.column);
+    return strip;
+  }
   template <int count>
   KERNEL void at(int64_t q0, At (&found)[count]) const {
-    UNROLL for (int q = 0; q < count; ++q) found[q] = at(q0 + q);
+    found[0] = at(q0);
+    UNROLL for (int q = 1; q < count; ++q) found[q] = after(found[q - 1]);
   }
 };
+
+// Of `count` strips in as few tiles of at most `most` as there can be, all of about one size: the first of tile i.
+inline int64_t tile_begin(int64_t count, int64_t most, int64_t i) {
+  const int64_t tiles = (count + most - 1) / most;
+  return tiles ? count * i / tiles : 0;
+}
 
 // The strips of a map, in the order of their rows, cut into tiles of at most `most`. The rows that meet padding above,
 // those that meet none and those that meet padding below are cut apart.
@@ -54,8 +74,9 @@ struct Cut {
   void at(int64_t i, int64_t& first, int64_t& count) const {
     int part = 0;
     for (first = 0; i >= tiles(part); first += strips[part++]) i -= tiles(part);
-    count = std::min(most, strips[part] - i * most);
-    first += i * most;
+    const int64_t begin = tile_begin(strips[part], most, i);
+    count = tile_begin(strips[part], most, i + 1) - begin;
+    first += begin;
   }
 };
 

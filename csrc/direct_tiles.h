@@ -50,7 +50,7 @@ auto tile_of(int64_t size, int64_t vectors, int64_t strips) {
 // A tile of few vectors, cut by strips_per_tile.
 struct UsualTile {
   static constexpr int vectors = tile_vectors;
-  static constexpr int most(int, int size) { return strips_per_tile(size); }
+  static constexpr int most(int vectors, int size) { return strips_per_tile(size, vectors); }
 };
 
 #pragma GCC push_options
@@ -156,7 +156,8 @@ KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* con
         Vector wv[vectors];
         UNROLL for (int v = 0; v < vectors; ++v) {
           wv[v] = load16(w + v * weight_vector);
-          _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
+          if (vectors == tile_vectors)  // else the sums leave no load free for it
+            _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
         }
         UNROLL for (int q = 0; q < strips; ++q) {
           UNROLL for (int p = 0; p < size; ++p) {

@@ -36,8 +36,8 @@ struct BottleneckArguments {
   bool relu;           // of the sum
 };
 
-// Needs AVX-512 or AVX2 (has_direct_float32); C, C_out and M / cardinality divisible by 16; R and S odd, at most 7 x 7;
-// a selection keeps whole cardinality groups.
+// Needs AVX-512 or AVX2 (has_direct_float32); C, C_out and M / cardinality divisible by 16, or this a divisor of 16 and
+// all sizes divisible by 16; R and S odd, at most 7 x 7; a selection keeps whole cardinality groups.
 void dynamic_bottleneck(const BottleneckArguments<float>& arguments);
 
 // Needs AMX (has_amx); no cardinality; C divisible by 32, M and C_out by 16; weights packed by pack_weights_bf16, those

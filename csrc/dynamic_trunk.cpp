@@ -24,7 +24,6 @@ struct Shape {
   int64_t H, W, C, stride, C_out;
   int64_t Ho() const { return (H + stride - 1) / stride; }
   int64_t Wo() const { return (W + stride - 1) / stride; }
-  bool kept() const { return stride == 1 && C == C_out; }
 };
 
 template <class T>
@@ -66,7 +65,7 @@ struct Sorted {
     std::vector<int32_t> next(offsets.begin(), offsets.end() - 1);
     for (int64_t i = 0; i < count; ++i) order[next[G - levels[instances[i]]]++] = instances[i];
   }
-  bool idle() const { return offsets.end()[-2] == 0; }  // true where all instances are at level 0
+  int64_t users() const { return offsets.end()[-2]; }  // those above level 0, which come first
 };
 
 // A trunk with what is known before it runs: each block's shape, map and cost a level.
@@ -82,7 +81,7 @@ struct TrunkCall {
     size_t made = 0;
     for (const TrunkBlock<T>& block : *t.blocks) {
       const Shape s = shape_of(block, H, W);
-      maps.push_back(s.kept() ? maps.back() : t.maps[made++]);
+      maps.push_back(t.has_map(shapes.size()) ? t.maps[made++] : maps.back());
       add_costs(block, s);
       shapes.push_back(s);
       H = s.Ho(), W = s.Wo();
@@ -92,9 +91,10 @@ struct TrunkCall {
   void add_costs(const TrunkBlock<T>& block, const Shape& s) {
     std::visit(
         [&](const auto& b) {
-          std::vector<double> of_level{0};
+          const DenseConv<T>* shortcut = trunk.shortcut(shapes.size());
+          std::vector<double> of_level{shortcut ? shortcut->cost(s.Ho() * s.Wo()) : 0.};
           for (int64_t g = 0, width = 0; g < trunk.G; ++g)
-            of_level.push_back(static_cast<double>(cost_of(b, s, width += b.sizes[g])));
+            of_level.push_back(of_level[0] + static_cast<double>(cost_of(b, s, width += b.sizes[g])));
           const int32_t* levels = trunk.levels + static_cast<int64_t>(shapes.size()) * trunk.B;
           for (int64_t i = 0; i < trunk.B; ++i) costs[i] += of_level[levels[i]];
         },
@@ -113,20 +113,34 @@ struct TrunkCall {
     return (residual ? weights(*residual) : of_bottleneck(std::get<1>(block))) * static_cast<int64_t>(sizeof(T));
   }
 
+  // The shortcut of block n, which writes a map of its own: of instances without a branch with the ReLU behind it.
+  void shortcut(int64_t n, const Sorted& sorted) const {
+    const Shape& s = shapes[n];
+    const int32_t* instances = sorted.order.data();
+    const int64_t count = static_cast<int64_t>(sorted.order.size()), users = sorted.users();
+    if (const DenseConv<T>* found = trunk.shortcut(static_cast<size_t>(n))) {
+      DenseConv<T> conv = *found;
+      conv.relu = false;
+      dense_conv(conv, maps[n], maps[n + 1], instances, users, s.H, s.W);
+      conv.relu = std::visit([](const auto& b) { return b.relu; }, (*trunk.blocks)[n]);
+      dense_conv(conv, maps[n], maps[n + 1], instances + users, count - users, s.H, s.W);
+      return;  // the convolution has waited for a team's threads
+    }
+    const int64_t from = s.H * s.W * s.C, to = s.Ho() * s.Wo() * s.C_out;
+    for (int64_t i = 0; i < count && Team::place() == 0; ++i)
+      pool_rows(maps[n] + instances[i] * from, maps[n + 1] + instances[i] * to, 1, s.H, s.W, s.C, s.C_out, s.stride,
+                dtype_of<T>);
+    if (Team* team = Team::current()) team->wait();
+  }
+
   // Block n over some instances.
   void block(int64_t n, const int32_t* instances, int64_t count) const {
     const Shape& s = shapes[n];
     const T* x = maps[n];
     T* out = maps[n + 1];
-    Team* team = Team::current();
-    if (!s.kept() && Team::place() == 0) {
-      const int64_t from = s.H * s.W * s.C, to = s.Ho() * s.Wo() * s.C_out;
-      for (int64_t i = 0; i < count; ++i)
-        pool_rows(x + instances[i] * from, out + instances[i] * to, 1, s.H, s.W, s.C, s.C_out, s.stride, dtype_of<T>);
-    }
-    if (!s.kept() && team) team->wait();
     const Sorted sorted(trunk.levels + n * trunk.B, instances, count, trunk.G);
-    if (sorted.idle()) return;
+    if (out != x) shortcut(n, sorted);
+    if (!sorted.users()) return;
     std::visit([&](const auto& b) { run_one(b, s, trunk.B, x, out, sorted.route(trunk.G)); }, (*trunk.blocks)[n]);
   }
 

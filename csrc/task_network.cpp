@@ -59,15 +59,15 @@ void run_trunk(const NetworkCall<T>& call) {
   trunk.B = call.batch(), trunk.H = call.H, trunk.W = call.W, trunk.x = call.x.get();
   std::vector<std::unique_ptr<T[]>> maps;
   int64_t H = call.H, W = call.W, C = call.C;
-  for (const TrunkBlock<T>& block : *trunk.blocks)
+  for (size_t n = 0; n < trunk.blocks->size(); ++n)
     std::visit(
         [&](const auto& b) {
           H = (H + b.stride - 1) / b.stride, W = (W + b.stride - 1) / b.stride, C = b.C_out;
-          if (b.stride == 1 && b.C == b.C_out) return;
+          if (!trunk.has_map(n)) return;
           maps.push_back(room<T>(trunk.B * H * W * C));
           trunk.maps.push_back(maps.back().get());
         },
-        block);
+        (*trunk.blocks)[n]);
   const std::unique_ptr<T[]> features = room<T>(trunk.B * C);
   trunk.features = features.get();
   trunk.before = [&call](const int32_t* instances, int64_t count) { call.stems(instances, count); };

@@ -10,7 +10,6 @@ namespace {
 constexpr int tile_vectors = 1;
 constexpr int usual_strip = 2, other_strip = 1;
 constexpr int64_t strip_size(int64_t columns) { return columns % 2 ? 1 : 2; }
-constexpr int strips_per_tile(int64_t size) { return size == 1 ? 6 : 3; }
 constexpr int sum_vectors = 6;  // the vectors that may sum at once
 // Vectors of pixels, by outputs that are summed at once: at least six registers hide how long a sum takes.
 constexpr int plane_vectors(int outputs) { return outputs == 1 ? 4 : outputs == 2 ? 2 : 1; }
@@ -89,6 +88,18 @@ KERNEL Vector keep(const Vector& v, Lanes lanes) {
   if (lanes == 0xFFFF) return v;
   return {_mm256_and_ps(v.low, _mm256_castsi256_ps(mask_of(lanes & 0xFF))),
           _mm256_and_ps(v.high, _mm256_castsi256_ps(mask_of(lanes >> 8)))};
+}
+
+// Lane `k` of the lane's own group of `unit` lanes, a divisor of 8, and the 16 values at `from` in such an order.
+using Order = __m256i;  // of either half
+KERNEL Order lane_of_group(int64_t unit, int64_t k) {
+  const __m256i own = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_add_epi32(_mm256_and_si256(own, _mm256_set1_epi32(static_cast<int>(-unit))),
+                          _mm256_set1_epi32(static_cast<int>(k)));
+}
+KERNEL Vector load_ordered(const float* from, Order order) {
+  return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), order),
+          _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + 8), order)};
 }
 
 // The selected lanes, without gaps.

@@ -5,11 +5,10 @@ namespace den_kernels {
 namespace {
 
 // A tile of a convolution sums in 24 or 28 registers: two vectors of output channels of three strips of four pixels, or
-// of two of seven where these fill rows that fours do not (of 7 or 14 pixels).
+// of two of seven where these fill rows that fours do not (of 7 or 14 pixels); or one vector of twice as many.
 constexpr int tile_vectors = 2;
 constexpr int usual_strip = 4, other_strip = 7;
 constexpr int64_t strip_size(int64_t columns) { return columns % 4 && columns % 7 == 0 ? 7 : 4; }
-constexpr int strips_per_tile(int64_t size) { return size == 7 ? 2 : 3; }
 constexpr int sum_vectors = 28;                 // the vectors that may sum at once
 constexpr int plane_vectors(int) { return 4; }  // vectors of pixels, by outputs that are summed at once
 constexpr bool spread_maps = false;             // the maps of a residual block (`spread`)
@@ -42,6 +41,15 @@ KERNEL Vector power_of_two(Vector n) {  // of whole numbers -126 .. 127
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 KERNEL Vector keep(Vector v, Lanes lanes) { return _mm512_maskz_mov_ps(lanes, v); }
+
+// Lane `k` of the lane's own group of `unit` lanes, a divisor of 8, and the 16 values at `from` in such an order.
+using Order = __m512i;
+KERNEL Order lane_of_group(int64_t unit, int64_t k) {
+  const __m512i own = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(_mm512_and_si512(own, _mm512_set1_epi32(static_cast<int>(-unit))),
+                          _mm512_set1_epi32(static_cast<int>(k)));
+}
+KERNEL Vector load_ordered(const float* from, Order order) { return _mm512_permutexvar_ps(order, load16(from)); }
 
 // The selected lanes, without gaps.
 KERNEL void store_selected(float* to, Vector v, Lanes lanes) {

@@ -152,7 +152,9 @@ class BottleneckWeights(HasHandle):
     def _runs_direct(self) -> bool:
         """True where the kernel of the whole block runs: a function of dtypes and shapes."""
         C, (M, _, R, S) = self.conv1.shape[1], self.conv2.shape
-        fits = self.out_channels % 16 == 0 and M % (16 * self.cardinality) == 0 and R * S <= 49
+        unit = M // self.cardinality
+        fits = unit % 16 == 0 or (16 % unit == 0 and all(size % 16 == 0 for size in self.groups))
+        fits = fits and self.out_channels % 16 == 0 and R * S <= 49
         if extension is None or not self.conv1.is_cpu or not fits:
             return False
         if self.conv1.dtype == torch.bfloat16:

@@ -2,7 +2,8 @@
 
 Equivalent to the blocks one after the other, each over the hidden channels that an instance selected for it
 
-    for weights in blocks: x = shortcut(x) + branch(x)        of a post-activation block relu of it, for x >= 0
+    for weights in blocks: x = shortcut(x) + branch(x)        of a post-activation block relu of it, for x >= 0 or
+                                                              a convolution as its shortcut
     features = relu(x * scale + shift).mean((2, 3))
 
 (Ahn, Kim, Oh, ICCV 2019, section 3.1). On a CPU that is one call of C++ (csrc/dynamic_trunk.cpp). Instances do not
@@ -23,10 +24,11 @@ from . import _triton, _trunk_gpu
 from ._extension import extension
 from ._handle import HasHandle
 from .bottleneck_weights import BottleneckWeights
-from .dynamic_bottleneck import dynamic_bottleneck_
-from .dynamic_residual import dynamic_residual_
+from .dynamic_bottleneck import dynamic_bottleneck, dynamic_bottleneck_
+from .dynamic_residual import dynamic_residual, dynamic_residual_
 from .eager import in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
 from .plan import RoutingPlan
+from .projection import Projection
 from .residual_weights import ResidualWeights
 
 _OP = "dynamic_trunk"
@@ -39,20 +41,28 @@ class TrunkWeights(HasHandle):
     """The folded weights of N blocks in their order, at least one, and of the batch norm behind the last one.
 
     scale, shift: float32 [C] of that norm as an affine map; None: the trunk's result is the last block's map.
+    shortcuts: of each block its shortcut's convolution (`den_kernels.projection`), or None: x, pooled and widened; () is
+    None for all.
     """
 
     blocks: tuple[Block, ...]
     scale: Tensor | None = None
     shift: Tensor | None = None
+    shortcuts: tuple[Projection | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ValueError(f"{_OP}: blocks must be at least one, got none")
+        if self.shortcuts and len(self.shortcuts) != len(self.blocks):
+            raise ValueError(
+                f"{_OP}: shortcuts must be one for each of {len(self.blocks)} blocks or none, got {len(self.shortcuts)}"
+            )
 
     @cached_property
     def handle(self) -> Any:
         """The kernel's own object, `extension.Trunk`; ValueError for blocks that do not follow one another."""
-        return extension.Trunk([block.handle for block in self.blocks], self.scale, self.shift)
+        convs = [None if conv is None else conv.handle for conv in self.shortcuts]
+        return extension.Trunk([block.handle for block in self.blocks], self.scale, self.shift, convs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +82,10 @@ class TrunkWeights(HasHandle):
 
     @cached_property
     def _plain(self) -> bool:
-        """True where no block ends in a ReLU or has a bias of its third convolution, of which Triton knows nothing."""
+        """True where no block has what Triton knows nothing of: a ReLU behind it, a bias of its third convolution, or a
+        convolution as its shortcut."""
+        if any(conv is not None for conv in self.shortcuts):
+            return False
         return not any(block.relu or getattr(block, "bias3", None) is not None for block in self.blocks)
 
     def runs_on_gpu(self, x: Tensor) -> bool:
@@ -80,12 +93,15 @@ class TrunkWeights(HasHandle):
         return self._alike and self._plain and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
 
     def shapes(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
-        """[C_out, H_out, W_out] of each block that changes the shape of its map."""
-        for block in self.blocks:
+        """[C_out, H_out, W_out] of each block that changes its map's shape or has a convolution as its shortcut."""
+        for block, conv in self._with_shortcuts():
             out_channels, channels = _channels(block)
             height, width = -(-height // block.stride), -(-width // block.stride)
-            if block.stride > 1 or out_channels > channels:
+            if conv is not None or block.stride > 1 or out_channels > channels:
                 yield out_channels, height, width
+
+    def _with_shortcuts(self) -> Iterator[tuple[Block, Projection | None]]:
+        return zip(self.blocks, self.shortcuts or (None,) * len(self.blocks), strict=True)
 
 
 def _channels(block: Block) -> tuple[int, int]:
@@ -156,8 +172,11 @@ def _run(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:  # as `
 
 
 def _block_by_block(x: Tensor, plan: RoutingPlan, weights: TrunkWeights) -> Tensor:  # as `dynamic_trunk`, [B, C, H, W]
-    for block, route in zip(weights.blocks, plan, strict=True):
-        if isinstance(block, ResidualWeights):
+    for (block, conv), route in zip(weights._with_shortcuts(), plan, strict=True):
+        if conv is not None:
+            op: Any = dynamic_residual if isinstance(block, ResidualWeights) else dynamic_bottleneck
+            x = op(x, route, block, conv(x))
+        elif isinstance(block, ResidualWeights):
             x = dynamic_residual_(x, route, block)
         else:
             x = dynamic_bottleneck_(x, route, block)

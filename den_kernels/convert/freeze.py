@@ -23,9 +23,10 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
 
     Batch norms are folded into the convolutions before them. Blocks of which the report says that an op runs them are
     modules of their own that hold the folded weights as the op reads them (of each level, where `recalibrate` measured
-    statistics for each), and several in a row that keep the shape of their map are one call. Two linear layers or 1 x 1
-    convolutions with an activation between them, the MLP of ConvNeXt, are one op, too; other convolutions keep
-    packed weights on a CPU. Weights are channels-last in memory; give it maps that are, too.
+    statistics for each), and several in a row are one call: those that keep the shape of their map, and those whose
+    shortcut is one convolution. Two linear layers or 1 x 1 convolutions with an activation between them, the MLP of
+    ConvNeXt, are one op, too; other convolutions keep packed weights on a CPU. Weights are channels-last in memory; give
+    it maps that are, too.
 
     The copy stays in evaluation mode, on its device and in its dtype, and its state_dict is none: save the model.
     torch.compile and torch.export see the ops with the weights as constants.
@@ -56,9 +57,9 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
     frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for path, block in blocks.items():
         frozen.set_submodule(path, block)
+    pack_convolutions(frozen)
     _join(frozen, recording, blocks)
     join_pairs(frozen, recording)
-    pack_convolutions(frozen)
     return frozen
 
 
@@ -95,7 +96,7 @@ def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock
     for path in [*order, None]:
         block = None if path is None else blocks[path]
         follows = bool(row) and block is not None and _follows(recording, blocks, row[-1], path)
-        if block is None or path is None or not (block.joins and block.may_write and _keeps_shape(block)):
+        if block is None or path is None or not (block.joins and block.may_write):
             row = _replaced(frozen, blocks, row)
         elif follows:
             row.append(path)
@@ -108,11 +109,6 @@ def _follows(recording: Recording, blocks: dict[str, FrozenBlock], path: str, ne
     """Whether the block `next` reads what the block `path` gives, and its levels stand in the next column."""
     assert next is not None
     return recording.results[path].node == _input(recording, next) and blocks[next].block == blocks[path].block + 1
-
-
-def _keeps_shape(block: FrozenBlock) -> bool:
-    [weights] = block.weights
-    return weights.stride == 1 and weights.out_channels == weights.first.shape[1]
 
 
 def _replaced(frozen: nn.Module, blocks: dict[str, FrozenBlock], row: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Blocks of a frozen model: one op each, or one for several in a row, on weights that were folded once."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from ..dynamic_trunk import TrunkWeights, dynamic_trunk
 from ..eager import in_onnx_export, runs_eagerly
 from ..inverted_residual_weights import InvertedResidualWeights
 from ..plan import Route, RoutingPlan
+from ..projection import Projection
 from ..residual_weights import ResidualWeights
 from .carrier import Carrier
 from .extract import plain_layer
+from .frozen_conv import FrozenConv2d
 from .fused import Branch
 from .inverted import InvertedBranch
 from .layers import Routed
@@ -48,9 +51,26 @@ class FrozenBlock(nn.Module):
 
     @property
     def joins(self) -> bool:
-        """True for a block that can be one of several in a call."""
-        inverted = isinstance(self.weights[0], InvertedResidualWeights)
-        return self.shortcut is None and not self.copies and len(self.weights) == 1 and not inverted
+        """True for a block that can be one of several in a call: it keeps its map's shape, or has a `projection`."""
+        [weights, *others] = self.weights
+        if others or isinstance(weights, InvertedResidualWeights):
+            return False
+        if self.shortcut is not None:
+            return self.head is None and self.projection is not None
+        return not self.copies and weights.stride == 1 and weights.out_channels == weights.first.shape[1]
+
+    @cached_property
+    def projection(self) -> Projection | None:
+        """The one convolution that the shortcut is, proved on random maps; None where it is anything else."""
+        modules = [] if self.shortcut is None else list(self.shortcut.modules())
+        convs = [module for module in modules if isinstance(module, nn.Conv2d)]
+        if self.shortcut is None or len(convs) != 1 or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+            return None
+        [conv] = convs
+        found = Projection.of(conv, getattr(conv, "packed", None)) if type(conv) in (nn.Conv2d, FrozenConv2d) else None
+        x = torch.randn(2, conv.in_channels, 9, 7, generator=torch.Generator().manual_seed(0)).to(conv.weight)
+        with torch.no_grad():
+            return found if found is not None and torch.equal(self.shortcut(x), conv(x)) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C_out, H_out, W_out], at the levels that are set; may write over x."""
@@ -118,21 +138,23 @@ def _op(weights: Weights) -> Any:
 
 
 class FrozenRow(nn.Module):
-    """Blocks in a row that keep the shape of their map, one call of `dynamic_trunk`; may write over its input.
+    """Blocks in a row that join, one call of `dynamic_trunk`; may write over its input.
 
-    Blocks that have hooks are called one by one, so that the hooks see them.
+    Where one of them or a module in it has hooks, they are called one by one, so that the hooks see them.
     """
 
     def __init__(self, blocks: Sequence[FrozenBlock]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.carrier, self.numbers = blocks[0].carrier, range(blocks[0].block, blocks[-1].block + 1)
-        self.weights = TrunkWeights(tuple(each.weights[0] for each in blocks))  # type: ignore[misc]
+        weights, shortcuts = (each.weights[0] for each in blocks), (each.projection for each in blocks)
+        self.weights = TrunkWeights(tuple(weights), shortcuts=tuple(shortcuts))  # type: ignore[arg-type]
+        self.watched = tuple(self.blocks.modules())
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> the same shape."""
-        if any(block._forward_hooks or block._forward_pre_hooks for block in self.blocks):
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.watched):
             for block in self.blocks:
                 x = block(x)
             return x

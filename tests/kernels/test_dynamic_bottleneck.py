@@ -63,7 +63,9 @@ def check(block, x, route):
 @given(
     dtype=DTYPES,
     in_channels=st.sampled_from([16, 48, 128]),
-    hidden=st.sampled_from([(64, 1), (128, 1), (64, 4), (192, 4), (192, 6), (128, 8)]),
+    hidden=st.sampled_from(
+        [(64, 1), (128, 1), (64, 4), (192, 4), (192, 6), (128, 8), (64, 8), (192, 24), (128, 32), (64, 32), (64, 64)]
+    ),
     grows=st.sampled_from([1, 2]),
     size=st.tuples(st.integers(3, 15), st.integers(3, 22)),
     stride=st.sampled_from([1, 2]),
@@ -94,8 +96,9 @@ def test_bands_and_groups_of_instances(size, batch, dtype):
 @pytest.mark.parametrize("dtype", HERE, ids=str)
 @pytest.mark.parametrize("threads", [2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_threads_share_without_changing_a_bit(batch, threads, dtype):
-    block = make(64, 128, 64, 12, cardinality=8 if dtype == torch.float32 else 1).to(dtype)
+@pytest.mark.parametrize("cardinality", [8, 32])
+def test_threads_share_without_changing_a_bit(batch, threads, cardinality, dtype):
+    block = make(64, 128, 64, 12, cardinality=cardinality if dtype == torch.float32 else 1).to(dtype)
     x, route, before = images(block, batch, (12, 14)).to(dtype), route_of("uniform", batch), torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -136,6 +136,9 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         V, "plan must be of 2 instances and 1 blocks, got 2 and 3",
     ),
+    "trunk: shortcuts": (
+        lambda: dk.TrunkWeights((weights(),), shortcuts=(None, None)), V, "shortcuts must be one for each of 1 blocks",
+    ),
     "trunk: none": (lambda: dk.TrunkWeights(()), V, "blocks must be at least one, got none"),
     "graph: edge ahead": (lambda: graph(((0, 5),)), V, "edges must be (i, j) with 0 <= i < j < 2"),
     "graph: edge back": (lambda: graph(((1, 0),)), V, "edges must be (i, j)"),
