@@ -1,6 +1,7 @@
 """Build of den_kernels._C: C++ always, CUDA when an nvcc of 12.4 or newer is found. No torch is needed.
 
-DEN_KERNELS_CUDA=0 leaves CUDA out, DEN_KERNELS_CUDA=1 makes its absence an error; the build alone reads it.
+The build alone reads DEN_KERNELS_CUDA (0 leaves CUDA out, 1 makes its absence an error) and DEN_KERNELS_FLAGS, more
+flags for the C++ compiler and the linker, which come after its own (scripts/sanitize.sh).
 """
 
 import glob
@@ -73,8 +74,9 @@ class Build(build_ext):
 
 
 if __name__ == "__main__":
+    flags = os.environ.get("DEN_KERNELS_FLAGS", "").split()
     extension = Pybind11Extension("den_kernels._C", sorted(glob.glob("csrc/*.cpp")), cxx_std=17)
     bindings = subprocess.check_output([sys.executable, "den_kernels/_interface.py"], text=True).strip()
-    extension.extra_compile_args += ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", bindings]
-    extension.extra_link_args += ["-fopenmp", "-Wl,--exclude-libs,ALL"]
+    extension.extra_compile_args += ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", bindings, *flags]
+    extension.extra_link_args += ["-fopenmp", "-Wl,--exclude-libs,ALL", *flags]
     setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"build_ext": {"force": True}})

@@ -31,7 +31,7 @@ KERNELS = "den_kernels/_triton/"
 
 
 def measured(arguments: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
-    """The exit status of the tests, and coverage's report of them and of the tests that left their counts in `folder`."""
+    """The exit status of the tests, and coverage's report of them and of those that left their counts in `folder`."""
     environment = {**os.environ, "COVERAGE_FILE": str(folder / "data"), "COVERAGE_RCFILE": str(ROOT / "pyproject.toml")}
     status = subprocess.run([*COVERAGE, "run", "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
     for step in (["combine", "-q", "--append"], ["json", "-q", "-o", str(folder / "report.json")]):
