@@ -2,7 +2,8 @@
 
 No torch is needed.  On Windows nothing is compiled: the sources are for GCC and Clang.
 
-DEN_KERNELS_CUDA=0 leaves CUDA out, DEN_KERNELS_CUDA=1 makes its absence an error; the build alone reads it.
+The build alone reads DEN_KERNELS_CUDA (0 leaves CUDA out, 1 makes its absence an error) and DEN_KERNELS_FLAGS, more
+flags for the C++ compiler and the linker, which come after its own (scripts/sanitize.sh).
 """
 
 import glob
@@ -91,9 +92,11 @@ class Build(build_ext):
 
 
 if __name__ == "__main__":
+    flags = os.environ.get("DEN_KERNELS_FLAGS", "").split()
     extension = Pybind11Extension("den_kernels._C", sorted(glob.glob("csrc/*.cpp")), cxx_std=17)
     bindings = subprocess.check_output([sys.executable, "den_kernels/_interface.py"], text=True).strip()
-    extension.extra_compile_args += ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", bindings]
+    extension.extra_compile_args += ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", bindings, *flags]
+    extension.extra_link_args += flags
     if sys.platform == "linux":
         extension.extra_link_args.append("-Wl,--exclude-libs,ALL")
     built = [] if sys.platform == "win32" else [extension]

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Counts the lines of den and den_kernels that the tests run, in processes that they start, too.
 
-    scripts/coverage.py [--write] [pytest arguments]        needs `pip install coverage`
+    scripts/coverage.py [--keep FOLDER] [--write] [pytest arguments]        needs `pip install coverage`
 
-Runs the whole suite in two processes unless the arguments say otherwise; pyproject.toml says what is counted.  --write
-puts the shares into docs/results/trust.md.  Kernels of Triton count as lines that no test runs: they are compiled, and
+Runs the whole suite in two processes unless the arguments say otherwise; pyproject.toml says what is counted.  --keep
+adds what is counted to what earlier calls left in a folder, so that the suite can run in parts.  --write puts the
+shares into docs/results/trust.md.  Kernels of Triton count as lines that no test runs: they are compiled, and
 what runs them is the interpreter, in tests/kernels/interpreter.
 """
 
@@ -30,10 +31,10 @@ KERNELS = "den_kernels/_triton/"
 
 
 def measured(arguments: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
-    """The exit status of the tests, and coverage's report of them."""
+    """The exit status of the tests, and coverage's report of them and of those that left their counts in `folder`."""
     environment = {**os.environ, "COVERAGE_FILE": str(folder / "data"), "COVERAGE_RCFILE": str(ROOT / "pyproject.toml")}
     status = subprocess.run([*COVERAGE, "run", "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
-    for step in (["combine", "-q"], ["json", "-q", "-o", str(folder / "report.json")]):
+    for step in (["combine", "-q", "--append"], ["json", "-q", "-o", str(folder / "report.json")]):
         subprocess.run([*COVERAGE, *step], cwd=ROOT, env=environment, check=True)
     return status, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
@@ -63,10 +64,13 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, help="a folder that keeps the counts, to which later calls add theirs")
     parser.add_argument("--write", action="store_true", help="put the shares into docs/results/trust.md")
     options, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        status, report = measured(arguments or ["tests", "-q", "-n", "2"], Path(folder))
+        kept = (options.keep or Path(folder)).resolve()
+        kept.mkdir(parents=True, exist_ok=True)
+        status, report = measured(arguments or ["tests", "-q", "-n", "2"], kept)
     text = table(report)
     print(text)
     if options.write:

@@ -21,7 +21,6 @@ cd "$folder"
 ops=tests/kernels/test_dynamic
 if [ "$kind" = address ]; then
   flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-  link="-fsanitize=address,undefined"
   libraries="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
   # Leaks: the interpreter keeps what it allocates. alloc_dealloc: torch's operators new and delete are its own.
   export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
@@ -29,15 +28,17 @@ if [ "$kind" = address ]; then
     "$ops"_{conv,conv_grad,norm,norm_calls,residual,residual_calls,bottleneck,inverted_residual,graph,trunk}.py
     tests/kernels/test_{residual_unpacked,native_checks,stale_weights,threads}.py)
 else
-  flags="-fsanitize=thread" link="-fsanitize=thread $folder/openmp.o -ldl"
+  flags="-fsanitize=thread"
+  export LDFLAGS="$folder/openmp.o -ldl"
   libraries="$(gcc -print-file-name=libtsan.so)"
   g++ -c -fPIC -O1 -g -std=c++17 -fopenmp -fsanitize=thread tests/kernels/threads/openmp.cpp -o openmp.o
   export TSAN_OPTIONS="halt_on_error=1 suppressions=$folder/tests/kernels/threads/suppressions.txt" OMP_NUM_THREADS=3
   tests=(tests/kernels/test_{plan,rows,conv_direct,conv_direct_gradients,metamorphic}.py
     "$ops"_{trunk,inverted_residual,bottleneck,norm,graph}.py)
 fi
-# CFLAGS and CXXFLAGS: which of them reaches C++ depends on the setuptools.
-CFLAGS="-g1 $flags" CXXFLAGS="-g1 $flags" LDFLAGS="$link" DEN_KERNELS_CUDA=0 python setup.py -q build_ext --inplace
+# -O1 builds in a third of the time of -O3; with a sanitizer GCC takes the intrinsics' undefined vectors for mistakes.
+export DEN_KERNELS_FLAGS="$flags -g1 -O1 -Wno-uninitialized -Wno-maybe-uninitialized" DEN_KERNELS_CUDA=0
+python setup.py -q build_ext --inplace
 grep -q "__${kind:0:1}san_" den_kernels/_C*.so || { echo "sanitize.sh: the extension was built without the sanitizer" >&2; exit 1; }
 
 if [ $# -gt 0 ]; then tests=("$@"); fi

@@ -18,6 +18,7 @@ from den.train.checkpoint import (
     prefixed,
     read_record,
     read_updates,
+    reading,
     restore_optimiser,
     save_checkpoint,
 )
@@ -199,6 +200,12 @@ def test_damaged_headers_are_told_with_the_file(tmp_path, damage):
     path.write_bytes(safetensors.torch.save(tensors, metadata))
     with pytest.raises(ValueError, match=rf"load_checkpoint: {path} must be a complete checkpoint"):
         load_model(path)
+
+
+def test_of_a_long_reason_the_beginning_is_told(tmp_path):
+    with pytest.raises(ValueError, match="must be a complete checkpoint") as told, reading(tmp_path / "m.safetensors"):
+        raise TypeError("x" * 290 + "\n  " + "y" * 90)
+    assert str(told.value).endswith("got " + "x" * 290 + " " + "y" * 9)
 
 
 @pytest.mark.parametrize("content", [b"\xff" * 100, b"\x00" * 100, b"\x05\0\0\0\0\0\0\0{{{{{", b"x"])

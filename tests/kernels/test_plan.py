@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from den_kernels import Route, RoutingPlan
-from den_kernels.plan import as_route, route_for
+from den_kernels.plan import as_route, read_route, route_for
 from den_kernels.plan_sort import (
     plan_levels,
     plan_levels_reference,
@@ -342,6 +342,12 @@ def test_a_route_that_is_no_plans_is_refused_where_no_kernel_looks_at_it(monkeyp
     assert route_for(x, route, 4, "op") is route
     with pytest.raises(ValueError, match=rf"op: route\.{name} must be"):
         route_for(x, dataclasses.replace(route, **{name: wrong(getattr(route, name))}), 4, "op")
+
+
+@pytest.mark.parametrize("levels", [[], [1], [0, 2, 1]])
+def test_reading_a_route_gives_its_offsets_and_order(levels):
+    route = RoutingPlan.from_levels(torch.tensor(levels, dtype=torch.int64)[:, None], 2)[0]
+    assert read_route(route) == (route.offsets.tolist(), route.order.tolist())
 
 
 @pytest.mark.gpu

@@ -129,7 +129,7 @@ def test_extensions_of_a_platform(monkeypatch, platform, count):
 
 
 def test_setup_stays_short():
-    assert len((ROOT / "setup.py").read_text().splitlines()) <= 100
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 110
 
 
 def requirement(text: str) -> SpecifierSet:
