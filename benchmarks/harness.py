@@ -197,7 +197,8 @@ class Interleaved:
     """The setup hook: times one call of every peer, each round in another order, then prepares ours.
 
     Where the clock is not the host's, ours is timed here as well. Before threads of another runtime compute, those of
-    the last one come to rest, and a short call, untimed, wakes the others: nobody pays for who was timed before it.
+    the last one come to rest. Where there is more than one runtime, every short call is made once untimed before it is
+    timed, whoever came before: that wakes threads and fills caches, and nobody pays for who was timed before it.
     """
 
     def __init__(self, ours: Provider, peers: Sequence[Provider], clock: Clock) -> None:
@@ -206,6 +207,8 @@ class Interleaved:
         self.timed = list(peers) if clock.is_host else [ours, *peers]
         self.times: dict[str, list[float]] = {provider.name: [] for provider in self.timed}
         self._round, self._runtime = 0, ours.runtime
+        self._wakes = len({provider.runtime for provider in (ours, *peers)}) > 1
+        self._least: dict[str, float] = {}  # the shortest time of each so far
 
     def __call__(self) -> None:
         shift = self._round % max(len(self.timed), 1)
@@ -221,15 +224,16 @@ class Interleaved:
         self.settle(provider)
         if provider.prepare:
             provider.prepare()
-        return self.clock.seconds(self.ready[provider.name])
+        taken = self.clock.seconds(self.ready[provider.name])
+        self._least[provider.name] = min(taken, self._least.get(provider.name, taken))
+        return taken
 
     def settle(self, provider: Provider) -> None:
         """Wait until no thread of another runtime is busy, and wake the provider's own."""
-        if provider.runtime == self._runtime:
-            return
-        self._runtime = provider.runtime
-        time.sleep(REST)
-        if min(self.times.get(provider.name, ()), default=0.0) < REST:  # for a long call, waking is nothing
+        if provider.runtime != self._runtime:
+            self._runtime = provider.runtime
+            time.sleep(REST)
+        if self._wakes and self._least.get(provider.name, 0.0) < REST:  # for a long call, waking is nothing
             if provider.prepare:
                 provider.prepare()
             provider.call()

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <string>
 #include <utility>
 
 #include "bind_dense_conv.h"
@@ -198,6 +199,12 @@ struct TaskNetworkHandle {
     return axis ? part.stem->out(part.W, part.stem->S) : part.stem->out(part.H, part.stem->R);
   }
 
+  void refuse_level(int64_t level, int64_t instance, int64_t block) const {
+    const auto text = [](int64_t number) { return std::to_string(number); };
+    check(false, op, "levels", ("in 0.." + text(blocks->G)).c_str(),
+          text(level) + " for instance " + text(instance) + ", block " + text(block));
+  }
+
   // Levels [N, B], of int64 [B, N] copied into `own`.
   const int32_t* levels_of(py::handle levels, int64_t B, std::vector<int32_t>& own) const {
     const Tensor tensor(levels, op, "levels");
@@ -210,7 +217,7 @@ struct TaskNetworkHandle {
     const int64_t* rows = tensor.dense<const int64_t>({B, N});
     own.resize(static_cast<size_t>(N * B));
     for (int64_t i = 0; i < B * N; ++i) {
-      check(rows[i] >= 0 && rows[i] <= blocks->G, op, "levels", "at most the groups", rows[i]);
+      if (rows[i] < 0 || rows[i] > blocks->G) refuse_level(rows[i], i / N, i % N);
       own[i % N * B + i / N] = static_cast<int32_t>(rows[i]);
     }
     return own.data();

@@ -57,12 +57,6 @@ inline void* scratch_of_thread(int64_t bytes) {
   return memory.get();
 }
 
-// A thread's share of items 0..count, `threads` threads sharing.
-inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin, int64_t& end) {
-  begin = count * thread / threads;
-  end = count * (thread + 1) / threads;
-}
-
 // Words from a pixel to the next, for maps of so many channels: with a multiple of eight cache lines, neighbouring
 // pixels would share few sets of the first-level cache.
 inline int64_t spread(int64_t words) { return words && words % 128 == 0 ? words + 16 : words; }
@@ -78,7 +72,7 @@ int64_t times_fitting(const Chunk& c) {
 }
 
 // The chunks of a route, heavy first. Few instances of large weights go together, so that weights are read once; counts
-// are below `multiple` or divisible by it. make(start, count, hidden[s]) gives a chunk.
+// are below `multiple` or divisible by it. make(start, count, hidden[s]) gives a chunk. A team shares each chunk.
 template <class Arguments, class Make>
 auto make_chunks(const Arguments& b, const std::vector<Channels>& hidden, int64_t threads, int64_t multiple,
                  Make make) {
@@ -89,8 +83,8 @@ auto make_chunks(const Arguments& b, const std::vector<Channels>& hidden, int64_
     if (!hidden[s].count) continue;
     const int64_t last = b.route.offsets[s + 1], fits = times_fitting(make(0, multiple, hidden[s])) * multiple;
     for (int64_t i = b.route.offsets[s]; i < last;) {
-      const int64_t fair = round_up(fair_share(rest / hidden[s].count, threads), multiple);
-      const int64_t left = std::min({std::max(fits, multiple), fair, last - i});
+      const int64_t share = Team::current() ? last - i : fair_share(rest / hidden[s].count, threads);
+      const int64_t left = std::min({std::max(fits, multiple), round_up(share, multiple), last - i});
       const int64_t count = left > multiple ? left / multiple * multiple : left;
       chunks.push_back(make(i, count, hidden[s]));
       rest -= count * hidden[s].count;

@@ -15,6 +15,9 @@ namespace {
 // Pixels of the maps that go through a stage's blocks together: enough to hide how weights come in from the
 // second-level cache, few enough that the residual stream stays there; more where the weights do not fit in it.
 constexpr int64_t stage_pixels = 1024, stage_pixels_of_large = 2048, large_weights = 1 << 20;
+// The last blocks, where a batch's maps have few pixels and a block's weights many bytes: chunks of it would each read
+// them from memory for so few pixels that the arithmetic waits. All threads share these blocks.
+constexpr int64_t few_pixels = 1024, streamed_weights = 1 << 21;
 
 template <class T>
 constexpr Dtype dtype_of = std::is_same_v<T, float> ? Dtype::float32 : Dtype::bfloat16;
@@ -68,40 +71,45 @@ struct Sorted {
   int64_t users() const { return offsets.end()[-2]; }  // those above level 0, which come first
 };
 
-// A trunk with what is known before it runs: each block's shape, map and cost a level.
+// A trunk with what is known before it runs: each block's shape and map.
 template <class T>
 struct TrunkCall {
   const Trunk<T>& trunk;
   std::vector<Shape> shapes;  // [N]
   std::vector<T*> maps;       // [N + 1]: what block n reads; the last: what the last writes
-  std::vector<double> costs;  // [B], of an instance
+  int64_t streamed;           // the first of the last blocks, whose weights are read for few pixels
 
-  explicit TrunkCall(const Trunk<T>& t) : trunk(t), maps{t.x}, costs(t.B) {
+  explicit TrunkCall(const Trunk<T>& t) : trunk(t), maps{t.x} {
     int64_t H = t.H, W = t.W;
     size_t made = 0;
     for (const TrunkBlock<T>& block : *t.blocks) {
       const Shape s = shape_of(block, H, W);
       maps.push_back(t.has_map(shapes.size()) ? t.maps[made++] : maps.back());
-      add_costs(block, s);
       shapes.push_back(s);
       H = s.Ho(), W = s.Wo();
     }
+    for (streamed = count(); streamed && is_streamed(streamed - 1);) --streamed;
   }
 
-  void add_costs(const TrunkBlock<T>& block, const Shape& s) {
-    std::visit(
-        [&](const auto& b) {
-          const DenseConv<T>* shortcut = trunk.shortcut(shapes.size());
-          std::vector<double> of_level{shortcut ? shortcut->cost(s.Ho() * s.Wo()) : 0.};
-          for (int64_t g = 0, width = 0; g < trunk.G; ++g)
-            of_level.push_back(of_level[0] + static_cast<double>(cost_of(b, s, width += b.sizes[g])));
-          const int32_t* levels = trunk.levels + static_cast<int64_t>(shapes.size()) * trunk.B;
-          for (int64_t i = 0; i < trunk.B; ++i) costs[i] += of_level[levels[i]];
-        },
-        block);
+  // Multiply-adds of each instance in the blocks before `last`.
+  std::vector<double> costs(int64_t last) const {
+    std::vector<double> found(static_cast<size_t>(trunk.B));
+    for (int64_t n = 0; n < last; ++n) std::visit([&](const auto& b) { add_costs(n, b, found); }, (*trunk.blocks)[n]);
+    return found;
+  }
+  template <class Block>
+  void add_costs(int64_t n, const Block& b, std::vector<double>& costs) const {
+    const DenseConv<T>* shortcut = trunk.shortcut(static_cast<size_t>(n));
+    std::vector<double> of_level{shortcut ? shortcut->cost(shapes[n].Ho() * shapes[n].Wo()) : 0.};
+    for (int64_t g = 0, width = 0; g < trunk.G; ++g)
+      of_level.push_back(of_level[0] + static_cast<double>(cost_of(b, shapes[n], width += b.sizes[g])));
+    for (int64_t i = 0; i < trunk.B; ++i) costs[i] += of_level[trunk.levels[n * trunk.B + i]];
   }
 
   int64_t count() const { return static_cast<int64_t>(shapes.size()); }
+  bool is_streamed(int64_t n) const {
+    return trunk.B * shapes[n].Ho() * shapes[n].Wo() <= few_pixels && weight_bytes(n) > streamed_weights;
+  }
 
   int64_t weight_bytes(int64_t n) const {
     const auto weights = [](const ResidualBlock<T>& b) { return b.R * b.S * b.M * (b.C + b.C_out); };
@@ -113,51 +121,74 @@ struct TrunkCall {
     return (residual ? weights(*residual) : of_bottleneck(std::get<1>(block))) * static_cast<int64_t>(sizeof(T));
   }
 
-  // The shortcut of block n, which writes a map of its own: of instances without a branch with the ReLU behind it.
+  // The shortcut of block n, pooled, of some instances: this thread's share of its rows.
+  void pool(int64_t n, const int32_t* instances, int64_t count) const {
+    const Shape& s = shapes[n];
+    const int64_t from = s.W * s.C, to = s.Wo() * s.C_out;
+    int64_t begin, end;
+    share(count * s.Ho(), Team::place(), Team::size(), begin, end);
+    for (int64_t i = begin, rows; i < end; i += rows) {
+      const int64_t instance = instances[i / s.Ho()], row = i % s.Ho(), first = row * s.stride;
+      rows = std::min(s.Ho() - row, end - i);
+      pool_rows(maps[n] + (instance * s.H + first) * from, maps[n + 1] + (instance * s.Ho() + row) * to, 1,
+                std::min(rows * s.stride, s.H - first), s.W, s.C, s.C_out, s.stride, dtype_of<T>);
+    }
+  }
+
+  // The shortcut of block n, which writes a map of its own, pooled or by a convolution: of instances without a branch
+  // with the ReLU behind it.
   void shortcut(int64_t n, const Sorted& sorted) const {
     const Shape& s = shapes[n];
     const int32_t* instances = sorted.order.data();
     const int64_t count = static_cast<int64_t>(sorted.order.size()), users = sorted.users();
-    if (const DenseConv<T>* found = trunk.shortcut(static_cast<size_t>(n))) {
-      DenseConv<T> conv = *found;
-      conv.relu = false;
-      dense_conv(conv, maps[n], maps[n + 1], instances, users, s.H, s.W);
-      conv.relu = std::visit([](const auto& b) { return b.relu; }, (*trunk.blocks)[n]);
-      dense_conv(conv, maps[n], maps[n + 1], instances + users, count - users, s.H, s.W);
-      return;  // the convolution has waited for a team's threads
+    const DenseConv<T>* found = trunk.shortcut(static_cast<size_t>(n));
+    if (!found) {
+      pool(n, instances, count);
+      if (Team* team = Team::current()) team->wait();
+      return;
     }
-    const int64_t from = s.H * s.W * s.C, to = s.Ho() * s.Wo() * s.C_out;
-    for (int64_t i = 0; i < count && Team::place() == 0; ++i)
-      pool_rows(maps[n] + instances[i] * from, maps[n + 1] + instances[i] * to, 1, s.H, s.W, s.C, s.C_out, s.stride,
-                dtype_of<T>);
-    if (Team* team = Team::current()) team->wait();
+    DenseConv<T> conv = *found;
+    conv.relu = false;
+    dense_conv(conv, maps[n], maps[n + 1], instances, users, s.H, s.W);
+    conv.relu = std::visit([](const auto& b) { return b.relu; }, (*trunk.blocks)[n]);
+    dense_conv(conv, maps[n], maps[n + 1], instances + users, count - users, s.H, s.W);  // has waited for a team
   }
 
   // Block n over some instances.
   void block(int64_t n, const int32_t* instances, int64_t count) const {
     const Shape& s = shapes[n];
-    const T* x = maps[n];
-    T* out = maps[n + 1];
     const Sorted sorted(trunk.levels + n * trunk.B, instances, count, trunk.G);
-    if (out != x) shortcut(n, sorted);
+    if (maps[n + 1] != maps[n]) shortcut(n, sorted);
     if (!sorted.users()) return;
-    std::visit([&](const auto& b) { run_one(b, s, trunk.B, x, out, sorted.route(trunk.G)); }, (*trunk.blocks)[n]);
+    std::visit([&](const auto& b) { run_one(b, s, trunk.B, maps[n], maps[n + 1], sorted.route(trunk.G)); },
+               (*trunk.blocks)[n]);
   }
 
-  // Some instances through all blocks, which all threads share.
-  void shared(const int32_t* instances, int64_t count) const {
-    if (trunk.before) trunk.before(instances, count);
+  // Features of this thread's share of some instances.
+  void features(const int32_t* instances, int64_t count) const {
+    const int64_t pixels = shapes.back().Ho() * shapes.back().Wo(), C = shapes.back().C_out;
+    int64_t begin, end;
+    share(trunk.scale ? count : 0, Team::place(), Team::size(), begin, end);
+    for (int64_t i = begin; i < end; ++i)
+      features_of(maps.back() + instances[i] * pixels * C, pixels, C, trunk.scale, trunk.shift,
+                  trunk.features + instances[i] * C);
+  }
+
+  // Some instances through the blocks from `first` on, and their features: all threads share each of them.
+  void shared(const int32_t* instances, int64_t count, int64_t first) const {
+    if (first == 0 && trunk.before) trunk.before(instances, count);
     Team::run(omp_get_max_threads(), [&] {
-      for (int64_t n = 0; n < this->count(); ++n) block(n, instances, count);
+      for (int64_t n = first; n < this->count(); ++n) block(n, instances, count);
+      features(instances, count);
     });
   }
 
-  // Some instances through all blocks: stage by stage, few of them at a time where their maps are large.
-  void chunk(const int32_t* instances, int64_t count) const {
-    for (int64_t n = 0; n < this->count();) {
+  // Some instances through the blocks before `last`: stage by stage, few of them at a time where their maps are large.
+  void chunk(const int32_t* instances, int64_t count, int64_t last) const {
+    for (int64_t n = 0; n < last;) {
       const int64_t pixels = shapes[n].Ho() * shapes[n].Wo();
       int64_t end = n + 1;
-      while (end < this->count() && shapes[end].Ho() * shapes[end].Wo() == pixels) ++end;
+      while (end < last && shapes[end].Ho() * shapes[end].Wo() == pixels) ++end;
       const int64_t most = weight_bytes(end - 1) > large_weights ? stage_pixels_of_large : stage_pixels;
       const int64_t together = std::max<int64_t>(1, most / pixels);
       for (int64_t i = 0; i < count; i += together) {
@@ -167,25 +198,22 @@ struct TrunkCall {
       }
       n = end;
     }
+    if (last == this->count()) features(instances, count);
   }
 };
 
 template <class T>
-void make_features(const TrunkCall<T>& call, int64_t instance) {
-  const Trunk<T>& t = call.trunk;
-  if (!t.scale) return;
-  const Shape& last = call.shapes.back();
-  const int64_t pixels = last.Ho() * last.Wo(), C = last.C_out;
-  features_of(call.maps.back() + instance * pixels * C, pixels, C, t.scale, t.shift, t.features + instance * C);
-}
-
-template <class T>
 void run_trunk(const Trunk<T>& t) {
   const TrunkCall<T> call(t);
-  for_chunks(call.costs, call.count(), [&](const int32_t* instances, int64_t count, bool shared) {
-    shared ? call.shared(instances, count) : call.chunk(instances, count);
-    for (int64_t i = 0; i < count; ++i) make_features(call, instances[i]);
+  const bool divides = fill_chunks(t.B, omp_get_max_threads()) && call.streamed > 0;
+  const int64_t last = divides ? call.streamed : call.count();  // of the blocks that chunks go through
+  for_chunks(call.costs(last), call.count(), [&](const int32_t* instances, int64_t count, bool shared) {
+    shared ? call.shared(instances, count, 0) : call.chunk(instances, count, last);
   });
+  if (last == call.count()) return;
+  std::vector<int32_t> all(static_cast<size_t>(t.B));
+  std::iota(all.begin(), all.end(), 0);
+  call.shared(all.data(), t.B, last);
 }
 
 }  // namespace

@@ -48,6 +48,9 @@ inline std::vector<int64_t> chunk_ends(const std::vector<double>& costs, const s
   return ends;
 }
 
+// True where so many instances are worth chunks of their own for each thread.
+inline bool fill_chunks(int64_t instances, int64_t threads) { return threads > 1 && instances >= 2 * threads; }
+
 // Calls work(instances, count, shared) until all instances had it. costs: [B], multiply-adds of each. Chunks of like
 // cost come from one queue, dearest first, each the work of one thread, with no other to help it. Fewer than two
 // instances a thread, and their `layers` no small ones: all instances at once, `shared`, and the threads share each
@@ -58,7 +61,7 @@ void for_chunks(const std::vector<double>& costs, int64_t layers, Work work) {
   std::vector<int32_t> order(costs.size());
   std::iota(order.begin(), order.end(), 0);
   const double most = B ? *std::max_element(costs.begin(), costs.end()) : 0.;
-  if (threads > 1 && B < 2 * threads && most >= shared_work * static_cast<double>(layers))
+  if (threads > 1 && !fill_chunks(B, threads) && most >= shared_work * static_cast<double>(layers))
     return work(order.data(), B, true);
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return costs[a] > costs[b]; });
   const std::vector<int64_t> ends = chunk_ends(costs, order, threads);

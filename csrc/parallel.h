@@ -39,6 +39,12 @@ class Failure {
   std::exception_ptr first_;
 };
 
+// A thread's share of items 0..count, `threads` threads sharing.
+inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin, int64_t& end) {
+  begin = count * thread / threads;
+  end = count * (thread + 1) / threads;
+}
+
 // Leaves a core's resources to its other thread for some cycles.
 inline void rest() {
 #if defined(__x86_64__)

@@ -73,7 +73,7 @@ class Estimator(nn.Module):
             ValueError: images, task or levels that do not fit.
         """
         batch = task_batch(images, task, self.tasks, like=self.heads[0].weight)
-        return self.run(batch, self.plan(batch, levels))
+        return self.run(batch, self._arranged(batch, levels))
 
     def run(
         self, batch: TaskBatch, plan: RoutingPlan | Tensor | None, stem: Tensor | None = None
@@ -86,13 +86,13 @@ class Estimator(nn.Module):
     ) -> list[Tensor]:
         """Logits [B_k, classes] of each part of a checked batch.
 
-        `plan`, or levels int64 [B, N] in 0..L-1, is in the batch's own order; None runs every block at its full width.
+        `plan`, or integer levels [B, N] in 0..L-1, is in the batch's own order; None runs every block at its full width.
         `stem`: what `self.stem` has made of the batch, which may be written over; None: not yet made.
         """
         if plan is not None and stem is None and (isinstance(plan, Tensor) or plan.masks is None):
             network = None if torch.is_grad_enabled() else self._network(batch)
             if network is not None:
-                levels = plan.contiguous() if isinstance(plan, Tensor) else plan.levels.t()
+                levels = plan.long().contiguous() if isinstance(plan, Tensor) else plan.levels.t()
                 return network(batch.tasks, self._enlarged(batch), levels)
         if isinstance(plan, Tensor):
             plan = self.level_plan(plan)
@@ -210,9 +210,14 @@ class Estimator(nn.Module):
 
         levels: as of `forward`; ValueError where they do not fit the batch.
         """
+        arranged = self._arranged(batch, levels)
+        return self.level_plan(arranged) if isinstance(arranged, Tensor) else arranged
+
+    def _arranged(self, batch: TaskBatch, levels: Tensor | RoutingPlan | None) -> Tensor | RoutingPlan | None:
+        """Levels of any integers [B, N], or their plan, in the batch's order; arguments, None and errors as of `plan`."""
         expected, device = (batch.batch_size, self.num_blocks), self.level_flops.device
         if levels is None:
-            return self.level_plan(torch.full(expected, self.levels - 1, device=device)) if may_fold(self) else None
+            return torch.full(expected, self.levels - 1, device=device) if may_fold(self) else None
         if isinstance(levels, RoutingPlan):
             if (levels.batch_size, len(levels)) != expected or levels.groups != self.groups:
                 got = f"a plan of {levels.batch_size} instances, {len(levels)} blocks, {levels.groups} groups"
@@ -227,7 +232,7 @@ class Estimator(nn.Module):
         integer = not levels.is_floating_point() and levels.dtype != torch.bool
         if not integer or tuple(levels.shape) != expected or levels.device != device:
             raise self._misfit(expected, f"{levels.dtype} {list(levels.shape)} on {levels.device}")
-        return self.level_plan(batch.arrange(levels))
+        return batch.arrange(levels)
 
     def _misfit(self, expected: tuple[int, int], got: str) -> ValueError:
         return ValueError(

@@ -116,22 +116,28 @@ def test_nan_in_an_image_stays_in_its_features():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_whatever_the_chunks(dtype):
+@pytest.mark.parametrize(
+    "kinds, channels, batch, size",
+    [("bBbB", 16, 24, 16), ("bBb", 128, 9, 8), ("Bb", 128, 9, 8)],
+    ids=["in chunks", "the last blocks shared", "all blocks large"],
+)
+def test_the_same_bits_whatever_the_chunks(kinds, channels, batch, size, dtype):
     """Permuted, one by one, with one thread and with several."""
-    weights = trunk(list("bBbB"), dtype, norm=True)
-    x, levels = images(24, weights, 16), torch.randint(4, (24, 4), generator=torch.Generator().manual_seed(1))
+    weights = trunk(list(kinds), dtype, norm=True, channels=channels)
+    x, generator = images(batch, weights, size), torch.Generator().manual_seed(1)
+    levels = torch.randint(4, (batch, len(kinds)), generator=generator)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(dynamic_trunk(x.clone(), RoutingPlan.from_levels(levels, 3), weights))
-            order = torch.randperm(24, generator=torch.Generator().manual_seed(count))
+            order = torch.randperm(batch, generator=torch.Generator().manual_seed(count))
             mixed = dynamic_trunk(x[order].clone(), RoutingPlan.from_levels(levels[order], 3), weights)
             results.append(mixed[order.argsort()])
             single = [
                 dynamic_trunk(x[i : i + 1].clone(), RoutingPlan.from_levels(levels[i : i + 1], 3), weights)
-                for i in range(24)
+                for i in range(batch)
             ]
             results.append(torch.cat(single))
     finally:
