@@ -4,9 +4,8 @@
 #
 #   scripts/sanitize.sh [address | thread] [pytest arguments]        in the environment that the tests run in
 #
-# address: memory and undefined behaviour; all tests of the ops, some 15 minutes on two cores. thread: races, with the
-# OpenMP runtime of tests/kernels/threads/openmp.cpp, since GNU's own looks like races; the tests that share work among
-# threads.
+# address: memory and undefined behaviour; all tests of the ops. thread: races, with the OpenMP runtime of
+# tests/kernels/threads/openmp.cpp, since GNU's own looks like races; the tests that share work among threads.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -39,7 +38,11 @@ fi
 # -O1 builds in a third of the time of -O3; with a sanitizer GCC takes the intrinsics' undefined vectors for mistakes.
 export DEN_KERNELS_FLAGS="$flags -g1 -O1 -Wno-uninitialized -Wno-maybe-uninitialized" DEN_KERNELS_CUDA=0
 python setup.py -q build_ext --inplace
-grep -q "__${kind:0:1}san_" den_kernels/_C*.so || { echo "sanitize.sh: the extension was built without the sanitizer" >&2; exit 1; }
+plain=$(grep -L "__${kind:0:1}san_init" build/temp*/csrc/*.o) || [ $? -eq 1 ] # 2 without any
+if [ -n "$plain" ]; then
+  echo "sanitize.sh: built without the sanitizer:" $plain >&2
+  exit 1
+fi
 
 if [ $# -gt 0 ]; then tests=("$@"); fi
 fixed=() # addresses that are not random: the thread sanitizer of older GCC needs them on newer kernels
