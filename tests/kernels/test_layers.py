@@ -187,6 +187,31 @@ def test_groups_are_checked_when_the_layer_is_made(groups, message):
         DynamicConv2d(4, 8, 3, **groups)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("stride", 0), ("padding", -1), ("dilation", 0)])
+def test_settings_are_checked_when_the_layer_is_made(setting, value):
+    with pytest.raises(ValueError, match=f"dynamic_conv2d: {setting} must be one or two integers of at least"):
+        DynamicConv2d(8, 16, 3, out_groups=2, **{setting: value})
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "changed",
+    [{"stride": (2, 2)}, {"padding": (1, 0)}, {"dilation": (2, 2)}, {"padding": "same"}, {"out_groups": (4, 12)}],
+    ids=str,
+)
+def test_a_setting_that_changes_later_counts_and_so_does_its_return(changed, grad):
+    torch.manual_seed(0)
+    conv, x = DynamicConv2d(8, 16, 3, padding=1, out_groups=(8, 8)).train(grad), torch.randn(4, 8, 9, 9)
+    original = {name: getattr(conv, name) for name in changed}
+    with torch.set_grad_enabled(grad):
+        for settings in ({}, changed, original):
+            for name, value in settings.items():
+                setattr(conv, name, value)
+            keywords = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "out_groups")}
+            expected = dynamic_conv2d_reference(x, conv.weight, conv.bias, LEVELS, **keywords)
+            torch.testing.assert_close(conv(x, LEVELS), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_selection_needs_groups():
     with pytest.raises(ValueError, match="out_groups or in_groups must be set"):
         DynamicConv2d(4, 8, 3)(torch.zeros(4, 4, 5, 5), LEVELS)
