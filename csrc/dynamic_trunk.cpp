@@ -15,8 +15,8 @@ namespace {
 // Pixels of the maps that go through a stage's blocks together: enough to hide how weights come in from the
 // second-level cache, few enough that the residual stream stays there; more where the weights do not fit in it.
 constexpr int64_t stage_pixels = 1024, stage_pixels_of_large = 2048, large_weights = 1 << 20;
-// The last blocks, where a batch's maps have few pixels and a block's weights many bytes: chunks of it would each read
-// them from memory for so few pixels that the arithmetic waits. All threads share these blocks.
+// The last blocks, where a batch's maps have few pixels and a block's weights many bytes: small chunks would each read
+// them from memory for so few pixels that the arithmetic waits. There are as many chunks of these blocks as threads.
 constexpr int64_t few_pixels = 1024, streamed_weights = 1 << 21;
 
 template <class T>
@@ -91,10 +91,11 @@ struct TrunkCall {
     for (streamed = count(); streamed && is_streamed(streamed - 1);) --streamed;
   }
 
-  // Multiply-adds of each instance in the blocks before `last`.
-  std::vector<double> costs(int64_t last) const {
+  // Multiply-adds of each instance in the blocks first .. last - 1.
+  std::vector<double> costs(int64_t first, int64_t last) const {
     std::vector<double> found(static_cast<size_t>(trunk.B));
-    for (int64_t n = 0; n < last; ++n) std::visit([&](const auto& b) { add_costs(n, b, found); }, (*trunk.blocks)[n]);
+    for (int64_t n = first; n < last; ++n)
+      std::visit([&](const auto& b) { add_costs(n, b, found); }, (*trunk.blocks)[n]);
     return found;
   }
   template <class Block>
@@ -174,18 +175,19 @@ struct TrunkCall {
                   trunk.features + instances[i] * C);
   }
 
-  // Some instances through the blocks from `first` on, and their features: all threads share each of them.
-  void shared(const int32_t* instances, int64_t count, int64_t first) const {
-    if (first == 0 && trunk.before) trunk.before(instances, count);
+  // Some instances through all blocks, and their features: all threads share each of them.
+  void shared(const int32_t* instances, int64_t count) const {
+    if (trunk.before) trunk.before(instances, count);
     Team::run(omp_get_max_threads(), [&] {
-      for (int64_t n = first; n < this->count(); ++n) block(n, instances, count);
+      for (int64_t n = 0; n < this->count(); ++n) block(n, instances, count);
       features(instances, count);
     });
   }
 
-  // Some instances through the blocks before `last`: stage by stage, few of them at a time where their maps are large.
-  void chunk(const int32_t* instances, int64_t count, int64_t last) const {
-    for (int64_t n = 0; n < last;) {
+  // Some instances through the blocks first .. last - 1: stage by stage, few of them at a time where their maps are
+  // large; behind the last block their features.
+  void chunk(const int32_t* instances, int64_t count, int64_t first, int64_t last) const {
+    for (int64_t n = first; n < last;) {
       const int64_t pixels = shapes[n].Ho() * shapes[n].Wo();
       int64_t end = n + 1;
       while (end < last && shapes[end].Ho() * shapes[end].Wo() == pixels) ++end;
@@ -206,14 +208,13 @@ template <class T>
 void run_trunk(const Trunk<T>& t) {
   const TrunkCall<T> call(t);
   const bool divides = fill_chunks(t.B, omp_get_max_threads()) && call.streamed > 0;
-  const int64_t last = divides ? call.streamed : call.count();  // of the blocks that chunks go through
-  for_chunks(call.costs(last), call.count(), [&](const int32_t* instances, int64_t count, bool shared) {
-    shared ? call.shared(instances, count, 0) : call.chunk(instances, count, last);
+  const int64_t N = call.count(), last = divides ? call.streamed : N;
+  for_chunks(call.costs(0, last), N, [&](const int32_t* instances, int64_t count, bool shared) {
+    shared ? call.shared(instances, count) : call.chunk(instances, count, 0, last);
   });
-  if (last == call.count()) return;
-  std::vector<int32_t> all(static_cast<size_t>(t.B));
-  std::iota(all.begin(), all.end(), 0);
-  call.shared(all.data(), t.B, last);
+  if (last == N) return;
+  for_shares(call.costs(last, N),
+             [&](const int32_t* instances, int64_t count) { call.chunk(instances, count, last, N); });
 }
 
 }  // namespace

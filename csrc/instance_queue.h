@@ -51,6 +51,27 @@ inline std::vector<int64_t> chunk_ends(const std::vector<double>& costs, const s
 // True where so many instances are worth chunks of their own for each thread.
 inline bool fill_chunks(int64_t instances, int64_t threads) { return threads > 1 && instances >= 2 * threads; }
 
+// Instances, the dearest first.
+inline std::vector<int32_t> by_cost(const std::vector<double>& costs) {
+  std::vector<int32_t> order(costs.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return costs[a] > costs[b]; });
+  return order;
+}
+
+// Calls work(instances, count) for the chunks of `order` that end at `ends`, each the work of one thread, with no other
+// to help it.
+template <class Work>
+void run_each(const std::vector<int32_t>& order, const std::vector<int64_t>& ends, int64_t threads, Work work) {
+  Failure failure;
+  share_out(static_cast<int64_t>(ends.size()), threads, [&](int64_t i) {
+    const FewThreads alone;
+    const int64_t first = i ? ends[i - 1] : 0;
+    failure.guard([&] { work(order.data() + first, ends[i] - first); });
+  });
+  failure.rethrow();
+}
+
 // Calls work(instances, count, shared) until all instances had it. costs: [B], multiply-adds of each. Chunks of like
 // cost come from one queue, dearest first, each the work of one thread, with no other to help it. Fewer than two
 // instances a thread, and their `layers` no small ones: all instances at once, `shared`, and the threads share each
@@ -58,20 +79,30 @@ inline bool fill_chunks(int64_t instances, int64_t threads) { return threads > 1
 template <class Work>
 void for_chunks(const std::vector<double>& costs, int64_t layers, Work work) {
   const int64_t B = static_cast<int64_t>(costs.size()), threads = omp_get_max_threads();
-  std::vector<int32_t> order(costs.size());
-  std::iota(order.begin(), order.end(), 0);
-  const double most = B ? *std::max_element(costs.begin(), costs.end()) : 0.;
+  const std::vector<int32_t> order = by_cost(costs);
+  const double most = B ? costs[order[0]] : 0.;
   if (threads > 1 && !fill_chunks(B, threads) && most >= shared_work * static_cast<double>(layers))
     return work(order.data(), B, true);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return costs[a] > costs[b]; });
-  const std::vector<int64_t> ends = chunk_ends(costs, order, threads);
-  Failure failure;
-  share_out(static_cast<int64_t>(ends.size()), threads, [&](int64_t i) {
-    const FewThreads alone;
-    const int64_t first = i ? ends[i - 1] : 0;
-    failure.guard([&] { work(order.data() + first, ends[i] - first, false); });
-  });
-  failure.rethrow();
+  run_each(order, chunk_ends(costs, order, threads), threads,
+           [&](const int32_t* instances, int64_t count) { work(instances, count, false); });
+}
+
+// Calls work(instances, count) for as many chunks of like cost as there are threads, or instances.
+template <class Work>
+void for_shares(const std::vector<double>& costs, Work work) {
+  const int64_t B = static_cast<int64_t>(costs.size()), threads = omp_get_max_threads();
+  const std::vector<int32_t> order = by_cost(costs);
+  double left = std::accumulate(costs.begin(), costs.end(), 0.);
+  std::vector<int64_t> ends;
+  for (int64_t part = threads, i = 0; i < B; --part) {
+    const double most = left / static_cast<double>(part);
+    double taken = 0;
+    do taken += costs[order[i++]];
+    while (i < B && (part == 1 || taken + costs[order[i]] / 2 <= most));
+    left -= taken;
+    ends.push_back(i);
+  }
+  run_each(order, ends, threads, work);
 }
 
 }  // namespace den_kernels
