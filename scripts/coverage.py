@@ -5,8 +5,8 @@
 
 Runs the whole suite in two processes unless the arguments say otherwise; pyproject.toml says what is counted.  --keep
 adds what is counted to what earlier calls left in a folder, so that the suite can run in parts.  --write puts the
-shares into docs/results/trust.md.  Kernels of Triton count as lines that no test runs: they are compiled, and
-what runs them is the interpreter, in tests/kernels/interpreter.
+shares into docs/results/trust.md.  Kernels of Triton and Gluon are not counted: they are compiled, and what runs them
+is the interpreter and the twin (tests/kernels/interpreter, tests/gluon_twin.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def table(report: dict[str, Any]) -> str:
     parts = {
         "`den`": counts(files, "den/"),
         "`den_kernels` without `_triton`": counts(files, "den_kernels/", KERNELS),
-        "`den_kernels/_triton`": counts(files, KERNELS),
+        "`den_kernels/_triton` without the kernels": counts(files, KERNELS),
         "all": counts(files),
     }
     rows = [[name, f"{ran:,}", f"{lines:,}", f"{ran / max(lines, 1):.1%}"] for name, (ran, lines) in parts.items()]

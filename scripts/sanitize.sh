@@ -35,7 +35,7 @@ else
   tests=(tests/kernels/test_{plan,rows,conv_direct,conv_direct_gradients,metamorphic}.py
     "$ops"_{trunk,inverted_residual,bottleneck,norm,graph}.py)
 fi
-# -O1 builds in a third of the time of -O3; with a sanitizer GCC takes the intrinsics' undefined vectors for mistakes.
+# -O1 compiles the kernels in a third of the time of -O3; with a sanitizer GCC takes the intrinsics' undefined vectors for mistakes.
 export DEN_KERNELS_FLAGS="$flags -g1 -O1 -Wno-uninitialized -Wno-maybe-uninitialized" DEN_KERNELS_CUDA=0
 python setup.py -q build_ext --inplace
 plain=$(grep -L "__${kind:0:1}san_init" build/temp*/csrc/*.o) || [ $? -eq 1 ] # 2 without any
