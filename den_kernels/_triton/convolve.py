@@ -121,6 +121,35 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or allows_tf32() else "ieee"
 
 
+def _shared_arguments(
+    source: Tensor,  # [B, KC, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    out: Tensor,  # [B, NC, OH, OW] channels-last
+    route: Route,
+    geometry: Geometry,
+    transposed: bool,
+    epilogue: Epilogue,
+) -> dict[str, Any]:
+    """The arguments that every kernel of a convolution takes: those of the result, the window and the epilogue."""
+    after, (_, NC, OH, OW) = epilogue.following, out.shape
+    added, pool = epilogue.shortcut or Pooled(source, 0)
+    pointers: dict[str, Any] = {
+        "bias": epilogue.bias, "scale_out": epilogue.scale, "gate": epilogue.gate, "following": after and after.map,
+        "scale_next": after and after.scale, "shift_next": after and after.shift, "levels_next": after and after.levels,
+    }  # fmt: skip
+    return dict(
+        out=out, order=route.order, offsets=route.offsets, OH=OH, OW=OW, NC=NC, R=weight.shape[2], S=weight.shape[3],
+        out_b=instance_stride(out), out_h=out.stride(2), out_w=out.stride(3), shortcut=added,
+        MAP_H=added.shape[2], MAP_W=added.shape[3], MAP_C=added.shape[1] if pool else 0, POOL=pool,
+        map_b=instance_stride(added), map_h=added.stride(2), map_w=added.stride(3),
+        PAD_H=geometry.padding[0], PAD_W=geometry.padding[1], DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1],
+        TRANSPOSED=transposed, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
+        RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None, GATE=epilogue.gate is not None,
+        gate_b=1 if epilogue.gate is None else epilogue.gate.stride(0),
+        **{name: source if tensor is None else dense_vector(tensor, name) for name, tensor in pointers.items()},
+    )  # fmt: skip
+
+
 def convolution_launch(
     source: Tensor,  # [B, KC, H, W] channels-last
     weight: Tensor,  # [C_out, C_in / groups, R, S] channels-last
@@ -139,27 +168,12 @@ def convolution_launch(
     n, k = (Side(c, s) for c, s in zip((NC, KC), sizes[::-1] if transposed else sizes, strict=True))
     product = precision(source.dtype)
     tile = choice.choose_tile(NC, KC // geometry.groups, source.dtype, arch, product == "ieee")
-    after = epilogue.following
-    skip_empty = skip_empty and after is None and epilogue.shortcut is None
-    added, pool = epilogue.shortcut or Pooled(source, 0)
-    pointers: dict[str, Any] = {
-        "bias": epilogue.bias, "scale_out": epilogue.scale, "gate": epilogue.gate, "following": after and after.map,
-        "scale_next": after and after.scale, "shift_next": after and after.shift, "levels_next": after and after.levels,
-    }  # fmt: skip
-    arguments: dict[str, Any] = dict(
-        out=out, order=route.order, offsets=route.offsets, OH=OH, OW=OW, NC=NC, R=weight.shape[2], S=weight.shape[3],
-        out_b=instance_stride(out), out_h=out.stride(2), out_w=out.stride(3), shortcut=added,
-        MAP_H=added.shape[2], MAP_W=added.shape[3], MAP_C=added.shape[1] if pool else 0, POOL=pool,
-        map_b=instance_stride(added), map_h=added.stride(2), map_w=added.stride(3),
-        PAD_H=geometry.padding[0], PAD_W=geometry.padding[1], DIL_H=geometry.dilation[0], DIL_W=geometry.dilation[1],
-        TRANSPOSED=transposed, BIAS=epilogue.bias is not None, SCALE=epilogue.scale is not None,
-        RELU=epilogue.relu, ADD=epilogue.add, NEXT=after is not None, GATE=epilogue.gate is not None,
-        gate_b=1 if epilogue.gate is None else epilogue.gate.stride(0),
-        **{name: source if tensor is None else dense_vector(tensor, name) for name, tensor in pointers.items()},
-    )  # fmt: skip
+    skip_empty = skip_empty and epilogue.following is None and epilogue.shortcut is None
+    arguments = _shared_arguments(source, weight, out, route, geometry, transposed, epilogue)
+    pool = arguments["POOL"]
     fitted = boxes.Arguments(
         n, k, route.groups, (OH, OW), (geometry.stride[0], geometry.stride[1]), geometry.groups, source.dtype,
-        route.mask is not None, boxes.is_aligned(source, weight), after is not None or pool > 0,
+        route.mask is not None, boxes.is_aligned(source, weight), epilogue.following is not None or pool > 0,
         weight.shape[2], geometry.dilation[0], pool > 1,
     )  # fmt: skip
     wide = strips.is_wide(NC, B * OH * OW, multiprocessors)

@@ -43,7 +43,7 @@ def test_report_without_cuda_sources_and_avx2(monkeypatch):
     class WithoutCuda:
         has_direct_float32 = has_direct_bf16 = staticmethod(lambda: False)
         float32_isa = bf16_isa = staticmethod(lambda: "")
-        with_cuda, cuda_version, cuda_archs, compiler = False, None, (), "12"
+        with_openmp, with_cuda, cuda_version, cuda_archs, compiler = True, False, None, (), "12"
         cpu_isa, omp_max_threads = staticmethod(lambda: "SSE2"), staticmethod(torch.get_num_threads)
         cuda_devices = staticmethod(lambda: ([], "this build has no CUDA sources"))
 
