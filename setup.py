@@ -1,4 +1,6 @@
-"""Build of den_kernels._C: C++ always, CUDA when an nvcc of 12.4 or newer is found. No torch is needed.
+"""Build of den_kernels._C: C++, OpenMP where the compiler has it, CUDA when an nvcc of 12.4 or newer is found.
+
+No torch is needed.  On Windows nothing is compiled: the sources are for GCC and Clang.
 
 DEN_KERNELS_CUDA=0 leaves CUDA out, DEN_KERNELS_CUDA=1 makes its absence an error; the build alone reads it.
 """
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -49,8 +52,23 @@ class Build(build_ext):
             raise SystemExit(MISSING.replace("building without CUDA", "but DEN_KERNELS_CUDA=1 asks for it"))
         else:
             print(MISSING if wanted != "0" else "den_kernels: building without CUDA (DEN_KERNELS_CUDA=0)", flush=True)
+        if self.has_openmp():
+            ext.extra_compile_args.append("-fopenmp")
+            ext.extra_link_args.append("-fopenmp")
+        else:
+            print("den_kernels: this compiler has no OpenMP, building for one thread", flush=True)
+            ext.extra_compile_args.append("-Wno-unknown-pragmas")
         with ParallelCompile(default=max(2, os.cpu_count() or 2)):
             super().build_extension(ext)
+
+    def has_openmp(self):
+        """True where the compiler takes -fopenmp and finds a runtime; Apple's does not."""
+        both = self.compiler.compiler_so  # for C++, too, in older setuptools
+        compiler = getattr(self.compiler, "compiler_so_cxx", both)
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*compiler, "-fopenmp", "-shared", "-x", "c++", "-", "-o", f"{folder}/openmp.so"]
+            code = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+            return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
 
     def compile_cuda(self, nvcc, ext):
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
@@ -75,6 +93,8 @@ class Build(build_ext):
 if __name__ == "__main__":
     extension = Pybind11Extension("den_kernels._C", sorted(glob.glob("csrc/*.cpp")), cxx_std=17)
     bindings = subprocess.check_output([sys.executable, "den_kernels/_interface.py"], text=True).strip()
-    extension.extra_compile_args += ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", bindings]
-    extension.extra_link_args += ["-fopenmp", "-Wl,--exclude-libs,ALL"]
-    setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"build_ext": {"force": True}})
+    extension.extra_compile_args += ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", bindings]
+    if sys.platform == "linux":
+        extension.extra_link_args.append("-Wl,--exclude-libs,ALL")
+    built = [] if sys.platform == "win32" else [extension]
+    setup(ext_modules=built, cmdclass={"build_ext": Build}, options={"build_ext": {"force": True}})

@@ -6,11 +6,10 @@
 #include <cstdint>
 #include <vector>
 
-#include <omp.h>
-
 #include "check.h"
 #include "direct_chunks.h"
 #include "dynamic_conv.h"
+#include "openmp.h"
 
 namespace den_kernels {
 

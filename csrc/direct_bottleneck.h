@@ -8,12 +8,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include <omp.h>
-
 #include "check.h"
 #include "direct_chunks.h"
 #include "direct_sums.h"
 #include "dynamic_bottleneck.h"
+#include "openmp.h"
 
 namespace den_kernels {
 namespace {

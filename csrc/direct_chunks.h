@@ -14,13 +14,13 @@
 #include <new>
 #include <vector>
 
-#include <omp.h>
 #include <unistd.h>
 
 #include "check.h"
 #include "direct_channels.h"
 #include "dispatch.h"
 #include "numbers.h"
+#include "openmp.h"
 #include "parallel.h"
 
 namespace den_kernels {

@@ -8,13 +8,12 @@
 #include <cstring>
 #include <numeric>
 
-#include <omp.h>
-
 #include "check.h"
 #include "direct_channels.h"
 #include "direct_chunks.h"
 #include "direct_tiles.h"
 #include "dynamic_graph.h"
+#include "openmp.h"
 
 namespace den_kernels {
 namespace {

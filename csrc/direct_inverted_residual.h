@@ -13,8 +13,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include <omp.h>
-
 #include "check.h"
 #include "direct_activation.h"
 #include "direct_chunks.h"
@@ -23,6 +21,7 @@
 #include "dynamic_inverted_residual.h"
 #include "inverted_chunk.h"
 #include "inverted_gates.h"
+#include "openmp.h"
 
 namespace den_kernels {
 namespace {

@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <numeric>
 
-#include <omp.h>
-
 #include "instance_queue.h"
 #include "numbers.h"
+#include "openmp.h"
 #include "pooled_head.h"
 #include "rows.h"
 

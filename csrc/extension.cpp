@@ -1,9 +1,9 @@
 // den_kernels._C: a table of contents, and what this build and this machine have.
-#include <omp.h>
 
 #include "bind.h"
 #include "device.h"
 #include "dispatch.h"
+#include "openmp.h"
 
 #ifndef BINDINGS
 #define BINDINGS ""  // setup.py gives a hash of the bindings (den_kernels/_interface.py)
@@ -46,6 +46,11 @@ void bind_device(py::module_& m) {
   m.def("cpu_isa", &cpu_isa, "Instruction set that the C++ inner functions run with here.");
   m.def("omp_max_threads", &omp_get_max_threads, "Threads that the next OpenMP region would use.");
   m.attr("compiler") = __VERSION__;
+#ifdef _OPENMP
+  m.attr("with_openmp") = true;
+#else
+  m.attr("with_openmp") = false;
+#endif
   m.attr("interface") = BINDINGS;
 #ifdef DEN_KERNELS_WITH_CUDA
   m.attr("with_cuda") = true;

@@ -6,8 +6,7 @@
 #include <numeric>
 #include <vector>
 
-#include <omp.h>
-
+#include "openmp.h"
 #include "parallel.h"
 
 namespace den_kernels {

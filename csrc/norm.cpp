@@ -49,7 +49,7 @@ void zero(const NormBatch& batch, void* y, const Span& s) {
 constexpr int64_t block_rows = 256;
 
 // Below this many elements waking the other threads costs more than it saves.
-constexpr int64_t serial_elements = 16384;
+[[maybe_unused]] constexpr int64_t serial_elements = 16384;
 
 int64_t rows_of(const NormBatch& batch) { return batch.P / batch.fold; }
 int64_t lanes_of(const NormBatch& batch) { return batch.C * batch.fold; }

@@ -9,7 +9,7 @@
 #include <mutex>
 #include <vector>
 
-#include <omp.h>
+#include "openmp.h"
 
 namespace den_kernels {
 

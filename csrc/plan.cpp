@@ -12,8 +12,9 @@
 namespace den_kernels {
 namespace {
 
-constexpr int64_t kColumns = 16;            // blocks read together: one cache line of int32 levels
-constexpr int64_t kWorthThreads = 1 << 16;  // instances x blocks below which starting threads costs more than the sort
+constexpr int64_t kColumns = 16;  // blocks read together: one cache line of int32 levels
+[[maybe_unused]] constexpr int64_t kWorthThreads =
+    1 << 16;  // instances x blocks below which starting threads costs more than the sort
 
 // Copies a strip of columns of levels [B, N] to rows [N, B]; returns the first index out of 0..G, or B * N.
 template <class T>

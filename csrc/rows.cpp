@@ -131,7 +131,7 @@ bool can_fold(int64_t P, int64_t stride, int64_t width) {
 }
 
 // Below this many elements waking the other threads costs more than it saves.
-constexpr int64_t serial_elements = 16384;
+[[maybe_unused]] constexpr int64_t serial_elements = 16384;
 
 }  // namespace
 

@@ -71,6 +71,8 @@ def _extension_line(extension: dict[str, Any]) -> str:
     if not extension["loaded"]:
         return f"not loaded: {extension['reason']}"
     openmp = "torch's OpenMP" if extension["shares_openmp"] else "an OpenMP runtime of its own"
+    if not extension["with_openmp"]:
+        openmp = "one thread"
     if not extension["with_cuda"]:
         return f"C++ on {openmp}; built without CUDA"
     toolkit = ".".join(map(str, extension["cuda_version"]))
@@ -124,6 +126,7 @@ def _describe_extension() -> dict[str, Any]:
     return {
         "loaded": True,
         "compiler": extension.compiler,
+        "with_openmp": extension.with_openmp,
         "shares_openmp": _shares_openmp(),
         "with_cuda": extension.with_cuda,
         "cuda_version": extension.cuda_version,
@@ -197,7 +200,9 @@ def _missing(cuda: dict[str, Any]) -> list[str]:
         texts.append(
             "CUDA sources (no nvcc at build time): nothing on a CPU; on a GPU the plan takes several launches, not one"
         )
-    if extension is not None and not _shares_openmp():
+    if extension is not None and not extension.with_openmp:
+        texts.append("OpenMP in the compiler: the extension computes on one thread")
+    elif extension is not None and not _shares_openmp():
         texts.append(
             "a shared OpenMP runtime: the extension's threads and torch's spin against each other, which can slow both "
             "several times; use a torch whose OpenMP is GNU's"

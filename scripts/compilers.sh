@@ -2,7 +2,9 @@
 # Compiles the C++ sources with other compilers than this machine's own, as far as they are installed: each given one
 # builds every file or names those that it cannot.
 #
-#   scripts/compilers.sh g++-11 aarch64-linux-gnu-g++ clang++
+#   scripts/compilers.sh g++-11 aarch64-linux-gnu-g++ clang++ "python -m ziglang c++ -target aarch64-macos"
+#
+# Without OpenMP where a compiler has none, as setup.py does. (pip install ziglang: Clang with the headers of other systems.)
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: scripts/compilers.sh COMPILER..." >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")/../csrc"
@@ -13,7 +15,9 @@ headers=$(python -c 'import pybind11, sysconfig; print("-I" + pybind11.get_inclu
 export folder headers
 for compiler; do
   echo "$compiler"
-  export compiler
+  openmp=-fopenmp
+  echo '#include <omp.h>' | $compiler -x c++ -fopenmp -E - >"$folder/probe" 2>&1 || openmp=-Wno-unknown-pragmas
+  export compiler openmp
   printf '%s\n' *.cpp | xargs -P "$(nproc)" -I{} sh -c \
-    '$compiler -c -O1 -fPIC -std=c++17 -fopenmp $headers {} -o "$folder/{}.o" || { echo "{}: not compiled" >&2; exit 255; }'
+    '$compiler -c -O1 -fPIC -std=c++17 -Wall -Wextra $openmp $headers {} -o "$folder/{}.o" || { echo "{}: not compiled" >&2; exit 255; }'
 done

@@ -1,11 +1,11 @@
 """Folders that one process makes and others read, without a trace of those that were killed.
 
-All locks are flock's: the kernel frees them when their process ends, however it ends.
+All locks are flock's: the kernel frees them when their process ends, however it ends. A system without flock is as a
+file system without locks: every process makes a folder of its own, and none is removed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -13,7 +13,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = "lock"
 
@@ -21,7 +26,7 @@ LOCK = "lock"
 def shared(file: BinaryIO, path: Path) -> None:
     """Lock an open file against removal; FileNotFoundError when it has been removed from `path` meanwhile."""
     with suppress(OSError):  # a file system without locks, where nothing is removed
-        fcntl.flock(file, fcntl.LOCK_SH)
+        _flock(file.fileno(), "SH")
     _must_be(file.fileno(), path)
 
 
@@ -33,7 +38,7 @@ def claimed(entry: Path) -> Iterator[Path]:
     while lock is None:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = _acquired(folder / LOCK, fcntl.LOCK_EX)
+            lock = _acquired(folder / LOCK)
         except FileNotFoundError:  # just removed: make it again
             continue
         except OSError:  # a file system without locks
@@ -62,7 +67,7 @@ def clear(entry: Path, files: Sequence[str]) -> None:
             continue
         lock = LOCK if unfinished else files[0]
         with suppress(OSError):  # held, or no locks here
-            descriptor = _acquired(path / lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = _acquired(path / lock, wait=False)
             try:
                 shutil.rmtree(path)
             finally:
@@ -73,11 +78,19 @@ def _holds_only(folder: Path, names: set[str]) -> bool:
     return folder.is_dir() and all(names.issuperset(files) for _, _, files in os.walk(folder))
 
 
-def _acquired(path: Path, how: int) -> int:
+def _flock(descriptor: int, kind: Literal["SH", "EX"], wait: bool = True) -> None:
+    """Lock an open file; OSError when that is held, with wait=False, or cannot be had."""
+    if fcntl is None:
+        raise OSError("this system has no flock")
+    how: int = getattr(fcntl, f"LOCK_{kind}")
+    fcntl.flock(descriptor, how if wait else how | fcntl.LOCK_NB)
+
+
+def _acquired(path: Path, wait: bool = True) -> int:
     """Descriptor of `path`, made where it is missing, with the lock; OSError when that is held or cannot be had."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, how)
+        _flock(descriptor, "EX", wait)
         _must_be(descriptor, path)
     except BaseException:
         os.close(descriptor)

