@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t stage_pixels = 1024, stage_pixels_of_large = 2048, large_weights = 1 << 20;
 // The last blocks, where a batch's maps have few pixels and a block's weights many bytes: small chunks would each read
 // them from memory for so few pixels that the arithmetic waits. There are as many chunks of these blocks as threads.
-constexpr int64_t few_pixels = 1024, streamed_weights = 1 << 21;
+constexpr int64_t few_pixels = 256, streamed_weights = 1 << 21;
 
 template <class T>
 constexpr Dtype dtype_of = std::is_same_v<T, float> ? Dtype::float32 : Dtype::bfloat16;

@@ -86,7 +86,7 @@ class Estimator(nn.Module):
     ) -> list[Tensor]:
         """Logits [B_k, classes] of each part of a checked batch.
 
-        `plan`, or integer levels [B, N] in 0..L-1, is in the batch's own order; None runs every block at its full width.
+        `plan`, or integer levels [B, N] in 0..L-1, is in the batch's own order; None: every block at its full width.
         `stem`: what `self.stem` has made of the batch, which may be written over; None: not yet made.
         """
         if plan is not None and stem is None and (isinstance(plan, Tensor) or plan.masks is None):
@@ -214,7 +214,7 @@ class Estimator(nn.Module):
         return self.level_plan(arranged) if isinstance(arranged, Tensor) else arranged
 
     def _arranged(self, batch: TaskBatch, levels: Tensor | RoutingPlan | None) -> Tensor | RoutingPlan | None:
-        """Levels of any integers [B, N], or their plan, in the batch's order; arguments, None and errors as of `plan`."""
+        """Integer levels [B, N], or a plan of them, in the batch's order; arguments, None and errors as of `plan`."""
         expected, device = (batch.batch_size, self.num_blocks), self.level_flops.device
         if levels is None:
             return torch.full(expected, self.levels - 1, device=device) if may_fold(self) else None

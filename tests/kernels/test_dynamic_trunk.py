@@ -117,7 +117,7 @@ def test_nan_in_an_image_stays_in_its_features():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "kinds, channels, batch, size",
+    ("kinds", "channels", "batch", "size"),
     [("bBbB", 16, 24, 16), ("bBb", 128, 9, 8), ("Bb", 128, 9, 8)],
     ids=["in chunks", "the last blocks shared", "all blocks large"],
 )
