@@ -41,7 +41,7 @@ class TrunkWeights(HasHandle):
     """The folded weights of N blocks in their order, at least one, and of the batch norm behind the last one.
 
     scale, shift: float32 [C] of that norm as an affine map; None: the trunk's result is the last block's map.
-    shortcuts: of each block its shortcut's convolution (`den_kernels.projection`), or None: x, pooled and widened; () is
+    shortcuts: of each block its shortcut's convolution (`den_kernels.projection`), or None: x, pooled and widened; ():
     None for all.
     """
 
