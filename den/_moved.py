@@ -12,14 +12,15 @@ from types import ModuleType
 
 _SUPPORT = ("device", "files", "heap", "limits", "progress", "randomness", "tables", "terminal")
 _NN = (
-    "tasks", "task_batch", "levels", "backbones", "stem", "tail", "conv_norm", "folding", "initial", "selector",
-    "estimator", "model", "model_config", "count", "plain", "reference", "blocks",
+    "tasks", "task_batch", "levels", "backbones", "folding", "initial", "selector", "estimator", "model",
+    "model_config", "count", "plain", "reference", "blocks",
 )  # fmt: skip
 _TRAIN = ("engine", "phases", "checkpoint", "config", "objective", "scenarios")
 MOVED = {
     **{f"den.{name}": f"den.support.{name}" for name in _SUPPORT},
     **{f"den.{name}": f"den.nn.{name}" for name in _NN},
     **{f"den.{name}": f"den.train.{name}" for name in _TRAIN},
+    **dict.fromkeys(("den.stem", "den.tail", "den.conv_norm"), "den.nn.ends"),
     "den.baselines": "den.recipes",
     "den.dag.adashare": "den.recipes.dag.adashare",
     "den.dag.comparison": "den.report.dag.comparison",

@@ -9,7 +9,7 @@ import torch
 
 from den import create_model
 from den.data import load_set
-from den.evaluate.accuracy import TaskReport, Timing
+from den.evaluate.accuracy import TaskReport
 from den.evaluate.comparison import (
     Comparison,
     checks,
@@ -21,6 +21,7 @@ from den.evaluate.comparison import (
     table,
     write_json,
 )
+from den.evaluate.timing import Timing
 from den.nn.count import image_flops
 from den.nn.plain import PlainNetwork
 from den.report.figures.comparison import draw_all

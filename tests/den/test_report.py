@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from den.evaluate.accuracy import Timing
+from den.evaluate.timing import Timing
 from den.report.command import section_text
 from den.report.groups import Stat, group_runs, sections
 from den.report.paper import CIFAR10, CIFAR100, COARSE, M1, MEAN, PAPER, entries, nearest_backbone

@@ -9,7 +9,7 @@ import torch
 
 from den import cli
 from den.data import load_set
-from den.evaluate.accuracy import Timing
+from den.evaluate.timing import Timing
 from den.report.command import slug, sweeps
 from den.report.figures.neighbours import nearest_images, neighbours
 from den.report.figures.tradeoff import accuracy_against, sweep

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from den.evaluate.accuracy import Timing
+from den.evaluate.timing import Timing
 from den.report.paper import CIFAR100, COARSE
 from den.report.tables import build_table
 from den.report.verdicts import verdicts
