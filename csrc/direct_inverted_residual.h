@@ -212,8 +212,10 @@ void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
                 most = std::max<int64_t>(fits / tile_pixels, 1) * tile_pixels;
   const std::vector<Piece> pieces = pieces_of(c.selected.hidden, plane);
   for (int64_t j = 0; j < c.count; ++j) {
+    // Whole strips: one that ends early would read pixels to which the next thread applies its gates.
     int64_t begin, end;
-    share(pixels, thread, threads, begin, end);
+    share((pixels + usual_strip - 1) / usual_strip, thread, threads, begin, end);
+    begin *= usual_strip, end = std::min(end * usual_strip, pixels);
     for (int64_t first = begin; first < end; first += most) {
       const int64_t count = std::min(most, end - first);
       float* at = c.scratch + (j * pixels + first) * 16;

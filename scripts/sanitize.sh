@@ -25,14 +25,14 @@ if [ "$kind" = address ]; then
   export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
   tests=(tests/kernels/test_{plan,rows,layers,conv_direct,conv_direct_gradients,post_activation,bottleneck_weights}.py
     "$ops"_{conv,conv_grad,norm,norm_calls,residual,residual_calls,bottleneck,inverted_residual,graph,trunk}.py
-    tests/kernels/test_{residual_unpacked,native_checks,stale_weights,threads}.py)
+    tests/kernels/test_{residual_unpacked,native_checks,stale_weights,threads,trunk_shortcuts}.py)
 else
   flags="-fsanitize=thread"
   export LDFLAGS="$folder/openmp.o -ldl"
   libraries="$(gcc -print-file-name=libtsan.so)"
   g++ -c -fPIC -O1 -g -std=c++17 -fopenmp -fsanitize=thread tests/kernels/threads/openmp.cpp -o openmp.o
-  export TSAN_OPTIONS="halt_on_error=1 suppressions=$folder/tests/kernels/threads/suppressions.txt" OMP_NUM_THREADS=3
-  tests=(tests/kernels/test_{plan,rows,conv_direct,conv_direct_gradients,metamorphic}.py
+  export TSAN_OPTIONS="halt_on_error=1 history_size=7 suppressions=$folder/tests/kernels/threads/suppressions.txt" OMP_NUM_THREADS=3
+  tests=(tests/kernels/test_{plan,rows,conv_direct,conv_direct_gradients,metamorphic,trunk_shortcuts}.py
     "$ops"_{trunk,inverted_residual,bottleneck,norm,graph}.py)
 fi
 # -O1 compiles the kernels in a third of the time of -O3; with a sanitizer GCC takes the intrinsics' undefined vectors for mistakes.
