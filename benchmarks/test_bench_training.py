@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.nn.count import count_flops, image_flops, parameter_fractions
+from den.nn.task_batch import task_batch
 from den.train.objective import leave_one_out_advantage, reinforce, sparsity_penalty
 from den_kernels import RoutingPlan
 
@@ -144,10 +145,11 @@ def selector_providers(network: ElasticNetwork) -> list[Provider]:
     model, images, many = network.model, network.images, sampled(network)
     model.selector.train()
     structures = many.levels.view(len(images), SAMPLES, -1).long()
+    batch = task_batch(images, network.task, model.tasks, like=images)
     chosen, whole = selector_expectation(network, "bucketed"), selector_expectation(network, "dense")
     plain = {"dense-eager": many.dense(network.dtype), "masked": many.masked(), "bucket": many.bucketed(network.dtype)}
     logits: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: model.estimator.sampled([images], [network.task], structures)[0],
+        "ours": lambda: model.estimator.part_logits(batch, structures)[0],
         **{name: functools.partial(one, images, SAMPLES) for name, one in plain.items()},
     }
     steps = {name: functools.partial(selector_step, network, structures, one) for name, one in logits.items()}

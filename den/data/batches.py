@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from den.data.images import Drawn, Example, ImageSet, Labels, apportion
 from den.data.reading import ReadAhead
 from den.data.scenes import Scenes, SceneSet
+from den.nn.task_batch import TaskBatch
 from den.support import ranks
 from den.support.randomness import Draws, SharedDraws
 
@@ -63,6 +64,12 @@ class Batch:
     def count(self) -> int:
         """Number of images: each has one structure, however many labels."""
         return len(self.images[0]) if self.joint else sum(map(len, self.images))
+
+    def for_network(self, positions: Mapping[str, int]) -> TaskBatch:
+        """The images as a network reads them whose tasks, at these positions, they are known to fit."""
+        if self.joint:
+            return TaskBatch((positions[self.tasks[0]],), (self.images[0],), None, "joint")
+        return TaskBatch(tuple([positions[task] for task in self.tasks]), tuple(self.images), None, "list")
 
     def only(self, k: int) -> Batch:
         """The batch of task k alone."""

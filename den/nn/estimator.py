@@ -1,6 +1,6 @@
 """The estimator f(x; z, t): the backbone whose blocks run at the levels of a structure (paper, eq. 1)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -12,7 +12,7 @@ from den.nn.folding import may_fold
 from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
 from den.nn.one_call import OneCall, are_watched, fits, trunk_network
-from den.nn.task_batch import Images, TaskBatch, TaskName, Tasks, task_batch
+from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
 from den_kernels.building import FoldCache, TaskNetwork, is_traced, norm_affine
 
@@ -76,28 +76,35 @@ class Estimator(nn.Module):
         return self.run(batch, self._arranged(batch, levels))
 
     def run(
-        self, batch: TaskBatch, plan: RoutingPlan | Tensor | None, stem: Tensor | None = None
+        self, batch: TaskBatch, levels: RoutingPlan | Tensor | None, stem: Tensor | None = None
     ) -> Tensor | list[Tensor]:
         """Logits of a checked batch, as `forward` returns them; arguments as of `part_logits`."""
-        return batch.restore_logits(self.part_logits(batch, plan, stem), max(task.classes for task in self.tasks))
+        return batch.restore_logits(self.part_logits(batch, levels, stem), max(task.classes for task in self.tasks))
 
     def part_logits(
-        self, batch: TaskBatch, plan: RoutingPlan | Tensor | None, stem: Tensor | None = None
+        self, batch: TaskBatch, levels: RoutingPlan | Tensor | None, stem: Tensor | None = None
     ) -> list[Tensor]:
-        """Logits [B_k, classes] of each part of a checked batch.
+        """Logits [B_k, classes] of each part of a checked batch; of a joint one of every task.
 
-        `plan`, or integer levels [B, N] in 0..L-1, is in the batch's own order; None: every block at its full width.
-        `stem`: what `self.stem` has made of the batch, which may be written over; None: not yet made.
+        levels: a plan of the levels, or integer [B, N] in 0..L-1, in the batch's own order; or [B, S, N], S structures
+        of every image, whose logits [B_k * S, classes] follow one another: stems run once for all of them.  None: every
+        block at its full width.
+        stem: what `self.stem` has made of the batch, which may be written over; None: not yet made.
         """
-        if plan is not None and stem is None and (isinstance(plan, Tensor) or plan.masks is None):
-            network = None if torch.is_grad_enabled() else self._network(batch)
-            if network is not None:
-                levels = plan.long().contiguous() if isinstance(plan, Tensor) else plan.levels.t()
-                return network(batch.tasks, self._enlarged(batch), levels)
-        if isinstance(plan, Tensor):
-            plan = self.level_plan(plan)
+        samples = levels.shape[1] if isinstance(levels, Tensor) and levels.ndim == 3 else 1
+        whole = levels.ndim == 2 if isinstance(levels, Tensor) else levels is not None and levels.masks is None
+        if whole and stem is None and batch.form != "joint" and not torch.is_grad_enabled():
+            network = self._network(batch)
+            if network is not None and levels is not None:
+                own = levels.long().contiguous() if isinstance(levels, Tensor) else levels.levels.t()
+                return network(batch.tasks, self._enlarged(batch), own)
+        plan = self.level_plan(levels.flatten(0, -2)) if isinstance(levels, Tensor) else levels
         x = self.stem(batch) if stem is None else stem
-        return self.classify(batch.tasks, batch.sizes, self.trunk(x, plan))
+        pooled = self.trunk(x if samples == 1 else x.repeat_interleave(samples, 0), plan)
+        if batch.form == "joint":
+            return [head(pooled) for head in self.heads]
+        parts = pooled.split([size * samples for size in batch.sizes])
+        return [self.heads[k](part) for k, part in zip(batch.tasks, parts, strict=True)]
 
     def _network(self, batch: TaskBatch) -> TaskNetwork | None:
         """The estimator in one call; None where stems, trunk and heads have to be called one by one."""
@@ -120,30 +127,6 @@ class Estimator(nn.Module):
         """The images of each part as its stem's convolution reads them."""
         stems = (cast(Stem, self.stem_of(k)) for k in batch.tasks)
         return [enlarge(images, stem.in_size) for stem, images in zip(stems, batch.images, strict=True)]
-
-    def sampled(self, images: Sequence[Tensor], tasks: Sequence[TaskName], structures: Tensor) -> list[Tensor]:
-        """Logits [B_k * S, classes] of each part under S structures of every image; stems run once per image.
-
-        structures: integer [B, S, N], B images one part after the other. The S rows of an image follow one another.
-        """
-        batch, samples = task_batch(images, tasks, self.tasks, like=self.heads[0].weight), structures.shape[1]
-        plan = self.level_plan(structures.flatten(0, 1))
-        pooled = self.trunk(self.stem(batch).repeat_interleave(samples, 0), plan)
-        return self.classify(batch.tasks, [size * samples for size in batch.sizes], pooled)
-
-    def joint(self, images: Tensor, levels: Tensor | None = None) -> list[Tensor]:
-        """Logits [B * S, classes_k] of every task, for images that all the tasks label: stem and trunk run once.
-
-        images: [B, C, S, S].  levels: integer [B, N], or S structures of every image [B, S, N], whose rows follow one
-        another; None: the full structure.
-        """
-        batch, samples = task_batch(images, 0, self.tasks, like=self.heads[0].weight), 1
-        plan = self.plan(batch, levels) if levels is None or levels.ndim == 2 else None
-        if levels is not None and levels.ndim == 3:
-            samples, plan = levels.shape[1], self.level_plan(levels.flatten(0, 1))
-        x = self.stem(batch)
-        pooled = self.trunk(x if samples == 1 else x.repeat_interleave(samples, 0), plan)
-        return [head(pooled) for head in self.heads]
 
     def stem_of(self, task: int) -> Stem | ImageStem:
         """The stem of the task at a position."""
@@ -186,10 +169,6 @@ class Estimator(nn.Module):
 
         kept, settings = _kept(blocks)
         return self._trunk.of((*kept, norm), fold, *settings)
-
-    def classify(self, tasks: Sequence[int], sizes: list[int], pooled: Tensor) -> list[Tensor]:
-        """Logits [B_k, classes] of each part by its task's head, from `pooled` [B, features]."""
-        return [self.heads[k](part) for k, part in zip(tasks, pooled.split(sizes), strict=True)]
 
     def level_plan(self, levels: Tensor) -> RoutingPlan:
         """The routing plan of integer levels [B, N] in 0..L-1.

@@ -39,6 +39,7 @@ class DeepElasticNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.tasks = config.tasks
+        self.positions = {task.name: position for position, task in enumerate(config.tasks)}
         self.levels = config.levels
         self.estimator = Estimator(config)
         self.num_blocks = self.estimator.num_blocks

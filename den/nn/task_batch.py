@@ -26,7 +26,8 @@ class TaskBatch:
         images: one [B_k, C_k, S_k, S_k] per part; the B_k add up to B. Several tasks of the same images are as many
             parts of one tensor.
         order: int64 [B], the caller's row that stands at each of our rows; None where they are in the same order.
-        form: what the caller gave and gets back: `one` task, a `list` of parts, or tasks per `instance`.
+        form: what the caller gave and gets back: `one` task, a `list` of parts, or tasks per `instance`; `joint`: one
+            part that all tasks label, and a list of their results.
     """
 
     tasks: tuple[int, ...]
@@ -58,12 +59,12 @@ class TaskBatch:
     def restore_logits(self, logits: list[Tensor], classes: int) -> Tensor | list[Tensor]:
         """Logits [B_k, classes_k] of each part, as the caller wants them.
 
-        One task: [B, classes_k]. A list: the list. Tasks per instance: [B, classes] in the caller's order, with -inf
-        for the classes that an instance's task does not have.
+        One task: [B, classes_k]. A list, and joint tasks: the list. Tasks per instance: [B, classes] in the caller's
+        order, with -inf for the classes that an instance's task does not have.
         """
         if self.form == "one":
             return logits[0]
-        if self.form == "list":
+        if self.form in ("list", "joint"):
             return logits
         return self.restore(torch.cat([F.pad(part, (0, classes - part.shape[1]), value=-torch.inf) for part in logits]))
 

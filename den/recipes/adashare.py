@@ -100,7 +100,7 @@ class AdaShare(ComparedMethod):
         logits = self.state.logits if phase.network == "selector" else self.state.logits.detach()
         gates = gumbel_softmax(logits, tau, engine.generator)[..., 1]  # [K, N]
         with gated(self.model.estimator, task_rows(gates, self.model, batch.images, batch.tasks)):
-            answered = self.model.estimator(batch.images, batch.tasks)
+            answered = self.estimate(batch, None)
         loss = batch.mean(instance_losses(answered, batch.labels))
         accuracy, kept = batch.mean(answers(answered, batch)), logits.detach().softmax(-1)[..., 1].mean()
         measured = {"accuracy": accuracy, "kept": kept}

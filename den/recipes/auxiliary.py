@@ -6,11 +6,9 @@ noisy number.  A regression on the same costs learns which images are hard from 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.train.checkpoint import prefixed
 
@@ -47,14 +45,6 @@ def with_costs_of(state: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     others = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
     head = getattr(state, "costs", None)
     return others | (prefixed(name, head.state_dict()) if isinstance(head, CostHead) else {})
-
-
-def logits_and_features(model: DeepElasticNetwork, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The selector's logits [B, N, L] of the images of a batch, and the features [B, C] that its heads read."""
-    names, images, _ = zip(*batch.parts, strict=True)
-    read, stem = model.read(model.selector, list(images), list(names))
-    features = model.selector.features(read, stem)
-    return model.selector.logits(features, read.tasks), torch.cat(features)
 
 
 def cost_loss(predicted: Tensor, costs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from den.data.images import Labels
 from den.evaluate.accuracy import Choice, equal_structures, evaluate, full_flops
 from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
-from den.nn.task_batch import Images, Tasks
+from den.nn.task_batch import Images, TaskBatch, Tasks
 from den.nn.tasks import find_task
 from den.recipes.auxiliary import cost_head, with_costs_of
 from den.recipes.setup import estimator_optimiser
@@ -74,14 +74,11 @@ class Method(Recipe):
 
     def choose(self, batch: Batch) -> Tensor:
         """The selector's logits [B, N, L] of the images of a batch, each image once."""
-        names, images, _ = zip(*batch.parts, strict=True)
-        return self.model.selector_logits(list(images), list(names))
+        return self.model.selector.run(*read(self.model, batch))
 
     def estimate(self, batch: Batch, structures: Tensor | None) -> list[Tensor]:
         """Logits of every part of a batch at structures [B, N] of its images, or [B, S, N]; None: the full ones."""
-        if batch.joint:
-            return self.model.estimator.joint(batch.images[0], structures)
-        return cast(list[Tensor], self.model.estimator(batch.images, batch.tasks, structures))
+        return self.model.estimator.part_logits(batch.for_network(self.model.positions), structures)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Parameters that the selector's optimiser updates."""
@@ -214,6 +211,22 @@ def initial_cost(model: DeepElasticNetwork, config: TrainConfig) -> float:
     costs = model.estimator.level_flops.cpu().double()
     anything = (costs.mean(1).sum() / costs[:, -1].sum()).item()
     return config.estimator.tau + (1 - config.estimator.tau) * anything
+
+
+def read(model: DeepElasticNetwork, batch: Batch) -> tuple[TaskBatch, Tensor | None]:
+    """The images of a batch as the selector reads them, and the maps of the estimator's stems where it reads these."""
+    images = batch.for_network(model.positions)
+    if model.selector.config.reads != "stem":
+        return images, None
+    with torch.no_grad():
+        return images, model.estimator.stem(images)
+
+
+def logits_and_features(model: DeepElasticNetwork, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The selector's logits [B, N, L] of the images of a batch, and the features [B, C] that its heads read."""
+    images, stem = read(model, batch)
+    features = model.selector.features(images, stem)
+    return model.selector.logits(features, images.tasks), torch.cat(features)
 
 
 def answers(logits: list[Tensor], batch: Batch) -> Tensor:

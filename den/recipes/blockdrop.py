@@ -78,7 +78,7 @@ class BlockDrop(ComparedMethod):
         drawn, greedy, chance = draw(logits, free, settings.drop_bound, batch.draws(engine.generator))
         with torch.set_grad_enabled(joint):
             structures = self._levels(torch.stack([drawn, greedy], 1))  # [B, 2, N]
-            answered = self.model.estimator.sampled(batch.images, batch.tasks, structures)
+            answered = self.estimate(batch, structures)
         seen = Batch(batch.tasks, batch.images, [labels.repeat_interleave(2) for labels in batch.labels])
         right = answers(answered, seen).view(-1, 2)
         gamma = settings.drop_penalty_joint if joint else settings.drop_penalty

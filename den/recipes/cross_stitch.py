@@ -127,10 +127,11 @@ class StitchedEstimator(nn.Module):
     def forward(self, images: Images, task: Tasks, levels: Tensor | RoutingPlan | None = None) -> Tensor | list[Tensor]:
         """Logits; images [B, c, S, S], task and levels [B, N] as in `den.nn.estimator.Estimator`."""
         batch = task_batch(images, task, self.tasks, like=next(self.heads.parameters()))
-        return self.run(batch, self.tails[0].plan(batch, levels))
+        logits = self.part_logits(batch, self.tails[0].plan(batch, levels))
+        return batch.restore_logits(logits, max(task.classes for task in self.tasks))
 
-    def run(self, batch: TaskBatch, plan: RoutingPlan | None) -> Tensor | list[Tensor]:
-        """Logits of a checked batch."""
+    def part_logits(self, batch: TaskBatch, plan: RoutingPlan | None) -> list[Tensor]:
+        """Logits [B_k, classes] of each part of a checked batch."""
         copies = range(len(self.tails))
         parts = [[stem(images) for stem in self.stems[k]] for k, images in zip(batch.tasks, batch.images, strict=True)]
         maps = [torch.cat([part[s] for part in parts]) for s in copies]
@@ -145,7 +146,7 @@ class StitchedEstimator(nn.Module):
         for part, k in enumerate(batch.tasks):  # the last stitch: for an image's own task alone
             x = self.stitches[-1]([maps[part] for maps in split], k)
             logits.append(self.heads[k](self.tails[k].trunk(x, None)))
-        return batch.restore_logits(logits, max(task.classes for task in self.tasks))
+        return logits
 
 
 def thinner(config: ModelConfig) -> ModelConfig:

@@ -10,8 +10,8 @@ from torch import Tensor
 from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.recipes import METHODS, prepare, prepare_compared
-from den.recipes.auxiliary import CostHead, cost_loss, logits_and_features
-from den.recipes.base import Method
+from den.recipes.auxiliary import CostHead, cost_loss
+from den.recipes.base import Method, logits_and_features
 from den.recipes.distillation import distilled_loss
 from den.support.device import sent
 from den.support.randomness import uniform

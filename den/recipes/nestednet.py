@@ -50,7 +50,7 @@ class NestedNet(ComparedMethod):
             every = sent(torch.tensor(self.learnt), structures.device)
             structures = every[None, :, None].expand(len(batch), -1, self.model.num_blocks)
         samples = structures.shape[1]
-        logits = self.model.estimator.sampled(batch.images, batch.tasks, structures)
+        logits = self.estimate(batch, structures)
         seen = Batch(batch.tasks, batch.images, [labels.repeat_interleave(samples) for labels in batch.labels])
         losses = instance_losses(logits, seen.labels).split([len(labels) for labels in seen.labels])
         loss = torch.stack([batch.mean(part, k) for k, part in enumerate(losses)]).mean()

@@ -57,7 +57,7 @@ class Routing(ComparedMethod):
         model, settings = self.model, self.config.methods
         chances = task_rows(self.state.policy, model, batch.images, batch.tasks).flatten(0, 1)
         structures = draw_levels(chances, 1, batch.draws(engine.generator)).view(len(batch), model.num_blocks)
-        logits = model.estimator(batch.images, batch.tasks, structures)
+        logits = self.estimate(batch, structures)
         loss, right = batch.mean(instance_losses(logits, batch.labels)), answers(logits, batch)
         penalty = sparsity_penalty(structures, parameter_fractions(model), self.config.selector.rho)
         returns, sizes = 2 * right - 1 - penalty, [len(labels) for labels in batch.labels]

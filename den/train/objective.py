@@ -123,11 +123,9 @@ def structure_costs(
     """
     samples = structures.shape[1]
     labels = [part.repeat_interleave(samples, 0) for part in batch.labels]
+    losses = instance_losses(model.estimator.part_logits(batch.for_network(model.positions), structures), labels)
     if batch.joint:
-        losses = instance_losses(model.estimator.joint(batch.images[0], structures), labels)
         losses = losses.view(len(labels), -1).mean(0)
-    else:
-        losses = instance_losses(model.estimator.sampled(batch.images, batch.tasks, structures), labels)
     return losses.view(-1, samples) + sparsity_penalty(structures, parameter_fractions(model), rho, penalty)
 
 

@@ -12,7 +12,8 @@ from den.data import Batch
 from den.nn.model import create_model
 from den.nn.tasks import Task
 from den.recipes import den as recipe
-from den.recipes.auxiliary import CostHead, cost_loss, logits_and_features
+from den.recipes.auxiliary import CostHead, cost_loss
+from den.recipes.base import logits_and_features
 from den.recipes.den import train
 from den.recipes.distillation import distilled_losses, taught_images, with_teachers
 from den.runs.trained import open_run

@@ -127,7 +127,7 @@ def test_the_joint_network_computes_what_each_task_alone_does(two_labels):
     assert (len(model.estimator.stems), len(model.selector.stems), len(model.selector.heads)) == (1, 1, 1)
     structures = torch.randint(4, (6, 3))
     with torch.no_grad():
-        found = model.estimator.joint(batch.images[0], structures)
+        found = model.estimator.part_logits(batch.for_network(model.positions), structures)
         for logits, task in zip(found, batch.tasks, strict=True):
             torch.testing.assert_close(logits, model.estimator(batch.images[0], task, structures))
         chosen = [model.select(batch.images[0], task) for task in batch.tasks]
