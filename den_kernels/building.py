@@ -6,6 +6,7 @@ fold_norm           a convolution's weight and bias with the batch norm after it
 is_ordinary         True for a call that nothing traces, transforms or intercepts
 is_recorded         True for a call that becomes a graph which outlives it: torch.export, torch.jit.trace
 is_traced           True for a call that becomes part of any graph, torch.compile's included
+may_fold            True where a module may run on folded weights
 refuse_transforms   raises inside torch.func
 stand_in            a weight's shape, dtype and device without its memory
 
@@ -15,7 +16,7 @@ DenseHead           a fully connected layer, in the dtypes that
 runs_task_network   tells of
 """
 
-from .eager import is_ordinary, is_recorded, is_traced, refuse_transforms
+from .eager import is_ordinary, is_recorded, is_traced, may_fold, refuse_transforms
 from .fold_cache import FoldCache
 from .folding import fold_norm, norm_affine
 from .residual_weights import stand_in
@@ -31,6 +32,7 @@ __all__ = [
     "is_ordinary",
     "is_recorded",
     "is_traced",
+    "may_fold",
     "norm_affine",
     "refuse_transforms",
     "runs_task_network",

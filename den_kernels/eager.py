@@ -46,6 +46,11 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     return is_ordinary(*tensors)
 
 
+def may_fold(module: nn.Module) -> bool:
+    """True where a module may run on folded weights: in eval mode, without gradients, not traced or transformed."""
+    return not (module.training or torch.is_grad_enabled()) and is_ordinary()
+
+
 def is_traced() -> bool:
     """True where the call becomes part of a graph that runs with other values: nothing may be decided from these."""
     return is_compiling() or _is_tracing() or _transforms()

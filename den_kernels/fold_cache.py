@@ -63,7 +63,7 @@ class FoldCache(Generic[Value]):
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[tuple, Any, Source, Guarded[Value]] | None = None
+        self._entry: tuple[tuple, Any, Source, Value, Guarded[Value] | None] | None = None
         self._captured: list[Any] = []  # values that CUDA graphs read
         self._places: tuple[tuple[nn.Module, ...], list[tuple[dict[str, Any], str]]] | None = None
         self._norms: list[nn.BatchNorm1d | nn.BatchNorm2d] = []
@@ -77,11 +77,13 @@ class FoldCache(Generic[Value]):
         entry = self._entry
         key = _Epoch.everywhere, versions, settings
         if entry is not None and entry[0] == key and entry[1].same(sources):
-            return entry[3].get()
+            return entry[3] if entry[4] is None else entry[4].get()
         watch = _watch(sources)  # before the value: what another thread writes meanwhile is noticed
-        value = Guarded(sources, build, self._captured)
-        self._entry = key, watch, tuple(source.detach() for source in sources), value
-        return value.get()
+        on_gpu = any(source.device.type == "cuda" for source in sources)
+        guard = Guarded(build, self._captured) if on_gpu else None
+        value = build() if guard is None else guard.get()
+        self._entry = key, watch, tuple(source.detach() for source in sources), value, guard
+        return value
 
     def of(self, modules: tuple[nn.Module, ...], build: Callable[[], Value], *settings: object) -> Value:
         """:meth:`get` of all parameters and buffers of the modules, and of the eps of batch norms among them.

@@ -55,31 +55,24 @@ def _mark(value: Any) -> Iterator[_Built]:
 
 
 class Guarded(Generic[Value]):
-    """A value made by ``build()`` from ``sources``, for all streams of a GPU; on a CPU there is nothing to guard.
+    """A value made by ``build()`` of tensors on a GPU, for all its streams.
 
     ``captured`` is a list of the cache, as long-lived as that: values that a graph reads are put there. Raises
-    RuntimeError where the sources lie on a GPU that captures a graph.
+    RuntimeError while a graph is captured.
     """
 
-    def __init__(
-        self,
-        sources: tuple[Tensor, ...],  # each [...]
-        build: Callable[[], Value],
-        captured: list[Any],
-    ) -> None:
-        on_gpu = any(source.device.type == "cuda" for source in sources)
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+    def __init__(self, build: Callable[[], Value], captured: list[Any]) -> None:
+        if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "den_kernels: folded weights must be there before a CUDA graph is captured, got new or changed weights "
                 "inside the capture; run the network once before capturing, or freeze() it"
             )
         self._value, self._captured = build(), captured
-        self._built = list(_mark(self._value)) if on_gpu else []
+        self._built = list(_mark(self._value))
 
     def get(self) -> Value:
         """The value, which the current stream may read even if the cache forgets it meanwhile."""
-        if self._built:
-            self._share()
+        self._share()
         return self._value
 
     def _share(self) -> None:

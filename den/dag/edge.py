@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.nn.folding import folded_conv, may_fold, norm_tensors
+from den.nn.folding import folded_conv, norm_tensors
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
-from den_kernels.building import FoldCache
+from den_kernels.building import FoldCache, may_fold
 
 
 class Edge(nn.Module):

@@ -29,11 +29,11 @@ from den.dag.model_config import DagConfig
 from den.dag.stages import StageEnds, make_edge
 from den.dag.stem import DagStem, Stem, make_stem
 from den.nn.blocks import ElasticBlock
-from den.nn.folding import folded_weight, may_fold
+from den.nn.folding import folded_weight
 from den.nn.modules import Modules
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import GraphWeights, Route, RoutingPlan, dynamic_graph
-from den_kernels.building import FoldCache
+from den_kernels.building import FoldCache, may_fold
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -146,9 +147,14 @@ class ImageSet:
 
     def _normalise(self, pixels: Tensor) -> Tensor:  # uint8 [n, H, W, C] -> float32 [n, C, H, W]
         pixels = sent(pixels.contiguous(), self.labels.device)  # of images that stay on the host
-        mean, std = (sent(torch.tensor(values), pixels.device) for values in (self.mean, self.std))
-        values = pixels.contiguous().float().mul_(1 / (255 * std)).sub_(mean / std)
-        return values.permute(0, 3, 1, 2)
+        factor, shift = self._scaling
+        return pixels.float().mul_(factor).sub_(shift).permute(0, 3, 1, 2)
+
+    @cached_property
+    def _scaling(self) -> tuple[Tensor, Tensor]:
+        """Factor and shift float32 [C] that bring pixels to mean 0 and standard deviation 1, where the labels lie."""
+        mean, std = (sent(torch.tensor(values), self.labels.device) for values in (self.mean, self.std))
+        return 1 / (255 * std), mean / std
 
 
 class Labels:

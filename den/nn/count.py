@@ -93,8 +93,7 @@ def count_flops(model: DeepElasticNetwork, levels: Tensor) -> Tensor:
         raise ValueError(
             f"count_flops: levels must be in 0..{table.shape[1] - 1}, got {int(levels.min())}..{int(levels.max())}"
         )
-    costs = table.expand(len(levels), -1, -1).gather(2, levels.to(table.device, torch.int64).unsqueeze(2))
-    return costs.squeeze(2).sum(1).double()
+    return table.gather(1, levels.to(table.device, torch.int64).t()).sum(0).double()
 
 
 def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:

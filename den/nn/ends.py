@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from den.nn.backbones import Backbone
 from den.nn.blocks import BlockShape
-from den.nn.folding import folded_weight, may_fold
+from den.nn.folding import folded_weight
 from den.nn.modules import lay_out_channels_last
 from den.nn.tasks import Task
 from den_kernels import DynamicBatchNorm2d
-from den_kernels.building import FoldCache
+from den_kernels.building import FoldCache, may_fold
 
 KERNEL = 7
 

@@ -1,4 +1,4 @@
-"""Folding of batch norms into convolutions for inference: when it may be done, what it depends on, the folding."""
+"""Folding of batch norms into convolutions for inference: what it depends on, and the folding."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -7,12 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from den_kernels import DynamicConv2d
-from den_kernels.building import fold_norm, is_ordinary
-
-
-def may_fold(module: nn.Module) -> bool:
-    """True where `module` may run on folded weights: in eval mode, without gradients, not traced or transformed."""
-    return not (module.training or torch.is_grad_enabled()) and is_ordinary()
+from den_kernels.building import fold_norm
 
 
 def norm_tensors(norm: nn.BatchNorm1d | nn.BatchNorm2d | None) -> tuple[Tensor, ...]:

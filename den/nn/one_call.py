@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from den.nn.ends import ConvNormReLU, Stem
-from den.nn.folding import folded_weight, may_fold
+from den.nn.folding import folded_weight
 from den.nn.task_batch import TaskBatch
 from den_kernels import TrunkWeights
 from den_kernels.building import (
@@ -14,6 +14,7 @@ from den_kernels.building import (
     DenseHead,
     FoldCache,
     TaskNetwork,
+    may_fold,
     norm_affine,
     runs_task_network,
     takes_conv,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from den.data import Batch, ImageSet, MixedTaskBatches
 from den.data.images import Labels
 from den.evaluate.accuracy import Choice, equal_structures, evaluate, full_flops
-from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, TaskBatch, Tasks
 from den.nn.tasks import find_task
@@ -148,7 +147,7 @@ class Method(Recipe):
         """Mean FLOPs of structures [B, N] over those of the full one.  batch: whose structures they are."""
         if structures is None:
             return 1.0
-        flops = count_flops(self.model, structures)
+        flops = self.model.estimator.level_flops.gather(1, structures.t()).sum(0).double()
         return (flops.mean() if batch is None else batch.mean(flops)) / self.full_flops
 
     def estimator_loss(self, batch: Batch, structures: Tensor | None) -> Objective:

@@ -137,8 +137,7 @@ def selector_loss(engine: Engine[Method], batch: Batch) -> Objective:
 
 def selector_progress(engine: Engine[Method]) -> float:
     """Share of the selector's updates that are done, over all its phases."""
-    planned = sum(phase.settings.steps for phase in engine.phases if "selector" in phase.trained)
-    return min(1.0, engine.position.updates.get("selector", 0) / planned)
+    return min(1.0, engine.position.updates.get("selector", 0) / engine.planned["selector"])
 
 
 def sparsity_weights(engine: Engine[Method], batch: Batch) -> float | Tensor:

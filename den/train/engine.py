@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -48,6 +50,8 @@ class Engine(Generic[R]):
 
     Attributes:
         model, batches, optimisers: the recipe's network, streams of batches and optimisers.
+        autocast: makes the context of the precision that the settings ask for.
+        planned: updates that the phases of the run have for each optimiser.
     """
 
     def __init__(self, config: RunConfig, prepare: Callable[[Any, torch.device], R], *, resume: bool = False) -> None:
@@ -56,6 +60,8 @@ class Engine(Generic[R]):
         self.device = ranks.join(config.device)
         self._processes = ranks.count()
         self.generator = torch.Generator().manual_seed(config.seed + 1)
+        mixed = config.precision == "bfloat16"
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=mixed)
         self._bar: Progress | None = None
         self._piece, self._pieces = 0, config.accumulate
         self._cut: dict[str, list[Batch]] = {}
@@ -73,6 +79,9 @@ class Engine(Generic[R]):
             stack.callback(self._close_batches)
             self.recipe.check_pieces(self._processes, self._pieces)
             self.phases = self.recipe.phases()
+            self.planned = Counter[str]()
+            for phase in self.phases:
+                self.planned.update(dict.fromkeys(phase.trained, phase.settings.steps))
             restore(self) if self.folder.resume else self.recipe.begin(self)
             self.shards = Shards(self.optimisers) if config.sharding == "zero2" and self._processes > 1 else None
             if self._processes > 1:
@@ -105,17 +114,13 @@ class Engine(Generic[R]):
         """Updates between measurements and checkpoints, in the phase at hand."""
         return self.config.epoch_steps or self.recipe.epoch_steps(self.phases[self.position.phase])
 
-    def autocast(self) -> torch.autocast:
-        """The precision that the settings ask for."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-
     def phase(self, *key: str | int) -> Iterator[Batch]:
         """Batches of the phase of this key until it ends; none if it is done already, or no part of the run.
 
         With `accumulate` pieces of batches, each of which draws from the generator what the whole would.  Every epoch
         is measured, logged and saved.
         """
-        here, entered, epoch = self.position, None, 0
+        here, entered, epoch, first, scales = self.position, None, 0, 0, [1.0]
         while here.phase < len(self.phases):
             phase = self.phases[here.phase]
             if phase is not entered:
@@ -125,10 +130,10 @@ class Engine(Generic[R]):
                     self.save(*self._leave(phase))
                     continue
                 self._enter(phase)
-                entered, epoch = phase, self.epoch_steps
-            scale = phase.scale(here.step)
+                entered, epoch, first = phase, self.epoch_steps, here.step
+                scales = [phase.scale(step) for step in range(first, min(first + epoch, phase.settings.steps))]
             for group, rate, factor in self._rates:
-                group["lr"] = rate * scale * factor
+                group["lr"] = rate * scales[here.step - first] * factor
             state = self.generator.get_state() if self._pieces > 1 else None
             for piece in range(self._pieces):
                 self._piece = piece
@@ -156,7 +161,8 @@ class Engine(Generic[R]):
         here, last = self.position, self._piece == self._pieces - 1
         if self.device.type == "cpu":  # elsewhere looking at every loss would wait for the device
             loss = ranks.mean(objective.loss) if self._processes > 1 else objective.loss
-            check_finite(loss.item(), here.total_steps)
+            if not math.isfinite(value := loss.item()):
+                raise not_finite(value, here.total_steps)
         names = tuple(objective.optimisers or self._trained)
         learnt = self._backward(objective, names, last)
         for name in names if last else ():
@@ -229,8 +235,8 @@ class Engine(Generic[R]):
         """Measure, log, decide whether the phase has ended, save."""
         here, means = self.position, self._shared_means()
         for name, mean in means.items():
-            if "loss" in name:
-                check_finite(mean, here.total_steps)
+            if "loss" in name and not math.isfinite(mean):
+                raise not_finite(mean, here.total_steps)
         here.epoch += 1
         measured = self.recipe.measure(self, phase)
         where = {"epoch": here.epoch, "step": here.total_steps, **phase.labels, "rate": phase.rate(here.step - 1)}
@@ -284,10 +290,9 @@ class Engine(Generic[R]):
         return True
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Raise ValueError for a loss, after so many updates, that is not finite."""
-    if not math.isfinite(loss):
-        raise ValueError(f"train: loss must stay finite, got {loss} at step {step} (lower the rate)")
+def not_finite(loss: float, step: int) -> ValueError:
+    """The error for a loss, after so many updates, that is not finite."""
+    return ValueError(f"train: loss must stay finite, got {loss} at step {step} (lower the rate)")
 
 
 def told(means: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from den_kernels.fold_cache import FoldCache
 from den_kernels.stream_guard import Guarded, tensors_of
 from tests.simulated_gpu import simulated
 
@@ -25,7 +26,7 @@ class Cache:
 
     def get(self, source: Tensor) -> Pair:
         if self.entry is None:
-            self.entry = Guarded((source,), lambda: Pair(source * 2, source + 1), self.captured)
+            self.entry = Guarded(lambda: Pair(source * 2, source + 1), self.captured)
         return self.entry.get()
 
 
@@ -117,8 +118,9 @@ def test_what_a_graph_reads_lives_as_long_as_the_cache(source):
 def test_on_a_cpu_nothing_is_asked_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: pytest.fail("asked"))
-    cache = Cache()
-    assert cache.get(torch.ones(2)) is cache.get(torch.ones(2))
+    cache, weight = FoldCache(), torch.ones(2)
+    made = cache.get((weight,), lambda: Pair(weight * 2, None))
+    assert cache.get((weight,), lambda: pytest.fail("built anew")) is made
 
 
 def test_tensors_of_values():

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den.nn.folding import may_fold
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
-from den_kernels.building import FoldCache, refuse_transforms, stand_in
+from den_kernels.building import FoldCache, may_fold, refuse_transforms, stand_in
 
 
 class Shortcut(nn.Module):
