@@ -5,6 +5,7 @@ packed for it, once where a layer keeps them; one packing serves all levels and 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -47,8 +48,9 @@ def _faster_as_product(x: Tensor, weight: Tensor, packed: bool) -> bool:
     return x.shape[0] * weights >= 1 << 29 if packed else weights >= 1 << 18
 
 
-def _window(kernel: Sequence[int], geometry: Geometry) -> Any:
-    """The C++ description of a convolution without its tensors."""
+@lru_cache(maxsize=1024)
+def _window(kernel: tuple[int, ...], geometry: Geometry) -> Any:
+    """The C++ description of a convolution without its tensors, made once."""
     _, _, _, _, out_sizes, in_sizes = geometry
     return extension.Window(kernel, geometry.stride, geometry.padding, geometry.dilation, in_sizes, out_sizes)
 
@@ -84,7 +86,7 @@ def pack(weight: Tensor, in_sizes: Sequence[int], scale: Tensor | None = None) -
 def forward(
     x: Tensor,  # [B, C_in, H, W]
     packed: Tensor,  # the whole weight [C_out, C_in, R, S], by `pack`
-    kernel: Sequence[int],  # R, S
+    kernel: tuple[int, ...],  # R, S
     bias: Tensor | None,  # [C_out]
     route: Route,
     shape: Sequence[int],  # of the output
@@ -154,7 +156,7 @@ def input_gradient(
     A direct convolution of grad, in which the channel sides are swapped and the kernel is turned by 180 degrees.
     """
     kernel = weight.shape[2:]
-    padding = [d * (k - 1) - p for d, k, p in zip(geometry.dilation, kernel, geometry.padding, strict=True)]
+    padding = tuple([d * (k - 1) - p for d, k, p in zip(geometry.dilation, kernel, geometry.padding, strict=True)])
     if min(padding) < 0:
         return None
     turned = Geometry((1, 1), padding, geometry.dilation, 1, geometry.in_sizes, geometry.out_sizes)
@@ -170,14 +172,15 @@ class Phase(NamedTuple):
     padding: int
 
 
-def phases(size: int, side: int, stride: int, padding: int) -> list[Phase] | None:
+@lru_cache(maxsize=1024)
+def phases(size: int, side: int, stride: int, padding: int) -> tuple[Phase, ...] | None:
     """The phases of an axis of dx of `size` pixels, of a kernel of `side` taps; None where one begins inside the map.
 
     A tap r of output pixel o reads pixel stride * o + r - padding: each pixel is read by every `stride`-th tap, and the
     pixels of a phase by the same ones, so that a convolution of stride 1 gathers what these carry back.
 
     >>> phases(6, 3, 2, 1)
-    [Phase(first=0, taps=slice(1, 3, 2), padding=0), Phase(first=1, taps=slice(0, 3, 2), padding=0)]
+    (Phase(first=0, taps=slice(1, 3, 2), padding=0), Phase(first=1, taps=slice(0, 3, 2), padding=0))
     """
     found = []
     for first in range(min(stride, size)):
@@ -188,7 +191,7 @@ def phases(size: int, side: int, stride: int, padding: int) -> list[Phase] | Non
             return None
         if count:
             found.append(Phase(first, slice(tap, side, stride), above))
-    return found
+    return tuple(found)
 
 
 def strided_input_gradient(

@@ -1,7 +1,7 @@
 """Settings of a convolution apart from its tensors, their checks, and how tensors lie in memory."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ class Geometry(NamedTuple):
     groups: int
     out_sizes: Sequence[int]
     in_sizes: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+        out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None,
+    ) -> Self:  # fmt: skip
+        """The geometry of an op's arguments: lists, where AOTInductor makes None of empty ones."""
+        sizes = tuple(out_sizes or ()), tuple(in_sizes or ())
+        return cls(tuple(stride), tuple(padding), tuple(dilation), groups, *sizes)
 
     def out_shape(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
         """The sizes [B, C_out, H_out, W_out] of the output."""
@@ -169,7 +178,7 @@ def settle(
             f"dynamic_conv2d: padding must be integers, 'valid', or 'same' with stride 1, "
             f"got {padding!r} with stride {strides}"
         )
-    return Geometry(strides, paddings, dilations, groups, out_sizes, in_sizes), border
+    return Geometry(strides, paddings, dilations, groups, tuple(out_sizes), tuple(in_sizes)), border
 
 
 def operands(

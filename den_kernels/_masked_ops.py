@@ -81,7 +81,7 @@ def convolution(
     in_sizes: Sequence[int] | None,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """`dynamic_conv2d`."""
-    geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
+    geometry = Geometry.of(stride, padding, dilation, groups, out_sizes, in_sizes)
     return masked_forward(x, weight, bias, levels, mask, geometry)
 
 

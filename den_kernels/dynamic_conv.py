@@ -142,7 +142,7 @@ def _forward(
     out_sizes: Sequence[int] | None,  # [G]; () or None: not elastic (AOTInductor makes None of empty lists)
     in_sizes: Sequence[int] | None,  # as out_sizes
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
+    geometry = Geometry.of(stride, padding, dilation, groups, out_sizes, in_sizes)
     return compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
 
 
@@ -157,7 +157,7 @@ def _(
     out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None,
 ) -> Tensor:  # fmt: skip
     """Memory for the result, [B, C_out, H_out, W_out], as torch.compile needs to know it."""
-    shape = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ()).out_shape(x, weight)
+    shape = Geometry.of(stride, padding, dilation, groups, out_sizes, in_sizes).out_shape(x, weight)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x, weight))
 
 
@@ -200,7 +200,7 @@ def _dynamic_conv2d_backward(
     in_sizes: Sequence[int] | None,
     output_mask: Sequence[bool],  # which gradients are wanted; the others come back with no element
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
-    geometry = Geometry(stride, padding, dilation, groups, out_sizes or (), in_sizes or ())
+    geometry = Geometry.of(stride, padding, dilation, groups, out_sizes, in_sizes)
     route = _route(levels, order, offsets, mask, geometry)
     gradients: Sequence[Tensor | None]
     if x.is_cpu:
@@ -235,8 +235,8 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # output [B, C_out, H_out, W_out]
     x, weight, _, *routing = inputs[:7]
-    ctx.geometry, ctx.inputs = Geometry(*inputs[7:]), len(inputs)
-    ctx.save_for_backward(x, weight, *map(savable, routing))  # with versions: a plan's update_ is noticed
+    ctx.geometry, ctx.inputs = Geometry.of(*inputs[7:]), len(inputs)
+    ctx.save_for_backward(x, weight, *savable(*routing))  # with versions: a plan's update_ is noticed
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [B, C_out, H_out, W_out]
@@ -265,7 +265,7 @@ class _EagerConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, route: Route, geometry: Geometry
     ) -> Tensor:
         ctx.geometry, ctx.inputs = geometry, 5
-        ctx.save_for_backward(x, weight, *map(savable, (route.levels, route.order, route.offsets, route.mask)))
+        ctx.save_for_backward(x, weight, *savable(route.levels, route.order, route.offsets, route.mask))
         return compute(x, weight, bias, route, geometry)
 
     backward = staticmethod(_gradients)

@@ -173,7 +173,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, selection, given, weight, bias, *ctx.settings = inputs
     ctx.training = given is None
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, savable(selection), output[1], weight, bias)
+    ctx.save_for_backward(x, *savable(selection), output[1], weight, bias)
 
 
 def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # dy [B, C, H, W]
@@ -185,7 +185,7 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  #
         return dx, None, None, dweight, dbias, None, None, None
     need_sums = need_weight or need_bias
     arguments = dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, need_dx, need_sums
-    if x.is_cpu and runs_eagerly(dy, x, weight, bias):
+    if x.is_cpu and is_ordinary(dy, x, weight, bias):
         dx, sums = in_range(f"{_NAME}_backward", _norm_backward_cpu, *arguments)
     else:
         dx, sums = _norm_backward(*arguments)

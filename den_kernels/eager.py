@@ -104,9 +104,9 @@ def in_onnx_export() -> bool:
 in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def savable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor [...] as autograd can save it for the backward pass: of one made in inference mode a copy."""
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+def savable(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors [...] as autograd can save them for the backward pass: of those made in inference mode copies."""
+    return [tensor.clone() if tensor is not None and tensor.is_inference() else tensor for tensor in tensors]
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
@@ -128,7 +128,7 @@ def refuse_recording(op: str) -> None:
 
 def refuse_transforms(op: str) -> None:
     """Raises RuntimeError inside torch.func (grad, vjp, vmap, ...), for an op that takes part in none of it."""
-    if is_transformed():
+    if _transforms():
         raise RuntimeError(f"{op}: the call must be outside torch.func transforms, got one inside; loop over the batch")
 
 

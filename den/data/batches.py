@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -39,31 +39,32 @@ class Batch:
     """Images of every task, one entry per task; those of one `SceneSet` share a tensor of images.
 
     Of a task there may be no image where the batch is a share of a whole one.
+
+    Attributes:
+        joint: True where all tasks label the same images.
+        count: number of images: each has one structure, however many labels.
     """
 
     tasks: tuple[str, ...]
     images: list[Tensor]  # task k: float32 [B_k, C_k, H_k, W_k], channels-last
     labels: list[Tensor]  # task k: int64 [B_k]; of a dense task a target for every pixel, [B_k, ...]
     share: Share | None = None  # None: the whole
+    joint: bool = field(init=False)
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        joint = len(self.images) > 1 and all(images is self.images[0] for images in self.images)
+        object.__setattr__(self, "joint", joint)
+        object.__setattr__(self, "count", len(self.images[0]) if joint else sum(map(len, self.images)))
 
     def __len__(self) -> int:
         return sum(map(len, self.labels))
-
-    @property
-    def joint(self) -> bool:
-        """True where all tasks label the same images."""
-        return len(self.images) > 1 and all(images is self.images[0] for images in self.images)
 
     @property
     def parts(self) -> list[tuple[str, Tensor, Tensor]]:
         """Task, images and labels of each part; of joint tasks one, with the labels of the first task."""
         whole = list(zip(self.tasks, self.images, self.labels, strict=True))
         return whole[:1] if self.joint else whole
-
-    @property
-    def count(self) -> int:
-        """Number of images: each has one structure, however many labels."""
-        return len(self.images[0]) if self.joint else sum(map(len, self.images))
 
     def for_network(self, positions: Mapping[str, int]) -> TaskBatch:
         """The images as a network reads them whose tasks, at these positions, they are known to fit."""
@@ -218,23 +219,19 @@ class MixedTaskBatches:
     def _draw_batch(self) -> list[Drawn]:
         """Draw the next batch: of each set the images that this process makes, and how they are augmented."""
         drawn: list[Drawn] = []
-        for k, image_set in enumerate(self.sets):
-            whole = self._draw(k)
-            drawn.append(tuple(each[self._own[k]] for each in (whole, *image_set.draw(len(whole), self.generator))))
+        for k, (image_set, count) in enumerate(zip(self.sets, self.counts, strict=True)):
+            parts, wanted = [], count
+            while wanted:
+                if self._cursors[k] == len(self._orders[k]):
+                    self._orders[k] = torch.randperm(len(image_set), generator=self.generator)
+                    self._cursors[k] = 0
+                part = self._orders[k][self._cursors[k] : self._cursors[k] + wanted]
+                self._cursors[k] += len(part)
+                wanted -= len(part)
+                parts.append(part)
+            augmented = image_set.draw(count, self.generator)
+            drawn.append(tuple([each[self._own[k]] for each in (torch.cat(parts), *augmented)]))
         return drawn
-
-    def _draw(self, k: int) -> Tensor:
-        """Draw the next counts[k] positions of set k: int64 [counts[k]]."""
-        parts, wanted = [], self.counts[k]
-        while wanted:
-            if self._cursors[k] == len(self._orders[k]):
-                self._orders[k] = torch.randperm(len(self.sets[k]), generator=self.generator)
-                self._cursors[k] = 0
-            part = self._orders[k][self._cursors[k] : self._cursors[k] + wanted]
-            self._cursors[k] += len(part)
-            wanted -= len(part)
-            parts.append(part)
-        return torch.cat(parts)
 
     def _read_scenes(self, drawn: list[Drawn]) -> dict[int, Scenes]:
         """Read the scenes of a batch, by set."""

@@ -102,7 +102,7 @@ class Estimator(nn.Module):
         pooled = self.trunk(x if samples == 1 else x.repeat_interleave(samples, 0), plan)
         if batch.form == "joint":
             return [head(pooled) for head in self.heads]
-        parts = pooled.split([size * samples for size in batch.sizes])
+        parts = pooled.split([samples * images.shape[0] for images in batch.images])
         return [self.heads[k](part) for k, part in zip(batch.tasks, parts, strict=True)]
 
     def _network(self, batch: TaskBatch) -> TaskNetwork | None:

@@ -7,13 +7,16 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den_kernels import DynamicBatchNorm2d, dynamic_batch_norm
 
 
 class FeatureNorm(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` of features [B, C].  No features leave the running statistics as they are.
+    """`nn.BatchNorm1d` of features [B, C].  One image or none leave the running statistics as they are.
+
+    One image alone has no statistics of its own: while training, too, it is normed with the running ones.
 
     Attributes:
         process_group: as of `DynamicBatchNorm2d`: "world" where all processes share their statistics while training.
@@ -27,7 +30,9 @@ class FeatureNorm(nn.BatchNorm1d):
         return self.process_group is not None and self.training and dist.is_initialized() and dist.get_world_size() > 1
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C]
-        if not self.shares:
+        if self.process_group is None or not self.shares:
+            if self.training and len(x) == 1:
+                return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
             return super().forward(x) if x.shape[0] else x
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

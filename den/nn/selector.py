@@ -225,12 +225,13 @@ class Selector(nn.Module):
                 raise ValueError("selector: stem must be the maps of the estimator's stems, got None")
             x = stem
         else:
-            parts = [self.stem_of(k)(images) for k, images in zip(batch.tasks, batch.images, strict=True)]
-            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+            maps = [self.stem_of(k)(images) for k, images in zip(batch.tasks, batch.images, strict=True)]
+            x = maps[0] if len(maps) == 1 else torch.cat(maps)
         pooled = self.convs(x).mean((2, 3))
         if self.config.shared_head:
-            return [self._normed(0, pooled)]
-        return [self._normed(k, part) for k, part in zip(batch.tasks, pooled.split(batch.sizes), strict=True)]
+            return [self.norms[0](pooled)]
+        parts = pooled.split([images.shape[0] for images in batch.images])
+        return [self.norms[k](part) for k, part in zip(batch.tasks, parts, strict=True)]
 
     def logits(self, features: Sequence[Tensor], tasks: Sequence[int]) -> Tensor:
         """Logits [B, N, L] of `features` of the tasks at these positions."""
@@ -284,13 +285,6 @@ class Selector(nn.Module):
             self.config = dataclasses.replace(self.config, shared_head=False)
             for shared in (self.norms, self.heads):
                 shared.extend(copy.deepcopy(shared[0]) for _ in self.tasks[1:])
-
-    def _normed(self, index: int, pooled: Tensor) -> Tensor:
-        """Pooled features [B_k, C], normed. Fewer than two images have no statistics of their own."""
-        norm = self.norms[index]
-        if norm.training and not norm.shares and pooled.shape[0] < 2:
-            return F.batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
-        return norm(pooled)
 
     def flops(self, task: int) -> int:
         """FLOPs of convolutions and head for one image of the task at position `task`: twice the multiply-adds."""
