@@ -64,7 +64,7 @@ class TrunkWeights(HasHandle):
         convs = [None if conv is None else conv.handle for conv in self.shortcuts]
         return extension.Trunk([block.handle for block in self.blocks], self.scale, self.shift, convs)
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the maps."""
         return self.blocks[0].conv1.dtype

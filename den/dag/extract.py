@@ -15,7 +15,7 @@ from den.dag.stages import edge_flops, edge_geometry, edge_width, enlarged, pool
 from den.dag.stem import make_stem
 from den.nn.blocks.folded import Shortcut
 from den.nn.ends import ConvNormReLU
-from den.nn.tasks import find_task
+from den.nn.task_batch import find_task
 
 
 class SubNetwork(nn.Module):

@@ -12,7 +12,8 @@ from den.dag.kinds import KINDS
 from den.dag.network import DagNetwork
 from den.dag.peers import PeerNetwork
 from den.data import Batch
-from den.nn.tasks import Task, find_task
+from den.nn.task_batch import find_task
+from den.nn.tasks import Task
 
 
 def task_loss(

@@ -23,7 +23,7 @@ from torch import Tensor
 from den.data import ImageSet
 from den.evaluate.accuracy import BATCH, full_flops
 from den.nn.model import DeepElasticNetwork
-from den.nn.tasks import find_task
+from den.nn.task_batch import find_task
 from den.support.call_time import call_seconds, module_seconds
 
 HALVINGS = 100

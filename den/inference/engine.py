@@ -17,8 +17,7 @@ from den.inference.networks import Network, joined, network_of, split
 from den.inference.points import Point, shift_within, structure_within, within_milliseconds
 from den.inference.profile import Profile, block_milliseconds, mean_saved
 from den.nn.graphs import Graphs
-from den.nn.task_batch import Images, TaskBatch, Tasks
-from den.nn.tasks import find_task
+from den.nn.task_batch import Images, TaskBatch, Tasks, find_task
 from den.support.call_time import call_seconds
 from den.support.device import choose_device
 from den_kernels.building import is_recorded

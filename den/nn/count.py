@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from den.nn.ends import linear_flops
 from den.nn.model import DeepElasticNetwork
-from den.nn.task_batch import TaskName
-from den.nn.tasks import find_task
+from den.nn.task_batch import TaskName, find_task
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from den.nn.graphs import Graphs
 from den.nn.model import DeepElasticNetwork
-from den.nn.task_batch import TaskBatch, TaskName, task_batch
-from den.nn.tasks import find_task
+from den.nn.task_batch import TaskBatch, TaskName, find_task, task_batch
 from den_kernels.building import FoldCache
 
 BUCKETS = (1, 8, 32, 64, 128, 256)

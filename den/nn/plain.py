@@ -10,7 +10,7 @@ from den.nn.blocks import BottleneckBlock, ConvPair, ElasticBlock, LinearPair
 from den.nn.ends import features
 from den.nn.folding import folded_weight
 from den.nn.model import DeepElasticNetwork
-from den.nn.tasks import find_task
+from den.nn.task_batch import find_task
 
 
 class PlainNetwork(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.nn.tasks import Task, find_task
+from den.nn.tasks import Task
 from den.support.device import sent
 from den_kernels.building import is_recorded
 
@@ -67,6 +67,21 @@ class TaskBatch:
         if self.form in ("list", "joint"):
             return logits
         return self.restore(torch.cat([F.pad(part, (0, classes - part.shape[1]), value=-torch.inf) for part in logits]))
+
+
+def find_task(task: TaskName, tasks: Sequence[Task]) -> int:
+    """Position of `task` (a name, a position or the task itself) in `tasks`.
+
+    Raises:
+        ValueError: a task that is not one of `tasks`.
+    """
+    if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(tasks):
+        return task
+    for position, known in enumerate(tasks):
+        if task == known or task == known.name:
+            return position
+    known_names = ", ".join(f"{position} {known.name!r}" for position, known in enumerate(tasks))
+    raise ValueError(f"model: task must be one of {known_names}, got {task!r}")
 
 
 def task_batch(images: Images, task: Tasks, tasks: Sequence[Task], like: Tensor) -> TaskBatch:
@@ -147,7 +162,7 @@ def _per_instance(images: Tensor, task: Tensor, tasks: Sequence[Task], like: Ten
 def _checked(images: Tensor, task: Task, like: Tensor) -> Tensor:
     """Return images [B_k, C_k, S_k, S_k]; ValueError unless they are of the task's shape, and of the device and dtype
     of `like`."""
-    expected = task.shape
+    expected = task.channels, task.size, task.width or task.size
     if images.dim() != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
         raise ValueError(
             f"model: images of task {task.name} must be [B, {', '.join(map(str, expected))}] floating,"

@@ -1,6 +1,5 @@
 """Tasks: names, classes, kinds, and the size of their images."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 IGNORE = 255  # marks a pixel without a label, edge or saliency
@@ -75,18 +74,3 @@ class Task:
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of its images."""
         return self.channels, self.size, self.width or self.size
-
-
-def find_task(task: str | int | Task, tasks: Sequence[Task]) -> int:
-    """Position of `task` (a name, a position or the task itself) in `tasks`.
-
-    Raises:
-        ValueError: a task that is not one of `tasks`.
-    """
-    if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(tasks):
-        return task
-    for position, known in enumerate(tasks):
-        if task == known or task == known.name:
-            return position
-    known_names = ", ".join(f"{position} {known.name!r}" for position, known in enumerate(tasks))
-    raise ValueError(f"model: task must be one of {known_names}, got {task!r}")

@@ -15,8 +15,7 @@ from den.data import Batch, ImageSet, MixedTaskBatches
 from den.data.images import Labels
 from den.evaluate.accuracy import Choice, equal_structures, evaluate, full_flops
 from den.nn.model import DeepElasticNetwork
-from den.nn.task_batch import Images, TaskBatch, Tasks
-from den.nn.tasks import find_task
+from den.nn.task_batch import Images, TaskBatch, Tasks, find_task
 from den.recipes.auxiliary import cost_head, with_costs_of
 from den.recipes.setup import estimator_optimiser
 from den.support.device import sent

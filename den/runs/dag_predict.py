@@ -11,7 +11,8 @@ from torch import Tensor
 
 from den.dag.config import DagPredict
 from den.data.inputs import as_inputs, picture_files
-from den.nn.tasks import Task, find_task
+from den.nn.task_batch import find_task
+from den.nn.tasks import Task
 from den.runs.dag import OpenedRun, import_modules, open_run
 from den.support.device import choose_device
 from den.support.files import check_folder
