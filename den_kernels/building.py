@@ -1,5 +1,6 @@
 """Helpers for modules built on the ops: weights derived from parameters, and tests of how a call is made.
 
+are_watched         True where hooks have to see modules being called
 FoldCache           keeps a value made from tensors until one of them changes
 norm_affine         batch norm in eval mode as scale and shift
 fold_norm           a convolution's weight and bias with the batch norm after it
@@ -16,7 +17,7 @@ DenseHead           a fully connected layer, in the dtypes that
 runs_task_network   tells of
 """
 
-from .eager import is_ordinary, is_recorded, is_traced, may_fold, refuse_transforms
+from .eager import are_watched, is_ordinary, is_recorded, is_traced, may_fold, refuse_transforms
 from .fold_cache import FoldCache
 from .folding import fold_norm, norm_affine
 from .residual_weights import stand_in
@@ -28,6 +29,7 @@ __all__ = [
     "DenseHead",
     "FoldCache",
     "TaskNetwork",
+    "are_watched",
     "fold_norm",
     "is_ordinary",
     "is_recorded",

@@ -1,6 +1,6 @@
-"""Tests of how an op is called (traced, transformed, recorded for autograd), and errors for what the ops cannot do."""
+"""Tests of how an op or a module is called (traced, recorded, watched by hooks), and errors for what ops cannot do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -49,6 +49,15 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 def may_fold(module: nn.Module) -> bool:
     """True where a module may run on folded weights: in eval mode, without gradients, not traced or transformed."""
     return not (module.training or torch.is_grad_enabled()) and is_ordinary()
+
+
+def are_watched(modules: Iterable[nn.Module]) -> bool:
+    """True where hooks or a forward of its own have to see one of the modules being called, or one is being trained."""
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
+            return True
+    return False
 
 
 def is_traced() -> bool:

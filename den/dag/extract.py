@@ -13,7 +13,7 @@ from den.dag.network import DagNetwork
 from den.dag.peers import CrossStitchNetwork, PeerNetwork, SeparateNetworks
 from den.dag.stages import edge_flops, edge_geometry, edge_width, enlarged, pooled, stage_end_flops
 from den.dag.stem import make_stem
-from den.nn.blocks.folded import Shortcut
+from den.nn.blocks.residual import Shortcut
 from den.nn.ends import ConvNormReLU
 from den.nn.task_batch import find_task
 

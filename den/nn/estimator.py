@@ -6,14 +6,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from den.nn.blocks.folded import FoldedBlock, Shortcut
+from den.nn.blocks.residual import FoldedBlock, Shortcut
 from den.nn.ends import ImageStem, Stem, enlarge, features, last_norm, shared_layers
 from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
-from den.nn.one_call import OneCall, are_watched, fits, trunk_network
+from den.nn.one_call import OneCall, fits, trunk_network
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
-from den_kernels.building import FoldCache, TaskNetwork, is_traced, may_fold, norm_affine
+from den_kernels.building import FoldCache, TaskNetwork, are_watched, is_traced, may_fold, norm_affine
 
 
 class Estimator(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from den.nn.blocks import BottleneckBlock, ElasticBlock
 from den.nn.blocks.constant import ConstantBlock
-from den.nn.blocks.folded import FoldedBlock
+from den.nn.blocks.residual import FoldedBlock
 from den.nn.estimator import Estimator
 from den.nn.model_config import ModelConfig
 from den.nn.selector import Selector, SelectorConfig

@@ -14,6 +14,7 @@ from den_kernels.building import (
     DenseHead,
     FoldCache,
     TaskNetwork,
+    are_watched,
     may_fold,
     norm_affine,
     runs_task_network,
@@ -44,15 +45,6 @@ class OneCall:
             return None
         found = self._cache.of(modules, build, *settings)
         return found if found is not None and found.heads[0].weight.dtype == dtype else None
-
-
-def are_watched(modules: Iterable[nn.Module]) -> bool:
-    """True where hooks or a forward of its own have to see one of the modules being called, or one is being trained."""
-    for module in modules:
-        own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
-            return True
-    return False
 
 
 def folded(layer: ConvNormReLU) -> DenseConv:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from den.nn.blocks.folded import FoldedBlock, Shortcut
+from den.nn.blocks.residual import FoldedBlock, Shortcut
 from den.nn.blocks.shape import BlockShape
 from den.nn.initial import initialise
 from den.nn.modules import lay_out_channels_last

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from den.nn.blocks.folded import FoldedBlock
+from den.nn.blocks.residual import FoldedBlock
 from den_kernels import Route, RoutingPlan
 
 
