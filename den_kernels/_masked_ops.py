@@ -5,7 +5,7 @@ what is computed, so that all of it can be traced. The functions take what the r
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,16 +73,10 @@ def convolution(
     order: Tensor,  # int32 [B]
     offsets: Tensor,  # int32 [S + 1]
     mask: Tensor | None,  # bool [B, G]
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out_sizes: Sequence[int] | None,
-    in_sizes: Sequence[int] | None,
+    *settings: Any,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """`dynamic_conv2d`."""
-    geometry = Geometry.of(stride, padding, dilation, groups, out_sizes, in_sizes)
-    return masked_forward(x, weight, bias, levels, mask, geometry)
+    return masked_forward(x, weight, bias, levels, mask, Geometry.of(*settings))
 
 
 def norm(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # [B, C, H, W] -> channels-last, [3, C]

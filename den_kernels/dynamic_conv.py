@@ -127,6 +127,13 @@ def _route(levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, 
     return Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
 
 
+# What the registered ops take of a route and of a geometry, whose lists AOTInductor makes None where they are empty.
+_ROUTE = "Tensor levels, Tensor order, Tensor offsets, Tensor? mask"
+_SETTINGS = (
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt[]? out_sizes, SymInt[]? in_sizes"
+)
+
+
 def _forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
@@ -135,29 +142,22 @@ def _forward(
     order: Tensor,  # int32 [B]
     offsets: Tensor,  # int32 [S + 1]
     mask: Tensor | None,  # bool [B, G]
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out_sizes: Sequence[int] | None,  # [G]; () or None: not elastic (AOTInductor makes None of empty lists)
-    in_sizes: Sequence[int] | None,  # as out_sizes
+    *settings: Any,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    geometry = Geometry.of(stride, padding, dilation, groups, out_sizes, in_sizes)
+    geometry = Geometry.of(*settings)
     return compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
 
 
 _NAME = "den_kernels::dynamic_conv2d"
-_dynamic_conv2d = torch.library.custom_op(_NAME, _forward, mutates_args=())
+_dynamic_conv2d = torch.library.custom_op(
+    _NAME, _forward, mutates_args=(), schema=f"(Tensor x, Tensor weight, Tensor? bias, {_ROUTE}, {_SETTINGS}) -> Tensor"
+)
 
 
 @_dynamic_conv2d.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, levels: Tensor, order: Tensor, offsets: Tensor,
-    mask: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-    out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *given: Any) -> Tensor:  # given: a route's tensors and settings
     """Memory for the result, [B, C_out, H_out, W_out], as torch.compile needs to know it."""
-    shape = Geometry.of(stride, padding, dilation, groups, out_sizes, in_sizes).out_shape(x, weight)
+    shape = Geometry.of(*given[4:]).out_shape(x, weight)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x, weight))
 
 
@@ -183,8 +183,7 @@ def _backward_cpu(
     return dx if others[0] is None else others[0], dweight if others[1] is None else others[1], others[2]
 
 
-@torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
-def _dynamic_conv2d_backward(
+def _backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
@@ -192,15 +191,9 @@ def _dynamic_conv2d_backward(
     order: Tensor,  # int32 [B]
     offsets: Tensor,  # int32 [S + 1]
     mask: Tensor | None,  # bool [B, G]
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out_sizes: Sequence[int] | None,
-    in_sizes: Sequence[int] | None,
-    output_mask: Sequence[bool],  # which gradients are wanted; the others come back with no element
+    *settings: Any,  # and which gradients are wanted; the others come back with no element
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
-    geometry = Geometry.of(stride, padding, dilation, groups, out_sizes, in_sizes)
+    geometry, output_mask = Geometry.of(*settings[:-1]), settings[-1]
     route = _route(levels, order, offsets, mask, geometry)
     gradients: Sequence[Tensor | None]
     if x.is_cpu:
@@ -218,18 +211,20 @@ def _dynamic_conv2d_backward(
     return dx, dweight, dbias
 
 
+_dynamic_conv2d_backward = torch.library.custom_op(
+    f"{_NAME}_backward", _backward, mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, Tensor weight, {_ROUTE}, {_SETTINGS}, bool[] output_mask)"
+    " -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+
+
 @_dynamic_conv2d_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-    out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None, output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad: Tensor, x: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for the gradients of x, weight and bias; of those that are not wanted [0]."""
-    nothing = [x.new_empty(0) for _ in range(3)]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     dweight = torch.empty(weight.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(weight))
     made = dx, dweight, weight.new_empty(weight.shape[0])
-    first, second, third = (m if wanted else n for m, wanted, n in zip(made, output_mask, nothing, strict=True))
+    first, second, third = (m if wanted else x.new_empty(0) for m, wanted in zip(made, given[-1], strict=True))
     return first, second, third
 
 

@@ -29,8 +29,8 @@ from ._extension import extension
 from ._geometry import Geometry
 from ._handle import HasHandle
 from .eager import call_op, in_range, not_scriptable, refuse_symbols, refuse_training, runs_eagerly
-from .plan import RoutingPlan, read_route
-from .rows import gather_rows, scatter_rows_
+from .plan import RoutingPlan
+from .rows import gather_rows, read_route, scatter_rows_
 
 _OP = "dynamic_graph"
 _NAME = "den_kernels::dynamic_graph"
@@ -215,18 +215,18 @@ def _run_states(
     graph: GraphWeights,
     read_in: Tensor,  # [B, N]
     read_out: Tensor,  # [B, N]
-    add: Callable[[Tensor, Tensor, int], None],
+    add: Callable[[Tensor, Tensor, int], Tensor],
 ) -> Tensor:  # [B, C, H, W] channels-last
-    """The graph state by state; add(v, state, e) adds to v [B, C, H, W] what edge e makes of the state it leaves."""
+    """The graph state by state; add(v, state, e): v [B, C, H, W] and what edge e makes of the state that it leaves."""
     states: list[Tensor] = []
     out = torch.zeros_like(x)
     for j in range(graph.states):
         v = x * _column(read_in, j)
         for e, (i, head) in enumerate(graph.edges):
             if head == j:
-                add(v, states[i], e)
+                v = add(v, states[i], e)
         states.append(v)
-        out.addcmul_(v, _column(read_out, j))
+        out = torch.addcmul(out, v, _column(read_out, j))
     return out
 
 
@@ -248,13 +248,14 @@ def _run_edges(
         read_route(route)
     counts = plan.levels.sum(0).tolist()
 
-    def add(v: Tensor, state: Tensor, e: int) -> None:
+    def add(v: Tensor, state: Tensor, e: int) -> Tensor:  # written over v
         if counts[e] == len(x):
             v += _convolved(graph, e, state) * _column(gates, e)
         elif counts[e]:
             order = plan.order[e, : counts[e]]
             y = _convolved(graph, e, gather_rows(state, order, x.shape[1])) * _column(gates[order.long()], e)
             scatter_rows_(v, y.contiguous(memory_format=torch.channels_last), order, accumulate=True)
+        return v
 
     return _run_states(x, graph, read_in, read_out, add)
 
@@ -268,17 +269,12 @@ def run_masked(
     read_out: Tensor,  # [B, N]
 ) -> Tensor:  # [B, C, H, W] channels-last
     """The graph on any device, without waiting for it: each edge over all instances. Nothing is written over."""
-    states: list[Tensor] = []
-    out = torch.zeros_like(x)
-    for j in range(graph.states):
-        v = x * _column(read_in, j)
-        for e, (i, head) in enumerate(graph.edges):
-            if head == j:
-                made = F.conv2d(states[i], graph.weights[e], graph.biases[e], padding=_padding(graph)).relu()
-                v = v + torch.where(_column(plan.levels, e) > 0, made * _column(gates, e), 0)
-        states.append(v)
-        out = out + v * _column(read_out, j)
-    return out
+
+    def add(v: Tensor, state: Tensor, e: int) -> Tensor:
+        made = F.conv2d(state, graph.weights[e], graph.biases[e], padding=_padding(graph)).relu()
+        return v + torch.where(_column(plan.levels, e) > 0, made * _column(gates, e), 0)
+
+    return _run_states(x, graph, read_in, read_out, add)
 
 
 def _padding(graph: GraphWeights) -> tuple[int, int]:

@@ -278,17 +278,6 @@ def _check_route(route: Route, batch: int, op: str) -> None:
             raise ValueError(f"{op}: route.{name} must be contiguous, got strides {tensor.stride()}")
 
 
-def read_route(route: Route) -> tuple[list[int], list[int]]:
-    """offsets [S + 1] and order [B] of a route on a CPU; ValueError where they are not those of a plan."""
-    offsets, order = route.offsets.tolist(), route.order.tolist()
-    batch = len(order)
-    if offsets[0] != 0 or offsets[-1] != batch or sorted(offsets) != offsets:
-        raise ValueError(f"route: offsets must rise from 0 to {batch} instances, got {offsets}")
-    if batch and not 0 <= min(order) <= max(order) < batch:
-        raise ValueError(f"route: order must hold instances 0..{batch - 1}, got {min(order)}..{max(order)}")
-    return offsets, order
-
-
 def channels_of(
     selection: Tensor,  # bool [B, G]
     sizes: Sequence[int],  # of the G channel groups; () where all channels belong to all instances

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._extension import extension
 from .eager import is_ordinary
-from .plan import Route, read_route
+from .plan import Route
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +25,17 @@ class Segment(NamedTuple):
     start: int
     end: int
     groups: tuple[bool, ...]
+
+
+def read_route(route: Route) -> tuple[list[int], list[int]]:
+    """offsets [S + 1] and order [B] of a route on a CPU; ValueError where they are not those of a plan."""
+    offsets, order = route.offsets.tolist(), route.order.tolist()
+    batch = len(order)
+    if offsets[0] != 0 or offsets[-1] != batch or sorted(offsets) != offsets:
+        raise ValueError(f"route: offsets must rise from 0 to {batch} instances, got {offsets}")
+    if batch and not 0 <= min(order) <= max(order) < batch:
+        raise ValueError(f"route: order must hold instances 0..{batch - 1}, got {min(order)}..{max(order)}")
+    return offsets, order
 
 
 def segments(route: Route) -> list[Segment]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from den_kernels import Route, RoutingPlan
-from den_kernels.plan import as_route, read_route, route_for
+from den_kernels.plan import as_route, route_for
 from den_kernels.plan_sort import (
     plan_levels,
     plan_levels_reference,
@@ -20,6 +20,7 @@ from den_kernels.plan_sort import (
     plan_masks_reference,
     plan_masks_torch,
 )
+from den_kernels.rows import read_route
 
 sizes = st.tuples(st.sampled_from([0, 1, 2, 7, 33]), st.sampled_from([0, 1, 3, 17]), st.sampled_from([1, 2, 4, 63, 70]))
 fills = st.sampled_from(["random", "none", "all", "few"])
