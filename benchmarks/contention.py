@@ -36,7 +36,7 @@ while os.read(0, 1):
 
 
 class Busy:
-    """A child that is busy with nothing, on one core, between `start` and `stop`."""
+    """A child process that keeps one core busy, with nothing useful, between `start` and `stop`."""
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self.child = child

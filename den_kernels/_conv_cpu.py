@@ -79,8 +79,10 @@ def scatter_(
 def allocate(
     shape: Sequence[int], dtype: torch.dtype, format: torch.memory_format, written: Iterable[Sequence[ChannelRange]]
 ) -> Tensor:
-    """An empty tensor, all of it zeroed if a segment leaves channels unwritten: one pass over the whole is faster
-    than many over the pieces that stay empty."""
+    """Memory for a result, uninitialised if the segments write all of its channels, else zeroed.
+
+    One pass over the whole is faster than many over the parts that stay empty.
+    """
     out = torch.empty(shape, dtype=dtype, memory_format=format)
     if any(sum(range_.width for range_ in ranges) < shape[1] for ranges in written):
         out.zero_()

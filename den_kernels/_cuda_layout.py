@@ -16,7 +16,7 @@ STAGE_BYTES = 24 << 10  # largest step of weights: a larger one only delays the 
 
 
 class FusedArguments(NamedTuple):
-    """A residual block, a batch and a GPU."""
+    """Sizes of a batch, a residual block and a GPU, on which a launch of the fused kernel depends."""
 
     B: int
     H: int

@@ -253,7 +253,7 @@ _dynamic_conv2d.register_autograd(_gradients, setup_context=_save)
 
 
 class _EagerConv(torch.autograd.Function):
-    """The op on a CPU for ordinary tensors, without the price of calls through torch.library."""
+    """The op on a CPU for ordinary tensors, without the overhead of calls through torch.library."""
 
     @staticmethod
     def forward(  # with a setup_context each call would look at the signature

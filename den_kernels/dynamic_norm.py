@@ -198,7 +198,7 @@ _norm_forward.register_autograd(_gradients, setup_context=_save)
 
 
 class _EagerNorm(torch.autograd.Function):
-    """The op on a CPU for ordinary tensors, without the price of a call through torch.library."""
+    """The op on a CPU for ordinary tensors, without the overhead of a call through torch.library."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # with a setup_context calls take longer

@@ -114,7 +114,7 @@ in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def savable(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors [...] as autograd can save them for the backward pass: of those made in inference mode copies."""
+    """The tensors [...] as autograd can save them for the backward pass: copies of those made in inference mode."""
     return [tensor.clone() if tensor is not None and tensor.is_inference() else tensor for tensor in tensors]
 
 

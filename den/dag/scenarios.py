@@ -57,7 +57,7 @@ SCENARIOS: dict[str, DagTrainConfig] = {
 def loss_weights(config: DagTrainConfig, tasks: Sequence[Task]) -> tuple[float, ...]:
     """Weights of the tasks' losses, one for each; 1 each where the settings give none.
 
-    Where only some of a scenario's tasks are trained, weights for all of them are those of the ones that are.
+    Where only some of a scenario's tasks are trained, weights may be given for all of them; the others' are left out.
 
     Raises ValueError for another number of weights.
     """

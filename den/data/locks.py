@@ -79,7 +79,7 @@ def _holds_only(folder: Path, names: set[str]) -> bool:
 
 
 def _flock(descriptor: int, kind: Literal["SH", "EX"], wait: bool = True) -> None:
-    """Lock an open file; OSError when that is held, with wait=False, or cannot be had."""
+    """Lock an open file; raises OSError where it cannot be locked or, with wait=False, is locked already."""
     if fcntl is None:
         raise OSError("this system has no flock")
     how: int = getattr(fcntl, f"LOCK_{kind}")

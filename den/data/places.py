@@ -47,7 +47,7 @@ def _states(place: Path | os.DirEntry[str], name: str) -> Iterator[str]:
 
 
 def homes(own: Path) -> list[tuple[Path, str]]:
-    """Folders in which entries may lie, the last of them to be written, and what names in each begin with.
+    """The folders that may hold entries, each with the prefix of its entries' names; new ones go to the last folder.
 
     The first is `own`, in the data root; a root without write permission is left alone, even by a user who could write
     to it, for the user's cache folder. Raises ValueError when neither can be written.

@@ -59,7 +59,7 @@ def _of_file(path: Path, name: str) -> Any:
 
 
 def _called(found: Any, name: str) -> Any:
-    """A backbone as it is, or what a function makes."""
+    """The backbone itself, or the one that the function `found` makes."""
     try:
         return found() if callable(found) else found
     except Exception as error:  # whatever the function raises

@@ -42,7 +42,7 @@ class TaskBatch:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """Number of instances, B."""
         return sum(self.sizes)
 
     def __len__(self) -> int:

@@ -138,7 +138,7 @@ class Section:
 
 
 def counted(record: Evaluation) -> int:
-    """Weights beside those of the blocks that the paper counts: of VGG and SimpleConvNet the fully connected layers."""
+    """Weights outside the blocks that the paper counts: the fully connected layers of VGG and SimpleConvNet."""
     return record.parameters.heads if record.backbone.startswith(COUNTS_ALL) else 0
 
 

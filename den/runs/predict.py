@@ -228,7 +228,7 @@ def load(
         device: auto, cpu, cuda, cuda:N.
 
     Raises:
-        ValueError: no run or engine there, or a damaged one; a device that there is not.
+        ValueError: no run or engine there, or a damaged one; a device that does not exist.
     """
     from den.runs.engine_folder import EnginePredictor, holds_engine, open_engine
 

@@ -217,6 +217,6 @@ def _reply(answers: list[Answer[Prediction]], seconds: float) -> dict[str, Any]:
 
 
 def _words(error: Exception) -> str:
-    """Words of an error, in one line that names no memory."""
+    """The message of an error in one line, without addresses of memory."""
     text = " ".join(str(error).split())[:200]
     return "a file of none that is read" if " object at 0x" in text else text or type(error).__name__

@@ -139,8 +139,8 @@ def _blocks(model: nn.Module, recording: Recording, shares: Sequence[float]) -> 
 def _candidates(
     model: nn.Module, recording: Recording, found: list[_Found]
 ) -> Iterator[tuple[str, Node | None, Callable[[], Region]]]:
-    """Every sum; then modules without a sum, of the same classes as the blocks `found` meanwhile; then, beside inverted
-    residuals, separable convolutions: the first block of MobileNets and EfficientNets."""
+    """Places where a block may be, in three groups: every sum; modules without a sum, of the classes of the blocks
+    `found` by then; where inverted residuals are, separable convolutions, as in the first block of MobileNets."""
     for node in sums(recording):
         yield node.scope, node, lambda node=node: branch_of(recording, node)  # type: ignore[misc]
     classes = {type(model.get_submodule(each.name)) for each in found if each.name and each.sum is not None}

@@ -28,7 +28,7 @@ def _is_bound(layer: Layer, space: Space) -> bool:
 
 
 def _importance(space: Space, region: Region) -> Tensor:
-    """[units]"""
+    """Sum of the absolute weights that read a unit, times the absolute scales of norms on it: float64 [units]."""
     total = torch.zeros((), dtype=torch.float64)
     for layer in region.layers:
         if layer.reads is space and layer.writes is not space and layer.node in region.path:
