@@ -105,7 +105,7 @@ class FoldedBlock(nn.Module):
         return self._frozen or made  # frozen by another thread meanwhile: what was read may be gone
 
     def settings(self) -> tuple[object, ...]:
-        """What folded weights depend on besides tensors and the eps of norms."""
+        """Settings that folded weights depend on, besides tensors and the eps of norms."""
         return (self.conv1.out_groups,)
 
     def freeze(self) -> None:
