@@ -30,3 +30,16 @@ def assert_trained_alike(module: nn.Module, oracle: nn.Module, rtol: float = 1e-
             torch.testing.assert_close(
                 buffer, other, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def assert_steps_alike(
+    model: nn.Module, twin: nn.Module, got: torch.Tensor, wanted: torch.Tensor, names: tuple[str, ...]
+) -> None:
+    """Results [...], and gradients of the parameters whose names begin so, are the twin's but for rounding."""
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    (got.square().sum() / 100).backward()
+    (wanted.square().sum() / 100).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None and name.startswith(names):
+            gradient = torch.zeros_like(ours) if ours.grad is None else ours.grad
+            torch.testing.assert_close(gradient, theirs.grad, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")

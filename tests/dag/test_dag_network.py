@@ -16,7 +16,7 @@ from den.dag.stem import DagStem, stem_geometry
 from den.nn.task_batch import task_batch
 from den.nn.tasks import Task
 from den_kernels import RoutingPlan
-from tests.oracle import unlike_new
+from tests.oracle import assert_steps_alike, unlike_new
 
 TASKS = (Task("a", 5, 12, 1), Task("b", 3, 8, 1), Task("c", 7, 20, 3))
 
@@ -142,13 +142,7 @@ def test_training_step_equals_the_formulas_in_ordinary_operations(ratio):
     parts = images()
     batch = task_batch(parts, ["a", "b", "c"], TASKS, like=model.heads[0].linear.weight)
     got, wanted = model.trunk(x, model.route(batch)), plain_trunk(twin, x, tasks)
-    close(got, wanted)
-    (got.square().sum() / 100).backward()
-    (wanted.square().sum() / 100).backward()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        if theirs.grad is not None and name.startswith(("edges", "gates")):
-            gradient = torch.zeros_like(ours) if ours.grad is None else ours.grad
-            torch.testing.assert_close(gradient, theirs.grad, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert_steps_alike(model, twin, got, wanted, ("edges", "gates"))
     for ours, theirs in zip(model.edges.buffers(), twin.edges.buffers(), strict=True):
         if ours.is_floating_point():
             close(ours, theirs)

@@ -15,7 +15,7 @@ from den.dag.evaluate import deployed_parameters, task_costs
 from den.nn.task_batch import task_batch
 from den.nn.tasks import Task
 from den.report.dag.drawing import graph_figure
-from tests.oracle import unlike_new
+from tests.oracle import assert_steps_alike, unlike_new
 
 TASKS = (Task("a", 5, 13, 1), Task("b", 3, 9, 1), Task("c", 7, 13, 3))
 
@@ -128,13 +128,7 @@ def test_a_step_equals_the_formulas_in_ordinary_operations(ratio, training):
     x = torch.randn(9, 8, 9, 9).contiguous(memory_format=torch.channels_last)
     batch = task_batch(images(), ["a", "b", "c"], TASKS, like=model.gates.gamma)
     got, wanted = model.trunk(x, model.route(batch)), plain_trunk(twin, x, tasks)
-    close(got, wanted)
-    (got.square().sum() / 100).backward()
-    (wanted.square().sum() / 100).backward()
-    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        if theirs.grad is not None and name.startswith(("edges", "gates", "stages")):
-            gradient = torch.zeros_like(ours) if ours.grad is None else ours.grad
-            torch.testing.assert_close(gradient, theirs.grad, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert_steps_alike(model, twin, got, wanted, ("edges", "gates", "stages"))
     for ours, theirs in zip(model.stages.buffers(), twin.stages.buffers(), strict=True):
         if ours.is_floating_point():
             close(ours, theirs)
