@@ -20,12 +20,13 @@ from .convert import (
 )
 from .dynamic_bottleneck import dynamic_bottleneck, dynamic_bottleneck_
 from .dynamic_conv import dynamic_conv2d
-from .dynamic_graph import GraphWeights, dynamic_graph
+from .dynamic_graph import dynamic_graph
 from .dynamic_inverted_residual import dynamic_inverted_residual, dynamic_inverted_residual_
 from .dynamic_norm import dynamic_batch_norm
 from .dynamic_residual import dynamic_residual, dynamic_residual_
 from .dynamic_trunk import TrunkWeights, dynamic_trunk
 from .fold_cache import invalidate
+from .graph_weights import GraphWeights
 from .inverted_residual_weights import InvertedResidualWeights
 from .layers import DynamicBatchNorm2d, DynamicConv2d
 from .masked import masked

@@ -99,12 +99,7 @@ class Engine:
         return self.network.blocks
 
     def __call__(
-        self,
-        images: Images,
-        task: Tasks | None = None,
-        *,
-        levels: Tensor | None = None,
-        return_levels: bool = False,
+        self, images: Images, task: Tasks | None = None, *, levels: Tensor | None = None, return_levels: bool = False
     ) -> Any:
         """The network's results.
 
@@ -233,22 +228,16 @@ class Engine:
     def _check_range(self, levels: Tensor) -> None:
         lowest = torch.tensor(self.network.lowest)
         if bool((levels < lowest).any()) or int(levels.max()) >= self.network.levels:
-            ranges = (
-                f"0..{self.network.levels - 1}" if not lowest.any() else f"{lowest.tolist()}..{self.network.levels - 1}"
-            )
-            raise ValueError(f"{_OP}: levels must be in {ranges}, got {int(levels.min())}..{int(levels.max())}")
+            first, last = lowest.tolist() if lowest.any() else 0, self.network.levels - 1
+            raise ValueError(f"{_OP}: levels must be in {first}..{last}, got {int(levels.min())}..{int(levels.max())}")
 
     def _point(self, levels: Any, flops: float | None, budget_ms: float | None, images: Any) -> Point:
         network = self.network
         if levels is not None:
-            structure = torch.as_tensor(levels)
-            return Point(self._checked(structure[None], 1)[0])
+            return Point(self._checked(torch.as_tensor(levels)[None], 1)[0])
         if flops is None and budget_ms is None:
-            return (
-                Point()
-                if network.has_selector
-                else Point(self._lowest.new_full((len(self.blocks),), network.levels - 1))
-            )
+            highest = self._lowest.new_full((len(self.blocks),), network.levels - 1)
+            return Point() if network.has_selector else Point(highest)
         batches = self._calibration(images, needed=network.has_selector or budget_ms is not None)
         if flops is not None:
             if not 0 < flops <= 1:

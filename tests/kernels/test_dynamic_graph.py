@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import den_kernels._conv_direct as direct
 from den_kernels import GraphWeights, RoutingPlan, dynamic_graph
-from den_kernels.dynamic_graph import MOST_BYTES, STATES_BYTES, dynamic_graph_reference, run_masked
+from den_kernels.dynamic_graph import dynamic_graph_reference, run_masked
+from den_kernels.graph_weights import MOST_BYTES, STATES_BYTES
 from tests.fuzz import examples
 
 EDGES = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))
@@ -176,12 +177,14 @@ def test_without_the_extension_edges_run_one_by_one(monkeypatch):
         ({"shape": (8, 8, 2, 3)}, r"weights must be \[C, C, R, S\] with odd R and S, got \[8, 8, 2, 3\]"),
         ({"shape": (8, 4, 3, 3)}, r"weights must be \[C, C, R, S\]"),
         ({"bias": 7}, r"weights must all be \[8, 8, 3, 3\], and biases \[8\]"),
+        ({"dtype": torch.bfloat16}, "must all be torch.float32 on cpu, got torch.bfloat16 on cpu"),
     ],
 )
 def test_graphs_that_do_not_fit_are_refused(changes, message):
     weights = [torch.zeros(changes.get("shape", (8, 8, 3, 3)))] * changes.get("weights", 5)
+    biases = [torch.zeros(changes.get("bias", 8), dtype=changes.get("dtype"))] * 5
     with pytest.raises(ValueError, match=f"dynamic_graph: .*{message}"):
-        GraphWeights.pack(STATES, changes.get("edges", EDGES), weights, [torch.zeros(changes.get("bias", 8))] * 5)
+        GraphWeights.pack(STATES, changes.get("edges", EDGES), weights, biases)
 
 
 @pytest.mark.parametrize(
