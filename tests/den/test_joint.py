@@ -12,6 +12,7 @@ from den.data import ImageSet, MixedTaskBatches, load_set
 from den.data import sets as sets_module
 from den.data.batches import Batch
 from den.data.images import Labels, split_by_image, stratified_split
+from den.nn.task_batch import task_batch
 from den.recipes.den import train
 from den.recipes.setup import load_sets, new_model
 from den.runs.trained import open_run
@@ -19,6 +20,7 @@ from den.train.config import DataConfig, NetworkConfig, TrainConfig
 from den.train.folder import read_metrics
 from den.train.objective import instance_losses, structure_costs
 from den.train.scenarios import SCENARIOS, scenario_config
+from tests.small_methods import model_and_batch
 from tests.small_runs import small_config
 
 
@@ -142,6 +144,18 @@ def test_a_structure_costs_the_mean_of_the_losses_of_all_labels(two_labels):
         logits = [model.estimator(batch.images[0], task, structures[:, k]) for task in batch.tasks]
         losses = instance_losses(logits, batch.labels).view(2, -1)
         torch.testing.assert_close(costs[:, k], losses.mean(0))
+
+
+def test_a_network_reads_a_batch_as_its_own_checks_would_give_it(two_labels):
+    apart, batch = model_and_batch()
+    found = batch.for_network(apart.positions)
+    checked = task_batch(batch.images, batch.tasks, apart.tasks, like=batch.images[0])
+    assert (found.tasks, found.order, found.form) == (checked.tasks, checked.order, checked.form)
+    assert all(one is other for one, other in zip(found.images, checked.images, strict=True))
+    joint = joint_batch(two_labels)
+    read = joint.for_network(joint_model(two_labels).positions)
+    assert (read.tasks, read.form, len(read.images), len(read)) == ((0,), "joint", 1, joint.count)
+    assert read.restore_logits(logits := [torch.zeros(6, 10), torch.zeros(6, 2)], 10) is logits
 
 
 @pytest.mark.parametrize("changes", [{}, {"mode": "dense"}, {"mode": "random"}, {"mode": "nestednet"}])

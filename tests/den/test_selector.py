@@ -6,6 +6,7 @@ import torch
 from den import Selector, SelectorConfig, Task
 from den.nn.backbones import named_backbone
 from den.nn.block_lists import block_shapes
+from den.nn.norms import FeatureNorm
 from den.nn.selector import default_selector
 
 TASKS = (Task("digits", 10, 8, channels=1), Task("fashion", 10, 28, channels=1), Task("photos", 3, 40))
@@ -64,6 +65,18 @@ def test_every_parameter_of_the_tasks_in_use_learns(selector):
     selector(parts, ["digits", "fashion"]).square().sum().backward()
     unused = {name for name, parameter in selector.named_parameters() if parameter.grad is None}
     assert unused == {name for name, _ in selector.named_parameters() if name.startswith(("stems.2.", "heads.2."))}
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_features_of_one_image_are_normed_with_the_running_statistics(affine):
+    norm = FeatureNorm(4, affine=affine)
+    norm(torch.randn(9, 4))
+    kept = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    one = torch.randn(1, 4)
+    trained = norm(one)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in norm.state_dict().items())
+    torch.testing.assert_close(trained, norm.eval()(one))
+    assert norm.train()(one[:0]).shape == (0, 4)
 
 
 @pytest.mark.parametrize("name", ["wrn32_4", "wrn14_2", "wrn8_1", "resnet42"])
