@@ -35,12 +35,12 @@ def stage_bytes(columns: int, depth: int, taps: int, dilation: int) -> int:
     return 2 * depth * (64 * (ROWS + (taps - 1) * dilation) + taps * columns)
 
 
-def tile_by_rule(n: int, k: int, taps: int, dilation: int, wide: bool) -> Tile | None:
-    """The tile where n channels are written, of up to k, with `taps` rows of taps; None where two stages do not fit.
+def tile_by_rule(k: int, taps: int, dilation: int, wide: bool) -> Tile | None:
+    """The tile where outputs read up to k channels, with `taps` rows of taps; None where two stages do not fit.
 
     Wide ones have a multiprocessor for themselves, and two groups of four warps share their channels.
 
-    >>> tile_by_rule(64, 64, 3, 1, False), tile_by_rule(256, 256, 5, 1, True)
+    >>> tile_by_rule(64, 3, 1, False), tile_by_rule(256, 5, 1, True)
     (Tile(rows=256, columns=64, depth=32, warps=4, stages=2, programs=2), None)
     """
     columns, programs = (128, 1) if wide else (64, 2)
@@ -73,7 +73,7 @@ def choose_strips(p: Arguments, skip_empty: bool, arch: int, wide: bool) -> tupl
         return None
     if choice.tuned("convolve", p.n.channels, p.k.channels, p.dtype, arch):
         return None
-    tile = tile_by_rule(p.n.channels, p.k.channels, p.taps, p.dilation, wide)
+    tile = tile_by_rule(p.k.channels, p.taps, p.dilation, wide)
     if tile is None:
         return None
     shape = shape_of_levels(p.n, p.k, p.groups, 1, skip_empty, tile)
