@@ -251,8 +251,8 @@ def convolution_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias of an ordinary convolution, by PyTorch; undefined where not wanted.
 
-    Where a kernel of one tap has a stride, the pixels that it reads are taken before: oneDNN (3.12 at least) writes beyond
-    its memory for the gradient of such bfloat16 weights with fewer than 16 input channels.
+    Where a kernel of one tap has a stride, the pixels that it reads are taken first: for bfloat16 weights of fewer than
+    16 input channels oneDNN 3.12 writes beyond its memory there.
     """
     (down, right), (H, W), memory_format = geometry.stride, x.shape[2:], memory_format_of(x)
     strided = tuple(weight.shape[2:]) == (1, 1) and (down, right) != (1, 1) and not any(geometry.padding)

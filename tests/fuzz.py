@@ -1,5 +1,5 @@
-"""How many cases hypothesis draws: in the suite each test's own number, in the profile "ci" at least CI of every test of
-an op, in the profile "long" LONG.
+"""How many cases hypothesis draws: in the suite each test's own number, in the profile "ci" at least CI for an op's
+tests, in the profile "long" LONG.
 
 scripts/fuzz.py        or        pytest --hypothesis-profile long tests/kernels/test_plan.py
 """

@@ -246,8 +246,9 @@ def test_export():
 STRIDED = """
 import torch
 from den_kernels import dynamic_conv2d
-for C_in, C_out, H, W, stride in ((7, 15, 4, 23, (2, 1)), (12, 32, 4, 17, (2, 1)), (8, 16, 9, 9, (3, 1)), (2, 3, 3, 18, (1, 2)),
-                                  (7, 20, 6, 7, (2, 1)), (8, 33, 8, 22, (2, 2)), (5, 7, 8, 22, (2, 2))):
+SHAPES = ((7, 15, 4, 23, (2, 1)), (12, 32, 4, 17, (2, 1)), (8, 16, 9, 9, (3, 1)), (2, 3, 3, 18, (1, 2)),
+          (7, 20, 6, 7, (2, 1)), (8, 33, 8, 22, (2, 2)), (5, 7, 8, 22, (2, 2)))
+for C_in, C_out, H, W, stride in SHAPES:
     x = torch.randn(3, C_in, H, W).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(C_out, C_in, 1, 1).bfloat16().requires_grad_()
     for _ in range(30):
@@ -259,7 +260,8 @@ print("whole")
 
 @pytest.mark.skipif(find_library("c_malloc_debug") is None, reason="the C library has no checks of its heap")
 def test_strided_kernels_of_one_tap_write_nowhere_else():
-    """oneDNN does, for weights of fewer than 16 input channels in bfloat16: the heap is checked at every allocation."""
+    """oneDNN does, for bfloat16 weights of fewer than 16 input channels: the heap is checked at every allocation."""
     checked = {"LD_PRELOAD": find_library("c_malloc_debug"), "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", STRIDED], env={**os.environ, **checked}, capture_output=True, text=True)
+    environment = {**os.environ, **checked}
+    done = subprocess.run([sys.executable, "-c", STRIDED], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr[-2000:]
