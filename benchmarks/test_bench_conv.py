@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import den_kernels
 from den_kernels import _triton
+from den_kernels._conv_direct import runs_direct
 from den_kernels._geometry import Geometry
-from den_kernels.dynamic_conv import uses_direct
 
 from . import peers, slicing
 from .allocations import require
@@ -124,7 +124,7 @@ def way(operands: Operands) -> str:
     """Name of the implementation that `dynamic_conv2d` takes for the case."""
     if operands.x.device.type != "cpu":
         return "gpu"
-    direct = uses_direct(operands.x, operands.conv.weight, route_of(operands), geometry_of(operands))
+    direct = runs_direct(operands.x, operands.conv.weight, geometry_of(operands), False, route_of(operands))
     return "direct" if direct else "onednn"
 
 

@@ -18,13 +18,22 @@ from .eager import refuse_recording
 from .plan import Route
 
 
-def runs_direct(x: Tensor, weight: Tensor, geometry: Geometry, packed: bool = False) -> bool:
-    """True where the direct convolution takes x [B, C_in, H, W] and weight [C_out, C_in, R, S], whatever they hold.
+def runs_direct(
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in, R, S]
+    geometry: Geometry,
+    packed: bool = False,  # the weight is packed already
+    route: Route | None = None,
+) -> bool:
+    """True where the direct convolution takes these, whatever x and weight hold.
 
     On a CPU, channels-last, or where the weight is packed already: then it pays to convert the maps. No cardinality, at
     most 49 taps; in bfloat16 also dilation 1 and channels divisible by 16. Fully connected layers of many weights
-    (`_faster_as_product`) are left to BLAS.
+    (`_faster_as_product`) are left to BLAS, and with a route of levels a batch whose instances are all at the highest
+    to oneDNN: it is one ordinary convolution, which that does faster.
     """
+    if route is not None and route.mask is None and int(route.offsets[1]) == x.shape[0]:
+        return False
     taps = weight.shape[2] * weight.shape[3]
     if extension is None or not x.is_cpu or geometry.groups != 1 or taps > 49:
         return False

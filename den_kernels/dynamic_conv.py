@@ -102,7 +102,7 @@ def compute(
             x, weight, bias, route, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
             groups=geometry.groups, out_groups=geometry.out_sizes, in_groups=geometry.in_sizes,
         )  # fmt: skip
-    if not uses_direct(x, weight, route, geometry, packed is not None):
+    if not _conv_direct.runs_direct(x, weight, geometry, packed is not None, route):
         parts = parts_of(route, geometry, x.shape[1], weight.shape[0])
         return _conv_cpu.forward(x, weight, bias, parts, geometry)
     own = packed(x.dtype) if packed else _conv_direct.pack_anew(weight, geometry.in_sizes)
@@ -111,15 +111,6 @@ def compute(
     if memory_format_of(x, weight) == torch.channels_last:
         return out
     return torch.empty(shape, dtype=x.dtype).copy_(out)  # contiguous() would leave strides that could be either
-
-
-def uses_direct(x: Tensor, weight: Tensor, route: Route, geometry: Geometry, packed: bool = False) -> bool:
-    """True where a call on a CPU takes the direct convolution, of x [B, C_in, H, W] and weight [C_out, C_in, R, S].
-
-    A batch with every instance at the highest level is one ordinary convolution, which oneDNN does faster.
-    """
-    all_full = route.mask is None and int(route.offsets[1]) == x.shape[0]
-    return not all_full and _conv_direct.runs_direct(x, weight, geometry, packed)
 
 
 def _route(levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, geometry: Geometry) -> Route:

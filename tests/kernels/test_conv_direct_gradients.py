@@ -148,11 +148,11 @@ def test_only_amx_leaves_strided_weight_gradients_in_bfloat16_to_onednn(monkeypa
     called = []
     x, weight = channels_last(torch.zeros(2, 16, 8, 8).bfloat16()), torch.zeros(32, 16, 3, 3).bfloat16()
     geometry, route = GEOMETRY._replace(stride=(2, 1)), RoutingPlan.from_levels(torch.ones(2, 1, dtype=torch.int64), 2)
+    monkeypatch.setattr(_conv_direct, "_window", lambda *_: None)  # which are kept
     for isa in ("AVX-512 BF16", "AMX"):
         fake = SimpleNamespace(
             has_direct_bf16=lambda: True,
             bf16_isa=lambda isa=isa: isa,
-            Window=lambda *_: None,
             dynamic_conv_weight_gradient=lambda *_, isa=isa: called.append(isa),
         )
         monkeypatch.setattr(_conv_direct, "extension", fake)
