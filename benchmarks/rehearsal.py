@@ -195,7 +195,7 @@ def operators() -> dict[str, Callable[..., Any]]:
         "den_kernels.plan_levels.default": plan_levels,
         "den_kernels.plan_masks.default": plan_masks,
         "den_kernels.dynamic_conv2d.default": dynamic_conv._forward,
-        "den_kernels.dynamic_conv2d_backward.default": dynamic_conv._dynamic_conv2d_backward._init_fn,
+        "den_kernels.dynamic_conv2d_backward.default": dynamic_conv._backward,
         "den_kernels.dynamic_residual.default": dynamic_residual._OP.functional_op._init_fn,
         "den_kernels.dynamic_residual_.default": dynamic_residual._OP.in_place_op._init_fn,
         "den_kernels.dynamic_norm.default": norm.forward,
