@@ -26,7 +26,7 @@ class Geometry(NamedTuple):
         cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
         out_sizes: Sequence[int] | None, in_sizes: Sequence[int] | None,
     ) -> Self:  # fmt: skip
-        """The geometry of an op's arguments: lists, where AOTInductor makes None of empty ones."""
+        """The geometry of a registered op's arguments, which are lists; for empty ones AOTInductor gives None."""
         sizes = tuple(out_sizes or ()), tuple(in_sizes or ())
         return cls(tuple(stride), tuple(padding), tuple(dilation), groups, *sizes)
 

@@ -118,7 +118,7 @@ def _route(levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, 
     return Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
 
 
-# What the registered ops take of a route and of a geometry, whose lists AOTInductor makes None where they are empty.
+# What the registered ops take: the tensors of a route, and the fields of a geometry (see `Geometry.of`).
 _ROUTE = "Tensor levels, Tensor order, Tensor offsets, Tensor? mask"
 _SETTINGS = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt[]? out_sizes, SymInt[]? in_sizes"

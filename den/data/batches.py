@@ -67,7 +67,7 @@ class Batch:
         return whole[:1] if self.joint else whole
 
     def for_network(self, positions: Mapping[str, int]) -> TaskBatch:
-        """The images as a network reads them whose tasks, at these positions, they are known to fit."""
+        """The images for a network that has its tasks at these positions, not checked: see `task_batch` for that."""
         if self.joint:
             return TaskBatch((positions[self.tasks[0]],), (self.images[0],), None, "joint")
         return TaskBatch(tuple([positions[task] for task in self.tasks]), tuple(self.images), None, "list")
