@@ -18,6 +18,9 @@
 namespace den_kernels {
 namespace {
 
+// Over the rows of a tile's sums, as many as there are registers: sums that a loop reaches lie in memory.
+#define UNROLL_ROWS _Pragma("GCC unroll 32")
+
 constexpr int64_t prefetch_floats = 8 * 16;  // weights are asked for eight steps ahead: they stream from further out
 
 template <class Tile, int vectors, int size, int... fewer>
@@ -94,7 +97,7 @@ constexpr int64_t part_products(int64_t taps) { return taps == 1 ? 256 : 576; }
 
 template <int rows, int vectors>
 KERNEL void set_zero(Vector (&acc)[rows][vectors]) {
-  UNROLL for (int i = 0; i < rows; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = zeros(); }
+  UNROLL_ROWS for (int i = 0; i < rows; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = zeros(); }
 }
 
 // The finished parts of a tile's sums. A part ends behind the same piece whatever the tile and the instruction set.
@@ -108,7 +111,7 @@ struct Parts {
     __asm__("" : "+m"(*this));  // stays in memory: the loops over taps and channels need all registers
     if (products >= part_products(taps)) {
       if (any) add_to(acc);
-      UNROLL for (int i = 0; i < rows; ++i) {
+      UNROLL_ROWS for (int i = 0; i < rows; ++i) {
         UNROLL for (int v = 0; v < vectors; ++v) store16(sums + (i * vectors + v) * 16, acc[i][v]);
       }
       set_zero(acc);
@@ -118,7 +121,7 @@ struct Parts {
     products += width * taps;
   }
   KERNEL void add_to(Vector (&acc)[rows][vectors]) const {
-    UNROLL for (int i = 0; i < rows; ++i) {
+    UNROLL_ROWS for (int i = 0; i < rows; ++i) {
       UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = add(acc[i][v], load16(sums + (i * vectors + v) * 16));
     }
   }
@@ -127,7 +130,7 @@ struct Parts {
 // The bias is added to the sums of a tile: a sum that began with it would round all its products to the bias's size.
 template <int rows, int vectors>
 KERNEL void add_bias(Vector (&acc)[rows][vectors], const Vector (&bias)[vectors]) {
-  UNROLL for (int i = 0; i < rows; ++i) {
+  UNROLL_ROWS for (int i = 0; i < rows; ++i) {
     UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = add(acc[i][v], bias[v]);
   }
 }
