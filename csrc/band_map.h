@@ -21,7 +21,8 @@ struct BandMap {
   int64_t size() const { return rows * columns * pixel; }
   void tap_offsets(const ConvArguments<T>& p, int64_t* taps) const {
     for (int64_t r = 0; r < p.R; ++r)
-      for (int64_t s = 0; s < p.S; ++s) taps[r * p.S + s] = (r * p.dilation[0] * columns + s * p.dilation[1]) * pixel;
+      for (int64_t s = 0, S = p.tap_columns(); s < S; ++s)
+        taps[r * S + s] = (r * p.dilation[0] * columns + s * p.dilation[1]) * pixel;
   }
 };
 

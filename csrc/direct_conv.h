@@ -21,7 +21,7 @@ template <class T>
 struct Maps {
   const ConvArguments<T>& arguments;
   const Band& band;
-  const Channels& words;
+  const std::vector<Piece>& pieces;  // the channels of a tap
   BandMap<T> map;
   Strips strips;  // strips of the band's output rows
   const float* scratch;
@@ -38,7 +38,7 @@ template <class T>
 KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_t last) {
   const ConvArguments<T>& p = m.arguments;
   const int64_t top = m.band.first_row;
-  return taps_on_map(taps, p.R, p.S, top + first, top + last, p.stride[0], p.dilation[0], p.padding[0],
+  return taps_on_map(taps, p.R, p.tap_columns(), top + first, top + last, p.stride[0], p.dilation[0], p.padding[0],
                      p.padding[0] + p.H - 1);
 }
 
@@ -63,12 +63,12 @@ struct ConvTile : UsualTile {
       }
     }
     Vector acc[strips * size][vectors];
-    const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
+    const int64_t weight_vector = weight_words<T>(p.tap_channels(), p.R * p.tap_columns());
     if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
     sum_channels<T, vectors, strips, size, false>(
         acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, at[0].row, at[strips - 1].row),
         words_of(p.weight) + block[0].index * weight_vector,
-        (block[vectors - 1].index - block[0].index) * weight_vector, m.words.pieces, ahead);
+        (block[vectors - 1].index - block[0].index) * weight_vector, m.pieces, ahead);
     if (p.bias) {
       Vector bias[vectors];
       UNROLL for (int v = 0; v < vectors; ++v) {
@@ -91,7 +91,9 @@ struct ConvTile : UsualTile {
 
 template <class T>
 void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words, float* scratch) {
-  const Maps<T> maps{p, band, words, BandMap<T>(p, band, words.count), Strips(band.count, p.Wo), scratch};
+  const std::vector<Piece> joined = p.joined ? cut({{0, p.tap_channels()}}, 16) : std::vector<Piece>{};
+  const Maps<T> maps{
+      p, band, p.joined ? joined : words.pieces, BandMap<T>(p, band, words.count), Strips(band.count, p.Wo), scratch};
   int64_t taps[max_taps];
   maps.map.tap_offsets(p, taps);
   for (int64_t j = 0; j < band.count && words.count; ++j)

@@ -169,7 +169,7 @@ struct TrunkCall {
   void features(const int32_t* instances, int64_t count) const {
     const int64_t pixels = shapes.back().Ho() * shapes.back().Wo(), C = shapes.back().C_out;
     int64_t begin, end;
-    share(trunk.scale ? count : 0, Team::place(), Team::size(), begin, end);
+    share(trunk.features ? count : 0, Team::place(), Team::size(), begin, end);
     for (int64_t i = begin; i < end; ++i)
       features_of(maps.back() + instances[i] * pixels * C, pixels, C, trunk.scale, trunk.shift,
                   trunk.features + instances[i] * C);
