@@ -33,23 +33,27 @@ struct Maps {
   }
 };
 
-// The taps of the band's output rows first .. last.
-template <class T>
-KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_t last) {
+// The taps of a tile's strips, of the band's rows.
+template <int size, class T, int strips>
+KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, const Strips::At (&at)[strips]) {
   const ConvArguments<T>& p = m.arguments;
   const int64_t top = m.band.first_row;
-  return taps_on_map(taps, p.R, p.tap_columns(), top + first, top + last, p.stride[0], p.dilation[0], p.padding[0],
-                     p.padding[0] + p.H - 1);
+  const RowsOf rows(at);
+  Taps found = taps_on_map(taps, p.R, p.tap_columns(), top + rows.first, top + rows.last, p.stride[0], p.dilation[0],
+                           p.padding[0], p.padding[0] + p.H - 1);
+  if (rows.one_column && !p.joined)
+    find_columns(found, at[0].column, size, {p.S, p.stride[1], p.dilation[1], p.padding[1], p.W});
+  return found;
 }
 
-// The blocks of output channels block[0 .. vectors - 1] of strips from q0: the sums, and zeros in lanes not selected.
+// The blocks of output channels block[0 .. vectors - 1] of a tile's strips: the sums, and zeros in lanes not selected.
 template <class T>
 struct ConvTile : UsualTile {
   template <int vectors, int strips, int size>
-  static void run(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
+  static void run(const Maps<T>& m, const Block* block, const TileStrips& tile, const int64_t* taps, Ahead ahead) {
     const ConvArguments<T>& p = m.arguments;
     Strips::At at[strips];
-    m.strips.at(q0, at);
+    m.strips.at(tile, at);
     const float* input[strips];
     T* out[strips];
     UNROLL for (int q = 0; q < strips; ++q) {
@@ -65,10 +69,10 @@ struct ConvTile : UsualTile {
     Vector acc[strips * size][vectors];
     const int64_t weight_vector = weight_words<T>(p.tap_channels(), p.R * p.tap_columns());
     if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
-    sum_channels<T, vectors, strips, size, false>(
-        acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, at[0].row, at[strips - 1].row),
-        words_of(p.weight) + block[0].index * weight_vector,
-        (block[vectors - 1].index - block[0].index) * weight_vector, m.pieces, ahead);
+    sum_channels<T, vectors, strips, size, false>(acc, input, m.map.pixel * p.stride[1], 1, taps_of<size>(m, taps, at),
+                                                  words_of(p.weight) + block[0].index * weight_vector,
+                                                  (block[vectors - 1].index - block[0].index) * weight_vector, m.pieces,
+                                                  ahead);
     if (p.bias) {
       Vector bias[vectors];
       UNROLL for (int v = 0; v < vectors; ++v) {
@@ -106,11 +110,10 @@ void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words
     const Cut cut = Cut::of(band.first_row, band.rows, maps.strips.count(1), p.R, p.padding[0], p.H, p.stride[0],
                             p.dilation[0], strips_per_tile(size, vectors));
     const int64_t tiles = cut.tiles();
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Ahead ahead = i + tile_vectors < block_count ? ahead_of(tile, tiles) : Ahead{};
-      int64_t first, count;
-      cut.at(tile, first, count);
-      tile_of<ConvTile<T>>(size, vectors, count)(maps, &blocks[i], first, taps, ahead);
+    for (int64_t k = 0; k < tiles; ++k) {
+      const Ahead ahead = i + tile_vectors < block_count ? ahead_of(k, tiles) : Ahead{};
+      const TileStrips tile = cut.tile(k);
+      tile_of<ConvTile<T>>(size, vectors, tile.count)(maps, &blocks[i], tile, taps, ahead);
     }
   }
   for (const Range& gap : band.outputs.gaps)

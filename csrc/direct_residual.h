@@ -78,23 +78,27 @@ KERNEL int64_t tap_offsets(const ResidualBlock<T>& b, const PaddedMap& map, int6
   return b.R * b.S;
 }
 
-// The taps of output rows first .. last, of a convolution of a map of H rows with "same" padding.
-template <class T>
-KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, int64_t first, int64_t last, int64_t stride, int64_t H) {
-  const int64_t top = c.block.R / 2;
-  return taps_on_map(taps, c.block.R, c.block.S, first, last, stride, 1, top, top + H - 1);
+// The taps of a tile's strips, of a convolution of a map with "same" padding.
+template <int size, class T, int strips>
+KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, const Strips::At (&at)[strips], int64_t stride,
+                    const PaddedMap& map) {
+  const int64_t R = c.block.R, S = c.block.S;
+  const RowsOf rows(at);
+  Taps found = taps_on_map(taps, R, S, rows.first, rows.last, stride, 1, R / 2, R / 2 + map.H - 1);
+  if (rows.one_column) find_columns(found, at[0].column, size, {S, stride, 1, S / 2, map.W});
+  return found;
 }
 
 // One tile of conv1, blocks slot and on of the hidden channels: relu(sum + bias) into the hidden map, [pixel][channel].
 template <class T>
 struct HiddenTile : UsualTile {
   template <int vectors, int strips, int size>
-  static void run(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* taps, Ahead ahead) {
+  static void run(const Chunk<T>& c, int64_t slot, const TileStrips& tile, const int64_t* taps, Ahead ahead) {
     const ResidualBlock<T>& b = c.block;
     const Block *block = &c.hidden.channels.blocks[slot], *words = &c.hidden.words.blocks[slot];
     const int64_t tap_count = b.R * b.S;
     Strips::At at[strips];
-    c.strips.at(q0, at);
+    c.strips.at(tile, at);
     const float* input[strips];
     UNROLL for (int q = 0; q < strips; ++q) {
       input[q] = c.a_of(at[q].instance) + (at[q].row * b.stride * c.a.columns + at[q].column * b.stride) * c.a.pixel();
@@ -105,7 +109,7 @@ struct HiddenTile : UsualTile {
     const bool last = slot + vectors == static_cast<int64_t>(c.hidden.channels.blocks.size());
     ahead.distance = last ? words_of(b.conv2) - weight : (block[vectors].index - block[0].index) * weight_vector;
     sum_channels<T, vectors, strips, size, false>(
-        acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, at[0].row, at[strips - 1].row, b.stride, b.H), weight,
+        acc, input, c.a.pixel() * b.stride, 1, taps_of<size>(c, taps, at, b.stride, c.a), weight,
         (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
     UNROLL for (int v = 0; v < vectors; ++v) {
       bias[v] = load16(b.bias1 + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
@@ -161,11 +165,11 @@ void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t
 template <class T, bool planar>
 struct OutputTile : UsualTile {
   template <int vectors, int strips, int size>
-  static void run(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* taps, Ahead ahead) {
+  static void run(const Chunk<T>& c, int64_t block16, const TileStrips& tile, const int64_t* taps, Ahead ahead) {
     const ResidualBlock<T>& b = c.block;
     const int64_t tap_count = b.R * b.S, channel = block16 * 16;
     Strips::At at[strips];
-    c.strips.at(q0, at);
+    c.strips.at(tile, at);
     const float* input[strips];
     const T* shortcut[strips];
     T* out[strips];
@@ -188,7 +192,7 @@ struct OutputTile : UsualTile {
     const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
     ahead.distance = last ? words_of(b.conv1) - weight : vectors * weight_vector;
     sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
-                                                   taps_of(c, taps, at[0].row, at[strips - 1].row, 1, b.Ho), weight,
+                                                   taps_of<size>(c, taps, at, 1, c.h), weight,
                                                    weight_vector, c.hidden.words.pieces, ahead);
     if (b.bias2) {
       Vector bias[vectors];
@@ -272,9 +276,8 @@ void tile_items(const Chunk<T>& c, const Cut& cut, int64_t blocks, int64_t begin
   const int64_t count = cut.tiles();
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block16 = i / count * tile_vectors, vectors = std::min<int64_t>(tile_vectors, blocks - block16);
-    int64_t q0, strips;
-    cut.at(i % count, q0, strips);
-    tile_of<Tile>(c.strips.size, vectors, strips)(c, block16, q0, taps, ahead_of(i % count, count));
+    const TileStrips tile = cut.tile(i % count);
+    tile_of<Tile>(c.strips.size, vectors, tile.count)(c, block16, tile, taps, ahead_of(i % count, count));
   }
 }
 

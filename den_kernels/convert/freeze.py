@@ -26,9 +26,9 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
     modules of their own that hold the folded weights as the op reads them (of each level, where `recalibrate` measured
     statistics for each), and several in a row are one call: those that keep the shape of their map, and those whose
     shortcut is one convolution. Where all blocks are one such row, with a convolution, its ReLU and a max pooling in
-    front, the mean of the map and a linear layer behind it, all of that is one call on a CPU. Two linear layers or 1 x 1
-    convolutions with an activation between them, the MLP of ConvNeXt, are one op, too; other convolutions keep packed
-    weights on a CPU. Weights are channels-last in memory; give it maps that are, too.
+    front, the mean of the map and a linear layer behind it, all of that is one call on a CPU. Two linear layers or
+    1 x 1 convolutions with an activation between them, the MLP of ConvNeXt, are one op, too; other convolutions keep
+    packed weights on a CPU. Weights are channels-last in memory; give it maps that are, too.
 
     The copy stays in evaluation mode, on its device and in its dtype, and its state_dict is none: save the model.
     torch.compile and torch.export see the ops with the weights as constants.
