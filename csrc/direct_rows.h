@@ -35,9 +35,9 @@ struct Pixels {
 };
 KERNEL Pixels pixels_at(const RowsChunk& c, const Cut& cut, int64_t tile) {
   Pixels at;
-  const TileStrips strips = cut.tile(tile);
-  at.live = strips.count;
-  const int64_t first = strips.before + strips.begin, W = c.block.Wo, line = first / W;
+  int64_t first;
+  cut.at(tile, first, at.live);
+  const int64_t W = c.block.Wo, line = first / W;
   int64_t column = first - line * W, row = line / c.count, instance = line - row * c.count;
   UNROLL for (int p = 0; p < tile_pixels; ++p) {
     at.instance[p] = instance, at.row[p] = row, at.column[p] = column;

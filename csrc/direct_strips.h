@@ -17,12 +17,6 @@ constexpr int most_strips = std::max(strips_per_tile(usual_strip, 1), strips_per
 inline int64_t strips_of_row(int64_t columns) { return (columns + strip_size(columns) - 1) / strip_size(columns); }
 inline int64_t strip_columns(int64_t columns) { return strips_of_row(columns) * strip_size(columns); }
 
-// A tile's strips: begin .. begin + count - 1 of the `strips` strips behind the first `before`, of whole rows, counted
-// column by column.
-struct TileStrips {
-  int64_t before, strips, begin, count;
-};
-
 // The strips of maps of so many columns, one after the other: the rows of all instances lie together, so that a tile of
 // the first row or the last leaves out the taps on padding.
 struct Strips {
@@ -52,34 +46,6 @@ struct Strips {
     found[0] = at(q0);
     UNROLL for (int q = 1; q < count; ++q) found[q] = after(found[q - 1]);
   }
-  // The strips of a tile: most tiles lie in one column of strips, and those at a map's left or right edge leave out the
-  // taps on padding there.
-  template <int count>
-  KERNEL void at(const TileStrips& tile, At (&found)[count]) const {
-    const auto quotient = [](int64_t a, int64_t b) {  // half the time of a division of 64 bits
-      return static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
-    };
-    const int64_t lines = quotient(tile.strips, per_row), first = quotient(tile.before, per_row);
-    int64_t column = quotient(tile.begin, lines), line = tile.begin - column * lines;
-    int64_t row = quotient(first + line, instances), instance = first + line - row * instances;
-    const int64_t first_row = quotient(first, instances);  // whole rows: its first line is instance 0's
-    UNROLL for (int q = 0; q < count; ++q) {
-      found[q] = {instance, row, column * size, std::min(size, columns - column * size)};
-      if (++instance == instances) instance = 0, ++row;
-      if (++line == lines) line = 0, ++column, instance = 0, row = first_row;
-    }
-  }
-};
-
-// The rows of a tile's strips, and whether all of these begin in one column.
-struct RowsOf {
-  int64_t first, last;
-  bool one_column;
-  template <int count>
-  KERNEL explicit RowsOf(const Strips::At (&at)[count])
-      : first(at[0].row), last(at[0].row), one_column(at[0].column == at[count - 1].column) {
-    UNROLL for (int q = 1; q < count; ++q) first = std::min(first, at[q].row), last = std::max(last, at[q].row);
-  }
 };
 
 // Of `count` strips in as few tiles of at most `most` as there can be, all of about one size: the first of tile i.
@@ -104,12 +70,13 @@ struct Cut {
   }
   int64_t tiles(int part) const { return (strips[part] + most - 1) / most; }
   int64_t tiles() const { return tiles(0) + tiles(1) + tiles(2); }
-  TileStrips tile(int64_t i) const {
+  // The first strip of tile i, and how many it has.
+  void at(int64_t i, int64_t& first, int64_t& count) const {
     int part = 0;
-    int64_t before = 0;
-    for (; i >= tiles(part); before += strips[part++]) i -= tiles(part);
+    for (first = 0; i >= tiles(part); first += strips[part++]) i -= tiles(part);
     const int64_t begin = tile_begin(strips[part], most, i);
-    return {before, strips[part], begin, tile_begin(strips[part], most, i + 1) - begin};
+    count = tile_begin(strips[part], most, i + 1) - begin;
+    first += begin;
   }
 };
 

@@ -76,8 +76,8 @@ KERNEL Ahead ahead_of(int64_t tile, int64_t tiles) {
 }
 
 // The taps of a kernel at a tile: the offset of each from the first, and the range [begin, end) of those whose row does
-// not fall on padding. Of a row's `columns` taps, those before `left` meet padding in the first pixel of each strip, and
-// those from `right` on in the last.
+// not fall on padding. Of a row's `columns` taps, those before `left` meet padding in the first pixel of each strip,
+// and those from `right` on in the last.
 struct Taps {
   const int64_t* at;
   int64_t count, begin, end;
@@ -156,11 +156,12 @@ KERNEL void add_bias(Vector (&acc)[rows][vectors], const Vector (&bias)[vectors]
   }
 }
 
-// acc[q * size + p][v] += sum over the channels k of a piece of weight[v][k] * input[q, p, k] of one tap, for the pixels
-// first .. last - 1 of each strip. weight .. end: of the first vector.
+// acc[q * size + p][v] += sum over the channels k of a piece of weight[v][k] * input[q, p, k] of one tap, for the
+// pixels first .. last - 1 of each strip. w .. end: of the first vector. Where `planar`, pixels lie side by side, and
+// the tap's begin `at` floats behind `in`.
 template <class T, int vectors, int strips, int size, int first, int last, bool planar>
-KERNEL void sum_tap(Vector (&acc)[strips * size][vectors], const float* (&in)[strips], int64_t pixel, int64_t channel,
-                    const float* w, const float* end, int64_t weight_vector) {
+KERNEL void sum_tap(Vector (&acc)[strips * size][vectors], const float* (&in)[strips], int64_t at, int64_t pixel,
+                    int64_t channel, const float* w, const float* end, int64_t weight_vector) {
   for (; w != end; w += 16) {
     Vector wv[vectors];
     UNROLL for (int v = 0; v < vectors; ++v) {
@@ -170,13 +171,14 @@ KERNEL void sum_tap(Vector (&acc)[strips * size][vectors], const float* (&in)[st
     }
     UNROLL for (int q = 0; q < strips; ++q) {
       UNROLL for (int p = first; p < last; ++p) {
-        const Vector value = broadcast(planar ? in[q][p] : in[q][p * pixel]);
+        const Vector value = broadcast(planar ? in[q][at + p] : in[q][p * pixel]);
         UNROLL for (int v = 0; v < vectors; ++v) {
           acc[q * size + p][v] = multiply_add<T>(value, wv[v], acc[q * size + p][v]);
         }
       }
-      in[q] += planar ? channel : 1;
+      if (!planar) ++in[q];
     }
+    if (planar) at += channel;
   }
 }
 
@@ -193,7 +195,8 @@ KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* con
     const float* of_piece = weights_of(weight, piece, taps.count);
     for (int64_t t = taps.begin, column = 0; t < taps.end; ++t) {
       const float* in[strips];
-      UNROLL for (int q = 0; q < strips; ++q) in[q] = input[q] + taps.at[t] + piece.place * channel;
+      const int64_t at = taps.at[t] + piece.place * channel;
+      UNROLL for (int q = 0; q < strips; ++q) in[q] = planar ? input[q] : input[q] + at;
       const float *w = of_piece + t * 256, *end = w + piece.width * 16;
       for (int64_t row = ahead.first; row < ahead.first + ahead.count; ++row) {
         UNROLL for (int v = 0; v < vectors; ++v) {
@@ -201,11 +204,11 @@ KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* con
         }
       }
       if (column < taps.left)
-        sum_tap<T, vectors, strips, size, 1, size, planar>(acc, in, pixel, channel, w, end, weight_vector);
+        sum_tap<T, vectors, strips, size, 1, size, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
       else if (column >= taps.right)
-        sum_tap<T, vectors, strips, size, 0, size - 1, planar>(acc, in, pixel, channel, w, end, weight_vector);
+        sum_tap<T, vectors, strips, size, 0, size - 1, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
       else
-        sum_tap<T, vectors, strips, size, 0, size, planar>(acc, in, pixel, channel, w, end, weight_vector);
+        sum_tap<T, vectors, strips, size, 0, size, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
       if (++column == taps.columns) column = 0;
     }
   }
