@@ -27,7 +27,7 @@ void run(const DenseConv<T>& c, const T* x, T* out, const int32_t* order, int64_
   p.route = {1, 0, order, offsets, nullptr};
   p.x = x, p.out = out, p.weight = c.weight, p.bias = c.bias, p.relu = c.relu;
   p.write_whole_map();
-  const FewThreads few(c.cost(p.Ho * p.Wo) * static_cast<double>(count));
+  const FewThreads few(c.cost(p.Ho * p.Wo) * static_cast<double>(count) < shared_work);
   convolve(c, p);
 }
 
