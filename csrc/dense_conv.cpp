@@ -46,7 +46,7 @@ void run(const DenseConv<T>& c, const T* x, T* out, const int32_t* order, int64_
   const int32_t offsets[] = {0, static_cast<int32_t>(count)};
   ConvArguments<T> p = arguments_of(c, H, W, 0, c.convolved(H, c.R));
   p.B = count, p.x = x, p.out = out, p.route = {1, 0, order, offsets, nullptr};
-  const FewThreads few(c.cost(p.Ho * p.Wo) * static_cast<double>(count));
+  const FewThreads few(c.cost(p.Ho * p.Wo) * static_cast<double>(count) < shared_work);
   convolve(c, p);
 }
 
@@ -73,18 +73,13 @@ void run_pooled(const DenseConv<T>& c, const T* x, T* out, const int32_t* order,
   const int64_t fits = scratch_bytes() / (row * static_cast<int64_t>(sizeof(T))) - c.pool.size;
   const int64_t rows = std::min(std::max<int64_t>(fits / c.pool.stride + 1, 1), Ho), bands = (Ho + rows - 1) / rows;
   const int64_t values = ((rows - 1) * c.pool.stride + c.pool.size) * row;
-  Failure failure;
   share_out(count * bands, omp_get_max_threads(), [&](int64_t i) {
-    const FewThreads alone;
-    failure.guard([&] {
-      thread_local std::vector<T> map;
-      if (static_cast<int64_t>(map.size()) < values) map.resize(static_cast<size_t>(values));
-      const int64_t instance = order[i / bands], first = i % bands * rows;
-      run_pooled(c, x + instance * H * W * c.C, out + instance * Ho * c.out(W, c.S) * c.C_out, H, W, first,
-                 std::min(first + rows, Ho), map.data());
-    });
+    thread_local std::vector<T> map;
+    if (static_cast<int64_t>(map.size()) < values) map.resize(static_cast<size_t>(values));
+    const int64_t instance = order[i / bands], first = i % bands * rows;
+    run_pooled(c, x + instance * H * W * c.C, out + instance * Ho * c.out(W, c.S) * c.C_out, H, W, first,
+               std::min(first + rows, Ho), map.data());
   });
-  failure.rethrow();
 }
 
 template <class T>
