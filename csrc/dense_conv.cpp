@@ -61,9 +61,12 @@ void run_pooled(const DenseConv<T>& c, const T* x, T* out, int64_t H, int64_t W,
   p.B = 1, p.x = x + std::max<int64_t>(begin * c.stride - c.padding, 0) * W * c.C, p.out = map;
   p.route = {1, 0, order, offsets, nullptr};
   convolve(c, p);
-  for (int64_t row = first, width = c.out(W, c.S) * c.C_out; row < last; ++row)
-    max_pool_row(map, out + row * width, end - begin, p.Wo, c.C_out, row * c.pool.stride - c.pool.padding - begin,
-                 c.pool);
+  const int64_t width = c.out(W, c.S) * c.C_out;
+  share_items(last - first, [&](int64_t i, int64_t until) {
+    for (i += first; i < first + until; ++i)
+      max_pool_row(map, out + i * width, end - begin, p.Wo, c.C_out, i * c.pool.stride - c.pool.padding - begin,
+                   c.pool);
+  });
 }
 
 // Bands of output rows, each with as much of the convolution's map as stays in a core's cache.

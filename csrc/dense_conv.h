@@ -28,7 +28,7 @@ struct DenseConv {
 
 // out[i] = conv(x[i], weight) + bias, or its ReLU, and the pooling of that, for the instances i of order [count]. x:
 // [., H, W, C], out: [., Ho, Wo, C_out], zero padding. Needs a direct kernel of T (has_direct_float32, has_direct_bf16)
-// and at most 49 taps; with a pooling, to be called by no team's threads.
+// and at most 49 taps.
 void dense_conv(const DenseConv<float>& conv, const float* x, float* out, const int32_t* order, int64_t count,
                 int64_t H, int64_t W);
 void dense_conv(const DenseConv<bf16>& conv, const bf16* x, bf16* out, const int32_t* order, int64_t count, int64_t H,
