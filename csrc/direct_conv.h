@@ -41,8 +41,7 @@ KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, const Strips::At (&at
   const RowsOf rows(at);
   Taps found = taps_on_map(taps, p.R, p.S, top + rows.first, top + rows.last, p.stride[0], p.dilation[0], p.padding[0],
                            p.padding[0] + p.H - 1);
-  if (rows.one_column)
-    find_columns(found, at[0].column, size, {p.S, p.stride[1], p.dilation[1], p.padding[1], p.W});
+  if (rows.one_column) find_columns(found, at[0].column, size, {p.S, p.stride[1], p.dilation[1], p.padding[1], p.W});
   return found;
 }
 
@@ -69,10 +68,10 @@ struct ConvTile : UsualTile {
     Vector acc[strips * size][vectors];
     const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
     if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
-    sum_channels<T, vectors, strips, size, false>(
-        acc, input, m.map.pixel * p.stride[1], 1, taps_of<size>(m, taps, at),
-        words_of(p.weight) + block[0].index * weight_vector,
-        (block[vectors - 1].index - block[0].index) * weight_vector, m.words.pieces, ahead);
+    sum_channels<T, vectors, strips, size, false>(acc, input, m.map.pixel * p.stride[1], 1, taps_of<size>(m, taps, at),
+                                                  words_of(p.weight) + block[0].index * weight_vector,
+                                                  (block[vectors - 1].index - block[0].index) * weight_vector,
+                                                  m.words.pieces, ahead);
     if (p.bias) {
       Vector bias[vectors];
       UNROLL for (int v = 0; v < vectors; ++v) {

@@ -192,8 +192,8 @@ struct OutputTile : UsualTile {
     const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
     ahead.distance = last ? words_of(b.conv1) - weight : vectors * weight_vector;
     sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
-                                                   taps_of<size>(c, taps, at, 1, c.h), weight,
-                                                   weight_vector, c.hidden.words.pieces, ahead);
+                                                   taps_of<size>(c, taps, at, 1, c.h), weight, weight_vector,
+                                                   c.hidden.words.pieces, ahead);
     if (b.bias2) {
       Vector bias[vectors];
       UNROLL for (int v = 0; v < vectors; ++v) bias[v] = load16(b.bias2 + channel + v * 16);

@@ -73,8 +73,8 @@ KERNEL Ahead ahead_of(int64_t tile, int64_t tiles) {
 }
 
 // The taps of a kernel at a tile: the offset of each from the first, and the range [begin, end) of those whose row does
-// not fall on padding. Of a row's `columns` taps, those before `left` meet padding in the first pixel of each strip, and
-// those from `right` on in the last.
+// not fall on padding. Of a row's `columns` taps, those before `left` meet padding in the first pixel of each strip,
+// and those from `right` on in the last.
 struct Taps {
   const int64_t* at;
   int64_t count, begin, end;
@@ -153,8 +153,8 @@ KERNEL void add_bias(Vector (&acc)[rows][vectors], const Vector (&bias)[vectors]
   }
 }
 
-// acc[q * size + p][v] += sum over the channels k of a piece of weight[v][k] * input[q, p, k] of one tap, for the pixels
-// first .. last - 1 of each strip. weight .. end: of the first vector.
+// acc[q * size + p][v] += sum over the channels k of a piece of weight[v][k] * input[q, p, k] of one tap, for the
+// pixels first .. last - 1 of each strip. weight .. end: of the first vector.
 template <class T, int vectors, int strips, int size, int first, int last, bool planar>
 KERNEL void sum_tap(Vector (&acc)[strips * size][vectors], const float* (&in)[strips], int64_t pixel, int64_t channel,
                     const float* w, const float* end, int64_t weight_vector) {
