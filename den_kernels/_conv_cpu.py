@@ -239,11 +239,34 @@ def _segment_backward(
     given, taken = gather(grad, segment, part.outputs, dtype), _weight_of(weight, part, geometry)
     if is_product(x, weight, geometry):
         return _product_backward(given.flatten(1), rows.flatten(1), taken.flatten(1), output_mask)
-    return torch.ops.aten.convolution_backward(
-        given, rows, taken,
-        [sum(range_.width for range_ in part.outputs)], geometry.stride, geometry.padding, geometry.dilation,
-        False, (0, 0), part.groups, output_mask,
+    return convolution_backward(given, rows, taken, geometry._replace(groups=part.groups), output_mask)
+
+
+def convolution_backward(
+    grad: Tensor,  # [B, C_out, H_out, W_out]
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, R, S]
+    geometry: Geometry,
+    output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias of an ordinary convolution, by PyTorch; undefined where not wanted.
+
+    Where a kernel of one tap has a stride, the pixels that it reads are taken first: for bfloat16 weights of fewer than
+    16 input channels oneDNN 3.12 writes beyond its memory there.
+    """
+    (down, right), (H, W), memory_format = geometry.stride, x.shape[2:], memory_format_of(x)
+    strided = tuple(weight.shape[2:]) == (1, 1) and (down, right) != (1, 1) and not any(geometry.padding)
+    if strided:
+        x = x[:, :, ::down, ::right].contiguous(memory_format=memory_format)
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], (1, 1) if strided else geometry.stride, geometry.padding, geometry.dilation,
+        False, (0, 0), geometry.groups, output_mask,
     )  # fmt: skip
+    if strided and output_mask[0]:
+        columns = dx.new_zeros(*dx.shape[:3], W).slice_scatter(dx, 3, step=right)
+        dx = dx.new_zeros(*dx.shape[:2], H, W).slice_scatter(columns, 2, step=down)
+        dx = dx.contiguous(memory_format=memory_format)
+    return dx, dweight, dbias
 
 
 def _product_backward(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._conv_cpu import convolution_backward
 from ._geometry import Geometry, compute_dtype, memory_format_of
 from .plan import channels_of
 
@@ -68,10 +69,9 @@ def masked_backward(
     """The gradients of the equation; they have gradients themselves."""
     reads, writes = _selected_channels(x, weight, levels, mask, geometry)
     wide = compute_dtype(x)
-    made = torch.ops.aten.convolution_backward(
+    made = convolution_backward(
         torch.where(writes[:, :, None, None], grad, 0).to(wide), torch.where(reads[:, :, None, None], x, 0).to(wide),
-        weight.to(wide), [weight.shape[0]],
-        geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups, output_mask,
+        weight.to(wide), geometry, output_mask,
     )  # fmt: skip
     dx, dweight, dbias = (m.to(x.dtype) if wanted else None for m, wanted in zip(made, output_mask, strict=True))
     if dx is not None:

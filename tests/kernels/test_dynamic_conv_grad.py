@@ -1,5 +1,10 @@
 """dynamic_conv2d backward: gradcheck, the reference's gradients, gradient skipping, compile, export, opcheck."""
 
+import os
+import subprocess
+import sys
+from ctypes.util import find_library
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +27,7 @@ CASES = {
     "in_zero": ConvCase(batch=3, size=(3, 3), in_sizes=(1, 2), out_sizes=(), selection="zero", channels=(1, 2)),
     "top": ConvCase(batch=3, size=(3, 3), channels=(2, 1), out_sizes=(1, 2), selection="top", layout="contiguous"),
     "same": ConvCase(batch=3, size=(4, 3), kernel=(2, 4), padding="same", channels=(2, 1), out_sizes=(1, 2)),
+    "one_tap": ConvCase(batch=4, size=(5, 4), kernel=(1, 1), stride=2, padding=0, in_sizes=(1, 2), out_sizes=(2, 1)),
     "no_bias": ConvCase(batch=3, size=(3, 3), channels=(2, 1), out_sizes=(1, 2), bias=False),
     "depthwise": ConvCase(batch=4, size=(4, 4), cardinality=5, in_sizes=(2, 3), out_sizes=(2, 3)),
     "grouped_in": ConvCase(batch=4, size=(4, 4), cardinality=2, in_sizes=(2, 2), out_sizes=(), channels=(4, 6)),
@@ -235,3 +241,27 @@ def test_export():
     program = torch.export.export(net, (x, levels), dynamic_shapes=({0: batch}, {0: batch}))
     other, other_levels = torch.randn(3, 4, 6, 6), torch.tensor([1, 2, 0])
     torch.testing.assert_close(program.module()(other, other_levels), net(other, other_levels))
+
+
+STRIDED = """
+import torch
+from den_kernels import dynamic_conv2d
+SHAPES = ((7, 15, 4, 23, (2, 1)), (12, 32, 4, 17, (2, 1)), (8, 16, 9, 9, (3, 1)), (2, 3, 3, 18, (1, 2)),
+          (7, 20, 6, 7, (2, 1)), (8, 33, 8, 22, (2, 2)), (5, 7, 8, 22, (2, 2)))
+for C_in, C_out, H, W, stride in SHAPES:
+    x = torch.randn(3, C_in, H, W).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(C_out, C_in, 1, 1).bfloat16().requires_grad_()
+    for _ in range(30):
+        y = dynamic_conv2d(x, weight, None, torch.tensor([1, 0, 1]), stride=stride, out_groups=(C_out,))
+        torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+print("whole")
+"""
+
+
+@pytest.mark.skipif(find_library("c_malloc_debug") is None, reason="the C library has no checks of its heap")
+def test_strided_kernels_of_one_tap_write_nowhere_else():
+    """oneDNN does, for bfloat16 weights of fewer than 16 input channels: the heap is checked at every allocation."""
+    checked = {"LD_PRELOAD": find_library("c_malloc_debug"), "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **checked}
+    done = subprocess.run([sys.executable, "-c", STRIDED], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr[-2000:]
