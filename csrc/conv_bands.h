@@ -65,9 +65,7 @@ void run_bands(const ConvArguments<T>& p, int64_t block, int64_t multiple, Bytes
   const Sides sides{channels_of(p.route, p.in_sizes, p.C, block), channels_of(p.route, p.out_sizes, p.C_out, block)};
   const std::vector<Band> bands = make_bands(p, sides, threads, multiple, bytes_of);
   const int64_t count = static_cast<int64_t>(bands.size());
-  const auto run = [&](int64_t i) {
-    work(bands[i], scratch_of_thread(std::max<int64_t>(bytes_of(bands[i]), 64)));
-  };
+  const auto run = [&](int64_t i) { work(bands[i], scratch_of_thread(std::max<int64_t>(bytes_of(bands[i]), 64))); };
   team ? team->run_parts(count, run) : share_out(count, threads, run);
 }
 

@@ -14,9 +14,9 @@ namespace den_kernels {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// How long a thread waits busily: about as long as it takes to be woken, and for a helper as long as a program takes
-// from one call of ours to the next.
-constexpr std::chrono::microseconds caller_busy{50}, helper_busy{200};
+// How long a thread waits busily. While there is work, only about as long as it takes to be woken: whoever it waits for
+// may need its core, where another process has taken the other's. Between a program's calls of ours, longer.
+constexpr std::chrono::microseconds busy_in_work{40}, busy_between{200};
 
 // Leaves a core's resources to its other thread for some cycles.
 void rest() {
@@ -27,16 +27,16 @@ void rest() {
 #endif
 }
 
-// Waits busily until done(), but no longer than `most`; false where it did not come.
-template <class Done>
-bool soon(std::chrono::microseconds most, Done done) {
+// Waits busily until done(), but no longer than most(); false where it did not come.
+template <class Most, class Done>
+bool soon(Most most, Done done) {
   const auto start = Clock::now();
   do {
     for (int i = 0; i < 64; ++i) {
       if (done()) return true;
       rest();
     }
-  } while (Clock::now() - start < most);
+  } while (Clock::now() - start < most());
   return false;
 }
 
@@ -66,6 +66,7 @@ Crew* Crew::lend(int64_t threads) {
       Crew* crew = all.crews[i];
       if (crew->threads_ != threads) continue;
       all.crews.erase(all.crews.begin() + static_cast<int64_t>(i));
+      crew->lent_ = true;
       return crew;
     }
   }
@@ -73,6 +74,7 @@ Crew* Crew::lend(int64_t threads) {
 }
 
 void Crew::give_back(Crew* crew) {
+  crew->lent_ = false;
   Idle& all = *idle();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.crews.push_back(crew);
@@ -118,7 +120,8 @@ void Crew::help(int64_t place) {
   omp_set_num_threads(1);  // of regions in a part
   for (;;) {
     const uint64_t seen = news_;
-    if (take(place) || soon(helper_busy, [&] { return news_ != seen; })) continue;
+    const auto most = [&] { return lent_ ? busy_in_work : busy_between; };
+    if (take(place) || soon(most, [&] { return news_ != seen; })) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     ++asleep_;
     offered_.wait(lock, [&] { return news_ != seen; });
@@ -150,7 +153,7 @@ void Crew::wake() {
 }
 
 void Crew::wait() {
-  if (soon(caller_busy, [&] { return unfinished_ == 0; })) return;
+  if (soon([] { return busy_in_work; }, [&] { return unfinished_ == 0; })) return;
   std::unique_lock<std::mutex> lock(mutex_);
   caller_asleep_ = true;
   finished_.wait(lock, [&] { return unfinished_ == 0; });

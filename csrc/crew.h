@@ -29,8 +29,8 @@ class Crew {
   static void give_back(Crew* crew);
 
   int64_t threads() const { return threads_; }
-  // Calls work(context, part) for the parts 0 .. count - 1, which must not throw. With `own`, each thread has a range of
-  // neighbours for its own, and goes on with the others' when it is through; else all take them in their order.
+  // Calls work(context, part) for the parts 0 .. count - 1, which must not throw. With `own`, each thread has a range
+  // of neighbours for its own, and goes on with the others' when it is through; else all take them in their order.
   void run(int64_t count, bool own, Work work, const void* context);
 
  private:
@@ -56,6 +56,7 @@ class Crew {
   std::atomic<const void*> context_{nullptr};
   std::atomic<int64_t> count_{0}, used_{1};  // parts, and ranges that have any
   std::atomic<int64_t> unfinished_{0};
+  std::atomic<bool> lent_{true};
   std::atomic<uint64_t> news_{0};  // counts offers, for those who wait for one
   std::atomic<int64_t> asleep_{0};
   std::atomic<bool> caller_asleep_{false};

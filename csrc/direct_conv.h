@@ -33,8 +33,8 @@ struct Maps {
   }
 };
 
-// Where the tiles of a cut of the band lie, in the scratch memory and from p.out on. Joined taps are of
-// several columns, of which some lie on padding: they read it.
+// Where the tiles of a cut of the band lie, in the scratch memory and from p.out on. Joined taps are of several
+// columns, of which some lie on padding: they read it.
 template <class T>
 const PlacedTiles& tiles_of(const Maps<T>& m, const Cut& cut, const int64_t* taps) {
   const ConvArguments<T>& p = m.arguments;
