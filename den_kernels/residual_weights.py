@@ -85,7 +85,8 @@ class ResidualWeights(HasHandle):
         with the shortcut. bn2 is then multiplied into a copy of conv2's weight.
 
         copy: pack all weights for the kernel. Without, those of many input channels are read where they are
-        (channels-last; of bfloat16 with AVX-512 BF16), more slowly: a network that keeps its parameters then needs no second place for most of them.
+        (channels-last; of bfloat16 with AVX-512 BF16), more slowly: a network that keeps its parameters then needs no
+        second place for most of them.
 
         Raises ValueError for convolutions of another kind, for batch norms without running statistics, and for a
         post-activation block without bn1.
@@ -228,7 +229,9 @@ def _may_stay(weight: Tensor, wide: int) -> bool:
     """True where the kernel can read weight [O, I, R, S] where it is without losing much time."""
     pairs = weight.dtype == torch.bfloat16 and extension.bf16_isa() == "AVX-512 BF16"
     even = weight.shape[0] % 2 == weight.shape[1] % 2 == 0
-    readable = (weight.dtype == torch.float32 or (pairs and even)) and weight.is_contiguous(memory_format=torch.channels_last)
+    readable = (weight.dtype == torch.float32 or (pairs and even)) and weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
     return readable and weight.shape[1] >= wide
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
 from den_kernels import dynamic_residual, residual_weights
@@ -60,6 +60,8 @@ def test_weights_where_they_are_against_the_oracle(case, kind, dtype, any_width)
 def test_weights_where_they_are_in_any_shape(
     batch, channels, groups, size, stride, masks, threads, dtype, seed, any_width
 ):
+    # oneDNN's own bfloat16 convolution, the peer, is wrong here: see test_dynamic_residual.test_any_shape.
+    assume(dtype == torch.float32 or stride == 1 or size[1] > 2)
     block, sizes = Block(channels, tuple(groups), stride=stride, seed=seed).to(dtype), (batch, len(groups), seed)
     selection = make_mask(*sizes) if masks else make_levels("uniform", *sizes)
     before = torch.get_num_threads()
