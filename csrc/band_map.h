@@ -21,7 +21,8 @@ struct BandMap {
   int64_t size() const { return rows * columns * pixel; }
   void tap_offsets(const ConvArguments<T>& p, int64_t* taps) const {
     for (int64_t r = 0; r < p.R; ++r)
-      for (int64_t s = 0; s < p.S; ++s) taps[r * p.S + s] = (r * p.dilation[0] * columns + s * p.dilation[1]) * pixel;
+      for (int64_t s = 0, S = p.tap_columns(); s < S; ++s)
+        taps[r * S + s] = (r * p.dilation[0] * columns + s * p.dilation[1]) * pixel;
   }
 };
 
@@ -57,13 +58,16 @@ KERNEL void copy_pixel(const T* from, const Channels& inputs, const Channels& wo
   }
 }
 
-// Instance j's input rows, zeros around them, only the channels in use.
+// Instance j's input rows, zeros around them, only the channels in use; unless `all`, of a kernel of one row or column
+// only what its stride reads.
 template <class T>
 void copy_rows(const ConvArguments<T>& p, const Band& band, const Channels& words, const BandMap<T>& map, int64_t j,
-               float* scratch) {
+               float* scratch, bool all = false) {
   const T* x = p.x + p.route.order[band.start + j] * p.H * p.W * p.C;
-  const bool whole = band.inputs.count == p.C;
-  for (int64_t r = 0; r < map.rows; ++r) {
+  const int64_t down = p.R > 1 || all ? 1 : p.stride[0], right_by = p.S > 1 || all ? 1 : p.stride[1];
+  const int64_t first = (right_by - p.padding[1] % right_by) % right_by;
+  const bool whole = band.inputs.count == p.C && right_by == 1;
+  for (int64_t r = 0; r < map.rows; r += down) {
     const int64_t row = band.first_row * p.stride[0] - p.padding[0] + r;
     float* to = scratch + r * map.columns * map.pixel;
     if (row < 0 || row >= p.H) {
@@ -78,8 +82,8 @@ void copy_rows(const ConvArguments<T>& p, const Band& band, const Channels& word
     if (whole && map.pixel * per_word<T> == p.C)
       std::memcpy(to, from, p.W * p.C * sizeof(T));
     else
-      for (int64_t c = 0; c < p.W; ++c) {
-        if (row + 1 < p.H) prefetch_pixel(from + (p.W + c) * p.C, band.inputs);
+      for (int64_t c = first; c < p.W; c += right_by) {
+        if (row + down < p.H) prefetch_pixel(from + (down * p.W + c) * p.C, band.inputs);
         copy_pixel(from + c * p.C, band.inputs, words, to + c * map.pixel);
       }
   }

@@ -94,7 +94,8 @@ struct TaskNetworkHandle {
     if (py::isinstance<TrunkHandle>(body)) {
       trunk = std::move(body);
       blocks = &trunk.cast<const TrunkHandle&>();
-      check(blocks->scales, op, "trunk", "of blocks with a norm behind the last one", "one without");
+      check(blocks->scales || blocks->ends_in_relu(), op, "trunk",
+            "of blocks with a norm or a ReLU behind the last one", "one without");
     } else {
       convs = body.cast<py::list>();
     }
@@ -250,10 +251,13 @@ void bind_task_network(py::module_& m) {
       },
       "Values of the packed weight of a convolution (C, C_out, R, S, stride, padding), of bfloat16 or float32.");
   m.def("pack_dense", &pack, "(C, C_out, R, S, stride, padding), weight [C_out, C, R, S] channels-last, packed.");
-  py::class_<DenseConvHandle>(m, "DenseConv",
-                              "(C, C_out, R, S, stride, padding), packed weight, bias [C_out], its ReLU.")
-      .def(py::init<std::array<int64_t, 6>, py::object, py::object, bool>(), py::arg("shape"), py::arg("weight"),
-           py::arg("bias"), py::arg("relu") = true);
+  py::class_<DenseConvHandle>(
+      m, "DenseConv",
+      "(C, C_out, R, S, stride, padding), packed weight, bias [C_out], its ReLU, (size, stride, "
+      "padding) of a max pooling or (0, 1, 0).")
+      .def(py::init<std::array<int64_t, 6>, py::object, py::object, bool, std::array<int64_t, 3>>(), py::arg("shape"),
+           py::arg("weight"), py::arg("bias"), py::arg("relu") = true,
+           py::arg("pool") = std::array<int64_t, 3>{0, 1, 0});
   py::class_<HeadHandle>(m, "Head", "(weight [O, C], bias [O], scale and shift [C] of the inputs or None)")
       .def(py::init<std::array<py::object, 4>>());
   py::class_<TaskNetworkHandle>(m, "TaskNetwork",

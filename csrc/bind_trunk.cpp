@@ -38,7 +38,7 @@ void TrunkHandle::check_shortcuts() const {
     check(conv.half == half, op, "shortcuts", "of the blocks' dtype", conv.half ? "bfloat16" : "float32");
     const auto fits = [](const auto& c, const auto& b) {
       const bool same = (c.R - 1) / 2 == c.padding && c.R % 2 && c.R == c.S && c.stride == b.stride;
-      return same && c.C == b.C && c.C_out == b.C_out;
+      return same && c.C == b.C && c.C_out == b.C_out && !c.pool.size;
     };
     const bool whole = half ? std::visit([&](const auto& b) { return fits(conv.halves, b); }, halves[n])
                             : std::visit([&](const auto& b) { return fits(conv.floats, b); }, floats[n]);

@@ -37,6 +37,11 @@ struct TrunkHandle {
   // The shortcuts as a trunk has them.
   template <class T>
   std::vector<const DenseConv<T>*> convs() const;
+  // True where a ReLU stands behind the last block: no value of its map is negative.
+  bool ends_in_relu() const {
+    const auto relu = [](const auto& b) { return b.relu; };
+    return half ? std::visit(relu, halves.back()) : std::visit(relu, floats.back());
+  }
   // ValueError unless each of the levels [count] is one of 0..G.
   void check_levels(const int32_t* levels, int64_t count) const;
 

@@ -55,31 +55,18 @@ std::vector<Band> make_bands(const ConvArguments<T>& p, const Sides& sides, int6
   return bands;
 }
 
-// The bands of each thread of a team in its part of the team's memory; behind a wait, as Team::memory asks.
-template <class Bytes, class Work>
-void run_bands_together(Team& team, const std::vector<Band>& bands, Bytes bytes_of, Work work) {
-  int64_t bytes = 64;
-  for (const Band& band : bands) bytes = std::max<int64_t>(bytes, round_up(bytes_of(band), 64));
-  char* memory = static_cast<char*>(team.memory(bytes * Team::size(), scratch_of_thread)) + bytes * Team::place();
-  for (size_t i = Team::place(); i < bands.size(); i += Team::size()) work(bands[i], static_cast<void*>(memory));
-  team.wait();
-}
-
 // All bands shared out among the threads, or those of a team: work(band, scratch memory). block: the channels that the
 // kernel takes at once.
 template <class T, class Bytes, class Work>
 void run_bands(const ConvArguments<T>& p, int64_t block, int64_t multiple, Bytes bytes_of, Work work) {
   check(p.R * p.S <= max_taps, "dynamic_conv", "kernel", "of at most 49 taps", p.R * p.S);
   Team* team = Team::current();
-  const int64_t threads = team ? Team::size() : omp_get_max_threads();
+  const int64_t threads = team ? team->threads() : omp_get_max_threads();
   const Sides sides{channels_of(p.route, p.in_sizes, p.C, block), channels_of(p.route, p.out_sizes, p.C_out, block)};
   const std::vector<Band> bands = make_bands(p, sides, threads, multiple, bytes_of);
-  if (team) return run_bands_together(*team, bands, bytes_of, work);
-  Failure failure;
-  share_out(static_cast<int64_t>(bands.size()), threads, [&](int64_t i) {
-    failure.guard([&] { work(bands[i], scratch_of_thread(std::max<int64_t>(bytes_of(bands[i]), 64))); });
-  });
-  failure.rethrow();
+  const int64_t count = static_cast<int64_t>(bands.size());
+  const auto run = [&](int64_t i) { work(bands[i], scratch_of_thread(std::max<int64_t>(bytes_of(bands[i]), 64))); };
+  team ? team->run_parts(count, run) : share_out(count, threads, run);
 }
 
 }  // namespace den_kernels

@@ -156,7 +156,8 @@ void first_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   }
 }
 
-// conv2 of a band of strips of the output, side by side into the band's memory.
+// conv2 of a band of strips of the output, side by side into the band's memory. Its tiles go down the columns of strips
+// where the band has whole rows, so that those at a map's left or right edge leave out the taps on padding there.
 void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   const Arguments& p = c.block;
   const Channels& chosen = c.selected.hidden;
@@ -166,6 +167,8 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
   for (int64_t t = 0; t < tap_count; ++t) taps[t] = (t / p.S * c.columns + t % p.S) * pixel;
   const int64_t weight_vector = weight_words<float>(unit, tap_count);
   const bool narrow = narrow_groups(unit);
+  const int64_t rows = count % c.out.per_row ? 1 : count / c.out.per_row, step = rows > 1 ? c.out.per_row : 1;
+  const auto strip_at = [&](int64_t q) { return rows > 1 ? q % rows * step + q / rows : q; };
   for (int64_t n = 0; n < blocks;) {
     const Block* block = &chosen.blocks[n];
     const int64_t group = narrow ? 0 : block->index * 16 / unit;
@@ -177,19 +180,26 @@ void middle_band(const Chunk& c, int64_t first, int64_t count, float* scratch) {
     std::fill_n(store.live, most_strips, size);
     for (int64_t q = 0, tile = 1, strips; q < count; q += strips) {
       strips = tile_begin(count, most, tile++) - q;
-      const int64_t top = c.out.at(first + q).row, bottom = c.out.at(first + q + strips - 1).row;
       Inputs in{{},
                 pixel * p.stride,
-                taps_on_map(taps, p.R, p.S, top, bottom, p.stride, 1, p.R / 2, p.R / 2 + p.H - 1),
+                {},
                 c.selected.inputs[group],
                 p.conv2 + block[0].index * weight_vector,
                 (block[two].index - block[0].index) * weight_vector};
-      Strips::At at = c.out.at(first + q);
-      for (int64_t i = 0; i < strips; ++i, at = c.out.after(at)) {
+      int64_t top = p.Ho, bottom = 0, column = -1;
+      bool one_column = true;
+      for (int64_t i = 0; i < strips; ++i) {
+        const int64_t strip = strip_at(q + i);
+        const Strips::At at = c.out.at(first + strip);
         in.at[i] = c.scratch + at.instance * c.map_size() + (at.row * c.columns + at.column) * p.stride * pixel;
         if (narrow) in.at[i] += block->place;
-        store.to[i] = scratch + (q + i) * size * pixel;
+        store.to[i] = scratch + strip * size * pixel;
+        top = std::min(top, at.row), bottom = std::max(bottom, at.row);
+        one_column &= column < 0 || column == at.column;
+        column = at.column;
       }
+      in.taps = taps_on_map(taps, p.R, p.S, top, bottom, p.stride, 1, p.R / 2, p.R / 2 + p.H - 1);
+      if (one_column) find_columns(in.taps, column, size, {p.S, p.stride, 1, p.S / 2, p.W});
       if (narrow)
         sum_groups(size, strips, unit, in, bias[0], store);
       else
@@ -258,6 +268,8 @@ void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
     last_band(c, first, count, scratch);
   });
 }
+
+int64_t parts_for_each(const Chunk&) { return 1; }  // each has a band of its own
 
 std::vector<std::vector<Piece>> inputs_by_group(const Arguments& p, const Channels& hidden) {
   std::vector<std::vector<Piece>> found(p.cardinality);

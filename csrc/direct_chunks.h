@@ -112,9 +112,13 @@ void hidden_stage(const Chunk& c, int64_t thread, int64_t threads) {
   hidden_items(c, begin, end);
 }
 
-// A stage between the hidden map and the output, followed by a wait; kernels that have one overload this function.
-template <class Chunk, class Wait>
-void middle_stage(const Chunk&, int64_t, int64_t, Wait) {}
+// A stage between the hidden map and the output: kernels that have one overload both functions.
+template <class Chunk>
+bool has_middle(const Chunk&) {
+  return false;
+}
+template <class Chunk>
+void middle_stage(const Chunk&, int64_t, int64_t) {}
 
 // The output.
 template <class Chunk>
@@ -124,33 +128,33 @@ void output_stage(const Chunk& c, int64_t thread, int64_t threads) {
   output_items(c, begin, end);
 }
 
-// One chunk by `threads` threads together; `wait` holds them until all have come.
-template <class Chunk, class Wait>
-void run_chunk(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
-  input_stage(c, thread, threads);
-  wait();
-  hidden_stage(c, thread, threads);
-  wait();
-  middle_stage(c, thread, threads, wait);
-  output_stage(c, thread, threads);
+// Parts of a stage for each thread of a team; kernels overload it where a part has memory of its own, or reads what
+// others read, too.
+template <class Chunk>
+int64_t parts_for_each(const Chunk&) {
+  return parts_of_thread;
 }
 
-// All chunks one after the other by all threads of a team together, in the team's memory; and `rest_count` times
-// `rest`.
+// One chunk in stages: each(stage) calls stage(part, parts) for all parts that it makes of one.
+template <class Chunk, class Each>
+void run_chunk(const Chunk& c, Each each) {
+  each([&](int64_t part, int64_t parts) { input_stage(c, part, parts); });
+  each([&](int64_t part, int64_t parts) { hidden_stage(c, part, parts); });
+  if (has_middle(c)) each([&](int64_t part, int64_t parts) { middle_stage(c, part, parts); });
+  each([&](int64_t part, int64_t parts) { output_stage(c, part, parts); });
+}
+
+// All chunks, one after the other by all threads of a team together; and `rest_count` times `rest`.
 template <class Chunk, class Rest>
 void run_together(Team& team, std::vector<Chunk>& chunks, int64_t rest_count, Rest rest) {
-  const int64_t thread = Team::place(), threads = Team::size();
-  int64_t bytes = 0, begin, end;
-  for (const Chunk& chunk : chunks) bytes = std::max<int64_t>(bytes, chunk.bytes(threads));
-  void* memory = team.memory(bytes, scratch_of_thread);
-  share(rest_count, thread, threads, begin, end);
-  for (int64_t i = begin; i < end; ++i) rest(i);
+  share_items(rest_count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) rest(i);
+  });
   for (Chunk& chunk : chunks) {
-    chunk.scratch = static_cast<decltype(Chunk::scratch)>(memory);
-    run_chunk(chunk, thread, threads, [&] { team.wait(); });
-    team.wait();
+    const int64_t parts = team.threads() * parts_for_each(chunk);
+    chunk.scratch = static_cast<decltype(Chunk::scratch)>(scratch_of_thread(chunk.bytes(parts)));
+    run_chunk(chunk, [&](auto stage) { team.run_parts(parts, [&](int64_t part) { stage(part, parts); }); });
   }
-  if (chunks.empty()) team.wait();
 }
 
 // All chunks: shared out among the threads where there are enough of them, else one after the other by all together;
@@ -160,22 +164,13 @@ void run_chunks(std::vector<Chunk> chunks, int64_t threads, int64_t rest_count, 
   using Scratch = decltype(Chunk::scratch);
   if (Team* team = Team::current()) return run_together(*team, chunks, rest_count, rest);
   const int64_t count = static_cast<int64_t>(chunks.size());
-  if (count < 2 * threads && threads > 1) {
-    Team::run(threads, [&] {
-      std::vector<Chunk> own = chunks;
-      run_together(*Team::current(), own, rest_count, rest);
-    });
-    return;
-  }
-  Failure failure;
+  if (count < 2 * threads && threads > 1)
+    return Team::run(threads, [&] { run_together(*Team::current(), chunks, rest_count, rest); });
   share_out(count + rest_count, threads, [&](int64_t i) {
     if (i >= count) return rest(i - count);
-    failure.guard([&] {
-      chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes(1)));
-      run_chunk(chunks[i], 0, 1, [] {});
-    });
+    chunks[i].scratch = static_cast<Scratch>(scratch_of_thread(chunks[i].bytes(1)));
+    run_chunk(chunks[i], [](auto stage) { stage(0, 1); });
   });
-  failure.rethrow();
 }
 
 template <class Arguments>

@@ -9,6 +9,7 @@
 
 #include "band_map.h"
 #include "direct_tiles.h"
+#include "tile_places.h"
 
 namespace den_kernels {
 namespace {
@@ -21,54 +22,53 @@ template <class T>
 struct Maps {
   const ConvArguments<T>& arguments;
   const Band& band;
-  const Channels& words;
+  const std::vector<Piece>& pieces;  // the channels of a tap
   BandMap<T> map;
   Strips strips;  // strips of the band's output rows
   const float* scratch;
-  // Where the outputs of a strip begin.
-  T* output(const Strips::At& at) const {
+  // Where an instance's row of outputs begins, in values of T from p.out on.
+  int64_t output(int64_t instance, int64_t row) const {
     const ConvArguments<T>& p = arguments;
-    const int64_t instance = p.route.order[band.start + at.instance];
-    return p.out + instance * p.instance + (band.first_row + at.row) * p.row + at.column * p.pixel;
+    return p.route.order[band.start + instance] * p.instance + (band.first_row + row) * p.row;
   }
 };
 
-// The taps of the band's output rows first .. last.
+// Where the tiles of a cut of the band lie, in the scratch memory and from p.out on. Joined taps are of several
+// columns, of which some lie on padding: they read it.
 template <class T>
-KERNEL Taps taps_of(const Maps<T>& m, const int64_t* taps, int64_t first, int64_t last) {
+const PlacedTiles& tiles_of(const Maps<T>& m, const Cut& cut, const int64_t* taps) {
   const ConvArguments<T>& p = m.arguments;
-  const int64_t top = m.band.first_row;
-  return taps_on_map(taps, p.R, p.S, top + first, top + last, p.stride[0], p.dilation[0], p.padding[0],
-                     p.padding[0] + p.H - 1);
+  Window window{taps, p.R, p.tap_columns(), {}, {}, {}, p.H, p.joined ? 0 : p.W, m.band.first_row};
+  for (int i = 0; i < 2; ++i)
+    window.stride[i] = p.stride[i], window.dilation[i] = p.dilation[i], window.padding[i] = p.padding[i];
+  return place_tiles(m.strips, cut, window, [&](int64_t instance, int64_t row, int64_t column) -> Place {
+    const int64_t from = (row * p.stride[0] * m.map.columns + column * p.stride[1]) * m.map.pixel;
+    return {instance * m.map.size() + from, m.output(instance, row) + column * p.pixel, 0};
+  });
 }
 
-// The blocks of output channels block[0 .. vectors - 1] of strips from q0: the sums, and zeros in lanes not selected.
+// The blocks of output channels block[0 .. vectors - 1] of a tile's strips: the sums, and zeros in lanes not selected.
 template <class T>
 struct ConvTile : UsualTile {
   template <int vectors, int strips, int size>
-  static void run(const Maps<T>& m, const Block* block, int64_t q0, const int64_t* taps, Ahead ahead) {
+  static void run(const Maps<T>& m, const Block* block, const Place* places, const Taps& taps, Ahead ahead) {
     const ConvArguments<T>& p = m.arguments;
-    Strips::At at[strips];
-    m.strips.at(q0, at);
     const float* input[strips];
-    T* out[strips];
     UNROLL for (int q = 0; q < strips; ++q) {
-      input[q] = m.scratch + at[q].instance * m.map.size() +
-                 (at[q].row * p.stride[0] * m.map.columns + at[q].column * p.stride[1]) * m.map.pixel;
-      out[q] = m.output(at[q]);
-      for (int64_t i = 0; i < at[q].live; ++i) {  // asked for now: it is in the cache when the sums are done
+      input[q] = m.scratch + places[q].from;
+      const T* out = p.out + places[q].to;
+      UNROLL for (int i = 0; i < size; ++i) {  // asked for now: it is in the cache when the sums are done
         UNROLL for (int v = 0; v < vectors; ++v) {
-          _mm_prefetch(reinterpret_cast<const char*>(out[q] + i * p.pixel + block[v].index * 16), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(out + i * p.pixel + block[v].index * 16), _MM_HINT_T1);
         }
       }
     }
     Vector acc[strips * size][vectors];
-    const int64_t weight_vector = weight_words<T>(p.C, p.R * p.S);
+    const int64_t weight_vector = weight_words<T>(p.tap_channels(), p.R * p.tap_columns());
     if (ahead.count) ahead.distance = (block[vectors].index - block[0].index) * weight_vector;
     sum_channels<T, vectors, strips, size, false>(
-        acc, input, m.map.pixel * p.stride[1], 1, taps_of(m, taps, at[0].row, at[strips - 1].row),
-        words_of(p.weight) + block[0].index * weight_vector,
-        (block[vectors - 1].index - block[0].index) * weight_vector, m.words.pieces, ahead);
+        acc, input, m.map.pixel * p.stride[1], 1, taps, words_of(p.weight) + block[0].index * weight_vector,
+        (block[vectors - 1].index - block[0].index) * weight_vector, m.pieces, ahead);
     if (p.bias) {
       Vector bias[vectors];
       UNROLL for (int v = 0; v < vectors; ++v) {
@@ -78,11 +78,12 @@ struct ConvTile : UsualTile {
     }
     const Vector least = broadcast(least_of(p));
     UNROLL for (int q = 0; q < strips; ++q) {
+      T* out = p.out + places[q].to;
       UNROLL for (int i = 0; i < size; ++i) {
-        if (i >= at[q].live) break;
+        if (i >= places[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const Vector sum = keep(at_least(least, acc[q * size + i][v]), static_cast<Lanes>(block[v].lanes));
-          store16(out[q] + i * p.pixel + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
+          store16(out + i * p.pixel + block[v].index * 16, sum, lanes_of(p.C_out - block[v].index * 16));
         }
       }
     }
@@ -91,7 +92,9 @@ struct ConvTile : UsualTile {
 
 template <class T>
 void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words, float* scratch) {
-  const Maps<T> maps{p, band, words, BandMap<T>(p, band, words.count), Strips(band.count, p.Wo), scratch};
+  const std::vector<Piece> joined = p.joined ? cut({{0, p.tap_channels()}}, 16) : std::vector<Piece>{};
+  const Maps<T> maps{
+      p, band, p.joined ? joined : words.pieces, BandMap<T>(p, band, words.count), Strips(band.count, p.Wo), scratch};
   int64_t taps[max_taps];
   maps.map.tap_offsets(p, taps);
   for (int64_t j = 0; j < band.count && words.count; ++j)
@@ -99,22 +102,26 @@ void run_band(const ConvArguments<T>& p, const Band& band, const Channels& words
 
   const std::vector<Block>& blocks = band.outputs.blocks;
   const int64_t block_count = static_cast<int64_t>(blocks.size()), size = maps.strips.size;
-  for (int64_t i = 0; i < block_count; i += tile_vectors) {
+  const PlacedTiles* placed = nullptr;
+  for (int64_t i = 0, placed_for = 0; i < block_count; i += tile_vectors) {
     const int vectors = tile_vectors > 1 && i + 1 < block_count ? 2 : 1;
-    const Cut cut = Cut::of(band.first_row, band.rows, maps.strips.count(1), p.R, p.padding[0], p.H, p.stride[0],
-                            p.dilation[0], strips_per_tile(size, vectors));
-    const int64_t tiles = cut.tiles();
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Ahead ahead = i + tile_vectors < block_count ? ahead_of(tile, tiles) : Ahead{};
-      int64_t first, count;
-      cut.at(tile, first, count);
-      tile_of<ConvTile<T>>(size, vectors, count)(maps, &blocks[i], first, taps, ahead);
+    if (vectors != placed_for) {
+      const Cut cut = Cut::of(band.first_row, band.rows, maps.strips.count(1), p.R, p.padding[0], p.H, p.stride[0],
+                              p.dilation[0], strips_per_tile(size, vectors));
+      placed = &tiles_of(maps, cut, taps);
+      placed_for = vectors;
+    }
+    const int64_t tiles = static_cast<int64_t>(placed->tiles.size());
+    for (int64_t k = 0; k < tiles; ++k) {
+      const Ahead ahead = i + tile_vectors < block_count ? ahead_of(k, tiles) : Ahead{};
+      const PlacedTile& tile = placed->tiles[k];
+      tile_of<ConvTile<T>>(size, vectors, tile.count)(maps, &blocks[i], &placed->places[tile.first], tile.taps, ahead);
     }
   }
   for (const Range& gap : band.outputs.gaps)
     for (int64_t j = 0; j < band.count; ++j)
       for (int64_t row = 0; row < band.rows; ++row) {
-        T* out = maps.output({j, row, 0, 0}) + gap.first;
+        T* out = p.out + maps.output(j, row) + gap.first;
         const bool whole = gap.width == p.pixel;  // no other values lie between
         if (whole) std::memset(out, 0, p.Wo * p.pixel * sizeof(T));
         for (int64_t i = 0; i < p.Wo && !whole; ++i) std::memset(out + i * p.pixel, 0, gap.width * sizeof(T));

@@ -209,18 +209,12 @@ void run_direct(const GraphArguments& p) {
   const std::vector<int64_t> order = heavy_first(p);
   const int64_t bytes = p.N * layout.map.size(p.C) * 4, threads = omp_get_max_threads();
   std::atomic<int64_t> next{0};
-  Barrier end;
-  Failure failure;
-#pragma omp parallel num_threads(threads)
-  {
-    failure.guard([&] {
-      auto* scratch = static_cast<float*>(scratch_of_thread(bytes));
-      std::memset(scratch, 0, bytes);  // what lies around the maps is never written again
-      for (int64_t i; (i = next++) < p.B;) run_instance(p, layout, order[i], scratch);
-    });
-    end.wait(omp_get_num_threads());
-  }
-  failure.rethrow();
+  share_out(threads, threads, [&](int64_t) {
+    if (next >= p.B) return;
+    auto* scratch = static_cast<float*>(scratch_of_thread(bytes));
+    std::memset(scratch, 0, bytes);  // what lies around the maps is never written again
+    for (int64_t i; (i = next++) < p.B;) run_instance(p, layout, order[i], scratch);
+  });
 }
 
 }  // namespace

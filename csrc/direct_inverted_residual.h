@@ -195,13 +195,13 @@ void hidden_stage(const Chunk& c, int64_t thread, int64_t threads) {
   if (begin < end) run_rows(c, begin, end, thread, threads);
 }
 
-template <class Wait>
-void middle_stage(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
-  if (!c.block.Q) return;
+bool has_middle(const Chunk& c) { return c.block.Q; }
+int64_t parts_for_each(const Chunk&) { return 1; }  // neighbours expand the same rows
+
+void middle_stage(const Chunk& c, int64_t thread, int64_t threads) {
   int64_t begin, end;
   share(c.count, thread, threads, begin, end);
   for (int64_t j = begin; j < end; ++j) gate(c, j, c.sums(threads), c.gates(threads));
-  wait();
 }
 
 void output_stage(const Chunk& c, int64_t thread, int64_t threads) {

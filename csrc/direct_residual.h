@@ -18,6 +18,7 @@
 #include "direct_chunks.h"
 #include "direct_tiles.h"
 #include "dynamic_residual.h"
+#include "tile_places.h"
 
 namespace den_kernels {
 namespace {
@@ -78,43 +79,64 @@ KERNEL int64_t tap_offsets(const ResidualBlock<T>& b, const PaddedMap& map, int6
   return b.R * b.S;
 }
 
-// The taps of output rows first .. last, of a convolution of a map of H rows with "same" padding.
+// The kernel of the convolution that reads a map with "same" padding.
 template <class T>
-KERNEL Taps taps_of(const Chunk<T>& c, const int64_t* taps, int64_t first, int64_t last, int64_t stride, int64_t H) {
-  const int64_t top = c.block.R / 2;
-  return taps_on_map(taps, c.block.R, c.block.S, first, last, stride, 1, top, top + H - 1);
+Window window_of(const Chunk<T>& c, const PaddedMap& map, int64_t stride, const int64_t* taps) {
+  const int64_t R = c.block.R, S = c.block.S;
+  return {taps, R, S, {stride, stride}, {1, 1}, {R / 2, S / 2}, map.H, map.W, 0};
+}
+
+// The tiles of conv1, from c.scratch on in both maps, and of conv2, from c.scratch to the output's first value.
+template <class T>
+const PlacedTiles& hidden_tiles(const Chunk<T>& c, const int64_t* taps) {
+  const ResidualBlock<T>& b = c.block;
+  const PaddedMap &a = c.a, &h = c.h;
+  const int64_t maps = a.size() + h.size(), behind = a.size() + (b.R / 2 * h.columns + b.S / 2) * h.pixel();
+  return place_tiles(
+      c.strips, c.conv1, window_of(c, a, b.stride, taps), [&](int64_t instance, int64_t row, int64_t column) -> Place {
+        const int64_t from = (row * a.columns + column) * b.stride * a.pixel();
+        return {instance * maps + from, instance * maps + behind + (row * h.columns + column) * h.pixel(), 0};
+      });
+}
+template <class T>
+const PlacedTiles& output_tiles(const Chunk<T>& c, const int64_t* taps) {
+  const ResidualBlock<T>& b = c.block;
+  const PaddedMap& h = c.h;
+  const int64_t maps = c.a.size() + h.size(), before = c.a.size();
+  const int32_t* order = b.route.order + c.start;
+  return place_tiles(c.strips, c.conv2, window_of(c, h, 1, taps),
+                     [&](int64_t instance, int64_t row, int64_t column) -> Place {
+                       const int64_t from = instance * maps + before + (row * h.columns + column) * h.pixel();
+                       return {from, ((order[instance] * b.Ho + row) * b.Wo + column) * b.C_out, 0};
+                     });
 }
 
 // One tile of conv1, blocks slot and on of the hidden channels: relu(sum + bias) into the hidden map, [pixel][channel].
 template <class T>
 struct HiddenTile : UsualTile {
   template <int vectors, int strips, int size>
-  static void run(const Chunk<T>& c, int64_t slot, int64_t q0, const int64_t* taps, Ahead ahead) {
+  static void run(const Chunk<T>& c, int64_t slot, const Place* places, const Taps& taps, Ahead ahead) {
     const ResidualBlock<T>& b = c.block;
     const Block *block = &c.hidden.channels.blocks[slot], *words = &c.hidden.words.blocks[slot];
     const int64_t tap_count = b.R * b.S;
-    Strips::At at[strips];
-    c.strips.at(q0, at);
     const float* input[strips];
-    UNROLL for (int q = 0; q < strips; ++q) {
-      input[q] = c.a_of(at[q].instance) + (at[q].row * b.stride * c.a.columns + at[q].column * b.stride) * c.a.pixel();
-    }
+    UNROLL for (int q = 0; q < strips; ++q) input[q] = c.scratch + places[q].from;
     Vector acc[strips * size][vectors], bias[vectors];
     const int64_t weight_vector = weight_words<T>(b.C, tap_count);
     const float* weight = words_of(b.conv1) + block[0].index * weight_vector;
     const bool last = slot + vectors == static_cast<int64_t>(c.hidden.channels.blocks.size());
     ahead.distance = last ? words_of(b.conv2) - weight : (block[vectors].index - block[0].index) * weight_vector;
-    sum_channels<T, vectors, strips, size, false>(
-        acc, input, c.a.pixel() * b.stride, 1, taps_of(c, taps, at[0].row, at[strips - 1].row, b.stride, b.H), weight,
-        (block[vectors - 1].index - block[0].index) * weight_vector, c.stream.pieces, ahead);
+    sum_channels<T, vectors, strips, size, false>(acc, input, c.a.pixel() * b.stride, 1, taps, weight,
+                                                  (block[vectors - 1].index - block[0].index) * weight_vector,
+                                                  c.stream.pieces, ahead);
     UNROLL for (int v = 0; v < vectors; ++v) {
       bias[v] = load16(b.bias1 + block[v].index * 16, static_cast<Lanes>(block[v].lanes));
     }
     add_bias(acc, bias);
     UNROLL for (int q = 0; q < strips; ++q) {
-      float* h = c.h_of(at[q].instance) + ((at[q].row + b.R / 2) * c.h.columns + at[q].column + b.S / 2) * c.h.pixel();
+      float* h = c.scratch + places[q].to;
       UNROLL for (int p = 0; p < size; ++p) {
-        if (p >= at[q].live) break;
+        if (p >= places[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const Vector value = relu(acc[q * size + p][v]);
           store_words<T>(h + p * c.h.pixel() + words[v].place, value, block[v].lanes, words[v].lanes);
@@ -161,24 +183,18 @@ void hidden_planes(const Chunk<float>& c, int64_t j, const Piece& piece, int64_t
 template <class T, bool planar>
 struct OutputTile : UsualTile {
   template <int vectors, int strips, int size>
-  static void run(const Chunk<T>& c, int64_t block16, int64_t q0, const int64_t* taps, Ahead ahead) {
+  static void run(const Chunk<T>& c, int64_t block16, const Place* places, const Taps& taps, Ahead ahead) {
     const ResidualBlock<T>& b = c.block;
     const int64_t tap_count = b.R * b.S, channel = block16 * 16;
-    Strips::At at[strips];
-    c.strips.at(q0, at);
     const float* input[strips];
-    const T* shortcut[strips];
-    T* out[strips];
+    const bool apart = b.out != b.shortcut;
     UNROLL for (int q = 0; q < strips; ++q) {
-      input[q] = c.h_of(at[q].instance) + (at[q].row * c.h.columns + at[q].column) * c.h.pixel();
-      const int64_t pixel = (b.route.order[c.start + at[q].instance] * b.Ho + at[q].row) * b.Wo + at[q].column;
-      shortcut[q] = b.shortcut + pixel * b.C_out + channel;
-      out[q] = b.out + pixel * b.C_out + channel;
-      for (int64_t p = 0; p < at[q].live; ++p) {  // asked for now: they are in the cache when the sums are done
+      input[q] = c.scratch + places[q].from;
+      const int64_t to = places[q].to + channel;
+      UNROLL for (int p = 0; p < size; ++p) {  // asked for now: they are in the cache when the sums are done
         UNROLL for (int v = 0; v < vectors; ++v) {
-          _mm_prefetch(reinterpret_cast<const char*>(shortcut[q] + p * b.C_out + v * 16), _MM_HINT_T1);
-          if (b.out != b.shortcut)
-            _mm_prefetch(reinterpret_cast<const char*>(out[q] + p * b.C_out + v * 16), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(b.shortcut + to + p * b.C_out + v * 16), _MM_HINT_T1);
+          if (apart) _mm_prefetch(reinterpret_cast<const char*>(b.out + to + p * b.C_out + v * 16), _MM_HINT_T1);
         }
       }
     }
@@ -187,9 +203,8 @@ struct OutputTile : UsualTile {
     const float* weight = words_of(b.conv2) + block16 * weight_vector;
     const bool last = block16 + vectors == b.C_out / 16;  // then comes the next chunk
     ahead.distance = last ? words_of(b.conv1) - weight : vectors * weight_vector;
-    sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(),
-                                                   taps_of(c, taps, at[0].row, at[strips - 1].row, 1, b.Ho), weight,
-                                                   weight_vector, c.hidden.words.pieces, ahead);
+    sum_channels<T, vectors, strips, size, planar>(acc, input, c.h.pixel(), c.h.channel(), taps, weight, weight_vector,
+                                                   c.hidden.words.pieces, ahead);
     if (b.bias2) {
       Vector bias[vectors];
       UNROLL for (int v = 0; v < vectors; ++v) bias[v] = load16(b.bias2 + channel + v * 16);
@@ -197,11 +212,13 @@ struct OutputTile : UsualTile {
     }
     const Vector least = broadcast(least_of(b));
     UNROLL for (int q = 0; q < strips; ++q) {
+      const T* shortcut = b.shortcut + places[q].to + channel;
+      T* out = b.out + places[q].to + channel;
       UNROLL for (int p = 0; p < size; ++p) {
-        if (p >= at[q].live) break;
+        if (p >= places[q].live) break;
         UNROLL for (int v = 0; v < vectors; ++v) {
           const int64_t to = p * b.C_out + v * 16;
-          store16(out[q] + to, at_least(least, add(load16(shortcut[q] + to), acc[q * size + p][v])));
+          store16(out + to, at_least(least, add(load16(shortcut + to), acc[q * size + p][v])));
         }
       }
     }
@@ -268,13 +285,13 @@ constexpr Planes hidden_planes_of[4] = {hidden_planes<1>, hidden_planes<2>, hidd
 
 // Items begin..end of a convolution to `blocks` blocks of channels: for each tile_vectors of these, each tile.
 template <class Tile, class T>
-void tile_items(const Chunk<T>& c, const Cut& cut, int64_t blocks, int64_t begin, int64_t end, const int64_t* taps) {
-  const int64_t count = cut.tiles();
+void tile_items(const Chunk<T>& c, const PlacedTiles& placed, int64_t blocks, int64_t begin, int64_t end) {
+  const int64_t count = static_cast<int64_t>(placed.tiles.size());
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block16 = i / count * tile_vectors, vectors = std::min<int64_t>(tile_vectors, blocks - block16);
-    int64_t q0, strips;
-    cut.at(i % count, q0, strips);
-    tile_of<Tile>(c.strips.size, vectors, strips)(c, block16, q0, taps, ahead_of(i % count, count));
+    const PlacedTile& tile = placed.tiles[i % count];
+    tile_of<Tile>(c.strips.size, vectors, tile.count)(c, block16, &placed.places[tile.first], tile.taps,
+                                                      ahead_of(i % count, count));
   }
 }
 
@@ -298,7 +315,7 @@ void hidden_items(const Chunk<T>& c, int64_t begin, int64_t end) {
     }
   }
   const int64_t blocks = static_cast<int64_t>(c.hidden.channels.blocks.size());
-  tile_items<HiddenTile<T>>(c, c.conv1, blocks, begin, end, taps);
+  tile_items<HiddenTile<T>>(c, hidden_tiles(c, taps), blocks, begin, end);
 }
 
 template <class T>
@@ -307,11 +324,11 @@ void output_items(const Chunk<T>& c, int64_t begin, int64_t end) {
   tap_offsets(c.block, c.h, taps);
   if constexpr (per_word<T> == 1) {
     if (c.h.planar) {
-      tile_items<OutputTile<T, true>>(c, c.conv2, c.block.C_out / 16, begin, end, taps);
+      tile_items<OutputTile<T, true>>(c, output_tiles(c, taps), c.block.C_out / 16, begin, end);
       return;
     }
   }
-  tile_items<OutputTile<T, false>>(c, c.conv2, c.block.C_out / 16, begin, end, taps);
+  tile_items<OutputTile<T, false>>(c, output_tiles(c, taps), c.block.C_out / 16, begin, end);
 }
 
 #pragma GCC pop_options

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,9 @@
 
 namespace den_kernels {
 namespace {
+
+// Over the rows of a tile's sums, as many as there are registers: sums that a loop reaches lie in memory.
+#define UNROLL_ROWS _Pragma("GCC unroll 32")
 
 constexpr int64_t prefetch_floats = 8 * 16;  // weights are asked for eight steps ahead: they stream from further out
 
@@ -71,11 +75,13 @@ KERNEL Ahead ahead_of(int64_t tile, int64_t tiles) {
   return {first, std::min<int64_t>(count, 16 - first), 0};
 }
 
-// The taps of a kernel at a tile: the offset of each from the first, and the range [begin, end) that does not fall on
-// padding.
+// The taps of a kernel at a tile: the offset of each from the first, and the range [begin, end) of those whose row does
+// not fall on padding. Of a row's `columns` taps, those before `left` meet padding in the first pixel of each strip,
+// and those from `right` on in the last.
 struct Taps {
   const int64_t* at;
   int64_t count, begin, end;
+  int64_t columns = 0, left = 0, right = std::numeric_limits<int64_t>::max();
 };
 
 // The taps of a kernel of R rows and S columns for output rows first .. last. lowest, highest: the first and the last
@@ -88,13 +94,31 @@ KERNEL Taps taps_on_map(const int64_t* at, int64_t R, int64_t S, int64_t first, 
   return {at, R * S, begin * S, end * S};
 }
 
+// Columns of a kernel, their stride and dilation, and those of the map that it reads, behind so much padding.
+struct Columns {
+  int64_t S, stride, dilation, padding, W;
+  // Taps of output column `at` that lie before input column `limit`.
+  KERNEL int64_t before(int64_t at, int64_t limit) const {
+    const int64_t distance = limit + padding - at * stride;
+    if (distance <= 0) return 0;
+    return distance > (S - 1) * dilation ? S : dilation == 1 ? distance : (distance + dilation - 1) / dilation;
+  }
+};
+
+// Finds `left` and `right` of strips of `size` pixels that begin in one column.
+KERNEL void find_columns(Taps& taps, int64_t column, int64_t size, const Columns& columns) {
+  taps.columns = columns.S;
+  taps.left = columns.before(column, 0);
+  taps.right = std::max(taps.left, columns.before(column + size - 1, columns.W));
+}
+
 // Products that are added up before a sum begins anew: rounding errors grow with the length of these parts, not with
 // that of the whole. The parts of 1 x 1 kernels are as short as oneDNN's are there; shorter ones cost time.
 constexpr int64_t part_products(int64_t taps) { return taps == 1 ? 256 : 576; }
 
 template <int rows, int vectors>
 KERNEL void set_zero(Vector (&acc)[rows][vectors]) {
-  UNROLL for (int i = 0; i < rows; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = zeros(); }
+  UNROLL_ROWS for (int i = 0; i < rows; ++i) { UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = zeros(); }
 }
 
 // The finished parts of a tile's sums. A part ends behind the same piece whatever the tile and the instruction set.
@@ -108,7 +132,7 @@ struct Parts {
     __asm__("" : "+m"(*this));  // stays in memory: the loops over taps and channels need all registers
     if (products >= part_products(taps)) {
       if (any) add_to(acc);
-      UNROLL for (int i = 0; i < rows; ++i) {
+      UNROLL_ROWS for (int i = 0; i < rows; ++i) {
         UNROLL for (int v = 0; v < vectors; ++v) store16(sums + (i * vectors + v) * 16, acc[i][v]);
       }
       set_zero(acc);
@@ -118,7 +142,7 @@ struct Parts {
     products += width * taps;
   }
   KERNEL void add_to(Vector (&acc)[rows][vectors]) const {
-    UNROLL for (int i = 0; i < rows; ++i) {
+    UNROLL_ROWS for (int i = 0; i < rows; ++i) {
       UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = add(acc[i][v], load16(sums + (i * vectors + v) * 16));
     }
   }
@@ -127,8 +151,34 @@ struct Parts {
 // The bias is added to the sums of a tile: a sum that began with it would round all its products to the bias's size.
 template <int rows, int vectors>
 KERNEL void add_bias(Vector (&acc)[rows][vectors], const Vector (&bias)[vectors]) {
-  UNROLL for (int i = 0; i < rows; ++i) {
+  UNROLL_ROWS for (int i = 0; i < rows; ++i) {
     UNROLL for (int v = 0; v < vectors; ++v) acc[i][v] = add(acc[i][v], bias[v]);
+  }
+}
+
+// acc[q * size + p][v] += sum over the channels k of a piece of weight[v][k] * input[q, p, k] of one tap, for the
+// pixels first .. last - 1 of each strip. w .. end: of the first vector. Where `planar`, pixels lie side by side, and
+// the tap's begin `at` floats behind `in`.
+template <class T, int vectors, int strips, int size, int first, int last, bool planar>
+KERNEL void sum_tap(Vector (&acc)[strips * size][vectors], const float* (&in)[strips], int64_t at, int64_t pixel,
+                    int64_t channel, const float* w, const float* end, int64_t weight_vector) {
+  for (; w != end; w += 16) {
+    Vector wv[vectors];
+    UNROLL for (int v = 0; v < vectors; ++v) {
+      wv[v] = load16(w + v * weight_vector);
+      if (vectors == tile_vectors)  // else the sums leave no load free for it
+        _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
+    }
+    UNROLL for (int q = 0; q < strips; ++q) {
+      UNROLL for (int p = first; p < last; ++p) {
+        const Vector value = broadcast(planar ? in[q][at + p] : in[q][p * pixel]);
+        UNROLL for (int v = 0; v < vectors; ++v) {
+          acc[q * size + p][v] = multiply_add<T>(value, wv[v], acc[q * size + p][v]);
+        }
+      }
+      if (!planar) ++in[q];
+    }
+    if (planar) at += channel;
   }
 }
 
@@ -143,32 +193,23 @@ KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* con
   for (const Piece& piece : pieces) {
     if constexpr (per_word<T> == 1) parts.extend(acc, piece.width, taps.count);
     const float* of_piece = weights_of(weight, piece, taps.count);
-    for (int64_t t = taps.begin; t < taps.end; ++t) {
+    for (int64_t t = taps.begin, column = 0; t < taps.end; ++t) {
       const float* in[strips];
-      UNROLL for (int q = 0; q < strips; ++q) in[q] = input[q] + taps.at[t] + piece.place * channel;
-      const float* w = of_piece + t * 256;
+      const int64_t at = taps.at[t] + piece.place * channel;
+      UNROLL for (int q = 0; q < strips; ++q) in[q] = planar ? input[q] : input[q] + at;
+      const float *w = of_piece + t * 256, *end = w + piece.width * 16;
       for (int64_t row = ahead.first; row < ahead.first + ahead.count; ++row) {
         UNROLL for (int v = 0; v < vectors; ++v) {
           _mm_prefetch(reinterpret_cast<const char*>(w + ahead.distance + row * 16 + v * weight_vector), _MM_HINT_T1);
         }
       }
-      for (const float* end = w + piece.width * 16; w != end; w += 16) {
-        Vector wv[vectors];
-        UNROLL for (int v = 0; v < vectors; ++v) {
-          wv[v] = load16(w + v * weight_vector);
-          if (vectors == tile_vectors)  // else the sums leave no load free for it
-            _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
-        }
-        UNROLL for (int q = 0; q < strips; ++q) {
-          UNROLL for (int p = 0; p < size; ++p) {
-            const Vector value = broadcast(planar ? in[q][p] : in[q][p * pixel]);
-            UNROLL for (int v = 0; v < vectors; ++v) {
-              acc[q * size + p][v] = multiply_add<T>(value, wv[v], acc[q * size + p][v]);
-            }
-          }
-          in[q] += planar ? channel : 1;
-        }
-      }
+      if (column < taps.left)
+        sum_tap<T, vectors, strips, size, 1, size, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
+      else if (column >= taps.right)
+        sum_tap<T, vectors, strips, size, 0, size - 1, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
+      else
+        sum_tap<T, vectors, strips, size, 0, size, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
+      if (++column == taps.columns) column = 0;
     }
   }
   if (parts.any) parts.add_to(acc);

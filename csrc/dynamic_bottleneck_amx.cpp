@@ -153,14 +153,14 @@ void hidden_items(const Chunk& c, int64_t begin, int64_t end) {
   convolve_map(c, 0, begin, end, c.stream, c.hidden, {p.conv1, steps_of(p.C, 1, 1), true}, WriteHidden{c, 0, p.bias1});
 }
 
-template <class Wait>
-void middle_stage(const Chunk& c, int64_t thread, int64_t threads, Wait wait) {
+bool has_middle(const Chunk&) { return true; }
+
+void middle_stage(const Chunk& c, int64_t thread, int64_t threads) {
   const Arguments& p = c.block;
   const Section section = section_of(p.conv2, widths_of(p.sizes, p.M), c.hidden.end, p.M, p.R, p.S);
   int64_t begin, end;
   share(c.items(1), thread, threads, begin, end);
   convolve_map(c, 1, begin, end, c.hidden, c.hidden, section, WriteHidden{c, 1, p.bias2});
-  wait();
 }
 
 void output_items(const Chunk& c, int64_t begin, int64_t end) {

@@ -27,6 +27,11 @@ struct ConvArguments {
   const T* bias;                   // [C_out] or null
   int64_t pixel, row, instance;    // values of `out` from one to the next: it may be some pixels of a larger map
   bool relu = false;
+  // The columns of a kernel row are channels of one tap, as the pixels that they read lie side by side: the weight is
+  // packed as one [C_out, R, 1, S * C]. For few channels; dilation 1, no in_sizes, float32.
+  bool joined = false;
+  int64_t tap_columns() const { return joined ? 1 : S; }
+  int64_t tap_channels() const { return joined ? S * C : C; }
   // `out` is the whole output map.
   void write_whole_map() { pixel = C_out, row = Wo * pixel, instance = Ho * row; }
 };

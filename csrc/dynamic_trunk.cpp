@@ -122,18 +122,18 @@ struct TrunkCall {
     return (residual ? weights(*residual) : of_bottleneck(std::get<1>(block))) * static_cast<int64_t>(sizeof(T));
   }
 
-  // The shortcut of block n, pooled, of some instances: this thread's share of its rows.
+  // The shortcut of block n, pooled, of some instances.
   void pool(int64_t n, const int32_t* instances, int64_t count) const {
     const Shape& s = shapes[n];
     const int64_t from = s.W * s.C, to = s.Wo() * s.C_out;
-    int64_t begin, end;
-    share(count * s.Ho(), Team::place(), Team::size(), begin, end);
-    for (int64_t i = begin, rows; i < end; i += rows) {
-      const int64_t instance = instances[i / s.Ho()], row = i % s.Ho(), first = row * s.stride;
-      rows = std::min(s.Ho() - row, end - i);
-      pool_rows(maps[n] + (instance * s.H + first) * from, maps[n + 1] + (instance * s.Ho() + row) * to, 1,
-                std::min(rows * s.stride, s.H - first), s.W, s.C, s.C_out, s.stride, dtype_of<T>);
-    }
+    share_items(count * s.Ho(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin, rows; i < end; i += rows) {
+        const int64_t instance = instances[i / s.Ho()], row = i % s.Ho(), first = row * s.stride;
+        rows = std::min(s.Ho() - row, end - i);
+        pool_rows(maps[n] + (instance * s.H + first) * from, maps[n + 1] + (instance * s.Ho() + row) * to, 1,
+                  std::min(rows * s.stride, s.H - first), s.W, s.C, s.C_out, s.stride, dtype_of<T>);
+      }
+    });
   }
 
   // The shortcut of block n, which writes a map of its own, pooled or by a convolution: of instances without a branch
@@ -143,16 +143,12 @@ struct TrunkCall {
     const int32_t* instances = sorted.order.data();
     const int64_t count = static_cast<int64_t>(sorted.order.size()), users = sorted.users();
     const DenseConv<T>* found = trunk.shortcut(static_cast<size_t>(n));
-    if (!found) {
-      pool(n, instances, count);
-      if (Team* team = Team::current()) team->wait();
-      return;
-    }
+    if (!found) return pool(n, instances, count);
     DenseConv<T> conv = *found;
     conv.relu = false;
     dense_conv(conv, maps[n], maps[n + 1], instances, users, s.H, s.W);
     conv.relu = std::visit([](const auto& b) { return b.relu; }, (*trunk.blocks)[n]);
-    dense_conv(conv, maps[n], maps[n + 1], instances + users, count - users, s.H, s.W);  // has waited for a team
+    dense_conv(conv, maps[n], maps[n + 1], instances + users, count - users, s.H, s.W);
   }
 
   // Block n over some instances.
@@ -165,20 +161,20 @@ struct TrunkCall {
                (*trunk.blocks)[n]);
   }
 
-  // Features of this thread's share of some instances.
+  // Features of some instances.
   void features(const int32_t* instances, int64_t count) const {
     const int64_t pixels = shapes.back().Ho() * shapes.back().Wo(), C = shapes.back().C_out;
-    int64_t begin, end;
-    share(trunk.scale ? count : 0, Team::place(), Team::size(), begin, end);
-    for (int64_t i = begin; i < end; ++i)
-      features_of(maps.back() + instances[i] * pixels * C, pixels, C, trunk.scale, trunk.shift,
-                  trunk.features + instances[i] * C);
+    share_items(trunk.features ? count : 0, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        features_of(maps.back() + instances[i] * pixels * C, pixels, C, trunk.scale, trunk.shift,
+                    trunk.features + instances[i] * C);
+    });
   }
 
   // Some instances through all blocks, and their features: all threads share each of them.
   void shared(const int32_t* instances, int64_t count) const {
-    if (trunk.before) trunk.before(instances, count);
     Team::run(omp_get_max_threads(), [&] {
+      if (trunk.before) trunk.before(instances, count);
       for (int64_t n = 0; n < this->count(); ++n) block(n, instances, count);
       features(instances, count);
     });

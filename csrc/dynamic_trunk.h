@@ -28,9 +28,9 @@ struct Trunk {
   T* x;                                        // [B, H, W, C], written over
   std::vector<const DenseConv<T>*> shortcuts;  // [N], null for a block without a convolution; or none at all
   std::vector<T*> maps;                        // [B, Ho, Wo, C_out] of the blocks with `has_map`, in their order
-  const float* scale;                          // [C of the last block], or null: no features
+  const float* scale;                          // [C of the last block], or null: features of its map as it is
   const float* shift;                          // [C of the last block]
-  T* features;                                 // [B, C of the last block]
+  T* features;                                 // [B, C of the last block], or null
   std::function<void(const int32_t* instances, int64_t count)>
       before;  // makes x of them, on their thread; may be empty
 

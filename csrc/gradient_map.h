@@ -55,7 +55,7 @@ KERNEL void copy_words(const ConvArguments<T>& p, const T* row, int64_t c, int64
 // Instance j's inputs, zeros around them, only the channels in use.
 template <class T>
 void copy_inputs(const ConvArguments<T>& p, const Band& band, const GradientMap<T>& map, int64_t j, float* to) {
-  if constexpr (per_word<T> == 1) return copy_rows(p, band, band.inputs, map, j, to);
+  if constexpr (per_word<T> == 1) return copy_rows(p, band, band.inputs, map, j, to, true);
   const T* x = p.x + p.route.order[band.start + j] * p.H * p.W * p.C;
   const int64_t last = (p.Wo - 1) * p.stride[1];  // column of the last pixel's first tap
   for (int64_t r = 0; r < map.rows; ++r) {

@@ -18,18 +18,6 @@ constexpr int64_t most_instances = 32;
 // than half of that, and costs a multiple where the other thread has to wait for its core.
 constexpr double shared_work = 1 << 21;
 
-// This thread's parallel regions have one thread while it lives; with a number of multiply-adds only where these are
-// few.
-struct FewThreads {
-  const int threads = omp_get_max_threads();
-  explicit FewThreads(double work = 0) {
-    if (work < shared_work) omp_set_num_threads(1);
-  }
-  ~FewThreads() { omp_set_num_threads(threads); }
-  FewThreads(const FewThreads&) = delete;
-  FewThreads& operator=(const FewThreads&) = delete;
-};
-
 // Where the chunks of the instances, in their order, end: each takes half of a thread's share of the cost that is left
 // at most, so that threads end together, whichever of them loses its core for a while.
 inline std::vector<int64_t> chunk_ends(const std::vector<double>& costs, const std::vector<int32_t>& order,
@@ -63,13 +51,11 @@ inline std::vector<int32_t> by_cost(const std::vector<double>& costs) {
 // to help it.
 template <class Work>
 void run_each(const std::vector<int32_t>& order, const std::vector<int64_t>& ends, int64_t threads, Work work) {
-  Failure failure;
+  const FewThreads alone;
   share_out(static_cast<int64_t>(ends.size()), threads, [&](int64_t i) {
-    const FewThreads alone;
     const int64_t first = i ? ends[i - 1] : 0;
-    failure.guard([&] { work(order.data() + first, ends[i] - first); });
+    work(order.data() + first, ends[i] - first);
   });
-  failure.rethrow();
 }
 
 // Calls work(instances, count, shared) until all instances had it. costs: [B], multiply-adds of each. Chunks of like

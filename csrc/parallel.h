@@ -1,21 +1,18 @@
 // Work shared out among threads, beside other processes too, and what it throws.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <exception>
-#include <mutex>
-#include <vector>
 
+#include "crew.h"
 #include "openmp.h"
 
 namespace den_kernels {
 
-// Exceptions in parallel regions. One that leaves an OpenMP region ends the process: work that may throw (it takes
-// memory) runs through a Failure, which keeps the first exception until the region is over.
-
+// Exceptions of several threads: work that may throw (it takes memory) runs through a Failure, which keeps the first
+// exception until all threads are through.
 class Failure {
  public:
   // Runs work() unless something has failed already; any thread may call it.
@@ -29,7 +26,7 @@ class Failure {
     }
   }
   bool any() const noexcept { return failed_.load(std::memory_order_relaxed); }
-  // Behind the region: throws what was kept.
+  // When all are through: throws what was kept.
   void rethrow() const {
     if (first_) std::rethrow_exception(first_);
   }
@@ -39,147 +36,103 @@ class Failure {
   std::exception_ptr first_;
 };
 
-// A thread's share of items 0..count, `threads` threads sharing.
-inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin, int64_t& end) {
-  begin = count * thread / threads;
-  end = count * (thread + 1) / threads;
-}
-
-// Leaves a core's resources to its other thread for some cycles.
-inline void rest() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ __volatile__("yield");
-#endif
-}
-
-// Holds the threads of a region until all have come. They wait busily for as long as usual work differs, then asleep:
-// GNU OpenMP's own barriers are busy for milliseconds, on a core that the thread which they wait for may need where
-// another process has taken its own.
-class Barrier {
- public:
-  // Called by each of `threads` threads.
-  void wait(int64_t threads) {
-    if (open_.load(std::memory_order_acquire)) return;
-    const uint32_t turn = turn_.load(std::memory_order_acquire);
-    if (come_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      come_.store(0, std::memory_order_relaxed);
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        turn_.store(turn + 1, std::memory_order_release);
-      }
-      next_.notify_all();
-      return;
-    }
-    const auto start = std::chrono::steady_clock::now();
-    do {
-      for (int i = 0; i < 64; ++i) {
-        if (turn_.load(std::memory_order_acquire) != turn || open_.load(std::memory_order_relaxed)) return;
-        rest();
-      }
-    } while (std::chrono::steady_clock::now() - start < busy);
-    std::unique_lock<std::mutex> lock(mutex_);
-    next_.wait(lock, [&] { return turn_.load(std::memory_order_relaxed) != turn || open_; });
+// This thread's parallel regions have one thread while it lives; unless `alone` is false.
+struct FewThreads {
+  const int threads = omp_get_max_threads();
+  explicit FewThreads(bool alone = true) {
+    if (alone) omp_set_num_threads(1);
   }
-  // Holds nobody any more: a thread that has failed will not come.
-  void open() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      open_ = true;
-    }
-    next_.notify_all();
-  }
-
- private:
-  static constexpr std::chrono::microseconds busy{50};  // about as long as it takes to be woken
-  std::atomic<int64_t> come_{0};
-  std::atomic<uint32_t> turn_{0};
-  std::atomic<bool> open_{false};
-  std::mutex mutex_;
-  std::condition_variable next_;
+  ~FewThreads() { omp_set_num_threads(threads); }
+  FewThreads(const FewThreads&) = delete;
+  FewThreads& operator=(const FewThreads&) = delete;
 };
 
-// Threads that go through the same layers side by side and share each of them: between two layers no region ends and
-// none begins, which takes as long as a small layer. All of them call every layer; what a layer has prepared is each
-// thread's own, and the same in all of them.
+// Threads that share the layers of a network one after the other. One of them calls the layers; of each it offers the
+// parts to all.
 class Team {
  public:
-  // The team that this thread is of, or null.
-  static Team* current() { return member().team; }
-  // This thread's number in it, and how many they are.
-  static int64_t place() { return member().place; }
-  static int64_t size() { return member().size; }
+  // The team whose layers this thread calls, or null.
+  static Team* current() { return own(); }
+  int64_t threads() const { return crew_->threads(); }
 
-  // Holds each thread until all have come.
-  void wait() {
-    barrier_.wait(size());
-    if (failure_.any()) throw Failed();
-  }
-  // One memory for all, of at least so many bytes, which `make(bytes)` gives the first thread. Whoever asks has been
-  // behind a wait() since it was last used.
-  template <class Make>
-  void* memory(int64_t bytes, Make make) {
-    if (bytes > held_[place()]) {
-      held_[place()] = bytes;
-      if (place() == 0) memory_ = make(bytes);
-      wait();
-    }
-    return memory_;
+  // Calls work(part) for the parts 0 .. count - 1, each in the next thread that is free; throws the first exception.
+  template <class Work>
+  void run_parts(int64_t count, const Work& work) {
+    run_parts(count, true, work);
   }
 
-  // Calls work() in each of `threads` threads, which are a team meanwhile.
+  // Calls work() in this thread, which has a team of `threads` threads meanwhile.
   template <class Work>
   static void run(int64_t threads, Work work) {
+    const FewThreads alone;
     Team team(threads);
-#pragma omp parallel num_threads(threads)
-    {
-      member() = {&team, omp_get_thread_num(), omp_get_num_threads()};
-      team.failure_.guard([&] {
-        try {
-          work();
-        } catch (const Failed&) {  // another thread has
-        }
-      });
-      if (team.failure_.any()) team.barrier_.open();
-      team.end_.wait(size());
-      member() = {};
-    }
-    team.failure_.rethrow();
+    own() = &team;
+    work();
   }
 
  private:
-  struct Failed {};
-  struct Member {
-    Team* team = nullptr;
-    int64_t place = 0, size = 1;
-  };
-  static Member& member() {
-    thread_local Member own;
-    return own;
-  }
-  explicit Team(int64_t threads) : held_(static_cast<size_t>(threads), 0) {}
+  template <class Work>
+  friend void share_out(int64_t count, int64_t threads, Work work);
 
-  Barrier barrier_, end_;
-  Failure failure_;
-  void* memory_ = nullptr;
-  std::vector<int64_t> held_;  // what each thread has seen of the memory
+  explicit Team(int64_t threads) : crew_(Crew::lend(threads)) {}
+  ~Team() {
+    own() = nullptr;
+    Crew::give_back(crew_);
+  }
+  static Team*& own() {
+    thread_local Team* found = nullptr;
+    return found;
+  }
+  template <class Work>
+  void run_parts(int64_t count, bool own, const Work& work) {
+    struct Guarded {
+      const Work& work;
+      Failure failure;
+    } guarded{work, {}};
+    crew_->run(
+        count, own,
+        [](const void* context, int64_t part) {
+          auto& all = *static_cast<Guarded*>(const_cast<void*>(context));
+          all.failure.guard([&] { all.work(part); });
+        },
+        &guarded);
+    guarded.failure.rethrow();
+  }
+
+  Crew* const crew_;
 };
 
-// Calls work(0), ..., work(count - 1), in this order, each by the next of `threads` threads that is free.
+// Parts of a layer for each thread of a team: more than one, so that others can take over those of a thread that comes
+// late or loses its core.
+constexpr int64_t parts_of_thread = 4;
+
+// Calls work(begin, end) for ranges of items 0 .. count - 1: of them all, or what the threads of a team take at a time.
+template <class Work>
+void share_items(int64_t count, Work work) {
+  Team* team = Team::current();
+  const int64_t parts = team ? std::min(count, parts_of_thread * team->threads()) : 1;
+  if (parts <= 1) {
+    work(int64_t{0}, count);
+    return;
+  }
+  team->run_parts(parts, [&](int64_t part) {
+    int64_t begin, end;
+    share(count, part, parts, begin, end);
+    work(begin, end);
+  });
+}
+
+// Calls work(0), ..., work(count - 1), in this order, each by the next of `threads` threads that is free; throws the
+// first exception.
 template <class Work>
 void share_out(int64_t count, int64_t threads, Work work) {
   if (threads == 1 || count <= 1) {
     for (int64_t i = 0; i < count; ++i) work(i);
     return;
   }
-  std::atomic<int64_t> next{0};
-  Barrier end;
-#pragma omp parallel num_threads(threads)
-  {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
-    end.wait(omp_get_num_threads());
-  }
+  const FewThreads alone;
+  Team team(threads);
+  team.run_parts(count, false, work);
 }
 
 }  // namespace den_kernels

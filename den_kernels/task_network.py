@@ -28,27 +28,29 @@ MOST_TAPS = 49
 
 @dataclass(frozen=True)
 class DenseConv(HasHandle):
-    """`relu(conv(x) + bias)` over all channels; weights packed for the kernel.
+    """`relu(conv(x) + bias)` over all channels, and a max pooling behind that; weights packed for the kernel.
 
-    sizes: C, C_out, R, S, stride, padding. weight: packed. bias: [C_out].
+    sizes: C, C_out, R, S, stride, padding. weight: packed. bias: [C_out]. pool: its size, stride and padding, of size 0
+    where there is none.
     """
 
     sizes: tuple[int, int, int, int, int, int]
     weight: Tensor
     bias: Tensor
+    pool: tuple[int, int, int] = (0, 1, 0)
 
     @cached_property
     def handle(self) -> Any:
         """The kernel's own object, `extension.DenseConv`."""
-        return extension.DenseConv(self.sizes, self.weight, self.bias)
+        return extension.DenseConv(self.sizes, self.weight, self.bias, pool=self.pool)
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> "DenseConv":
+    def of(cls, conv: nn.Conv2d, weight: Tensor, bias: Tensor, pool: tuple[int, int, int] = (0, 1, 0)) -> "DenseConv":
         """Of weight [C_out, C, R, S] and bias [C_out] in place of those of `conv`, which `takes_conv` takes."""
         sizes = (*weight.shape[1::-1], *weight.shape[2:], conv.stride[0], int(conv.padding[0]))
         packed = weight.new_empty(extension.dense_packed_size(sizes, weight.dtype == torch.bfloat16))
         extension.pack_dense(sizes, weight.contiguous(memory_format=torch.channels_last), packed)
-        return cls(sizes, packed, bias.contiguous())
+        return cls(sizes, packed, bias.contiguous(), pool)
 
 
 def takes_conv(conv: nn.Conv2d) -> bool:

@@ -31,6 +31,7 @@ PARTS = {
     "csrc/inverted_chunk.h": _INVERTED,
     "csrc/inverted_gates.h": _INVERTED,
     "csrc/parallel.h": Part((), ("tests/kernels/test_parallel.py",)),  # which builds a program of its own
+    "csrc/crew.cpp": Part((), ("tests/kernels/test_parallel.py",)),
 }
 CPP = [  # file, what stands there, the mistake
     ("csrc/plan.cpp", "level < 0 || level >", "level > 0 && level >"),
@@ -72,13 +73,17 @@ CPP = [  # file, what stands there, the mistake
     ("csrc/inverted_chunk.h", "row % c.ring : 0", "row % (c.ring + 1) : 0"),
     ("csrc/inverted_chunk.h", "std::min(i * size, columns - size)", "i * size"),
     ("csrc/inverted_gates.h", "y < p.Ho; ++y) sum", "y + 1 < p.Ho; ++y) sum"),
-    ("csrc/parallel.h", "acq_rel) + 1 == threads", "acq_rel) == threads"),
-    ("csrc/parallel.h", "come_.store(0, std::memory_order_relaxed);", ""),
-    ("csrc/parallel.h", "turn + 1, std::memory_order_release", "turn + 1, std::memory_order_relaxed"),
-    ("csrc/parallel.h", "      open_ = true;", "      open_ = false;"),
     ("csrc/parallel.h", "if (!failed_.exchange(true)) first_", "failed_ = true, first_"),
     ("csrc/parallel.h", "    if (any()) return;\n", ""),
-    ("csrc/parallel.h", "(i = next.fetch_add(1, std::memory_order_relaxed)) < count", "(i = next++) <= count"),
+    ("csrc/parallel.h", "guarded.failure.rethrow();", ""),
+    ("csrc/parallel.h", "own() = nullptr;", ""),
+    ("csrc/crew.cpp", "seen - 1, std::memory_order_acq_rel", "seen, std::memory_order_acq_rel"),
+    ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "static_cast<uint64_t>(end - begin)"),
+    ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "offer | (end - begin > 1)"),
+    ("csrc/crew.cpp", "  ++news_;\n", ""),
+    ("csrc/crew.cpp", "fetch_sub(1) == 1 && caller_asleep_", "fetch_sub(1) == 1 && false"),
+    ("csrc/crew.cpp", "(place + i) % threads_", "place"),
+    ("csrc/crew.cpp", "[] { idle() = new Idle; }", "[] {}"),
 ]  # fmt: skip
 EQUIVALENT = {  # survivors that change no result, and why
     "csrc/direct_strips.h: (limit + stride - 1) / stride + 1": "only which rows share a tile: each tile finds its taps",

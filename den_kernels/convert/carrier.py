@@ -2,8 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,7 @@ from .report import Block, Report
 _OP = "levels"
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What the instances of a batch use of one block."""
 
     plan: RoutingPlan
@@ -211,6 +209,7 @@ def carrier_of(model: nn.Module, op: str = _OP) -> Carrier:
         if (module := waiting.pop()) is not None:
             if isinstance(carrier := module.__dict__.get("carrier"), Carrier):
                 found[id(carrier)] = carrier
+                continue  # what is inside has the same
             waiting += module._modules.values()
     if len(found) != 1:
         got = "none" if not found else f"{len(found)} converted models in one"

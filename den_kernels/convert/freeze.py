@@ -10,6 +10,7 @@ from .carrier import ElasticModel, carrier_of
 from .fold import fold_norms
 from .frozen import FrozenBlock, FrozenRow, fold_branch
 from .frozen_conv import pack_convolutions
+from .frozen_network import join_network
 from .fused import FusedForward
 from .pair import join_pairs
 from .record import Recording, Ref, example_of, record
@@ -24,9 +25,10 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
     Batch norms are folded into the convolutions before them. Blocks of which the report says that an op runs them are
     modules of their own that hold the folded weights as the op reads them (of each level, where `recalibrate` measured
     statistics for each), and several in a row are one call: those that keep the shape of their map, and those whose
-    shortcut is one convolution. Two linear layers or 1 x 1 convolutions with an activation between them, the MLP of
-    ConvNeXt, are one op, too; other convolutions keep packed weights on a CPU. Weights are channels-last in memory;
-    give it maps that are, too.
+    shortcut is one convolution. Where all blocks are one such row, with a convolution, its ReLU and a max pooling in
+    front, the mean of the map and a linear layer behind it, all of that is one call on a CPU. Two linear layers or
+    1 x 1 convolutions with an activation between them, the MLP of ConvNeXt, are one op, too; other convolutions keep
+    packed weights on a CPU. Weights are channels-last in memory; give it maps that are, too.
 
     The copy stays in evaluation mode, on its device and in its dtype, and its state_dict is none: save the model.
     torch.compile and torch.export see the ops with the weights as constants.
@@ -58,8 +60,10 @@ def freeze(model: nn.Module, example: Any = None) -> nn.Module:
     for path, block in blocks.items():
         frozen.set_submodule(path, block)
     pack_convolutions(frozen)
-    _join(frozen, recording, blocks)
+    rows = _join(frozen, recording, blocks)
     join_pairs(frozen, recording)
+    if len(rows) == 1 and join_network(frozen, recording, rows[0]):
+        _drop_empty(frozen, recording)
     return frozen
 
 
@@ -89,32 +93,43 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock]) -> None:
-    """Put one call in the place of several blocks in a row: in that of the first one, and nothing in the others'."""
+def _join(frozen: nn.Module, recording: Recording, blocks: dict[str, FrozenBlock]) -> list[list[str]]:
+    """Put one call in the place of several blocks in a row: in that of the first one, and nothing in the others'.
+
+    Returns the paths of the blocks of each row.
+    """
+    made: list[list[str]] = []
     row: list[str] = []
     order = sorted(blocks, key=lambda path: _input(recording, path))
-    for path in [*order, None]:
-        block = None if path is None else blocks[path]
-        follows = bool(row) and block is not None and _follows(recording, blocks, row[-1], path)
-        if block is None or path is None or not (block.joins and block.may_write):
-            row = _replaced(frozen, blocks, row)
-        elif follows:
+    for path in order:
+        joins = blocks[path].joins and blocks[path].may_write
+        if joins and row and _follows(recording, blocks, row[-1], path):
             row.append(path)
-        else:
-            _replaced(frozen, blocks, row)
-            row = [path]
+            continue
+        made += [row] if _replaced(frozen, blocks, row) else []
+        row = [path] if joins else []
+    made += [row] if _replaced(frozen, blocks, row) else []
+    return made
 
 
-def _follows(recording: Recording, blocks: dict[str, FrozenBlock], path: str, next: str | None) -> bool:
+def _follows(recording: Recording, blocks: dict[str, FrozenBlock], path: str, next: str) -> bool:
     """Whether the block `next` reads what the block `path` gives, and its levels stand in the next column."""
-    assert next is not None
     return recording.results[path].node == _input(recording, next) and blocks[next].block == blocks[path].block + 1
 
 
-def _replaced(frozen: nn.Module, blocks: dict[str, FrozenBlock], row: list[str]) -> list[str]:
-    """Replace a row of at least two blocks of which one call runs all; an empty row to go on with."""
-    if len(row) > 1 and FrozenRow([blocks[path] for path in row]).weights.whole:
-        frozen.set_submodule(row[0], FrozenRow([blocks[path] for path in row]))
-        for path in row[1:]:
+def _replaced(frozen: nn.Module, blocks: dict[str, FrozenBlock], row: list[str]) -> bool:
+    """Replace a row of at least two blocks of which one call runs all; True where that was done."""
+    if len(row) < 2 or not FrozenRow([blocks[path] for path in row]).weights.whole:
+        return False
+    frozen.set_submodule(row[0], FrozenRow([blocks[path] for path in row]))
+    for path in row[1:]:
+        frozen.set_submodule(path, nn.Identity())
+    return True
+
+
+def _drop_empty(frozen: nn.Module, recording: Recording) -> None:
+    """Put nothing in the place of each sequence of modules that do nothing, where it is called: that takes time."""
+    for path, module in reversed(list(frozen.named_modules())):
+        called = id(module) in recording.calls and not (module._forward_hooks or module._forward_pre_hooks)
+        if path and type(module) is nn.Sequential and called and all(type(m) is nn.Identity for m in module):
             frozen.set_submodule(path, nn.Identity())
-    return []

@@ -1,7 +1,12 @@
-// Barrier, Failure and share_out of csrc/parallel.h under the thread sanitizer: parallel_main CASE. Ends with 0 where
-// what must hold does; the sanitizer ends it at the first race.
+// Failure, Team and share_out of csrc/parallel.h and the threads of csrc/crew.h under the thread sanitizer:
+// parallel_main CASE. Ends with 0 where what must hold does; the sanitizer ends it at the first race.
 #include "parallel.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,9 +16,10 @@
 
 namespace {
 
-using den_kernels::Barrier;
 using den_kernels::Failure;
+using den_kernels::share_items;
 using den_kernels::share_out;
+using den_kernels::Team;
 
 constexpr int threads = 3;
 
@@ -28,36 +34,6 @@ void run(Work work) {
   std::vector<std::thread> all;
   for (int i = 0; i < threads; ++i) all.emplace_back(work, i);
   for (std::thread& each : all) each.join();
-}
-
-// Between two waits a thread reads what the others wrote before the first, also where one comes so late that they
-// sleep.
-void barrier() {
-  Barrier barrier;
-  int written[2][threads] = {};
-  run([&](int thread) {
-    for (int turn = 0; turn < 400; ++turn) {
-      if (turn % 100 == 99 && turn / 100 % threads == thread) std::this_thread::sleep_for(std::chrono::milliseconds(2));
-      written[turn % 2][thread] = turn;
-      barrier.wait(threads);
-      for (const int value : written[turn % 2]) must(value == turn, "a thread has passed before another has come");
-    }
-  });
-}
-
-// A thread that has failed opens the barrier: the others, awake or asleep, and all who come later, pass.
-void opened() {
-  for (const int milliseconds : {0, 3}) {
-    Barrier barrier;
-    run([&](int thread) {
-      if (thread) {
-        for (int turn = 0; turn < 5; ++turn) barrier.wait(threads);
-        return;
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
-      barrier.open();
-    });
-  }
 }
 
 // The first of several exceptions is kept and thrown behind the region, and nothing begins after it.
@@ -101,18 +77,94 @@ void shared() {
   must(order == std::vector<int64_t>{0, 1, 2, 3, 4}, "one thread takes the items in their order");
 }
 
+void sleep(int milliseconds) { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); }
+
+// Layers of a network whose parts read what the layer before wrote; now and then a thread comes so late that the others
+// sleep, or all have slept before.
+void run_layers(int layers, int64_t count) {
+  std::vector<int64_t> before(count, 0), after(count);
+  Team::run(threads, [&] {
+    for (int layer = 0; layer < layers; ++layer) {
+      share_items(count, [&](int64_t begin, int64_t end) {
+        if (layer % 50 == 49 && begin == layer / 50 % count) sleep(2);
+        for (int64_t i = begin; i < end; ++i) after[i] = before[i] + before[(i + 1) % count] + 1;
+      });
+      for (int64_t i = 0; i < count; ++i)
+        must(after[i] == (int64_t{2} << layer % 40) - 1, "a part reads what the layer before wrote");
+      before.swap(after);
+      if (layer % 40 == 39) before.assign(count, 0);
+      if (layer % 50 == 24) sleep(1);
+    }
+  });
+}
+void layers() {
+  for (int64_t count : {1, 2, 7, 100}) run_layers(200, count);
+  must(!Team::current(), "no team is left");
+}
+
+// Several threads call at once, each with helpers of its own.
+void callers() {
+  run([](int) { run_layers(80, 11); });
+}
+
+// An exception of a part comes out of the call, whichever thread had it, and the next call is none the worse.
+void thrown() {
+  for (int64_t bad = 0; bad < 20; ++bad) {
+    bool caught = false;
+    try {
+      share_out(20, threads, [&](int64_t i) {
+        if (i == bad) throw std::invalid_argument("a part");
+      });
+    } catch (const std::invalid_argument&) {
+      caught = true;
+    }
+    must(caught, "an exception of a part is lost");
+    std::atomic<int> done{0};
+    share_out(20, threads, [&](int64_t) { ++done; });
+    must(done == 20, "a call after an exception does all its parts");
+  }
+}
+
+// Helpers that do not come out of their first part until all others have been begun: the caller takes these.
+void slow() {
+  constexpr int count = 60;
+  std::atomic<int> begun{0}, done{0};
+  const std::thread::id caller = std::this_thread::get_id();
+  Team::run(threads, [&] {
+    Team::current()->run_parts(count, [&](int64_t) {
+      ++begun;
+      while (std::this_thread::get_id() != caller && begun < count) std::this_thread::yield();
+      ++done;
+    });
+  });
+  must(done == count, "a part is done once all are through");
+}
+
+// A process that a fork has made has no helpers of its parent's, and makes its own.
+void forked() {
+  run_layers(10, 5);
+  const pid_t child = fork();
+  if (!child) {
+    run_layers(10, 5);
+    _exit(0);
+  }
+  int status = 1;
+  must(waitpid(child, &status, 0) == child && WIFEXITED(status) && !WEXITSTATUS(status), "a forked process computes");
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const struct {
     const char* name;
     void (*run)();
-  } cases[] = {{"barrier", barrier}, {"opened", opened}, {"failure", failure}, {"shared", shared}};
+  } cases[] = {{"failure", failure}, {"shared", shared}, {"layers", layers}, {"callers", callers},
+               {"thrown", thrown},   {"slow", slow},     {"forked", forked}};
   for (const auto& each : cases)
     if (count == 2 && !std::strcmp(arguments[1], each.name)) {
       each.run();
       return 0;
     }
-  std::fprintf(stderr, "parallel_main: CASE must be barrier, opened, failure or shared\n");
+  std::fprintf(stderr, "parallel_main: CASE must be failure, shared, layers, callers, thrown, slow or forked\n");
   return 2;
 }
