@@ -84,8 +84,8 @@ struct BlockHandle {
   }
 };
 
-// Tensors: scale1, shift1, conv1, scale2, bias1, conv2, bias2; conv1 and conv2 packed, of float32 also as they are,
-// four axes, channels-last.
+// Tensors: scale1, shift1, conv1, scale2, bias1, conv2, bias2; conv1 and conv2 packed, or as they are, four axes,
+// channels-last: of float32, and of bfloat16 where dot products of pairs of input channels take them.
 struct ResidualHandle : BlockHandle<ResidualHandle, ResidualBlock, 7> {
   static constexpr char op[] = "dynamic_residual";
 
@@ -101,15 +101,14 @@ struct ResidualHandle : BlockHandle<ResidualHandle, ResidualBlock, 7> {
     b.bias1 = Tensor(bias1, op, "bias1").dense<const float>({M});
     b.bias2 = dense_or_null<const float>(tensors[6], op, "bias2", {C_out});
     b.scale2 = nullptr, b.unpacked2 = false;
-    if constexpr (std::is_same_v<T, float>) {
-      const Tensor first(conv1, op, "conv1"), second(conv2, op, "conv2");
-      if (first.dim() == 4) {
-        b.conv1 = first.maps<const float>({M, C, R, S});
-        b.scale2 = Tensor(scale2, op, "scale2").dense<const float>({M});
-      }
-      b.unpacked2 = second.dim() == 4;
-      if (b.unpacked2) b.conv2 = second.maps<const float>({C_out, M, R, S});
+    const Tensor first(conv1, op, "conv1"), second(conv2, op, "conv2");
+    const bool pairs = std::is_same_v<T, float> || (!has_amx() && M % 2 == 0);
+    if (first.dim() == 4 && pairs) {
+      b.conv1 = first.maps<const T>({M, C, R, S});
+      b.scale2 = Tensor(scale2, op, "scale2").dense<const float>({M});
     }
+    b.unpacked2 = second.dim() == 4 && pairs;
+    if (b.unpacked2) b.conv2 = second.maps<const T>({C_out, M, R, S});
     if (!b.scale2) b.conv1 = packed_weight<T>(conv1, op, "conv1", M, C, R, S, {});
     if (!b.unpacked2) b.conv2 = packed_weight<T>(conv2, op, "conv2", C_out, M, R, S, sizes);
   }

@@ -37,6 +37,7 @@ bool has_amx() { return false; }
 bool has_dot_bf16() { return false; }
 void dynamic_residual_amx(const ResidualBlock<bf16>&) {}
 void dynamic_residual_dot(const ResidualBlock<bf16>&) {}
+void dynamic_residual_rows_dot(const ResidualBlock<bf16>&) {}
 void dynamic_conv_amx(const ConvArguments<bf16>&) {}
 void dynamic_conv_dot(const ConvArguments<bf16>&) {}
 void pack_weights_dot(const bf16*, const float*, bf16*, int64_t, int64_t, int64_t) {}
@@ -51,6 +52,7 @@ bool has_direct_bf16() { return has_amx() || has_dot_bf16(); }
 
 void dynamic_residual(const ResidualBlock<bf16>& b) {
   check_instructions("dynamic_residual");
+  if (b.scale2 || b.unpacked2) return dynamic_residual_rows_dot(b);
   has_amx() ? dynamic_residual_amx(b) : dynamic_residual_dot(b);
 }
 

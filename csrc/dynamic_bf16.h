@@ -17,6 +17,7 @@ void dynamic_conv_weight_gradient_amx(const ConvArguments<bf16>& arguments, cons
 
 bool has_dot_bf16();
 void dynamic_residual_dot(const ResidualBlock<bf16>& block);
+void dynamic_residual_rows_dot(const ResidualBlock<bf16>& block);  // weights that are not all packed
 void dynamic_conv_dot(const ConvArguments<bf16>& arguments);
 void pack_weights_dot(const bf16* weight, const float* scale, bf16* packed, int64_t O, int64_t taps, int64_t I);
 void pack_turned_weights_dot(const bf16* weight, bf16* packed, int64_t O, int64_t taps, int64_t I);

@@ -17,7 +17,7 @@ namespace den_kernels {
 // and with `relu` the ReLU of the sum. `out` may be `shortcut`, then an instance without a branch is not touched;
 // `shortcut` may be `x`.
 // Maps are channels-last, kernels R x S odd with "same" zero padding; weights come from pack_weights
-// or pack_weights_bf16 (dynamic_bf16.h), or are the parameters (float32: scale2, unpacked2).
+// or pack_weights_bf16 (dynamic_bf16.h), or are the parameters (scale2, unpacked2).
 template <class T>
 struct ResidualBlock {
   int64_t B, H, W, C;       // input map
@@ -41,7 +41,7 @@ struct ResidualBlock {
 
 // C and C_out must be divisible by 16.
 void dynamic_residual(const ResidualBlock<float>& block);
-void dynamic_residual(const ResidualBlock<bf16>& block);  // takes packed weights only
+void dynamic_residual(const ResidualBlock<bf16>& block);  // with AMX takes packed weights only, else of an even M
 bool has_direct_float32();                                // true where this CPU runs the float32 block
 bool has_direct_bf16();                                   // true where it runs the bfloat16 block
 

@@ -84,8 +84,9 @@ class ResidualWeights(HasHandle):
         that of an ordinary ResNet (He et al., 2016, `BasicBlock`): conv1, bn1, ReLU, conv2, bn2, and ReLU of the sum
         with the shortcut. bn2 is then multiplied into a copy of conv2's weight.
 
-        copy: pack all weights for the kernel. Without, those of many input channels are read where they are (float32,
-        channels-last), more slowly: a network that keeps its parameters then needs no second place for most of them.
+        copy: pack all weights for the kernel. Without, those of many input channels are read where they are
+        (channels-last; of bfloat16 with AVX-512 BF16), more slowly: a network that keeps its parameters then needs no
+        second place for most of them.
 
         Raises ValueError for convolutions of another kind, for batch norms without running statistics, and for a
         post-activation block without bn1.
@@ -226,7 +227,11 @@ def runs_direct(device: torch.device, dtype: torch.dtype, conv1: Sequence[int], 
 
 def _may_stay(weight: Tensor, wide: int) -> bool:
     """True where the kernel can read weight [O, I, R, S] where it is without losing much time."""
-    readable = weight.dtype == torch.float32 and weight.is_contiguous(memory_format=torch.channels_last)
+    pairs = weight.dtype == torch.bfloat16 and extension.bf16_isa() == "AVX-512 BF16"
+    even = weight.shape[0] % 2 == weight.shape[1] % 2 == 0
+    readable = (weight.dtype == torch.float32 or (pairs and even)) and weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
     return readable and weight.shape[1] >= wide
 
 

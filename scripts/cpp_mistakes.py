@@ -79,7 +79,7 @@ CPP = [  # file, what stands there, the mistake
     ("csrc/parallel.h", "~Current() { own() = before; }", ""),
     ("csrc/crew.cpp", "seen - 1, std::memory_order_acq_rel", "seen, std::memory_order_acq_rel"),
     ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "static_cast<uint64_t>(end - begin)"),
-    ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "offer | static_cast<uint64_t>(end - begin - (i > 0))"),
+    ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "offer | (end - begin > 1)"),
     ("csrc/crew.cpp", "  ++news_;\n", ""),
     ("csrc/crew.cpp", "fetch_sub(1) == 1) tell();", "fetch_sub(1) == 1) {}"),
     ("csrc/crew.cpp", "(place + i) % threads_", "place"),

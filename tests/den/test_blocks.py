@@ -13,6 +13,7 @@ from den.nn.model import create_model
 from den.nn.reference import reference_block
 from den.nn.tasks import Task
 from den_kernels import RoutingPlan
+from den_kernels._extension import extension
 from den_kernels.fold_cache import FoldCache
 from tests.oracle import unlike_new
 
@@ -190,6 +191,27 @@ def test_a_frozen_network_computes_the_same_from_less_memory(small_model):
     kept = sum(block.conv1.weight.untyped_storage().nbytes() for block in small_model.estimator.blocks)
     whole = sum(block.conv1.weight.numel() * 4 for block in small_model.estimator.blocks)
     assert kept == (4 * small_model.num_blocks if runs_direct else whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_block_may_read_its_parameters_in_place(dtype):
+    block = unlike_new(ResidualShape(256, 8, 256, 8, stride=1).build(L)).eval().to(dtype)
+    _, _, route = data([0, 1, 2, 3])
+    x = torch.randn(4, 256, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    default, usual = block.folded(), block(x, route)
+    if default.direct is None:
+        pytest.skip("no direct kernel runs on this CPU: nothing is packed")
+    found = {}
+    for choice in (True, False):
+        block.in_place = choice
+        found[choice] = block.folded().unpacked
+        torch.testing.assert_close(
+            block(x, route).float(), usual.float(), rtol=3e-2, atol=3e-2 * usual.abs().max().item()
+        )
+    reads = dtype == torch.float32 or extension.bf16_isa() == "AVX-512 BF16"
+    assert found == {True: (reads, reads), False: (False, False)}
+    assert default.unpacked == found[dtype == torch.float32]
 
 
 @pytest.mark.parametrize(

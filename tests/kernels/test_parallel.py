@@ -1,4 +1,4 @@
-"""What threads of csrc share (csrc/parallel.h, crew.h) under the thread sanitizer, with an OpenMP runtime that it sees into."""
+"""What threads share (csrc/parallel.h, crew.h) under the thread sanitizer, with an OpenMP runtime that it sees into."""
 
 import subprocess
 from pathlib import Path
