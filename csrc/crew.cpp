@@ -1,22 +1,12 @@
 #include "crew.h"
 
 #include <chrono>
-#include <system_error>
-#include <thread>
-
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
-
-#include "openmp.h"
 
 namespace den_kernels {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-// How long a thread waits busily. While there is work, only about as long as it takes to be woken: whoever it waits for
-// may need its core, where another process has taken the other's. Between a program's calls of ours, longer.
-constexpr std::chrono::microseconds busy_in_work{40}, busy_between{200};
+// How long a thread waits busily: about as long as it takes to be woken.
+constexpr std::chrono::microseconds busy{40};
 
 // Leaves a core's resources to its other thread for some cycles.
 void rest() {
@@ -27,68 +17,20 @@ void rest() {
 #endif
 }
 
-// Waits busily until done(), but no longer than most(); false where it did not come.
-template <class Most, class Done>
-bool soon(Most most, Done done) {
-  const auto start = Clock::now();
+// Waits busily until done(); false where it did not come soon.
+template <class Done>
+bool soon(Done done) {
+  const auto start = std::chrono::steady_clock::now();
   do {
     for (int i = 0; i < 64; ++i) {
       if (done()) return true;
       rest();
     }
-  } while (Clock::now() - start < most());
+  } while (std::chrono::steady_clock::now() - start < busy);
   return false;
 }
 
-// The crews that nobody has. Neither they nor their threads end before the process does.
-struct Idle {
-  std::mutex mutex;
-  std::vector<Crew*> crews;
-};
-
-Idle*& idle() {
-  static Idle* found = [] {
-#if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { idle() = new Idle; });  // a child has none of its parent's threads
-#endif
-    return new Idle;
-  }();
-  return found;
-}
-
 }  // namespace
-
-Crew* Crew::lend(int64_t threads) {
-  Idle& all = *idle();
-  {
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    for (size_t i = all.crews.size(); i-- > 0;) {
-      Crew* crew = all.crews[i];
-      if (crew->threads_ != threads) continue;
-      all.crews.erase(all.crews.begin() + static_cast<int64_t>(i));
-      crew->lent_ = true;
-      return crew;
-    }
-  }
-  return new Crew(threads);
-}
-
-void Crew::give_back(Crew* crew) {
-  crew->lent_ = false;
-  Idle& all = *idle();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.crews.push_back(crew);
-}
-
-Crew::Crew(int64_t threads) : threads_(threads), ranges_(static_cast<size_t>(threads)) {
-  for (int64_t place = 1; place < threads; ++place) {
-    try {
-      std::thread([this, place] { help(place); }).detach();
-    } catch (const std::system_error&) {  // there are as many as the system has
-      break;
-    }
-  }
-}
 
 bool Crew::take_from(int64_t range) {
   std::atomic<uint64_t>& left = ranges_[static_cast<size_t>(range)].left;
@@ -101,10 +43,7 @@ bool Crew::take_from(int64_t range) {
     if (!left.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
     work(context, end - static_cast<int64_t>(seen & 0xFFFFFFFF));  // the part is taken: what was read belongs to it
     any = true;
-    if (unfinished_.fetch_sub(1) == 1 && caller_asleep_) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      finished_.notify_one();
-    }
+    if (unfinished_.fetch_sub(1) == 1) tell();
     seen = left.load(std::memory_order_acquire);
   }
   return any;
@@ -117,16 +56,23 @@ bool Crew::take(int64_t place) {
 }
 
 void Crew::help(int64_t place) {
-  omp_set_num_threads(1);  // of regions in a part
   for (;;) {
     const uint64_t seen = news_;
-    const auto most = [&] { return lent_ ? busy_in_work : busy_between; };
-    if (take(place) || soon(most, [&] { return news_ != seen; })) continue;
+    if (dismissed_) break;
+    if (take(place) || soon([&] { return news_ != seen; })) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     ++asleep_;
     offered_.wait(lock, [&] { return news_ != seen; });
     --asleep_;
   }
+  ++gone_;
+  tell();
+}
+
+void Crew::dismiss(int64_t helpers) {
+  dismissed_ = true;
+  wake();
+  wait(gone_, helpers);
 }
 
 void Crew::run(int64_t count, bool own, Work work, const void* context) {
@@ -142,7 +88,7 @@ void Crew::run(int64_t count, bool own, Work work, const void* context) {
   }
   if (count > 1) wake();
   take(0);
-  wait();
+  wait(unfinished_, 0);
 }
 
 void Crew::wake() {
@@ -152,12 +98,18 @@ void Crew::wake() {
   offered_.notify_all();
 }
 
-void Crew::wait() {
-  if (soon([] { return busy_in_work; }, [&] { return unfinished_ == 0; })) return;
+void Crew::wait(const std::atomic<int64_t>& count, int64_t last) {
+  if (soon([&] { return count == last; })) return;
   std::unique_lock<std::mutex> lock(mutex_);
   caller_asleep_ = true;
-  finished_.wait(lock, [&] { return unfinished_ == 0; });
+  finished_.wait(lock, [&] { return count == last; });
   caller_asleep_ = false;
+}
+
+void Crew::tell() {
+  if (!caller_asleep_) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  finished_.notify_one();
 }
 
 }  // namespace den_kernels

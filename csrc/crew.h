@@ -7,6 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "openmp.h"
+
 namespace den_kernels {
 
 // A thread's share of items 0..count, `threads` threads sharing.
@@ -15,20 +17,34 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
   end = count * (thread + 1) / threads;
 }
 
-// One caller and its helpers. What the caller offers has parts, and everybody takes the next part that nobody has
-// taken. So nobody waits for a helper that has no core, because another process has it: its parts are taken by the
-// others, and the caller waits only for parts that have been begun. Helpers wait for work busily for a while, then
-// asleep, where OpenMP's own threads are busy for milliseconds on a core that somebody may need. A crew lives as long
-// as the process, and one caller at a time has it.
+// One caller and its helpers, the threads of an OpenMP region. What the caller offers has parts, and everybody takes the
+// next part that nobody has taken. So nobody waits for a helper that has no core, because another process has it: its
+// parts are taken by the others, and the caller waits only for parts that have been begun, and once, at the end, for
+// all helpers to leave. Threads wait busily for a moment, then asleep: GNU OpenMP's barriers are busy for milliseconds,
+// on a core that the thread which they wait for may need. They are OpenMP's threads, because a second pool would share
+// its cores with the first, whose threads are busy for milliseconds behind every region of PyTorch's.
 class Crew {
  public:
   using Work = void (*)(const void* context, int64_t part);
 
-  // A crew of a caller and threads - 1 helpers, as far as the system has so many, until it is given back.
-  static Crew* lend(int64_t threads);
-  static void give_back(Crew* crew);
+  explicit Crew(int64_t threads) : threads_(threads), ranges_(static_cast<size_t>(threads)) {}
 
   int64_t threads() const { return threads_; }
+
+  // Calls work() in this thread, which has helpers meanwhile; it must not throw.
+  template <class Caller>
+  void gather(Caller work) {
+#pragma omp parallel num_threads(threads_)
+    {
+      if (omp_get_thread_num()) {
+        help(omp_get_thread_num());
+      } else {
+        work();
+        dismiss(omp_get_num_threads() - 1);
+      }
+    }
+  }
+
   // Calls work(context, part) for the parts 0 .. count - 1, which must not throw. With `own`, each thread has a range
   // of neighbours for its own, and goes on with the others' when it is through; else all take them in their order.
   void run(int64_t count, bool own, Work work, const void* context);
@@ -40,13 +56,16 @@ class Crew {
     std::atomic<uint64_t> left{0};
   };
 
-  explicit Crew(int64_t threads);
   void help(int64_t place);
+  void dismiss(int64_t helpers);
   bool take_from(int64_t range);
   // Takes parts until none is left, from the range `place` first; true where it took any.
   bool take(int64_t place);
   void wake();
-  void wait();
+  // Holds the caller until a count that others move has the value `last`.
+  void wait(const std::atomic<int64_t>& count, int64_t last);
+  // Tells the caller, where it may be asleep, that a count has changed.
+  void tell();
 
   const int64_t threads_;
   std::vector<Range> ranges_;
@@ -56,7 +75,8 @@ class Crew {
   std::atomic<const void*> context_{nullptr};
   std::atomic<int64_t> count_{0}, used_{1};  // parts, and ranges that have any
   std::atomic<int64_t> unfinished_{0};
-  std::atomic<bool> lent_{true};
+  std::atomic<int64_t> gone_{0};  // helpers that have left
+  std::atomic<bool> dismissed_{false};
   std::atomic<uint64_t> news_{0};  // counts offers, for those who wait for one
   std::atomic<int64_t> asleep_{0};
   std::atomic<bool> caller_asleep_{false};

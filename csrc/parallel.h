@@ -53,7 +53,7 @@ class Team {
  public:
   // The team whose layers this thread calls, or null.
   static Team* current() { return own(); }
-  int64_t threads() const { return crew_->threads(); }
+  int64_t threads() const { return crew_.threads(); }
 
   // Calls work(part) for the parts 0 .. count - 1, each in the next thread that is free; throws the first exception.
   template <class Work>
@@ -64,20 +64,34 @@ class Team {
   // Calls work() in this thread, which has a team of `threads` threads meanwhile.
   template <class Work>
   static void run(int64_t threads, Work work) {
-    const FewThreads alone;
     Team team(threads);
-    own() = &team;
-    work();
+    team.gather([&] {
+      const Current current(&team);
+      work();
+    });
   }
 
  private:
   template <class Work>
   friend void share_out(int64_t count, int64_t threads, Work work);
 
-  explicit Team(int64_t threads) : crew_(Crew::lend(threads)) {}
-  ~Team() {
-    own() = nullptr;
-    Crew::give_back(crew_);
+  // This thread's team while it lives.
+  struct Current {
+    Team* const before = own();
+    explicit Current(Team* team) { own() = team; }
+    ~Current() { own() = before; }
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+  };
+
+  explicit Team(int64_t threads) : crew_(threads) {}
+  // Calls work() in this thread, with helpers; throws what it throws.
+  template <class Work>
+  void gather(Work work) {
+    const FewThreads alone;
+    Failure failure;
+    crew_.gather([&] { failure.guard(work); });
+    failure.rethrow();
   }
   static Team*& own() {
     thread_local Team* found = nullptr;
@@ -89,7 +103,7 @@ class Team {
       const Work& work;
       Failure failure;
     } guarded{work, {}};
-    crew_->run(
+    crew_.run(
         count, own,
         [](const void* context, int64_t part) {
           auto& all = *static_cast<Guarded*>(const_cast<void*>(context));
@@ -99,7 +113,7 @@ class Team {
     guarded.failure.rethrow();
   }
 
-  Crew* const crew_;
+  Crew crew_;
 };
 
 // Parts of a layer for each thread of a team: more than one, so that others can take over those of a thread that comes
@@ -130,9 +144,8 @@ void share_out(int64_t count, int64_t threads, Work work) {
     for (int64_t i = 0; i < count; ++i) work(i);
     return;
   }
-  const FewThreads alone;
   Team team(threads);
-  team.run_parts(count, false, work);
+  team.gather([&] { team.run_parts(count, false, work); });
 }
 
 }  // namespace den_kernels

@@ -76,14 +76,14 @@ CPP = [  # file, what stands there, the mistake
     ("csrc/parallel.h", "if (!failed_.exchange(true)) first_", "failed_ = true, first_"),
     ("csrc/parallel.h", "    if (any()) return;\n", ""),
     ("csrc/parallel.h", "guarded.failure.rethrow();", ""),
-    ("csrc/parallel.h", "own() = nullptr;", ""),
+    ("csrc/parallel.h", "~Current() { own() = before; }", ""),
     ("csrc/crew.cpp", "seen - 1, std::memory_order_acq_rel", "seen, std::memory_order_acq_rel"),
     ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "static_cast<uint64_t>(end - begin)"),
     ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "offer | (end - begin > 1)"),
     ("csrc/crew.cpp", "  ++news_;\n", ""),
-    ("csrc/crew.cpp", "fetch_sub(1) == 1 && caller_asleep_", "fetch_sub(1) == 1 && false"),
+    ("csrc/crew.cpp", "fetch_sub(1) == 1) tell();", "fetch_sub(1) == 1) {}"),
     ("csrc/crew.cpp", "(place + i) % threads_", "place"),
-    ("csrc/crew.cpp", "[] { idle() = new Idle; }", "[] {}"),
+    ("csrc/crew.cpp", "  ++gone_;\n", ""),
 ]  # fmt: skip
 EQUIVALENT = {  # survivors that change no result, and why
     "csrc/direct_strips.h: (limit + stride - 1) / stride + 1": "only which rows share a tile: each tile finds its taps",

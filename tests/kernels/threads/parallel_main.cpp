@@ -2,9 +2,6 @@
 // parallel_main CASE. Ends with 0 where what must hold does; the sanitizer ends it at the first race.
 #include "parallel.h"
 
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -140,18 +137,6 @@ void slow() {
   must(done == count, "a part is done once all are through");
 }
 
-// A process that a fork has made has no helpers of its parent's, and makes its own.
-void forked() {
-  run_layers(10, 5);
-  const pid_t child = fork();
-  if (!child) {
-    run_layers(10, 5);
-    _exit(0);
-  }
-  int status = 1;
-  must(waitpid(child, &status, 0) == child && WIFEXITED(status) && !WEXITSTATUS(status), "a forked process computes");
-}
-
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -159,12 +144,12 @@ int main(int count, char** arguments) {
     const char* name;
     void (*run)();
   } cases[] = {{"failure", failure}, {"shared", shared}, {"layers", layers}, {"callers", callers},
-               {"thrown", thrown},   {"slow", slow},     {"forked", forked}};
+               {"thrown", thrown},   {"slow", slow}};
   for (const auto& each : cases)
     if (count == 2 && !std::strcmp(arguments[1], each.name)) {
       each.run();
       return 0;
     }
-  std::fprintf(stderr, "parallel_main: CASE must be failure, shared, layers, callers, thrown, slow or forked\n");
+  std::fprintf(stderr, "parallel_main: CASE must be failure, shared, layers, callers, thrown or slow\n");
   return 2;
 }
