@@ -1,6 +1,5 @@
 #include "crew.h"
 
-#include <chrono>
 #include <system_error>
 #include <thread>
 
@@ -14,9 +13,10 @@ namespace den_kernels {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// How long a thread waits busily. While there is work, only about as long as it takes to be woken: whoever it waits for
-// may need its core, where another process has taken the other's. Between a program's calls of ours, longer.
-constexpr std::chrono::microseconds busy_in_work{40}, busy_between{200};
+// How long a thread waits busily. Between the layers of a network only about as long as it takes to be woken: whoever
+// it waits for may need its core, where another process has taken the other's. Else as long as a program takes from one
+// call of ours to the next.
+constexpr std::chrono::microseconds busy_in_layers{40}, busy_else{200};
 
 // Leaves a core's resources to its other thread for some cycles.
 void rest() {
@@ -66,7 +66,6 @@ Crew* Crew::lend(int64_t threads) {
       Crew* crew = all.crews[i];
       if (crew->threads_ != threads) continue;
       all.crews.erase(all.crews.begin() + static_cast<int64_t>(i));
-      crew->lent_ = true;
       return crew;
     }
   }
@@ -74,7 +73,7 @@ Crew* Crew::lend(int64_t threads) {
 }
 
 void Crew::give_back(Crew* crew) {
-  crew->lent_ = false;
+  crew->in_layers_ = false;
   Idle& all = *idle();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.crews.push_back(crew);
@@ -120,8 +119,7 @@ void Crew::help(int64_t place) {
   omp_set_num_threads(1);  // of regions in a part
   for (;;) {
     const uint64_t seen = news_;
-    const auto most = [&] { return lent_ ? busy_in_work : busy_between; };
-    if (take(place) || soon(most, [&] { return news_ != seen; })) continue;
+    if (take(place) || soon([&] { return busy(); }, [&] { return news_ != seen; })) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     ++asleep_;
     offered_.wait(lock, [&] { return news_ != seen; });
@@ -132,6 +130,7 @@ void Crew::help(int64_t place) {
 void Crew::run(int64_t count, bool own, Work work, const void* context) {
   if (count < 1) return;
   const int64_t used = own ? threads_ : 1;
+  in_layers_ = own;
   const uint64_t offer = static_cast<uint64_t>(++offers_) << 32;
   work_ = work, context_ = context, count_ = count, used_ = used;
   unfinished_ = count;
@@ -145,6 +144,8 @@ void Crew::run(int64_t count, bool own, Work work, const void* context) {
   wait();
 }
 
+std::chrono::microseconds Crew::busy() const { return in_layers_ ? busy_in_layers : busy_else; }
+
 void Crew::wake() {
   ++news_;
   if (!asleep_) return;
@@ -153,7 +154,7 @@ void Crew::wake() {
 }
 
 void Crew::wait() {
-  if (soon([] { return busy_in_work; }, [&] { return unfinished_ == 0; })) return;
+  if (soon([&] { return busy(); }, [&] { return unfinished_ == 0; })) return;
   std::unique_lock<std::mutex> lock(mutex_);
   caller_asleep_ = true;
   finished_.wait(lock, [&] { return unfinished_ == 0; });

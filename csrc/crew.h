@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -45,6 +46,7 @@ class Crew {
   bool take_from(int64_t range);
   // Takes parts until none is left, from the range `place` first; true where it took any.
   bool take(int64_t place);
+  std::chrono::microseconds busy() const;
   void wake();
   void wait();
 
@@ -56,7 +58,7 @@ class Crew {
   std::atomic<const void*> context_{nullptr};
   std::atomic<int64_t> count_{0}, used_{1};  // parts, and ranges that have any
   std::atomic<int64_t> unfinished_{0};
-  std::atomic<bool> lent_{true};
+  std::atomic<bool> in_layers_{false};
   std::atomic<uint64_t> news_{0};  // counts offers, for those who wait for one
   std::atomic<int64_t> asleep_{0};
   std::atomic<bool> caller_asleep_{false};
