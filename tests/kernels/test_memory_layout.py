@@ -119,7 +119,8 @@ def test_residual_block_of_views(C, M, view, selection, dtype):
         made = strided(deepcopy(block), VIEWS[view])
         want = dynamic_residual(x, selection, ResidualWeights.fold(*dense(made), copy=copy))
         got = dynamic_residual(x, selection, ResidualWeights.fold(*made, copy=copy))
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        near = 1e-4 if dtype != torch.bfloat16 else 2**-6  # read in place or packed: rounded once more or less
+        torch.testing.assert_close(got, want, rtol=near, atol=near)
 
 
 NORM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
