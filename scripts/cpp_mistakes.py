@@ -27,10 +27,12 @@ PARTS = {
     "csrc/conv_bands.h": _CONV,
     "csrc/direct_chunks.h": Part(("dynamic_residual_{isa}",), ("tests/kernels/test_dynamic_residual.py",)),
     "csrc/dynamic_trunk.cpp": Part(("dynamic_trunk",), ("tests/kernels/test_dynamic_trunk.py",)),
+    "csrc/instance_queue.h": Part(("dynamic_trunk",), ("tests/kernels/test_dynamic_trunk.py",)),
     "csrc/direct_inverted_residual.h": _INVERTED,
     "csrc/inverted_chunk.h": _INVERTED,
     "csrc/inverted_gates.h": _INVERTED,
     "csrc/parallel.h": Part((), ("tests/kernels/test_parallel.py",)),  # which builds a program of its own
+    "csrc/crew.h": Part((), ("tests/kernels/test_parallel.py",)),
     "csrc/crew.cpp": Part((), ("tests/kernels/test_parallel.py",)),
 }
 CPP = [  # file, what stands there, the mistake
@@ -54,18 +56,17 @@ CPP = [  # file, what stands there, the mistake
     ("csrc/direct_channels.h", "((1u << piece.width) - 1) << piece.first % block", "((1u << piece.width) - 1)"),
     ("csrc/direct_channels.h", "close(channels);", "close(dead);"),
     ("csrc/direct_strips.h", "(limit + stride - 1) / stride", "(limit + stride - 1) / stride + 1"),
-    ("csrc/direct_strips.h", "std::min(most, strips[part] - i * most)", "std::min(most, strips[part] - i * most - 1)"),
+    ("csrc/direct_strips.h", "tiles ? count * i / tiles : 0", "tiles ? (count - 1) * i / tiles : 0"),
     ("csrc/conv_bands.h", "std::min(rows, p.Ho - row)", "rows"),
-    ("csrc/direct_chunks.h", "count * (thread + 1) / threads", "count * (thread + 1) / threads - 1"),
     ("csrc/direct_chunks.h", "threads, static_cast<int64_t>(rest.size()),\n             [&]", "threads, 0, [&]"),
-    ("csrc/direct_chunks.h", "team, wait);\n        wait();", "team, wait);"),
+    ("csrc/direct_chunks.h", "i < end; ++i) rest(i)", "i + 1 < end; ++i) rest(i)"),
     ("csrc/dynamic_trunk.cpp", "++offsets[G - levels[instances[i]] + 1]", "++offsets[G - levels[i] + 1]"),
     ("csrc/dynamic_trunk.cpp", "]]]++] = instances[i]", "]]]++] = i"),
-    ("csrc/dynamic_trunk.cpp", "if (sorted.idle()) return;", "if (!sorted.idle()) return;"),
-    ("csrc/dynamic_trunk.cpp", "first = i ? ends[i - 1] : 0;", "first = i ? ends[i - 1] + 1 : 0;"),
+    ("csrc/dynamic_trunk.cpp", "if (!sorted.users()) return;", "if (sorted.users()) return;"),
     ("csrc/dynamic_trunk.cpp", "std::min(together, count - i)", "together"),
-    ("csrc/dynamic_trunk.cpp", "k < ends[i]; ++k)", "k + 1 < ends[i]; ++k)"),
-    ("csrc/dynamic_trunk.cpp", "taken + costs[order[i]] <= most", "taken + costs[order[i]] > most"),
+    ("csrc/instance_queue.h", "first = i ? ends[i - 1] : 0;", "first = i ? ends[i - 1] + 1 : 0;"),
+    ("csrc/instance_queue.h", "ends[i] - first);", "ends[i] - first - 1);"),
+    ("csrc/instance_queue.h", "taken + costs[order[i]] <= most", "taken + costs[order[i]] > most"),
     ("csrc/direct_inverted_residual.h", "max(done, y * p.stride - p.R / 2)", "max(done, y * p.stride)"),
     ("csrc/direct_inverted_residual.h", "1) * p.stride - p.R / 2 + p.R", "1) * p.stride - p.R / 2 + p.R - 1"),
     ("csrc/direct_inverted_residual.h", "row.end = std::min(p.R, p.H - top)", "row.end = p.R"),
@@ -77,6 +78,7 @@ CPP = [  # file, what stands there, the mistake
     ("csrc/parallel.h", "    if (any()) return;\n", ""),
     ("csrc/parallel.h", "guarded.failure.rethrow();", ""),
     ("csrc/parallel.h", "~Current() { own() = before; }", ""),
+    ("csrc/crew.h", "count * (thread + 1) / threads", "count * (thread + 1) / threads - 1"),
     ("csrc/crew.cpp", "seen - 1, std::memory_order_acq_rel", "seen, std::memory_order_acq_rel"),
     ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "static_cast<uint64_t>(end - begin)"),
     ("csrc/crew.cpp", "offer | static_cast<uint64_t>(end - begin)", "offer | (end - begin > 1)"),
@@ -87,7 +89,7 @@ CPP = [  # file, what stands there, the mistake
 ]  # fmt: skip
 EQUIVALENT = {  # survivors that change no result, and why
     "csrc/direct_strips.h: (limit + stride - 1) / stride + 1": "only which rows share a tile: each tile finds its taps",
-    "csrc/dynamic_trunk.cpp: taken + costs[order[i]] > most": "only how instances are cut into chunks",
+    "csrc/instance_queue.h: taken + costs[order[i]] > most": "only how instances are cut into chunks",
 }
 
 
