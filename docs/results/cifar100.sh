@@ -58,6 +58,8 @@ converged() {
   for seed in ${SEEDS:-0 1}; do
     train dense --mode dense --estimator.first.steps $updates
     train den-0.5 $elastic --selector.budget 0.5
+    train den-0.5-from-dense $elastic --selector.budget 0.5 --mode den --start "$out/$prefix-dense-s$seed" \
+      --estimator.first.rate 0.05 --estimator.finish.rate 0.05 --estimator.finish.steps $((updates / 2))
     train nestednet --mode nestednet --estimator.first.steps $updates --methods.levels $levels
     train den-0.35 $elastic --selector.budget 0.35
     train blockdrop --mode blockdrop --selector.phase.steps $policy --estimator.finish.rate 0.03 \
