@@ -17,12 +17,12 @@ inline void share(int64_t count, int64_t thread, int64_t threads, int64_t& begin
   end = count * (thread + 1) / threads;
 }
 
-// One caller and its helpers, the threads of an OpenMP region. What the caller offers has parts, and everybody takes the
-// next part that nobody has taken. So nobody waits for a helper that has no core, because another process has it: its
-// parts are taken by the others, and the caller waits only for parts that have been begun, and once, at the end, for
-// all helpers to leave. Threads wait busily for a moment, then asleep: GNU OpenMP's barriers are busy for milliseconds,
-// on a core that the thread which they wait for may need. They are OpenMP's threads, because a second pool would share
-// its cores with the first, whose threads are busy for milliseconds behind every region of PyTorch's.
+// One caller and its helpers, the threads of an OpenMP region. What the caller offers has parts, and everybody takes
+// the next part that nobody has taken. So nobody waits for a helper that has no core, because another process has it:
+// its parts are taken by the others, and the caller waits only for parts that have been begun, and once, at the end,
+// for all helpers to leave. Threads wait busily for a moment, then asleep: GNU OpenMP's barriers are busy for
+// milliseconds, on a core that the thread which they wait for may need. They are OpenMP's threads, because a second
+// pool would share its cores with the first, whose threads are busy for milliseconds behind every region of PyTorch's.
 class Crew {
  public:
   using Work = void (*)(const void* context, int64_t part);

@@ -143,8 +143,8 @@ int main(int count, char** arguments) {
   const struct {
     const char* name;
     void (*run)();
-  } cases[] = {{"failure", failure}, {"shared", shared}, {"layers", layers}, {"callers", callers},
-               {"thrown", thrown},   {"slow", slow}};
+  } cases[] = {{"failure", failure}, {"shared", shared}, {"layers", layers},
+               {"callers", callers}, {"thrown", thrown}, {"slow", slow}};
   for (const auto& each : cases)
     if (count == 2 && !std::strcmp(arguments[1], each.name)) {
       each.run();
