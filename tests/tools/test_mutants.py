@@ -1,4 +1,4 @@
-"""The mistakes in C++ that scripts/mutants.py makes: each changes code that stands there once, and has tests to find it."""
+"""The mistakes in C++ of scripts/mutants.py: each changes code that stands there once, and has tests to find it."""
 
 import sys
 from pathlib import Path
