@@ -258,6 +258,7 @@ print("whole")
 """
 
 
+@pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer checks the heap itself")
 @pytest.mark.skipif(find_library("c_malloc_debug") is None, reason="the C library has no checks of its heap")
 def test_strided_kernels_of_one_tap_write_nowhere_else():
     """oneDNN does, for bfloat16 weights of fewer than 16 input channels: the heap is checked at every allocation."""
