@@ -37,9 +37,13 @@ void run(Work work) {
 void failure() {
   for (int turn = 0; turn < 100; ++turn) {
     Failure failure;
+    std::atomic<int> begun{0};
     int later = 0;
     run([&](int thread) {
-      failure.guard([&] { throw std::invalid_argument(std::to_string(thread)); });
+      failure.guard([&] {  // all begin before any fails
+        for (++begun; begun < threads;) std::this_thread::yield();
+        throw std::invalid_argument(std::to_string(thread));
+      });
       must(failure.any(), "a failure is not seen");
     });
     failure.guard([&] { ++later; });
