@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from den_kernels import ElasticModel, convert, extract, freeze, level_flops, levels, recalibrate
+from den_kernels import ElasticModel, WithLevels, convert, extract, freeze, level_flops, levels, recalibrate
 from den_kernels._extension import extension
 from den_kernels.convert.frozen import FrozenBlock, FrozenRow
 from den_kernels.convert.frozen_conv import FrozenConv2d
@@ -223,24 +223,14 @@ def test_a_shortcut_and_a_head_of_its_own_and_an_elastic_model():
 def test_a_frozen_model_exports_with_its_weights_as_constants():
     model, x = row_of(PlainBottleneck, 2), torch.randn(2, 3, 8, 8)
     report = convert(model, 2, example=x[:1])
-    frozen = freeze(model, x[:1])
-
-    class WithLevels(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = frozen
-
-        def forward(self, x, own):
-            with levels(self.model, own):
-                return self.model(x)
-
+    frozen = WithLevels(freeze(model, x[:1]))
     own = random_levels(2, report.lowest, 2)
     with torch.no_grad():
-        program = torch.export.export(WithLevels(), (x, own), strict=False)
+        program = torch.export.export(frozen, (x, own), strict=False)
         names = {str(node.target) for node in program.graph.nodes}
         assert any("dynamic_bottleneck" in name for name in names)
         for given in (own, own.flip(0)):
-            torch.testing.assert_close(program.module()(x, given), WithLevels()(x, given), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(program.module()(x, given), frozen(x, given), rtol=1e-4, atol=1e-4)
 
 
 def test_masks_are_refused_where_there_are_statistics_for_each_level():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from den_kernels import convert, freeze, levels
+from den_kernels import WithLevels, convert, freeze, levels
 from den_kernels._extension import extension
 from den_kernels.building import DenseConv, DenseHead, TaskNetwork
 from den_kernels.convert.frozen_network import FrozenNetwork
@@ -134,17 +134,7 @@ def test_steps_run_one_by_one_where_one_call_does_not_do_what_they_do(what, monk
     elif what == "traced":
         with torch.no_grad(), levels(model, own):
             wanted = model(x)
-
-        class Levelled(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = frozen
-
-            def forward(self, x, own):
-                with levels(self.model, own):
-                    return self.model(x)
-
-        program = torch.export.export(Levelled(), (x, own), strict=False)
+        program = torch.export.export(WithLevels(frozen), (x, own), strict=False)
         with torch.no_grad():
             assert_near(program.module()(x, own), wanted)
     elif what == "autocast":
