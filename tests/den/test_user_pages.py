@@ -23,7 +23,8 @@ def blocks(page, language):
 @pytest.fixture
 def runs(tmp_path, monkeypatch, stored_run):
     monkeypatch.chdir(tmp_path)
-    stored_run(tmp_path / "runs" / "flowers")
+    for name in ("flowers", "flowers-dense"):
+        stored_run(tmp_path / "runs" / name)
     (tmp_path / "new").mkdir()
     for name, image in zip("ab", load_set("digits", "test").images, strict=False):
         Image.fromarray(image[0].numpy()).save(tmp_path / "new" / f"{name}.png")
