@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import networkx as nx
 
 from den.support.tables import with_section
 
@@ -75,24 +77,10 @@ def imports() -> Counter[tuple[str, str]]:
     return Counter({edge: count for edge, count in found.items() if edge[0] != edge[1]})
 
 
-def reachable(start: str, edges: Iterable[tuple[str, str]]) -> set[str]:
-    """The parts that a path of imports leads to, the start itself only where it lies on a circle."""
-    below = defaultdict(set)
-    for above, part in edges:
-        below[above].add(part)
-    found: set[str] = set()
-    waiting = [start]
-    while waiting:
-        new = below[waiting.pop()] - found
-        found |= new
-        waiting += new
-    return found
-
-
 def without_circles(edges: Edges) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(imports that keep to an order, imports against it): of every circle the thinnest import goes."""
     kept, against = sorted(edges), []
-    while circular := [edge for edge in kept if edge[0] in reachable(edge[1], kept)]:
+    while circular := [edge for edge in kept if nx.has_path(nx.DiGraph(kept), edge[1], edge[0])]:
         thinnest = min(circular, key=lambda edge: (edges[edge], edge))
         kept.remove(thinnest)
         against.append(thinnest)
@@ -101,17 +89,13 @@ def without_circles(edges: Edges) -> tuple[list[tuple[str, str]], list[tuple[str
 
 def rows(kept: list[tuple[str, str]]) -> dict[str, int]:
     """The row of every part, 0 at the bottom: one above the highest of those that it imports."""
-    parts = sorted({part for edge in kept for part in edge})
-    row = dict.fromkeys(parts, 0)
-    for _ in parts:  # as often as the longest path may be long
-        for above, below in kept:
-            row[above] = max(row[above], row[below] + 1)
-    return row
+    generations = nx.topological_generations(nx.DiGraph(kept).reverse())
+    return {part: row for row, parts in enumerate(generations) for part in sorted(parts)}
 
 
 def essential(kept: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The imports that follow from no others: the transitive reduction."""
-    return [edge for edge in kept if edge[1] not in reachable(edge[0], [other for other in kept if other != edge])]
+    return sorted(nx.transitive_reduction(nx.DiGraph(kept)).edges)
 
 
 def files_of(part: str) -> list[Path]:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from den.support.tables import markdown_table, with_section
+from den.support.tables import markdown_table, write_section
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/results/trust.md"
@@ -74,8 +74,7 @@ def main() -> int:
     text = table(report)
     print(text)
     if options.write:
-        page = with_section(PAGE.read_text(encoding="utf-8"), "coverage", text, "coverage: docs/results/trust.md")
-        PAGE.write_text(page, encoding="utf-8")
+        write_section(PAGE, "coverage", text)
     return status
 
 

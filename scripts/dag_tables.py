@@ -22,7 +22,7 @@ from den.dag.evaluate import deployed_parameters
 from den.dag.kinds import relative_gains
 from den.report.dag.measured import RunReport, measure
 from den.report.evidence import Interval, paired
-from den.support.tables import markdown_table, with_section
+from den.support.tables import markdown_table, write_section
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 MAIN = {
@@ -205,10 +205,8 @@ def main() -> None:
     tables = {part: make(runs, names) for part, names in parts.items()}
     print("\n\n".join(tables.values()))
     if given.write:
-        text = page.read_text(encoding="utf-8")
         for part, made in tables.items():
-            text = with_section(text, part, made, f"dag_tables: {page}")
-        page.write_text(text, encoding="utf-8")
+            write_section(page, part, made)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch.export import Dim
 
 import den_kernels
 from benchmarks import packages
+from den.support.tables import markdown_table
 from den_kernels.convert import Block
 from den_kernels.testing import assert_as_accurate, channel_mask
 from tests.oracle import unlike_new
@@ -265,14 +266,13 @@ def page(rows: list[list[str]]) -> str:
     packages = ("torch", "torchvision", "timm", "transformers", "pytorchcv")
     made = ", ".join(f"{package} {version(package)}" for package in packages)
     header = ["model", "images", "blocks", "one op", "left alone", *CHECKS]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return f"""# Models of other packages
 
 What `scripts/foreign_models.py` checks of each model, in square images of that side, a batch of {BATCH}, {GROUPS}
 channel groups, random weights, on a CPU; the script says what each column means. "One op": blocks that run as one op,
 the others layer by layer. {made}.
 
-{chr(10).join(lines)}
+{markdown_table(header, rows)}
 """
 
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from den.support.files import write_text
-from den.support.tables import markdown_table, with_section
+from den.support.tables import markdown_table, write_section
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/results/trust.md"
@@ -108,8 +108,7 @@ def main() -> int:
     text = table(results, options.seed)
     print(text)
     if options.write:
-        page = with_section(PAGE.read_text(encoding="utf-8"), "fuzz", text, "fuzz: docs/results/trust.md")
-        PAGE.write_text(page, encoding="utf-8")
+        write_section(PAGE, "fuzz", text)
     return int(not all(results[test].passed for test in asked))
 
 

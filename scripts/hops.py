@@ -29,7 +29,7 @@ import den
 import den_kernels
 from den import DeepElasticNetwork, Task, create_model
 from den.recipes.den import train
-from den.support.tables import markdown_table, with_section
+from den.support.tables import markdown_table, write_section
 from den.train.config import DataConfig, EstimatorTraining, NetworkConfig, PhaseConfig, SelectorTraining, TrainConfig
 from den.train.engine import Engine
 
@@ -149,8 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = markdown_table(["what", "functions", "files", "calls"], list(rows(found)))
     print(table)
     if options.write:
-        text = with_section(PAGE.read_text(encoding="utf-8"), "hops", table, "hops: docs/architecture.md")
-        PAGE.write_text(text, encoding="utf-8")
+        write_section(PAGE, "hops", table)
     if options.list:
         print(*(listing(name, hops) for name, hops in found.items()), sep="\n")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from den.support.files import PARTIAL
-from den.support.tables import with_section
+from den.support.tables import markdown_table, write_section
 from den.train.checkpoint import load_checkpoint, read_updates
 from den.train.folder import read_metrics
 
@@ -108,21 +108,17 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 
 def table(kills: list[Kill], differ: list[str], updates: int, seconds: float) -> str:
-    rows = ["| kill | phase | after update | killed | unfinished file left | continued from |", "|" + "---|" * 6]
+    head, rows = ("kill", "phase", "after update", "killed", "unfinished file left", "continued from"), []
     for i, each in enumerate(kills, 1):
         when = "in a checkpoint" if each.in_checkpoint else f"{each.wait * 1e3:.0f} ms later"
         left = "yes" if each.partial else "no"
-        rows.append(f"| {i} | {each.phase} | {each.updates} | {when} | {left} | {each.kept} |")
+        rows.append([str(i), each.phase, str(each.updates), when, left, str(each.kept)])
     verdict = f"**different: {', '.join(differ)}**" if differ else "the same to the bit"
     inside = sum(each.partial for each in kills)
-    return "\n".join(
-        [
-            f"{len(kills)} kills in a run of {updates} updates, {inside} of them with a checkpoint half written. "
-            f"Weights, optimisers, generators, records and metrics at the end: {verdict} ({seconds:.0f} s; "
-            f"torch {torch.__version__}).",
-            "",
-            *rows,
-        ]
+    return (
+        f"{len(kills)} kills in a run of {updates} updates, {inside} of them with a checkpoint half written. "
+        f"Weights, optimisers, generators, records and metrics at the end: {verdict} ({seconds:.0f} s; "
+        f"torch {torch.__version__}).\n\n{markdown_table(head, rows)}"
     )
 
 
@@ -146,8 +142,7 @@ def main() -> int:
         text = table(kills, differ, read_updates(killed / "last.safetensors"), time.perf_counter() - begun)
     print(text)
     if options.write:
-        page = with_section(PAGE.read_text(encoding="utf-8"), "kills", text, "kills: docs/results/trust.md")
-        PAGE.write_text(page, encoding="utf-8")
+        write_section(PAGE, "kills", text)
     return int(bool(differ))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import den
-from den.support.tables import with_section
+from den.support.tables import markdown_table, write_section
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, RoutingPlan
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/results/trust.md"
@@ -51,9 +51,9 @@ def network() -> den.DeepElasticNetwork:
 
 @dataclass
 class Found:
-    """Finding of a check, in words or a row of the table, and whether it is what it must be."""
+    """Finding of a check, in words or as the cells of a row, and whether it is what it must be."""
 
-    text: str
+    text: str | list[str]
     good: bool
 
 
@@ -70,8 +70,8 @@ def repeated(name: str, count: int, turn: Callable[[], object], probe: Callable[
     good = same and abs(growth) <= ALLOWED
     bits = "-" if first is None else "the same" if same else "**changed**"
     print(f"{name}: {seconds:.0f} s, {growth:+.2%}", flush=True)
-    numbers = f"{count:,} | {early / 1e6:.1f} | {late / 1e6:.1f} | {growth:+.2%}"
-    return Found(f"| {name} | {numbers} | {bits} | {'yes' if good else '**NO**'} |", good)
+    numbers = f"{count:,}", f"{early / 1e6:.1f}", f"{late / 1e6:.1f}", f"{growth:+.2%}"
+    return Found([name, *numbers, bits, "yes" if good else "**NO**"], good)
 
 
 def training(count: int) -> Found:
@@ -206,14 +206,13 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the table into docs/results/trust.md")
     options = parser.parse_args()
     rows = [training(options.steps), engine_calls(options.calls), layer_calls(options.calls)]
-    head = "| what | times | MB after a tenth | MB at the end | growth | probe's bits | flat within 2 % |"
+    head = ("what", "times", "MB after a tenth", "MB at the end", "growth", "probe's bits", "flat within 2 %")
     lines = [threads_at_once(options.calls // 100), workers("fork"), workers("spawn"), caches()]
-    table = [head, "|---|---:|---:|---:|---:|---|---|", *(row.text for row in rows)]
-    text = "\n".join([*table, "", *(f"- {line.text}" for line in lines)])
+    table = markdown_table(head, [row.text for row in rows])
+    text = "\n".join([table, "", *(f"- {line.text}" for line in lines)])
     print(text)
     if options.write:
-        page = with_section(PAGE.read_text(encoding="utf-8"), "leaks", text, "leaks: docs/results/trust.md")
-        PAGE.write_text(page, encoding="utf-8")
+        write_section(PAGE, "leaks", text)
     return int(not all(found.good for found in (*rows, *lines)))
 
 

@@ -61,16 +61,9 @@ EQUIVALENT = cpp_mistakes.EQUIVALENT | {  # changes that are no mistakes, and wh
     "den/train/phases.py: selector_rate: float = 1.0": "read where a phase trains both networks, which sets it",
 }
 PRELOADED = [
-    "numpy",
-    "torch",
-    "torch.distributed",
-    "torch._dynamo",
-    "safetensors.torch",
-    "hypothesis",
-    "pytest",
-    "tyro",
+    "numpy", "torch", "torch.distributed", "torch._dynamo", "safetensors.torch", "hypothesis", "pytest", "tyro",
     "PIL.Image",
-]
+]  # fmt: skip
 
 
 def copy_tree(to: Path) -> None:
@@ -203,12 +196,7 @@ def table(results: dict[str, tuple[int, list[Mistake]]]) -> str:
         rows.append(f"| `{path}` | {count} | {count - len(unknown)} | {1 - len(unknown) / count:.0%} |")
         left += [(path, each, why_none(path, each)) for each in survived]
     survived = sum(not why for _, _, why in left)
-    lines = [
-        f"{made} mistakes, {made - survived} found: {1 - survived / made:.0%}.",
-        "",
-        *rows,
-        "",
-    ]
+    lines = [f"{made} mistakes, {made - survived} found: {1 - survived / made:.0%}.", "", *rows, ""]
     lines += [f"- `{path}`: `{each.words}`" + (f" (no mistake: {why})" if why else "") for path, each, why in left]
     return "\n".join(lines)
 
@@ -236,11 +224,9 @@ def main() -> int:
     text = table(results)
     print(text)
     if options.write:
-        from den.support.tables import with_section
+        from den.support.tables import write_section
 
-        name = "mutants-cpp" if options.cpp else "mutants"
-        page = with_section(PAGE.read_text(encoding="utf-8"), name, text, "mutants: docs/results/trust.md")
-        PAGE.write_text(page, encoding="utf-8")
+        write_section(PAGE, "mutants-cpp" if options.cpp else "mutants", text)
     return 0
 
 

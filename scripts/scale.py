@@ -39,6 +39,7 @@ from den.nn.count import count_flops
 from den.nn.model import create_model
 from den.nn.norms import share_statistics
 from den.nn.tasks import Task
+from den.support.tables import write_section
 from den.train.gradients import GradientMeans
 from den.train.objective import initial_structures, instance_losses
 
@@ -215,15 +216,13 @@ def tables(steps: dict[Step, tuple[int, ...]], machine: Machine) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
-    write = parser.parse_args().write
+    options = parser.parse_args()
     torch.manual_seed(0)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=GPUS[-1])
     text = tables({elastic(): (64, 256), searched(): (8,)}, Machine())
     print(text)
-    if write:
-        before, rest = PAGE.read_text(encoding="utf-8").split("<!-- scale:begin -->")
-        after = rest.split("<!-- scale:end -->")[1]
-        PAGE.write_text(f"{before}<!-- scale:begin -->\n{text}\n<!-- scale:end -->{after}", encoding="utf-8")
+    if options.write:
+        write_section(PAGE, "scale", text)
     dist.destroy_process_group()
     return 0
 

@@ -36,7 +36,7 @@ from PIL import Image
 
 import den
 from den.data import load_set
-from den.support.tables import markdown_table, with_section
+from den.support.tables import markdown_table, write_section
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # at the end: an installed den stays the one that is measured
@@ -95,19 +95,8 @@ def pictures(run: Path, count: int) -> list[Sent]:
 @contextlib.contextmanager
 def server(run: Path, port: int, batch: int, proxy: str) -> Iterator[subprocess.Popen[str]]:
     """`den serve` in a process of its own, ready."""
-    command = [
-        sys.executable,
-        "-m",
-        "den",
-        "serve",
-        str(run),
-        "--port",
-        str(port),
-        "--batch",
-        str(batch),
-        "--proxy",
-        proxy,
-    ]
+    options = ["--port", str(port), "--batch", str(batch), "--proxy", proxy]
+    command = [sys.executable, "-m", "den", "serve", str(run), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stdout is not None
@@ -218,16 +207,8 @@ def table(results: dict[int, list[Seen]]) -> str:
             ]
         )  # fmt: skip
     head = (
-        "server",
-        "answers/s",
-        "mean batch",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "answers",
-        "unlike offline",
-        "not answered",
-    )
+        "server", "answers/s", "mean batch", "p50 ms", "p90 ms", "p99 ms", "answers", "unlike offline", "not answered",
+    )  # fmt: skip
     return markdown_table(head, rows)
 
 
@@ -268,13 +249,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if options.write:
-        write(text)
-
-
-def write(text: str) -> None:
-    """Put a result between the marks of the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_section(page, "load", text, str(PAGE)), encoding="utf-8")
+        write_section(PAGE, "load", text)
 
 
 if __name__ == "__main__":

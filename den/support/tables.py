@@ -7,6 +7,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 SPECIAL = {
     "&": r"\&",
@@ -49,6 +50,11 @@ def with_section(document: str, name: str, text: str, what: str) -> str:
     if not (begin_found and end_found):
         raise ValueError(f"{what} must hold the lines {begin} and {end}, in this order")
     return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Write what stands between the markers of a section into a Markdown file: see `with_section`."""
+    page.write_text(with_section(page.read_text(encoding="utf-8"), name, text, str(page)), encoding="utf-8")
 
 
 def csv_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
