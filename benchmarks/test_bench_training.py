@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.nn.count import count_flops, image_flops, parameter_fractions
+from den.nn.count import count_flops, image_flops
 from den.nn.task_batch import task_batch
-from den.train.objective import leave_one_out_advantage, reinforce, sparsity_penalty
+from den.train.objective import leave_one_out_advantage, parameter_fractions, reinforce, sparsity_penalty
 from den_kernels import RoutingPlan
 
 from .allocations import require

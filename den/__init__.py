@@ -7,14 +7,7 @@ if TYPE_CHECKING:
     from den.inference.engine import Engine
     from den.nn.attached import attach_selector
     from den.nn.backbones import BACKBONES, Backbone, named_backbone, resnet, resnext, vgg, wide_resnet
-    from den.nn.count import (
-        ImageFlops,
-        ParameterCounts,
-        count_flops,
-        count_parameters,
-        image_flops,
-        parameter_fractions,
-    )
+    from den.nn.count import ImageFlops, ParameterCounts, count_flops, count_parameters, image_flops
     from den.nn.estimator import Estimator
     from den.nn.graphed import GraphedNetwork
     from den.nn.levels import level_fractions, level_groups, level_widths
@@ -24,6 +17,7 @@ if TYPE_CHECKING:
     from den.nn.tasks import Task
     from den.recipes.converted import ElasticTraining, train_elastic
     from den.runs.predict import Prediction, Predictor, load
+    from den.train.objective import parameter_fractions
     from den_kernels import __version__
 
 # Imported when they are asked for, so that the command line is there before torch: see `den.cli`.
@@ -31,9 +25,7 @@ _HOMES = {
     "den.inference.engine": ("Engine",),
     "den.nn.attached": ("attach_selector",),
     "den.nn.backbones": ("BACKBONES", "Backbone", "named_backbone", "resnet", "resnext", "vgg", "wide_resnet"),
-    "den.nn.count": (
-        "ImageFlops", "ParameterCounts", "count_flops", "count_parameters", "image_flops", "parameter_fractions",
-    ),
+    "den.nn.count": ("ImageFlops", "ParameterCounts", "count_flops", "count_parameters", "image_flops"),
     "den.nn.estimator": ("Estimator",),
     "den.nn.graphed": ("GraphedNetwork",),
     "den.nn.levels": ("level_fractions", "level_groups", "level_widths"),
@@ -43,6 +35,7 @@ _HOMES = {
     "den.nn.tasks": ("Task",),
     "den.runs.predict": ("Prediction", "Predictor", "load"),
     "den.recipes.converted": ("ElasticTraining", "train_elastic"),
+    "den.train.objective": ("parameter_fractions",),
     "den_kernels": ("__version__",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_SUPPORT = ("device", "files", "heap", "limits", "progress", "randomness", "tables", "terminal")
+_SUPPORT = ("device", "files", "heap", "limits", "progress", "tables", "terminal")
 _NN = (
     "tasks", "task_batch", "levels", "backbones", "folding", "initial", "selector", "estimator", "model",
     "model_config", "count", "plain", "reference", "blocks",
@@ -36,6 +36,7 @@ MOVED = {
     "den.measure": "den.runs.command",
     "den.method": "den.recipes.base",
     "den.operating": "den.evaluate.operating",
+    "den.randomness": "den.support.device",
     "den.run_folder": "den.train.folder",
     "den.run_lock": "den.train.lock",
     "den.run_state": "den.runs.state",

@@ -37,10 +37,9 @@ from den.dag.network import DagNetwork
 from den.data import Batch
 from den.nn.count import count_flops
 from den.nn.model import create_model
-from den.nn.norms import share_statistics
 from den.nn.tasks import Task
 from den.support.tables import write_section
-from den.train.gradients import GradientMeans
+from den.train.gradients import GradientMeans, share_statistics
 from den.train.objective import initial_structures, instance_losses
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/scale.md"

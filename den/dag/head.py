@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from den.dag.kinds import KINDS
 from den.dag.model_config import DagConfig
-from den.nn.ends import ConvNormReLU
+from den.nn.ends import ConvNormReLU, FeatureNorm
 from den.nn.modules import Modules
-from den.nn.norms import FeatureNorm
 from den.nn.tasks import Task
 
 DILATIONS = (6, 12, 18, 24)

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.data import ImageSet
-from den.nn.count import count_flops, parameter_fractions
+from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.support import ranks
-from den.train.objective import entropy, sparsity_penalty
+from den.train.objective import entropy, parameter_fractions, sparsity_penalty
 
 Structures = Callable[[Images, Tasks], Tensor | None]
 """A rule: images and task -> levels int64 [B, N] in 0..L-1 on the images' device; None: the full structure for all."""

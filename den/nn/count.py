@@ -107,11 +107,5 @@ def image_flops(model: DeepElasticNetwork, task: TaskName) -> ImageFlops:
     )
 
 
-def parameter_fractions(model: DeepElasticNetwork) -> Tensor:
-    """`d_i(l)` of the paper's eq. 5: float32 [N, L], the share of block i's weights that level l uses."""
-    table = model.estimator.level_parameters
-    return table.float() / table[:, -1:]
-
-
 def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,8 +1,10 @@
 """The layers around the blocks: each task's stem before them, the norm and fully connected layers behind them."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from den.nn.blocks import BlockShape
 from den.nn.folding import folded_weight
 from den.nn.modules import lay_out_channels_last
 from den.nn.tasks import Task
-from den_kernels import DynamicBatchNorm2d
+from den_kernels import DynamicBatchNorm2d, dynamic_batch_norm
 from den_kernels.building import FoldCache, may_fold
 
 KERNEL = 7
@@ -117,6 +119,38 @@ def enlarge(images: Tensor, size: int) -> Tensor:
     if not images.shape[0]:
         return images.new_empty(0, images.shape[1], size, size)
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+
+
+class FeatureNorm(nn.BatchNorm1d):
+    """`nn.BatchNorm1d` of features [B, C].  One image or none leave the running statistics as they are.
+
+    One image alone has no statistics of its own: while training, too, it is normed with the running ones.
+
+    Attributes:
+        process_group: as of `DynamicBatchNorm2d`: "world" where all processes share their statistics while training.
+    """
+
+    process_group: Literal["world"] | None = None
+
+    @property
+    def shares(self) -> bool:
+        """True where the next call takes its statistics from several processes."""
+        return self.process_group is not None and self.training and dist.is_initialized() and dist.get_world_size() > 1
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C]
+        if self.process_group is None or not self.shares:
+            if self.training and len(x) == 1:
+                return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return super().forward(x) if x.shape[0] else x
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        everything = torch.ones(len(x), dtype=torch.int32, device=x.device)
+        y = dynamic_batch_norm(
+            x[:, :, None, None], everything, self.weight, self.bias, self.running_mean, self.running_var,
+            groups=(self.num_features,), training=True, momentum=self.momentum or 0.0, eps=self.eps,
+            process_group=dist.group.WORLD,
+        )  # fmt: skip
+        return y[:, :, 0, 0]
 
 
 def last_norm(backbone: Backbone, last: BlockShape) -> nn.BatchNorm2d | None:

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.nn.blocks import BlockShape
-from den.nn.ends import KERNEL, ConvNormReLU, Stem, enlarge
+from den.nn.ends import KERNEL, ConvNormReLU, FeatureNorm, Stem, enlarge
 from den.nn.modules import Modules
-from den.nn.norms import FeatureNorm
 from den.nn.one_call import OneCall, conv_network, fits
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from den.data import Batch
-from den.nn.count import parameter_fractions
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, task_rows
 from den.support import ranks
 from den.train.config import TrainConfig
 from den.train.engine import Engine
-from den.train.objective import Objective, draw_levels, instance_losses, sparsity_penalty
+from den.train.objective import Objective, draw_levels, instance_losses, parameter_fractions, sparsity_penalty
 from den.train.phases import NetworkPhase
 
 

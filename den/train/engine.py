@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from den.data import Batch, BatchStream
-from den.nn.norms import share_statistics
 from den.support import ranks
+from den.support.device import seeded
 from den.support.progress import Progress
-from den.support.randomness import seeded
 from den.support.run_config import RunConfig
 from den.train.checkpoint import save_checkpoint
 from den.train.folder import RunFolder
-from den.train.gradients import GradientMeans
+from den.train.gradients import GradientMeans, share_statistics
 from den.train.objective import Meter, Objective
 from den.train.phases import Phase
 from den.train.recipe import Recipe

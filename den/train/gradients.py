@@ -1,17 +1,19 @@
-"""Means of gradients over the processes of a run, taken while the backward pass still runs."""
+"""Means of gradients over the processes of a run, taken while the backward pass still runs, and shared batch norms."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from den.nn.ends import FeatureNorm
 from den.support import ranks
 from den.train.sharding import Shards
+from den_kernels import DynamicBatchNorm2d
 
 BUCKET = 8 * 2**20  # bytes that are sent at once; the first ones leave while the backward pass computes the others
 
@@ -102,3 +104,20 @@ class GradientMeans:
     def _kind(self, parameter: nn.Parameter) -> tuple[object, ...]:
         """Properties that parameters which are sent together have in common."""
         return parameter.dtype, parameter.device, self._owner(parameter)
+
+
+def share_statistics(model: nn.Module, apart: Container[nn.Module] = ()) -> None:
+    """Let all processes share the statistics of the batch norms of `model` while training, but for those `apart`.
+
+    Raises TypeError for a batch norm of another kind, which could not.
+    """
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is nn.BatchNorm2d:  # of other libraries' networks
+                setattr(parent, name, DynamicBatchNorm2d.from_norm(module))
+    for name, module in model.named_modules():
+        if isinstance(module, DynamicBatchNorm2d | FeatureNorm):
+            module.process_group = None if module in apart else "world"
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            kinds = "a DynamicBatchNorm2d or FeatureNorm"
+            raise TypeError(f"share_statistics: {name} must be {kinds}, got {type(module).__name__}")

@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from den.nn.count import parameter_fractions
 from den.nn.model import DeepElasticNetwork
 from den.support import ranks
-from den.support.device import sent
-from den.support.randomness import Draws, exponential, integers, uniform
+from den.support.device import Draws, exponential, integers, sent, uniform
 
 if TYPE_CHECKING:
     from den.data import Batch  # with what reads pictures, which the objective does not need
@@ -90,12 +88,18 @@ def steered_rho(rho: float, costs: Tensor, budget: float) -> Tensor:
     return rho * STEERING ** (10 * (costs - budget) / budget).clamp(-1, 1)
 
 
+def parameter_fractions(model: DeepElasticNetwork) -> Tensor:
+    """`d_i(l)` of the paper's eq. 5: float32 [N, L], the share of block i's weights that level l uses."""
+    table = model.estimator.level_parameters
+    return table.float() / table[:, -1:]
+
+
 def sparsity_penalty(structures: Tensor, fractions: Tensor, rho: float | Tensor, kind: str = "squared") -> Tensor:
     """S(z) = rho * (mean over blocks of d_i(l_i))^2 (equation 5) of structures [..., N]: [...].
 
     rho: one number, or [...].
     kind: squared, or l1 without the square.
-    fractions: [N, L], d_i(l), the share of block i's parameters that level l uses (`den.nn.count.parameter_fractions`).
+    fractions: [N, L], d_i(l), the share of block i's parameters that level l uses (`parameter_fractions`).
     """
     blocks = torch.arange(len(fractions), device=structures.device)
     mean = fractions[blocks, structures].mean(-1)

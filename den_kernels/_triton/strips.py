@@ -1,6 +1,6 @@
 """When a convolution runs on strips (strip_kernel.py), and its launch."""
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ SHARED = 227 << 10  # bytes that the programs of a Hopper multiprocessor share
 MOST_STAGES = 4
 
 
-@cache
+@lru_cache(maxsize=1)
 def is_known() -> bool:
     """True where Triton compiles the kernel: releases whose Gluon it was written for; the interpreter knows none."""
     try:

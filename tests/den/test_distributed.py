@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from den.data.batches import Batch
-from den.nn.norms import FeatureNorm, share_statistics
+from den.nn.ends import FeatureNorm
 from den.support import ranks
-from den.support.randomness import SharedDraws, exponential, integers, uniform
+from den.support.device import SharedDraws, exponential, integers, uniform
 from den.train.config import DataConfig, TrainConfig
 from den.train.folder import RunFolder, read_metrics
+from den.train.gradients import share_statistics
 from den.train.objective import initial_structures
 from tests.dense_files import write_npy_scenes
 from tests.distributed_run import HANDED_ON, RUNS, run, run_until

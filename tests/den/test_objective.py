@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from den.data import Batch
-from den.nn.count import parameter_fractions
 from den.nn.model import create_model
 from den.nn.tasks import Task
 from den.train.objective import (
@@ -20,6 +19,7 @@ from den.train.objective import (
     initial_structures,
     instance_losses,
     leave_one_out_advantage,
+    parameter_fractions,
     reinforce,
     sample_structures,
     selected_structures,

@@ -6,7 +6,7 @@ import torch
 from den import Selector, SelectorConfig, Task
 from den.nn.backbones import named_backbone
 from den.nn.block_lists import block_shapes
-from den.nn.norms import FeatureNorm
+from den.nn.ends import FeatureNorm
 from den.nn.selector import default_selector
 
 TASKS = (Task("digits", 10, 8, channels=1), Task("fashion", 10, 28, channels=1), Task("photos", 3, 40))
