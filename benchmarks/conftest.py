@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from den.support.heap import keep_allocations_on_the_heap
+
 from . import engines, floors, tables
 from .harness import PROVIDERS, Settings
 
 FOLDER = Path(__file__).parent
 
 # At import, before torch has made a tensor that matters.
-ALLOCATOR = floors.keep_allocations_on_the_heap()
+ALLOCATOR = keep_allocations_on_the_heap()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from den.support.heap import keep_allocations_on_the_heap
+
 from .harness import REST, Case, Provider, Settings, check
 
 ROUNDS = 7
@@ -130,11 +132,11 @@ def keep_to(threads: int) -> None:
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Measure the case of the command line."""
-    from . import engines, floors
+    from . import engines
 
     case, seconds, threads = Case(**json.loads(arguments[0])), float(arguments[1]), int(arguments[2])
     keep_to(threads)  # before any thread starts
-    floors.keep_allocations_on_the_heap()
+    keep_allocations_on_the_heap()
     return measured(providers_of(case, engines.installed()), seconds)
 
 

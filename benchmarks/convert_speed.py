@@ -31,6 +31,7 @@ from tqdm import tqdm
 import den_kernels
 from benchmarks import engines, packages
 from den.support.heap import keep_allocations_on_the_heap
+from den.support.tables import markdown_table
 from den_kernels.convert.fold import fold_norms
 from den_kernels.convert.frozen import FrozenBlock
 from den_kernels.convert.pair import FrozenPair
@@ -184,14 +185,12 @@ def table(lines: Iterable[str]) -> str:
     >>> row = {"model": "a/b", "batch": 8, "fused": 2, "blocks": 3, "flops": 0.5, "speed": 1.5, "realised": 0.75}
     >>> print(table([json.dumps(row | {"realised openvino": 0.5, "realised unfrozen": 0.6})]))
     | model | B | one op | FLOPs left | speed | realised | openvino | onnxruntime | unfrozen |
-    |---|--:|--:|--:|--:|--:|--:|--:|--:|
-    | a/b | 8 | 2 of 3 | 0.50 | 1.50 | 0.75 | 0.50 |  | 0.60 |
+    |-------|--:|-------:|-----------:|------:|---------:|---------:|------------:|---------:|
+    | a/b   | 8 | 2 of 3 |       0.50 |  1.50 |     0.75 |     0.50 |             |     0.60 |
     """
-    made = [f"| model | B | one op | {' | '.join(HEADS)} |", f"|---{'|--:' * (2 + len(HEADS))}|"]
-    for row in map(json.loads, lines):
-        cells = [row["model"], str(row["batch"]), f"{row['fused']} of {row['blocks']}", *numbers_of(row)]
-        made.append(f"| {' | '.join(cells)} |")
-    return "\n".join(made)
+    rows = map(json.loads, lines)
+    cells = [[r["model"], str(r["batch"]), f"{r['fused']} of {r['blocks']}", *numbers_of(r)] for r in rows]
+    return markdown_table(("model", "B", "one op", *HEADS), cells)
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

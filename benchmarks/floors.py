@@ -1,53 +1,23 @@
-"""Floors of this machine, measured in the same run: matrix rate, copy bandwidth; and the fairness settings."""
+"""Floors of this machine, measured in the same run: matrix rate and copy bandwidth; and what machine it is."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import platform
 import re
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from den.support.call_time import call_seconds
+from den.support.device import CPU
 from den_kernels._triton import clock
 
 GPU_SIZE, GPU_COPIED = 8192, 2**31  # of the product and the copy that are timed on a GPU
 
-# glibc's mallopt parameters (malloc.h) with the values that keep big tensors on the heap: without them each large
-# tensor is mapped and unmapped anew, its pages faulted in inside the timing, and the side with the larger tensors
-# (the dense one) pays most.
-_HEAP_SETTINGS = {
-    "M_MMAP_THRESHOLD": (-3, 2**30),
-    "M_MMAP_MAX": (-4, 0),
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-    "M_TOP_PAD": (-2, 2**28),
-}
-
-
-def keep_allocations_on_the_heap() -> str:
-    """Set glibc's allocator so that freed tensors are reused; returns the settings in words (or why there are none)."""
-    if platform.libc_ver()[0] != "glibc":
-        return "malloc as found (no glibc)"
-    mallopt = ctypes.CDLL(None).mallopt
-    refused = [name for name, (key, value) in _HEAP_SETTINGS.items() if mallopt(key, value) != 1]
-    words = " ".join(f"{name}={value}" for name, (_, value) in _HEAP_SETTINGS.items() if name not in refused)
-    return words + (f" (refused: {', '.join(refused)})" if refused else "")
-
-
-def median_seconds(call: Callable[[], object], rounds: int = 7) -> float:
-    """Median time of ``call`` in seconds, after one warm-up call."""
-    call()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+ROUNDS = 7  # of what is timed on a CPU
 
 
 @functools.cache
@@ -58,8 +28,8 @@ def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
     a = torch.randn(size, size).to(dtype)
     x, weight = torch.randn(8, 256, 34, 34), torch.randn(256, 256, 3, 3)
     x, weight = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    product = 2 * size**3 / median_seconds(lambda: a @ a)
-    return max(product, 2 * 8 * 32**2 * weight.numel() / median_seconds(lambda: torch.conv2d(x, weight)))
+    product = 2 * size**3 / call_seconds(lambda: a @ a, CPU, ROUNDS)
+    return max(product, 2 * 8 * 32**2 * weight.numel() / call_seconds(lambda: torch.conv2d(x, weight), CPU, ROUNDS))
 
 
 @functools.cache
@@ -67,7 +37,7 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     """Bytes/s read plus written by a copy that is larger than a core's own caches."""
     source = torch.ones(megabytes * 2**20, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * source.numel() / median_seconds(lambda: target.copy_(source))
+    return 2 * source.numel() / call_seconds(lambda: target.copy_(source), CPU, ROUNDS)
 
 
 @functools.cache

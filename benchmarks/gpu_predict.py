@@ -19,11 +19,11 @@ import torch
 from den.nn.backbones import BACKBONES
 from den.nn.block_lists import block_shapes
 from den.nn.blocks import ResidualShape
+from den.support.tables import markdown_table
 from den_kernels._cuda_layout import FusedArguments, fused_layout
 from den_kernels._triton import strips
 
 from .gpu_model import CHIPS, CODE, Chip, Fused, fused, problem_of, two_launches
-from .tables import table as markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "gpu.md", ROOT / "benchmarks" / "GPU_SESSION.md"
@@ -100,7 +100,7 @@ def table(network: str, chip: Chip) -> str:
             lines.append([name, mix, *cells(predict(block, mix, chip))])
         lines.append([f"all {len(blocks)}", mix, *cells(sums(network, mix, chip))])
     head = ["block", "mix", "matrix", "bytes", "dense", "two", "fused", "ours", "realised"]
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def filled(page: Path) -> str:

@@ -102,6 +102,7 @@ class FoldedBlock(PreactBlock):
 
     def __init__(self, block: PreactBlock) -> None:
         super().__init__(*(copy.deepcopy(m) for m in (block.conv1, block.bn1, block.conv2, block.bn2)))
+        self.eval()
         self.conv1 = nn.utils.fuse_conv_bn_eval(self.conv1, self.bn2)
         self.conv1.weight = nn.Parameter(channels_last(self.conv1.weight.detach()))
         self.bn2 = nn.Identity()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from den.support.tables import with_section as replaced
+from den.support.tables import write_section
 from den.support.terminal import ended
 
 from . import losses, results, tables
@@ -74,16 +74,6 @@ def _losses_and_machines(rows: Sequence[Row], paths: Sequence[Path]) -> str:
     return f"{lost}{names}\n\n{tables.provenance(rows)}{more}"
 
 
-def with_section(readme: str, section: str) -> str:
-    """The text of a document with ``section`` between its markers. Raises ValueError unless it has both, in order."""
-    return replaced(readme, "benchmarks", section, "report: README")
-
-
-def readme_agrees(readme: str, paths: Sequence[Path]) -> bool:
-    """True where the README's table is the one that the kept results give."""
-    return with_section(readme, readme_section(paths)) == readme
-
-
 def rows_asked_for(path: Path | None) -> list[Row]:
     """The rows of a run of pytest-benchmark, or all that is kept. Raises ValueError for a file of another form."""
     if path is None:
@@ -131,8 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.keep(json.loads(options.json.read_text(encoding="utf-8")))
         if options.readme:
             for path, make in ((README, readme_section), (PAGE, page_section)):
-                text = with_section(path.read_text(encoding="utf-8"), make(results.results_files()))
-                path.write_text(text, encoding="utf-8")
+                write_section(path, "benchmarks", make(results.results_files()))
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

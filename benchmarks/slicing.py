@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .peers import ElasticConv, PreactBlock, channels_last, slice_block
+from .peers import ElasticConv, FoldedBlock, PreactBlock, channels_last, slice_block
 
 
 class PerInstanceBlock:
@@ -35,13 +35,11 @@ class GroupedBlock:
     def __init__(self, block: PreactBlock, selection: Tensor) -> None:  # selection: bool [B, M]
         self.block, batch = block, len(selection)
         used = selection[:, : max(1, int((selection * torch.arange(1, selection.shape[1] + 1)).max()))]
-        mask = used.to(block.conv1.weight.dtype)
-        bn2, width = block.bn2, used.shape[1]
-        scale = (bn2.running_var.double() + bn2.eps).rsqrt() * bn2.weight.double()
-        shift = bn2.bias.double() - bn2.running_mean.double() * scale
-        folded = (block.conv1.weight.detach().double() * scale[:, None, None, None]).to(mask.dtype)[:width]
-        self.conv1 = (folded * mask[:, :, None, None, None]).flatten(0, 1)  # [B * width, C, R, S]
-        self.bias1 = (shift.to(mask.dtype)[:width] * mask).flatten()
+        mask, width = used.to(block.conv1.weight.dtype), used.shape[1]
+        folded = FoldedBlock(block).conv1
+        weights, biases = folded.weight.detach()[:width], folded.bias.detach()[:width]
+        self.conv1 = (weights * mask[:, :, None, None, None]).flatten(0, 1)  # [B * width, C, R, S]
+        self.bias1 = (biases * mask).flatten()
         conv2 = block.conv2.weight.detach()[:, :width]
         self.conv2 = (conv2 * mask[:, None, :, None, None]).flatten(0, 1)  # [B * C_out, width, R, S]
         self.batch = batch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from den.support.tables import markdown_table
+
 from . import tables
 from .targets import TARGETS, Row, Target
 
@@ -49,4 +51,4 @@ def summary_table(rows: Iterable[Row]) -> str:
         count = f"{met} of {len(measured)}" if met == len(measured) else f"**{met} of {len(measured)}**"
         lines.append([title, tables.MEASURES[measure], count, bound, shown, worst.what, against])
     header = ["what", "measure", "met", "target", "measured", "in the case", "against"]
-    return tables.table(header, lines, left=("in the case", "against"))
+    return markdown_table(header, lines, left=("in the case", "against"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from den.support.tables import markdown_table
+
 from . import losses
 from .targets import TARGETS, Row, Target
 
@@ -46,19 +48,6 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
-    """A Markdown table, columns padded, aligned right but for the first and those named in ``left``."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *lines, strict=True)]
-    is_left = [i == 0 or name in left for i, name in enumerate(header)]
-
-    def line(cells: Sequence[str]) -> str:
-        columns = zip(cells, widths, is_left, strict=True)
-        return "| " + " | ".join(c.ljust(width) if first else c.rjust(width) for c, width, first in columns) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if first else ":") for w, first in zip(widths, is_left, strict=True))
-    return "\n".join([line(header), rule + "|", *map(line, lines)])
-
-
 def short(provider: str | None) -> str:
     """A provider's name without its role: ``short("dense-openvino") == "openvino"``; "-" for none."""
     return "-" if provider is None else provider.removeprefix("dense-")
@@ -79,7 +68,7 @@ def targets_table(rows: Iterable[Row], *, only_measured: bool = False, targets: 
     """Table of all targets beside what was measured; only_measured: of those whose cases ran."""
     by_case = {row["case"]: row for row in rows}
     lines = [target_line(target, by_case) for target in targets if target.case in by_case or not only_measured]
-    return table(["case", "measure", "against", "target", "measured", "met"], lines, left=("against",))
+    return markdown_table(["case", "measure", "against", "target", "measured", "met"], lines, left=("against",))
 
 
 def case_line(row: Row) -> list[str]:
@@ -110,7 +99,7 @@ def cases_table(rows: Iterable[Row]) -> str:
     """Every timed case; times are medians in milliseconds, peaks those of a call in MiB."""
     header = ["case", "ours", "best dense", "masked", "bucket", "bare conv.", "FLOPs ratio", "speed-up", "vs best"]
     header += ["realised", "vs packed", "over bare", "of floor", "peak MiB", "way"]
-    return table(header, [case_line(row) for row in rows if "providers" in row])
+    return markdown_table(header, [case_line(row) for row in rows if "providers" in row])
 
 
 def providers_table(rows: Iterable[Row]) -> str:
@@ -131,7 +120,7 @@ def providers_table(rows: Iterable[Row]) -> str:
         for i, (name, provider) in enumerate(sorted(row.get("providers", {}).items(), key=lambda p: p[1]["median"]))
     ]
     header = ["case", "provider", "role", "ms", "time / dense", "realised", "of floor", "timed", "peak MiB"]
-    return table(header, lines, left=("provider", "role"))
+    return markdown_table(header, lines, left=("provider", "role"))
 
 
 def memory_table(rows: Iterable[Row]) -> str:
@@ -141,7 +130,7 @@ def memory_table(rows: Iterable[Row]) -> str:
         for row in rows
         for name, peak in row.get("peaks", {}).items()
     ]
-    return table(["case", "provider", "peak MiB", "kept", "working"], lines)
+    return markdown_table(["case", "provider", "peak MiB", "kept", "working"], lines)
 
 
 def contention_table(rows: Iterable[Row]) -> str:
@@ -162,7 +151,7 @@ def contention_table(rows: Iterable[Row]) -> str:
         for name, found in row.get("contention", {}).items()
     ]
     header = ["case", "provider", "alone", "beside a busy process", "growth", "of all calls"]
-    return table(header, lines, left=("provider",))
+    return markdown_table(header, lines, left=("provider",))
 
 
 def losses_table(rows: Iterable[Row]) -> str:
@@ -172,7 +161,7 @@ def losses_table(rows: Iterable[Row]) -> str:
         for loss in losses.losses(rows)
     ]
     header = ["where we lose", "faster", "ours / it", "above 2 % at a fifth saved", "reason"]
-    return table(header, lines, left=("faster", "reason"))
+    return markdown_table(header, lines, left=("faster", "reason"))
 
 
 def provenance(rows: Sequence[Row]) -> str:

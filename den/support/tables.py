@@ -19,15 +19,15 @@ SPECIAL = {
 }
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, padded so that its source reads as a table, too."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """A table in Markdown, padded so that its source reads as a table, too; left: more columns aligned to the left."""
+    columns = [(max(len(row[i]) for row in (head, *rows)), i == 0 or name in left) for i, name in enumerate(head)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return f"| {' | '.join(padded)} |"
+        aligned = zip(cells, columns, strict=True)
+        return f"| {' | '.join(c.ljust(w) if is_left else c.rjust(w) for c, (w, is_left) in aligned)} |"
 
-    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+    rule = "|".join("-" * (w + 1) + ("-" if is_left else ":") for w, is_left in columns)
     return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
 
 

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # at the end: an installed den_kernels stays the one that is tested
 
-from benchmarks import contention, engines, floors, harness, losses, processes, report, results, summary, tables  # noqa: E402
+from benchmarks import contention, engines, harness, losses, processes, report, results, summary, tables  # noqa: E402
 from benchmarks.harness import Case, Expected, Provider, Work  # noqa: E402
 from benchmarks.targets import TARGETS  # noqa: E402
 
@@ -223,7 +223,7 @@ def test_contention_measures_every_provider_alone_and_beside(monkeypatch):
     kept_to = []
     monkeypatch.setattr(contention, "keep_to", kept_to.append)
     monkeypatch.setattr(engines, "installed", lambda: ())
-    monkeypatch.setattr(floors, "keep_allocations_on_the_heap", lambda: "malloc as found")
+    monkeypatch.setattr(contention, "keep_allocations_on_the_heap", lambda: "malloc as found")
     case = Case("contention", "wrn8_1", 2, "uniform", "float32")
     found = contention.main([json.dumps(vars(case)), "0", "2"])
     assert kept_to == [2]
