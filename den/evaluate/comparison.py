@@ -148,7 +148,7 @@ def remarks(found: Sequence[Comparison]) -> list[str]:
         lines.append(f"{c.task}: {count} structures in use; choosing per image is {verdict}.")
     if len(found) > 1:
         first, second = found[0].selected, found[1].selected
-        block, gap = most_different_block(first, second)
+        block, gap = most_different_block(first.usage, second.usage)
         lines.append(
             f"Tasks differ most in block {block + 1}: {first.task} uses {first.usage[block]:.0%} of it,"
             f" {second.task} {second.usage[block]:.0%}."
@@ -158,9 +158,9 @@ def remarks(found: Sequence[Comparison]) -> list[str]:
     return lines
 
 
-def most_different_block(first: TaskReport, second: TaskReport) -> tuple[int, float]:
-    """The block whose usage differs most between two tasks, and by how much."""
-    gaps = (first.usage - second.usage).abs()
+def most_different_block(first: Tensor, second: Tensor) -> tuple[int, float]:
+    """The block of which two tasks use the least alike shares, each [N], and by how much they differ."""
+    gaps = (first - second).abs()
     block = int(gaps.argmax())
     return block, gaps[block].item()
 
@@ -199,7 +199,7 @@ def checks(found: Sequence[Comparison], least_accuracy: dict[str, float]) -> lis
             )
         ]
     if len(found) > 1:
-        block, gap = most_different_block(found[0].selected, found[1].selected)
+        block, gap = most_different_block(found[0].selected.usage, found[1].selected.usage)
         learnt = all(c.selected.accuracy >= least_accuracy[c.task] for c in found)
         claim, measured = "levels differ between the tasks", f"by {gap:.0%} in block {block + 1}"
         lines.append(Check(claim, measured, learnt and gap >= 0.05))

@@ -12,13 +12,16 @@
 All of them run on the estimator's blocks by levels, so that their time is measured on the same kernels.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from den.data import ImageSet
 from den.nn.model import DeepElasticNetwork
 from den.nn.model_config import ModelConfig
+from den.nn.tasks import Task
 from den.recipes.adashare import AdaShare
 from den.recipes.base import ComparedMethod, Method
 from den.recipes.blockdrop import BlockDrop
@@ -28,8 +31,9 @@ from den.recipes.packnet import PackNet
 from den.recipes.random_selector import RandomSelector
 from den.recipes.routing import Routing
 from den.recipes.setup import load_sets, network_settings, new_model
-from den.train.checkpoint import load_checkpoint, load_weights, reading
+from den.train.checkpoint import load_checkpoint, load_weights, read_record, reading
 from den.train.config import TrainConfig
+from den.train.folder import stored_config
 
 M = TypeVar("M", bound=Method)
 METHODS: dict[str, type[ComparedMethod]] = {
@@ -65,7 +69,31 @@ def _prepared(kind: type[M], config: TrainConfig, device: torch.device) -> M:
     model = new_model(network_settings(config), [each.task for each in sets], config.seed, config.joint).to(device)
     method = kind(model, config)
     method.train_on(sets, held_out)
+    if config.estimator.teacher is not None:
+        method.teacher = open_teacher(config.estimator.teacher, sets, model.tasks).to(device)
     return method
+
+
+def open_teacher(folder: Path, sets: Sequence[ImageSet], tasks: tuple[Task, ...]) -> DeepElasticNetwork:
+    """The network of a run, ready to teach one of `tasks` whose images are those of `sets`.
+
+    Raises ValueError where there is no such run, and for one of other tasks, or whose images were normalised otherwise.
+    """
+    path = folder / "last.safetensors"
+    network = load_method(path, stored_config(folder)).model
+    if network.tasks != tasks:
+        theirs, ours = (", ".join(map(str, each)) for each in (network.tasks, tasks))
+        raise ValueError(f"train: estimator.teacher must be a run of {ours}, got {folder} of {theirs}")
+    known = read_record(path).get("data", {})
+    for image_set in sets:
+        kept = known.get(image_set.name, {})
+        for name in ("mean", "std"):
+            if (theirs := kept.get(name)) is not None and tuple(theirs) != (ours := getattr(image_set.kept, name)):
+                raise ValueError(
+                    f"train: estimator.teacher must have learnt from {image_set.name} of {name} {ours}, got {folder} of"
+                    f" {tuple(theirs)}"
+                )
+    return network.requires_grad_(False)
 
 
 def load_method(path: Path, config: TrainConfig) -> Method:

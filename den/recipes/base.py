@@ -37,6 +37,7 @@ class Method(Recipe):
 
     model: DeepElasticNetwork
     state_kind: type[nn.Module] = nn.Module
+    teacher: DeepElasticNetwork | None = None  # a trained network whose answers the estimator learns
 
     def __init__(self, model: DeepElasticNetwork, config: TrainConfig) -> None:
         self.model, self.config, self.state = model, config, self.state_kind()

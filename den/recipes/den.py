@@ -12,7 +12,7 @@ from den.nn.model import DeepElasticNetwork
 from den.recipes import METHODS, prepare, prepare_compared
 from den.recipes.auxiliary import CostHead, cost_loss
 from den.recipes.base import Method, logits_and_features
-from den.recipes.distillation import distilled_loss
+from den.recipes.distillation import distilled_loss, taught_loss
 from den.support.device import sent, uniform
 from den.train.config import TrainConfig
 from den.train.engine import Engine
@@ -100,7 +100,9 @@ def derive_structures(engine: Engine[Method], stage: int, batch: Batch) -> Tenso
 
 
 def estimator_loss(engine: Engine[Method], batch: Batch, structures: Tensor | None) -> Objective:
-    """The loss of equation 4; with `estimator.distill` also what the full structure teaches."""
+    """The loss of equation 4; with `estimator.distill` also what the full structure or a trained network teaches."""
+    if engine.recipe.teacher is not None:
+        return taught_loss(engine.recipe, engine.recipe.teacher, batch, structures)
     if structures is None or not engine.config.estimator.distill:
         return engine.recipe.estimator_loss(batch, structures)
     return distilled_loss(engine.recipe, batch, structures, batch.draws(engine.generator))

@@ -1,8 +1,10 @@
-"""Distillation while the estimator trains: the full structure teaches the smaller ones.  Ours, not the paper's.
+"""Distillation while the estimator trains: its full structure teaches the smaller ones, or a trained network all.
 
-As in slimmable networks (Yu and Huang, Universally Slimmable Networks, ICCV 2019: the widest width learns the labels,
-the others from its answers, all in one update) and in Once-for-All networks (Cai et al., ICLR 2020), with temperatures
-as Hinton et al. (2015) have them.
+Ours, not the paper's.
+
+The former is that of slimmable networks (Yu and Huang, Universally Slimmable Networks, ICCV 2019: the widest width
+learns the labels, the others from its answers, all in one update), the latter that of Once-for-All networks (Cai et
+al., ICLR 2020: from a network that was trained before), both with temperatures as Hinton et al. (2015) have them.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.data import Batch
+from den.nn.model import DeepElasticNetwork
 from den.recipes.base import Method, answers
 from den.support.device import Draws, sent, uniform
 from den.train.config import EstimatorTraining
-from den.train.objective import Objective
+from den.train.objective import Objective, instance_losses
 
 
 def taught_images(batch: Batch, share: float, draws: Draws) -> list[Tensor]:
@@ -48,8 +51,8 @@ def _of_parts(batch: Batch, structures: Tensor) -> tuple[Tensor, ...]:
 def distilled_losses(logits: Tensor, labels: Tensor, taught: Tensor, weight: float, temperature: float) -> Tensor:
     """Loss of every image of a part, of a taught one with that of its full structure: [B].
 
-    The former is (1 - w) times the cross-entropy of the label plus w t² times the divergence (Kullback and Leibler) of
-    the softened answer from that of the full structure, which gets no gradient of it; the latter the cross-entropy.
+    The former is (1 - w) times the cross-entropy of the label plus w times the `softened_divergence` from the full
+    structure, which gets no gradient of it; the latter the cross-entropy.
 
     Args:
         logits: [B + n, classes], those of the full structures last.
@@ -58,12 +61,19 @@ def distilled_losses(logits: Tensor, labels: Tensor, taught: Tensor, weight: flo
     """
     own, full = logits.float().split([len(labels), len(taught)])
     losses = F.cross_entropy(own, labels, reduction="none")
-    target = (full.detach() / temperature).log_softmax(1)
-    answer = (own[taught] / temperature).log_softmax(1)
-    divergence = F.kl_div(answer, target, reduction="none", log_target=True).sum(1)
-    learnt = (1 - weight) * losses[taught] + weight * temperature**2 * divergence
+    learnt = (1 - weight) * losses[taught] + weight * softened_divergence(own[taught], full.detach(), temperature)
     learnt = learnt + F.cross_entropy(full, labels[taught], reduction="none")
     return losses.index_copy(0, taught, learnt)
+
+
+def softened_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """t² times the divergence (Kullback and Leibler) of answers from a teacher's, both softened by t: [B].
+
+    logits, teacher: [B, classes].
+    """
+    target = (teacher.float() / temperature).log_softmax(1)
+    answer = (logits.float() / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(answer, target, reduction="none", log_target=True).sum(1)
 
 
 def distilled_loss(method: Method, batch: Batch, structures: Tensor, draws: Draws) -> Objective:
@@ -85,4 +95,20 @@ def distilled_loss(method: Method, batch: Batch, structures: Tensor, draws: Draw
     loss = batch.mean(torch.cat(losses)) / (1 + settings.distill_share)
     own = [each[: len(labels)] for each, labels in zip(logits, batch.labels, strict=True)]
     accuracy, ratio = batch.mean(answers(own, batch)), method.flops_ratio(structures, batch)
+    return Objective(loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": ratio})
+
+
+def taught_loss(method: Method, teacher: DeepElasticNetwork, batch: Batch, structures: Tensor | None) -> Objective:
+    """Mean loss of the images at structures [B, N] (None: the full ones), taught by another network's full structure.
+
+    Of each image (1 - w) times the cross-entropy of the label plus w times the `softened_divergence` from the teacher.
+    """
+    settings: EstimatorTraining = method.config.estimator
+    with torch.no_grad():
+        taught = teacher.estimator.part_logits(batch.for_network(teacher.positions), None)
+    logits = method.estimate(batch, structures)
+    weight, temperature = settings.distill, settings.distill_temperature
+    divergence = [softened_divergence(*each, temperature) for each in zip(logits, taught, strict=True)]
+    loss = batch.mean((1 - weight) * instance_losses(logits, batch.labels) + weight * torch.cat(divergence))
+    accuracy, ratio = batch.mean(answers(logits, batch)), method.flops_ratio(structures, batch)
     return Objective(loss, {"loss": loss.detach(), "accuracy": accuracy, "flops_ratio": ratio})

@@ -120,9 +120,13 @@ class EstimatorTraining:
     structures: Literal["sample", "argmax"] = "sample"
     """Structures that the selector gives for training the estimator: drawn from its distribution, or the likeliest."""
     distill: Annotated[float, Range(0, 1)] = 0.0
-    """Weight of what the full structure teaches the smaller ones, the rest is that of the labels; 0: nothing (ours)."""
+    """Weight of what the full structure, or `teacher`, teaches the structures that train; the rest is that of the
+    labels.  0: nothing (ours)."""
+    teacher: Path | None = None
+    """With distill: run folder whose network teaches all images at its full structure, and does not learn."""
     distill_share: Annotated[float, Range(0, 1, open_low=True)] = 0.25
-    """With distill: share of the images that also run at the full structure, which learns their labels and teaches."""
+    """With distill and no teacher: share of the images that also run at the full structure, which learns their labels
+    and teaches."""
     distill_temperature: Annotated[float, Range(0.1, 100)] = 2.0
     """With distill: temperature that both answers are softened by."""
 
@@ -240,6 +244,11 @@ class TrainConfig(RunConfig):
         for name in ("samples", "late_samples"):
             if selector.baseline == "leave-one-out" and getattr(selector, name) == 1:
                 raise ValueError(f"config: selector.{name} must be at least 2 with a leave-one-out baseline, got 1")
+        if estimator.teacher is not None and (estimator.distill == 0 or self.mode not in ("den", "dense")):
+            raise ValueError(
+                "config: estimator.teacher must come with estimator.distill above 0 and mode den or dense, got distill"
+                f" {estimator.distill:g}, mode {self.mode}"
+            )
         shares, tasks = list(self.data.shares), len(self.data.tasks)
         if len(shares) not in (0, tasks):
             raise ValueError(f"config: data.shares must be one for each of {tasks} tasks, got {shares}")

@@ -60,6 +60,10 @@ converged() {
     train den-0.5 $elastic --selector.budget 0.5
     train den-0.5-from-dense $elastic --selector.budget 0.5 --mode den --start "$out/$prefix-dense-s$seed" \
       --estimator.first.rate 0.05 --estimator.finish.rate 0.05 --estimator.finish.steps $((updates / 2))
+    train den-0.55-taught $elastic --selector.budget 0.55 --mode den --start "$out/$prefix-dense-s$seed" \
+      --estimator.first.rate 0.05 --estimator.finish.rate 0.05 --estimator.first.steps 2000 \
+      --selector.phase.steps 1000 --estimator.finish.steps $updates \
+      --estimator.teacher "$out/$prefix-dense-s$seed" --estimator.distill 0.9 --estimator.distill-temperature 4
     train nestednet --mode nestednet --estimator.first.steps $updates --methods.levels $levels
     train den-0.35 $elastic --selector.budget 0.35
     train blockdrop --mode blockdrop --selector.phase.steps $policy --estimator.finish.rate 0.03 \

@@ -13,13 +13,13 @@ from den.nn.model import create_model
 from den.nn.tasks import Task
 from den.recipes import den as recipe
 from den.recipes.auxiliary import CostHead, cost_loss
-from den.recipes.base import logits_and_features
+from den.recipes.base import Method, logits_and_features
 from den.recipes.den import train
-from den.recipes.distillation import distilled_losses, taught_images, with_teachers
+from den.recipes.distillation import distilled_losses, taught_images, taught_loss, with_teachers
 from den.runs.trained import open_run
-from den.train.config import DataConfig
+from den.train.config import DataConfig, EstimatorTraining, TrainConfig
 from den.train.folder import read_metrics
-from tests.small_runs import cut_sets, small_config, train_interrupted
+from tests.small_runs import cut_sets, few_images, small_config, train_interrupted
 
 TASKS = [Task("a", 3, 8, 1), Task("b", 4, 12)]
 
@@ -78,7 +78,7 @@ def test_the_share_of_taught_images_is_the_one_asked_for():
 
 def run_config(out, **options):
     config = small_config(out, "den")
-    estimator = {name: options[name] for name in options if name.startswith("distill")}
+    estimator = {name: options[name] for name in options if name.startswith(("distill", "teacher"))}
     selector = {name: options[name] for name in options if name not in estimator}
     return dataclasses.replace(
         config,
@@ -101,6 +101,66 @@ def test_a_run_with_an_option_goes_on_where_it_stopped_and_is_opened(tmp_path, m
     assert any(name.startswith("method.costs") for name in expected) == ("auxiliary" in options)
 
 
+def trained_teacher(folder, seed=3):
+    """Folder of a dense run for the tasks of `run_config`."""
+    train(small_config(folder, "dense", seed=seed))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["den", "dense"])
+def test_a_teacher_teaches_does_not_learn_and_is_found_again(tmp_path, monkeypatch, mode):
+    cut_sets(monkeypatch)
+    teacher = trained_teacher(tmp_path / "teacher")
+    before = (teacher / "last.safetensors").read_bytes()
+    options = {"teacher": teacher, "distill": 0.9, "distill_temperature": 4.0}
+    whole, parts = (
+        dataclasses.replace(run_config(tmp_path / name, **options), mode=mode) for name in ("whole", "parts")
+    )
+    expected = train(whole).state_dict()
+    train_interrupted(parts, monkeypatch, at=3)
+    assert all(torch.equal(found, expected[name]) for name, found in train(parts, resume=True).state_dict().items())
+    assert not any("teacher" in name for name in expected)
+    assert (teacher / "last.safetensors").read_bytes() == before
+    alone = train(dataclasses.replace(run_config(tmp_path / "alone"), mode=mode)).state_dict()
+    assert not all(torch.equal(alone[name], expected[name]) for name in expected)
+
+
+def test_a_taught_loss_by_hand():
+    """The mean of 0.25 times the loss of the label and 0.75 times 4 times the divergence at temperature 2."""
+    model, batch = model_and_batch()
+    teacher = create_model("wrn8_1", TASKS, trunk_size=8).eval()
+    structures = torch.randint(model.levels, (len(batch), model.num_blocks), generator=generator())
+    estimator = EstimatorTraining(distill=0.75, distill_temperature=2.0)
+    method = Method(model, TrainConfig(data=DataConfig(tasks=("a", "b")), estimator=estimator))
+    objective = taught_loss(method, teacher, batch, structures)
+    objective.loss.backward()
+    assert all(weight.grad is None for weight in teacher.parameters())
+    own = model.estimator(batch.images, batch.tasks, structures)
+    theirs = teacher.estimator(batch.images, batch.tasks, None)
+    losses = []
+    for logits, target, labels in zip(own, theirs, batch.labels, strict=True):
+        target, answer = (target / 2).softmax(1), (logits / 2).softmax(1)
+        divergence = (target * (target / answer).log()).sum(1)
+        losses.append(0.25 * F.cross_entropy(logits, labels, reduction="none") + 0.75 * 4 * divergence)
+    torch.testing.assert_close(objective.loss, torch.cat(losses).mean())
+    assert objective.measured["flops_ratio"] == method.flops_ratio(structures, batch)
+
+
+def test_a_teacher_of_other_tasks_or_images_is_refused(tmp_path, monkeypatch):
+    cut_sets(monkeypatch)
+    teacher = trained_teacher(tmp_path / "teacher")
+    config = run_config(tmp_path / "run", teacher=teacher, distill=0.5)
+    with pytest.raises(ValueError, match=r"estimator.teacher must be a run of .*digits.*, got .*teacher of"):
+        train(dataclasses.replace(config, data=DataConfig(tasks=("digits",), batch_size=10)))
+    plain = few_images("digits", "train", 60)
+    other = dataclasses.replace(plain, mean=(0.25,))
+    monkeypatch.setattr(
+        "den.recipes.setup.load_set", lambda name, split, _: other if name == "digits" else few_images(name, split, 60)
+    )
+    with pytest.raises(ValueError, match=r"must have learnt from digits of mean \(0.25,\), got"):
+        train(config)
+
+
 def test_labels_of_the_same_images_are_distilled_together(tmp_path, monkeypatch):
     cut_sets(monkeypatch)
     batches = []
@@ -116,8 +176,6 @@ def test_labels_of_the_same_images_are_distilled_together(tmp_path, monkeypatch)
 
 
 def labelled(name, split, classes):
-    from tests.small_runs import few_images
-
     images = few_images("digits", split, 60)
     return dataclasses.replace(
         images, name=name, labels=images.labels % classes, classes=classes, class_names=(), source="the same"

@@ -158,7 +158,7 @@ def test_block_that_tasks_use_most_differently():
     second = made_comparison("fashion", levels=[[2, 3]] * 4)
     assert first.selected.usage.tolist() == [1, 0]
     assert second.selected.usage.tolist() == [0.5, 1]
-    assert most_different_block(first.selected, second.selected) == (1, 1)
+    assert most_different_block(first.selected.usage, second.selected.usage) == (1, 1)
     assert "block 2: digits uses 0% of it, fashion 100%" in remarks([first, second])[-1]
     assert remarks([first, first])[-1] == "Both tasks use all blocks alike."
 

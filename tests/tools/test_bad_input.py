@@ -249,6 +249,8 @@ COMMANDS: dict[str, str] = {
     "train --out new --estimator.distill 1.5": "distill must be in 0..1, got 1.5",
     "train --out new --estimator.distill-share 0": "distill_share must be above 0 and at most 1, got 0",
     "train --out new --estimator.distill-temperature 0": "distill_temperature must be in 0.1..100, got 0",
+    "train --out new --estimator.teacher absent": "must come with estimator.distill above 0 and mode den or dense, got",
+    "train --out new --estimator.teacher absent --estimator.distill 0.5": "config.json must be a readable JSON file",
     "train --out new --selector.auxiliary -1": "auxiliary must be at least 0, got -1",
     "train --out new --selector.late-samples 1": "late_samples must be at least 2 with a leave-one-out baseline, got 1",
     "evaluate absent": "config.json must be a readable JSON file",

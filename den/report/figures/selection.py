@@ -13,7 +13,7 @@ from torch import Tensor
 from den.data import ImageSet
 from den.evaluate.accuracy import TaskReport
 from den.evaluate.comparison import most_different_block
-from den.nn.count import count_flops
+from den.nn.count import count_flops, parameter_fractions
 from den.nn.model import DeepElasticNetwork
 from den.report.figures.style import (
     DEN,
@@ -42,10 +42,12 @@ def level_probabilities(found: Sequence[TaskReport], model: DeepElasticNetwork) 
     _legend(figure, model)
     title = "How the selector spends on each block"
     if len(found) > 1:
-        block, gap = most_different_block(found[0], found[1])
-        first, second = (f"{c.usage[block]:.0%} of block {block + 1}" for c in found[:2])
-        title = f"{found[0].task} images use {first}, {found[1].task} images {second}"
-        title = title if gap >= 0.05 else "The tasks use the blocks alike"
+        shares = parameter_fractions(model).cpu()
+        given = [(c.probabilities * shares).sum(1) for c in found[:2]]  # of each block's weights
+        block, gap = most_different_block(*given)
+        first, second = (f"{of_blocks[block]:.0%} of block {block + 1}" for of_blocks in given)
+        title = f"{found[0].task} images are given {first}, {found[1].task} images {second}"
+        title = title if gap >= 0.05 else "The tasks are given the blocks alike"
     headline(figure, title)
     return figure
 
