@@ -168,12 +168,13 @@ def stand_ins(account: Account) -> dict[str, Callable[..., Any]]:
 
     def fused_residual(x: Tensor, out: Tensor, route: Any, weights: Any, layout: Any, *, holds_shortcut: bool) -> None:
         """As `_cuda.fused_residual`: x [B, C, H, W], out [B, C', H', W']."""
-        from den_kernels._residual_gpu import add_branch_masked
+        from den_kernels._residual_gpu import masked_branch
 
         account.stand_ins += 1
+        branch = masked_branch(x, route, weights)
         if not holds_shortcut:
             out.copy_(pool_rows(x, weights.conv2.shape[0], weights.stride))
-        add_branch_masked(x, out, route, weights)
+        out.add_(branch)
         if weights.relu:
             out.relu_()
 

@@ -61,6 +61,13 @@ def own_shortcut(x: Tensor, weights: BlockWeights, shortcut: Tensor | None = Non
     return shortcut.clone(memory_format=torch.channels_last)
 
 
+def activated(x: Tensor, weights: Any) -> Tensor:
+    """relu(bn1(x)) [B, C, H, W], in the dtype of x, of a block's weights; x itself where the block has no bn1."""
+    if weights.scale1 is None:
+        return x
+    return (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu().to(x.dtype)
+
+
 class BlockOp:
     """The ops of one kind of block, called as `op(x, selection, weights, shortcut)` and `op.in_place(x, ...)`.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from ._block_op import empty_result, own_shortcut
+from ._block_op import activated, empty_result, own_shortcut
 from .bottleneck_weights import BottleneckWeights
 from .dynamic_conv import compute
 from .plan import Route, RoutingPlan
@@ -30,7 +30,7 @@ def run(
         return out
     out = x if inplace else own_shortcut(x, weights, shortcut)
     if not x.is_cpu:
-        branch = _branch(_activated(x, weights), route, weights)
+        branch = _branch(activated(x, weights), route, weights)
         if weights.bias3 is not None:  # which conv3 gives to instances at level 0, too
             branch = torch.where((route.levels > 0)[:, None, None, None], branch, 0)
         return out.add_(branch)
@@ -53,13 +53,6 @@ def _branch(
         x = compute(x, weight, bias, route, geometry, partial(weights.packed_alone, index))
         x = x.relu_() if index < 2 else x
     return x
-
-
-def _activated(x: Tensor, weights: BottleneckWeights) -> Tensor:
-    """relu(bn1(x)) [B, C, H, W]; x itself where there is no bn1."""
-    if weights.scale1 is None or weights.shift1 is None:
-        return x
-    return (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu_().to(x.dtype)
 
 
 def _users(route: Route) -> tuple[Tensor, Route]:

@@ -11,18 +11,16 @@ from torch import Tensor
 
 from ._conv_cpu import convolution_backward
 from ._geometry import Geometry, compute_dtype, memory_format_of
-from .plan import channels_of
+from .plan import Route, channels_of
 
 
 def _selected_channels(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
-    levels: Tensor,  # int32 [B]
-    mask: Tensor | None,  # bool [B, G]
+    route: Route,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:  # bool [B, C_in], bool [B, C_out]
-    G = len(geometry.out_sizes) or len(geometry.in_sizes)
-    selection = levels[:, None] > torch.arange(G, device=levels.device) if mask is None else mask
+    selection = route.selection()
     reads = channels_of(selection, geometry.in_sizes, x.shape[1])
     return reads, channels_of(selection, geometry.out_sizes, weight.shape[0])
 
@@ -31,12 +29,11 @@ def equation(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    levels: Tensor,  # int32 [B]
-    mask: Tensor | None,  # bool [B, G]
+    route: Route,
     geometry: Geometry,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """`where(writes, conv2d(where(reads, x, 0), weight, bias, ...), 0)`: every channel is computed."""
-    reads, writes = _selected_channels(x, weight, levels, mask, geometry)
+    reads, writes = _selected_channels(x, weight, route, geometry)
     y = torch.convolution(
         torch.where(reads[:, :, None, None], x, 0), weight, bias,
         geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
@@ -48,12 +45,11 @@ def masked_forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    levels: Tensor,  # int32 [B]
-    mask: Tensor | None,  # bool [B, G]
+    route: Route,
     geometry: Geometry,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """The equation in the memory format of a convolution."""
-    y = equation(x, weight, bias, levels, mask, geometry)
+    y = equation(x, weight, bias, route, geometry)
     return y.contiguous(memory_format=memory_format_of(x, weight))
 
 
@@ -61,13 +57,12 @@ def masked_backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
-    levels: Tensor,  # int32 [B]
-    mask: Tensor | None,  # bool [B, G]
+    route: Route,
     geometry: Geometry,
     output_mask: Sequence[bool],  # [3]: which of the gradients are wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # of x, weight and bias
     """The gradients of the equation; they have gradients themselves."""
-    reads, writes = _selected_channels(x, weight, levels, mask, geometry)
+    reads, writes = _selected_channels(x, weight, route, geometry)
     wide = compute_dtype(x)
     made = convolution_backward(
         torch.where(writes[:, :, None, None], grad, 0).to(wide), torch.where(reads[:, :, None, None], x, 0).to(wide),

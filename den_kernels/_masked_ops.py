@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _inverted_residual_composed
-from ._block_op import own_shortcut
+from ._block_op import activated, own_shortcut
 from ._conv_masked import masked_forward
 from ._geometry import Geometry
 from ._norm_torch import norm_torch
 from ._operands import Operands
+from ._residual_gpu import masked_branch
 from .bottleneck_weights import BottleneckWeights
 from .dynamic_bottleneck import OPERANDS as BOTTLENECK
+from .dynamic_conv import route_of
 from .dynamic_graph import graph_of, run_masked
 from .dynamic_inverted_residual import OPERANDS as INVERTED_RESIDUAL
 from .dynamic_residual import OPERANDS as RESIDUAL
@@ -69,14 +71,11 @@ def convolution(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    levels: Tensor,  # int32 [B]
-    order: Tensor,  # int32 [B]
-    offsets: Tensor,  # int32 [S + 1]
-    mask: Tensor | None,  # bool [B, G]
-    *settings: Any,
+    *given: Any,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """`dynamic_conv2d`."""
-    return masked_forward(x, weight, bias, levels, mask, Geometry.of(*settings))
+    geometry = Geometry.of(*given[4:])
+    return masked_forward(x, weight, bias, route_of(given[:4], geometry), geometry)
 
 
 def norm(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # [B, C, H, W] -> channels-last, [3, C]
@@ -88,29 +87,22 @@ def norm(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # [B, C, H, W] -> ch
 def residual(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, C_out, H_out, W_out] channels-last
     """`dynamic_residual`."""
     route, weights, shortcut = _taken(RESIDUAL, given)
-    used, whole = _used(route, weights), weights.all_hidden()
-    R, S = weights.conv1.shape[2:]
-    padding, bias2 = (R // 2, S // 2), None if weights.bias2 is None else weights.bias2.to(whole.conv2.dtype)
-    a = _activated(x, weights).to(whole.conv1.dtype)
-    h = F.conv2d(a, whole.conv1, whole.bias1, weights.stride, padding).relu()
-    R, S = weights.conv2.shape[2:]
-    y = F.conv2d(torch.where(used, h, 0), whole.conv2, bias2, 1, (R // 2, S // 2))
-    return _added(x, shortcut, y, used, weights)
+    return _added(x, shortcut, masked_branch(x, route, weights), weights)
 
 
 def bottleneck(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, C_out, H_out, W_out] channels-last
     """`dynamic_bottleneck`."""
     route, weights, shortcut = _taken(BOTTLENECK, given)
-    used, (R, S) = _used(route, weights), weights.conv2.shape[2:]
+    used, (R, S) = channels_of(route.selection(), weights.groups)[:, :, None, None], weights.conv2.shape[2:]
     bias1, bias2, bias3 = (
         None if bias is None else bias.to(x.dtype) for bias in (weights.bias1, weights.bias2, weights.bias3)
     )
-    h = F.conv2d(_activated(x, weights).to(x.dtype), weights.conv1, bias1).relu()
+    h = F.conv2d(activated(x, weights), weights.conv1, bias1).relu()
     h = F.conv2d(
         torch.where(used, h, 0), weights.conv2, bias2, weights.stride, (R // 2, S // 2), groups=weights.cardinality
     )
     y = F.conv2d(torch.where(used, h.relu(), 0), weights.conv3, bias3)
-    return _added(x, shortcut, y, used, weights)
+    return _added(x, shortcut, torch.where(used.any(1, keepdim=True), y, 0), weights)
 
 
 def inverted_residual(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, C_out, H_out, W_out] channels-last
@@ -123,16 +115,13 @@ def inverted_residual(x: Tensor, *given: Any) -> Tensor:  # [B, C, H, W] -> [B, 
 
 def _in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, route: Route, geometry: Geometry) -> Tensor:
     """A dynamic convolution of x [B, C_in, H, W]: [B, C_out, H_out, W_out]."""
-    return masked_forward(x, weight, bias, route.levels, route.mask, geometry)
+    return masked_forward(x, weight, bias, route, geometry)
 
 
 def graph(x: Tensor, levels: Tensor, order: Tensor, offsets: Tensor, *given: Any) -> Tensor:  # [B, C, H, W]
     """`dynamic_graph`."""
     read_in, gates, read_out, *weights = given
     return run_masked(x, graph_of(*weights), RoutingPlan(levels, order, offsets, 1), read_in, gates, read_out)
-
-
-Weights = ResidualWeights | BottleneckWeights
 
 
 def _taken(operands: Operands, given: tuple) -> tuple[Route, Any, Tensor | None]:
@@ -147,22 +136,10 @@ def _taken(operands: Operands, given: tuple) -> tuple[Route, Any, Tensor | None]
     return operands.route(given[:count]), weights, shortcut[0] if shortcut else None
 
 
-def _used(route: Route, weights: Weights) -> Tensor:
-    """bool [B, M, 1, 1]: the hidden channels that an instance uses."""
-    return channels_of(route.selection(), weights.groups)[:, :, None, None]
-
-
-def _activated(x: Tensor, weights: Weights) -> Tensor:  # [B, C, H, W]
-    """The map that the first convolution reads."""
-    if weights.scale1 is None or weights.shift1 is None:
-        return x
-    return (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu()
-
-
-def _added(x: Tensor, shortcut: Tensor | None, branch: Tensor, used: Tensor, weights: Weights) -> Tensor:
-    """The shortcut and, of instances that use any channel, the branch [B, C_out, H_out, W_out]."""
+def _added(x: Tensor, shortcut: Tensor | None, branch: Tensor, weights: ResidualWeights | BottleneckWeights) -> Tensor:
+    """The shortcut and the branch, [B, C_out, H_out, W_out], through the ReLU of the sum if there is one."""
     out = own_shortcut(x, weights, shortcut)
-    out = out + torch.where(used.any(1, keepdim=True), branch, 0).to(out.dtype)
+    out = out + branch.to(out.dtype)
     return (out.relu() if weights.relu else out).contiguous(memory_format=torch.channels_last)
 
 

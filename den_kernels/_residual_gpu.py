@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cuda, _triton
-from ._block_op import empty_result, own_shortcut
-from .plan import Route
+from ._block_op import activated, empty_result, own_shortcut
+from .plan import Route, channels_of
 from .residual_weights import ResidualWeights
 
 
@@ -26,8 +26,8 @@ def run(
     layout = _cuda.choose_fused(x, route, weights)
     in_triton = layout is None and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
     if layout is None and not in_triton:
-        out = x if inplace else own_shortcut(x, weights, shortcut)
-        add_branch_masked(x, out, route, weights)
+        branch, out = masked_branch(x, route, weights), x if inplace else own_shortcut(x, weights, shortcut)
+        out.add_(branch)
         return out.relu_() if weights.relu else out
     given = inplace or shortcut is not None
     out = x if inplace else own_shortcut(x, weights, shortcut) if given else empty_result(x, weights)
@@ -40,23 +40,15 @@ def run(
     return out.relu_() if weights.relu and shortcut is not None else out  # a given shortcut may hold negative values
 
 
-def add_branch_masked(
-    x: Tensor,  # [B, C, H, W]
-    out: Tensor,  # [B, C_out, H_out, W_out], added to
-    route: Route,
-    weights: ResidualWeights,
-) -> None:
-    """Add branch(x) on any device, without waiting for it: all channels are computed, the others set to zero."""
-    R, S = weights.conv1.shape[2:]
-    selection = route.selection()
-    channels = selection[:, weights.group_of_channel][:, :, None, None]
-    used = selection.any(1)[:, None, None, None]
-    a = x
-    if weights.scale1 is not None and weights.shift1 is not None:
-        a = (x * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu_().to(x.dtype)
+def masked_branch(x: Tensor, route: Route, weights: ResidualWeights) -> Tensor:
+    """branch(x) [B, C_out, H_out, W_out] of x [B, C, H, W] on any device, without waiting for it.
+
+    All channels are computed, and those that an instance does not use set to zero. Nothing is written over.
+    """
+    used, (R, S) = channels_of(route.selection(), weights.groups)[:, :, None, None], weights.conv1.shape[2:]
     conv1, bias1, conv2 = weights.all_hidden()
-    h = F.conv2d(a, conv1, bias1, weights.stride, (R // 2, S // 2))
-    h = torch.where(channels, h.relu_(), 0)
+    a = activated(x, weights).to(conv1.dtype)
+    h = F.conv2d(a, conv1, bias1, weights.stride, (R // 2, S // 2)).relu()
     bias2 = None if weights.bias2 is None else weights.bias2.to(h.dtype)
-    y = F.conv2d(h, conv2, bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))
-    out.add_(torch.where(used, y, 0))
+    y = F.conv2d(torch.where(used, h, 0), conv2, bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))
+    return torch.where(used.any(1, keepdim=True), y, 0)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _bottleneck_composed
-from ._block_op import BlockOp, own_shortcut
+from ._block_op import BlockOp, activated, own_shortcut
 from ._operands import Operands
 from ._residual_cpu import run_direct
 from .bottleneck_weights import BottleneckWeights
@@ -45,9 +45,7 @@ def dynamic_bottleneck_reference(
     for b in range(x.shape[0]):
         if not used[b].any():
             continue
-        a, chosen = x[b : b + 1], used[b][:, None, None]
-        if weights.scale1 is not None and weights.shift1 is not None:
-            a = (a * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu().to(x.dtype)
+        a, chosen = activated(x[b : b + 1], weights), used[b][:, None, None]
         h = torch.where(chosen, F.conv2d(a, weights.conv1, bias1).relu(), 0)
         h = F.conv2d(h, weights.conv2, bias2, weights.stride, (R // 2, S // 2), groups=weights.cardinality)
         bias3 = None if weights.bias3 is None else weights.bias3.to(x.dtype)

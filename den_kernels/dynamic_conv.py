@@ -96,7 +96,7 @@ def compute(
             from ._triton import dynamic_conv as kernels
 
             return kernels.forward(x, weight, bias, route, geometry)
-        return masked_forward(x, weight, bias, route.levels, route.mask, geometry)
+        return masked_forward(x, weight, bias, route, geometry)
     if x.dtype == torch.float64:
         return dynamic_conv2d_reference(
             x, weight, bias, route, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
@@ -113,12 +113,13 @@ def compute(
     return torch.empty(shape, dtype=x.dtype).copy_(out)  # contiguous() would leave strides that could be either
 
 
-def _route(levels: Tensor, order: Tensor, offsets: Tensor, mask: Tensor | None, geometry: Geometry) -> Route:
-    """The route of these tensors: levels [B], order [B], offsets [S + 1], mask [B, G]."""
+def route_of(tensors: Sequence[Tensor], geometry: Geometry) -> Route:
+    """The route of these tensors: levels [B], order [B], offsets [S + 1], mask [B, G] or None."""
+    levels, order, offsets, mask = tensors
     return Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
 
 
-# What the registered ops take: the tensors of a route, and the fields of a geometry (see `Geometry.of`).
+# What the registered ops are given: the tensors of a route, and the fields of a geometry (see `Geometry.of`).
 _ROUTE = "Tensor levels, Tensor order, Tensor offsets, Tensor? mask"
 _SETTINGS = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt[]? out_sizes, SymInt[]? in_sizes"
@@ -129,14 +130,10 @@ def _forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    levels: Tensor,  # int32 [B]
-    order: Tensor,  # int32 [B]
-    offsets: Tensor,  # int32 [S + 1]
-    mask: Tensor | None,  # bool [B, G]
-    *settings: Any,
+    *given: Any,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    geometry = Geometry.of(*settings)
-    return compute(x, weight, bias, _route(levels, order, offsets, mask, geometry), geometry)
+    geometry = Geometry.of(*given[4:])
+    return compute(x, weight, bias, route_of(given[:4], geometry), geometry)
 
 
 _NAME = "den_kernels::dynamic_conv2d"
@@ -146,7 +143,7 @@ _dynamic_conv2d = torch.library.custom_op(
 
 
 @_dynamic_conv2d.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, *given: Any) -> Tensor:  # given: a route's tensors and settings
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *given: Any) -> Tensor:
     """Memory for the result, [B, C_out, H_out, W_out], as torch.compile needs to know it."""
     shape = Geometry.of(*given[4:]).out_shape(x, weight)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x, weight))
@@ -178,14 +175,10 @@ def _backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
-    levels: Tensor,  # int32 [B]
-    order: Tensor,  # int32 [B]
-    offsets: Tensor,  # int32 [S + 1]
-    mask: Tensor | None,  # bool [B, G]
-    *settings: Any,  # and which gradients are wanted; the others come back with no element
+    *given: Any,  # and which gradients are wanted; the others come back with no element
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
-    geometry, output_mask = Geometry.of(*settings[:-1]), settings[-1]
-    route = _route(levels, order, offsets, mask, geometry)
+    geometry, output_mask = Geometry.of(*given[4:-1]), given[-1]
+    route = route_of(given[:4], geometry)
     gradients: Sequence[Tensor | None]
     if x.is_cpu:
         gradients = _backward_cpu(grad, x, weight, route, geometry, output_mask)
@@ -194,7 +187,7 @@ def _backward(
 
         gradients = kernels.backward(grad, x, weight, route, geometry, output_mask)
     else:
-        gradients = masked_backward(grad, x, weight, levels, mask, geometry, output_mask)
+        gradients = masked_backward(grad, x, weight, route, geometry, output_mask)
     dx, dweight, dbias = (
         gradient if wanted and gradient is not None else x.new_empty(0)
         for gradient, wanted in zip(gradients, output_mask, strict=True)
@@ -226,16 +219,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # output 
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [B, C_out, H_out, W_out]
-    x, weight, levels, order, offsets, mask = ctx.saved_tensors
+    x, weight, *routing = ctx.saved_tensors
     geometry, wanted = ctx.geometry, list(ctx.needs_input_grad[:3])
+    route = route_of(routing, geometry)
     gradients: Sequence[Tensor | None]
     if torch.is_grad_enabled():  # create_graph: the gradients may have to have gradients
-        gradients = masked_backward(grad, x, weight, levels, mask, geometry, wanted)
+        gradients = masked_backward(grad, x, weight, route, geometry, wanted)
     elif x.is_cpu and is_ordinary(grad, x, weight):
-        route = Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
         gradients = in_range(f"{_NAME}_backward", _backward_cpu, grad, x, weight, route, geometry, wanted)
     else:
-        gradients = _dynamic_conv2d_backward(grad, x, weight, levels, order, offsets, mask, *geometry, wanted)
+        gradients = _dynamic_conv2d_backward(grad, x, weight, *routing, *geometry, wanted)
     kept = [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
     return *kept, *(None,) * (ctx.inputs - len(kept))
 
@@ -321,5 +314,5 @@ def convolve(
         return in_range(_NAME, _EagerConv.apply, x, weight, bias, route, geometry)
     refuse_tangents("dynamic_conv2d", x, weight, bias)
     if is_transformed():
-        return equation(x, weight, bias, route.levels, route.mask, geometry)
+        return equation(x, weight, bias, route, geometry)
     return call_op(_dynamic_conv2d, x, weight, bias, route.levels, route.order, route.offsets, route.mask, *geometry)

@@ -29,7 +29,7 @@ relu(bn1(x)) (`_triton/residual.py`); `_residual_gpu.py` chooses.
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._block_op import BlockOp, own_shortcut
+from ._block_op import BlockOp, activated, own_shortcut
 from ._operands import Operands
 from ._residual_cpu import run_direct, run_onednn
 from .eager import not_scriptable
@@ -50,9 +50,7 @@ def dynamic_residual_reference(
         groups = tuple(selection[b].tolist())
         if any(groups):
             conv1, bias1, conv2 = weights.hidden(groups, whole)
-            a = x[b : b + 1].to(conv1.dtype)
-            if weights.scale1 is not None and weights.shift1 is not None:
-                a = (a * weights.scale1[:, None, None] + weights.shift1[:, None, None]).relu().to(conv1.dtype)
+            a = activated(x[b : b + 1].to(conv1.dtype), weights)
             h = F.conv2d(a, conv1, bias1, weights.stride, (conv1.shape[2] // 2, conv1.shape[3] // 2)).relu()
             bias2 = None if weights.bias2 is None else weights.bias2.to(h.dtype)
             out[b] += F.conv2d(h, conv2, bias2, 1, (conv2.shape[2] // 2, conv2.shape[3] // 2))[0].to(out.dtype)

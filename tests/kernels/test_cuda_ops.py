@@ -8,7 +8,7 @@ from torch import nn
 
 from den_kernels import RoutingPlan, _cuda
 from den_kernels._extension import extension
-from den_kernels._residual_gpu import add_branch_masked
+from den_kernels._residual_gpu import masked_branch
 from den_kernels.dynamic_residual import dynamic_residual_reference
 from den_kernels.plan import as_route
 from den_kernels.plan_sort import plan_levels, plan_masks
@@ -140,6 +140,6 @@ def test_fused_blocks_on_a_gpu(C, H, dtype, monkeypatch):
     assert torch.equal(got, again)
     assert torch.equal(got[levels == 0], x[levels == 0])
     peer = x.clone()
-    add_branch_masked(x, peer, route, weights)
+    peer.add_(masked_branch(x, route, weights))
     wide = dataclasses.replace(weights, conv1=weights.conv1.double(), conv2=weights.conv2.double())
     assert_as_accurate(got, peer, dynamic_residual_reference(x.double(), route, wide))

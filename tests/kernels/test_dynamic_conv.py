@@ -101,7 +101,7 @@ def test_segments_and_masked_composition_agree_with_the_reference_in_float64(cas
     parts = parts_of(route, geometry, x.shape[1], weight.shape[0])
     by_segments = _conv_cpu.forward(x, weight, bias, parts, geometry)
     torch.testing.assert_close(by_segments, exact, rtol=1e-12, atol=1e-12)
-    masked = masked_forward(x, weight, bias, route.levels, route.mask, geometry)
+    masked = masked_forward(x, weight, bias, route, geometry)
     torch.testing.assert_close(masked, exact, rtol=1e-12, atol=1e-12)
 
 

@@ -120,7 +120,7 @@ def test_masked_composition_has_the_same_gradients(name):
     )  # fmt: skip
     route = as_route(selection, len(case.out_sizes) or len(case.in_sizes), case.batch)
     x, weight, _ = (None if t is None else t.detach() for t in tensors)
-    masked = masked_backward(grad, x, weight, route.levels, route.mask, geometry, wanted)
+    masked = masked_backward(grad, x, weight, route, geometry, wanted)
     for got, expected in zip([m for m in masked if m is not None], ours, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 

@@ -13,7 +13,7 @@ from den_kernels import (
     dynamic_residual_,
     residual_weights,
 )
-from den_kernels._residual_gpu import add_branch_masked
+from den_kernels._residual_gpu import masked_branch
 from den_kernels.rows import pool_rows
 from den_kernels.testing import make_levels, make_mask
 from tests.kernels.test_dynamic_residual import CASES, Block, image
@@ -75,7 +75,7 @@ def test_masked_composition_of_other_devices_agrees():
         ):
             route = as_route(selection, len(weights.groups), shape[0])
             out = pool_rows(x, weights.conv2.shape[0], weights.stride)
-            add_branch_masked(x, out, route, weights)
+            out.add_(masked_branch(x, route, weights))
             torch.testing.assert_close(out, dynamic_residual(x, selection, weights), rtol=1e-5, atol=1e-5)
 
 

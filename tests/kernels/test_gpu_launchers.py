@@ -232,7 +232,7 @@ def test_an_old_gpu_or_no_triton_give_right_values_and_one_warning(monkeypatch, 
         in_place = there.clone()
         residual._OP.over(in_place, route, weights)
         composed = bottleneck._OP.functional(there, route, deep)
-        gradients = masked_backward(y, there, weight, route.levels, None, geometry, (True, True, False))
+        gradients = masked_backward(y, there, weight, route, geometry, (True, True, False))
     assert len(said) == 1
     assert said[0].category is UserWarning
     assert re.search(reason, str(said[0].message))

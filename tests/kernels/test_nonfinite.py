@@ -18,7 +18,7 @@ from den_kernels import (
     rows,
 )
 from den_kernels._extension import extension
-from den_kernels._residual_gpu import add_branch_masked
+from den_kernels._residual_gpu import masked_branch
 from den_kernels.dynamic_graph import dynamic_graph_reference
 from den_kernels.dynamic_norm import dynamic_batch_norm_reference
 from den_kernels.plan import as_route
@@ -159,7 +159,7 @@ def test_residual_block(C, M, way, dtype, selection, value, monkeypatch):
 def test_residual_block_where_there_is_no_kernel(selection, value):
     parts, x = block(16, 16, torch.float32), image(16, 6, 6, torch.float32, value)
     out = x.clone()
-    add_branch_masked(x, out, as_route(selection, 3, 5), ResidualWeights.fold(*parts))
+    out.add_(masked_branch(x, as_route(selection, 3, 5), ResidualWeights.fold(*parts)))
     assert_same_kinds(out, exact_block(parts, x, selection, False))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from den_kernels import DynamicConv2d, ResidualWeights, dynamic_residual, dynamic_residual_
-from den_kernels._residual_gpu import add_branch_masked
+from den_kernels._residual_gpu import masked_branch
 from den_kernels.plan import as_route
 from den_kernels.testing import assert_as_accurate, channel_mask, make_levels, make_mask
 
@@ -121,7 +121,7 @@ def test_the_masked_composition_of_other_devices_agrees(case):
     levels = make_levels("uniform", shape[0], len(block.groups))
     with torch.no_grad():
         out = block.shortcut(x).contiguous(memory_format=torch.channels_last).clone()
-    add_branch_masked(x, out, as_route(levels, len(block.groups), shape[0]), block.fold())
+    out.add_(masked_branch(x, as_route(levels, len(block.groups), shape[0]), block.fold()))
     torch.testing.assert_close(out.relu(), run(block, x, levels), rtol=1e-5, atol=1e-5)
 
 

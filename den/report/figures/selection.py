@@ -13,7 +13,7 @@ from torch import Tensor
 from den.data import ImageSet
 from den.evaluate.accuracy import TaskReport
 from den.evaluate.comparison import most_different_block
-from den.nn.count import count_flops, parameter_fractions
+from den.nn.count import count_flops
 from den.nn.model import DeepElasticNetwork
 from den.report.figures.style import (
     DEN,
@@ -25,6 +25,7 @@ from den.report.figures.style import (
     structure_cells,
     styled,
 )
+from den.train.objective import parameter_fractions
 
 
 def _legend(figure: Figure, model: DeepElasticNetwork) -> None:
