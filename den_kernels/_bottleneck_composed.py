@@ -21,7 +21,7 @@ def run(
     inplace: bool,
 ) -> Tensor:  # [B, C_out, H_out, W_out] channels-last; x if inplace
     """shortcut + branch(x). Only the instances above level 0 are read and added to, on a CPU and in Triton."""
-    if weights.bias3 is None and x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
+    if weights.bias3 is None and _triton.takes(x):
         from ._triton.residual import add_branch
 
         given = inplace or shortcut is not None

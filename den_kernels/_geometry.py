@@ -11,6 +11,10 @@ _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "privateuse
 _WITH_AUTOCAST = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
 
 
+# The fields of a geometry, as a registered op takes them.
+FIELDS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt[]? out_sizes, SymInt[]? in_sizes"
+
+
 class Geometry(NamedTuple):
     """The settings of a convolution, and the sizes of the channel groups of both sides: () where one is not elastic."""
 

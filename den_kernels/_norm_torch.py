@@ -14,6 +14,15 @@ def _per_channel(values: Tensor) -> Tensor:  # [C] -> [C, 1, 1]
     return values[:, None, None]
 
 
+def check_counts(count: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError where a channel of x, of this shape [B, C, H, W], has a single value: a 1 in count [C]."""
+    if shape[2:] == (1, 1) and bool((single := count == 1).any()):
+        raise ValueError(
+            "dynamic_batch_norm: a channel in use must have more than one value while training, got one value of "
+            f"channel {int(single.nonzero()[0])} in x of shape {list(shape)}"
+        )
+
+
 def norm_torch(
     x: Tensor,  # [B, C, H, W]
     selection: Tensor,  # bool [B, G]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .plan import Route
 
-_ROUTE = "Tensor levels, Tensor order, Tensor offsets, Tensor? mask"
+ROUTE = "Tensor levels, Tensor order, Tensor offsets, Tensor? mask"
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool", str: "str",
     tuple[int, ...]: "SymInt[]", tuple[Tensor, ...] | None: "Tensor[]",
@@ -25,7 +25,7 @@ class Operands:
         hints = get_type_hints(weights)
         kinds = {each.name: _TYPES.get(hints[each.name]) for each in dataclasses.fields(weights)}
         self._weights, self._kinds = weights, {name: kind for name, kind in kinds.items() if kind}
-        self.text = ", ".join([_ROUTE, *(f"{kind} {name}" for name, kind in self._kinds.items())])
+        self.text = ", ".join([ROUTE, *(f"{kind} {name}" for name, kind in self._kinds.items())])
         """Of a schema: the types and the names."""
 
     def of(self, route: Route, weights: Any) -> tuple:

@@ -24,7 +24,7 @@ def run(
     and so its shortcut is not negative.
     """
     layout = _cuda.choose_fused(x, route, weights)
-    in_triton = layout is None and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
+    in_triton = layout is None and _triton.takes(x)
     if layout is None and not in_triton:
         branch, out = masked_branch(x, route, weights), x if inplace else own_shortcut(x, weights, shortcut)
         out.add_(branch)

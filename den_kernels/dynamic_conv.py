@@ -12,12 +12,11 @@ With `groups > 1` (cardinality) the boundaries of channel groups lie on those of
 then says: elastic outputs alone read only the inputs of their own cardinality groups, and an output whose inputs are
 not selected (elastic inputs alone, or both sides with different sizes) is its bias.
 
-On a CPU the instances of a level run together, or all instances through one direct convolution
-(`_conv_cpu.py`, `_conv_direct.py`);
-float64 runs the reference, its gradients excepted. On a GPU one launch of a Triton kernel computes the selected part
-(`_triton/`), without waiting for the device; inputs that are not channels-last, or do not begin at a multiple of 16
-bytes, are copied first. Where that kernel does not run (float64, no triton, before compute capability 8.0) the equation
-itself is computed, the whole convolution.
+On a CPU the instances of a level run together, or all instances through one direct convolution (`_conv_cpu.py`,
+`_conv_direct.py`); float64 runs the reference, its gradients excepted. On a GPU one launch of a Triton kernel computes
+the selected part (`_triton/`), without waiting for the device; inputs that are not channels-last, or do not begin at a
+multiple of 16 bytes, are copied first. Where that kernel does not run (float64, no triton, before compute capability
+8.0) the equation itself is computed, the whole convolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +29,8 @@ from torch import Tensor
 from . import _conv_cpu, _conv_direct, _triton
 from ._conv_masked import equation, masked_backward, masked_forward
 from ._conv_parts import parts_of
-from ._geometry import Geometry, memory_format_of, operands, settle, sides
+from ._geometry import FIELDS, Geometry, memory_format_of, operands, settle, sides
+from ._operands import ROUTE
 from .eager import (
     call_op,
     in_range,
@@ -78,10 +78,6 @@ def dynamic_conv2d_reference(
     return out
 
 
-def _in_triton(x: Tensor) -> bool:  # x [B, C_in, H, W]
-    return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
-
-
 def compute(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
@@ -92,7 +88,7 @@ def compute(
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """The convolution by the kernels of x's device, without autograd; arguments were checked."""
     if not x.is_cpu:
-        if _in_triton(x):
+        if _triton.takes(x):
             from ._triton import dynamic_conv as kernels
 
             return kernels.forward(x, weight, bias, route, geometry)
@@ -119,13 +115,6 @@ def route_of(tensors: Sequence[Tensor], geometry: Geometry) -> Route:
     return Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
 
 
-# What the registered ops are given: the tensors of a route, and the fields of a geometry (see `Geometry.of`).
-_ROUTE = "Tensor levels, Tensor order, Tensor offsets, Tensor? mask"
-_SETTINGS = (
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt[]? out_sizes, SymInt[]? in_sizes"
-)
-
-
 def _forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
@@ -136,9 +125,9 @@ def _forward(
     return compute(x, weight, bias, route_of(given[:4], geometry), geometry)
 
 
-_NAME = "den_kernels::dynamic_conv2d"
+_NAME, _GIVEN = "den_kernels::dynamic_conv2d", f"{ROUTE}, {FIELDS}"
 _dynamic_conv2d = torch.library.custom_op(
-    _NAME, _forward, mutates_args=(), schema=f"(Tensor x, Tensor weight, Tensor? bias, {_ROUTE}, {_SETTINGS}) -> Tensor"
+    _NAME, _forward, mutates_args=(), schema=f"(Tensor x, Tensor weight, Tensor? bias, {_GIVEN}) -> Tensor"
 )
 
 
@@ -176,40 +165,34 @@ def _backward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     *given: Any,  # and which gradients are wanted; the others come back with no element
-) -> tuple[Tensor, Tensor, Tensor]:  # dx, dweight, dbias
+) -> tuple[Tensor, ...]:  # dx, dweight, dbias
     geometry, output_mask = Geometry.of(*given[4:-1]), given[-1]
     route = route_of(given[:4], geometry)
     gradients: Sequence[Tensor | None]
     if x.is_cpu:
         gradients = _backward_cpu(grad, x, weight, route, geometry, output_mask)
-    elif _in_triton(x):
+    elif _triton.takes(x):
         from ._triton import dynamic_conv as kernels
 
         gradients = kernels.backward(grad, x, weight, route, geometry, output_mask)
     else:
         gradients = masked_backward(grad, x, weight, route, geometry, output_mask)
-    dx, dweight, dbias = (
-        gradient if wanted and gradient is not None else x.new_empty(0)
-        for gradient, wanted in zip(gradients, output_mask, strict=True)
-    )
-    return dx, dweight, dbias
+    pairs = zip(gradients, output_mask, strict=True)
+    return tuple(x.new_empty(0) if gradient is None or not wanted else gradient for gradient, wanted in pairs)
 
 
 _dynamic_conv2d_backward = torch.library.custom_op(
     f"{_NAME}_backward", _backward, mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, Tensor weight, {_ROUTE}, {_SETTINGS}, bool[] output_mask)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor x, Tensor weight, {_GIVEN}, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
 
 @_dynamic_conv2d_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, ...]:
     """Memory for the gradients of x, weight and bias; of those that are not wanted [0]."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-    dweight = torch.empty(weight.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(weight))
+    dx, dweight = (torch.empty_like(t, dtype=x.dtype, memory_format=memory_format_of(t)) for t in (x, weight))
     made = dx, dweight, weight.new_empty(weight.shape[0])
-    first, second, third = (m if wanted else x.new_empty(0) for m, wanted in zip(made, given[-1], strict=True))
-    return first, second, third
+    return tuple(m if wanted else x.new_empty(0) for m, wanted in zip(made, given[-1], strict=True))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # output [B, C_out, H_out, W_out]
@@ -219,16 +202,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # output 
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [B, C_out, H_out, W_out]
-    x, weight, *routing = ctx.saved_tensors
+    x, weight, levels, order, offsets, mask = ctx.saved_tensors
     geometry, wanted = ctx.geometry, list(ctx.needs_input_grad[:3])
-    route = route_of(routing, geometry)
-    gradients: Sequence[Tensor | None]
+    route = Route(levels, order, offsets, len(geometry.out_sizes) or len(geometry.in_sizes), mask)
     if torch.is_grad_enabled():  # create_graph: the gradients may have to have gradients
         gradients = masked_backward(grad, x, weight, route, geometry, wanted)
     elif x.is_cpu and is_ordinary(grad, x, weight):
         gradients = in_range(f"{_NAME}_backward", _backward_cpu, grad, x, weight, route, geometry, wanted)
     else:
-        gradients = _dynamic_conv2d_backward(grad, x, weight, *routing, *geometry, wanted)
+        gradients = _dynamic_conv2d_backward(grad, x, weight, levels, order, offsets, mask, *geometry, wanted)
     kept = [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
     return *kept, *(None,) * (ctx.inputs - len(kept))
 

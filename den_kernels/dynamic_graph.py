@@ -96,7 +96,7 @@ def _run(
 ) -> Tensor:  # [B, C, H, W] channels-last
     x = x.contiguous(memory_format=torch.channels_last)
     if not x.is_cpu:
-        if x.dtype in _triton.DTYPES and _triton.runs_on(x.device):
+        if _triton.takes(x):
             from ._triton.graph import run_graph
 
             return run_graph(x, graph.edges, graph.weights, graph.biases, plan, read_in, gates, read_out)

@@ -15,6 +15,7 @@ do. On a GPU nothing is read back from the device.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from . import _triton
 from ._extension import extension
 from ._geometry import memory_format_of
-from ._norm_torch import norm_torch, norm_torch_gradients
+from ._norm_torch import check_counts, norm_torch, norm_torch_gradients
 from .eager import (
     call_op,
     in_range,
@@ -37,9 +38,7 @@ from .eager import (
     runs_eagerly,
     savable,
 )
-from .plan import Route, as_route, route_for
-
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+from .plan import Route, as_route, channels_of, route_for
 
 
 def dynamic_batch_norm_reference(
@@ -58,11 +57,10 @@ def dynamic_batch_norm_reference(
 ) -> Tensor:  # [B, C, H, W]
     """`dynamic_batch_norm`, one channel after the other."""
     B, C = x.shape[:2]
-    used = as_route(route, len(groups), B).selection()
-    group_of = [group for group, size in enumerate(groups) for _ in range(size)]
+    used = channels_of(as_route(route, len(groups), B).selection(), groups)
     y = x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)
     for c in range(C):
-        users = [b for b in range(B) if used[b, group_of[c]]]
+        users = [b for b in range(B) if used[b, c]]
         if not users:
             continue
         values = x[users, c]
@@ -83,10 +81,6 @@ def dynamic_batch_norm_reference(
 # The four passes, two in each op: C++ on a CPU, Triton on a GPU. All maps are channels-last in memory.
 
 
-def _empty_channels_last(x: Tensor) -> Tensor:  # [B, C, H, W]
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
 def _norm_forward_cpu(
     x: Tensor,  # [B, C, H, W] float32 or bfloat16; on a GPU also float16
     selection: Tensor,  # bool [B, G]
@@ -104,7 +98,7 @@ def _norm_forward_cpu(
         statistics = torch.empty(3, x.shape[1])
         extension.norm_statistics(batch, x, statistics)
         if x.shape[2:] == (1, 1):
-            _check_counts(statistics[2], x.shape)
+            check_counts(statistics[2], x.shape)
     else:
         statistics = statistics.clone(memory_format=torch.contiguous_format)
     y = torch.empty_like(x)
@@ -114,11 +108,9 @@ def _norm_forward_cpu(
 
 _NAME = "den_kernels::dynamic_norm"
 _norm_forward = torch.library.custom_op(_NAME, mutates_args=(), device_types="cpu")(_norm_forward_cpu)
-
-
-@_norm_forward.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:  # [B, C, H, W], float32 [3, C]
-    return _empty_channels_last(x), x.new_empty(3, x.shape[1], dtype=torch.float32)
+_norm_forward.register_fake(lambda x, *_: (
+    torch.empty_like(x, memory_format=torch.channels_last), x.new_empty(3, x.shape[1], dtype=torch.float32)
+))  # fmt: skip
 
 
 def _norm_backward_cpu(
@@ -155,17 +147,12 @@ _norm_backward = torch.library.custom_op(f"{_NAME}_backward", mutates_args=(), d
 def _(dy: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:  # [B, C, H, W], float32 [2, C]
     need_dx, need_sums = settings[-2:]
     sums = x.new_empty((2, x.shape[1]) if need_sums else (0,), dtype=torch.float32)
-    return _empty_channels_last(x) if need_dx else x.new_empty(0), sums
+    return torch.empty_like(x, memory_format=torch.channels_last) if need_dx else x.new_empty(0), sums
 
 
-def _kernels() -> Any:
-    from ._triton import norm
-
-    return norm
-
-
-_norm_forward.register_kernel("cuda", lambda *arguments: _kernels().forward(*arguments))
-_norm_backward.register_kernel("cuda", lambda *arguments: _kernels().backward(*arguments))
+_KERNELS = "den_kernels._triton.norm"  # imported where they run
+_norm_forward.register_kernel("cuda", lambda *arguments: import_module(_KERNELS).forward(*arguments))
+_norm_backward.register_kernel("cuda", lambda *arguments: import_module(_KERNELS).backward(*arguments))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -183,8 +170,18 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  #
         given, wanted = None if ctx.training else statistics, (need_dx, need_weight, need_bias)
         dx, dweight, dbias = norm_torch_gradients(dy, x, selection, given, weight, bias, tuple(ctx.settings), wanted)
         return dx, None, None, dweight, dbias, None, None, None
-    need_sums = need_weight or need_bias
-    arguments = dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, need_dx, need_sums
+    arguments = (
+        dy,
+        x,
+        selection,
+        statistics,
+        weight,
+        bias,
+        *ctx.settings,
+        ctx.training,
+        need_dx,
+        need_weight or need_bias,
+    )
     if x.is_cpu and is_ordinary(dy, x, weight, bias):
         dx, sums = in_range(f"{_NAME}_backward", _norm_backward_cpu, *arguments)
     else:
@@ -209,15 +206,6 @@ class _EagerNorm(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def _check_counts(count: Tensor, shape: torch.Size) -> None:
-    """Raise ValueError where a channel of x, of this shape [B, C, 1, 1], has a single value: a 1 in count [C]."""
-    if bool((single := count == 1).any()):
-        raise ValueError(
-            "dynamic_batch_norm: a channel in use must have more than one value while training, got one value of "
-            f"channel {int(single.nonzero()[0])} in x of shape {list(shape)}"
-        )
-
-
 def _check(x: Tensor, groups: Sequence[int], eps: float, **vectors: Tensor | None) -> None:
     """Raise unless x is [B, C, H, W], floating point, groups add up to C and the vectors are [C] on its device."""
     if x.dim() != 4:
@@ -240,8 +228,8 @@ def _check(x: Tensor, groups: Sequence[int], eps: float, **vectors: Tensor | Non
 
 def _has_kernels(x: Tensor) -> bool:  # x [B, C, H, W]
     if x.is_cpu:
-        return extension is not None and x.dtype in _NATIVE_DTYPES
-    return x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
+        return extension is not None and x.dtype in (torch.float32, torch.bfloat16)
+    return _triton.takes(x)
 
 
 def _normed(
@@ -254,9 +242,8 @@ def _normed(
     selection, statistics, weight, bias, groups, eps, relu = arguments
     if not _has_kernels(x) or process_group is not None or (not ordinary and is_transformed()):
         y, batch = norm_torch(x, selection, statistics, weight, bias, groups, eps, relu, process_group)
-        known = statistics is None and x.is_cpu and process_group is None and not is_traced()
-        if known and x.shape[2:] == (1, 1):
-            _check_counts(batch[2], x.shape)
+        if statistics is None and x.is_cpu and process_group is None and not is_traced():
+            check_counts(batch[2], x.shape)
         return y, batch
     maps = x.contiguous(memory_format=torch.channels_last)
     if not (x.is_cpu and ordinary):

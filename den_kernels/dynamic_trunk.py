@@ -90,7 +90,7 @@ class TrunkWeights(HasHandle):
 
     def runs_on_gpu(self, x: Tensor) -> bool:
         """True where one call runs all blocks on x [B, C, H, W], which is not on a CPU."""
-        return self._alike and self._plain and x.dtype in _triton.DTYPES and _triton.runs_on(x.device)
+        return self._alike and self._plain and _triton.takes(x)
 
     def shapes(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
         """[C_out, H_out, W_out] of each block that changes its map's shape or has a convolution as its shortcut."""

@@ -4,6 +4,7 @@ import warnings
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = find_spec("triton") is not None
@@ -21,6 +22,11 @@ def runs_on(device: torch.device) -> bool:
             f"{device} has compute capability {properties.major}.{properties.minor}, and the kernels need 8.0"
         )
     return HAS_TRITON or _refuse("triton is not installed")
+
+
+def takes(x: Tensor) -> bool:
+    """True where the kernels run for tensors of the dtype and on the device of x [...]."""
+    return x.dtype in DTYPES and runs_on(x.device)
 
 
 def _refuse(reason: str) -> bool:
