@@ -170,18 +170,8 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  #
         given, wanted = None if ctx.training else statistics, (need_dx, need_weight, need_bias)
         dx, dweight, dbias = norm_torch_gradients(dy, x, selection, given, weight, bias, tuple(ctx.settings), wanted)
         return dx, None, None, dweight, dbias, None, None, None
-    arguments = (
-        dy,
-        x,
-        selection,
-        statistics,
-        weight,
-        bias,
-        *ctx.settings,
-        ctx.training,
-        need_dx,
-        need_weight or need_bias,
-    )
+    needs = need_dx, need_weight or need_bias
+    arguments = dy, x, selection, statistics, weight, bias, *ctx.settings, ctx.training, *needs
     if x.is_cpu and is_ordinary(dy, x, weight, bias):
         dx, sums = in_range(f"{_NAME}_backward", _norm_backward_cpu, *arguments)
     else:
@@ -227,9 +217,8 @@ def _check(x: Tensor, groups: Sequence[int], eps: float, **vectors: Tensor | Non
 
 
 def _has_kernels(x: Tensor) -> bool:  # x [B, C, H, W]
-    if x.is_cpu:
-        return extension is not None and x.dtype in (torch.float32, torch.bfloat16)
-    return _triton.takes(x)
+    in_cpp = extension is not None and x.dtype in (torch.float32, torch.bfloat16)
+    return in_cpp if x.is_cpu else _triton.takes(x)
 
 
 def _normed(
