@@ -14,7 +14,7 @@ from ..dynamic_conv import convolve
 from ..eager import as_fx_leaf
 from ..fold_cache import FoldCache
 from ..layers import DynamicBatchNorm2d, DynamicConv2d
-from ..plan import Route
+from ..plan import Route, channels_of
 from .carrier import Carrier, Selection
 
 
@@ -147,9 +147,7 @@ class RoutedBatchNorm2d(Routed, DynamicBatchNorm2d):
         if self.bias is not None:
             shift = shift + self.bias
         y = x * scale[row][:, :, None, None].to(x.dtype) + shift[row][:, :, None, None].to(x.dtype)
-        used = self._route(selection).selection()
-        sizes = torch.tensor(self.groups, device=x.device)
-        channels = used.repeat_interleave(sizes, 1, output_size=self.num_features)
+        channels = channels_of(self._route(selection).selection(), self.groups)
         return torch.where(channels[:, :, None, None], y, 0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
