@@ -1,7 +1,5 @@
 """Memory of one call, and cases that do not fit: left out in one line while the rest runs."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Clocks that time calls: the host's, or a GPU's events around a graph whose inputs are not in its cache."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

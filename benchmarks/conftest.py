@@ -1,7 +1,5 @@
 """Options, machine settings and the closing table of ``pytest benchmarks/``."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

@@ -4,8 +4,6 @@ CASE is `harness.Case` as JSON; printed is, as JSON, what `measured` gives. The 
 keeps itself, and the busy one, to as many cores as it has threads: so there is somebody in the way on every machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

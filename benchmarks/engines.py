@@ -3,8 +3,6 @@
 Both read one ONNX file of the same network. They come with the extra: ``pip install "den-kernels[peers]"``.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version

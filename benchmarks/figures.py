@@ -1,7 +1,5 @@
 """Figures of one machine's results: realised fraction, time against the batch, roofline; titles say what was found."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Floors of this machine, measured in the same run: matrix rate and copy bandwidth; and what machine it is."""
 
-from __future__ import annotations
-
 import functools
 import os
 import platform

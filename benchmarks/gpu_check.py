@@ -9,8 +9,6 @@ lines the most important ones. Exit status: 0, 1 where a check failed, 2 without
 without one, tiny, on a simulated GPU (rehearsal.py), and keeps nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The extension built for this machine, what it is, and its ceilings: ``python -m benchmarks.gpu_machine cuda:0``."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -10,8 +10,6 @@ tests/kernels/test_machine_code.py and test_cuda_code.py compare them. Rates are
 and nothing here was measured with these kernels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ launches and the fused kernel by the cycle model of `benchmarks/gpu_model.py`; a
 the library takes, which is not always the faster one.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Results that `benchmarks.gpu_check` keeps of a GPU, and the report of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

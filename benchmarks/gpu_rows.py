@@ -6,8 +6,6 @@ and the row of a timed case; {"finished": status} at the end of all. A process t
 behind the checks in it. After a fault that leaves the device dead the process ends.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

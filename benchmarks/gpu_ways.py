@@ -1,7 +1,5 @@
 """The residual block by the fused kernel alone, or by the Triton launches alone, wherever `dynamic_residual` goes."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from den_kernels import ResidualWeights, _cuda

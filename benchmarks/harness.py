@@ -5,8 +5,6 @@ that every round holds one call of each and a slow moment of the machine falls o
 ours as well, by events.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import statistics

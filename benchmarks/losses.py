@@ -1,7 +1,5 @@
 """Cases in which ours is not the fastest provider: against which one, and what the row tells about the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

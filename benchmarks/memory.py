@@ -5,8 +5,6 @@ folded and packed copies of them, and the maps alive at once. Freed tensors are 
 opposite of what timing wants), so that the resident size is what is alive.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

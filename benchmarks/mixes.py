@@ -1,7 +1,5 @@
 """Mixes of levels, by name: rules that draw the levels of one block, or whole structures."""
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

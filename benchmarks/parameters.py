@@ -1,7 +1,5 @@
 """Cases as pytest's parameters. conftest.py leaves out those that this run does not want."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

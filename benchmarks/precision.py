@@ -1,7 +1,5 @@
 """Precision of float32 products on a GPU while something is checked or timed: rounded to TF32, or not."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Modules of the benchmarks that need a process of their own."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ RUN is a run folder of ``den demo`` or ``den train``. The structures of the firs
 ``recorded_levels.json``, from where the mixes "recorded-TASK" take them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -8,8 +8,6 @@ it. Nothing is built. compute-sanitizer and ncu are stood in for by scripts that
 those would print.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import runpy

@@ -4,8 +4,6 @@ JSON is what ``pytest benchmarks/ --benchmark-only --benchmark-json=JSON`` wrote
 benchmarks/results is printed. With --keep its rows replace those of the same cases in results/<machine>.json there.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -1,7 +1,5 @@
 """The kept results: one file of rows a machine in benchmarks/results, a row a case."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two more ways that people run a different width for every instance: one call each, and one grouped convolution."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

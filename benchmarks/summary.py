@@ -1,7 +1,5 @@
 """The targets in few rows: those of one kind together, with the one that is nearest to its target."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from den.support.tables import markdown_table

@@ -1,7 +1,5 @@
 """Rows of results as Markdown tables, and those with colours for a terminal."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

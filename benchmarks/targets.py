@@ -1,7 +1,5 @@
 """The speed to reach, as data: which row, which number, which bound; on a CPU with 2 threads, and on an H200."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

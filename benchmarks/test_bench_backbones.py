@@ -1,7 +1,5 @@
 """Networks of the other block kinds end to end: bottlenecks, cardinality, pairs of convolutions."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any

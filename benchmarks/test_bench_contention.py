@@ -1,7 +1,5 @@
 """A network beside another busy process on the same cores: by how much longer it takes, and the dense ones."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A dynamic convolution in training: forward, the gradient of its input and the gradient of its weight."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

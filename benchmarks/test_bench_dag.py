@@ -5,8 +5,6 @@ ours; ``throughput_whole`` that of the tasks one after the other in networks tha
 does; ``realised`` is (time of the whole graph, dense / ours) / (FLOPs of the whole graph / ours), as everywhere.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

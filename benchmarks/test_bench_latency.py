@@ -1,7 +1,5 @@
 """Time against the batch, from one image to 1,024: where dense, bucket and ours cross."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A Deep Elastic Network end to end (stem, selector, plan, blocks, head) against the same network, dense."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

@@ -1,7 +1,5 @@
 """The routing plan of all blocks, from levels [B, N] to sorted instances, against a search for each level."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

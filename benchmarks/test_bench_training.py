@@ -1,7 +1,5 @@
 """Training steps: the estimator's at structures of equation 8, the selector's by REINFORCE, against dense ones."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable

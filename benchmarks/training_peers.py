@@ -1,7 +1,5 @@
 """Training steps in plain PyTorch over an estimator's own parameters: dense, and masked as dynamic networks do it."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

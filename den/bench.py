@@ -1,7 +1,5 @@
 """`den bench`: the benchmarks of a checkout, measured on this machine, as a table, Markdown and figures."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Sequence

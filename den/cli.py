@@ -1,7 +1,5 @@
 """The entry point of the command line.  The commands are in `den.commands`, which is imported within."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,8 +1,6 @@
 """The commands: den train, fetch, evaluate, predict, serve, report, demo, bench, info; den dag train, report, predict,
 extract."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The demonstration: a dense network and a Deep Elastic Network on real images, side by side."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path

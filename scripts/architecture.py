@@ -9,8 +9,6 @@ above all parts that it imports. Where imports run in a circle, the fewest of th
 order, and are drawn in red.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import sys

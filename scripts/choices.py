@@ -8,8 +8,6 @@ structure that it is held against costs no more than 3 % more and is the best on
 gain is measured on the other half: the mean over halvings, drawn at random.  Prints a table in Markdown.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

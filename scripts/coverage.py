@@ -9,8 +9,6 @@ shares into docs/results/trust.md.  Kernels of Triton and Gluon are not counted:
 is the interpreter and the twin (tests/kernels/interpreter, tests/gluon_twin.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

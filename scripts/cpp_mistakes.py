@@ -1,7 +1,5 @@
 """Mistakes in C++, written by hand, with the tests that must find them; and the build of the extension with one."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Boxes in rows and arrows between them, for scripts/architecture.py."""
 
-from __future__ import annotations
-
 import itertools
 import textwrap
 from collections import defaultdict

@@ -8,8 +8,6 @@ is kept in build/fuzz-SEED.json: what was interrupted goes on behind the tests t
 printed with its smallest case, and the rest goes on.  --write puts the counts into docs/results/trust.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -11,8 +11,6 @@ Inference is one image of 32x32 pixels, all blocks in use, after two runs that f
 where the update before it ends: the next batch is drawn and augmented, its loss computed and an optimiser stepped.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

@@ -8,8 +8,6 @@ a random update of each phase in turn; every fourth while the file of a checkpoi
 tensor, record and line of metrics has to be the same to the bit.  --write puts the table into docs/results/trust.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

@@ -7,8 +7,6 @@ Beside that: eight threads call one engine, processes of both kinds (fork and sp
 and every cache of functions has a bound.  --write puts the table into docs/results/trust.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import gc

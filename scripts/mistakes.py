@@ -1,7 +1,5 @@
 """Mistakes that a Python file could hold: each changes one comparison, operation, constant, condition or statement."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

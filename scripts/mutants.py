@@ -9,8 +9,6 @@ What was found is kept in build/mutants.json, so that the next call tries the su
 --write puts the table and the survivors into docs/results/trust.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import hashlib

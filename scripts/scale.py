@@ -10,8 +10,6 @@ waits for the slowest process, a message of gradients goes along with the rest o
 tables into docs/scale.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math

@@ -10,8 +10,6 @@ answer.
 --write puts the table into docs/results/serve-load.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

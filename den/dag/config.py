@@ -1,7 +1,5 @@
 """Typed settings of `den dag`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal

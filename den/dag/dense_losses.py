@@ -7,8 +7,6 @@ condition is true of; the mean of the shares' losses is then the loss of the who
 What stands where there is no target: `IGNORE` in labels, edges and saliency, 0 in depths, the zero vector in normals.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

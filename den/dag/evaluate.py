@@ -1,7 +1,5 @@
 """Results and cost of a DAG network, task by task."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

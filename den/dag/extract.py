@@ -1,7 +1,5 @@
 """Sub-network of one task as an ordinary network: plain convolutions with only the weights that the task keeps."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -1,7 +1,5 @@
 """The gates of every task: sigmoids of the logits of read-in, read-out and connectivity, which are learned."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate

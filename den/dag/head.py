@@ -1,7 +1,5 @@
 """Heads of DAG networks: from the trunk's output to logits of an image, or to values of each of its pixels."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

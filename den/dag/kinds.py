@@ -1,7 +1,5 @@
 """The kinds of tasks: how each is learned and measured.  `register_kind` adds one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """The loss of a batch of several tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

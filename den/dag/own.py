@@ -1,7 +1,5 @@
 """Tasks of a user's own, as a dictionary from names to what they predict and how that is learned and measured."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

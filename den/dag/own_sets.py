@@ -1,7 +1,5 @@
 """The image sets and folders that a user names as tasks, with `--data.tasks`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from pathlib import Path

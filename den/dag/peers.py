@@ -3,8 +3,6 @@
 A task runs the whole graph in both, so that their gates say nothing and rest.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

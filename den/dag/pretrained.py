@@ -6,8 +6,6 @@ number. Images are those of the task, normalised as its set is; grey ones are gi
 times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The sets of tasks that `den dag` trains on, and the settings that suit each."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ An edge from stage s to stage t has stride 2^(t - s).  A state of a later stage 
 interpolation; both belong to the stage: all its states and all tasks share them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The stem of a task: its images, whatever their size, as the map that the states share."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

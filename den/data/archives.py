@@ -4,8 +4,6 @@ An archive may lie in the root as it was downloaded, or unpacked; the file, whos
 and a folder in which nothing lies counts as none.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tarfile

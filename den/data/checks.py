@@ -1,7 +1,5 @@
 """Checks that the loaders share; a file that fails one is named in a ValueError."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

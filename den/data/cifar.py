@@ -4,8 +4,6 @@ Read from the published archives, packed or unpacked, of the python or the binar
 pieces `cifar100-{split}*.npz`, see `open_tiles`.
 """
 
-from __future__ import annotations
-
 import codecs
 import io
 import itertools

@@ -4,8 +4,6 @@
 `den.data.npy_scenes` for the layout. Labels lie in `label_19` or `label_7`, or in `label`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from den.data.npy_scenes import load_npy_scenes

@@ -1,7 +1,5 @@
 """Compressed pictures as arrays of one size."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator

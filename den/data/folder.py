@@ -7,8 +7,6 @@ Pictures of any kind and size are turned upright, cropped to a square about thei
 file that cannot be read is named and left out. Pixels are normalised by the moments of the training split.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

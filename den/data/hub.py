@@ -4,8 +4,6 @@
 count. The splits are "train" and "test" (or "validation"); of a set without the latter a fifth of every class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ Two layouts are read; pictures are scaled once, to 224x224 (centre of 256x256) o
   names; the last sixth of the images of a class (100 of 600) are the test split.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator

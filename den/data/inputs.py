@@ -1,7 +1,5 @@
 """Pictures as the images of a task, as its training images did: what a run remembers of its data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data loaders of a user's own as streams of mixed-task batches, and as sets that are measured."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

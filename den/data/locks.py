@@ -4,8 +4,6 @@ All locks are flock's: the kernel frees them when their process ends, however it
 file system without locks: every process makes a folder of its own, and none is removed.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

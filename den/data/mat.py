@@ -5,8 +5,6 @@ The format: MathWorks, "MAT-File Format", chapter 1. After a header of 128 bytes
 tag (type and size in bytes) and its data, filled up to a multiple of 8 bytes; an array is an element of elements.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 import zlib

@@ -8,8 +8,6 @@
 and 1.npy and so on (Liu, Johns and Davison, MTAN, CVPR 2019). Images may also be uint8 in 0..255.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@
 `den.data.npy_scenes` for the layout.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from den.data.npy_scenes import load_npy_scenes

@@ -14,8 +14,6 @@ validation and 6 for testing. The papers do not name their subset; this one is d
 Ink is white on black, as in the other sets.
 """
 
-from __future__ import annotations
-
 import io
 import random
 import re

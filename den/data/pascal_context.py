@@ -12,8 +12,6 @@
 down first where they are larger.
 """
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -10,8 +10,6 @@ kind of label, `i` the index in the published set, and by kind:
   headers of all colour and of all grey ones, `grey` which of them an image has.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import lzma

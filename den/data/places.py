@@ -1,7 +1,5 @@
 """Folders for decoded sets, and the fingerprint of the files that a set was decoded from."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

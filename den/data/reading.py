@@ -1,7 +1,5 @@
 """Files read ahead by worker processes, in an order that does not depend on their number."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections import deque

@@ -20,8 +20,6 @@ The sets of fifty classes are also ten tasks of five: `tin50-0` to `tin50-9`, by
 scales the images to S x S pixels: `stl10@32`, `imagenet50-3@224`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import lzma

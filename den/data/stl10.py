@@ -3,8 +3,6 @@
 Read from the published archive, packed or unpacked, or from packed pieces `stl10.{split}*.npz`, see `den.data.pieces`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -7,8 +7,6 @@ Locks are the kernel's, so those of a killed process are free at once. On a file
 makes an entry of its own, the first to end gives it its name, and nothing is cleared.
 """
 
-from __future__ import annotations
-
 import errno
 import math
 import os

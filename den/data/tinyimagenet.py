@@ -6,8 +6,6 @@ Read from the published archive, packed or unpacked; the lists of an unpacked on
 the publishers has no labels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from pathlib import Path

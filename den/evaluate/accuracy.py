@@ -1,7 +1,5 @@
 """Accuracy, FLOPs and variety of structures of each task, and static structures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

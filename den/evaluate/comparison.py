@@ -1,7 +1,5 @@
 """A Deep Elastic Network beside its dense baseline: what is compared, the table, and the conclusions in words."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

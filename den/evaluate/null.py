@@ -4,8 +4,6 @@ Structures of an untrained selector differ between images too, since its random 
 chosen well are worth less to another image than to the one that they were chosen for.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -10,8 +10,6 @@ is monotone in lambda and bisection finds the smallest lambda that keeps to a bu
 the selector's heads: an operating point is an ordinary network and costs nothing to run.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Networks as the engine sees them: blocks with levels, tasks, a selector maybe; ready for inference."""
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

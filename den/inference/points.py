@@ -1,7 +1,5 @@
 """Operating points of an engine: which levels the images get."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A table of what each block costs in an engine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """CUDA graphs of a network, one for each combination of tasks and batch sizes."""
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Callable

@@ -6,8 +6,6 @@
 The file is run when the network is made, and again when a run of it is opened, so it must stay where it is.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from importlib.metadata import entry_points

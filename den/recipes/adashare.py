@@ -1,7 +1,5 @@
 """AdaShare (Sun, Panda, Feris, Saenko, NeurIPS 2020): for every task and block a gate that is learnt, then drawn."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ REINFORCE tells the selector only which of a few sampled structures were better 
 noisy number.  A regression on the same costs learns which images are hard from every one of them.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """BlockDrop (Wu et al., CVPR 2018): a policy network keeps or drops every residual block, for every image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Algorithm 1 of the paper for a converted model: the model and its selector trained in turn, in memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A stage is consecutive blocks that write maps of one shape.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

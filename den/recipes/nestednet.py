@@ -1,7 +1,5 @@
 """NestedNet (Kim, Ahn, Oh, CVPR 2018): nested widths of one network, each task at the width that it was given."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

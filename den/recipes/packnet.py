@@ -1,7 +1,5 @@
 """PackNet* (DEN paper, after Mallya and Lazebnik, CVPR 2018): nested widths trained one after the other."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Random selector (DEN paper, table 5): the estimator, its structures drawn at random for every image."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Routing networks (Rosenbaum, Klinger, Riemer, ICLR 2018): a table of chances for each task and block."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

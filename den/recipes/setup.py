@@ -1,7 +1,5 @@
 """The images, the network and the optimiser of a run of `den train`, as its settings say."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """den report: runs put together as tables, figures, and words."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

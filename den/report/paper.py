@@ -9,8 +9,6 @@ fully connected layers (`COUNTS_ALL`).  Its VGG-16 is our `vgg19_elastic_fc`: on
 38.9M and that of half the channels 19.4M.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """den predict: pictures classified by a trained network, as a table, JSON lines and drawings."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Tables 2 to 5 of the paper, ours with the paper's numbers beside them: one line per method and task."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from den.report.groups import Row, Section, Stat

@@ -1,7 +1,5 @@
 """Verdicts on the runs of a section, in words, by the rule of `den.report.evidence`: what they show, and what not."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

@@ -5,8 +5,6 @@ OUT/part-00000.jsonl        predictions of the first `PART` pictures (or .parque
 OUT/part-00000.broken.jsonl those of them that cannot be read, and why; only where there are some
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """The parts of a job on Ray Data: processes over a cluster that write them to a folder that all of them see."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence

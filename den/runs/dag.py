@@ -1,7 +1,5 @@
 """A run of `den dag train`, opened to be measured."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """den dag extract: the network of one task as a file that needs nothing of this library."""
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from pathlib import Path

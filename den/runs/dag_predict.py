@@ -1,7 +1,5 @@
 """den dag predict: a trained network on pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Engines that `Engine.save_pretrained` wrote, opened for pictures: their tasks, and how pictures become images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

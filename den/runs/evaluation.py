@@ -1,7 +1,5 @@
 """Record of what `den evaluate` measures of a run: dataclasses, and evaluation.json in the run's folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

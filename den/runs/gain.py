@@ -1,7 +1,5 @@
 """Worth of choosing per image: against the best single structure of the same cost, and where the network spends."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Progress of a run's training: a measurement of an unfinished run is marked as such."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

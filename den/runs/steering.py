@@ -1,7 +1,5 @@
 """Choice of the trained run that keeps to a budget best, and steering of its selector to that budget."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

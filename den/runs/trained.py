@@ -1,7 +1,5 @@
 """A trained run, opened for inference: its settings, its network, and the rule that gives each image its structure."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A trained network at other structures than its run's own: drawn by chance, or one level for all blocks."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """The service as an ASGI application: routes, bounds and errors; it runs under Ray Serve and any other ASGI server."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -4,8 +4,6 @@ Ours and not Ray Serve's `@serve.batch`, whose queue knows neither bounds nor de
 would still be computed. It also needs Ray, where this one runs under any ASGI server and in tests.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

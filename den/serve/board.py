@@ -3,8 +3,6 @@
 Prometheus asks one address and is answered by one replica; on the board lie the metrics of all of them.
 """
 
-from __future__ import annotations
-
 import time
 
 from den.serve.metrics import merged

@@ -1,7 +1,5 @@
 """Bodies of requests: read within bounds, as a picture or as JSON that holds one; what does not fit is refused."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """den serve: a trained network behind HTTP, until it is told to end."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

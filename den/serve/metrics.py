@@ -1,7 +1,5 @@
 """Counters of a replica, for Prometheus."""
 
-from __future__ import annotations
-
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping
 

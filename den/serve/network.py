@@ -1,7 +1,5 @@
 """The network that is served, from a folder; pictures to predictions, those of all tasks at once."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

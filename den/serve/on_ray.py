@@ -1,7 +1,5 @@
 """The service on Ray Serve: replicas over a cluster, one address, an end that loses nothing."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """Time of a call on the host's clock, and of modules within it: the device is waited for before and after."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence

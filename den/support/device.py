@@ -4,8 +4,6 @@ A device is chosen by name, described in words, sent to and waited for. What thi
 its own. Layers of torch (dropout) and other people's code draw from Python's, numpy's, torch's and the device's.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Files that a command writes: UTF-8 whatever the locale, whole or not at all, and places checked before long work."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

@@ -1,7 +1,5 @@
 """The environment that torchrun, and launchers like it, give a process: the one place where variables are read."""
 
-from __future__ import annotations
-
 import os
 
 TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

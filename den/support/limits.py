@@ -1,7 +1,5 @@
 """Ranges of settings, which stand beside the type of each field, and the one place that checks them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import types

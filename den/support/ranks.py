@@ -3,8 +3,6 @@
 Functions named "of all" are collective: every process must call them, in the same order.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import socket

@@ -1,7 +1,5 @@
 """Settings that every run has, whatever its recipe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Settings, and other plain dataclasses, as JSON: one codec and one way to flatten them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import types

@@ -1,8 +1,6 @@
 """Tables of text as Markdown, CSV and LaTeX: the first column to the left, the others to the right; and their place in
 a document."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

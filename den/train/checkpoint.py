@@ -1,7 +1,5 @@
 """Checkpoints: one safetensors file each, with a JSON record in its header, replaced as a whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Collection, Iterator

@@ -1,7 +1,5 @@
 """Checkpoints of earlier versions in today's layout."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Means of gradients over the processes of a run, taken while the backward pass still runs, and shared batch norms."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Container, Iterator, Sequence
 from typing import Any

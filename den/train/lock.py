@@ -1,7 +1,5 @@
 """Lock that lets one process at a time train in a run's folder."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

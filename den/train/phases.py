@@ -1,7 +1,5 @@
 """The phases of a run, and their learning rates."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The experiments of the paper by name (Table 1 and section 4.1), as settings of a run."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from functools import partial

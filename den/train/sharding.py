@@ -1,8 +1,6 @@
 """Gradients and optimiser states shared out among the processes of a run (ZeRO-2): each parameter has one owner, which
 alone keeps its gradient and its state, and updates it for all."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -10,8 +10,6 @@ The paper trains all the networks that it draws, and reports the best.  Here the
 loss under the weights of the search, on held-out images or, without any, on the half that the policy was learned from.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Weights of the losses of several tasks: fixed, by learned uncertainties, or by how fast the losses fall."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

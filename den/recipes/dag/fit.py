@@ -1,7 +1,5 @@
 """Training on tasks of a user's own, given as a dictionary and data loaders."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

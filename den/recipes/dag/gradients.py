@@ -4,8 +4,6 @@ Both combine gradients linearly, by coefficients that depend on their scalar pro
 pass runs K + 1 times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ without the others, as in the training of Deep Elastic Networks.  After the redu
 other, the last groups of those edges that cost least loss.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

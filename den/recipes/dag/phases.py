@@ -1,7 +1,5 @@
 """The phases of a search of topologies: warm-up, search, fine-tuning."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 

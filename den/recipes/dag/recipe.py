@@ -1,7 +1,5 @@
 """The recipe of `den dag train`: phases, images, network, optimisers and measurements of a search and its peers."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

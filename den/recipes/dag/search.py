@@ -4,8 +4,6 @@ The order of the stages, the squeeze loss and the reduction by flow are the pape
 long a stage takes, and the reduction in its details are this library's.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Runs over one graph side by side, and what they show."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 

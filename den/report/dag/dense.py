@@ -1,7 +1,5 @@
 """Results of runs with dense tasks, and their gains over networks of a single task, as tables in Markdown."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

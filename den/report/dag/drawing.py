@@ -1,7 +1,5 @@
 """The shared graph as a picture, each task's sub-graph in its colour."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Results of runs of `den dag train`, as tables in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Figures of the comparison of a Deep Elastic Network with its dense baseline."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Images that a selector takes for alike (figure 3 of the paper)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

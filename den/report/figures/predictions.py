@@ -1,7 +1,5 @@
 """A picture with what a network says of it, and what it spent on it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,8 +1,6 @@
 """Figures of what a selector chose: the levels of the blocks, the structures, and the images that got them (figures 6
 and 7 of the paper, and more)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

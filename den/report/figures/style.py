@@ -1,7 +1,5 @@
 """Style shared by all figures: colours, fonts, and how levels, structures and images are drawn."""
 
-from __future__ import annotations
-
 import functools
 import textwrap
 from collections.abc import Callable

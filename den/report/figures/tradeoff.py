@@ -1,7 +1,5 @@
 """Accuracy against what it costs: all methods of a section, and sweeps of one setting (figure 5 of the paper)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
