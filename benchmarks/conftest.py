@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from den.support.heap import keep_allocations_on_the_heap
+from den.support.call_time import keep_allocations_on_the_heap
 
 from . import engines, floors, tables
 from .harness import PROVIDERS, Settings

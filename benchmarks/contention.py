@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from den.support.heap import keep_allocations_on_the_heap
+from den.support.call_time import keep_allocations_on_the_heap
 
 from .harness import REST, Case, Provider, Settings, check
 

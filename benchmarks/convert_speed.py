@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import den_kernels
 from benchmarks import engines, packages
-from den.support.heap import keep_allocations_on_the_heap
+from den.support.call_time import keep_allocations_on_the_heap
 from den.support.tables import markdown_table
 from den_kernels.convert.fold import fold_norms
 from den_kernels.convert.frozen import FrozenBlock

@@ -17,7 +17,7 @@ import den
 import den_kernels
 from benchmarks import packages
 from benchmarks.convert_speed import GROUPS, MODELS, medians
-from den.support.heap import keep_allocations_on_the_heap
+from den.support.call_time import keep_allocations_on_the_heap
 from den.support.tables import markdown_table
 
 HEAD = ("model", "FLOPs", "contiguous ms", "channels-last ms", "engine ms", "engine / dense")

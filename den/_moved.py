@@ -10,9 +10,9 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_SUPPORT = ("device", "files", "heap", "limits", "progress", "tables", "terminal")
+_SUPPORT = ("device", "files", "limits", "progress", "tables", "terminal")
 _NN = (
-    "tasks", "task_batch", "levels", "backbones", "folding", "initial", "selector", "estimator", "model",
+    "tasks", "task_batch", "levels", "backbones", "folding", "selector", "estimator", "model",
     "model_config", "count", "plain", "reference", "blocks",
 )  # fmt: skip
 _TRAIN = ("engine", "phases", "checkpoint", "config", "objective", "scenarios")
@@ -33,6 +33,8 @@ MOVED = {
     "den.comparison": "den.evaluate.comparison",
     "den.evaluation": "den.runs.evaluation",
     "den.figures": "den.report.figures",
+    "den.heap": "den.support.call_time",
+    "den.initial": "den.nn.modules",
     "den.measure": "den.runs.command",
     "den.method": "den.recipes.base",
     "den.operating": "den.evaluate.operating",

@@ -11,8 +11,8 @@ from den.evaluate.comparison import NOTES, check_lines, checks, compare, remarks
 from den.nn.model import DeepElasticNetwork
 from den.recipes.den import train
 from den.report.figures.comparison import draw_all
+from den.support.call_time import keep_allocations_on_the_heap
 from den.support.files import check_folder, check_own, write_text
-from den.support.heap import keep_allocations_on_the_heap
 from den.support.limits import check_ranges
 from den.train.config import (
     DataConfig,

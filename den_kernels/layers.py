@@ -1,7 +1,7 @@
 """`DynamicConv2d` and `DynamicBatchNorm2d`: layers of `torch.nn` whose instances may use only some channel groups."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ._conv_direct import Packed, pack
 from ._geometry import Geometry, group_sizes, operands, settle
-from ._sync_norm import kept_by_convert_sync_batchnorm
 from .dynamic_conv import convolve
 from .dynamic_norm import dynamic_batch_norm
 from .eager import as_fx_leaf, is_profiled, refuse_script, runs_eagerly
 from .fold_cache import FoldCache
 from .plan import Route, as_route
 
+Kind = TypeVar("Kind", bound=type[nn.Module])
 _ARGUMENTS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
 )  # fmt: skip
@@ -174,7 +174,29 @@ def _group_of(norm: nn.Module) -> dist.ProcessGroup | Literal["world"] | None:
     return "world" if group is None and isinstance(norm, nn.SyncBatchNorm) else group
 
 
-@kept_by_convert_sync_batchnorm
+def _kept_by_convert_sync_batchnorm(kind: Kind) -> Kind:
+    """Decorate a class of batch norms that `nn.SyncBatchNorm.convert_sync_batchnorm` is to keep.
+
+    It replaces every batch norm, by its base class, with one that takes no selection. There is nothing to override in
+    the module that is replaced, so the method itself is wrapped: of instances of the class it only sets the
+    `process_group`, to "world" for None; for all other modules it does what it did.
+    """
+    replace: Any = nn.SyncBatchNorm.convert_sync_batchnorm.__func__  # type: ignore[attr-defined]
+
+    def convert_sync_batchnorm(
+        cls: type, module: nn.Module, process_group: dist.ProcessGroup | None = None
+    ) -> nn.Module:
+        if not isinstance(module, kind):
+            return replace(cls, module, process_group)
+        module.process_group = "world" if process_group is None else process_group  # type: ignore[assignment]
+        return module
+
+    convert_sync_batchnorm.__doc__ = replace.__doc__
+    nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(convert_sync_batchnorm)  # type: ignore[assignment]
+    return kind
+
+
+@_kept_by_convert_sync_batchnorm
 class DynamicBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` of which each instance may use some channel groups only: see `dynamic_batch_norm`.
 

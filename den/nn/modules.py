@@ -1,4 +1,4 @@
-"""Lists of modules of one class, and a layout of their weights, as type checkers see them."""
+"""Lists of modules of one class, as type checkers see them; layout and initial weights of convolutions."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ class Modules(nn.ModuleList, Generic[M]):
 def lay_out_channels_last(module: nn.Module) -> None:
     """Lay out the convolution weights [out, in, R, S] of a module channels-last in memory, in place."""
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def initialise(conv: nn.Conv2d) -> None:
+    """He's initialisation (fan-out) for a ReLU; an input of a grouped convolution reaches only its group's outputs."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.groups > 1:
+        conv.weight.mul_(conv.groups**0.5)

@@ -1,5 +1,7 @@
-"""Time of a call on the host's clock, and of modules within it: the device is waited for before and after."""
+"""Time of a call on the host's clock, and of modules within it; and the allocator's settings that make times fair."""
 
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,9 +11,16 @@ from torch import nn
 
 from den.support.device import wait_for
 
+# Parameters of glibc's mallopt (malloc.h) and their values. As found, malloc maps every large tensor anew and faults in
+# its pages, which slows the network with the larger tensors most: the dense one.
+_SETTINGS = {
+    "M_MMAP_THRESHOLD": (-3, 2**30), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**28),
+}  # fmt: skip
+
 
 def call_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Median seconds of `rounds` calls of `run`, after one that is not counted."""
+    """Median seconds of `rounds` calls of `run`, after one that is not counted; the device is waited for."""
     seconds = []
     for _ in range(rounds + 1):
         wait_for(device)
@@ -54,3 +63,13 @@ def module_seconds(
         for hook in hooks:
             hook.remove()
     return [statistics.median(each[1:]) if len(each) > 1 else 0.0 for each in seconds]
+
+
+def keep_allocations_on_the_heap() -> str:
+    """Keep the memory of freed tensors for reuse, in glibc; returns the settings in words, or why there are none."""
+    if platform.libc_ver()[0] != "glibc":
+        return "malloc as found (no glibc)"
+    mallopt = ctypes.CDLL(None).mallopt
+    refused = [name for name, (key, value) in _SETTINGS.items() if mallopt(key, value) != 1]
+    words = " ".join(f"{name}={value}" for name, (_, value) in _SETTINGS.items() if name not in refused)
+    return words + (f" (refused: {', '.join(refused)})" if refused else "")

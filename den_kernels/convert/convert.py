@@ -11,13 +11,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from .build import routed_layers
 from .carrier import Carrier, Remember, Shared
 from .forms import fuse
-from .kinds import kind_of_block
 from .order import sort_by_l1
 from .prove import prove
 from .record import Node, Recording, example_of, record
 from .region import Region, branch_of, find_region, is_depthwise, separable, sums
 from .report import Block, LeftAlone, Report
-from .rules import Unfit, describe
+from .rules import Unfit, describe, is_norm
 
 _OP = "convert"
 Blocks = Literal["auto"] | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -240,7 +239,7 @@ def _block(found: _Found, shares: Sequence[float]) -> Block:
         channels = node.target.weight.shape[0]
         spaces.append(layer.writes.sizes(channels, shares))
     names = tuple(layer.node.name for layer in region.layers)
-    kind = kind_of_block(region, found.sum)
+    kind = _kind_of_block(region, found.sum)
     return Block(found.name, kind, "dynamic convolutions", tuple(spaces), int(found.sum is None), names)
 
 
@@ -255,3 +254,29 @@ def _nothing(model: nn.Module, recording: Recording, left: Sequence[LeftAlone]) 
         f"{_OP}: model must have a sum of a shortcut and a branch with two convolutions or linear layers in a row, got "
         f"none in {type(model).__name__} ({len(sums(recording))} sums; {seen}){why}"
     )
+
+
+def _kind_of_block(region: Region, node: Node | None) -> str:
+    """The name of a branch's shape, with "pre-" or "post-activation" where a norm stands before or behind."""
+    weights = [each.target for each in region.weights]
+    name = _shape(weights)
+    if region.has_gate:
+        name += " with squeeze-excitation"
+    if node is None:
+        return f"{name} without a shortcut"
+    tail = region.path[region.path.index(region.last) + 1 :]
+    if name.startswith(("basic block", "bottleneck", "grouped bottleneck")):
+        has_norm = any(is_norm(each) for each in tail)
+        return f"{'post' if has_norm else 'pre'}-activation {name}"
+    return name
+
+
+def _shape(weights: list[nn.Module]) -> str:
+    if all(isinstance(each, nn.Linear) or each.kernel_size == (1, 1) for each in weights) and len(weights) == 2:
+        return "MLP"
+    grouped = [each for each in weights if getattr(each, "groups", 1) > 1]
+    if any(each.groups == each.in_channels for each in grouped):
+        return "inverted residual"
+    if len(weights) == 2:
+        return "basic block"
+    return "grouped bottleneck" if grouped else "bottleneck" if len(weights) == 3 else f"{len(weights)} convolutions"

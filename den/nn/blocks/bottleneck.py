@@ -6,8 +6,7 @@ from torch import Tensor
 
 from den.nn.blocks.residual import FoldedBlock, Shortcut
 from den.nn.blocks.shape import BlockShape
-from den.nn.initial import initialise
-from den.nn.modules import lay_out_channels_last
+from den.nn.modules import initialise, lay_out_channels_last
 from den_kernels import (
     BottleneckWeights,
     DynamicBatchNorm2d,

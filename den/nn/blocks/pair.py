@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from den.nn.blocks.shape import BlockShape
 from den.nn.folding import folded_conv, norm_tensors
-from den.nn.initial import initialise
-from den.nn.modules import lay_out_channels_last
+from den.nn.modules import initialise, lay_out_channels_last
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, Route
 from den_kernels.building import FoldCache, may_fold
 

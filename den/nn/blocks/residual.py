@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.nn.blocks.shape import BlockShape
-from den.nn.initial import initialise
 from den.nn.levels import level_groups
-from den.nn.modules import lay_out_channels_last
+from den.nn.modules import initialise, lay_out_channels_last
 from den_kernels import DynamicBatchNorm2d, DynamicConv2d, ResidualWeights, Route, dynamic_residual, dynamic_residual_
 from den_kernels.building import FoldCache, may_fold, refuse_transforms, stand_in
 
