@@ -71,7 +71,7 @@ def convolution(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    *given: Any,
+    *given: Any,  # the tensors of a route, and the fields of a geometry
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """`dynamic_conv2d`."""
     geometry = Geometry.of(*given[4:])

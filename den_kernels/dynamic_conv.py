@@ -119,7 +119,7 @@ def _forward(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
     bias: Tensor | None,  # [C_out]
-    *given: Any,
+    *given: Any,  # the tensors of a route, and the fields of a geometry
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     geometry = Geometry.of(*given[4:])
     return compute(x, weight, bias, route_of(given[:4], geometry), geometry)
@@ -164,7 +164,7 @@ def _backward(
     grad: Tensor,  # [B, C_out, H_out, W_out]
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
-    *given: Any,  # and which gradients are wanted; the others come back with no element
+    *given: Any,  # as of `_forward`, and which gradients are wanted; the others come back with no element
 ) -> tuple[Tensor, ...]:  # dx, dweight, dbias
     geometry, output_mask = Geometry.of(*given[4:-1]), given[-1]
     route = route_of(given[:4], geometry)
