@@ -36,12 +36,7 @@ class ElasticNetwork:
         model, task = make_model(case, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    nn.init.uniform_(module.weight, 0.5, 1.5)
-                    nn.init.normal_(module.bias, std=0.2)
-                    module.running_mean.normal_(std=0.2)
-                    module.running_var.uniform_(0.5, 1.5)
+            peers.randomise_norms(model)
             images = peers.channels_last(torch.randn(case.batch, task.channels, task.size, task.size))
         model.eval().to(dtype=DTYPES[case.dtype])
         levels = mix_structures(case.mix, model.estimator.level_flops, case.batch, seed)

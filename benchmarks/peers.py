@@ -97,6 +97,16 @@ class PreactBlock(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, extra)) if extra else x
 
 
+def randomise_norms(module: nn.Module) -> None:
+    """Draw the weights and statistics of all batch norms in a module, from the global generator."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.2)
+            norm.running_mean.normal_(std=0.2)
+            norm.running_var.uniform_(0.5, 1.5)
+
+
 class FoldedBlock(PreactBlock):
     """`PreactBlock` with bn2 folded into conv1's weight and bias."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import den_kernels
@@ -46,6 +48,7 @@ TINY = [
     *[Case(f"conv-{side}-elastic", "16x6x6", 8, "uniform", TF32) for side in ("out", "in")],
     Case("conv-out-elastic", "16-32x6x6/2", 8, "full", "bfloat16"),
 ]
+Convolve = Callable[..., Tensor]  # x, weight -> y
 COARSE = 2.0**-9  # of the largest value: PyTorch need not round to TF32 where ours does
 
 
@@ -134,15 +137,25 @@ def geometry_of(operands: Operands) -> Geometry:
     return Geometry(operands.conv.stride, (1, 1), (1, 1), 1, *sizes)
 
 
-def our_provider(operands: Operands) -> Any:
-    """dynamic_conv2d with a route built beforehand, as a callable of x."""
-    route = route_of(operands)
-    out_groups = operands.sizes if operands.out_elastic else None
-    in_groups = operands.sizes if operands.in_elastic else None
-    weight = operands.conv.weight.detach()
-    return lambda x: den_kernels.dynamic_conv2d(
-        x, weight, None, route, stride=operands.conv.stride, padding=1, out_groups=out_groups, in_groups=in_groups
-    )
+def ours(operands: Operands) -> Convolve:
+    """dynamic_conv2d with a route built beforehand."""
+    out_groups, in_groups = (operands.sizes if e else None for e in (operands.out_elastic, operands.in_elastic))
+    return functools.partial(
+        den_kernels.dynamic_conv2d, selection=route_of(operands), stride=operands.conv.stride, padding=1,
+        out_groups=out_groups, in_groups=in_groups,
+    )  # fmt: skip
+
+
+def masked(operands: Operands) -> Convolve:
+    """The whole convolution, multiplied by masks."""
+    mask = peers.select_channels(operands.groups, operands.sizes)[:, :, None, None].to(operands.x)
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:  # [B, C, H, W], [C', C, 3, 3]
+        scale = mask.to(x.dtype)  # in an oracle another than the case's
+        y = F.conv2d(x * scale if operands.in_elastic else x, weight, None, operands.conv.stride, padding=1)
+        return y.mul_(scale) if operands.out_elastic else y
+
+    return convolve
 
 
 def layer_provider(operands: Operands) -> Any:
@@ -175,23 +188,19 @@ def peer_providers(operands: Operands, coarse: bool = False) -> list[Provider]:
     """
     x, dtype, conv = operands.x, operands.x.dtype, operands.conv
     elastic = operands.elastic(dtype)
-    mask = peers.select_channels(operands.groups, operands.sizes)[:, :, None, None].to(dtype)
     least = COARSE if coarse else 0.0
     selected = expect(lambda d: peers.BucketConv(operands.elastic(d))(x.to(d)), dtype, least=least)
     plain = expect(lambda d: operands.elastic(d).conv(x.to(d)), dtype, least=least)
     bare = expect(lambda d: peers.BareConv(operands.elastic(d), x.to(d), packed=False)(), dtype, least=least)
 
-    def masked(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C', H', W']
-        products = conv(x * mask if operands.in_elastic else x)
-        return products.mul_(mask) if operands.out_elastic else products
-
+    weight = conv.weight.detach()
     calls = {
-        "ours": our_provider(operands),
+        "ours": functools.partial(ours(operands), weight=weight),
         "ours-layer": layer_provider(operands),
         "ours-kernel": kernel_provider(operands),
         "dense-eager": conv,
     }
-    calls |= {"masked": masked, "bucket": peers.BucketConv(elastic)}
+    calls |= {"masked": functools.partial(masked(operands), weight=weight), "bucket": peers.BucketConv(elastic)}
     if len(x) <= SLICED and dtype == torch.float32:
         calls |= {"per-instance": slicing.PerInstanceConv(elastic), "grouped": slicing.GroupedConv(elastic, len(x))}
     floors = {"bare": peers.BareConv(elastic, x, packed=False)}

@@ -1,7 +1,6 @@
 """A dynamic convolution in training: forward, the gradient of its input and the gradient of its weight."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import den_kernels
-
 from . import peers
 from .allocations import require
 from .harness import Case, Provider, Settings, Work, expect, provide, run
 from .parameters import everywhere
 from .shapes import Shape
-from .test_bench_conv import Operands, make_operands, route_of, way, work_of
+from .test_bench_conv import Convolve, Operands, make_operands, masked, ours, way, work_of
 
 SHAPES = (("64x32x32", 32), ("128x16x16", 32), ("256x8x8", 32))
 CASES = [
@@ -24,7 +21,6 @@ CASES = [
     Case("conv-in-training", "128x16x16", 32, "uniform", "float32"),
     *[Case("conv-out-training", *shape, "uniform", "bfloat16") for shape in SHAPES[:2]],
 ]
-Convolve = Callable[[Tensor, Tensor], Tensor]  # x, weight -> y
 
 
 def there_and_back(convolve: Convolve, x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
@@ -32,18 +28,6 @@ def there_and_back(convolve: Convolve, x: Tensor, weight: Tensor, grad: Tensor) 
     inputs = [tensor.detach().requires_grad_() for tensor in (x, weight)]
     y = convolve(*inputs)
     return [y, *torch.autograd.grad(y, inputs, grad)]
-
-
-def masked(operands: Operands) -> Convolve:
-    """The whole convolution, multiplied by masks. In float64 the oracle."""
-    mask = peers.select_channels(operands.groups, operands.sizes)[:, :, None, None]
-
-    def convolve(x: Tensor, weight: Tensor) -> Tensor:  # [B, C, H, W], [C, C, 3, 3]
-        scale = mask.to(x.device, x.dtype)
-        y = F.conv2d(x * scale if operands.in_elastic else x, weight, padding=1)
-        return y * scale if operands.out_elastic else y
-
-    return convolve
 
 
 def bucketed(operands: Operands) -> Convolve:
@@ -67,15 +51,7 @@ def bucketed(operands: Operands) -> Convolve:
 
 
 def providers_of(operands: Operands) -> list[Provider]:
-    """Ours, the dense convolution, masks, and level by level."""
-    route, sizes = route_of(operands), operands.sizes
-    ours = functools.partial(
-        den_kernels.dynamic_conv2d,
-        selection=route,
-        padding=1,
-        out_groups=sizes if operands.out_elastic else None,
-        in_groups=sizes if operands.in_elastic else None,
-    )
+    """Ours, the dense convolution, masks (in float64 the oracle), and level by level."""
     generator = torch.Generator().manual_seed(1)
     grad = peers.channels_last(torch.randn(operands.x.shape, generator=generator).to(operands.x))
     tensors = operands.x, operands.conv.weight.detach(), grad
@@ -84,7 +60,7 @@ def providers_of(operands: Operands) -> list[Provider]:
         return expect(lambda d: there_and_back(convolve, *(t.to(d) for t in tensors)), operands.x.dtype, 4.0)
 
     dense = functools.partial(F.conv2d, padding=1)
-    calls = {"ours": ours, "dense-eager": dense, "masked": masked(operands), "bucket": bucketed(operands)}
+    calls = {"ours": ours(operands), "dense-eager": dense, "masked": masked(operands), "bucket": bucketed(operands)}
     steps = {name: functools.partial(there_and_back, call, *tensors) for name, call in calls.items()}
     return provide(steps, oracle(masked(operands)), oracle(dense))
 

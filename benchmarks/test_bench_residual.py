@@ -90,13 +90,9 @@ def make_operands(case: Case, seed: int = 0) -> Operands:
     shape, dtype = Shape.parse(case.shape), case.torch_dtype
     conv1 = nn.Conv2d(shape.channels, shape.out_channels, 3, shape.stride, padding=1, bias=False)
     conv2 = nn.Conv2d(shape.out_channels, shape.out_channels, 3, padding=1, bias=False)
-    bn1, bn2 = nn.BatchNorm2d(shape.channels), nn.BatchNorm2d(shape.out_channels)
-    for bn in (bn1, bn2):
-        nn.init.uniform_(bn.weight, 0.5, 1.5)
-        nn.init.normal_(bn.bias, std=0.2)
-        bn.running_mean.normal_(std=0.2)
-        bn.running_var.uniform_(0.5, 1.5)
-    block = peers.PreactBlock(conv1, bn1, conv2, bn2).eval().to(dtype=dtype, memory_format=torch.channels_last)
+    block = peers.PreactBlock(conv1, nn.BatchNorm2d(shape.channels), conv2, nn.BatchNorm2d(shape.out_channels))
+    peers.randomise_norms(block)
+    block = block.eval().to(dtype=dtype, memory_format=torch.channels_last)
     x = peers.channels_last(torch.randn(case.batch, shape.channels, shape.size, shape.size)).to(dtype)
     return Operands(block, [x], mix_levels(case.mix, case.batch), shape.groups)
 
