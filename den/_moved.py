@@ -38,7 +38,7 @@ MOVED = {
     "den.measure": "den.runs.command",
     "den.method": "den.recipes.base",
     "den.operating": "den.evaluate.operating",
-    "den.randomness": "den.support.device",
+    "den.randomness": "den.support.randomness",
     "den.run_folder": "den.train.folder",
     "den.run_lock": "den.train.lock",
     "den.run_state": "den.runs.state",

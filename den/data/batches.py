@@ -14,7 +14,7 @@ from den.data.reading import ReadAhead
 from den.data.scenes import Scenes, SceneSet
 from den.nn.task_batch import TaskBatch
 from den.support import ranks
-from den.support.device import Draws, SharedDraws
+from den.support.randomness import Draws, SharedDraws
 
 
 @dataclass(frozen=True)

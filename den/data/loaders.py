@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from den.data.batches import Batch
 from den.data.images import Example
 from den.nn.tasks import Task
-from den.support.device import CPU, random_state, sent, set_random_state
+from den.support.device import CPU, sent
+from den.support.randomness import random_state, set_random_state
 
 Loaders = DataLoader[Any] | Mapping[str, DataLoader[Any]]
 """One loader of ``(images, {task: targets})`` for tasks of the same images; or by task loaders of ``(images,

@@ -11,7 +11,7 @@ from den.data import ImageSet
 from den.evaluate.accuracy import BATCH, TaskReport, evaluate, task_report
 from den.nn.model import DeepElasticNetwork
 from den.nn.selector import Selector
-from den.support.device import seeded
+from den.support.randomness import seeded
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from den.evaluate.accuracy import Choice
 from den.nn.model import DeepElasticNetwork
 from den.nn.task_batch import Images, Tasks
 from den.recipes.base import ComparedMethod, answers, skippable
-from den.support.device import Draws, sent, uniform
+from den.support.device import sent
+from den.support.randomness import Draws, uniform
 from den.train.config import PhaseConfig, TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective, instance_losses

@@ -21,7 +21,7 @@ from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.recipes.base import ComparedMethod
-from den.support.device import seeded
+from den.support.randomness import seeded
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import Objective

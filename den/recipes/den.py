@@ -13,7 +13,8 @@ from den.recipes import METHODS, prepare, prepare_compared
 from den.recipes.auxiliary import CostHead, cost_loss
 from den.recipes.base import Method, logits_and_features
 from den.recipes.distillation import distilled_loss, taught_loss
-from den.support.device import sent, uniform
+from den.support.device import sent
+from den.support.randomness import uniform
 from den.train.config import TrainConfig
 from den.train.engine import Engine
 from den.train.objective import (

@@ -16,7 +16,8 @@ from torch import Tensor
 from den.data import Batch
 from den.nn.model import DeepElasticNetwork
 from den.recipes.base import Method, answers
-from den.support.device import Draws, sent, uniform
+from den.support.device import sent
+from den.support.randomness import Draws, uniform
 from den.train.config import EstimatorTraining
 from den.train.objective import Objective, instance_losses
 

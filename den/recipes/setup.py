@@ -14,7 +14,7 @@ from den.nn.model_config import ModelConfig
 from den.nn.own_backbones import resolved
 from den.nn.selector import SelectorConfig, paper_selector
 from den.nn.tasks import Task
-from den.support.device import seeded
+from den.support.randomness import seeded
 from den.train.config import EstimatorTraining, NetworkConfig, TrainConfig
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from den.data import Batch, BatchStream
 from den.support import ranks
-from den.support.device import seeded
 from den.support.progress import Progress
+from den.support.randomness import seeded
 from den.support.run_config import RunConfig
 from den.train.checkpoint import save_checkpoint
 from den.train.folder import RunFolder

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from den.support.device import random_state
+from den.support.randomness import random_state
 
 LAYOUT = 2  # of what `den.train.engine` writes; before, records had no number
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from den.nn.model import DeepElasticNetwork
 from den.support import ranks
-from den.support.device import Draws, exponential, integers, sent, uniform
+from den.support.device import sent
+from den.support.randomness import Draws, exponential, integers, uniform
 
 if TYPE_CHECKING:
     from den.data import Batch  # with what reads pictures, which the objective does not need

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from den.support import ranks
-from den.support.device import random_state, set_random_state
+from den.support.randomness import random_state, set_random_state
 from den.support.settings import from_dict
 from den.train.checkpoint import (
     load_checkpoint,

@@ -12,7 +12,7 @@ import torch
 from den.data.batches import Batch
 from den.nn.ends import FeatureNorm
 from den.support import ranks
-from den.support.device import SharedDraws, exponential, integers, uniform
+from den.support.randomness import SharedDraws, exponential, integers, uniform
 from den.train.config import DataConfig, TrainConfig
 from den.train.folder import RunFolder, read_metrics
 from den.train.gradients import share_statistics

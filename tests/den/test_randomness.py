@@ -15,7 +15,7 @@ from den.recipes import prepare
 from den.recipes.dag.search import train as train_dag
 from den.recipes.den import train
 from den.recipes.setup import new_model
-from den.support.device import random_state, seeded, set_random_state
+from den.support.randomness import random_state, seeded, set_random_state
 from den.train.checkpoint import load_checkpoint
 from den.train.config import NetworkConfig
 from den.train.engine import Engine

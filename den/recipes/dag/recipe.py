@@ -28,7 +28,7 @@ from den.recipes.dag.balance import Balance
 from den.recipes.dag.gradients import Combine, cagrad, combined_backward, pcgrad
 from den.recipes.dag.levels import random_levels
 from den.recipes.dag.phases import SearchPhase, search_phases
-from den.support.device import seeded
+from den.support.randomness import seeded
 from den.support.settings import to_dict
 from den.train.checkpoint import load_checkpoint, load_weights, reading
 from den.train.engine import Engine
