@@ -71,8 +71,7 @@ class DeepElasticNetwork(nn.Module):
         """
         batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
         stem = self.estimator.stem(batch) if self.selector.config.reads == "stem" else None
-        with torch.no_grad():
-            levels = self.selector.choose(batch, stem)
+        levels = self.selector.choose(batch, stem)
         logits = self.estimator.run(batch, levels, stem)
         return (logits, batch.restore(levels)) if return_levels else logits
 
@@ -96,8 +95,7 @@ class DeepElasticNetwork(nn.Module):
     def select(self, images: Images, task: Tasks) -> Tensor:
         """The most probable structure of each image: int64 [B, N] in 0..L-1."""
         batch, stem = self.read(self.selector, images, task)
-        with torch.no_grad():
-            return batch.restore(self.selector.choose(batch, stem))
+        return batch.restore(self.selector.choose(batch, stem))
 
     def freeze(self) -> "DeepElasticNetwork":
         """Give up training, in place and for good: each block's weights are kept only as its kernel reads them.
