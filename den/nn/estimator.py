@@ -77,13 +77,21 @@ class Estimator(nn.Module):
         return self.run(batch, self._arranged(batch, levels))
 
     def run(
-        self, batch: TaskBatch, levels: RoutingPlan | Tensor | None, stem: Tensor | None = None
+        self,
+        batch: TaskBatch,
+        levels: RoutingPlan | Tensor | None,
+        stem: Tensor | None = None,
+        network: TaskNetwork | None = None,
     ) -> Tensor | list[Tensor]:
         """Logits of a checked batch, as `forward` returns them; arguments as of `part_logits`."""
-        return batch.restore_logits(self.part_logits(batch, levels, stem), self.most_classes)
+        return batch.restore_logits(self.part_logits(batch, levels, stem, network), self.most_classes)
 
     def part_logits(
-        self, batch: TaskBatch, levels: RoutingPlan | Tensor | None, stem: Tensor | None = None
+        self,
+        batch: TaskBatch,
+        levels: RoutingPlan | Tensor | None,
+        stem: Tensor | None = None,
+        network: TaskNetwork | None = None,
     ) -> list[Tensor]:
         """Logits [B_k, classes] of each part of a checked batch; of a joint one of every task.
 
@@ -91,11 +99,12 @@ class Estimator(nn.Module):
         of every image, whose logits [B_k * S, classes] follow one another: stems run once for all of them.  None: every
         block at its full width.
         stem: what `self.stem` has made of the batch, which may be written over; None: not yet made.
+        network: what `one_call` has said of the batch; None: not yet asked.
         """
         samples = levels.shape[1] if isinstance(levels, Tensor) and levels.ndim == 3 else 1
         whole = levels.ndim == 2 if isinstance(levels, Tensor) else levels is not None and levels.masks is None
         if whole and stem is None and batch.form != "joint" and not torch.is_grad_enabled():
-            network = self._network(batch)
+            network = network or self.one_call(batch)
             if network is not None and levels is not None:
                 own = levels.long().contiguous() if isinstance(levels, Tensor) else levels.levels.t()
                 return network(batch.tasks, self._enlarged(batch), own)
@@ -107,8 +116,8 @@ class Estimator(nn.Module):
         parts = pooled.split([samples * images.shape[0] for images in batch.images])
         return [self.heads[k](part) for k, part in zip(batch.tasks, parts, strict=True)]
 
-    def _network(self, batch: TaskBatch) -> TaskNetwork | None:
-        """The estimator in one call; None where stems, trunk and heads have to be called one by one."""
+    def one_call(self, batch: TaskBatch) -> TaskNetwork | None:
+        """The estimator of a checked batch in one call; None where stems, trunk and heads have to be called one by one."""
         return self._one_call.network(self, batch, self._layers, self._fold)
 
     def _layers(self) -> Layers | None:

@@ -71,8 +71,10 @@ class DeepElasticNetwork(nn.Module):
         """
         batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
         stem = self.estimator.stem(batch) if self.selector.config.reads == "stem" else None
+        # Asked before the selector runs, which leaves little of Python in the processor's caches.
+        network = self.estimator.one_call(batch) if stem is None else None
         levels = self.selector.choose(batch, stem)
-        logits = self.estimator.run(batch, levels, stem)
+        logits = self.estimator.run(batch, levels, stem, network)
         return (logits, batch.restore(levels)) if return_levels else logits
 
     def selector_logits(self, images: Images, task: Tasks) -> Tensor:

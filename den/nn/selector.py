@@ -213,7 +213,7 @@ class Selector(nn.Module):
 
     def run(self, batch: TaskBatch, stem: Tensor | None = None) -> Tensor:
         """Logits [B, N, L] of a checked batch, in the batch's own order."""
-        network = self._network(batch)
+        network = self.one_call(batch)
         if network is None:
             return self.logits(self.features(batch, stem), batch.tasks)
         return self._of_blocks(network(batch.tasks, self._enlarged(batch)))
@@ -247,13 +247,13 @@ class Selector(nn.Module):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.choose(batch, stem)
-        network = self._network(batch)
+        network = self.one_call(batch)
         if network is None:
             return self.run(batch, stem).argmax(-1)
         return network.choose(batch.tasks, self._enlarged(batch), self.num_blocks)
 
-    def _network(self, batch: TaskBatch) -> TaskNetwork | None:
-        """The selector in one call; None where its layers have to be called one by one."""
+    def one_call(self, batch: TaskBatch) -> TaskNetwork | None:
+        """The selector of a checked batch in one call; None where its layers have to be called one by one."""
         return self._one_call.network(self, batch, self._layers, self._fold)
 
     def _layers(self) -> Layers | None:

@@ -61,15 +61,15 @@ def test_what_is_one_call():
     model, parts = network(), images(2)
     batch = batch_of(model, parts)
     with torch.no_grad():
-        assert model.selector._network(batch) is not None
-        assert model.estimator._network(batch) is not None
+        assert model.selector.one_call(batch) is not None
+        assert model.estimator.one_call(batch) is not None
         watched = layer_by_layer(model)
-        assert watched.selector._network(batch) is None
-        assert watched.estimator._network(batch) is None
-        assert network(selector=SelectorConfig((8, 16), residual=True)).selector._network(batch) is None
-        assert network(selector=SelectorConfig((8, 16), shared_head=True)).selector._network(batch) is not None
-        assert model.train().estimator._network(batch) is None
-    assert model.eval().selector._network(batch) is None
+        assert watched.selector.one_call(batch) is None
+        assert watched.estimator.one_call(batch) is None
+        assert network(selector=SelectorConfig((8, 16), residual=True)).selector.one_call(batch) is None
+        assert network(selector=SelectorConfig((8, 16), shared_head=True)).selector.one_call(batch) is not None
+        assert model.train().estimator.one_call(batch) is None
+    assert model.eval().selector.one_call(batch) is None
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_the_values_of_the_layers_one_by_one(dtype, count):
         batch = batch_of(own, [part.to(dtype) for part in parts])
         return [own.selector.run(batch), *own.estimator.part_logits(batch, own.estimator.level_plan(levels))]
 
-    assert model.selector._network(batch) is not None
+    assert model.selector.one_call(batch) is not None
     for got, wanted, truth in zip(runs(model, dtype), runs(plain, dtype), runs(exact, torch.float64), strict=True):
         assert got.dtype == dtype
         assert got.shape == truth.shape
