@@ -110,7 +110,7 @@ class Estimator(nn.Module):
                 return network(batch.tasks, self._enlarged(batch), own)
         plan = self.level_plan(levels.flatten(0, -2)) if isinstance(levels, Tensor) else levels
         x = self.stem(batch) if stem is None else stem
-        pooled = self.trunk(x if samples == 1 else x.repeat_interleave(samples, 0), plan)
+        pooled = self.trunk(x if samples == 1 else repeated(x, samples), plan)
         if batch.form == "joint":
             return [head(pooled) for head in self.heads]
         parts = pooled.split([samples * images.shape[0] for images in batch.images])
@@ -257,3 +257,13 @@ def _kept(blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], list[object]]:
             kept.append(block)
             settings += block.settings() if isinstance(block, FoldedBlock) else ()
     return kept, settings
+
+
+def repeated(maps: Tensor, times: int) -> Tensor:
+    """Each of the maps [B, C, H, W] so many times, one after the other, in their memory format: [B * times, C, H, W].
+
+    `repeat_interleave` alone makes channels-last maps contiguous, and blocks then copy them back.
+    """
+    if maps.is_contiguous(memory_format=torch.channels_last):
+        return maps.permute(0, 2, 3, 1).repeat_interleave(times, 0).permute(0, 3, 1, 2)
+    return maps.repeat_interleave(times, 0)

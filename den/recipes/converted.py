@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from den.nn.attached import ImageSelector
+from den.nn.estimator import repeated
 from den.support.progress import Progress
 from den.train.objective import (
     initial_structures,
@@ -164,7 +165,7 @@ class _Training:
         """R(z; x, y) (equation 6) of structures [B, S, N]: [B, S]."""
         samples = drawn.shape[1]
         with levels(self.model, drawn.flatten(0, 1)):
-            logits = self.model(x.repeat_interleave(samples, 0))
+            logits = self.model(repeated(x, samples))
         losses = F.cross_entropy(logits.float(), y.repeat_interleave(samples, 0), reduction="none")
         return losses.view(-1, samples) + sparsity_penalty(drawn, self.fractions, self.settings.rho)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from den.data import Batch
 from den.nn.count import parameter_fractions
+from den.nn.estimator import repeated
 from den.nn.model import create_model
 from den.nn.tasks import Task
 from den.train.objective import (
@@ -218,3 +219,11 @@ def test_instance_losses_keep_the_order_of_the_batch():
     found = instance_losses(logits, labels)
     expected = [-logits[0].log_softmax(1)[0, 0], -logits[0].log_softmax(1)[1, 2], -logits[1].log_softmax(1)[0, 4]]
     assert found.tolist() == pytest.approx([value.item() for value in expected])
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_repeated_maps_keep_their_memory_format(memory_format):
+    maps = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    found = repeated(maps, 2)
+    assert torch.equal(found, torch.stack([maps, maps], 1).flatten(0, 1))
+    assert found.is_contiguous(memory_format=memory_format)
