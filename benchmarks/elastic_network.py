@@ -67,11 +67,11 @@ class ElasticNetwork:
         return estimator.run(batch, self.chosen, network=network)
 
     def batch(self) -> TaskBatch:
-        """The images, checked."""
+        """The images as the model's parts take them, checked."""
         return task_batch(self.images, self.task, self.model.tasks, like=self.model.estimator.heads[0].weight)
 
     def select(self) -> Tensor:
-        """What the selector chooses, [B, N]."""
+        """The structures [B, N] that the selector chooses."""
         return self.model.selector.choose(self.batch())
 
     @cached_property

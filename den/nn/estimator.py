@@ -117,7 +117,7 @@ class Estimator(nn.Module):
         return [self.heads[k](part) for k, part in zip(batch.tasks, parts, strict=True)]
 
     def one_call(self, batch: TaskBatch) -> TaskNetwork | None:
-        """The estimator of a checked batch in one call; None where stems, trunk and heads have to be called one by one."""
+        """The estimator of a checked batch in one call; None where its layers have to be called one by one."""
         return self._one_call.network(self, batch, self._layers, self._fold)
 
     def _layers(self) -> Layers | None:

@@ -24,7 +24,6 @@ from den_kernels.building import (
 )
 
 
-
 @dataclass(frozen=True)
 class Layers:
     """What a network of one call is folded from.

@@ -185,6 +185,48 @@ def test_a_changed_weight_is_noticed(place, frozen):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
+def _freeze_a_block(model) -> None:
+    model.estimator.blocks[1].freeze()
+
+
+def _replace_a_head(model) -> None:
+    model.estimator.heads[1] = copy.deepcopy(model.estimator.heads[1])
+    model.estimator.heads[1].weight.mul_(-1)
+
+
+def _replace_a_convolution(model) -> None:
+    model.selector.stems[1].conv.conv = copy.deepcopy(model.selector.stems[1].conv.conv)
+    model.selector.stems[1].conv.conv.weight.mul_(-1)
+
+
+def _drop_a_block(model) -> None:
+    del model.estimator.blocks[3]
+    model.estimator.num_blocks -= 1
+
+
+def _set_an_eps(model) -> None:
+    model.estimator.norm.eps = model.selector.norms[1].eps = 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [_freeze_a_block, _replace_a_head, _replace_a_convolution, _drop_a_block, _set_an_eps],
+    ids=lambda change: change.__name__.strip("_"),
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_changed_layer_is_noticed(change, frozen):
+    """The values of a copy that has never run before."""
+    model, [part] = network(), images(4)[1:2]
+    model = model.freeze() if frozen else model
+    model(part, "large")
+    change(model)
+    fresh = copy.deepcopy(model)
+    assert torch.equal(model.selector_logits(part, "large"), fresh.selector_logits(part, "large"))
+    levels = torch.full((4, model.estimator.num_blocks), 2)
+    assert torch.equal(model.estimator(part, "large", levels), fresh.estimator(part, "large", levels))
+
+
 @torch.no_grad()
 def test_a_hook_sees_its_layer():
     model, [part] = network(), images(2)[1:2]
