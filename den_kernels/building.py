@@ -9,7 +9,7 @@ is_recorded         True for a call that becomes a graph which outlives it: torc
 is_traced           True for a call that becomes part of any graph, torch.compile's included
 may_fold            True where a module may run on folded weights
 refuse_transforms   raises inside torch.func
-Standing            what a decision about modules was made from, asked again in one call
+Standing            the state of modules that a decision was made from, compared with how they are in one call
 stand_in            a weight's shape, dtype and device without its memory
 
 TaskNetwork         stems and heads of tasks around layers that they share, in one call at inference on a CPU; of

@@ -1,4 +1,4 @@
-"""What a decision about modules was made from, asked again in one call whether it still stands."""
+"""The state of modules that a decision was made from, compared in one call with how they are now."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,11 +12,10 @@ Entries = tuple[dict[str, Any], dict[str, Any]]  # a dictionary, and what stood 
 
 
 class Standing:
-    """Entries of modules' dictionaries, and modules that nothing watches: true as long as none of them changes.
+    """Keeps entries of modules' dictionaries, and modules that nothing watches, and tells whether that has changed.
 
     Asking modules for their attributes one by one takes longer than to run a small network, above all after a large
-    one, which leaves nothing of Python in the processor's caches. It is held by those whose dictionaries it holds, so
-    that all are freed together.
+    one, which leaves nothing of Python in the processor's caches.
     """
 
     def __init__(self) -> None:

@@ -99,7 +99,7 @@ class Estimator(nn.Module):
         of every image, whose logits [B_k * S, classes] follow one another: stems run once for all of them.  None: every
         block at its full width.
         stem: what `self.stem` has made of the batch, which may be written over; None: not yet made.
-        network: what `one_call` has said of the batch; None: not yet asked.
+        network: the answer of `one_call` to the batch; None: not yet asked.
         """
         samples = levels.shape[1] if isinstance(levels, Tensor) and levels.ndim == 3 else 1
         whole = levels.ndim == 2 if isinstance(levels, Tensor) else levels is not None and levels.masks is None
@@ -121,7 +121,7 @@ class Estimator(nn.Module):
         return self._one_call.network(self, batch, self._layers, self._fold)
 
     def _layers(self) -> Layers | None:
-        """What `_fold` folds; None where it does not."""
+        """The layers that `_fold` folds; None where it does not."""
         blocks = [block for block in self.blocks._modules.values() if block is not None]
         if self.norm is None or self.lowest or len(self.shared) or are_watched(blocks):
             return None

@@ -26,12 +26,12 @@ from den_kernels.building import (
 
 @dataclass(frozen=True)
 class Layers:
-    """What a network of one call is folded from.
+    """Layers that a network of one call is folded from.
 
     Attributes:
-        modules: the layers that are folded, none of which runs by itself then.
-        settings: what else the folded weights depend on, asked in every call.
-        standing: what these were chosen by.
+        modules: these layers, none of which runs by itself then.
+        settings: gives what else the folded weights depend on, in every call.
+        standing: the state of the modules by which these were chosen.
     """
 
     modules: tuple[nn.Module, ...]

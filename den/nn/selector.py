@@ -257,7 +257,7 @@ class Selector(nn.Module):
         return self._one_call.network(self, batch, self._layers, self._fold)
 
     def _layers(self) -> Layers | None:
-        """What `_fold` folds; None where it does not."""
+        """The layers that `_fold` folds; None where it does not."""
         if self.config.residual or self.config.reads == "stem":
             return None
         standing, parts = Standing(), (self.stems, self.convs, self.norms, self.heads)
