@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import den
 from den.nn.count import count_flops, image_flops
+from den.nn.task_batch import TaskBatch, task_batch
 
 from . import peers
 from .harness import DTYPES, Case, Work
@@ -52,9 +54,25 @@ class ElasticNetwork:
         return self.images.dtype
 
     def forward(self) -> Tensor:
-        """The whole way to logits [B, classes]. The selector runs; the drawn structures replace its choice."""
-        self.model.select(self.images, self.task)
-        return self.model.estimator(self.images, self.task, self.levels)
+        """The whole way to logits [B, classes], in the steps of the model's own forward. The selector runs; the drawn
+        structures replace its choice."""
+        batch, estimator = self.batch(), self.model.estimator
+        network = estimator.one_call(batch)
+        self.model.selector.choose(batch)
+        return estimator.run(batch, self.chosen, network=network)
+
+    def batch(self) -> TaskBatch:
+        """The images as the model's parts take them, checked."""
+        return task_batch(self.images, self.task, self.model.tasks, like=self.model.estimator.heads[0].weight)
+
+    def select(self) -> Tensor:
+        """The structures [B, N] that the selector chooses."""
+        return self.model.selector.choose(self.batch())
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        """The drawn structures in the dtype of the selector's choice."""
+        return self.levels.long()
 
     def dense(self, dtype: torch.dtype) -> peers.DenseNetwork:
         """The full structure as a plain network in ``dtype``, weights copied."""

@@ -37,7 +37,7 @@ def providers_of(network: ElasticNetwork, settings: Settings) -> list[Provider]:
     images, task = network.images, network.task
 
     def masked(network: ElasticNetwork) -> Tensor:
-        network.model.select(network.images, network.task)
+        network.select()
         return reference_estimator(network.model.estimator, [network.images], [0], network.levels)[0]
 
     def dense(dtype: torch.dtype) -> Tensor:

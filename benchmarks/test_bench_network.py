@@ -110,7 +110,7 @@ def elastic_providers(network: ElasticNetwork) -> list[Provider]:
 
 def choose_and_call(network: ElasticNetwork, call: Callable[[Tensor], Tensor]) -> Tensor:
     """Run the selector, then `call`, built to follow its choice: images [B, c, S, S] -> logits [B, classes]."""
-    network.model.select(network.images, network.task)
+    network.select()
     return call(network.images)
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -104,8 +105,9 @@ struct TaskNetworkHandle {
   }
 
   // parts: (task, images [B_k, C, H, W] channels-last) for each; levels: int32 [N, B] or int64 [B, N] of a trunk, or
-  // None; logits: [B_k, O] for each part; chosen: int64 [B, N] for the levels with the largest logits, or None.
-  void run(const py::list& parts, py::handle levels, const py::list& logits, py::handle chosen) const {
+  // None; logits: [B_k, O] for each part, or None where only the levels with the largest logits are asked for;
+  // chosen: int64 [B, N] for these, or None.
+  void run(const py::list& parts, py::handle levels, const std::optional<py::list>& logits, py::handle chosen) const {
     half ? run_as<bf16>(parts, levels, logits, chosen) : run_as<float>(parts, levels, logits, chosen);
   }
 
@@ -139,7 +141,7 @@ struct TaskNetworkHandle {
   }
 
   template <class T>
-  TaskPart<T> part_of(const py::tuple& given, py::handle logits) const {
+  TaskPart<T> part_of(const py::tuple& given) const {
     const int64_t task = given[0].cast<int64_t>();
     check(task >= 0 && task < static_cast<int64_t>(stems.size()), op, "task", "one of the tasks", task);
     TaskPart<T> part{};
@@ -150,23 +152,26 @@ struct TaskNetworkHandle {
     part.count = images.size(0), part.H = images.size(2), part.W = images.size(3);
     check(part.stem->out(part.H, part.stem->R) >= 1 && part.stem->out(part.W, part.stem->S) >= 1, op, "images",
           "at least as large as the stem's kernel", images.text());
-    part.logits = Tensor(logits, op, "logits").dense<T>({part.count, part.head->O});
     return part;
   }
 
   template <class T>
-  void run_as(const py::list& given, py::handle levels, const py::list& logits, py::handle chosen) const {
+  void run_as(const py::list& given, py::handle levels, const std::optional<py::list>& logits,
+              py::handle chosen) const {
     TaskNetwork<T> network{};
     int64_t B = 0;
-    check(!given.empty() && given.size() == logits.size(), op, "parts and logits", "as many, at least one",
-          logits.size());
+    check(!given.empty() && (!logits || given.size() == logits->size()), op, "parts and logits",
+          "as many, at least one", given.size());
+    check(logits || !chosen.is_none(), op, "logits or chosen", "given", "neither");
     for (size_t k = 0; k < given.size(); ++k) {
-      network.parts.push_back(part_of<T>(given[k].cast<py::tuple>(), logits[k]));
+      network.parts.push_back(part_of<T>(given[k].cast<py::tuple>()));
       const TaskPart<T>&first = network.parts.front(), &part = network.parts.back();
       check(part.stem->C_out == first.stem->C_out && side(part, 0) == side(first, 0) && side(part, 1) == side(first, 1),
             op, "images", "of sizes whose stems make maps of one size", side(part, 0));
       B += part.count;
     }
+    std::vector<T> unasked;
+    place_logits(network.parts, logits, unasked);
     int64_t H = side(network.parts[0], 0), W = side(network.parts[0], 1);
     for (size_t i = 0; i < convs.size(); ++i) {
       const DenseConv<T>& conv = layer<T, DenseConvHandle>(convs, i);
@@ -192,6 +197,20 @@ struct TaskNetworkHandle {
       if (!next) break;
       choose(part.logits, part.count * choice.N, part.head->O / choice.N, next);
       next += part.count * choice.N;
+    }
+  }
+
+  // Where the logits of each part go: to those that were given, or to `own` memory.
+  template <class T>
+  static void place_logits(std::vector<TaskPart<T>>& parts, const std::optional<py::list>& given, std::vector<T>& own) {
+    int64_t values = 0;
+    for (const TaskPart<T>& part : parts) values += part.count * part.head->O;
+    if (!given) own.resize(static_cast<size_t>(values));
+    T* next = own.data();
+    for (size_t k = 0; k < parts.size(); ++k) {
+      TaskPart<T>& part = parts[k];
+      part.logits = given ? Tensor((*given)[k], op, "logits").dense<T>({part.count, part.head->O}) : next;
+      if (!given) next += part.count * part.head->O;
     }
   }
 
@@ -265,7 +284,7 @@ void bind_task_network(py::module_& m) {
       .def(py::init<py::list, py::object, py::list>())
       .def("__call__", &TaskNetworkHandle::run,
            "(task, images [B_k, C, H, W] channels-last) of each part; levels int32 [N, B] or int64 [B, N], or None; "
-           "logits [B_k, O] of each part; int64 [B, N] for the largest of L = O / N logits, or None.");
+           "logits [B_k, O] of each part, or None; int64 [B, N] for the largest of L = O / N logits, or None.");
 }
 
 }  // namespace den_kernels

@@ -14,16 +14,28 @@ namespace py = pybind11;
 namespace den_kernels {
 namespace {
 
-// The identity of a tensor (address, type and layout), and checksums of its values where a CPU can read them.
+// How often a tensor was written by PyTorch's operations; RuntimeError for an inference tensor, which does not count.
+int64_t version_of(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name));
+  if (!version) throw py::error_already_set();
+  return PyLong_AsLongLong(version.ptr());
+}
+
+// The identity of a tensor (address, type, layout and version), and checksums of its values where a CPU can read them.
 struct Watched {
+  int64_t version;
   char* data;
+  const void* sizes;
   int32_t device, device_index;
   uint8_t code, bits;
   std::vector<int64_t> layout;  // sizes, then strides
   Checksums sums;
 
-  explicit Watched(const dlpack::View& v)
-      : data(begin(v)),
+  Watched(int64_t version, const dlpack::View& v)
+      : version(version),
+        data(begin(v)),
+        sizes(v.sizes),
         device(v.device),
         device_index(v.device_index),
         code(v.code),
@@ -38,6 +50,17 @@ struct Watched {
            v.bits == bits && 2 * static_cast<size_t>(v.ndim) == layout.size() &&
            std::equal(v.sizes, v.sizes + v.ndim, layout.begin()) &&
            std::equal(v.strides, v.strides + v.ndim, layout.begin() + v.ndim);
+  }
+
+  // Asks for the memory that same() reads of a tensor, so that it comes from afar for all of them side by side.
+  void ask_for(const void* tensor) const {
+    constexpr int64_t line = 64;
+    const auto lines = [](const void* at, int64_t first, int64_t end) {
+      for (int64_t i = first; i < end; ++i) __builtin_prefetch(static_cast<const char*>(at) + i * line);
+    };
+    lines(tensor, 0, 2);
+    lines(sizes, -3, 3);  // they lie in the tensor
+    lines(data, 0, 2);
   }
 
   static char* begin(const dlpack::View& v) { return static_cast<char*>(v.data) + v.offset; }
@@ -56,19 +79,23 @@ class Watch {
  public:
   explicit Watch(const py::tuple& tensors) {
     for (const py::handle tensor : tensors) {
+      const int64_t version = version_of(tensor);  // first: what another thread writes meanwhile is noticed
       dlpack::View view;
       if (!view_of(tensor, view)) throw py::value_error("Watch: tensors must be on cpu or cuda");
-      watched_.emplace_back(view);
+      watched_.emplace_back(version, view);
       on_host_ &= view.device == dlpack::cpu;
     }
   }
 
   bool same(const py::tuple& tensors) {
     if (tensors.size() != watched_.size()) return false;
+    for (size_t i = 0; i < watched_.size(); ++i)
+      watched_[i].ask_for(PyTuple_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)));
     for (size_t i = 0; i < watched_.size(); ++i) {
       dlpack::View view;
       const py::handle tensor = PyTuple_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
-      if (!view_of(tensor, view) || !watched_[i].is(view) || !watched_[i].sums.next_holds(watched_[i].data))
+      if (!view_of(tensor, view) || !watched_[i].is(view) || version_of(tensor) != watched_[i].version ||
+          !watched_[i].sums.next_holds(watched_[i].data))
         return false;
     }
     return true;
@@ -86,9 +113,55 @@ class Watch {
   bool on_host_ = true;
 };
 
+// Calls one(item) for the items of a list until one is false; true where none is.
+template <class One>
+bool all_of(const py::list& list, One one) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
+    if (!one(PyList_GET_ITEM(list.ptr(), i))) return false;
+  return true;
+}
+
+// True where a dictionary has each entry of another, the very same objects.
+bool has_all(PyObject* dictionary, PyObject* entries) {
+  PyObject *key, *value;
+  for (Py_ssize_t place = 0; PyDict_Next(entries, &place, &key, &value);)
+    if (PyDict_GetItemWithError(dictionary, key) != value) return false;
+  return true;
+}
+
+// True where nothing has to see a module with this __dict__ being called, and it is not in training.
+bool is_plain(PyObject* own) {
+  static PyObject *const hooks = PyUnicode_InternFromString("_forward_hooks"),
+                         *const before = PyUnicode_InternFromString("_forward_pre_hooks"),
+                         *const training = PyUnicode_InternFromString("training"),
+                         *const forward = PyUnicode_InternFromString("forward");
+  const auto is_empty = [own](PyObject* name) {
+    PyObject* found = PyDict_GetItemWithError(own, name);
+    return found && PyDict_Size(found) == 0;
+  };
+  return is_empty(hooks) && is_empty(before) && PyDict_GetItemWithError(own, training) == Py_False &&
+         !PyDict_GetItemWithError(own, forward);
+}
+
+bool stands(const py::list& whole, const py::list& parts, const py::list& plain) {
+  for (const py::list* pairs : {&whole, &parts})
+    for (const py::handle pair : *pairs) {
+      __builtin_prefetch(PyTuple_GET_ITEM(pair.ptr(), 0));
+      __builtin_prefetch(PyTuple_GET_ITEM(pair.ptr(), 1));
+    }
+  const auto has = [](PyObject* pair) { return has_all(PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1)); };
+  const auto is = [&](PyObject* pair) {
+    return PyDict_Size(PyTuple_GET_ITEM(pair, 0)) == PyDict_Size(PyTuple_GET_ITEM(pair, 1)) && has(pair);
+  };
+  return all_of(whole, is) && all_of(parts, has) && all_of(plain, is_plain);
+}
+
 }  // namespace
 
 void bind_watch(py::module_& m) {
+  m.def("stands", &stands, py::arg("whole"), py::arg("parts"), py::arg("plain"),
+        "Whether dictionaries have the entries of others, and no more (whole) or more (parts), and modules with these "
+        "__dict__ are neither watched nor trained (plain): see den_kernels/standing.py.");
   py::class_<Watch>(m, "Watch", "What a tuple of tensors is and holds; ValueError for one without memory.")
       .def(py::init<const py::tuple&>())
       .def("same", &Watch::same, "Whether these are the same tensors. What they hold is looked at in turns().")

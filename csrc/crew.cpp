@@ -5,8 +5,9 @@
 namespace den_kernels {
 namespace {
 
-// How long a thread waits busily: about as long as it takes to be woken.
-constexpr std::chrono::microseconds busy{40};
+// How long a thread waits busily: about as long as it takes to be woken. Behind the last offer longer: the others are
+// at their last parts, and wait then for whoever has to be woken.
+constexpr std::chrono::microseconds busy{40}, busy_at_last{120};
 
 // Leaves a core's resources to its other thread for some cycles.
 void rest() {
@@ -19,14 +20,14 @@ void rest() {
 
 // Waits busily until done(); false where it did not come soon.
 template <class Done>
-bool soon(Done done) {
+bool soon(Done done, std::chrono::microseconds limit = busy) {
   const auto start = std::chrono::steady_clock::now();
   do {
     for (int i = 0; i < 64; ++i) {
       if (done()) return true;
       rest();
     }
-  } while (std::chrono::steady_clock::now() - start < busy);
+  } while (std::chrono::steady_clock::now() - start < limit);
   return false;
 }
 
@@ -59,7 +60,7 @@ void Crew::help(int64_t place) {
   for (;;) {
     const uint64_t seen = news_;
     if (dismissed_) break;
-    if (take(place) || soon([&] { return news_ != seen; })) continue;
+    if (take(place) || soon([&] { return news_ != seen; }, last_ ? busy_at_last : busy)) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     ++asleep_;
     offered_.wait(lock, [&] { return news_ != seen; });
@@ -75,8 +76,9 @@ void Crew::dismiss(int64_t helpers) {
   wait(gone_, helpers);
 }
 
-void Crew::run(int64_t count, bool own, Work work, const void* context) {
+void Crew::run(int64_t count, bool own, bool last, Work work, const void* context) {
   if (count < 1) return;
+  last_ = last;
   const int64_t used = own ? threads_ : 1;
   const uint64_t offer = static_cast<uint64_t>(++offers_) << 32;
   work_ = work, context_ = context, count_ = count, used_ = used;

@@ -47,7 +47,8 @@ class Crew {
 
   // Calls work(context, part) for the parts 0 .. count - 1, which must not throw. With `own`, each thread has a range
   // of neighbours for its own, and goes on with the others' when it is through; else all take them in their order.
-  void run(int64_t count, bool own, Work work, const void* context);
+  // last: nothing is offered after it.
+  void run(int64_t count, bool own, bool last, Work work, const void* context);
 
  private:
   // The parts that are left of a range, with the number of what was offered above them: a thread that saw an older
@@ -76,7 +77,7 @@ class Crew {
   std::atomic<int64_t> count_{0}, used_{1};  // parts, and ranges that have any
   std::atomic<int64_t> unfinished_{0};
   std::atomic<int64_t> gone_{0};  // helpers that have left
-  std::atomic<bool> dismissed_{false};
+  std::atomic<bool> last_{false}, dismissed_{false};
   std::atomic<uint64_t> news_{0};  // counts offers, for those who wait for one
   std::atomic<int64_t> asleep_{0};
   std::atomic<bool> caller_asleep_{false};

@@ -58,7 +58,7 @@ class Team {
   // Calls work(part) for the parts 0 .. count - 1, each in the next thread that is free; throws the first exception.
   template <class Work>
   void run_parts(int64_t count, const Work& work) {
-    run_parts(count, true, work);
+    run_parts(count, true, false, work);
   }
 
   // Calls work() in this thread, which has a team of `threads` threads meanwhile.
@@ -98,13 +98,13 @@ class Team {
     return found;
   }
   template <class Work>
-  void run_parts(int64_t count, bool own, const Work& work) {
+  void run_parts(int64_t count, bool own, bool last, const Work& work) {
     struct Guarded {
       const Work& work;
       Failure failure;
     } guarded{work, {}};
     crew_.run(
-        count, own,
+        count, own, last,
         [](const void* context, int64_t part) {
           auto& all = *static_cast<Guarded*>(const_cast<void*>(context));
           all.failure.guard([&] { all.work(part); });
@@ -145,7 +145,7 @@ void share_out(int64_t count, int64_t threads, Work work) {
     return;
   }
   Team team(threads);
-  team.gather([&] { team.run_parts(count, false, work); });
+  team.gather([&] { team.run_parts(count, false, true, work); });
 }
 
 }  // namespace den_kernels

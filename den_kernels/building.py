@@ -9,6 +9,7 @@ is_recorded         True for a call that becomes a graph which outlives it: torc
 is_traced           True for a call that becomes part of any graph, torch.compile's included
 may_fold            True where a module may run on folded weights
 refuse_transforms   raises inside torch.func
+Standing            the state of modules that a decision was made from, compared with how they are in one call
 stand_in            a weight's shape, dtype and device without its memory
 
 TaskNetwork         stems and heads of tasks around layers that they share, in one call at inference on a CPU; of
@@ -21,6 +22,7 @@ from .eager import are_watched, is_ordinary, is_recorded, is_traced, may_fold, r
 from .fold_cache import FoldCache
 from .folding import fold_norm, norm_affine
 from .residual_weights import stand_in
+from .standing import Standing
 from .task_network import DenseConv, DenseHead, TaskNetwork, takes_conv
 from .task_network import runs_here as runs_task_network
 
@@ -28,6 +30,7 @@ __all__ = [
     "DenseConv",
     "DenseHead",
     "FoldCache",
+    "Standing",
     "TaskNetwork",
     "are_watched",
     "fold_norm",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from zlib import crc32
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._extension import extension
+from .standing import Standing
 from .stream_guard import Guarded
 
 Value = TypeVar("Value")
@@ -47,6 +48,27 @@ def invalidate() -> None:
     _Epoch.everywhere += 1
 
 
+class _Tensors(NamedTuple):
+    """The parameters and buffers of modules, and the eps of the batch norms among them, as long as they stand there."""
+
+    modules: tuple[nn.Module, ...]
+    standing: Standing
+    tensors: Source
+    eps: tuple[float, ...]
+
+    @classmethod
+    def of(cls, modules: tuple[nn.Module, ...]) -> "_Tensors":
+        standing = Standing()
+        standing.keep_tree(modules)
+        every = [module for each in modules for module in each.modules()]
+        norms = [module for module in every if isinstance(module, _NORMS)]
+        for norm in norms:
+            standing.keep(norm, "eps")
+        kept = (entries for module in every for entries in (module._parameters, module._buffers))
+        tensors = tuple(tensor for entries in kept for tensor in entries.values() if tensor is not None)
+        return cls(modules, standing, tensors, tuple(norm.eps for norm in norms))
+
+
 class FoldCache(Generic[Value]):
     """Holds what ``build()`` made of ``sources`` while every source is the same tensor with the same values.
 
@@ -65,20 +87,19 @@ class FoldCache(Generic[Value]):
     def __init__(self) -> None:
         self._entry: tuple[tuple, Any, Source, Value, Guarded[Value] | None] | None = None
         self._captured: list[Any] = []  # values that CUDA graphs read
-        self._places: tuple[tuple[nn.Module, ...], list[tuple[dict[str, Any], str]]] | None = None
-        self._norms: list[nn.BatchNorm1d | nn.BatchNorm2d] = []
+        self._tensors: _Tensors | None = None
 
     def get(self, sources: Source, build: Callable[[], Value], *settings: object) -> Value:
         """The value of ``sources`` and ``settings``, built anew if any of them changed since the last call."""
+        entry = self._entry
+        key = _Epoch.everywhere, settings
         try:
-            versions = tuple(map(_versions, sources))
+            same = entry is not None and entry[0] == key and entry[1].same(sources)
+            watch = None if same else _watch(sources)  # before the value: what is written meanwhile is noticed
         except RuntimeError:  # inference tensors carry no version
             return build()
-        entry = self._entry
-        key = _Epoch.everywhere, versions, settings
-        if entry is not None and entry[0] == key and entry[1].same(sources):
+        if entry is not None and same:
             return entry[3] if entry[4] is None else entry[4].get()
-        watch = _watch(sources)  # before the value: what another thread writes meanwhile is noticed
         on_gpu = any(source.device.type == "cuda" for source in sources)
         guard = Guarded(build, self._captured) if on_gpu else None
         value = build() if guard is None else guard.get()
@@ -88,27 +109,17 @@ class FoldCache(Generic[Value]):
     def of(self, modules: tuple[nn.Module, ...], build: Callable[[], Value], *settings: object) -> Value:
         """:meth:`get` of all parameters and buffers of the modules, and of the eps of batch norms among them.
 
-        Where they stand is looked up once for a set of modules, and again when one of them is gone (parametrizations
-        and pruning move them): asking many modules for their attributes takes longer than to run a small network.
+        Where they stand is looked up once for a set of modules, and again when one of them is no longer there
+        (parametrizations and pruning move them).
         """
-        tensors = self._tensors(modules)
-        return self.get(tensors, build, *settings, *[norm.eps for norm in self._norms])
-
-    def _tensors(self, modules: tuple[nn.Module, ...]) -> Source:
-        if self._places is not None and self._places[0] == modules:
-            try:  # a list, not a generator, which would be a call for each tensor
-                return tuple([t for entries, name in self._places[1] if (t := entries[name]) is not None])
-            except KeyError:
-                pass
-        every = [module for each in modules for module in each.modules()]
-        kept = (entries for module in every for entries in (module._parameters, module._buffers))
-        self._norms = [module for module in every if isinstance(module, _NORMS)]
-        self._places = modules, [(entries, name) for entries in kept for name in entries]
-        return tuple(t for entries, name in self._places[1] if (t := entries[name]) is not None)
+        found = self._tensors
+        if found is None or found.modules != modules or not found.standing.holds():
+            found = self._tensors = _Tensors.of(modules)
+        return self.get(found.tensors, build, *settings, *found.eps)
 
     def clear(self) -> None:
         """Forget the value."""
-        self._entry = None
+        self._entry = self._tensors = None
 
     def __deepcopy__(self, memo: dict) -> "FoldCache[Value]":
         return type(self)()
@@ -129,6 +140,7 @@ class _DeviceWatch:
         learned = any(t.is_floating_point() or t.is_complex() for t in sources)
         return (
             _Epoch.devices if learned else 0,
+            *map(_versions, sources),
             *((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in sources),
         )
 
@@ -144,7 +156,7 @@ class _PlainWatch:
 
     @staticmethod
     def _key_of(sources: Source) -> tuple:
-        return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, _sum(t.detach())) for t in sources)
+        return tuple((t._version, t.data_ptr(), t.shape, t.stride(), t.dtype, _sum(t.detach())) for t in sources)
 
     def same(self, sources: Source) -> bool:
         return self._key_of(sources) == self._key

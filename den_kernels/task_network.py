@@ -64,8 +64,9 @@ def runs_here(dtype: torch.dtype) -> bool:
     """True where the kernel computes in `dtype` on this machine."""
     if extension is None:
         return False
-    direct = {torch.float32: extension.has_direct_float32, torch.bfloat16: extension.has_direct_bf16}
-    return dtype in direct and direct[dtype]()
+    if dtype == torch.float32:
+        return extension.has_direct_float32()
+    return dtype == torch.bfloat16 and extension.has_direct_bf16()
 
 
 @dataclass(frozen=True)
@@ -107,19 +108,37 @@ class TaskNetwork(HasHandle):
         tasks: Sequence[int],
         images: Sequence[Tensor],  # [B_k, C, H, W] of each
         levels: Tensor | None = None,  # of a trunk: int32 [N, B] or int64 [B, N], in the order of the images
-        chosen: Tensor | None = None,  # int64 [B, N], becomes the largest of L logits of each block
     ) -> list[Tensor]:  # [B_k, O] of each
         """Logits of the images of each task.
 
         Raises ValueError for images, tasks or levels that do not fit the weights, TypeError for another dtype.
         """
-        return in_range(_NAME, self._run, tasks, images, levels, chosen)
+        return in_range(_NAME, self._run, tasks, images, levels)
 
-    def _run(
-        self, tasks: Sequence[int], images: Sequence[Tensor], levels: Tensor | None, chosen: Tensor | None
-    ) -> list[Tensor]:  # as `__call__`
-        heads = self.heads
-        logits = [x.new_empty(x.shape[0], len(heads[k].bias)) for k, x in zip(tasks, images, strict=True)]
-        laid = [x.contiguous(memory_format=torch.channels_last) for x in images]
-        self.handle(list(zip(tasks, laid, strict=True)), levels, logits, chosen)
+    def _run(self, tasks: Sequence[int], images: Sequence[Tensor], levels: Tensor | None) -> list[Tensor]:
+        widths = self._widths
+        logits = [x.new_empty(x.shape[0], widths[k]) for k, x in zip(tasks, images, strict=True)]
+        self.handle(_parts(tasks, images), levels, logits, None)
         return logits
+
+    def choose(self, tasks: Sequence[int], images: Sequence[Tensor], blocks: int) -> Tensor:
+        """The largest of the L logits of each block, int64 [B, blocks], the heads having [blocks * L] outputs.
+
+        Of equal ones the first, of any with NaN among them the first NaN. Arguments and errors as of a call.
+        """
+        return in_range(_NAME, self._choose, tasks, images, blocks)
+
+    def _choose(self, tasks: Sequence[int], images: Sequence[Tensor], blocks: int) -> Tensor:
+        chosen = torch.empty(sum([x.shape[0] for x in images]), blocks, dtype=torch.int64)
+        self.handle(_parts(tasks, images), None, None, chosen)
+        return chosen
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        return [len(head.bias) for head in self.heads]
+
+
+def _parts(tasks: Sequence[int], images: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+    """The task and images of each part, channels-last."""
+    laid = [x.contiguous(memory_format=torch.channels_last) for x in images]
+    return list(zip(tasks, laid, strict=True))

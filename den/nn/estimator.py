@@ -10,10 +10,10 @@ from den.nn.blocks.residual import FoldedBlock, Shortcut
 from den.nn.ends import ImageStem, Stem, enlarge, features, last_norm, shared_layers
 from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
-from den.nn.one_call import OneCall, fits, trunk_network
+from den.nn.one_call import Layers, OneCall, fits, trunk_network
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den_kernels import RoutingPlan, TrunkWeights, dynamic_trunk
-from den_kernels.building import FoldCache, TaskNetwork, are_watched, is_traced, may_fold, norm_affine
+from den_kernels.building import FoldCache, Standing, TaskNetwork, are_watched, is_traced, may_fold, norm_affine
 
 
 class Estimator(nn.Module):
@@ -24,6 +24,7 @@ class Estimator(nn.Module):
 
     Attributes:
         groups: channel groups of every block in a routing plan (see `den.nn.levels`).
+        most_classes: of any task.
         level_parameters: int64 [N, L], weights that each block uses at each level (batch norms and biases apart).
         level_flops: int64 [N, L], twice the multiply-adds of each block at each level, for one image.
     """
@@ -38,6 +39,7 @@ class Estimator(nn.Module):
         self.tasks, self.levels, self.num_blocks = config.tasks, levels, len(shapes)
         self.lowest = shapes[0].lowest
         self.groups = levels - 1 + self.lowest
+        self.most_classes = max(task.classes for task in config.tasks)
         self.stems: Modules[Stem | ImageStem] = Modules(
             Stem(task, stem, trunk_size, kernel=backbone.stem_kernel) if stem else ImageStem(task, trunk_size)
             for task in (config.tasks[:1] if config.joint else config.tasks)
@@ -75,13 +77,21 @@ class Estimator(nn.Module):
         return self.run(batch, self._arranged(batch, levels))
 
     def run(
-        self, batch: TaskBatch, levels: RoutingPlan | Tensor | None, stem: Tensor | None = None
+        self,
+        batch: TaskBatch,
+        levels: RoutingPlan | Tensor | None,
+        stem: Tensor | None = None,
+        network: TaskNetwork | None = None,
     ) -> Tensor | list[Tensor]:
         """Logits of a checked batch, as `forward` returns them; arguments as of `part_logits`."""
-        return batch.restore_logits(self.part_logits(batch, levels, stem), max(task.classes for task in self.tasks))
+        return batch.restore_logits(self.part_logits(batch, levels, stem, network), self.most_classes)
 
     def part_logits(
-        self, batch: TaskBatch, levels: RoutingPlan | Tensor | None, stem: Tensor | None = None
+        self,
+        batch: TaskBatch,
+        levels: RoutingPlan | Tensor | None,
+        stem: Tensor | None = None,
+        network: TaskNetwork | None = None,
     ) -> list[Tensor]:
         """Logits [B_k, classes] of each part of a checked batch; of a joint one of every task.
 
@@ -89,11 +99,12 @@ class Estimator(nn.Module):
         of every image, whose logits [B_k * S, classes] follow one another: stems run once for all of them.  None: every
         block at its full width.
         stem: what `self.stem` has made of the batch, which may be written over; None: not yet made.
+        network: the answer of `one_call` to the batch; None: not yet asked.
         """
         samples = levels.shape[1] if isinstance(levels, Tensor) and levels.ndim == 3 else 1
         whole = levels.ndim == 2 if isinstance(levels, Tensor) else levels is not None and levels.masks is None
         if whole and stem is None and batch.form != "joint" and not torch.is_grad_enabled():
-            network = self._network(batch)
+            network = network or self.one_call(batch)
             if network is not None and levels is not None:
                 own = levels.long().contiguous() if isinstance(levels, Tensor) else levels.levels.t()
                 return network(batch.tasks, self._enlarged(batch), own)
@@ -105,15 +116,27 @@ class Estimator(nn.Module):
         parts = pooled.split([samples * images.shape[0] for images in batch.images])
         return [self.heads[k](part) for k, part in zip(batch.tasks, parts, strict=True)]
 
-    def _network(self, batch: TaskBatch) -> TaskNetwork | None:
-        """The estimator in one call; None where stems, trunk and heads have to be called one by one."""
+    def one_call(self, batch: TaskBatch) -> TaskNetwork | None:
+        """The estimator of a checked batch in one call; None where its layers have to be called one by one."""
+        return self._one_call.network(self, batch, self._layers, self._fold)
+
+    def _layers(self) -> Layers | None:
+        """The layers that `_fold` folds; None where it does not."""
         blocks = [block for block in self.blocks._modules.values() if block is not None]
         if self.norm is None or self.lowest or len(self.shared) or are_watched(blocks):
             return None
-        ends = (self.stems, self.heads)
+        standing, ends = Standing(), (self.stems, self.heads)
+        standing.keep(self, "lowest")
+        for each in (self, self.blocks, self.shared, *ends):
+            standing.keep_children(each)
+        standing.keep_plain(blocks)
+        for block in blocks:
+            if "_frozen" in block.__dict__:
+                standing.keep(block, "_frozen")
         layers = [module for each in ends for module in each._modules.values() if module is not None]
-        kept, settings = _kept(blocks)
-        return self._one_call.network(self, batch, (*layers, *kept, self.norm), self._fold, *settings)
+        kept, _ = _kept(blocks)
+        frozen = [id(block._frozen) for block in blocks if block not in kept]
+        return Layers((*layers, *kept, self.norm), lambda: (*frozen, *_kept(kept)[1]), standing)
 
     def _fold(self) -> TaskNetwork | None:
         trunk = self._folded_trunk(True) if fits(self.stems, self.heads) else None

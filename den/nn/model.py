@@ -71,9 +71,10 @@ class DeepElasticNetwork(nn.Module):
         """
         batch = task_batch(images, task, self.tasks, like=self.estimator.heads[0].weight)
         stem = self.estimator.stem(batch) if self.selector.config.reads == "stem" else None
-        with torch.no_grad():
-            levels = self.selector.choose(batch, stem)
-        logits = self.estimator.run(batch, levels, stem)
+        # Asked before the selector runs, which leaves little of Python in the processor's caches.
+        network = self.estimator.one_call(batch) if stem is None else None
+        levels = self.selector.choose(batch, stem)
+        logits = self.estimator.run(batch, levels, stem, network)
         return (logits, batch.restore(levels)) if return_levels else logits
 
     def selector_logits(self, images: Images, task: Tasks) -> Tensor:
@@ -96,8 +97,7 @@ class DeepElasticNetwork(nn.Module):
     def select(self, images: Images, task: Tasks) -> Tensor:
         """The most probable structure of each image: int64 [B, N] in 0..L-1."""
         batch, stem = self.read(self.selector, images, task)
-        with torch.no_grad():
-            return batch.restore(self.selector.choose(batch, stem))
+        return batch.restore(self.selector.choose(batch, stem))
 
     def freeze(self) -> "DeepElasticNetwork":
         """Give up training, in place and for good: each block's weights are kept only as its kernel reads them.

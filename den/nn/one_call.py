@@ -1,6 +1,7 @@
 """An estimator or a selector at inference on a CPU as one call of the kernels' library (`den_kernels.task_network`)."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from den_kernels.building import (
     DenseConv,
     DenseHead,
     FoldCache,
+    Standing,
     TaskNetwork,
     are_watched,
     may_fold,
@@ -21,7 +23,20 @@ from den_kernels.building import (
     takes_conv,
 )
 
-Build = Callable[[], TaskNetwork | None]
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers that a network of one call is folded from.
+
+    Attributes:
+        modules: these layers, none of which runs by itself then.
+        settings: gives what else the folded weights depend on, in every call.
+        standing: the state of the modules by which these were chosen.
+    """
+
+    modules: tuple[nn.Module, ...]
+    settings: Callable[[], Iterable[object]]
+    standing: Standing
 
 
 class OneCall:
@@ -29,22 +44,46 @@ class OneCall:
 
     def __init__(self) -> None:
         self._cache: FoldCache[TaskNetwork | None] = FoldCache()
+        self._layers: Layers | None = None
 
     def network(
-        self, owner: nn.Module, batch: TaskBatch, modules: tuple[nn.Module, ...], build: Build, *settings: object
+        self,
+        owner: nn.Module,
+        batch: TaskBatch,
+        layers: Callable[[], Layers | None],
+        build: Callable[[], TaskNetwork | None],
     ) -> TaskNetwork | None:
         """The network of `owner` that runs a batch in one call; None where layers have to be called one by one.
 
-        modules: the layers that `build` folds, none of which runs by itself then; settings: what else it depends on.
+        layers: finds what `build` folds, None where it does not.
         """
         dtype = batch.images[0].dtype
         for images in batch.images:
             if not images.is_cpu or images.dtype != dtype or type(images) is not Tensor:
                 return None
-        if not may_fold(owner) or not runs_task_network(dtype) or are_watched(modules):
+        if not may_fold(owner) or not runs_task_network(dtype):
             return None
-        found = self._cache.of(modules, build, *settings)
+        chosen = self._layers
+        if chosen is None or not chosen.standing.holds():
+            chosen = self._layers = self._found(layers)
+            if chosen is None:
+                return None
+        found = self._cache.of(chosen.modules, build, *chosen.settings())
         return found if found is not None and found.heads[0].weight.dtype == dtype else None
+
+    @staticmethod
+    def _found(layers: Callable[[], Layers | None]) -> Layers | None:
+        chosen = layers()
+        if chosen is None or are_watched(chosen.modules):
+            return None
+        chosen.standing.keep_plain(chosen.modules)
+        return chosen
+
+    def __deepcopy__(self, memo: dict) -> "OneCall":
+        return type(self)()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
 
 
 def folded(layer: ConvNormReLU) -> DenseConv:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from den.nn.blocks import BlockShape
 from den.nn.ends import KERNEL, ConvNormReLU, FeatureNorm, Stem, enlarge
 from den.nn.modules import Modules
-from den.nn.one_call import OneCall, conv_network, fits
+from den.nn.one_call import Layers, OneCall, conv_network, fits
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
 from den.nn.tasks import Task
 from den_kernels import DynamicBatchNorm2d
-from den_kernels.building import TaskNetwork
+from den_kernels.building import Standing, TaskNetwork
 
 BUDGET = 0.04  # of the estimator's block FLOPs, for the default
 
@@ -212,7 +212,7 @@ class Selector(nn.Module):
 
     def run(self, batch: TaskBatch, stem: Tensor | None = None) -> Tensor:
         """Logits [B, N, L] of a checked batch, in the batch's own order."""
-        network = self._network(batch)
+        network = self.one_call(batch)
         if network is None:
             return self.logits(self.features(batch, stem), batch.tasks)
         return self._of_blocks(network(batch.tasks, self._enlarged(batch)))
@@ -242,21 +242,29 @@ class Selector(nn.Module):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(-1, self.num_blocks, self.levels)
 
     def choose(self, batch: TaskBatch, stem: Tensor | None = None) -> Tensor:
-        """The most probable levels int64 [B, N] of a checked batch, in the batch's own order."""
-        network = self._network(batch)
+        """The most probable levels int64 [B, N] of a checked batch, in the batch's own order; without a gradient."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.choose(batch, stem)
+        network = self.one_call(batch)
         if network is None:
             return self.run(batch, stem).argmax(-1)
-        chosen = torch.empty(batch.batch_size, self.num_blocks, dtype=torch.int64)
-        network(batch.tasks, self._enlarged(batch), chosen=chosen)
-        return chosen
+        return network.choose(batch.tasks, self._enlarged(batch), self.num_blocks)
 
-    def _network(self, batch: TaskBatch) -> TaskNetwork | None:
-        """The selector in one call; None where its layers have to be called one by one."""
+    def one_call(self, batch: TaskBatch) -> TaskNetwork | None:
+        """The selector of a checked batch in one call; None where its layers have to be called one by one."""
+        return self._one_call.network(self, batch, self._layers, self._fold)
+
+    def _layers(self) -> Layers | None:
+        """The layers that `_fold` folds; None where it does not."""
         if self.config.residual or self.config.reads == "stem":
             return None
-        layers = (self.stems, self.convs, self.norms, self.heads)
-        modules = tuple([module for each in layers for module in each._modules.values() if module is not None])
-        return self._one_call.network(self, batch, modules, self._fold)
+        standing, parts = Standing(), (self.stems, self.convs, self.norms, self.heads)
+        standing.keep(self, "config")
+        for part in (self, *parts):
+            standing.keep_children(part)
+        modules = [module for part in parts for module in part._modules.values() if module is not None]
+        return Layers(tuple(modules), tuple, standing)
 
     def _fold(self) -> TaskNetwork | None:
         tasks = range(len(self.tasks))

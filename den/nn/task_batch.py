@@ -78,7 +78,7 @@ def find_task(task: TaskName, tasks: Sequence[Task]) -> int:
     if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(tasks):
         return task
     for position, known in enumerate(tasks):
-        if task == known or task == known.name:
+        if task is known or task == known.name or task == known:
             return position
     known_names = ", ".join(f"{position} {known.name!r}" for position, known in enumerate(tasks))
     raise ValueError(f"model: task must be one of {known_names}, got {task!r}")

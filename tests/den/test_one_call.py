@@ -61,15 +61,15 @@ def test_what_is_one_call():
     model, parts = network(), images(2)
     batch = batch_of(model, parts)
     with torch.no_grad():
-        assert model.selector._network(batch) is not None
-        assert model.estimator._network(batch) is not None
+        assert model.selector.one_call(batch) is not None
+        assert model.estimator.one_call(batch) is not None
         watched = layer_by_layer(model)
-        assert watched.selector._network(batch) is None
-        assert watched.estimator._network(batch) is None
-        assert network(selector=SelectorConfig((8, 16), residual=True)).selector._network(batch) is None
-        assert network(selector=SelectorConfig((8, 16), shared_head=True)).selector._network(batch) is not None
-        assert model.train().estimator._network(batch) is None
-    assert model.eval().selector._network(batch) is None
+        assert watched.selector.one_call(batch) is None
+        assert watched.estimator.one_call(batch) is None
+        assert network(selector=SelectorConfig((8, 16), residual=True)).selector.one_call(batch) is None
+        assert network(selector=SelectorConfig((8, 16), shared_head=True)).selector.one_call(batch) is not None
+        assert model.train().estimator.one_call(batch) is None
+    assert model.eval().selector.one_call(batch) is None
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_the_values_of_the_layers_one_by_one(dtype, count):
         batch = batch_of(own, [part.to(dtype) for part in parts])
         return [own.selector.run(batch), *own.estimator.part_logits(batch, own.estimator.level_plan(levels))]
 
-    assert model.selector._network(batch) is not None
+    assert model.selector.one_call(batch) is not None
     for got, wanted, truth in zip(runs(model, dtype), runs(plain, dtype), runs(exact, torch.float64), strict=True):
         assert got.dtype == dtype
         assert got.shape == truth.shape
@@ -183,6 +183,48 @@ def test_a_changed_weight_is_noticed(place, frozen):
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     for got, wanted in zip(after, run(layer_by_layer(model)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def _freeze_a_block(model) -> None:
+    model.estimator.blocks[1].freeze()
+
+
+def _replace_a_head(model) -> None:
+    model.estimator.heads[1] = copy.deepcopy(model.estimator.heads[1])
+    model.estimator.heads[1].weight.mul_(-1)
+
+
+def _replace_a_convolution(model) -> None:
+    model.selector.stems[1].conv.conv = copy.deepcopy(model.selector.stems[1].conv.conv)
+    model.selector.stems[1].conv.conv.weight.mul_(-1)
+
+
+def _drop_a_block(model) -> None:
+    del model.estimator.blocks[3]
+    model.estimator.num_blocks -= 1
+
+
+def _set_an_eps(model) -> None:
+    model.estimator.norm.eps = model.selector.norms[1].eps = 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [_freeze_a_block, _replace_a_head, _replace_a_convolution, _drop_a_block, _set_an_eps],
+    ids=lambda change: change.__name__.strip("_"),
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_changed_layer_is_noticed(change, frozen):
+    """The values of a copy that has never run before."""
+    model, [part] = network(), images(4)[1:2]
+    model = model.freeze() if frozen else model
+    model(part, "large")
+    change(model)
+    fresh = copy.deepcopy(model)
+    assert torch.equal(model.selector_logits(part, "large"), fresh.selector_logits(part, "large"))
+    levels = torch.full((4, model.estimator.num_blocks), 2)
+    assert torch.equal(model.estimator(part, "large", levels), fresh.estimator(part, "large", levels))
 
 
 @torch.no_grad()

@@ -191,7 +191,7 @@ def test_networks_take_it_by_themselves(name, batch, monkeypatch):
     levels = torch.randint(3, (batch, model.num_blocks))
     calls = []
     monkeypatch.setattr("den.nn.estimator.dynamic_trunk", lambda *given: calls.append(1) or dynamic_trunk(*given))
-    monkeypatch.setattr("den.nn.estimator.Estimator._network", lambda self, batch: None)  # which has a trunk inside
+    monkeypatch.setattr("den.nn.estimator.Estimator.one_call", lambda self, batch: None)  # which has a trunk inside
     got = estimator(x, "a", levels)
     frozen = copy.deepcopy(model).freeze().estimator(x, "a", levels)
     assert len(calls) == (0 if name == "vgg16" else 2)

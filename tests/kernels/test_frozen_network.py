@@ -107,9 +107,9 @@ def calls_of(call: FrozenNetwork, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list to which each call of C++ adds the number of its images."""
     made: list[int] = []
 
-    def counted(self: TaskNetwork, tasks, given, *rest):
+    def counted(self: TaskNetwork, tasks, given, levels=None):
         made.append(len(given[0]))
-        return self._run(tasks, given, *rest, *(None,) * (2 - len(rest)))
+        return self._run(tasks, given, levels)
 
     monkeypatch.setattr(TaskNetwork, "__call__", counted)
     return made
