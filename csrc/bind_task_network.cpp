@@ -161,7 +161,7 @@ struct TaskNetworkHandle {
     TaskNetwork<T> network{};
     int64_t B = 0;
     check(!given.empty() && (!logits || given.size() == logits->size()), op, "parts and logits",
-          "as many, at least one", given.size());
+          "as many, at least one", logits ? logits->size() : given.size());
     check(logits || !chosen.is_none(), op, "logits or chosen", "given", "neither");
     for (size_t k = 0; k < given.size(); ++k) {
       network.parts.push_back(part_of<T>(given[k].cast<py::tuple>()));

@@ -31,9 +31,9 @@ class Standing:
                 self.keep_children(each)
                 self._whole += [(kept, dict(kept)) for kept in (each._parameters, each._buffers)]
 
-    def keep_children(self, module: nn.Module) -> None:
-        """The modules directly in a module, by their names."""
-        self._whole.append((module._modules, dict(module._modules)))
+    def keep_children(self, *modules: nn.Module) -> None:
+        """The modules directly in each of these, by their names."""
+        self._whole += [(module._modules, dict(module._modules)) for module in modules]
 
     def keep(self, module: nn.Module, *names: str) -> None:
         """Attributes of a module that are neither modules nor tensors."""

@@ -127,8 +127,7 @@ class Estimator(nn.Module):
             return None
         standing, ends = Standing(), (self.stems, self.heads)
         standing.keep(self, "lowest")
-        for each in (self, self.blocks, self.shared, *ends):
-            standing.keep_children(each)
+        standing.keep_children(self, self.blocks, self.shared, *ends)
         standing.keep_plain(blocks)
         for block in blocks:
             if "_frozen" in block.__dict__:

@@ -261,10 +261,10 @@ class Selector(nn.Module):
             return None
         standing, parts = Standing(), (self.stems, self.convs, self.norms, self.heads)
         standing.keep(self, "config")
-        for part in (self, *parts):
-            standing.keep_children(part)
-        modules = [module for part in parts for module in part._modules.values() if module is not None]
-        return Layers(tuple(modules), tuple, standing)
+        standing.keep_children(self, *parts)
+        return Layers(
+            tuple([each for part in parts for each in part._modules.values() if each is not None]), tuple, standing
+        )
 
     def _fold(self) -> TaskNetwork | None:
         tasks = range(len(self.tasks))
