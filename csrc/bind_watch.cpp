@@ -144,8 +144,13 @@ bool is_plain(PyObject* own) {
 }
 
 bool stands(const py::list& whole, const py::list& parts, const py::list& plain) {
+  for (const py::handle own : plain)
+    if (!PyDict_Check(own.ptr())) throw py::type_error("stands: plain must hold dictionaries");
   for (const py::list* pairs : {&whole, &parts})
     for (const py::handle pair : *pairs) {
+      if (!PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2 ||
+          !PyDict_Check(PyTuple_GET_ITEM(pair.ptr(), 0)) || !PyDict_Check(PyTuple_GET_ITEM(pair.ptr(), 1)))
+        throw py::type_error("stands: whole and parts must hold pairs of dictionaries");
       __builtin_prefetch(PyTuple_GET_ITEM(pair.ptr(), 0));
       __builtin_prefetch(PyTuple_GET_ITEM(pair.ptr(), 1));
     }

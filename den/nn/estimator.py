@@ -118,7 +118,7 @@ class Estimator(nn.Module):
 
     def one_call(self, batch: TaskBatch) -> TaskNetwork | None:
         """The estimator of a checked batch in one call; None where its layers have to be called one by one."""
-        return self._one_call.network(self, batch, self._layers, self._fold)
+        return self._one_call.network(self, batch, self._layers, self._fold, self.lowest)
 
     def _layers(self) -> Layers | None:
         """The layers that `_fold` folds; None where it does not."""
@@ -126,7 +126,6 @@ class Estimator(nn.Module):
         if self.norm is None or self.lowest or len(self.shared) or are_watched(blocks):
             return None
         standing, ends = Standing(), (self.stems, self.heads)
-        standing.keep(self, "lowest")
         standing.keep_children(self, self.blocks, self.shared, *ends)
         standing.keep_plain(blocks)
         for block in blocks:

@@ -44,7 +44,7 @@ class OneCall:
 
     def __init__(self) -> None:
         self._cache: FoldCache[TaskNetwork | None] = FoldCache()
-        self._layers: Layers | None = None
+        self._layers: tuple[Layers, tuple[object, ...]] | None = None
 
     def network(
         self,
@@ -52,10 +52,12 @@ class OneCall:
         batch: TaskBatch,
         layers: Callable[[], Layers | None],
         build: Callable[[], TaskNetwork | None],
+        *settings: object,
     ) -> TaskNetwork | None:
         """The network of `owner` that runs a batch in one call; None where layers have to be called one by one.
 
-        layers: finds what `build` folds, None where it does not.
+        layers: finds what `build` folds, None where it does not; settings: of the owner, which both read. What `layers`
+        returns must not refer to the owner, which would not be freed until Python looks for cycles.
         """
         dtype = batch.images[0].dtype
         for images in batch.images:
@@ -63,20 +65,22 @@ class OneCall:
                 return None
         if not may_fold(owner) or not runs_task_network(dtype):
             return None
-        chosen = self._layers
-        if chosen is None or not chosen.standing.holds():
-            chosen = self._layers = self._found(layers)
-            if chosen is None:
-                return None
+        chosen = self._chosen(layers, settings)
+        if chosen is None:
+            return None
         found = self._cache.of(chosen.modules, build, *chosen.settings())
         return found if found is not None and found.heads[0].weight.dtype == dtype else None
 
-    @staticmethod
-    def _found(layers: Callable[[], Layers | None]) -> Layers | None:
-        chosen = layers()
+    def _chosen(self, layers: Callable[[], Layers | None], settings: tuple[object, ...]) -> Layers | None:
+        """The layers as they were found, as long as they stand there; found anew where they do not."""
+        kept = self._layers
+        if kept is not None and kept[1] == settings and kept[0].standing.holds():
+            return kept[0]
+        self._layers, chosen = None, layers()
         if chosen is None or are_watched(chosen.modules):
             return None
         chosen.standing.keep_plain(chosen.modules)
+        self._layers = chosen, settings
         return chosen
 
     def __deepcopy__(self, memo: dict) -> "OneCall":

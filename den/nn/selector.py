@@ -253,14 +253,13 @@ class Selector(nn.Module):
 
     def one_call(self, batch: TaskBatch) -> TaskNetwork | None:
         """The selector of a checked batch in one call; None where its layers have to be called one by one."""
-        return self._one_call.network(self, batch, self._layers, self._fold)
+        return self._one_call.network(self, batch, self._layers, self._fold, self.config)
 
     def _layers(self) -> Layers | None:
         """The layers that `_fold` folds; None where it does not."""
         if self.config.residual or self.config.reads == "stem":
             return None
         standing, parts = Standing(), (self.stems, self.convs, self.norms, self.heads)
-        standing.keep(self, "config")
         standing.keep_children(self, *parts)
         return Layers(
             tuple([each for part in parts for each in part._modules.values() if each is not None]), tuple, standing

@@ -1,6 +1,8 @@
 """Estimator and selector as one call of the library of kernels: the values of their layers, whatever the batch."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -261,3 +263,19 @@ def test_a_frozen_network_holds_its_weights_once():
     for block in model.estimator.blocks:
         assert block.folded() is block._frozen
         assert block._folded._entry is None  # nothing was folded beside it, from weights that are gone
+
+
+@torch.no_grad()
+def test_a_network_that_nobody_uses_is_freed_at_once():
+    """What is kept between calls refers to no owner: its weights would stay until Python looks for cycles."""
+    model = network()
+    model(images(2), [task.name for task in TASKS])
+    assert model.estimator.one_call(batch_of(model, images(2))) is not None
+    modules = [weakref.ref(module) for module in model.modules()]
+    gc.disable()
+    try:
+        del model
+        alive = [type(module).__name__ for ref in modules if (module := ref()) is not None]
+    finally:
+        gc.enable()
+    assert not alive

@@ -83,3 +83,15 @@ def test_it_is_freed_with_the_modules_that_hold_it(way):
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.skipif(standing.extension is None, reason="needs the extension")
+@pytest.mark.parametrize(
+    ("place", "given"),
+    [(0, {}), (0, ({},)), (0, ({}, [])), (1, 3), (1, ([], {})), (2, ()), (2, None)],
+)
+def test_what_is_no_dictionary_is_refused(place, given):
+    arguments = [[], [], []]
+    arguments[place] = [given]
+    with pytest.raises(TypeError, match="stands: .* must hold"):
+        standing.extension.stands(*arguments)
