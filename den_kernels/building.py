@@ -10,6 +10,7 @@ is_traced           True for a call that becomes part of any graph, torch.compil
 may_fold            True where a module may run on folded weights
 refuse_transforms   raises inside torch.func
 Standing            the state of modules that a decision was made from, compared with how they are in one call
+enlarge             images, interpolated where they are smaller than a stem reads them
 stand_in            a weight's shape, dtype and device without its memory
 
 TaskNetwork         stems and heads of tasks around layers that they share, in one call at inference on a CPU; of
@@ -23,7 +24,7 @@ from .fold_cache import FoldCache
 from .folding import fold_norm, norm_affine
 from .residual_weights import stand_in
 from .standing import Standing
-from .task_network import DenseConv, DenseHead, TaskNetwork, takes_conv
+from .task_network import DenseConv, DenseHead, TaskNetwork, enlarge, takes_conv
 from .task_network import runs_here as runs_task_network
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Standing",
     "TaskNetwork",
     "are_watched",
+    "enlarge",
     "fold_norm",
     "is_ordinary",
     "is_recorded",

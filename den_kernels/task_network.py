@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._extension import extension
@@ -90,11 +91,15 @@ class DenseHead(HasHandle):
 @dataclass(frozen=True)
 class TaskNetwork(HasHandle):
     """Folded weights: a stem and a head for each task, and what they share: a trunk with a norm behind it, or plain
-    convolutions."""
+    convolutions.
+
+    sizes: of each task the side that smaller images are enlarged to; none: images are taken as they are.
+    """
 
     stems: tuple[DenseConv, ...]
     shared: TrunkWeights | tuple[DenseConv, ...]
     heads: tuple[DenseHead, ...]
+    sizes: tuple[int, ...] = ()
 
     @cached_property
     def handle(self) -> Any:
@@ -118,7 +123,7 @@ class TaskNetwork(HasHandle):
     def _run(self, tasks: Sequence[int], images: Sequence[Tensor], levels: Tensor | None) -> list[Tensor]:
         widths = self._widths
         logits = [x.new_empty(x.shape[0], widths[k]) for k, x in zip(tasks, images, strict=True)]
-        self.handle(_parts(tasks, images), levels, logits, None)
+        self.handle(self._parts(tasks, images), levels, logits, None)
         return logits
 
     def choose(self, tasks: Sequence[int], images: Sequence[Tensor], blocks: int) -> Tensor:
@@ -130,15 +135,26 @@ class TaskNetwork(HasHandle):
 
     def _choose(self, tasks: Sequence[int], images: Sequence[Tensor], blocks: int) -> Tensor:
         chosen = torch.empty(sum([x.shape[0] for x in images]), blocks, dtype=torch.int64)
-        self.handle(_parts(tasks, images), None, None, chosen)
+        self.handle(self._parts(tasks, images), None, None, chosen)
         return chosen
 
     @cached_property
     def _widths(self) -> list[int]:
         return [len(head.bias) for head in self.heads]
 
+    def _parts(self, tasks: Sequence[int], images: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        """The task and images of each part as the kernel reads them: enlarged, channels-last."""
+        if self.sizes:
+            pairs = zip(images, [self.sizes[k] for k in tasks], strict=True)
+            images = [x if x.shape[-1] >= size else enlarge(x, size) for x, size in pairs]
+        laid = [x.contiguous(memory_format=torch.channels_last) for x in images]
+        return list(zip(tasks, laid, strict=True))
 
-def _parts(tasks: Sequence[int], images: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """The task and images of each part, channels-last."""
-    laid = [x.contiguous(memory_format=torch.channels_last) for x in images]
-    return list(zip(tasks, laid, strict=True))
+
+def enlarge(images: Tensor, size: int) -> Tensor:
+    """Interpolate [B, C, S, S] to [B, C, size, size], bilinear, where they are smaller; an empty batch stays empty."""
+    if images.shape[-1] >= size:
+        return images
+    if not images.shape[0]:
+        return images.new_empty(0, images.shape[1], size, size)
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

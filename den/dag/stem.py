@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from den.dag.model_config import DagConfig
 from den.dag.pretrained import PretrainedStem
-from den.nn.ends import ConvNormReLU, enlarge
+from den.nn.ends import ConvNormReLU
 from den.nn.tasks import Task
+from den_kernels.building import enlarge
 
 
 def stem_geometry(size: int, out_size: int) -> tuple[int, int, int]:

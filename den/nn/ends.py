@@ -14,7 +14,7 @@ from den.nn.folding import folded_weight
 from den.nn.modules import lay_out_channels_last
 from den.nn.tasks import Task
 from den_kernels import DynamicBatchNorm2d, dynamic_batch_norm
-from den_kernels.building import FoldCache, may_fold
+from den_kernels.building import FoldCache, enlarge, may_fold
 
 KERNEL = 7
 
@@ -110,15 +110,6 @@ class ImageStem(nn.Module):
     def flops(self) -> int:
         """Return 0: nothing is multiplied."""
         return 0
-
-
-def enlarge(images: Tensor, size: int) -> Tensor:
-    """Interpolate [B, C, S, S] to [B, C, size, size], bilinear, where they are smaller; an empty batch stays empty."""
-    if images.shape[-1] >= size:
-        return images
-    if not images.shape[0]:
-        return images.new_empty(0, images.shape[1], size, size)
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
 
 
 class FeatureNorm(nn.BatchNorm1d):

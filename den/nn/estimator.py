@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from den.nn.blocks.residual import FoldedBlock, Shortcut
-from den.nn.ends import ImageStem, Stem, enlarge, features, last_norm, shared_layers
+from den.nn.ends import ImageStem, Stem, features, last_norm, shared_layers
 from den.nn.model_config import ModelConfig
 from den.nn.modules import Modules
 from den.nn.one_call import Layers, OneCall, fits, trunk_network
@@ -107,7 +107,7 @@ class Estimator(nn.Module):
             network = network or self.one_call(batch)
             if network is not None and levels is not None:
                 own = levels.long().contiguous() if isinstance(levels, Tensor) else levels.levels.t()
-                return network(batch.tasks, self._enlarged(batch), own)
+                return network(batch.tasks, batch.images, own)
         plan = self.level_plan(levels.flatten(0, -2)) if isinstance(levels, Tensor) else levels
         x = self.stem(batch) if stem is None else stem
         pooled = self.trunk(x if samples == 1 else repeated(x, samples), plan)
@@ -142,11 +142,6 @@ class Estimator(nn.Module):
             return None
         stems = [cast(Stem, self.stem_of(k)) for k in range(len(self.tasks))]
         return trunk_network(stems, trunk, self.heads)
-
-    def _enlarged(self, batch: TaskBatch) -> list[Tensor]:
-        """The images of each part as its stem's convolution reads them."""
-        stems = (cast(Stem, self.stem_of(k)) for k in batch.tasks)
-        return [enlarge(images, stem.in_size) for stem, images in zip(stems, batch.images, strict=True)]
 
     def stem_of(self, task: int) -> Stem | ImageStem:
         """The stem of the task at a position."""

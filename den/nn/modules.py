@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -14,14 +14,9 @@ M = TypeVar("M", bound=nn.Module)
 class Modules(nn.ModuleList, Generic[M]):
     """An `nn.ModuleList` whose items are of class M: ``self.edges: Modules[Edge] = Modules(...)``."""
 
-    def __getitem__(self, index: int) -> M:  # type: ignore[override]
-        if type(index) is int and index >= 0:  # without what nn.ModuleList asks first, in every call of a network
-            found = self._modules.get(str(index))
-            if found is not None:
-                return cast(M, found)
-        return super().__getitem__(index)  # type: ignore[return-value]
-
     if TYPE_CHECKING:
+
+        def __getitem__(self, index: int) -> M: ...  # type: ignore[override]
 
         def __iter__(self) -> Iterator[M]: ...
 

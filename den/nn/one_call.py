@@ -1,6 +1,6 @@
 """An estimator or a selector at inference on a CPU as one call of the kernels' library (`den_kernels.task_network`)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,17 +110,18 @@ def fits(stems: Iterable[nn.Module], heads: Iterable[nn.Module], convs: Iterable
     return all(weight.is_cpu for weight in weights) and len(dtypes) == 1 and runs_task_network(dtypes.pop())
 
 
-def trunk_network(stems: Iterable[Stem], trunk: TrunkWeights, heads: Iterable[nn.Linear]) -> TaskNetwork:
+def trunk_network(stems: Sequence[Stem], trunk: TrunkWeights, heads: Iterable[nn.Linear]) -> TaskNetwork:
     """The network of an estimator."""
     return TaskNetwork(
         tuple(folded(stem.conv) for stem in stems),
         trunk,
         tuple(DenseHead(head.weight.detach().contiguous(), head.bias.detach()) for head in heads),
+        tuple(stem.in_size for stem in stems),
     )
 
 
 def conv_network(
-    stems: Iterable[Stem],
+    stems: Sequence[Stem],
     convs: Iterable[ConvNormReLU],
     norms: Iterable[nn.BatchNorm1d],
     heads: Iterable[nn.Linear],
@@ -133,4 +134,5 @@ def conv_network(
             DenseHead(head.weight.detach().contiguous(), head.bias.detach(), *norm_affine(norm, torch.float32))
             for head, norm in zip(heads, norms, strict=True)
         ),
+        tuple(stem.in_size for stem in stems),
     )

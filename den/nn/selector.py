@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from den.nn.blocks import BlockShape
-from den.nn.ends import KERNEL, ConvNormReLU, FeatureNorm, Stem, enlarge
+from den.nn.ends import KERNEL, ConvNormReLU, FeatureNorm, Stem
 from den.nn.modules import Modules
 from den.nn.one_call import Layers, OneCall, conv_network, fits
 from den.nn.task_batch import Images, TaskBatch, Tasks, task_batch
@@ -215,7 +215,7 @@ class Selector(nn.Module):
         network = self.one_call(batch)
         if network is None:
             return self.logits(self.features(batch, stem), batch.tasks)
-        return self._of_blocks(network(batch.tasks, self._enlarged(batch)))
+        return self._of_blocks(network(batch.tasks, batch.images))
 
     def features(self, batch: TaskBatch, stem: Tensor | None = None) -> list[Tensor]:
         """Normed features [B_k, C] that the heads read, of each task of a checked batch; with a shared head of all."""
@@ -249,7 +249,7 @@ class Selector(nn.Module):
         network = self.one_call(batch)
         if network is None:
             return self.run(batch, stem).argmax(-1)
-        return network.choose(batch.tasks, self._enlarged(batch), self.num_blocks)
+        return network.choose(batch.tasks, batch.images, self.num_blocks)
 
     def one_call(self, batch: TaskBatch) -> TaskNetwork | None:
         """The selector of a checked batch in one call; None where its layers have to be called one by one."""
@@ -272,10 +272,6 @@ class Selector(nn.Module):
         stems, heads = [self.stem_of(k) for k in tasks], [self.head(k) for k in tasks]
         norms = [self.norms[0 if self.config.shared_head else k] for k in tasks]
         return conv_network(stems, cast(Iterable[PlainStep], self.convs), norms, heads)
-
-    def _enlarged(self, batch: TaskBatch) -> list[Tensor]:
-        """The images of each part as its stem's convolution reads them."""
-        return [enlarge(images, self.stem_of(k).in_size) for k, images in zip(batch.tasks, batch.images, strict=True)]
 
     def stem_of(self, task: int) -> Stem:
         """The stem of the task at a position."""

@@ -93,5 +93,5 @@ def test_it_is_freed_with_the_modules_that_hold_it(way):
 def test_what_is_no_dictionary_is_refused(place, given):
     arguments = [[], [], []]
     arguments[place] = [given]
-    with pytest.raises(TypeError, match="stands: .* must hold"):
+    with pytest.raises(TypeError, match=r"stands: .* must hold"):
         standing.extension.stands(*arguments)
