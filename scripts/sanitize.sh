@@ -25,7 +25,7 @@ if [ "$kind" = address ]; then
   export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
   tests=(tests/kernels/test_{plan,rows,layers,conv_direct,conv_direct_gradients,post_activation,bottleneck_weights}.py
     "$ops"_{conv,conv_grad,norm,norm_calls,residual,residual_calls,bottleneck,inverted_residual,graph,trunk}.py
-    tests/kernels/test_{residual_unpacked,native_checks,stale_weights,threads,trunk_shortcuts}.py)
+    tests/kernels/test_{residual_unpacked,native_checks,stale_weights,standing,threads,trunk_shortcuts}.py)
 else
   flags="-fsanitize=thread"
   export LDFLAGS="$folder/openmp.o -ldl"
