@@ -65,6 +65,10 @@ converged() {
       --selector.phase.steps 1000 --estimator.finish.steps $updates \
       --estimator.teacher "$out/$prefix-dense-s$seed" --estimator.distill 0.9 --estimator.distill-temperature 4
     train nestednet --mode nestednet --estimator.first.steps $updates --methods.levels $levels
+    train den-0.5-from-nestednet $elastic --selector.budget 0.5 --mode den --start "$out/$prefix-nestednet-s$seed" \
+      --estimator.first.rate 0.02 --estimator.finish.rate 0.03 --estimator.first.steps 1600 \
+      --selector.phase.steps 1000 --estimator.finish.steps $((updates / 2)) \
+      --estimator.teacher "$out/$prefix-dense-s$seed" --estimator.distill 0.9 --estimator.distill-temperature 4
     train den-0.35 $elastic --selector.budget 0.35
     train blockdrop --mode blockdrop --selector.phase.steps $policy --estimator.finish.rate 0.03 \
       --estimator.first.steps $((updates / 2)) --estimator.finish.steps $((updates / 2))
