@@ -156,29 +156,48 @@ KERNEL void add_bias(Vector (&acc)[rows][vectors], const Vector (&bias)[vectors]
   }
 }
 
-// acc[q * size + p][v] += sum over the channels k of a piece of weight[v][k] * input[q, p, k] of one tap, for the
-// pixels first .. last - 1 of each strip. w .. end: of the first vector. Where `planar`, pixels lie side by side, and
-// the tap's begin `at` floats behind `in`.
+// acc[q * size + p][v] += weight[v] * input[q, p] of one channel of one tap, for the pixels first .. last - 1 of each
+// strip. w: of the first vector. Where `planar`, pixels lie side by side, `at` floats behind `in`; else the channel is
+// `at` floats behind `in`, and pixels lie `pixel` floats apart.
+template <class T, int vectors, int strips, int size, int first, int last, bool planar>
+KERNEL void sum_channel(Vector (&acc)[strips * size][vectors], const float* const (&in)[strips], int64_t at,
+                        int64_t pixel, const float* w, int64_t weight_vector) {
+  Vector wv[vectors];
+  UNROLL for (int v = 0; v < vectors; ++v) {
+    wv[v] = load16(w + v * weight_vector);
+    if (vectors == tile_vectors)  // else the sums leave no load free for it
+      _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
+  }
+  UNROLL for (int q = 0; q < strips; ++q) {
+    UNROLL for (int p = first; p < last; ++p) {
+      const Vector value = broadcast(in[q][at + p * (planar ? 1 : pixel)]);
+      UNROLL for (int v = 0; v < vectors; ++v) {
+        acc[q * size + p][v] = multiply_add<T>(value, wv[v], acc[q * size + p][v]);
+      }
+    }
+  }
+}
+
+// acc[q * size + p][v] += sum over the `width` channels k of a piece of weight[v][k] * input[q, p, k] of one tap, for
+// the pixels first .. last - 1 of each strip. Where `planar`, the tap begins `at` floats behind `in`. Else pointers
+// move on once in tile_steps channels: instructions, not products, take the time of a core that runs another thread,
+// too.
 template <class T, int vectors, int strips, int size, int first, int last, bool planar>
 KERNEL void sum_tap(Vector (&acc)[strips * size][vectors], const float* (&in)[strips], int64_t at, int64_t pixel,
-                    int64_t channel, const float* w, const float* end, int64_t weight_vector) {
-  for (; w != end; w += 16) {
-    Vector wv[vectors];
-    UNROLL for (int v = 0; v < vectors; ++v) {
-      wv[v] = load16(w + v * weight_vector);
-      if (vectors == tile_vectors)  // else the sums leave no load free for it
-        _mm_prefetch(reinterpret_cast<const char*>(w + v * weight_vector + prefetch_floats), _MM_HINT_T0);
-    }
-    UNROLL for (int q = 0; q < strips; ++q) {
-      UNROLL for (int p = first; p < last; ++p) {
-        const Vector value = broadcast(planar ? in[q][at + p] : in[q][p * pixel]);
-        UNROLL for (int v = 0; v < vectors; ++v) {
-          acc[q * size + p][v] = multiply_add<T>(value, wv[v], acc[q * size + p][v]);
-        }
-      }
-      if (!planar) ++in[q];
+                    int64_t channel, const float* w, int64_t width, int64_t weight_vector) {
+  constexpr int steps = planar ? 1 : tile_steps;
+  const float* end = w + width * 16;
+  for (const float* whole = w + width / steps * steps * 16; w != whole; w += steps * 16) {
+    UNROLL for (int k = 0; k < steps; ++k) {
+      sum_channel<T, vectors, strips, size, first, last, planar>(acc, in, planar ? at : k, pixel, w + k * 16,
+                                                                 weight_vector);
     }
     if (planar) at += channel;
+    UNROLL for (int q = 0; q < strips && !planar; ++q) in[q] += steps;
+  }
+  for (; steps > 1 && w != end; w += 16) {
+    sum_channel<T, vectors, strips, size, first, last, planar>(acc, in, 0, pixel, w, weight_vector);
+    UNROLL for (int q = 0; q < strips; ++q)++ in[q];
   }
 }
 
@@ -197,18 +216,19 @@ KERNEL void sum_channels(Vector (&acc)[strips * size][vectors], const float* con
       const float* in[strips];
       const int64_t at = taps.at[t] + piece.place * channel;
       UNROLL for (int q = 0; q < strips; ++q) in[q] = planar ? input[q] : input[q] + at;
-      const float *w = of_piece + t * 256, *end = w + piece.width * 16;
+      const float* w = of_piece + t * 256;
       for (int64_t row = ahead.first; row < ahead.first + ahead.count; ++row) {
         UNROLL for (int v = 0; v < vectors; ++v) {
           _mm_prefetch(reinterpret_cast<const char*>(w + ahead.distance + row * 16 + v * weight_vector), _MM_HINT_T1);
         }
       }
       if (column < taps.left)
-        sum_tap<T, vectors, strips, size, 1, size, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
+        sum_tap<T, vectors, strips, size, 1, size, planar>(acc, in, at, pixel, channel, w, piece.width, weight_vector);
       else if (column >= taps.right)
-        sum_tap<T, vectors, strips, size, 0, size - 1, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
+        sum_tap<T, vectors, strips, size, 0, size - 1, planar>(acc, in, at, pixel, channel, w, piece.width,
+                                                               weight_vector);
       else
-        sum_tap<T, vectors, strips, size, 0, size, planar>(acc, in, at, pixel, channel, w, end, weight_vector);
+        sum_tap<T, vectors, strips, size, 0, size, planar>(acc, in, at, pixel, channel, w, piece.width, weight_vector);
       if (++column == taps.columns) column = 0;
     }
   }

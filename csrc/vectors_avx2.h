@@ -8,6 +8,7 @@ namespace {
 // weights and one of an input value. In strips of two pixels, or of one where a row's number is odd: its rows need not
 // be neighbours, so small maps fill it.
 constexpr int tile_vectors = 1;
+constexpr int tile_steps = 4;  // channels of a turn of the loop
 constexpr int usual_strip = 2, other_strip = 1;
 constexpr int64_t strip_size(int64_t columns) { return columns % 2 ? 1 : 2; }
 constexpr int sum_vectors = 6;  // the vectors that may sum at once
@@ -61,8 +62,13 @@ KERNEL Vector add(const Vector& a, const Vector& b) {
 KERNEL Vector multiply(const Vector& a, const Vector& b) {
   return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
+// sum + a * b in the register of `sum`: GCC, left the choice, moves the sums of an unrolled loop between registers.
+KERNEL __m256 fma8(__m256 a, __m256 b, __m256 sum) {
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+}
 KERNEL Vector fma(const Vector& a, const Vector& b, const Vector& sum) {
-  return {_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
+  return {fma8(a.low, b.low, sum.low), fma8(a.high, b.high, sum.high)};
 }
 KERNEL Vector at_least(const Vector& least, const Vector& v) {  // a NaN passes
   return {_mm256_max_ps(least.low, v.low), _mm256_max_ps(least.high, v.high)};

@@ -7,6 +7,7 @@ namespace {
 // A tile of a convolution sums in 24 or 28 registers: two vectors of output channels of three strips of four pixels, or
 // of two of seven where these fill rows that fours do not (of 7 or 14 pixels); or one vector of twice as many.
 constexpr int tile_vectors = 2;
+constexpr int tile_steps = 1;  // channels of a turn of the loop
 constexpr int usual_strip = 4, other_strip = 7;
 constexpr int64_t strip_size(int64_t columns) { return columns % 4 && columns % 7 == 0 ? 7 : 4; }
 constexpr int sum_vectors = 28;                 // the vectors that may sum at once
