@@ -241,6 +241,8 @@ def _segment_backward(
     given, taken = gather(grad, segment, part.outputs, dtype), _weight_of(weight, part, geometry)
     if is_product(x, weight, geometry):
         return _product_backward(given.flatten(1), rows.flatten(1), taken.flatten(1), output_mask)
+    if rows.shape[0] == 1:  # its batch may have any stride, from which torch 2.13 takes the maps of groups wrongly
+        rows = rows.as_strided(rows.shape, (rows.numel(), *rows.stride()[1:]))
     return convolution_backward(given, rows, taken, geometry._replace(groups=part.groups), output_mask)
 
 
