@@ -45,7 +45,7 @@ def by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def readme_section(paths: Sequence[Path]) -> str:
-    """The part of the README between its markers: a row for each kind of target, on the machine measured last."""
+    """The part of the README between its markers: a row for each kind of target, on the first of the machines."""
     if not paths:
         return "No results are kept yet: see benchmarks/README.md."
     rows = results.load(paths[0])
@@ -53,7 +53,7 @@ def readme_section(paths: Sequence[Path]) -> str:
 
 
 def page_section(paths: Sequence[Path]) -> str:
-    """The part of docs/benchmarks.md between its markers: every target, on the machine measured last."""
+    """The part of docs/benchmarks.md between its markers: every target, on the first of the machines."""
     if not paths:
         return "No results are kept yet."
     rows = results.load(paths[0])

@@ -166,6 +166,16 @@ def test_the_newest_machine_comes_first_and_other_files_are_left_alone(tmp_path)
     assert [path.stem for path in results.results_files(tmp_path)] == ["new", "middle", "old"]
 
 
+def test_a_machine_measured_in_part_comes_behind_the_others(tmp_path):
+    for name, day, cases in (
+        ("whole", "2026-01-01", "abcd"),
+        ("most", "2026-02-01", "abc"),
+        ("part", "2026-03-01", "ab"),
+    ):
+        results.store(tmp_path / f"{name}.json", [make_row(case) | {"measured": day} for case in cases])
+    assert [path.stem for path in results.results_files(tmp_path)] == ["most", "whole", "part"]
+
+
 def test_rows_carry_commit_and_day():
     [row] = results.rows_of_run(make_run(make_row()))
     assert (row["commit"], row["modified"], row["measured"]) == ("fedcba9876543210", True, "2026-05-06T07:08:09")
