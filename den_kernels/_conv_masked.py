@@ -25,6 +25,17 @@ def _selected_channels(
     return reads, channels_of(selection, geometry.out_sizes, weight.shape[0])
 
 
+def _read(
+    x: Tensor,  # [B, C_in, H, W]
+    reads: Tensor,  # bool [B, C_in]
+    geometry: Geometry,
+) -> Tensor:  # [B, C_in, H, W]
+    """x with zeros in the channels that are not read."""
+    x = torch.where(reads[:, :, None, None], x, 0)
+    alone = isinstance(x.shape[0], int) and x.shape[0] == 1  # a batch that is traced is taken for more than one
+    return x.contiguous() if alone and geometry.groups > 1 else x  # as in `_segment_backward` of _conv_cpu.py
+
+
 def equation(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, R, S]
@@ -35,7 +46,7 @@ def equation(
     """`where(writes, conv2d(where(reads, x, 0), weight, bias, ...), 0)`: every channel is computed."""
     reads, writes = _selected_channels(x, weight, route, geometry)
     y = torch.convolution(
-        torch.where(reads[:, :, None, None], x, 0), weight, bias,
+        _read(x, reads, geometry), weight, bias,
         geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
     )  # fmt: skip
     return torch.where(writes[:, :, None, None], y, 0)
@@ -65,8 +76,8 @@ def masked_backward(
     reads, writes = _selected_channels(x, weight, route, geometry)
     wide = compute_dtype(x)
     made = convolution_backward(
-        torch.where(writes[:, :, None, None], grad, 0).to(wide), torch.where(reads[:, :, None, None], x, 0).to(wide),
-        weight.to(wide), geometry, output_mask,
+        torch.where(writes[:, :, None, None], grad, 0).to(wide), _read(x, reads, geometry).to(wide), weight.to(wide),
+        geometry, output_mask,
     )  # fmt: skip
     dx, dweight, dbias = (m.to(x.dtype) if wanted else None for m, wanted in zip(made, output_mask, strict=True))
     if dx is not None:

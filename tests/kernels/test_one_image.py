@@ -61,3 +61,20 @@ def test_gradients_of_grouped_convolutions(levels, groups, dtype, layout):
     exact = run(masked_conv2d, lambda t: t.double().contiguous().clone(memory_format=torch.contiguous_format))
     for name, of_ours, right in zip(("y", "dx", "dweight"), got, exact, strict=True):
         assert torch.equal(of_ours.double(), right), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_that_have_gradients(dtype):
+    generator = torch.Generator().manual_seed(0)
+    settings = {"padding": 1, "groups": 4, "in_groups": (8,) * 4, "out_groups": (8,) * 4}
+    made = [torch.randint(-1, 2, s, generator=generator) for s in ((1, 32, 5, 5), (32, 8, 3, 3), (1, 32, 5, 5))]
+    x, weight, dy = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in made)
+
+    def dweight(op, convert) -> Tensor:
+        _, gradients = torch.func.vjp(
+            lambda w: op(convert(x), w, None, torch.tensor([3]), **settings), weight.to(convert(x).dtype)
+        )
+        return gradients(dy.to(convert(x).dtype))[0]
+
+    right = dweight(masked_conv2d, lambda t: t.double().clone(memory_format=torch.contiguous_format))
+    assert torch.equal(dweight(dynamic_conv2d, odd).double(), right)
