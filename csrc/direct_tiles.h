@@ -180,8 +180,7 @@ KERNEL void sum_channel(Vector (&acc)[strips * size][vectors], const float* cons
 
 // acc[q * size + p][v] += sum over the `width` channels k of a piece of weight[v][k] * input[q, p, k] of one tap, for
 // the pixels first .. last - 1 of each strip. Where `planar`, the tap begins `at` floats behind `in`. Else pointers
-// move on once in tile_steps channels: instructions, not products, take the time of a core that runs another thread,
-// too.
+// move on once in tile_steps channels, which saves instructions.
 template <class T, int vectors, int strips, int size, int first, int last, bool planar>
 KERNEL void sum_tap(Vector (&acc)[strips * size][vectors], const float* (&in)[strips], int64_t at, int64_t pixel,
                     int64_t channel, const float* w, int64_t width, int64_t weight_vector) {
@@ -197,7 +196,7 @@ KERNEL void sum_tap(Vector (&acc)[strips * size][vectors], const float* (&in)[st
   }
   for (; steps > 1 && w != end; w += 16) {
     sum_channel<T, vectors, strips, size, first, last, planar>(acc, in, 0, pixel, w, weight_vector);
-    UNROLL for (int q = 0; q < strips; ++q)++ in[q];
+    UNROLL for (int q = 0; q < strips; ++q) in[q] += 1;
   }
 }
 

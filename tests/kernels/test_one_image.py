@@ -64,7 +64,7 @@ def test_gradients_of_grouped_convolutions(levels, groups, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_that_have_gradients(dtype):
+def test_gradients_inside_torch_func(dtype):
     generator = torch.Generator().manual_seed(0)
     settings = {"padding": 1, "groups": 4, "in_groups": (8,) * 4, "out_groups": (8,) * 4}
     made = [torch.randint(-1, 2, s, generator=generator) for s in ((1, 32, 5, 5), (32, 8, 3, 3), (1, 32, 5, 5))]
