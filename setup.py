@@ -47,11 +47,9 @@ class Build(build_ext):
     def build_extension(self, ext):
         wanted = os.environ.get("DEN_KERNELS_CUDA")
         nvcc = None if wanted == "0" else find_nvcc()
-        if nvcc:
-            self.compile_cuda(nvcc, ext)
-        elif wanted == "1":
+        if not nvcc and wanted == "1":
             raise SystemExit(MISSING.replace("building without CUDA", "but DEN_KERNELS_CUDA=1 asks for it"))
-        else:
+        if not nvcc:
             print(MISSING if wanted != "0" else "den_kernels: building without CUDA (DEN_KERNELS_CUDA=0)", flush=True)
         if self.has_openmp():
             ext.extra_compile_args.append("-fopenmp")
@@ -59,8 +57,23 @@ class Build(build_ext):
         else:
             print("den_kernels: this compiler has no OpenMP, building for one thread", flush=True)
             ext.extra_compile_args.append("-Wno-unknown-pragmas")
-        with ParallelCompile(default=max(2, os.cpu_count() or 2)):
+        ext.sources = self.join_bindings(ext.sources)
+        with ThreadPoolExecutor(os.cpu_count()) as pool, ParallelCompile(default=max(2, os.cpu_count() or 2)):
+            if nvcc:
+                self.compile_cuda(nvcc, ext, pool)
             super().build_extension(ext)
+
+    def join_bindings(self, sources):
+        """The sources, the bindings in two files that include them: pybind11 costs a file more than they do."""
+        prefixes = "bind_", "extension.", "tensor."
+        bindings = [source for source in sources if os.path.basename(source).startswith(prefixes)]
+        bindings.sort(key=os.path.getsize)
+        os.makedirs(self.build_temp, exist_ok=True)
+        joined = [os.path.join(self.build_temp, f"bindings_{half}.cpp") for half in range(2)]
+        for half, path in enumerate(joined):
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(f'#include "{os.path.abspath(each)}"\n' for each in bindings[half::2])
+        return [*joined, *(each for each in sources if each not in bindings)]
 
     def has_openmp(self):
         """True where the compiler takes -fopenmp and finds a runtime; Apple's does not."""
@@ -71,21 +84,28 @@ class Build(build_ext):
             code = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
             return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
 
-    def compile_cuda(self, nvcc, ext):
+    def compile_cuda(self, nvcc, ext, pool):
+        """Compile the CUDA sources in a pool, beside C++; the linker waits for them."""
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         archs = [arch for arch in ARCHS if f"compute_{arch}" in known]
         flags = ["-O3", "-std=c++17", "-DDEN_KERNELS_WITH_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
         flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + ["-t", str(len(archs))]
         flags += ["-gencode=arch=compute_80,code=compute_80"]
+        os.makedirs(self.build_temp, exist_ok=True)
+        objects = {
+            source: f"{self.build_temp}/{os.path.basename(source)}.o" for source in sorted(glob.glob("csrc/*.cu"))
+        }
+        commands = ([nvcc, "-c", source, "-o", target, *flags] for source, target in objects.items())
+        done = [pool.submit(self.spawn, command) for command in commands]  # prints it
+        link = self.compiler.link_shared_object
 
-        def compile_one(source):
-            os.makedirs(self.build_temp, exist_ok=True)
-            target = os.path.join(self.build_temp, os.path.basename(source) + ".o")
-            self.spawn([nvcc, "-c", source, "-o", target, *flags])  # prints the command
-            return target
+        def link_when_compiled(*arguments, **keywords):
+            for each in done:
+                each.result()
+            link(*arguments, **keywords)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            ext.extra_objects = list(pool.map(compile_one, sorted(glob.glob("csrc/*.cu"))))
+        self.compiler.link_shared_object = link_when_compiled
+        ext.extra_objects = list(objects.values())
         ext.define_macros += [("DEN_KERNELS_WITH_CUDA", None), ("DEN_KERNELS_CUDA_ARCHS", f'"{",".join(archs)}"')]
         ext.library_dirs += [path for path in glob.glob(f"{toolkit_root(nvcc)}/lib*") if os.path.isdir(path)]
         ext.libraries += ["cudart_static", "rt", "pthread", "dl"]

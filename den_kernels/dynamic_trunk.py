@@ -57,6 +57,11 @@ class TrunkWeights(HasHandle):
             raise ValueError(
                 f"{_OP}: shortcuts must be one for each of {len(self.blocks)} blocks or none, got {len(self.shortcuts)}"
             )
+        for conv in self.shortcuts:  # before a weight is packed: not every CPU packs every dtype
+            if conv is not None and conv.weight.dtype != self.dtype:
+                raise ValueError(
+                    f"{_OP}: shortcuts must be of the blocks' dtype, {self.dtype}, got {conv.weight.dtype}"
+                )
 
     @cached_property
     def handle(self) -> Any:

@@ -25,7 +25,7 @@ if [ "$kind" = address ]; then
   export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
   tests=(tests/kernels/test_{plan,rows,layers,conv_direct,conv_direct_gradients,post_activation,bottleneck_weights}.py
     "$ops"_{conv,conv_grad,norm,norm_calls,residual,residual_calls,bottleneck,inverted_residual,graph,trunk}.py
-    tests/kernels/test_{residual_unpacked,native_checks,stale_weights,standing,threads,trunk_shortcuts}.py)
+    tests/kernels/test_{residual_unpacked,native_checks,stale_weights,standing,threads,trunk_shortcuts,one_image}.py)
 else
   flags="-fsanitize=thread"
   export LDFLAGS="$folder/openmp.o -ldl"
@@ -38,7 +38,7 @@ fi
 # -O1 compiles the kernels in a third of the time of -O3; with a sanitizer GCC takes the intrinsics' undefined vectors for mistakes.
 export DEN_KERNELS_FLAGS="$flags -g1 -O1 -Wno-uninitialized -Wno-maybe-uninitialized" DEN_KERNELS_CUDA=0
 python setup.py -q build_ext --inplace
-plain=$(grep -L "__${kind:0:1}san_init" build/temp*/csrc/*.o) || [ $? -eq 1 ] # 2 without any
+plain=$(grep -rL --include="*.o" "__${kind:0:1}san_init" build) || [ $? -eq 1 ] # 2 without any
 if [ -n "$plain" ]; then
   echo "sanitize.sh: built without the sanitizer:" $plain >&2
   exit 1

@@ -29,6 +29,7 @@ from den.train.checkpoint import load_checkpoint
 from den.train.engine import Engine
 from den.train.folder import read_metrics
 from tests.dense_files import write_npy_scenes
+from tests.release import always
 from tests.simulated_gpu import Device, simulated
 from tests.small_runs import digit_tasks, train_interrupted, use_dag_tasks
 
@@ -36,7 +37,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the gates of some tasks differ little"),
     pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter"),  # what a simulated GPU's tensors wrap
 ]
-MODES = ("dag", "joint", "frozen", "hard", "single", "adashare", "cross-stitch", "dense")
+MODES = always(
+    ("dag", "joint", "frozen", "hard", "single", "adashare", "cross-stitch", "dense"), "dag", "adashare", "dense"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from den.dag.losses import task_loss
 from den.dag.peers import CrossStitchNetwork, SeparateNetworks
 from den.data import Batch
 from den.nn.tasks import Task
+from tests.release import always
 from tests.simulated_gpu import simulated
 
 PLAIN = (Task("a", 5, 12, 1), Task("b", 3, 8, 1), Task("c", 7, 20, 3))
@@ -36,10 +37,10 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(params=NETWORKS.values(), ids=NETWORKS)
+@pytest.fixture(params=always(NETWORKS, "mixed", "groups", "stages", "dense stages", "cross-stitch"))
 def model(request):
     """A network whose tasks keep different halves of the graph; of groups some use only the first few."""
-    kind, tasks, changes = request.param
+    kind, tasks, changes = NETWORKS[request.param]
     torch.manual_seed(0)
     made = kind(DagConfig(tasks, **{**SMALL, **changes}))
     for logits in made.gates.parameters():

@@ -14,6 +14,7 @@ from den.train.config import EstimatorTraining, PhaseConfig, SelectorTraining
 from den.train.engine import Engine
 from den.train.folder import read_metrics
 from den_kernels.fold_cache import FoldCache
+from tests.release import always
 from tests.simulated_gpu import Device, simulated
 from tests.small_runs import cut_sets, small_config
 
@@ -52,7 +53,7 @@ def no_waiting(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("mode", ["den", "budget", "dense", *METHODS])
+@pytest.mark.parametrize("mode", always(("den", "budget", "dense", *METHODS), "den", "budget", "blockdrop"))
 def test_no_update_waits_and_losses_are_the_cpus(tmp_path, monkeypatch, mode):
     cut_sets(monkeypatch, 30)
     changes = {"estimator": LATER, "selector": SELECTORS.get(mode, SELECTORS["leave-one-out"])}

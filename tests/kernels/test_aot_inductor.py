@@ -21,7 +21,7 @@ class Block(nn.Module):
         return x + self.conv2(self.norm(self.conv1(x, route), route, relu=True), route)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @torch.no_grad()
 def test_a_package_runs_with_other_levels_than_it_was_made_with(tmp_path):
     block, x, levels = Block().eval(), torch.randn(4, 16, 8, 8), torch.tensor([0, 1, 2, 3])

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 FILES = sorted(str(path) for path in (Path(__file__).parent / "interpreter").glob("test_*.py"))
-PROCESSES = 3
+PROCESSES = 2
 
 
 @pytest.mark.slow

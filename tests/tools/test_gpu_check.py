@@ -51,7 +51,7 @@ def step(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.release), 1])
 def test_nothing_that_a_check_does_loses_the_others(workers, step):
     rows = step("fine wrong dies breaks missing", workers=workers)
     statuses = {name: row["status"] for name, row in rows.items()}

@@ -11,6 +11,7 @@ from den_kernels._triton.convolve import convolve
 from den_kernels.dynamic_conv import dynamic_conv2d_reference
 from den_kernels.plan import as_route
 from den_kernels.testing import LAYOUTS, LEVEL_KINDS, ConvCase, assert_as_accurate, masked_conv2d
+from tests.release import always
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 SIZES = (16, 16, 32)  # groups that tiles follow
@@ -80,13 +81,18 @@ def check(case: ConvCase, dtype: torch.dtype) -> None:
         assert_as_accurate(ours, peer, exact, scale)
 
 
-@pytest.mark.parametrize("name", CASES)
+OFTEN = [name for name in CASES if name not in ("both", "odd in", "mask", "depthwise, mask")]  # which take long
+
+
+@pytest.mark.parametrize("name", always(CASES, *OFTEN))
 def test_float32(name):
     check(CASES[name], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, pytest.param(FLOAT16, marks=pytest.mark.release)], ids=str)
-@pytest.mark.parametrize("name", ["out", "both", "odd in", "mask", "cardinality", "odd mask"])
+@pytest.mark.parametrize(
+    "name", always(["out", "both", "odd in", "mask", "cardinality", "odd mask"], "both", "odd in", "odd mask")
+)
 def test_half_precision(name, dtype):
     check(CASES[name], dtype)
 

@@ -42,7 +42,9 @@ def convolve(x, weight, bias, selection, *, stride, padding, dilation, groups, o
     return Convolution.apply(x, weight, bias, as_route(selection, len(sides[0]) or len(sides[1]), len(x)), geometry)
 
 
-@pytest.mark.parametrize(("selection", "way"), [("uniform", "bfloat16"), ("mask", "float32")])
+@pytest.mark.parametrize(
+    ("selection", "way"), [("uniform", "bfloat16"), pytest.param("mask", "float32", marks=pytest.mark.release)]
+)
 def test_convolutions_pass_the_check(selection, way):
     case = ConvCase(batch=2, size=(5, 4), in_sizes=(16, 16), out_sizes=(16, 16), selection=selection, seed=3)
     found = check_convolution(case, way, TINY, convolve)
