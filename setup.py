@@ -57,23 +57,10 @@ class Build(build_ext):
         else:
             print("den_kernels: this compiler has no OpenMP, building for one thread", flush=True)
             ext.extra_compile_args.append("-Wno-unknown-pragmas")
-        ext.sources = self.join_bindings(ext.sources)
         with ThreadPoolExecutor(os.cpu_count()) as pool, ParallelCompile(default=max(2, os.cpu_count() or 2)):
             if nvcc:
                 self.compile_cuda(nvcc, ext, pool)
             super().build_extension(ext)
-
-    def join_bindings(self, sources):
-        """The sources, the bindings in two files that include them: pybind11 costs a file more than they do."""
-        prefixes = "bind_", "extension.", "tensor."
-        bindings = [source for source in sources if os.path.basename(source).startswith(prefixes)]
-        bindings.sort(key=os.path.getsize)
-        os.makedirs(self.build_temp, exist_ok=True)
-        joined = [os.path.join(self.build_temp, f"bindings_{half}.cpp") for half in range(2)]
-        for half, path in enumerate(joined):
-            with open(path, "w", encoding="utf-8") as file:
-                file.writelines(f'#include "{os.path.abspath(each)}"\n' for each in bindings[half::2])
-        return [*joined, *(each for each in sources if each not in bindings)]
 
     def has_openmp(self):
         """True where the compiler takes -fopenmp and finds a runtime; Apple's does not."""
@@ -85,27 +72,19 @@ class Build(build_ext):
             return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
 
     def compile_cuda(self, nvcc, ext, pool):
-        """Compile the CUDA sources in a pool, beside C++; the linker waits for them."""
+        """Compile CUDA in a pool, beside C++; the linker waits for it."""
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         archs = [arch for arch in ARCHS if f"compute_{arch}" in known]
         flags = ["-O3", "-std=c++17", "-DDEN_KERNELS_WITH_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
         flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + ["-t", str(len(archs))]
         flags += ["-gencode=arch=compute_80,code=compute_80"]
         os.makedirs(self.build_temp, exist_ok=True)
-        objects = {
-            source: f"{self.build_temp}/{os.path.basename(source)}.o" for source in sorted(glob.glob("csrc/*.cu"))
-        }
-        commands = ([nvcc, "-c", source, "-o", target, *flags] for source, target in objects.items())
-        done = [pool.submit(self.spawn, command) for command in commands]  # prints it
-        link = self.compiler.link_shared_object
-
-        def link_when_compiled(*arguments, **keywords):
-            for each in done:
-                each.result()
-            link(*arguments, **keywords)
-
-        self.compiler.link_shared_object = link_when_compiled
-        ext.extra_objects = list(objects.values())
+        sources = sorted(glob.glob("csrc/*.cu"))
+        ext.extra_objects = [f"{self.build_temp}/{os.path.basename(source)}.o" for source in sources]
+        pairs = zip(sources, ext.extra_objects, strict=True)
+        commands = [[nvcc, "-c", source, "-o", target, *flags] for source, target in pairs]
+        compiled, link = pool.map(self.spawn, commands), self.compiler.link_shared_object  # prints the commands
+        self.compiler.link_shared_object = lambda *args, **named: (list(compiled), link(*args, **named))
         ext.define_macros += [("DEN_KERNELS_WITH_CUDA", None), ("DEN_KERNELS_CUDA_ARCHS", f'"{",".join(archs)}"')]
         ext.library_dirs += [path for path in glob.glob(f"{toolkit_root(nvcc)}/lib*") if os.path.isdir(path)]
         ext.libraries += ["cudart_static", "rt", "pthread", "dl"]
@@ -113,7 +92,8 @@ class Build(build_ext):
 
 if __name__ == "__main__":
     flags = os.environ.get("DEN_KERNELS_FLAGS", "").split()
-    extension = Pybind11Extension("den_kernels._C", sorted(glob.glob("csrc/*.cpp")), cxx_std=17)
+    sources = set(glob.glob("csrc/*.cpp")) - set(glob.glob("csrc/bind_*.cpp"))  # which others include
+    extension = Pybind11Extension("den_kernels._C", sorted(sources), cxx_std=17)
     bindings = subprocess.check_output([sys.executable, "den_kernels/_interface.py"], text=True).strip()
     extension.extra_compile_args += ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", bindings, *flags]
     extension.extra_link_args += flags

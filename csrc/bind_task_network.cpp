@@ -32,7 +32,7 @@ struct Of {  // one of the two dtypes of a handle
 };
 
 // weight [O, I, R, S] channels-last, shape and memory for it packed.
-void pack(const std::array<int64_t, 6>& shape, py::handle weight, py::handle packed) {
+void pack_dense_weight(const std::array<int64_t, 6>& shape, py::handle weight, py::handle packed) {
   const Tensor from(weight, op, "weight"), to(packed, op, "packed");
   const auto run = [&](auto conv, auto zero) {
     using T = decltype(zero);
@@ -269,7 +269,8 @@ void bind_task_network(py::module_& m) {
                     : dense_packed_size(conv_of<DenseConv<float>>(shape));
       },
       "Values of the packed weight of a convolution (C, C_out, R, S, stride, padding), of bfloat16 or float32.");
-  m.def("pack_dense", &pack, "(C, C_out, R, S, stride, padding), weight [C_out, C, R, S] channels-last, packed.");
+  m.def("pack_dense", &pack_dense_weight,
+        "(C, C_out, R, S, stride, padding), weight [C_out, C, R, S] channels-last, packed.");
   py::class_<DenseConvHandle>(
       m, "DenseConv",
       "(C, C_out, R, S, stride, padding), packed weight, bias [C_out], its ReLU, (size, stride, "

@@ -1,6 +1,11 @@
-// den_kernels._C: a table of contents, and what this build and this machine have.
+// den_kernels._C: a table of contents, and what this build and this machine have. Holds the bindings of single ops,
+// too, which are not compiled by themselves (bindings_of_blocks.cpp says why).
 
 #include "bind.h"
+#include "bind_cuda.cpp"
+#include "bind_direct.cpp"
+#include "bind_passes.cpp"
+#include "bind_watch.cpp"
 #include "device.h"
 #include "dispatch.h"
 #include "openmp.h"

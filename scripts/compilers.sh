@@ -18,6 +18,6 @@ for compiler; do
   openmp=-fopenmp
   echo '#include <omp.h>' | $compiler -x c++ -fopenmp -E - >"$folder/probe" 2>&1 || openmp=-Wno-unknown-pragmas
   export compiler openmp
-  printf '%s\n' *.cpp | xargs -P "$(nproc)" -I{} sh -c \
+  find . -name '*.cpp' ! -name 'bind_*' -printf '%f\n' | sort | xargs -P "$(nproc)" -I{} sh -c \
     '$compiler -c -O1 -fPIC -std=c++17 -Wall -Wextra $openmp $headers {} -o "$folder/{}.o" || { echo "{}: not compiled" >&2; exit 255; }'
 done

@@ -105,7 +105,8 @@ def build_all(tree: Path, objects: Path, ready: Path) -> None:
     program."""
     for made in ready.glob("temp*/csrc/*.o"):
         shutil.copy2(made, objects)
-    sources = [each for each in sorted((tree / "csrc").glob("*.cpp")) if not (objects / f"{each.stem}.o").exists()]
+    own = (each for each in sorted((tree / "csrc").glob("*.cpp")) if not each.name.startswith("bind_"))
+    sources = [each for each in own if not (objects / f"{each.stem}.o").exists()]
     with ThreadPoolExecutor(2) as pool:
         if not all(pool.map(lambda source: compiled(source, objects), sources)) or not linked(tree, objects, []):
             raise SystemExit("mutants: the extension must build")

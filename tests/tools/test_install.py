@@ -78,7 +78,9 @@ def test_what_is_compiled_without_nvcc(copied):
     printed = python(*command, cwd=copied / "source", path=copied / "hidden", **tools)
     assert_says_so(printed)
     compiled = {path.stem for path in (copied / "source/objects").rglob("*.o")}
-    assert compiled == {path.stem for path in (ROOT / "csrc").glob("*.cpp")}
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "csrc").glob("*.cpp")}
+    included = [name for text in sources.values() for name in re.findall(r'#include "(\w+)\.cpp"', text)]
+    assert sorted([*compiled, *included]) == sorted(sources)  # each once
 
 
 def assert_says_so(printed: str) -> None:
