@@ -78,3 +78,29 @@ def test_gradients_inside_torch_func(dtype):
 
     right = dweight(masked_conv2d, lambda t: t.double().clone(memory_format=torch.contiguous_format))
     assert torch.equal(dweight(dynamic_conv2d, odd).double(), right)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_gradients(dtype, layout):
+    generator = torch.Generator().manual_seed(0)
+    settings = {"padding": 1, "groups": 4, "in_groups": (8,) * 4, "out_groups": (8,) * 4}
+    shapes = (1, 32, 5, 5), (32, 8, 3, 3), (1, 32, 5, 5), (1, 32, 5, 5), (32, 8, 3, 3)
+    made = [torch.randint(-1, 2, s, generator=generator) for s in shapes]
+
+    def second(op, convert) -> tuple[Tensor, ...]:
+        """Of the gradients of x and weight, in the directions of the last two tensors: those of x, weight and dy."""
+        x, weight, dy, *directions = map(convert, made)
+        leaves = [t.requires_grad_() for t in (x, weight, dy)]
+        y = op(x, weight, None, torch.tensor([3]), **settings)
+        gradients = torch.autograd.grad(y, leaves[:2], dy, create_graph=True)
+        return torch.autograd.grad(gradients, leaves, directions)
+
+    def ours(t: Tensor) -> Tensor:
+        t = t.to(dtype).contiguous(memory_format=layout)
+        return odd(t) if len(t) == 1 else t
+
+    got = second(dynamic_conv2d, ours)
+    exact = second(masked_conv2d, lambda t: t.double())
+    for name, of_ours, right in zip(("x", "weight", "dy"), got, exact, strict=True):
+        assert torch.equal(of_ours.double(), right), name
