@@ -80,7 +80,7 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # [B, C_k, S_k, S_k] -> [B, channels, out_size, out_size]
         """Bring the images to the trunk's size."""
-        return self.conv(images if images.shape[-1] >= self.in_size else enlarge(images, self.in_size))
+        return self.conv(enlarge(images, self.in_size))
 
     def flops(self) -> int:
         """FLOPs of the convolution for one image: twice the multiply-adds."""
